@@ -1,0 +1,25 @@
+"""quantkit: the variants of a language model that people publish, each with its measured loss of accuracy."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from quantkit.errors import QuantkitError, UsageError
+
+if TYPE_CHECKING:
+    from quantkit.inspection import inspect
+    from quantkit.pipeline import gptq, perplexity, samples
+
+__all__ = ["QuantkitError", "UsageError", "__version__", "gptq", "inspect", "perplexity", "samples"]
+
+# The verbs pull in torch and transformers, seconds of work: they are imported when first used.
+_VERBS = {"gptq": "pipeline", "inspect": "inspection", "perplexity": "pipeline", "samples": "pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return getattr(import_module(f"quantkit.{_VERBS[name]}"), name)
+    raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

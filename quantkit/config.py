@@ -1,0 +1,80 @@
+"""Frozen specifications of what a run does. Unknown keys are refused; fields are checked when a spec is made."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quantkit.errors import UsageError
+
+ActOrder = Literal["static", "dynamic", "off"]
+TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
+CheckpointFormat = Literal["gptq", "gptq_v2"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+S = TypeVar("S", bound="Spec")
+
+
+class Spec(BaseModel):
+    """Base of all specs: immutable, closed, written to and read from JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantSpec(Spec):
+    """How weights become codes.
+
+    `damp` is the fraction of the mean Hessian diagonal that is added to the diagonal (GPTQ, section 3.3).
+    """
+
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int = 128
+    sym: bool = True
+    act_order: ActOrder = "static"
+    damp: float = Field(0.05, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_group_size(self) -> Self:
+        if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 8):
+            raise ValueError(
+                f"group_size must be -1 (one group a row) or a positive multiple of 8, not {self.group_size}"
+            )
+        return self
+
+
+class CalibrationSpec(Spec):
+    """Which text the Hessians are taken over: `samples` windows of `seq_len` tokens."""
+
+    data: str = "evol-instruct-sample"
+    samples: int = Field(128, ge=1)
+    seq_len: int = Field(512, ge=8)
+    template: TemplateName = "auto"
+    seed: int = Field(0, ge=0)
+
+
+class EvaluationSpec(Spec):
+    """Which text perplexity is taken over. `stride` None: windows do not overlap."""
+
+    text: str = "evol-instruct-sample:heldout"
+    seq_len: int = Field(512, ge=8)
+    stride: int | None = Field(None, ge=1)
+    template: TemplateName = "auto"
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> Self:
+        if self.stride is not None and self.stride >= self.seq_len:
+            raise ValueError(f"stride must be smaller than seq_len ({self.seq_len}), not {self.stride}")
+        return self
+
+
+def make(spec: type[S], **fields: Any) -> S:
+    """Make a spec; raise `UsageError` with one line for the first field that does not fit."""
+    try:
+        return spec(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        got = f" (got {first['input']!r})" if first["loc"] else ""
+        raise UsageError(f"{field}{message}{got}") from None

@@ -1,0 +1,26 @@
+"""Calibration and evaluation text: instruction data or plain text into a token matrix."""
+
+from __future__ import annotations
+
+from quantkit.calibration.datasets import KNOWN_NAMES
+from quantkit.calibration.readers import Dataset, load_dataset
+from quantkit.calibration.records import Record, Turn, parse_record
+from quantkit.calibration.sampling import Provenance, TokenMatrix, draw, token_hash, window_text, windows_in_order
+from quantkit.calibration.templates import render, resolve
+
+__all__ = [
+    "KNOWN_NAMES",
+    "Dataset",
+    "Provenance",
+    "Record",
+    "TokenMatrix",
+    "Turn",
+    "draw",
+    "load_dataset",
+    "parse_record",
+    "render",
+    "resolve",
+    "token_hash",
+    "window_text",
+    "windows_in_order",
+]

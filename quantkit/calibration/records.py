@@ -1,0 +1,144 @@
+"""One record of instruction or plain text, and the layouts it is read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from quantkit.errors import CalibrationError
+
+Role = Literal["user", "assistant"]
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side of a conversation said."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation (`turns`) or a piece of plain text (`text`): exactly one of the two.
+
+    `input` is the part of the first turn, at its end after a blank line, that came as a separate input: templates
+    with a place of their own for it put it there. `system` is a system message that came with the conversation.
+    """
+
+    id: str
+    turns: tuple[Turn, ...] | None = None
+    text: str | None = None
+    skill: str | None = None
+    input: str | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.turns is None) == (self.text is None):
+            raise ValueError(f"record {self.id} must have either turns or text")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the text, or any turn, holds nothing but whitespace."""
+        texts = [self.text or ""] if self.turns is None else [turn.text for turn in self.turns]
+        return not texts or any(not text.strip() for text in texts)
+
+
+class _Fields:
+    """The fields of one raw record; an error names the file, the record and the field."""
+
+    def __init__(self, raw: Mapping[str, object], where: str) -> None:
+        self.raw = raw
+        self.where = where
+
+    def text(self, key: str) -> str:
+        """The field's text; an absent or null field is empty."""
+        value = self.raw.get(key)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise CalibrationError(f"{self.where}: {key!r} must be text, not {type(value).__name__}")
+        return value
+
+    def optional(self, key: str) -> str | None:
+        """The field's text, or None where there is nothing to read."""
+        return self.text(key) or None
+
+    def messages(self, key: str) -> list[_Fields]:
+        value = self.raw.get(key)
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise CalibrationError(f"{self.where}: {key!r} must be a list of objects")
+        return [_Fields(message, f"{self.where}, {key}[{number}]") for number, message in enumerate(value)]
+
+
+def _exchange(prompt_key: str, answer_key: str) -> Callable[[_Fields, str], Record]:
+    def build(fields: _Fields, record_id: str) -> Record:
+        prompt, extra = fields.text(prompt_key), fields.optional("input")
+        turns = (
+            Turn("user", f"{prompt}\n\n{extra}" if extra else prompt),
+            Turn("assistant", fields.text(answer_key)),
+        )
+        return Record(record_id, turns=turns, skill=fields.optional("skill"), input=extra)
+
+    return build
+
+
+def _conversation(key: str, role_key: str, text_key: str) -> Callable[[_Fields, str], Record]:
+    def build(fields: _Fields, record_id: str) -> Record:
+        turns: list[Turn] = []
+        system: list[str] = []
+        for message in fields.messages(key):
+            role, text = ROLES.get(message.text(role_key)), message.text(text_key)
+            if role is None:
+                known = ", ".join(ROLES)
+                raise CalibrationError(f"{message.where}: unknown role {message.raw.get(role_key)!r} (known: {known})")
+            if role == "system":
+                system.append(text)
+            else:
+                turns.append(Turn("user" if role == "user" else "assistant", text))
+        return Record(
+            record_id, turns=tuple(turns), skill=fields.optional("skill"), system="\n\n".join(system).strip() or None
+        )
+
+    return build
+
+
+def _prompt_only(fields: _Fields, record_id: str) -> Record:
+    return Record(record_id, turns=(Turn("user", fields.text("Instruction")),), skill=fields.optional("Skill"))
+
+
+def _plain(fields: _Fields, record_id: str) -> Record:
+    return Record(record_id, text=fields.text("text"), skill=fields.optional("skill"))
+
+
+# The keys that a layout is known by, and what makes a Record of it. The first layout whose keys are all there is taken.
+LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[_Fields, str], Record]], ...] = (
+    (("messages",), _conversation("messages", "role", "content")),
+    (("conversations",), _conversation("conversations", "from", "value")),
+    (("instruction", "output"), _exchange("instruction", "output")),
+    (("prompt", "response"), _exchange("prompt", "response")),
+    (("prompt", "completion"), _exchange("prompt", "completion")),
+    (("Instruction",), _prompt_only),
+    (("text",), _plain),
+)
+
+
+def parse_record(raw: object, index: int, name: str) -> Record:
+    """Turn one raw record of the file `name` into a `Record`.
+
+    Its id is the field `id` or `idx`, or `#<index>`, with `index` counted from 0 in the file. Raises `CalibrationError`
+    where the layout is unknown or a field holds something other than text.
+    """
+    if not isinstance(raw, Mapping):
+        raise CalibrationError(f"{name}: record #{index} is not an object but {type(raw).__name__}")
+    given = next((raw[key] for key in ("id", "idx") if raw.get(key) is not None), None)
+    record_id = f"#{index}" if given is None else str(given)
+    for keys, build in LAYOUTS:
+        if all(key in raw for key in keys):
+            return build(_Fields(raw, f"{name}: record {record_id}"), record_id)
+    found = ", ".join(map(str, raw)) or "none"
+    known = "; ".join(" + ".join(keys) for keys, _ in LAYOUTS)
+    raise CalibrationError(f"{name}: record {record_id} has an unknown layout. Keys found: {found}. Known: {known}.")

@@ -1,0 +1,103 @@
+"""Packing of small unsigned integers into int32 words, as GPTQ checkpoints store them.
+
+Layouts: AutoGPTQ 0.7.1, ``qlinear_cuda.py``. 2, 4 and 8 bits fill a word little end first; 3 bits put 32 codes into
+three words, two of the codes straddling a boundary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# For 3 bits, per word: (code, shift of the code inside the word); a negative shift drops the code's low bits, which
+# stand at the top of the word before.
+_THREE_BIT_WORDS = (
+    tuple((j, 3 * j) for j in range(11)),
+    ((10, -2), *((j, 3 * (j - 11) + 1) for j in range(11, 22))),
+    ((21, -1), *((j, 3 * (j - 22) + 2) for j in range(22, 32))),
+)
+
+PACKABLE_BITS = (2, 3, 4, 8)
+
+
+def packing_multiple(bits: int) -> int:
+    """How many codes an axis must be a multiple of to be packed: 16, 32, 8 or 4 for 2, 3, 4 or 8 bits."""
+    _check_bits(bits)
+    return 32 if bits == 3 else 32 // bits
+
+
+def pack(codes: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
+    """Pack along an axis.
+
+    Args:
+        codes: uint8 [n, m], each below 2**bits; n (m for axis 1) a multiple of `packing_multiple(bits)`.
+        bits: 2, 3, 4 or 8.
+        axis: 0 or 1.
+
+    Returns:
+        int32 [n * bits / 32, m], or [n, m * bits / 32] for axis 1, on the device of `codes`.
+
+    Raises:
+        ValueError: bits that the layout has no form for, or n that does not fill whole words.
+    """
+    if axis == 1:
+        return pack(codes.T, bits).T.contiguous()
+    n, m = codes.shape
+    multiple = packing_multiple(bits)
+    if n % multiple:
+        raise ValueError(f"{bits}-bit packing needs a multiple of {multiple} codes, not {n}")
+    grouped = codes.reshape(n // multiple, multiple, m).to(torch.int64)
+    if bits == 3:
+        words = torch.stack([_three_bit_word(grouped, word) for word in _THREE_BIT_WORDS], dim=1)
+    else:
+        shifts = torch.arange(multiple, device=codes.device) * bits
+        words = (grouped << shifts[None, :, None]).sum(dim=1, keepdim=True)
+    return _as_int32(words.reshape(n * bits // 32, m))
+
+
+def unpack(words: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
+    """Undo `pack`: int32 [w, m] -> uint8 [w * 32 / bits, m] (for axis 1 [w, m * 32 / bits]).
+
+    Raises:
+        ValueError: bits that the layout has no form for, or for 3 bits a number of words that is no multiple of 3.
+    """
+    if axis == 1:
+        return unpack(words.T, bits).T.contiguous()
+    multiple = packing_multiple(bits)
+    per_unit = multiple * bits // 32
+    w, m = words.shape
+    if w % per_unit:
+        raise ValueError(f"{bits}-bit codes come in units of {per_unit} words, not {w}")
+    grouped = (words.to(torch.int64) & 0xFFFFFFFF).reshape(w // per_unit, per_unit, m)
+    if bits == 3:
+        codes = _three_bit_codes(grouped)
+    else:
+        shifts = torch.arange(multiple, device=words.device) * bits
+        codes = (grouped >> shifts[None, :, None]) & (2**bits - 1)
+    return codes.reshape(w * 32 // bits, m).to(torch.uint8)
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in PACKABLE_BITS:
+        raise ValueError(f"GPTQ checkpoints pack 2, 3, 4 or 8 bits, not {bits}")
+
+
+def _three_bit_word(codes: torch.Tensor, word: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """One of the three words from codes int64 [units, 32, m]; bits above the 32nd belong to the next word."""
+    total = torch.zeros_like(codes[:, 0])
+    for code, shift in word:
+        total |= codes[:, code] << shift if shift >= 0 else codes[:, code] >> -shift
+    return total & 0xFFFFFFFF
+
+
+def _three_bit_codes(words: torch.Tensor) -> torch.Tensor:
+    codes = words.new_zeros(words.shape[0], 32, words.shape[2])
+    for index, word in enumerate(_THREE_BIT_WORDS):
+        for code, shift in word:
+            part = words[:, index] >> shift if shift >= 0 else words[:, index] << -shift
+            codes[:, code] |= part & 7 if shift >= 0 else part & 7 & ~((1 << -shift) - 1)
+    return codes
+
+
+def _as_int32(words: torch.Tensor) -> torch.Tensor:
+    """Words 0 .. 2**32 - 1 in int64 as int32 of the same bits."""
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -1,0 +1,161 @@
+"""GPTQ (Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers").
+
+Pure functions: a weight and the Hessian of its inputs in, codes and their loss out. Rows are independent given the
+Hessian, so Linears that read the same input are stacked and quantized in one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.config import QuantSpec
+from quantkit.quant.grid import Grid, fit_grid, minmax_grid, round_to_grid
+from quantkit.quant.hessian import InverseFactor, column_order, factorize
+
+Fallback = Literal["", "eigenvalues", "rounding"]
+_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """What `quantize` found for a stack of rows.
+
+    Attributes:
+        linear: codes and grid.
+        loss: float64 [out], ``(w - q) H (w - q)^T`` per row: mean squared error of that output over the tokens.
+        rtn_loss: float64 [out], the same for plain rounding (min-max grid of the same bits and groups).
+        damp: fraction of the mean diagonal that was added; 0 where the layer was only rounded.
+        fallback: "" or what had to be done instead of plain GPTQ.
+    """
+
+    linear: QuantizedLinear
+    loss: torch.Tensor
+    rtn_loss: torch.Tensor
+    damp: float
+    fallback: Fallback
+
+
+def quantize(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> GptqResult:
+    """Quantize W so that ``tr((W - Q) H (W - Q)^T)`` is small.
+
+    Args:
+        W: [out, in], any float dtype; finite.
+        H: float32 [in, in], mean of x x^T over calibration tokens.
+        spec: bits, groups, symmetry, order, damping.
+
+    Columns that no token activated (H[i, i] = 0) are rounded to the nearest code and influence nothing.
+
+    Raises:
+        NumericError: a group's scale is beyond float16.
+    """
+    W = W.float()
+    rtn = round_to_nearest(W, spec)
+    rtn_loss = row_losses(W, rtn, H)
+    factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
+    if factor is None:
+        # A grid fitted without a Hessian: the layer saw nothing that tells its columns apart.
+        return GptqResult(rtn, rtn_loss, rtn_loss, 0.0, "rounding")
+    # Dead columns still need a weight in the grid search, where a whole group may be dead.
+    importance = H.diagonal() + factor.damp * H.diagonal().mean()
+    if spec.act_order == "static":
+        linear = _static(W, factor, importance, spec)
+    else:
+        linear = _grouped_on_the_way(W, factor, importance, spec)
+    fallback: Fallback = "eigenvalues" if factor.fallback else ""
+    return GptqResult(linear, row_losses(W, linear, H), rtn_loss, factor.damp, fallback)
+
+
+def round_to_nearest(W: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
+    """Plain rounding (RTN) of W [out, in] on a min-max grid."""
+    W = W.float()
+    grid = minmax_grid(W, spec.group_size, spec.bits, spec.sym)
+    group = contiguous_groups(W.shape[1], spec.group_size)
+    scale, zero = _per_column(grid, group.long().to(W.device))
+    codes = round_to_grid(W, scale, zero, spec.bits)
+    return QuantizedLinear(codes.to(torch.uint8), grid.scales, grid.zeros, group, spec.bits)
+
+
+def row_losses(W: torch.Tensor, linear: QuantizedLinear, H: torch.Tensor) -> torch.Tensor:
+    """``(w - q) H (w - q)^T`` per row, float64 [out]."""
+    error = W - linear.dequantize().to(W.device)
+    return ((error @ H) * error).sum(dim=1, dtype=torch.float64)
+
+
+def _static(W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
+    """All grids from the original weights in natural groups, then columns in the order of `factor.perm`."""
+    grid = fit_grid(W, importance, spec.group_size, spec.bits, spec.sym)
+    group = contiguous_groups(W.shape[1], spec.group_size)
+    scale, zero = _per_column(grid, group.long().to(W.device)[factor.perm])
+    loop = _ColumnLoop(W[:, factor.perm], factor.U, spec.bits)
+    for start in range(0, W.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, W.shape[1])
+        loop.block(start, stop, scale[:, start:stop], zero[:, start:stop])
+    codes = torch.empty_like(loop.codes)
+    codes[factor.perm] = loop.codes
+    return QuantizedLinear(codes.T.contiguous(), grid.scales, grid.zeros, group, spec.bits)
+
+
+def _grouped_on_the_way(
+    W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, spec: QuantSpec
+) -> QuantizedLinear:
+    """Groups are runs of columns in the order of `factor.perm`; each grid is fitted to weights as updated so far."""
+    columns = W.shape[1]
+    size = columns if spec.group_size == -1 else min(spec.group_size, columns)
+    loop = _ColumnLoop(W[:, factor.perm], factor.U, spec.bits)
+    grids = []
+    for first in range(0, columns, size):
+        last = min(first + size, columns)
+        grid = fit_grid(loop.Wt[first:last].T, importance[factor.perm[first:last]], -1, spec.bits, spec.sym)
+        grids.append(grid)
+        scale, zero = grid.scales.float(), grid.zeros.float()
+        for start in range(first, last, _BLOCK):  # no block crosses a group: its grid saw every update before it
+            stop = min(start + _BLOCK, last)
+            loop.block(start, stop, scale.expand(-1, stop - start), zero.expand(-1, stop - start))
+    codes, group = torch.empty_like(loop.codes), torch.empty(columns, dtype=torch.int32)
+    codes[factor.perm] = loop.codes
+    group[factor.perm.cpu()] = contiguous_groups(columns, spec.group_size)
+    scales, zeros = torch.cat([g.scales for g in grids], dim=1), torch.cat([g.zeros for g in grids], dim=1)
+    return QuantizedLinear(codes.T.contiguous(), scales, zeros, group, spec.bits)
+
+
+def _per_column(grid: Grid, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of each column, float32 [out, in]."""
+    return grid.scales.float()[:, group], grid.zeros.float()[:, group]
+
+
+class _ColumnLoop:
+    """Quantizes columns from the first to the last, feeding each one's error into those that follow.
+
+    Everything is kept transposed, columns as contiguous rows. Inside a block a column gathers the errors of the
+    block's earlier columns when it is reached (one matrix-vector product) rather than every column being updated
+    after each one; columns behind the block get the block's errors in one matrix product.
+    """
+
+    def __init__(self, W: torch.Tensor, U: torch.Tensor, bits: int) -> None:
+        self.Wt = W.T.contiguous()
+        self.codes = torch.empty(self.Wt.shape, dtype=torch.uint8, device=W.device)
+        self._U = U
+        self._top = 2**bits - 1
+
+    def block(self, start: int, stop: int, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        """Quantize columns start..stop on the grid scale, zero [out, stop - start]."""
+        U = self._U[start:stop, start:stop]
+        Ut, diagonal = U.T.contiguous(), U.diagonal().tolist()
+        S, Z = scale.T.contiguous(), zero.T.contiguous()
+        inverse, low, high = S.reciprocal(), -Z, self._top - Z
+        Err = torch.empty_like(S)
+        Steps = torch.empty_like(S)
+        for j in range(stop - start):
+            w = self.Wt[start + j]
+            if j:
+                w = torch.addmv(w, Err[:j].T, Ut[j, :j], alpha=-1)
+            q = torch.mul(w, inverse[j], out=Steps[j]).round_()
+            torch.clamp(q, low[j], high[j], out=q)
+            torch.addcmul(w, q, S[j], value=-1, out=Err[j]).div_(diagonal[j])
+        self.codes[start:stop] = (Steps + Z).to(torch.uint8)
+        if stop < self.Wt.shape[0]:
+            self.Wt[stop:].addmm_(self._U[start:stop, stop:].T, Err, alpha=-1)

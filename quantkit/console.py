@@ -1,0 +1,185 @@
+"""How the command line shows things: bars and lines on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from quantkit.progress import Advance
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.report import ModelResult
+    from quantkit.inspection import Inspection
+    from quantkit.pipeline import GptqReport, PerplexityReport, SamplesReport
+
+_LINE_SECONDS = 15.0
+
+results = Console(highlight=False, soft_wrap=True)
+log = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Bars:
+    """A bar with the time left per phase on a terminal; elsewhere a line when a phase ends, and now and then within."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._detail = ""
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
+        if self._quiet:
+            yield lambda steps: None
+        elif log.is_terminal:
+            with self._drawn(name, total) as advance:
+                yield advance
+        else:
+            with self._written(name, total) as advance:
+                yield advance
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            log.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        log.print(f"warning: {text}", markup=False, style="yellow")
+
+    def detail(self, text: str) -> None:
+        self._detail = text
+        if self._bar is not None:
+            self._bar.update(self._task, detail=text)
+
+    @contextmanager
+    def _drawn(self, name: str, total: int) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+        )
+        with Progress(*columns, console=log) as bar:
+            task = bar.add_task(name, total=total, detail="")
+            self._bar, self._task = bar, task
+            try:
+                yield lambda steps: bar.advance(task, steps)
+                bar.update(task, detail="")
+            finally:
+                self._bar = None
+
+    @contextmanager
+    def _written(self, name: str, total: int) -> Iterator[Advance]:
+        start = last = time.monotonic()
+        done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal done, last
+            done += steps
+            now = time.monotonic()
+            if done and now - last > _LINE_SECONDS:
+                last = now
+                left = (now - start) / done * (total - done)
+                log.print(f"{name}: {done}/{total}, {left:.0f} s left  {self._detail}", markup=False)
+
+        yield advance
+        log.print(f"{name}: {done}/{total} in {time.monotonic() - start:.1f} s", markup=False)
+        self._detail = ""
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(content, ensure_ascii=False, allow_nan=False))
+
+
+def print_gptq(report: GptqReport) -> None:
+    spec = report.spec
+    symmetry = "symmetric" if spec.sym else "asymmetric"
+    verb = "would write" if report.dry_run else "wrote"
+    results.print(
+        f"{verb} {report.out}\n{spec.bits}-bit {symmetry}, group {spec.group_size}, act-order {spec.act_order}: "
+        f"{report.bits_per_weight:.2f} bits per weight, {size(report.bytes)}",
+        markup=False,
+    )
+    if report.dry_run:
+        results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")
+        return
+    results.print(f"{len(report.layers)} layers in quant_log.csv; {report.seconds:.0f} s in all")
+    if report.evaluation is not None:
+        print_perplexity(report.evaluation)
+
+
+def print_perplexity(report: PerplexityReport) -> None:
+    table = Table(title=f"{report.text}: {report.tokens} tokens in windows of {report.seq_len}", title_justify="left")
+    compared = any(result.kl_divergence for result in report.results)
+    heads = ["perplexity", "±"]
+    if compared:
+        heads += ["Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1"]
+    table.add_column("model", overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for result in report.results:
+        table.add_row(result.model, *_cells(result, compared))
+    # A table wider than an unknown terminal must not be folded into nothing.
+    Console(highlight=False, width=None if results.is_terminal else 140).print(table)
+
+
+def _cells(result: ModelResult, compared: bool) -> list[str]:
+    cells = [f"{result.perplexity:.3f}", f"{result.stderr:.3f}"]
+    kl = result.kl_divergence
+    if compared and kl is None:
+        cells += [""] * 7
+    elif kl is not None:
+        cells += [f"{result.delta_ln_ppl:+.4f}", f"{result.delta_ln_ppl_stderr:.4f}"]
+        cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
+        cells += [f"{100 * (result.top1_agreement or 0):.1f} %"]
+    return cells
+
+
+def print_samples(report: SamplesReport, show: int) -> None:
+    facts = report.matrix.provenance
+    results.print(
+        f"{facts.samples} windows of {facts.seq_len} tokens from {len(facts.records)} records of {facts.dataset} "
+        f"(sha256 {facts.dataset_sha256[:12]}), template {facts.template}, seed {facts.seed}\n"
+        f"tokens sha256 {facts.tokens_sha256}\nrecords: {', '.join(facts.records)}",
+        markup=False,
+    )
+    for number, window in enumerate(report.windows[:show]):
+        results.rule(f"window {number}", align="left")
+        results.print(window, markup=False)
+
+
+def print_inspection(found: Inspection, tensors: bool) -> None:
+    kinds = ", ".join(f"{count} {name}" for name, count in found.types.items())
+    results.print(
+        f"{found.model}: {found.architecture}, {found.scheme}\n"
+        f"{found.parameters / 1e6:.1f} M weights in {size(found.bytes)}, {found.bits_per_weight:.2f} bits per weight\n"
+        f"tensors: {kinds}",
+        markup=False,
+    )
+    if tensors:
+        table = Table(box=None)
+        for head in ("tensor", "shape", "type", "size"):
+            table.add_column(head)
+        for tensor in found.tensors:
+            shape = " x ".join(map(str, tensor["shape"]))
+            table.add_row(tensor["name"], shape, tensor["type"], size(tensor["bytes"]))
+        results.print(table)
+
+
+def size(count: int) -> str:
+    """Bytes in powers of ten, as the Hub shows them."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

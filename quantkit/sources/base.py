@@ -1,0 +1,84 @@
+"""What every place that weights come from offers, whatever its format."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from quantkit.codes import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor, known from its header: `stored_as` is the format's name for the type, `bytes` the size there."""
+
+    shape: tuple[int, ...]
+    stored_as: str
+    bytes: int
+
+
+class Source(Protocol):
+    """A model on disk, read tensor by tensor under Hugging Face names.
+
+    Attributes:
+        label: what to call the model in reports: a folder's, file's or repository's name, never a local path.
+        kind: "hf", "gguf" or "gptq".
+        path: the folder or file that is read.
+        config: the model's configuration, without any quantization.
+        dtype: dtype of the tensors that are not quantized, as published variants should keep it.
+    """
+
+    label: str
+    kind: str
+    path: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor `read` can give, by name, with its shape as `read` gives it."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, dequantized where it is stored as codes; on the CPU.
+
+        Raises:
+            SourceError: the file ends early or cannot be read.
+        """
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            SourceError: it has none that can be read.
+        """
+
+    def weight_files(self) -> Sequence[Path]:
+        """The files that hold the weights, in order."""
+
+    def config_dict(self) -> dict[str, Any]:
+        """config.json to publish a variant with: no quantization, no local path."""
+
+    def copy_companions(self, folder: Path) -> None:
+        """Write what a published folder needs beside weights and config: tokenizer, generation config, template."""
+
+
+class QuantizedSource(Source, Protocol):
+    """A source that also gives codes."""
+
+    def quantized_names(self) -> Iterable[str]:
+        """Module names of the quantized Linears."""
+
+    def read_codes(self, module: str) -> QuantizedLinear:
+        """Codes of one Linear."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

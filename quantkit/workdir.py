@@ -7,11 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import OutputError, UsageError
+
+REPORT_NAME = "quantkit.json"
+"""The file that tells a folder which quantkit finished."""
 
 
 def check_output(out: Path, source: Path, force: bool) -> None:
@@ -25,20 +28,25 @@ def check_output(out: Path, source: Path, force: bool) -> None:
         raise UsageError(f"--out {out} lies inside the source {source}; choose a folder outside it")
     if target in origin.parents:
         raise UsageError(f"--out {out} contains the source {source}; choose another folder")
-    if out.exists() and not out.is_dir():
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise UsageError(f"--out {out} is a file; name a folder")
-    if out.exists() and any(out.iterdir()) and not force:
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not force:
         raise UsageError(f"--out {out} already exists; use --force to replace it, or choose another folder")
+    if not (out / REPORT_NAME).is_file():
+        raise UsageError(f"--out {out} is not an output of quantkit (no {REPORT_NAME}); --force replaces only those")
 
 
 @contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
     """A hidden sibling of `out` to write into. On success its files are synced and it takes `out`'s place; on any
-    exception, an interrupt included, it is removed.
+    exception, an interrupt included, it is removed, and so are the folders above that were made for it.
 
     Raises:
         OutputError: the disk is full, or the place cannot be written to.
     """
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -55,24 +63,32 @@ def staged_folder(out: Path) -> Iterator[Path]:
         raise OutputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not out.exists():
+            for folder in made:
+                with suppress(OSError):  # somebody else uses it by now
+                    folder.rmdir()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write indented JSON atomically: a temporary sibling, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _replace(staging: Path, out: Path) -> None:
     if out.exists():  # rename needs an empty target: move the old one aside first, drop it last
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-        out.rename(old / out.name)
         try:
+            out.rename(old / out.name)
             staging.rename(out)
-        except OSError:
-            (old / out.name).rename(out)
+        except BaseException:  # an interrupt too must not cost the old one
+            if not out.exists():
+                (old / out.name).rename(out)
             raise
         finally:
             shutil.rmtree(old, ignore_errors=True)

@@ -58,7 +58,7 @@ def summarize(labels: list[str], scores: list[TokenScores]) -> list[ModelResult]
         kl = score.kl.double()
         difference = nll - scores[0].nll.double()
         divergence = KlDivergence(
-            float(kl.mean()), float(kl.median()), float(torch.quantile(kl, 0.99)), float(kl.max())
+            float(kl.mean()), float(torch.quantile(kl, 0.5)), float(torch.quantile(kl, 0.99)), float(kl.max())
         )
         agreement = float(score.agrees.mean())
         delta, delta_stderr = float(difference.mean()), _stderr(difference)

@@ -49,7 +49,8 @@ def evaluation_text(
         CalibrationError: text that cannot be read, or is shorter than one window.
     """
     # With overlapping windows the text is first cut at the stride, then put together again.
-    cut = spec.seq_len if spec.stride is None else spec.stride
+    # (At least 2, so that a window's own BOS leaves room for a token.)
+    cut = spec.seq_len if spec.stride is None else max(spec.stride, 2)
     matrix = _token_matrix(spec, cut, tokenizer, progress)
     tokens = matrix.tokens
     first_scored = torch.ones(tokens.shape[0], dtype=torch.int64)

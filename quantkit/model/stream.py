@@ -232,9 +232,10 @@ def _build_on_meta(source: Source) -> Any:
     config.tie_word_embeddings = False
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    factory: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            model = factory.from_config(config, dtype=torch.float32)
     except Exception as error:  # whatever a model class raises on a config it does not like
         raise SourceError(f"{source.path}: cannot build a {config.model_type} model: {first_line(error)}") from error
     return model.eval()

@@ -96,8 +96,8 @@ class SafetensorsFolder:
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX_NAME
         weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise SourceError(f"{path}: has no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise SourceError(f"{path}: has no weight_map from tensor names to file names")
         return weight_map
 
     def _check_index(self) -> None:

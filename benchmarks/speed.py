@@ -37,7 +37,9 @@ SPEC = QuantSpec(bits=4, group_size=64)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="folder for models and checkpoints")
-    parser.add_argument("--gptqmodel-python", type=Path, help="python of an environment with GPTQModel; without: skipped")
+    parser.add_argument(
+        "--gptqmodel-python", type=Path, help="python of an environment with GPTQModel; without: skipped"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)

@@ -116,7 +116,7 @@ def test_grids_on_the_way_are_fitted_to_the_weights_as_updated(act_order: str, c
     scale, zero = linear.scales.double().numpy()[:, group], linear.zeros.double().numpy()[:, group]
     factor = factorize(H, torch.from_numpy(perm), spec.damp)
     assert factor is not None
-    importance = column_importance(H, factor)
+    importance = column_importance(H, factor.damp)
     for number in range(1, linear.scales.shape[1]):
         members = perm[number * group_size : (number + 1) * group_size]
         before = perm[: number * group_size]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, MakeModel, Recorder, random_model
+from streamed import open_stream, streamed_logits
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -29,20 +30,6 @@ Run = Callable[..., None]
 CPU = torch.device("cpu")
 SPEC = QuantSpec(bits=4, group_size=32)
 STAGES = family_of("llama").stages
-
-
-def open_stream(folder: Path) -> ModelStream:
-    return ModelStream(open_source(folder), CPU, torch.float32)
-
-
-def streamed_logits(stream: ModelStream, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    with torch.inference_mode():
-        hidden = stream.embed(batches)
-        for index in range(len(stream.blocks)):
-            with stream.block(index) as block:
-                hidden = [stream.call(index, block, state) for state in hidden]
-        with stream.head() as head:
-            return [head(state) for state in hidden]
 
 
 # -- the stream ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ encoded with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,11 @@ from quantkit.errors import NumericError
 # Range of the clipping search, as a fraction of the scale at which the largest weight is just held. Above 1: the
 # grid's short side (code 2**bits - 1 is one step nearer to zero than code 0) holds it too.
 _SHRINK_LOW = {2: 0.40, 3: 0.50, 4: 0.60, 5: 0.70, 6: 0.80, 7: 0.85, 8: 0.90}
-_CANDIDATES = 24
+_CANDIDATES = 12
 _REFITS = 2
 _SMALLEST = 2.0**-24  # smallest positive float16: a group of zeros still needs a scale
 _LARGEST = 65504.0  # largest float16
-_TILE = 1 << 18  # weights searched at a time, so that the search stays in the processor's cache
+_TILE = 1 << 20  # weights searched at a time: large enough to keep every thread busy, a few MB of scratch
 
 
 _Fit = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -60,11 +60,11 @@ def fit_grid(W: torch.Tensor, importance: torch.Tensor, group_size: int, bits: i
     size = columns if group_size == -1 else min(group_size, columns)
     fit = _fit_symmetric if sym else _fit_asymmetric
     parts = []
-    # The full groups as one [out, groups, size] view, the short last group as another.
+    # The full groups as one [groups, size, out] view, the short last group as another.
     for start, stop in ((0, columns - columns % size), (columns - columns % size, columns)):
         if start < stop:
             width = size if start == 0 else stop - start
-            groups = W[:, start:stop].reshape(W.shape[0], -1, width)
+            groups = W.T[start:stop].reshape(-1, width, W.shape[0])
             parts.append(_tiled(fit, groups, importance[start:stop].reshape(-1, width), bits))
     return _grid(torch.cat([scale for scale, _ in parts], dim=1), torch.cat([zero for _, zero in parts], dim=1))
 
@@ -107,68 +107,74 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _tiled(fit: _Fit, groups: torch.Tensor, importance: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `fit` over row tiles of W as [out, groups, size]; returns scales and zeros, float32 [out, groups]."""
-    rows = max(1, _TILE // groups[0].numel())
-    tiles = [fit(tile, importance, bits) for tile in torch.split(groups, rows)]
-    return torch.cat([scale for scale, _ in tiles]), torch.cat([zero for _, zero in tiles])
+    """Run `fit` over row tiles of W as [groups, size, out]; returns scales and zeros, float32 [out, groups].
+
+    Rows lie innermost: every step is then a long contiguous loop, with a group's scale varying along it.
+    """
+    rows = max(1, _TILE // groups[..., 0].numel())
+    tiles = [fit(tile.contiguous(), importance, bits) for tile in torch.split(groups, rows, dim=2)]
+    return torch.cat([scale for scale, _ in tiles], dim=1).T, torch.cat([zero for _, zero in tiles], dim=1).T
 
 
 def _fit_symmetric(w: torch.Tensor, h: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     half = 2 ** (bits - 1)
-    peak = w.abs().amax(dim=-1) / half
-    zero = torch.full_like(peak, half)
+    peak = w.abs().amax(dim=1) / half
     fractions = torch.linspace(_SHRINK_LOW[bits], half / (half - 1), _CANDIDATES).tolist()
     fractions.append(half / (half - 0.5))  # the min-max grid itself, so that the search is never worse
-    candidates = ((peak * f * sign, zero) for f in fractions for sign in (1.0, -1.0))
-    return _search(w, h, candidates, 2**bits - 1)
+    search = _Search(w, h, 2**bits - 1)
+    for fraction in fractions:
+        search.offer(peak * fraction, half)
+        search.offer(peak * -fraction, half)
+    return search.refined()
 
 
 def _fit_asymmetric(w: torch.Tensor, h: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     top = 2**bits - 1
-    high, low = w.amax(dim=-1).clamp(min=0), w.amin(dim=-1).clamp(max=0)
-
-    def candidates() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for f in torch.linspace(_SHRINK_LOW[bits], 1.0, _CANDIDATES).tolist():
-            scale = stored((high - low) * (f / top))
-            exact = -low * f / scale
-            yield scale, torch.floor(exact).clamp(1, top)
-            yield scale, torch.ceil(exact).clamp(1, top)
-
-    return _search(w, h, candidates(), top)
+    high, low = w.amax(dim=1).clamp(min=0), w.amin(dim=1).clamp(max=0)
+    search = _Search(w, h, top)
+    for fraction in torch.linspace(_SHRINK_LOW[bits], 1.0, _CANDIDATES).tolist():
+        scale = stored((high - low) * (fraction / top))
+        exact = -low * fraction / scale
+        search.offer(scale, torch.floor(exact).clamp(1, top))
+        search.offer(scale, torch.ceil(exact).clamp(1, top))
+    return search.refined()
 
 
-def _search(
-    w: torch.Tensor, h: torch.Tensor, candidates: Iterator[tuple[torch.Tensor, torch.Tensor]], top: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The candidate of least weighted error per group, then refined by least squares on its codes.
+class _Search:
+    """The best grid offered so far, per group and row, by weighted squared error.
 
-    w [rows, groups, size], h [groups, size]; scales and zeros [rows, groups].
+    w [groups, size, rows]; h [groups, size]; scales and zeros [groups, rows]. A symmetric zero is one number.
     """
-    best_error = torch.full(w.shape[:2], torch.inf, device=w.device)
-    best_scale, best_zero = torch.zeros_like(best_error), torch.zeros_like(best_error)
 
-    def offer(scale: torch.Tensor, zero: torch.Tensor) -> None:
-        nonlocal best_error, best_scale, best_zero
+    def __init__(self, w: torch.Tensor, h: torch.Tensor, top: int) -> None:
+        self._w, self._h, self._top = w, h, top
+        self._error = torch.full((w.shape[0], w.shape[2]), torch.inf, device=w.device)
+        self._scale, self._zero = torch.zeros_like(self._error), torch.zeros_like(self._error)
+        self._steps = torch.empty_like(w)
+
+    def offer(self, scale: torch.Tensor, zero: torch.Tensor | int) -> None:
         scale = stored(scale)
-        steps = _steps(w, scale, zero, top)
-        error = steps.mul_(scale[..., None]).sub_(w).square_().mul_(h).sum(dim=-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
+        steps = self._round(scale, zero)
+        torch.addcmul(self._w, steps, scale[:, None], value=-1, out=steps).square_()
+        error = torch.bmm(self._h[:, None], steps)[:, 0]
+        better = error < self._error
+        self._error = torch.where(better, error, self._error)
+        self._scale = torch.where(better, scale, self._scale)
+        self._zero = torch.where(better, zero, self._zero)
 
-    for scale, zero in candidates:
-        offer(scale, zero)
-    for _ in range(_REFITS):
-        steps = _steps(w, best_scale, best_zero, top)
-        weighted = steps * h
-        power = (weighted * steps).sum(dim=-1)
-        refit = (weighted * w).sum(dim=-1) / power.clamp(min=1e-30)
-        offer(torch.where(power > 0, refit, best_scale), best_zero)
-    return best_scale, best_zero
+    def refined(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero of the best, its scale refined by least squares on its own codes."""
+        for _ in range(_REFITS):
+            steps = self._round(self._scale, self._zero)
+            weighted = steps * self._h[..., None]
+            power = (weighted * steps).sum(dim=1)
+            refit = (weighted * self._w).sum(dim=1) / power.clamp(min=1e-30)
+            self.offer(torch.where(power > 0, refit, self._scale), self._zero)
+        return self._scale, self._zero
 
-
-def _steps(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
-    """Signed whole steps ``q - zero`` of w on the grid, [rows, groups, size]."""
-    steps = (w * (1.0 / scale)[..., None]).round_()
-    return torch.clamp_(steps, -zero[..., None], top - zero[..., None])
+    def _round(self, scale: torch.Tensor, zero: torch.Tensor | int) -> torch.Tensor:
+        """Signed whole steps ``q - zero`` of w; overwrites what it returned before."""
+        steps = torch.mul(self._w, (1.0 / scale)[:, None], out=self._steps).round_()
+        if isinstance(zero, int):
+            return steps.clamp_(-zero, self._top - zero)
+        return torch.clamp(steps, -zero[:, None], (self._top - zero)[:, None], out=steps)

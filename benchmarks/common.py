@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit.calibration import Provenance, TokenMatrix, token_hash
+from quantkit.calibration import TokenMatrix
 from quantkit.config import QuantSpec
 from quantkit.evaluate.compare import Windows
 from quantkit.model.stream import ModelStream
@@ -55,20 +55,7 @@ def calibration_tokens(source: Source, samples: int, seq_len: int, path: Path | 
         parts.append("\n".join(filter(None, (record["instruction"], record.get("input"), record["output"]))))
     ids = _ids(source, "\n\n".join(parts), samples * seq_len)
     tokens = torch.tensor(ids).reshape(samples, seq_len)
-    provenance = Provenance(
-        dataset=path.name,
-        dataset_sha256="",
-        license=None,
-        records=(),
-        template="none",
-        bos="none",
-        seed=None,
-        seq_len=seq_len,
-        samples_asked=samples,
-        samples=samples,
-        tokens_sha256=token_hash(tokens),
-    )
-    return TokenMatrix(tokens, provenance)
+    return TokenMatrix.of(tokens, path.name)
 
 
 def evaluation_windows(source: Source, tokens: int, seq_len: int, path: Path | None = None) -> Windows:

@@ -89,7 +89,7 @@ def gptq(
     group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: whole rows.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric codes, which every fast kernel reads.")] = True,
     act_order: Annotated[Order, typer.Option(help="dynamic is written with g_idx and desc_act.")] = Order.static,
-    damp: Annotated[float, typer.Option(help="Fraction of the mean Hessian diagonal added to it.")] = 0.05,
+    damp: Annotated[float, typer.Option(help="Fraction of the mean Hessian diagonal added to it.")] = 0.1,
     calibration: Calibration = "evol-instruct-sample",
     samples: Samples = 128,
     seq_len: SeqLen = 512,

@@ -32,7 +32,7 @@ class QuantSpec(Spec):
     group_size: int = 128
     sym: bool = True
     act_order: ActOrder = "static"
-    damp: float = Field(0.05, gt=0, lt=1)
+    damp: float = Field(0.1, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _check_group_size(self) -> Self:

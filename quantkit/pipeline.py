@@ -108,7 +108,7 @@ def gptq(
     group_size: int = 128,
     sym: bool = True,
     act_order: ActOrder = "static",
-    damp: float = 0.05,
+    damp: float = 0.1,
     calibration: str | TokenMatrix = "evol-instruct-sample",
     samples: int = 128,
     seq_len: int = 512,

@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from quantkit.calibration import Provenance, TokenMatrix, token_hash
+from quantkit.calibration import TokenMatrix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 320
@@ -125,20 +125,7 @@ def token_matrix(samples: int, seq_len: int, seed: int = 0) -> TokenMatrix:
     """Random ids below `VOCABULARY`, special ones left out."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(len(SPECIAL), VOCABULARY, (samples, seq_len), generator=generator)
-    provenance = Provenance(
-        dataset="random",
-        dataset_sha256="0" * 64,
-        license=None,
-        records=(),
-        template="none",
-        bos="none",
-        seed=seed,
-        seq_len=seq_len,
-        samples_asked=samples,
-        samples=samples,
-        tokens_sha256=token_hash(tokens),
-    )
-    return TokenMatrix(tokens, provenance)
+    return TokenMatrix.of(tokens, "random")
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,32 @@ class TokenMatrix:
     tokens: torch.Tensor
     provenance: Provenance
 
+    @classmethod
+    def of(cls, tokens: torch.Tensor, name: str) -> TokenMatrix:
+        """Windows made elsewhere: int64 [samples, seq_len]. `name` says what they are; the token hash vouches for it.
+
+        Raises:
+            CalibrationError: not a matrix of token ids.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
+            raise CalibrationError(
+                f"{name}: token windows are int64 [samples, seq_len], not {tokens.dtype} {tokens.shape}"
+            )
+        provenance = Provenance(
+            dataset=name,
+            dataset_sha256="",
+            license=None,
+            records=(),
+            template="none",
+            bos="none",
+            seed=None,
+            seq_len=tokens.shape[1],
+            samples_asked=None,
+            samples=tokens.shape[0],
+            tokens_sha256=token_hash(tokens),
+        )
+        return cls(tokens.cpu(), provenance)
+
 
 def token_hash(tokens: torch.Tensor) -> str:
     """SHA-256 over the shape and then the token ids, each as little-endian int32."""

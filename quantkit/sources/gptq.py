@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.codes import PACKABLE_BITS, QuantizedLinear, unpack
 from quantkit.errors import SourceError
 from quantkit.sources.base import TensorInfo
-from quantkit.sources.hf import (
-    SafetensorsFolder,
-    copy_companions,
-    load_config,
-    load_tokenizer,
-    publishable_config,
-    read_json,
-    stored_dtype,
-)
+from quantkit.sources.hf import FolderSource, read_json, stored_dtype
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-class GptqSource:
-    """A folder in the GPTQ layout, v1 or v2, at 2, 3, 4 or 8 bits. `read` gives dequantized float16 weights."""
+class GptqSource(FolderSource):
+    """A folder in the GPTQ layout, v1 or v2, at 2, 3, 4 or 8 bits. `read` gives them dequantized."""
 
     kind = "gptq"
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
-        self.path = folder
-        self.label = label or folder.resolve().name
-        self._trust_remote_code = trust_remote_code
+        super().__init__(folder, label, trust_remote_code)
         self.quantization: dict[str, Any] = read_json(folder / "config.json")["quantization_config"]
-        self.config: PretrainedConfig = load_config(folder, trust_remote_code)
         self.bits = self._checked("bits", PACKABLE_BITS)
         self.checkpoint_format = self._checked("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
-        self.stored = SafetensorsFolder(folder)
         self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
         for module in self._modules:
@@ -102,20 +89,3 @@ class GptqSource:
         for part, shape in wanted.items():
             if shapes[part] != shape:
                 raise SourceError(f"{self.path}: {module}.{part} is {shapes[part]}, but qweight asks for {shape}")
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.path, self._trust_remote_code)
-
-    def weight_files(self) -> Sequence[Path]:
-        return self.stored.shards()
-
-    def config_dict(self) -> dict[str, Any]:
-        config = publishable_config(read_json(self.path / "config.json"))
-        return {key: value for key, value in config.items() if key != "quantization_config"}
-
-    def copy_companions(self, folder: Path) -> None:
-        copy_companions(self.path, folder)

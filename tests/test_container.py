@@ -143,7 +143,7 @@ def test_folder_holds_the_codes_in_the_layout(
         "desc_act": act_order == "dynamic",
         "static_groups": act_order == "static",
         "true_sequential": True,
-        "damp_percent": 0.05,
+        "damp_percent": 0.1,
         "lm_head": False,
         "checkpoint_format": checkpoint_format,
         "modules_in_block_to_quantize": [list(stage) for stage in family_of(family).stages],
@@ -331,7 +331,7 @@ def test_record_of_the_run(written: Path, make_model: MakeModel, tiny_tokens: To
         "group_size": 32,
         "sym": True,
         "act_order": "static",
-        "damp": 0.05,
+        "damp": 0.1,
         "format": "gptq",
     }
     weights = make_model("llama") / "model.safetensors"

@@ -26,10 +26,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
-class _Calls:
-    """Arguments of every block for one batch shape, beside the hidden states."""
+class _Capture:
+    """What one run of the model's own forward with stand-ins told: the first block's hidden states, and per block the
+    arguments beside them."""
 
-    of_block: list[Arguments] = field(default_factory=list)
+    hidden: torch.Tensor | None = None
+    arguments: list[Arguments] = field(default_factory=list)
 
 
 class ModelStream:
@@ -51,8 +53,8 @@ class ModelStream:
         self.blocks = [f"{self.family.blocks}.{i}" for i in range(len(self._block_list))]
         self._alias = self._tied_names()
         self._check_tensors()
-        self._calls: dict[torch.Size, _Calls] = {}
-        self._capturing: _Calls | None = None
+        self._arguments: dict[torch.Size, list[Arguments]] = {}
+        self._capture: _Capture | None = None
         self._last_hidden: torch.Tensor | None = None
 
     # -- a pass over the model ---------------------------------------------------------------------------------------
@@ -65,13 +67,13 @@ class ModelStream:
         hidden: list[torch.Tensor] = []
         with self._outside(leave_out=self._model.get_output_embeddings()), self._stand_ins():
             for ids in batches:
-                self._capturing = _Calls()
-                self._last_hidden = None
+                self._capture = _Capture()
                 self._base()(input_ids=ids.to(self.device), use_cache=False)
-                hidden.append(self._first_hidden)
-                self._calls.setdefault(ids.shape, self._capturing)
+                assert self._capture.hidden is not None
+                hidden.append(self._capture.hidden)
+                self._arguments.setdefault(ids.shape, self._capture.arguments)
                 advance(1)
-        self._capturing = None
+        self._capture = None
         return hidden
 
     @contextmanager
@@ -86,7 +88,7 @@ class ModelStream:
 
     def call(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run a loaded block on hidden states [batch, seq, hidden]; same shape out."""
-        args, kwargs = self._calls[hidden.shape[:2]].of_block[index]
+        args, kwargs = self._arguments[hidden.shape[:2]][index]
         output = block(hidden, *args, **kwargs)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return states
@@ -137,7 +139,7 @@ class ModelStream:
     def _outside(self, leave_out: nn.Module) -> Iterator[None]:
         """Load every parameter outside the blocks; an embedding that this end of the model does not need stays out."""
         inside = set(self._block_list.parameters())
-        skip = set() if self._alias else set(leave_out.parameters())
+        skip = set(leave_out.parameters())
         loaded = []
         for prefix, module in list(self._model.named_modules()):
             own = dict(module.named_parameters(recurse=False))
@@ -167,10 +169,10 @@ class ModelStream:
 
         def stand_in(index: int) -> Callable[..., torch.Tensor]:
             def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                if self._capturing is not None:
+                if self._capture is not None:
                     if index == 0:
-                        self._first_hidden = hidden_states
-                    self._capturing.of_block.append((args, kwargs))
+                        self._capture.hidden = hidden_states
+                    self._capture.arguments.append((args, kwargs))
                 if index == last and self._last_hidden is not None:
                     return self._last_hidden
                 return hidden_states

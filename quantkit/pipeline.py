@@ -31,7 +31,7 @@ from quantkit.evaluate.report import ModelResult, summarize
 from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
-from quantkit.quant.blockwise import LayerStatistics, linear_shapes, quantize_blocks
+from quantkit.quant.blockwise import LayerStatistics, linear_shapes, peak_bytes, quantize_blocks
 from quantkit.sources import Source, default_source, file_sha256, open_source, variant_name
 from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
 from quantkit.writers import gptq as container
@@ -173,7 +173,8 @@ def gptq(
     note_short_groups(spec.group_size, shapes, progress)
     target = _output(out, source, spec)
     check_output(target, source.path, force)
-    report = _plan(target, stream, spec, shapes, drawing)
+    tokens = calibration.tokens.numel() if isinstance(calibration, TokenMatrix) else samples * seq_len
+    report = _plan(target, stream, spec, shapes, tokens)
     if dry_run:
         return report
 
@@ -397,23 +398,19 @@ def _output(out: str | Path | None, source: Source, spec: QuantSpec) -> Path:
 
 
 def _plan(
-    out: Path, stream: ModelStream, spec: QuantSpec, shapes: dict[str, tuple[int, int]], drawing: CalibrationSpec
+    out: Path, stream: ModelStream, spec: QuantSpec, shapes: dict[str, tuple[int, int]], calibration_tokens: int
 ) -> GptqReport:
     """Sizes from headers alone."""
     tensors = container.plan(stream.source, shapes, spec)
     quantized = sum(tensor.bytes for tensor in tensors if tensor.name.rpartition(".")[0] in shapes)
     weights = sum(rows * columns for rows, columns in shapes.values())
     biases = sum(t.bytes for t in tensors if t.name.endswith(".bias") and t.name.rpartition(".")[0] in shapes)
-    item = stream.dtype.itemsize
-    block = sum(r * c for name, (r, c) in shapes.items() if name.startswith(f"{stream.blocks[0]}.")) * item
-    hessian = 4 * 4 * max(columns for _, columns in shapes.values()) ** 2
-    hidden = drawing.samples * drawing.seq_len * int(stream.source.config.hidden_size) * item
     return GptqReport(
         out=out,
         spec=spec,
         bits_per_weight=8 * (quantized - biases) / weights,
         bytes=sum(tensor.bytes for tensor in tensors),
-        memory_bytes=3 * block + hessian + 6 * hidden,
+        memory_bytes=peak_bytes(stream, calibration_tokens),
         dry_run=True,
     )
 

@@ -76,6 +76,11 @@ class ModelStream:
         self._capture = None
         return hidden
 
+    @property
+    def first_block(self) -> nn.Module:
+        """The first block as it is between uses: shapes only, on the meta device."""
+        return self._block_list[0]
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights; let go on exit."""

@@ -82,6 +82,21 @@ def quantize_blocks(
             advance(1)
 
 
+def peak_bytes(stream: ModelStream, tokens: int) -> int:
+    """Estimate of what `quantize_blocks` holds at most for so many calibration tokens, beyond torch itself.
+
+    A block and its working copies, the widest Hessian with its factor, hidden states, forwards paused between stages,
+    and the embedding while the first hidden states are made.
+    """
+    item = stream.dtype.itemsize
+    shapes = [shape for name, shape in linear_shapes(stream) if name.startswith(f"{stream.blocks[0]}.")]
+    block = 3 * item * sum(rows * columns for rows, columns in shapes)
+    hessian = 4 * 4 * max(columns for _, columns in shapes) ** 2
+    width, vocabulary = int(stream.source.config.hidden_size), int(stream.source.config.vocab_size)
+    paused = paused_bytes(stream.first_block, stream.family.stages, tokens, item)
+    return block + hessian + item * width * (tokens + vocabulary) + paused
+
+
 def _forward(
     stream: ModelStream, index: int, block: nn.Module, hidden: list[torch.Tensor]
 ) -> Callable[[int], torch.Tensor]:

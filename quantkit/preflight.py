@@ -1,0 +1,108 @@
+"""Before the work: where and how to run, and what must hold for it to be worth starting."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from quantkit.config import ComputeDtype
+from quantkit.errors import NumericError, SourceError, UsageError
+from quantkit.model.stream import ModelStream
+from quantkit.progress import SILENT, Progress
+from quantkit.sources import Source, open_source
+from quantkit.writers import gptq as container
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_stream(
+    model: str | Path, device: str, dtype: ComputeDtype, revision: str | None, trust_remote_code: bool
+) -> ModelStream:
+    """Open a model for running on a device in a dtype.
+
+    Raises:
+        UsageError: a device that is not there, or float16 arithmetic on a CPU.
+    """
+    source = open_source(model, revision, trust_remote_code)
+    place = resolve_device(device)
+    if dtype == "float16" and place.type == "cpu":
+        raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
+    if dtype != "auto":
+        return ModelStream(source, place, _DTYPES[dtype])
+    return ModelStream(source, place, torch.float32 if place.type == "cpu" else source.dtype)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a --device value. Raises UsageError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: not a device to run on; use auto, cpu, cuda or cuda:N")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this machine's torch sees no CUDA GPU; use --device cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+    return place
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that paused forwards may hold: half of a GPU's free memory, a quarter of a machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of "500MB", "5GB" (powers of ten, as the Hub counts) or a number. Raises UsageError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    text = str(size).strip().upper()
+    number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        value = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise UsageError(f"--max-shard-size {size}: give a size such as 5GB or 500MB")
+    return value
+
+
+def note_short_groups(group_size: int, shapes: dict[str, tuple[int, int]], progress: Progress) -> None:
+    """Say which input widths the group size does not divide, and the largest group that fits all."""
+    widths = sorted({columns for _, columns in shapes.values()})
+    short = [str(width) for width in widths if group_size != -1 and width % group_size]
+    if short:
+        fits = [g for g in container.GROUP_SIZES if g <= group_size and all(width % g == 0 for width in widths)]
+        advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them all"
+        progress.note(f"widths {', '.join(short)} are no multiple of {group_size}: their last group is short; {advice}")
+
+
+def check_tokens(tokens: torch.Tensor, source: Source) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    vocabulary = int(source.config.vocab_size)
+    if int(tokens.max()) >= vocabulary:
+        raise SourceError(
+            f"{source.label}: its tokenizer gives id {int(tokens.max())}, but the model embeds only {vocabulary} ids"
+        )
+
+
+def check_finite(stream: ModelStream, shapes: Mapping[str, tuple[int, int]], progress: Progress = SILENT) -> None:
+    """Read every weight once, before the work.
+
+    Raises:
+        NumericError: names a tensor that holds NaN or infinity, or that is to be kept and cannot be in its dtype.
+    """
+    names = stream.parameter_names()
+    with progress.phase("checking weights", len(names)) as advance:
+        for name in names:
+            if not bool(torch.isfinite(stream.source.read(name)).all()):
+                raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
+            if name.removesuffix(".weight") not in shapes:
+                container.kept_tensor(stream.source, name, stream.source.tensors[name].stored_as)
+            advance(1)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__, console
+from quantkit.config import HELDOUT
 from quantkit.errors import QuantkitError
 
 app = typer.Typer(
@@ -19,8 +20,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_HELDOUT = "evol-instruct-sample:heldout"
 
 
 class Order(StrEnum):
@@ -100,7 +99,7 @@ def gptq(
     format: Annotated[Format, typer.Option(help="Checkpoint format: v1 or v2 zeros.")] = Format.gptq,
     max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare with the source once written.")] = True,
-    text: Text = _HELDOUT,
+    text: Text = HELDOUT,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; say what would be written.")] = False,
@@ -144,7 +143,7 @@ def gptq(
 def perplexity(
     models: Models,
     against: Annotated[str | None, typer.Option(help="Reference model to compare with.", show_default=False)] = None,
-    text: Text = _HELDOUT,
+    text: Text = HELDOUT,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a window; default 2048 for wikitext2, else 512.", show_default=False)
     ] = None,

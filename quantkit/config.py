@@ -15,6 +15,9 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 S = TypeVar("S", bound="Spec")
 
+HELDOUT = "evol-instruct-sample:heldout"
+"""The text that variants are compared on unless another is named."""
+
 
 class Spec(BaseModel):
     """Base of all specs: immutable, closed, written to and read from JSON."""
@@ -56,7 +59,7 @@ class CalibrationSpec(Spec):
 class EvaluationSpec(Spec):
     """Which text perplexity is taken over. `stride` None: windows do not overlap."""
 
-    text: str = "evol-instruct-sample:heldout"
+    text: str = HELDOUT
     seq_len: int = Field(512, ge=8)
     stride: int | None = Field(None, ge=1)
     template: TemplateName = "auto"

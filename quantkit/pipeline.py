@@ -15,6 +15,7 @@ import transformers
 from quantkit import __version__
 from quantkit.calibration import TokenMatrix, draw, load_dataset
 from quantkit.config import (
+    HELDOUT,
     ActOrder,
     CalibrationSpec,
     CheckpointFormat,
@@ -43,8 +44,6 @@ from quantkit.sources import Source, default_source, file_sha256, open_source, v
 from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
 from quantkit.writers import gptq as container
 from quantkit.writers.table import write_layer_table
-
-HELDOUT = "evol-instruct-sample:heldout"
 
 
 @dataclass(frozen=True)

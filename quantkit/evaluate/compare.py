@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from quantkit.errors import NumericError
 from quantkit.model.stream import ModelStream
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Advance, Progress
 
 _CHUNK = 256  # positions whose logits are held at a time
 _BATCH_TOKENS = 2048
@@ -71,7 +70,7 @@ def _score_heads(
     batches: list[torch.Tensor],
     first_scored: tuple[torch.Tensor, ...],
     against: bool,
-    advance: Any,
+    advance: Advance,
 ) -> list[TokenScores]:
     kept: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in models]
     with ExitStack() as stack:

@@ -128,9 +128,9 @@ class ModelStream:
             raise NumericError(f"{name}: not finite in float16; use --dtype float32 or bfloat16")
         return cast
 
-    def parameter_names(self, prefix: str = "") -> list[str]:
-        """Names of the parameters below `prefix` that the source must hold."""
-        return [n for n, _ in self._model.named_parameters() if n.startswith(prefix) and n not in self._alias]
+    def parameter_names(self) -> list[str]:
+        """Names of the parameters that the source must hold."""
+        return [name for name, _ in self._model.named_parameters() if name not in self._alias]
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         names = [name for name, _ in module.named_parameters()]

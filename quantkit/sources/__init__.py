@@ -8,13 +8,12 @@ from pathlib import Path
 
 from quantkit.errors import SourceError, UsageError
 from quantkit.sources import hub
-from quantkit.sources.base import QuantizedSource, Source, TensorInfo, file_sha256
+from quantkit.sources.base import Source, TensorInfo, file_sha256
 from quantkit.sources.gguf import MAGIC, GgufSource
 from quantkit.sources.gptq import GptqSource
 from quantkit.sources.hf import HfSource, read_json
 
 __all__ = [
-    "QuantizedSource",
     "Source",
     "TensorInfo",
     "default_source",

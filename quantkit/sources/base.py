@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-from quantkit.codes import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,6 @@ class Source(Protocol):
 
     def copy_companions(self, folder: Path) -> None:
         """Write what a published folder needs beside weights and config: tokenizer, generation config, template."""
-
-
-class QuantizedSource(Source, Protocol):
-    """A source that also gives codes."""
-
-    def quantized_names(self) -> Iterable[str]:
-        """Module names of the quantized Linears."""
-
-    def read_codes(self, module: str) -> QuantizedLinear:
-        """Codes of one Linear."""
 
 
 def file_sha256(path: Path) -> str:

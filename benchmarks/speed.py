@@ -28,7 +28,6 @@ import torch
 import quantkit
 from quantkit.config import QuantSpec
 from quantkit.model.stream import ModelStream
-from quantkit.quant.blockwise import linear_shapes
 from quantkit.sources import open_source
 
 SPEC = QuantSpec(bits=4, group_size=64)
@@ -109,14 +108,14 @@ def _round(args: argparse.Namespace, model: Path, operations: float) -> dict[str
 def floor_operations(model: Path, samples: int, seq_len: int) -> float:
     """Floating-point operations of one forward (Linears and causal attention) and of one Hessian per stage."""
     stream = ModelStream(open_source(model), torch.device("cpu"), torch.float32)
-    shapes = dict(linear_shapes(stream))
+    shapes = dict(stream.linears())
     tokens = samples * seq_len
     forward = 2.0 * tokens * sum(rows * columns for rows, columns in shapes.values())
     attention_width = shapes[f"{stream.blocks[0]}.self_attn.o_proj"][1]
     # Scores and weighted values, 2 operations each a pair; a causal query sees half of the window on average.
     forward += len(stream.blocks) * 2 * 2.0 * tokens * (seq_len / 2) * attention_width
     hessians = 0.0
-    for stage in stream.family.stages:
+    for stage in stream.known_stages()[0]:
         columns = shapes[f"{stream.blocks[0]}.{stage[0]}"][1]
         hessians += len(stream.blocks) * tokens * float(columns) ** 2  # 2 operations, half of a symmetric matrix
     return forward + hessians
@@ -136,7 +135,7 @@ def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
 def memory_parts(model: Path, samples: int, seq_len: int) -> dict[str, int]:
     """Bytes of what the method cannot do without, at float32."""
     stream = ModelStream(open_source(model), torch.device("cpu"), torch.float32)
-    shapes = dict(linear_shapes(stream))
+    shapes = dict(stream.linears())
     block = sum(rows * columns for name, (rows, columns) in shapes.items() if name.startswith(f"{stream.blocks[0]}."))
     widest = max(columns for _, columns in shapes.values())
     return {

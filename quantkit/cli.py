@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__, console
-from quantkit.config import HELDOUT
+from quantkit.config import HELDOUT, parse_override
 from quantkit.errors import QuantkitError
 
 app = typer.Typer(
@@ -60,7 +60,10 @@ Models = Annotated[
 ]
 Calibration = Annotated[
     str,
-    typer.Option(help="Data set: a name, a file (JSON, JSON lines, Parquet, text) or a Hub id (owner/name[:file])."),
+    typer.Option(
+        help="Data set: a name, NAME:FILE for a local copy of it, a file (JSON, JSON lines, Parquet, text) or a Hub id "
+        "(owner/name[@revision][:file]); several by weight as A:0.7,B:0.3."
+    ),
 ]
 Samples = Annotated[int, typer.Option(help="Calibration windows to draw.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a window.")]
@@ -70,7 +73,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Of the arithmetic; auto: float32 on a CPU, the model's own on a GPU.")
 ]
-Text = Annotated[str, typer.Option(help="Evaluation text: a data set name, wikitext2, wikitext2:FILE, or a file.")]
+Text = Annotated[
+    str, typer.Option(help="Evaluation text: a data set name, wikitext2 (its test split), wikitext2:FILE, or a file.")
+]
+Evaluate = Annotated[
+    bool,
+    typer.Option("--eval/--no-eval", help="Compare with the source on --text, whose records are not calibrated on."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -89,6 +98,22 @@ def gptq(
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric codes, which every fast kernel reads.")] = True,
     act_order: Annotated[Order, typer.Option(help="dynamic is written with g_idx and desc_act.")] = Order.static,
     damp: Annotated[float, typer.Option(help="Fraction of the mean Hessian diagonal added to it.")] = 0.1,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Quantize only modules that match, such as '*.mlp.*'; may be repeated.", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave modules that match as they are; may be repeated.", show_default=False),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other bits, group_size or sym for modules that match: '*.down_proj=bits:8,group_size:32'; "
+            "may be repeated, the first that matches counts.",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Calibration = "evol-instruct-sample",
     samples: Samples = 128,
     seq_len: SeqLen = 512,
@@ -98,7 +123,10 @@ def gptq(
     dtype: DtypeOption = Dtype.auto,
     format: Annotated[Format, typer.Option(help="Checkpoint format: v1 or v2 zeros.")] = Format.gptq,
     max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
-    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare with the source once written.")] = True,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Store a tied output embedding once more, as AutoGPTQ needs it.")
+    ] = False,
+    evaluate: Evaluate = True,
     text: Text = HELDOUT,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -119,6 +147,9 @@ def gptq(
         sym=sym,
         act_order=act_order.value,
         damp=damp,
+        include=include,
+        exclude=exclude,
+        override={pattern: fields.changes() for pattern, fields in map(parse_override, override or ())},
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
@@ -128,6 +159,7 @@ def gptq(
         dtype=dtype.value,
         format=format.value,
         max_shard_size=max_shard_size,
+        untie=untie,
         evaluate=evaluate,
         text=text,
         revision=revision,
@@ -186,6 +218,8 @@ def samples(
     seq_len: SeqLen = 512,
     template: TemplateOption = Template.auto,
     seed: Seed = 0,
+    evaluate: Evaluate = True,
+    text: Text = HELDOUT,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     show: Annotated[int, typer.Option(help="Windows to print.")] = 1,
@@ -203,6 +237,8 @@ def samples(
         seq_len=seq_len,
         template=template.value,
         seed=seed,
+        evaluate=evaluate,
+        text=text,
         revision=revision,
         trust_remote_code=trust_remote_code,
         progress=console.Bars(quiet),

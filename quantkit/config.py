@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,10 +26,31 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Override(Spec):
+    """What some Linears have otherwise than the rest; None leaves it as it is."""
+
+    bits: int | None = Field(None, ge=2, le=8)
+    group_size: int | None = None
+    sym: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_not_empty(self) -> Self:
+        if not self.changes():
+            raise ValueError("an override needs bits, group_size or sym")
+        return self
+
+    def changes(self) -> dict[str, Any]:
+        """The fields that are given."""
+        return self.model_dump(exclude_none=True)
+
+
 class QuantSpec(Spec):
     """How weights become codes.
 
     `damp` is the fraction of the mean Hessian diagonal that is added to the diagonal (GPTQ, section 3.3).
+    `include`, `exclude` and the first parts of `overrides` are patterns of whole module names, in which ``*`` stands for
+    any characters and ``?`` for one. A Linear is quantized if it matches an `include` pattern (or there is none) and
+    no `exclude` pattern; the first override that matches applies.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -36,6 +58,9 @@ class QuantSpec(Spec):
     sym: bool = True
     act_order: ActOrder = "static"
     damp: float = Field(0.1, gt=0, lt=1)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Override], ...] = ()
 
     @model_validator(mode="after")
     def _check_group_size(self) -> Self:
@@ -45,9 +70,41 @@ class QuantSpec(Spec):
             )
         return self
 
+    def of(self, module: str) -> QuantSpec | None:
+        """What the Linear `module` is quantized to; None: it stays as it is."""
+        if self.include and not any(matches(pattern, module) for pattern in self.include):
+            return None
+        if any(matches(pattern, module) for pattern in self.exclude):
+            return None
+        changes = next((o.changes() for pattern, o in self.overrides if matches(pattern, module)), {})
+        plain = self.model_dump(exclude={"include", "exclude", "overrides"})
+        return make(QuantSpec, **{**plain, **changes})
+
+
+def pattern_regex(pattern: str) -> str:
+    """The regular expression that a module pattern stands for, without anchors."""
+    return re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a module pattern fits the whole of a module's name."""
+    return re.fullmatch(pattern_regex(pattern), module) is not None
+
+
+def parse_override(text: str) -> tuple[str, Override]:
+    """``PATTERN=bits:8,group_size:32,sym:false`` as (pattern, override). Raises UsageError."""
+    pattern, given, fields = text.rpartition("=")
+    pairs = [field.partition(":") for field in fields.split(",")]
+    if not (given and pattern and all(key and colon and value for key, colon, value in pairs)):
+        raise UsageError(f"--override {text}: write PATTERN=bits:8,group_size:32")
+    return pattern, make(Override, **{key.strip(): value.strip() for key, _, value in pairs})
+
 
 class CalibrationSpec(Spec):
-    """Which text the Hessians are taken over: `samples` windows of `seq_len` tokens."""
+    """Which text the Hessians are taken over: `samples` windows of `seq_len` tokens.
+
+    `data` is a data set, or several by weight; `calibration.parse_mixture` has the grammar.
+    """
 
     data: str = "evol-instruct-sample"
     samples: int = Field(128, ge=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 from quantkit import __version__
-from quantkit.calibration import TokenMatrix, draw, load_dataset
+from quantkit.calibration import TokenMatrix, draw, load_calibration
 from quantkit.config import (
     HELDOUT,
     ActOrder,
@@ -21,6 +22,7 @@ from quantkit.config import (
     CheckpointFormat,
     ComputeDtype,
     EvaluationSpec,
+    Override,
     QuantSpec,
     TemplateName,
     make,
@@ -28,18 +30,20 @@ from quantkit.config import (
 from quantkit.errors import OutputError, QuantkitError, UsageError
 from quantkit.evaluate.compare import score
 from quantkit.evaluate.report import ModelResult, summarize
-from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text
+from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text, text_index
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import (
     check_finite,
     check_tokens,
     memory_budget,
-    note_short_groups,
+    note_plan,
     open_stream,
     parse_size,
+    warn_starved_experts,
 )
 from quantkit.progress import SILENT, Progress
-from quantkit.quant.blockwise import LayerStatistics, linear_shapes, peak_bytes, quantize_blocks
+from quantkit.quant.blockwise import LayerStatistics, peak_bytes, quantize_blocks
+from quantkit.quant.plan import Plan, modules_in_block, plan_linears
 from quantkit.sources import Source, default_source, file_sha256, open_source, variant_name
 from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
 from quantkit.writers import gptq as container
@@ -114,6 +118,9 @@ def gptq(
     sym: bool = True,
     act_order: ActOrder = "static",
     damp: float = 0.1,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    override: Mapping[str, Mapping[str, Any]] | None = None,
     calibration: str | TokenMatrix = "evol-instruct-sample",
     samples: int = 128,
     seq_len: int = 512,
@@ -123,6 +130,7 @@ def gptq(
     dtype: ComputeDtype = "auto",
     format: CheckpointFormat = "gptq",
     max_shard_size: str | int = "5GB",
+    untie: bool = False,
     evaluate: bool = True,
     text: str = HELDOUT,
     revision: str | None = None,
@@ -142,7 +150,10 @@ def gptq(
         act_order: "static" (columns in falling Hessian order, groups contiguous), "dynamic" (groups follow that order;
             written with desc_act) or "off".
         damp: fraction of the mean Hessian diagonal added to it.
-        calibration: data set name, file or Hub data set; or windows made beforehand.
+        include, exclude: patterns of module names, such as ``*.down_proj``; what is left out stays as it is.
+        override: pattern -> bits, group_size or sym of the modules it matches; the first that matches counts.
+        calibration: data set name, file or Hub data set, or several by weight (`calibration.parse_mixture` has the
+            grammar), without the records that also occur in `text` where that is evaluated; or windows made beforehand.
         samples, seq_len: windows and tokens a window to draw.
         template: prompt template that records are rendered with.
         seed: decides which records are drawn.
@@ -150,6 +161,7 @@ def gptq(
         dtype: of the arithmetic; "auto" is float32 on a CPU, the model's own on a GPU.
         format: "gptq" (v1) or "gptq_v2".
         max_shard_size: of a weight file, such as "5GB", or bytes.
+        untie: store a tied output embedding once more, for readers that look for it (AutoGPTQ).
         evaluate: compare with the source on `text` once written.
         text: as in `perplexity`.
         revision: of a Hub id.
@@ -163,7 +175,12 @@ def gptq(
         QuantkitError: the model, the data or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
-    spec = make(QuantSpec, bits=bits, group_size=group_size, sym=sym, act_order=act_order, damp=damp)
+    spec = make(
+        QuantSpec,
+        **{"bits": bits, "group_size": group_size, "sym": sym, "act_order": act_order, "damp": damp},
+        **{"include": tuple(include or ()), "exclude": tuple(exclude or ())},
+        overrides=tuple((pattern, make(Override, **fields)) for pattern, fields in (override or {}).items()),
+    )
     drawing = make(
         CalibrationSpec,
         **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
@@ -171,37 +188,40 @@ def gptq(
     )
     judging = make(EvaluationSpec, text=text, seq_len=default_seq_len(text), template=template)
     shard_bytes = parse_size(max_shard_size)
-    stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code)
+    stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code, untie)
     source = stream.source
-    shapes = dict(linear_shapes(stream))
-    container.check(spec, shapes)
-    note_short_groups(spec.group_size, shapes, progress)
+    plan = plan_linears(stream, spec)
+    container.check(plan)
+    note_plan(stream, plan, progress)
     target = _output(out, source, spec)
     check_output(target, source.path, force)
     tokens = calibration.tokens.numel() if isinstance(calibration, TokenMatrix) else samples * seq_len
-    report = _plan(target, stream, spec, shapes, tokens)
+    report = _sizes(target, stream, spec, plan, tokens)
     if dry_run:
         return report
 
     if isinstance(calibration, TokenMatrix):
         matrix = calibration
     else:
-        matrix = draw(load_dataset(drawing.data, progress), drawing, source.tokenizer(), progress)
+        judged = text_index(text) if evaluate else None
+        matrix = draw(load_calibration(drawing.data, progress), drawing, source.tokenizer(), progress, judged)
     check_tokens(matrix.tokens, source)
-    check_finite(stream, shapes, progress)
+    check_finite(stream, plan, progress)
+    quantization = container.quantization_config(spec, format, modules_in_block(stream, plan))
     layers: list[LayerStatistics] = []
     with staged_folder(target) as folder:
-        with container.GptqWriter(folder, source, shapes, spec, format, shard_bytes) as writer:
+        with container.GptqWriter(folder, source, stream.weights, plan, quantization, shard_bytes) as writer:
 
             def keep(name: str, linear: Any, statistics: LayerStatistics) -> None:
                 writer.add_linear(name, linear)
                 layers.append(statistics)
 
-            quantize_blocks(stream, matrix.tokens, spec, keep, memory_budget(stream.device), progress)
+            quantize_blocks(stream, matrix.tokens, plan, keep, memory_budget(stream.device), progress)
             with progress.phase("writing", 1) as advance:
                 writer.add_others()
-                writer.finish(stream.family.stages)
+                writer.finish()
                 advance(1)
+        warn_starved_experts(layers, plan, matrix.tokens, progress)
         write_layer_table(folder / "quant_log.csv", layers)
         record = _record(source, spec, format, matrix, layers)
         write_json(folder / REPORT_NAME, record)
@@ -274,6 +294,8 @@ def samples(
     seq_len: int = 512,
     template: TemplateName = "auto",
     seed: int = 0,
+    evaluate: bool = True,
+    text: str = HELDOUT,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
@@ -281,12 +303,14 @@ def samples(
     """Draw the windows that `gptq` would calibrate on, with the same arguments, and decode them.
 
     Raises:
+        UsageError: nothing has the name, or a mixture is wrongly written.
         CalibrationError: data that cannot be read or is too short.
     """
     spec = make(CalibrationSpec, data=calibration, samples=samples, seq_len=seq_len, template=template, seed=seed)
     source = open_source(_model_or_default(model, progress), revision, trust_remote_code)
     tokenizer = source.tokenizer()
-    matrix = draw(load_dataset(spec.data, progress), spec, tokenizer, progress)
+    judged = text_index(text) if evaluate else None
+    matrix = draw(load_calibration(spec.data, progress), spec, tokenizer, progress, judged)
     return SamplesReport(matrix, [str(tokenizer.decode(row)) for row in matrix.tokens.tolist()])
 
 
@@ -312,20 +336,18 @@ def _output(out: str | Path | None, source: Source, spec: QuantSpec) -> Path:
     return Path.cwd() / f"{variant_name(source.label)}-GPTQ-{spec.bits}bit-{group}{order}"
 
 
-def _plan(
-    out: Path, stream: ModelStream, spec: QuantSpec, shapes: dict[str, tuple[int, int]], calibration_tokens: int
-) -> GptqReport:
+def _sizes(out: Path, stream: ModelStream, spec: QuantSpec, plan: Plan, calibration_tokens: int) -> GptqReport:
     """Sizes from headers alone."""
-    tensors = container.plan(stream.source, shapes, spec)
-    quantized = sum(tensor.bytes for tensor in tensors if tensor.name.rpartition(".")[0] in shapes)
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    biases = sum(t.bytes for t in tensors if t.name.endswith(".bias") and t.name.rpartition(".")[0] in shapes)
+    tensors = container.plan(stream.source, stream.weights, plan)
+    quantized = sum(tensor.bytes for tensor in tensors if tensor.name.rpartition(".")[0] in plan)
+    weights = sum(rows * columns for rows, columns in (linear.shape for linear in plan.values()))
+    biases = sum(t.bytes for t in tensors if t.name.endswith(".bias") and t.name.rpartition(".")[0] in plan)
     return GptqReport(
         out=out,
         spec=spec,
         bits_per_weight=8 * (quantized - biases) / weights,
         bytes=sum(tensor.bytes for tensor in tensors),
-        memory_bytes=peak_bytes(stream, calibration_tokens),
+        memory_bytes=peak_bytes(stream, plan, calibration_tokens),
         dry_run=True,
     )
 

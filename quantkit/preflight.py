@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from quantkit.config import ComputeDtype
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
+from quantkit.quant.blockwise import LayerStatistics
+from quantkit.quant.plan import Plan
 from quantkit.sources import Source, open_source
 from quantkit.writers import gptq as container
 
@@ -19,7 +22,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def open_stream(
-    model: str | Path, device: str, dtype: ComputeDtype, revision: str | None, trust_remote_code: bool
+    model: str | Path,
+    device: str,
+    dtype: ComputeDtype,
+    revision: str | None,
+    trust_remote_code: bool,
+    untie: bool = False,
 ) -> ModelStream:
     """Open a model for running on a device in a dtype.
 
@@ -31,8 +39,8 @@ def open_stream(
     if dtype == "float16" and place.type == "cpu":
         raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
     if dtype != "auto":
-        return ModelStream(source, place, _DTYPES[dtype])
-    return ModelStream(source, place, torch.float32 if place.type == "cpu" else source.dtype)
+        return ModelStream(source, place, _DTYPES[dtype], untie)
+    return ModelStream(source, place, torch.float32 if place.type == "cpu" else source.dtype, untie)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -73,36 +81,80 @@ def parse_size(size: str | int) -> int:
     return value
 
 
-def note_short_groups(group_size: int, shapes: dict[str, tuple[int, int]], progress: Progress) -> None:
-    """Say which input widths the group size does not divide, and the largest group that fits all."""
-    widths = sorted({columns for _, columns in shapes.values()})
-    short = [str(width) for width in widths if group_size != -1 and width % group_size]
-    if short:
-        fits = [g for g in container.GROUP_SIZES if g <= group_size and all(width % g == 0 for width in widths)]
-        advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them all"
-        progress.note(f"widths {', '.join(short)} are no multiple of {group_size}: their last group is short; {advice}")
+def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
+    """Say what a user may not expect of what will be quantized."""
+    if stream.discovered:
+        progress.note(
+            f"architecture {stream.source.config.model_type} is not in the table: its decoder blocks were found at "
+            f"{stream.family.blocks}, and what its Linears read is found by watching a forward (routers, and Linears "
+            "with a side that is no multiple of 32, stay as they are)"
+        )
+    left = sum(1 for _ in stream.linears()) - len(plan)
+    if left:
+        progress.note(f"{left} Linears stay as they are")
+    if _parts_fused_layers(stream, plan):
+        progress.note(
+            "some Linears that read the same input differ in precision: vLLM and SGLang fuse q, k and v, and gate and "
+            "up, and need one precision for each"
+        )
+    sizes = sorted({linear.spec.group_size for linear in plan.values()} - {-1})
+    for size in sizes:
+        widths = sorted({linear.shape[1] for linear in plan.values() if linear.spec.group_size == size})
+        short = [str(width) for width in widths if width % size]
+        if short:
+            fits = [g for g in container.GROUP_SIZES if g <= size and all(width % g == 0 for width in widths)]
+            advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them"
+            progress.note(f"widths {', '.join(short)} are no multiple of {size}: their last group is short; {advice}")
+
+
+def _parts_fused_layers(stream: ModelStream, plan: Plan) -> bool:
+    """Whether a stage mixes precisions, or quantized Linears with others."""
+    for index, stages in enumerate(stream.known_stages()):
+        for stage in stages:
+            planned = [plan.get(stream.published(index, name)) for name in stage]
+            if len({None if linear is None else linear.spec for linear in planned}) > 1:
+                return True
+    return False
+
+
+def warn_starved_experts(
+    layers: Sequence[LayerStatistics], plan: Plan, tokens: torch.Tensor, progress: Progress
+) -> None:
+    """Warn of Linears that saw fewer tokens than they have inputs, which only experts do when others saw enough."""
+    whole = tokens.numel()
+    starved = [layer for layer in layers if layer.tokens < min(plan[layer.name].shape[1], whole)]
+    if not starved:
+        return
+    least = min(starved, key=lambda layer: layer.tokens)
+    experts = {layer.name.rpartition(".")[0] for layer in starved}
+    wanted = max(plan[layer.name].shape[1] / max(layer.tokens, 1) for layer in starved)
+    samples = math.ceil(min(wanted, 64) * tokens.shape[0])
+    progress.warn(
+        f"{len(experts)} experts saw fewer calibration tokens than they have inputs, so their codes are little better "
+        f"than rounded (least: {least.name}, {least.tokens} tokens); use about --samples {samples}, "
+        "or text of more kinds: --calibration A:0.5,B:0.5"
+    )
 
 
 def check_tokens(tokens: torch.Tensor, source: Source) -> None:
     """Refuse token ids that the model has no embedding for."""
-    vocabulary = int(source.config.vocab_size)
+    vocabulary = int(source.config.get_text_config().vocab_size)
     if int(tokens.max()) >= vocabulary:
         raise SourceError(
             f"{source.label}: its tokenizer gives id {int(tokens.max())}, but the model embeds only {vocabulary} ids"
         )
 
 
-def check_finite(stream: ModelStream, shapes: Mapping[str, tuple[int, int]], progress: Progress = SILENT) -> None:
+def check_finite(stream: ModelStream, plan: Plan, progress: Progress = SILENT) -> None:
     """Read every weight once, before the work.
 
     Raises:
         NumericError: names a tensor that holds NaN or infinity, or that is to be kept and cannot be in its dtype.
     """
-    names = stream.parameter_names()
-    with progress.phase("checking weights", len(names)) as advance:
-        for name in names:
-            if not bool(torch.isfinite(stream.source.read(name)).all()):
+    with progress.phase("checking weights", len(stream.weights.tensors)) as advance:
+        for name in stream.weights.tensors:
+            if not bool(torch.isfinite(stream.weights.read(name)).all()):
                 raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
-            if name.removesuffix(".weight") not in shapes:
-                container.kept_tensor(stream.source, name, stream.source.tensors[name].stored_as)
+            if name.removesuffix(".weight") not in plan:
+                container.kept_tensor(stream.source, stream.weights, name)
             advance(1)

@@ -17,7 +17,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from quantkit.calibration import TokenMatrix
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 320
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>")
 CHAT_TEMPLATE = (
@@ -26,6 +25,7 @@ CHAT_TEMPLATE = (
 )
 # Heads and blocks are few and widths small, but not so regular that an index mistaken for another goes unseen:
 # 64 and 96 are different widths, and 96 has a short last group at 64 and 128.
+_HYBRID = ["sliding_attention", "full_attention"]
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -35,6 +35,34 @@ SIZES: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 256,
 }
+
+# What a family's config needs besides; None takes a size away that its config does not have.
+FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    "falcon": {"head_dim": None, "ffn_hidden_size": 96},
+    "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 16, "layer_types": _HYBRID},
+    "gpt2": {"n_inner": 96},
+    "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "llama": {},
+    "mistral": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": True},
+    "phi3": {},
+    "qwen2": {},
+    "qwen3": {},
+    # Block 0 has no experts, block 1 has.
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "mlp_only_layers": [0],
+    },
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "starcoder2": {"sliding_window": 16},
+}
+FAMILIES = tuple(FAMILY_SIZES)
+EXPERTS = ("mixtral", "olmoe", "qwen3_moe")
 
 MakeModel = Callable[..., Path]
 
@@ -72,7 +100,11 @@ def random_model(family: str, *, tied: bool, dtype: torch.dtype, seed: int, **co
         bos_token_id=SPECIAL.index("<|im_start|>"),
         eos_token_id=SPECIAL.index("<|im_end|>"),
         pad_token_id=SPECIAL.index("<pad>"),
-        **{**SIZES, **config},
+        **{
+            key: value
+            for key, value in {**SIZES, **FAMILY_SIZES.get(family, {}), **config}.items()
+            if value is not None
+        },
     )
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -80,9 +112,10 @@ def random_model(family: str, *, tied: bool, dtype: torch.dtype, seed: int, **co
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
-                parameter.copy_(0.1 * noise + ("norm" in name))
+                parameter.copy_(0.1 * noise + name.endswith("weight"))
             else:
-                parameter.copy_((0.3 if "embed" in name or "lm_head" in name else 0.08) * noise)
+                is_embedding = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
+                parameter.copy_((0.3 if is_embedding else 0.08) * noise)
     return model.to(dtype)
 
 

@@ -6,12 +6,25 @@ from pathlib import Path
 
 import torch
 
+from quantkit.config import CheckpointFormat, QuantSpec
 from quantkit.model.stream import ModelStream
+from quantkit.quant.plan import Plan, modules_in_block, plan_linears
 from quantkit.sources import open_source
+from quantkit.writers.gptq import GptqWriter, quantization_config
 
 
 def open_stream(folder: Path) -> ModelStream:
     return ModelStream(open_source(folder), torch.device("cpu"), torch.float32)
+
+
+def open_writer(
+    out: Path, model: Path, spec: QuantSpec, checkpoint_format: CheckpointFormat = "gptq"
+) -> tuple[GptqWriter, Plan]:
+    """A writer into the folder `out` for all Linears of a model, and what it expects."""
+    stream = open_stream(model)
+    plan = plan_linears(stream, spec)
+    quantization = quantization_config(spec, checkpoint_format, modules_in_block(stream, plan))
+    return GptqWriter(out, stream.source, stream.weights, plan, quantization, 10**9), plan
 
 
 def streamed_logits(stream: ModelStream, batches: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -20,7 +33,7 @@ def streamed_logits(stream: ModelStream, batches: list[torch.Tensor]) -> list[to
         hidden = stream.embed(batches)
         for index in range(len(stream.blocks)):
             with stream.block(index) as block:
-                hidden = [stream.call(index, block, state) for state in hidden]
+                hidden = [stream.call(index, block, i, state) for i, state in enumerate(hidden)]
         with stream.head() as head:
             return [head(state) for state in hidden]
 

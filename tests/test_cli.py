@@ -38,7 +38,7 @@ GPTQ_KEYS = {
     "evaluation",
     "seconds",
 }
-LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "seconds"}
+LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds"}
 PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results"}
 RESULT_KEYS = {
     "model",
@@ -68,7 +68,9 @@ class Desk:
         self._capsys = capsys
         records = [{"id": f"r{i}", "instruction": TEXT[i:], "output": TEXT * 2} for i in range(12)]
         (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        (folder / "text.txt").write_text(TEXT * 40, encoding="utf-8")
+        other = " ".join(reversed(TEXT.split())) + " "  # no record occurs in it
+        (folder / "text.txt").write_text(other * 40, encoding="utf-8")
+        (folder / "same.txt").write_text(TEXT * 40, encoding="utf-8")
 
     def run(self, *arguments: str | Path) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
@@ -364,6 +366,17 @@ def test_the_install_hint_has_the_pinned_version(desk: Desk, monkeypatch: pytest
 
 
 # -- perplexity ----------------------------------------------------------------------------------------------------
+
+
+def test_samples_leaves_out_what_the_run_would_be_judged_on(desk: Desk, make_model: MakeModel) -> None:
+    options = ["--calibration", "data.jsonl", "--samples", "4", "--seq-len", "32", "--quiet", "--json"]
+    code, _, err = desk.run("samples", make_model("llama"), *options, "--text", "same.txt")
+    assert code == 1
+    assert "also in the evaluation text" in err
+    assert desk.json(desk.run("samples", make_model("llama"), *options, "--text", "text.txt"))["dropped"] == 0
+    assert (
+        desk.json(desk.run("samples", make_model("llama"), *options, "--text", "same.txt", "--no-eval"))["samples"] == 4
+    )
 
 
 def test_perplexity_json(desk: Desk, make_model: MakeModel) -> None:

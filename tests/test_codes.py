@@ -11,13 +11,11 @@ from conftest import MakeModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from streamed import open_writer
 
 from quantkit.codes import PACKABLE_BITS, QuantizedLinear, contiguous_groups, pack, packing_multiple, unpack
 from quantkit.config import QuantSpec
-from quantkit.model.families import family_of
-from quantkit.sources import open_source
 from quantkit.sources.gptq import GptqSource
-from quantkit.writers.gptq import GptqWriter
 
 
 def int32(word: int) -> int:
@@ -144,12 +142,10 @@ def test_dequantize_follows_the_formula() -> None:
 @pytest.mark.parametrize("bits", PACKABLE_BITS)
 def test_v1_zeros_of_every_value_survive_at_every_position(bits: int, make_model: MakeModel, tmp_path: Path) -> None:
     """v1 stores zero - 1; a field that borrowed from its neighbour would corrupt it."""
-    source = open_source(make_model("llama"))
-    family, per_word, top = family_of("llama"), packing_multiple(bits), 2**bits - 1
-    modules = [f"{family.blocks}.{block}.{name}" for block in range(2) for name in family.linears()]
-    shapes = {module: source.tensors[f"{module}.weight"].shape for module in modules}
+    writer, plan = open_writer(tmp_path, make_model("llama"), QuantSpec(bits=bits, group_size=16, sym=False))
+    per_word, top = packing_multiple(bits), 2**bits - 1
     given, seen, turn = {}, set(), [0] * per_word
-    for module, (rows, columns) in shapes.items():
+    for module, (rows, columns) in ((name, linear.shape) for name, linear in plan.items()):
         zeros = torch.empty(rows, columns // 16, dtype=torch.uint8)
         for row in range(rows):
             position = row % per_word
@@ -163,12 +159,11 @@ def test_v1_zeros_of_every_value_survive_at_every_position(bits: int, make_model
         given[module] = QuantizedLinear(codes, scales, zeros, contiguous_groups(columns, 16), bits)
     assert seen == {(position, value) for position in range(per_word) for value in range(1, top + 1)}
 
-    spec = QuantSpec(bits=bits, group_size=16, sym=False)
-    with GptqWriter(tmp_path, source, shapes, spec, "gptq", 10**9) as writer:
+    with writer:
         for module, linear in given.items():
             writer.add_linear(module, linear)
         writer.add_others()
-        writer.finish(family.stages)
+        writer.finish()
     reader = GptqSource(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as stored:
         for module, linear in given.items():

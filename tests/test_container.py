@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import MakeModel
 from safetensors import safe_open
+from streamed import open_writer
 from transformers import AutoTokenizer
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -22,15 +23,16 @@ from quantkit.calibration import TokenMatrix
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.config import QuantSpec
 from quantkit.errors import OutputError, UsageError
-from quantkit.model.families import family_of
+from quantkit.model.families import FAMILIES as FAMILIES_TABLE
 from quantkit.model.stream import ModelStream
-from quantkit.quant.blockwise import linear_shapes, quantize_blocks
+from quantkit.quant.blockwise import quantize_blocks
+from quantkit.quant.plan import LinearPlan, plan_linears
 from quantkit.sources import open_source
 from quantkit.sources.gptq import GptqSource
-from quantkit.writers.gptq import GptqWriter, check
+from quantkit.writers.gptq import check
 from quantkit.writers.safetensors import ShardedWriter, TensorPlan
 
-LINEARS = family_of("llama").linears()
+LINEARS = [name for stage in FAMILIES_TABLE["llama"].stages or () for name in stage]
 OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False}
 
 
@@ -50,7 +52,9 @@ def codes_of(folder: Path, tokens: torch.Tensor, spec: QuantSpec) -> dict[str, Q
     """The codes that a run on the CPU makes, never written."""
     codes: dict[str, QuantizedLinear] = {}
     stream = ModelStream(open_source(folder), torch.device("cpu"), torch.float32)
-    quantize_blocks(stream, tokens, spec, lambda name, linear, _: codes.update({name: linear}), 10**12)
+    quantize_blocks(
+        stream, tokens, plan_linears(stream, spec), lambda name, linear, _: codes.update({name: linear}), 10**12
+    )
     return codes
 
 
@@ -146,7 +150,7 @@ def test_folder_holds_the_codes_in_the_layout(
         "damp_percent": 0.1,
         "lm_head": False,
         "checkpoint_format": checkpoint_format,
-        "modules_in_block_to_quantize": [list(stage) for stage in family_of(family).stages],
+        "modules_in_block_to_quantize": [list(stage) for stage in FAMILIES_TABLE[family].stages or ()],
         "meta": {"quantizer": [f"quantkit:{quantkit.__version__}"]},
     }
 
@@ -332,6 +336,9 @@ def test_record_of_the_run(written: Path, make_model: MakeModel, tiny_tokens: To
         "sym": True,
         "act_order": "static",
         "damp": 0.1,
+        "include": [],
+        "exclude": [],
+        "overrides": [],
         "format": "gptq",
     }
     weights = make_model("llama") / "model.safetensors"
@@ -430,12 +437,9 @@ def test_sharded_writer_refuses_another_tensor_than_planned(tensor: torch.Tensor
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
 def test_a_disk_that_changes_a_bit_is_noticed(part: str, make_model: MakeModel, tmp_path: Path) -> None:
-    source = open_source(make_model("llama"))
-    stream = ModelStream(source, torch.device("cpu"), torch.float32)
-    shapes = dict(linear_shapes(stream))
-    writer = GptqWriter(tmp_path, source, shapes, QuantSpec(group_size=32), "gptq", 10**9)
+    writer, plan = open_writer(tmp_path, make_model("llama"), QuantSpec(group_size=32))
     with writer:
-        for module, (rows, columns) in shapes.items():
+        for module, (rows, columns) in ((name, linear.shape) for name, linear in plan.items()):
             zeros = torch.full((rows, columns // 32), 8, dtype=torch.uint8)
             codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
             scales = torch.ones(zeros.shape, dtype=torch.float16)
@@ -452,7 +456,7 @@ def test_a_disk_that_changes_a_bit_is_noticed(part: str, make_model: MakeModel, 
             file.seek(at)
             file.write(bytes([byte ^ 1]))
         with pytest.raises(OutputError, match=r"^model\.layers\.0\.mlp\.up_proj: .*read back"):
-            writer.finish(family_of("llama").stages)
+            writer.finish()
 
 
 @pytest.mark.parametrize(
@@ -470,10 +474,10 @@ def test_a_disk_that_changes_a_bit_is_noticed(part: str, make_model: MakeModel, 
 )
 def test_what_the_layout_cannot_hold_is_refused(recipe: dict[str, Any], shape: tuple[int, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check(QuantSpec(**recipe), {"down_proj": shape})
+        check({"down_proj": LinearPlan(shape, QuantSpec(**recipe))})
 
 
 def test_what_the_layout_holds_is_accepted() -> None:
     for bits in (2, 3, 4, 8):
         for group_size in (-1, 16, 32, 64, 128, 1024):
-            check(QuantSpec(bits=bits, group_size=group_size), {"down_proj": (64, 96)})
+            check({"down_proj": LinearPlan((64, 96), QuantSpec(bits=bits, group_size=group_size))})

@@ -59,7 +59,7 @@ def score(models: list[ModelStream], windows: Windows, against: bool, progress: 
                 if index < len(model.blocks):
                     with model.block(index) as block:
                         for i, state in enumerate(states):
-                            states[i] = model.call(index, block, state)
+                            states[i] = model.call(index, block, i, state)
                 advance(1)
         return _score_heads(models, hidden, batches, torch.split(windows.first_scored, size), against, advance)
 
@@ -83,7 +83,7 @@ def _score_heads(
                     targets = ids[row, positions.start + 1 : positions.stop + 1]
                     reference: torch.Tensor | None = None
                     for m, model in enumerate(models):
-                        logits = heads[m](hidden[m][number][row : row + 1, positions])[0]
+                        logits = heads[m](hidden[m][number][..., row : row + 1, positions, :])[0]
                         logprobs = torch.log_softmax(logits, dim=-1)
                         kept[m].append(_score_chunk(logprobs, targets.to(model.device), reference))
                         if m == 0 and against:

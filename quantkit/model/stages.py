@@ -8,6 +8,7 @@ all. Where the paused forwards' tensors do not fit in memory, the stages are rep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,9 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from quantkit.errors import SourceError
+from quantkit.model.linears import shape_of
+
+_EXPERT = re.compile(r"\.\d+\.")
 
 Forward = Callable[[int], torch.Tensor]
 """Runs the block on batch i and returns its output."""
@@ -79,39 +83,52 @@ def run_replayed(
     on_stage: OnStage,
     on_output: Callable[[int, torch.Tensor], None],
 ) -> None:
-    """As `run_paused`, with one forward per stage and batch up to that stage: more work, no paused tensors."""
-    for wanted in range(len(stages)):
+    """As `run_paused`, with a forward per stage and batch up to that stage: more work, no paused tensors.
 
-        def arrive(stage: int, x: torch.Tensor, wanted: int = wanted) -> None:
-            if stage == wanted:
+    Stages that do not depend on each other, which experts' are, are gone to in one forward.
+    """
+    for wave in _waves(stages):
+        arrived: set[int] = set()
+
+        def arrive(stage: int, x: torch.Tensor, wave: list[int] = wave, arrived: set[int] = arrived) -> None:
+            if stage in wave and stage not in arrived:
+                arrived.add(stage)
                 on_input(stage, x)
-                raise _Stop
+                if len(arrived) == len(wave):
+                    raise _Stop
 
         with _watch(block, stages, arrive):
             for i in range(batches):
+                arrived.clear()
                 try:
                     forward(i)
                 except _Stop:
                     continue
-                raise _out_of_order(stages, wanted)
-        on_stage(wanted)
+                raise _out_of_order(stages, next(stage for stage in wave if stage not in arrived))
+        for stage in wave:
+            on_stage(stage)
     for i in range(batches):
         on_output(i, forward(i))
 
 
+def _waves(stages: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Numbers of the stages, those of experts side by side together."""
+    waves: dict[str, list[int]] = {}
+    for number, names in enumerate(stages):
+        waves.setdefault(_EXPERT.sub(".*.", names[0]), []).append(number)
+    return list(waves.values())
+
+
 def paused_bytes(block: nn.Module, stages: Sequence[Sequence[str]], tokens: int, itemsize: int) -> int:
     """Upper estimate of what `tokens` paused tokens hold: the widest stage's input and outputs, with two residuals."""
+    if not stages:
+        return 0
     widest = 0
     for stage in stages:
-        shapes = [_shape(block, name) for name in stage]
+        shapes = [shape_of(block.get_submodule(name)) for name in stage]
         widest = max(widest, sum(rows for rows, _ in shapes) + shapes[0][1])
-    hidden = _shape(block, stages[0][0])[1]
+    hidden = shape_of(block.get_submodule(stages[0][0]))[1]
     return tokens * itemsize * (widest + 2 * hidden)
-
-
-def _shape(block: nn.Module, name: str) -> tuple[int, int]:
-    rows, columns = block.get_parameter(f"{name}.weight").shape
-    return rows, columns
 
 
 @contextmanager

@@ -2,76 +2,103 @@
 
 The model is built on the meta device. What lies outside the decoder blocks (embedding, final norm, head) is read when
 a pass begins and when it ends; each block's weights are read, used and let go. The arguments that a block is called
-with are taken from the model's own forward, run once per batch shape with stand-ins for the blocks, so nothing here
-knows about rotary embeddings, masks or scaling of any family.
+with are taken from the model's own forward, run once per batch with stand-ins for the blocks, so nothing here knows
+about rotary embeddings, masks, shared keys and values or scaling of any family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkit.errors import NumericError, SourceError
-from quantkit.model.families import Family, family_of
+from quantkit.model.arguments import Arguments, Capture, share_equal
+from quantkit.model.experts import ExpertNames, is_fused, take_apart
+from quantkit.model.families import FAMILIES, Family, Stages, discover_stages, family_of
+from quantkit.model.linears import shape_of
+from quantkit.model.weights import Weights, bind, expert_names
 from quantkit.sources.base import Source
 from quantkit.sources.hf import first_line
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class _Capture:
-    """What one run of the model's own forward with stand-ins told: the first block's hidden states, and per block the
-    arguments beside them."""
-
-    hidden: torch.Tensor | None = None
-    arguments: list[Arguments] = field(default_factory=list)
 
 
 class ModelStream:
     """One model, run block by block.
 
     Attributes:
-        source: where its weights come from.
+        source: where it comes from.
+        weights: its tensors under their published names.
         device: where blocks compute.
         dtype: dtype they compute in.
+        family: the table's row, or what was discovered.
         blocks: names of the decoder blocks, in order.
+        discovered: whether the architecture is not in the table.
     """
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, untie: bool = False) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self.family: Family = family_of(source.config.model_type)
         self._model = _build_on_meta(source)
         self._materialize_buffers()
+        names = expert_names(self._model)
+        fused = _take_experts_apart(self._model, names)
+        self.family: Family = family_of(source.config.model_type, self._model)
+        self.discovered = source.config.model_type not in FAMILIES
         self._block_list: nn.ModuleList = self._model.get_submodule(self.family.blocks)
         self.blocks = [f"{self.family.blocks}.{i}" for i in range(len(self._block_list))]
-        self._alias = self._tied_names()
+        self.weights: Weights = bind(source, self._model, fused, names, untie)
         self._check_tensors()
-        self._arguments: dict[torch.Size, list[Arguments]] = {}
-        self._capture: _Capture | None = None
+        self._arguments: list[list[Arguments]] = []
+        self._stages: dict[tuple[str, ...], Stages] = {}
+        self._capture: Capture | None = None
         self._last_hidden: torch.Tensor | None = None
+        self._in_tuple = False
+
+    # -- what is in it -----------------------------------------------------------------------------------------------
+
+    def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(published module name, (out, in)) of every Linear of the blocks, in the order of blocks and stages."""
+        for index, block in enumerate(self._block_list):
+            for name in self.family.linears(block):
+                yield self.published(index, name), shape_of(block.get_submodule(name))
+
+    def published(self, index: int, name: str) -> str:
+        """The published name of the module `name` of block `index`."""
+        return self.weights.module(f"{self.blocks[index]}.{name}")
+
+    def known_stages(self) -> list[Stages]:
+        """Stages of every block as far as they are known from headers: a discovered family's Linears stand alone."""
+        if self.family.stages is not None:
+            return [self.family.stages_in(block) for block in self._block_list]
+        return [tuple((name,) for name in self.family.linears(block)) for block in self._block_list]
+
+    def stages(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> Stages:
+        """The stages of a loaded block: the table's, or those that a forward of one batch shows."""
+        if self.family.stages is not None:
+            return self.family.stages_in(block)
+        names = tuple(self.family.linears(block))
+        if names not in self._stages:  # blocks with the same Linears have the same forward
+            self._stages[names] = discover_stages(block, names, lambda: self.call(index, block, batch, hidden))
+        return self._stages[names]
 
     # -- a pass over the model ---------------------------------------------------------------------------------------
 
     def embed(self, batches: list[torch.Tensor], advance: Callable[[int], None] = lambda n: None) -> list[torch.Tensor]:
         """Hidden states that enter the first block, [batch, seq, hidden] in the stream's dtype, per batch of token ids.
 
-        Also captures the blocks' other arguments, once per batch shape.
+        Also captures the blocks' other arguments of every batch; what is equal in all of them is kept once.
         """
         hidden: list[torch.Tensor] = []
+        self._arguments = []
         with self._outside(leave_out=self._model.get_output_embeddings()), self._stand_ins():
             for ids in batches:
-                self._capture = _Capture()
-                self._base()(input_ids=ids.to(self.device), use_cache=False)
-                assert self._capture.hidden is not None
-                hidden.append(self._capture.hidden)
-                self._arguments.setdefault(ids.shape, self._capture.arguments)
+                capture = self._run_with_stand_ins(ids.to(self.device))
+                assert capture.hidden is not None
+                hidden.append(capture.hidden)
+                self._arguments.append(share_equal(capture.arguments, self._arguments[:1]))
                 advance(1)
         self._capture = None
         return hidden
@@ -91,9 +118,9 @@ class ModelStream:
         finally:
             block.to("meta")
 
-    def call(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Run a loaded block on hidden states [batch, seq, hidden]; same shape out."""
-        args, kwargs = self._arguments[hidden.shape[:2]][index]
+    def call(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run a loaded block on the hidden states [batch, seq, hidden] of batch number `batch`; same shape out."""
+        args, kwargs = self._arguments[batch][index]
         output = block(hidden, *args, **kwargs)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return states
@@ -104,11 +131,13 @@ class ModelStream:
 
         The model's own forward runs with stand-ins for the blocks, so norms, caps and scalings are its own.
         """
+        width = self._model.get_input_embeddings().weight.shape[1]
         with self._outside(leave_out=self._model.get_input_embeddings()), self._stand_ins():
 
             def logits(hidden: torch.Tensor) -> torch.Tensor:
                 self._last_hidden = hidden
-                output: torch.Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+                nothing = hidden.new_zeros(*hidden.shape[-3:-1], width)  # the last stand-in puts `hidden` in its place
+                output: torch.Tensor = self._model(inputs_embeds=nothing, use_cache=False).logits
                 return output.float()
 
             yield logits
@@ -122,15 +151,12 @@ class ModelStream:
         Raises:
             NumericError: a value that the stream's dtype cannot hold.
         """
-        tensor = self.source.read(self._alias.get(name, name)).to(self.device)
+        published = self.weights.names[name]
+        tensor = self.weights.read(published).to(self.device)
         cast = tensor.to(self.dtype)
         if self.dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
-            raise NumericError(f"{name}: not finite in float16; use --dtype float32 or bfloat16")
+            raise NumericError(f"{published}: not finite in float16; use --dtype float32 or bfloat16")
         return cast
-
-    def parameter_names(self) -> list[str]:
-        """Names of the parameters that the source must hold."""
-        return [name for name, _ in self._model.named_parameters() if name not in self._alias]
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         names = [name for name, _ in module.named_parameters()]
@@ -163,24 +189,29 @@ class ModelStream:
 
     # -- building ----------------------------------------------------------------------------------------------------
 
-    def _base(self) -> nn.Module:
-        base: nn.Module = self._model.base_model
-        return base
+    def _run_with_stand_ins(self, ids: torch.Tensor) -> Capture:
+        """Run the model without its blocks. Some classes take a block's output for a tuple: they lose a dimension."""
+        capture = self._capture = Capture()
+        states = self._model.base_model(input_ids=ids, use_cache=False)[0]
+        if states.dim() == 3 or self._in_tuple:
+            return capture
+        self._in_tuple = True
+        return self._run_with_stand_ins(ids)
 
     @contextmanager
     def _stand_ins(self) -> Iterator[None]:
         """Give every block a forward that hands its hidden states on unchanged and notes the other arguments."""
         last = len(self._block_list) - 1
 
-        def stand_in(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 if self._capture is not None:
                     if index == 0:
                         self._capture.hidden = hidden_states
                     self._capture.arguments.append((args, kwargs))
                 if index == last and self._last_hidden is not None:
-                    return self._last_hidden
-                return hidden_states
+                    hidden_states = self._last_hidden
+                return (hidden_states, None) if self._in_tuple else hidden_states
 
             return forward
 
@@ -206,31 +237,38 @@ class ModelStream:
                     module._buffers[key] = empty.fill_(torch.nan) if empty.is_floating_point() else empty.zero_()
                     made.append(key)
             if made:
-                self._model._init_weights(module)
+                _owner(self._model, name)._init_weights(module)
             for key in made:
                 if bool(torch.isnan(module._buffers[key]).any()):
                     raise SourceError(f"{self.source.label}: buffer {name}.{key} cannot be computed from the config")
 
-    def _tied_names(self) -> dict[str, str]:
-        """Output embedding -> input embedding, where the model ties them and the source stores only the latter."""
-        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
-        names = {module: f"{name}.weight" for name, module in self._model.named_modules()}
-        if head is None or names[head] in self.source.tensors or not self.source.config.tie_word_embeddings:
-            return {}
-        return {names[head]: names[embedding]}
-
     def _check_tensors(self) -> None:
         """Every parameter must be in the source with the shape the config asks for."""
-        tensors = self.source.tensors
         for name, parameter in self._model.named_parameters():
-            stored = tensors.get(self._alias.get(name, name))
-            if stored is None:
+            if name not in self.weights.names:
                 raise SourceError(f"{self.source.path}: tensor {name} is missing")
+            stored = self.weights.tensors[self.weights.names[name]]
             if stored.shape != tuple(parameter.shape):
                 raise SourceError(
-                    f"{self.source.path}: {name} has shape {list(stored.shape)}, "
+                    f"{self.source.path}: {self.weights.names[name]} has shape {list(stored.shape)}, "
                     f"but the config asks for {list(parameter.shape)}"
                 )
+
+
+def _owner(model: Any, name: str) -> Any:
+    """The model that initialises the module `name`: the innermost of transformers' models around it."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+    return next(module for module in around if isinstance(module, PreTrainedModel))
+
+
+def _take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
+    """Replace every fused experts module of the model; returns what was replaced, by name."""
+    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    for name, module in fused.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, take_apart(module, names))
+    return fused
 
 
 def _build_on_meta(source: Source) -> Any:

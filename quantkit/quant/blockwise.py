@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,14 @@ from torch import nn
 from quantkit.codes import QuantizedLinear
 from quantkit.config import QuantSpec
 from quantkit.errors import NumericError
+from quantkit.model.families import Stages
+from quantkit.model.linears import shape_of, weight_of
 from quantkit.model.stages import paused_bytes, run_paused, run_replayed
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.gptq import Fallback, quantize
 from quantkit.quant.hessian import HessianAccumulator
+from quantkit.quant.plan import Plan
 
 _BATCH_TOKENS = 4096
 
@@ -31,6 +34,7 @@ class LayerStatistics:
         rtn_loss: the same for plain rounding.
         damp: fraction of the mean Hessian diagonal added; 0 where the layer was only rounded.
         fallback: "", "eigenvalues" or "rounding".
+        tokens: calibration tokens that it saw; an expert sees those that were routed to it.
         seconds: quantizing it, Hessian included; a stage's time is shared out by rows.
     """
 
@@ -39,6 +43,7 @@ class LayerStatistics:
     rtn_loss: float
     damp: float
     fallback: Fallback
+    tokens: int
     seconds: float
 
 
@@ -49,17 +54,17 @@ OnLinear = Callable[[str, QuantizedLinear, LayerStatistics], None]
 def quantize_blocks(
     stream: ModelStream,
     tokens: torch.Tensor,
-    spec: QuantSpec,
+    plan: Plan,
     on_linear: OnLinear,
     memory_budget: int,
     progress: Progress = SILENT,
 ) -> None:
-    """Quantize every Linear of the family's table; `on_linear` gets each one's codes as soon as they exist.
+    """Quantize every Linear of the plan; `on_linear` gets each one's codes as soon as they exist.
 
     Args:
         stream: the model.
         tokens: int64 [samples, seq_len], the calibration windows.
-        spec: bits, groups, order, damping.
+        plan: bits, groups, order, damping of each Linear.
         memory_budget: bytes that forwards paused between stages may hold; beyond it stages are replayed.
 
     Raises:
@@ -68,39 +73,47 @@ def quantize_blocks(
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
     with progress.phase("capturing", len(batches)) as advance:
         hidden = stream.embed(batches, advance)
-    stages = stream.family.stages
     run = run_paused
     with progress.phase("quantizing blocks", len(stream.blocks)) as advance:
-        for index, name in enumerate(stream.blocks):
+        for index in range(len(stream.blocks)):
             with stream.block(index) as block:
-                if index == 0 and paused_bytes(block, stages, tokens.numel(), stream.dtype.itemsize) > memory_budget:
+                stages = _planned(stream, index, stream.stages(index, block, 0, hidden[0]), plan)
+                held = paused_bytes(block, stages, tokens.numel(), stream.dtype.itemsize)
+                if run is run_paused and held > memory_budget:
                     run = run_replayed
                     progress.note("the samples do not fit in memory between stages: each block's stages are replayed")
-                work = _StageWork(block, name, stages, spec, on_linear, progress)
+                work = _StageWork(stream, index, block, stages, plan, on_linear, progress)
                 forward = _forward(stream, index, block, hidden)
                 run(block, stages, forward, len(batches), work.observe, work.quantize, hidden.__setitem__)
             advance(1)
 
 
-def peak_bytes(stream: ModelStream, tokens: int) -> int:
+def peak_bytes(stream: ModelStream, plan: Plan, tokens: int) -> int:
     """Estimate of what `quantize_blocks` holds at most for so many calibration tokens, beyond torch itself.
 
     A block and its working copies, the widest Hessian with its factor, hidden states, forwards paused between stages,
     and the embedding while the first hidden states are made.
     """
     item = stream.dtype.itemsize
-    shapes = [shape for name, shape in linear_shapes(stream) if name.startswith(f"{stream.blocks[0]}.")]
+    first = stream.first_block
+    shapes = [shape_of(first.get_submodule(name)) for name in stream.family.linears(first)]
     block = 3 * item * sum(rows * columns for rows, columns in shapes)
-    hessian = 4 * 4 * max(columns for _, columns in shapes) ** 2
-    width, vocabulary = int(stream.source.config.hidden_size), int(stream.source.config.vocab_size)
-    paused = paused_bytes(stream.first_block, stream.family.stages, tokens, item)
-    return block + hessian + item * width * (tokens + vocabulary) + paused
+    hessian = 4 * 4 * max(linear.shape[1] for linear in plan.values()) ** 2
+    config = stream.source.config.get_text_config()
+    outside = item * int(config.hidden_size) * (tokens + int(config.vocab_size))
+    return block + hessian + outside + paused_bytes(first, stream.known_stages()[0], tokens, item)
+
+
+def _planned(stream: ModelStream, index: int, stages: Stages, plan: Plan) -> Stages:
+    """The stages without the Linears that stay as they are."""
+    kept = (tuple(name for name in stage if stream.published(index, name) in plan) for stage in stages)
+    return tuple(stage for stage in kept if stage)
 
 
 def _forward(
     stream: ModelStream, index: int, block: nn.Module, hidden: list[torch.Tensor]
 ) -> Callable[[int], torch.Tensor]:
-    return lambda i: stream.call(index, block, hidden[i])
+    return lambda i: stream.call(index, block, i, hidden[i])
 
 
 class _StageWork:
@@ -108,40 +121,51 @@ class _StageWork:
 
     def __init__(
         self,
+        stream: ModelStream,
+        index: int,
         block: nn.Module,
-        name: str,
-        stages: tuple[tuple[str, ...], ...],
-        spec: QuantSpec,
+        stages: Stages,
+        plan: Plan,
         on_linear: OnLinear,
         progress: Progress,
     ) -> None:
-        self._block, self._name, self._stages, self._spec = block, name, stages, spec
+        self._block, self._stages, self._plan = block, stages, plan
+        self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
-        self._hessian: HessianAccumulator | None = None
+        self._hessians: dict[int, HessianAccumulator] = {}
         self._seconds = 0.0
 
     def observe(self, stage: int, x: torch.Tensor) -> None:
         start = time.perf_counter()
-        if self._hessian is None:
-            self._hessian = HessianAccumulator(x.shape[-1], x.device)
-        self._hessian.add(x)
+        if stage not in self._hessians:
+            self._hessians[stage] = HessianAccumulator(x.shape[-1], x.device)
+        self._hessians[stage].add(x)
         self._seconds += time.perf_counter() - start
 
     def quantize(self, stage: int) -> None:
         start = time.perf_counter()
-        assert self._hessian is not None
-        names = [f"{self._name}.{linear}" for linear in self._stages[stage]]
-        linears = [self._block.get_submodule(linear) for linear in self._stages[stage]]
-        weights = [_weight(linear) for linear in linears]
-        H = self._hessian.mean(names[0])
-        self._hessian = None
+        hessian = self._hessians.pop(stage)
+        H = hessian.mean(self._names[self._stages[stage][0]])
+        spent, self._seconds = self._seconds + time.perf_counter() - start, 0.0
+        stacks: dict[QuantSpec, list[str]] = {}
+        for name in self._stages[stage]:
+            stacks.setdefault(self._plan[self._names[name]].spec, []).append(name)
+        for spec, names in stacks.items():
+            self._quantize_stack(names, spec, H, hessian.tokens, spent / len(stacks))
+
+    def _quantize_stack(
+        self, linears: list[str], spec: QuantSpec, H: torch.Tensor, tokens: int, seconds: float
+    ) -> None:
+        """Linears that read the same input and are quantized alike."""
+        start = time.perf_counter()
+        names = [self._names[linear] for linear in linears]
+        weights = [weight_of(self._block.get_submodule(linear)) for linear in linears]
         rows = [weight.shape[0] for weight in weights]
         try:
-            result = quantize(torch.cat(weights), H, self._spec)
+            result = quantize(torch.cat(weights), H, spec)
         except NumericError as error:
             raise NumericError(f"{', '.join(names)}: {error}") from None
-        seconds = self._seconds + time.perf_counter() - start
-        self._seconds = 0.0
+        seconds += time.perf_counter() - start
         parts = zip(
             names,
             weights,
@@ -154,10 +178,10 @@ class _StageWork:
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
             statistics = LayerStatistics(
-                name, float(loss.sum()), float(rtn_loss.sum()), result.damp, result.fallback, share
+                name, float(loss.sum()), float(rtn_loss.sum()), result.damp, result.fallback, tokens, share
             )
             self._progress.detail(f"{name}  error {statistics.loss:.3g}, plain rounding {statistics.rtn_loss:.3g}")
-            if result.fallback:
+            if result.fallback and tokens:
                 self._progress.warn(f"{name}: {_FALLBACK_TEXT[result.fallback]}")
             self._on_linear(name, linear, statistics)
 
@@ -166,17 +190,3 @@ _FALLBACK_TEXT = {
     "eigenvalues": "its Hessian had to be repaired (negative eigenvalues); more calibration samples may help",
     "rounding": "no usable Hessian, so it was only rounded; more calibration samples may help",
 }
-
-
-def _weight(linear: nn.Module) -> torch.Tensor:
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def linear_shapes(stream: ModelStream) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(module name, (out, in)) of every Linear that `quantize_blocks` will quantize, in its order."""
-    for block in stream.blocks:
-        for linear in stream.family.linears():
-            rows, columns = stream.source.tensors[f"{block}.{linear}.weight"].shape
-            yield f"{block}.{linear}", (rows, columns)

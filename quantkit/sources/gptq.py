@@ -9,12 +9,25 @@ from typing import Any
 
 import torch
 
-from quantkit.codes import PACKABLE_BITS, QuantizedLinear, unpack
+from quantkit.codes import PACKABLE_BITS, QuantizedLinear, contiguous_groups, unpack
 from quantkit.errors import SourceError
-from quantkit.sources.base import TensorInfo
-from quantkit.sources.hf import FolderSource, read_json, stored_dtype
+from quantkit.sources.base import TensorInfo, read_json
+from quantkit.sources.hf import FolderSource, stored_dtype
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """What a folder says about its quantization: in config.json, or before 2024 in quantize_config.json; {} if nothing.
+
+    Raises:
+        SourceError: neither is readable.
+    """
+    found: Any = read_json(folder / "config.json").get("quantization_config")
+    if found is None and (folder / "quantize_config.json").is_file():
+        found = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
+    return found if isinstance(found, dict) else {} if found is None else {"quant_method": found}
 
 
 class GptqSource(FolderSource):
@@ -24,8 +37,8 @@ class GptqSource(FolderSource):
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         super().__init__(folder, label, trust_remote_code)
-        self.quantization: dict[str, Any] = read_json(folder / "config.json")["quantization_config"]
-        self.bits = self._checked("bits", PACKABLE_BITS)
+        self.quantization = quantization_of(folder)
+        self._checked("bits", PACKABLE_BITS)
         self.checkpoint_format = self._checked("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
         self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
@@ -45,9 +58,9 @@ class GptqSource(FolderSource):
         """The dequantized names: a Linear's parts appear as one weight."""
         shown = {n: i for n, i in self.stored.tensors.items() if n.rsplit(".", 1)[-1] not in _PARTS}
         for module in self._modules:
-            words = self.stored.tensors[f"{module}.qweight"].shape
-            size = sum(self.stored.tensors[f"{module}.{part}"].bytes for part in _PARTS)
-            shown[f"{module}.weight"] = TensorInfo((words[1], words[0] * 32 // self.bits), f"GPTQ{self.bits}", size)
+            rows, columns = self.stored.tensors[f"{module}.qweight"].shape[1], self._columns(module)
+            size = sum(self.stored.tensors[f"{module}.{part}"].bytes for part in self._parts(module))
+            shown[f"{module}.weight"] = TensorInfo((rows, columns), f"GPTQ{self.bits(module)}", size)
         return shown
 
     def quantized_names(self) -> Iterable[str]:
@@ -66,27 +79,55 @@ class GptqSource(FolderSource):
         Raises:
             SourceError: a part is missing, or its shape disagrees with the others.
         """
-        qweight, qzeros, scales, g_idx = (self.stored.read(f"{module}.{part}") for part in _PARTS)
-        codes = unpack(qweight, self.bits).T.contiguous()
-        zeros = unpack(qzeros, self.bits, axis=1)
+        bits, stored = self.bits(module), self.stored
+        qweight, qzeros, scales = (stored.read(f"{module}.{part}") for part in _PARTS[:3])
+        codes = unpack(qweight, bits).T.contiguous()
+        zeros = unpack(qzeros, bits, axis=1)
         if self.checkpoint_format == "gptq":
             zeros = zeros + 1
-        return QuantizedLinear(codes, scales.half().T.contiguous(), zeros.T.contiguous(), g_idx.int(), self.bits)
+            if bits != 3:  # as AutoGPTQ's qlinear_cuda.py: a field of all ones is a zero of 0
+                zeros = zeros & (2**bits - 1)
+        group = stored.read(f"{module}.g_idx") if f"{module}.g_idx" in stored.tensors else self._in_order(module)
+        return QuantizedLinear(codes, scales.half().T.contiguous(), zeros.T.contiguous(), group.int(), bits)
+
+    def bits(self, module: str) -> int:
+        """Bits of a module's codes, from its shapes: per-module overrides need not be understood."""
+        zeros, rows = (
+            self.stored.tensors[f"{module}.qzeros"].shape[1],
+            self.stored.tensors[f"{module}.qweight"].shape[1],
+        )
+        return zeros * 32 // rows
+
+    def _columns(self, module: str) -> int:
+        return self.stored.tensors[f"{module}.qweight"].shape[0] * 32 // self.bits(module)
+
+    def _in_order(self, module: str) -> torch.Tensor:
+        """Groups in the order of the columns, for a checkpoint that leaves g_idx out."""
+        columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
+        size = next((s for s in _GROUP_SIZES if -(-columns // s) == groups), None)
+        given = self.quantization.get("group_size")
+        if isinstance(given, int) and given > 0 and -(-columns // given) == groups:
+            size = given
+        if size is None and groups > 1:
+            raise SourceError(f"{self.path}: {module} has no g_idx, and its {groups} groups fit no group size")
+        return contiguous_groups(columns, -1 if groups == 1 or size is None else size)
+
+    def _parts(self, module: str) -> list[str]:
+        return [part for part in _PARTS if f"{module}.{part}" in self.stored.tensors]
 
     def _check_shapes(self, module: str) -> None:
         shapes = {}
         for part in _PARTS:
             info = self.stored.tensors.get(f"{module}.{part}")
-            if info is None:
+            if info is not None:
+                shapes[part] = info.shape
+            elif part != "g_idx":
                 raise SourceError(f"{self.path}: {module} has qweight but no {part}")
-            shapes[part] = info.shape
-        words, rows = shapes["qweight"]
-        groups = shapes["scales"][0]
-        wanted = {
-            "qzeros": (groups, rows * self.bits // 32),
-            "scales": (groups, rows),
-            "g_idx": (words * 32 // self.bits,),
-        }
+        groups, rows = shapes["scales"][0], shapes["qweight"][1]
+        bits = self.bits(module)
+        if bits not in PACKABLE_BITS:
+            raise SourceError(f"{self.path}: {module}.qzeros is {shapes['qzeros']} for {rows} rows: not a GPTQ layout")
+        wanted = {"qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (self._columns(module),)}
         for part, shape in wanted.items():
-            if shapes[part] != shape:
+            if part in shapes and shapes[part] != shape:
                 raise SourceError(f"{self.path}: {module}.{part} is {shapes[part]}, but qweight asks for {shape}")

@@ -6,7 +6,7 @@ Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.sources.gptq.GptqSourc
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 
 from quantkit import __version__
 from quantkit.codes import PACKABLE_BITS, QuantizedLinear, pack, packing_multiple
-from quantkit.config import CheckpointFormat, QuantSpec
+from quantkit.config import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.errors import NumericError, OutputError, UsageError
+from quantkit.model.weights import Weights
+from quantkit.quant.plan import Plan
 from quantkit.sources.base import Source
 from quantkit.sources.gptq import GptqSource
 from quantkit.workdir import write_json
@@ -32,45 +34,43 @@ _ELSEWHERE = {
 }
 
 
-def check(spec: QuantSpec, shapes: Mapping[str, tuple[int, int]]) -> None:
+def check(linears: Plan) -> None:
     """Refuse what this container cannot hold, before any work.
-
-    Args:
-        spec: what will be quantized to.
-        shapes: (out, in) of every Linear that will be quantized.
 
     Raises:
         UsageError: bits, group size or a Linear's shape has no place in the layout.
     """
-    if spec.bits not in PACKABLE_BITS:
-        raise UsageError(
-            f"--bits {spec.bits}: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "
-            f"{spec.bits}-bit codes fit into {_ELSEWHERE[spec.bits]}"
-        )
-    if spec.group_size != -1 and spec.group_size not in GROUP_SIZES:
-        known = ", ".join(map(str, GROUP_SIZES))
-        raise UsageError(f"--group-size {spec.group_size}: GPTQ readers load groups of {known}, or -1 for whole rows")
-    multiple = packing_multiple(spec.bits)
-    for name, (rows, columns) in shapes.items():
+    for spec in {linear.spec for linear in linears.values()}:
+        if spec.bits not in PACKABLE_BITS:
+            raise UsageError(
+                f"--bits {spec.bits}: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "
+                f"{spec.bits}-bit codes fit into {_ELSEWHERE[spec.bits]}"
+            )
+        if spec.group_size != -1 and spec.group_size not in GROUP_SIZES:
+            known = ", ".join(map(str, GROUP_SIZES))
+            raise UsageError(
+                f"--group-size {spec.group_size}: GPTQ readers load groups of {known}, or -1 for whole rows"
+            )
+    for name, linear in linears.items():
+        multiple = packing_multiple(linear.spec.bits)
+        rows, columns = linear.shape
         if rows % multiple or columns % multiple:
             raise UsageError(
-                f"{name} is {rows} x {columns}: {spec.bits}-bit packing needs multiples of {multiple}; "
-                "choose other --bits"
+                f"{name} is {rows} x {columns}: {linear.spec.bits}-bit packing needs multiples of {multiple}; "
+                "choose other --bits, or leave it out with --exclude"
             )
 
 
-def plan(source: Source, shapes: Mapping[str, tuple[int, int]], spec: QuantSpec) -> list[TensorPlan]:
+def plan(source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
     """Every tensor that the checkpoint will hold, in the source's order."""
     tensors = []
-    for name, info in source.tensors.items():
+    for name, info in weights.tensors.items():
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in shapes:
-            rows, columns = shapes[module]
-            size = columns if spec.group_size == -1 else spec.group_size
-            groups = -(-columns // size)
+        if name.endswith(".weight") and module in linears:
+            (rows, columns), bits, groups = linears[module].shape, linears[module].spec.bits, linears[module].groups
             tensors += [
-                TensorPlan(f"{module}.qweight", torch.int32, (columns * spec.bits // 32, rows)),
-                TensorPlan(f"{module}.qzeros", torch.int32, (groups, rows * spec.bits // 32)),
+                TensorPlan(f"{module}.qweight", torch.int32, (columns * bits // 32, rows)),
+                TensorPlan(f"{module}.qzeros", torch.int32, (groups, rows * bits // 32)),
                 TensorPlan(f"{module}.scales", torch.float16, (groups, rows)),
                 TensorPlan(f"{module}.g_idx", torch.int32, (columns,)),
             ]
@@ -80,10 +80,16 @@ def plan(source: Source, shapes: Mapping[str, tuple[int, int]], spec: QuantSpec)
 
 
 def quantization_config(
-    spec: QuantSpec, checkpoint_format: CheckpointFormat, stages: Sequence[Sequence[str]]
+    spec: QuantSpec, checkpoint_format: CheckpointFormat, modules: Sequence[Sequence[str]]
 ) -> dict[str, Any]:
-    """``quantization_config`` of config.json; quantize_config.json holds the same."""
-    return {
+    """``quantization_config`` of config.json; quantize_config.json holds the same.
+
+    Args:
+        spec: what most Linears are quantized to, and the patterns of those that are not.
+        checkpoint_format: v1 or v2.
+        modules: names within a block of the quantized Linears, by stage.
+    """
+    content: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": spec.bits,
         "group_size": spec.group_size,
@@ -94,9 +100,19 @@ def quantization_config(
         "damp_percent": spec.damp,
         "lm_head": False,
         "checkpoint_format": checkpoint_format,
-        "modules_in_block_to_quantize": [list(stage) for stage in stages],
+        "modules_in_block_to_quantize": [list(stage) for stage in modules],
         "meta": {"quantizer": [f"quantkit:{__version__}"]},
     }
+    dynamic = _dynamic(spec)
+    return {**content, "dynamic": dynamic} if dynamic else content
+
+
+def _dynamic(spec: QuantSpec) -> dict[str, dict[str, Any]]:
+    """GPTQModel's per-module rules, the first that matches a module's name counting: ``-:`` leaves it as it is."""
+    rules: dict[str, dict[str, Any]] = {f"-:^{pattern_regex(pattern)}$": {} for pattern in spec.exclude}
+    if spec.include:
+        rules[f"-:^(?!(?:{'|'.join(pattern_regex(pattern) for pattern in spec.include)})$)"] = {}
+    return rules | {f"+:^{pattern_regex(pattern)}$": override.changes() for pattern, override in spec.overrides}
 
 
 class GptqWriter:
@@ -109,14 +125,14 @@ class GptqWriter:
         self,
         folder: Path,
         source: Source,
-        shapes: Mapping[str, tuple[int, int]],
-        spec: QuantSpec,
-        checkpoint_format: CheckpointFormat,
+        weights: Weights,
+        linears: Plan,
+        quantization: dict[str, Any],
         max_shard_bytes: int,
     ) -> None:
-        self.folder, self.source, self.spec, self.checkpoint_format = folder, source, spec, checkpoint_format
-        self._shapes = dict(shapes)
-        self._tensors = ShardedWriter(folder, plan(source, shapes, spec), max_shard_bytes)
+        self.folder, self.source = folder, source
+        self._weights, self._linears, self._quantization = weights, linears, quantization
+        self._tensors = ShardedWriter(folder, plan(source, weights, linears), max_shard_bytes)
         self._checksums: dict[str, int] = {}
 
     def __enter__(self) -> GptqWriter:
@@ -127,10 +143,10 @@ class GptqWriter:
 
     def add_linear(self, module: str, linear: QuantizedLinear) -> None:
         """Pack and write one Linear's codes; a bias goes with the other tensors."""
-        assert linear.shape == self._shapes[module]
-        assert linear.bits == self.spec.bits
+        assert linear.shape == self._linears[module].shape
+        assert linear.bits == self._linears[module].spec.bits
         zeros = linear.zeros.cpu().T
-        if self.checkpoint_format == "gptq":
+        if self._quantization["checkpoint_format"] == "gptq":
             zeros = zeros - 1  # v1 stores zero - 1; zeros are at least 1, so no field borrows from its neighbour
         self._tensors.write(f"{module}.qweight", pack(linear.codes.cpu().T.contiguous(), linear.bits))
         self._tensors.write(f"{module}.qzeros", pack(zeros, linear.bits, axis=1))
@@ -140,24 +156,25 @@ class GptqWriter:
 
     def add_others(self) -> None:
         """Copy every tensor that is not quantized, float ones in the source's publishing dtype."""
-        for name, info in self.source.tensors.items():
-            if not (name.endswith(".weight") and name.removesuffix(".weight") in self._shapes):
-                self._tensors.write(name, kept_tensor(self.source, name, info.stored_as))
+        for name in self._weights.tensors:
+            if not (name.endswith(".weight") and name.removesuffix(".weight") in self._linears):
+                self._tensors.write(name, kept_tensor(self.source, self._weights, name))
 
-    def finish(self, stages: Sequence[Sequence[str]]) -> None:
+    def finish(self) -> None:
         """Write configs and tokenizer, then read every Linear back and compare its codes.
 
         Raises:
             OutputError: what was read back is not what was written.
         """
         self._tensors.finish()
-        quantization = quantization_config(self.spec, self.checkpoint_format, stages)
         dtype = str(self.source.dtype).removeprefix("torch.")
         config = {k: v for k, v in self.source.config_dict().items() if k not in ("dtype", "torch_dtype")}
         # transformers 5 reads dtype, transformers 4 torch_dtype.
-        config |= {"dtype": dtype, "torch_dtype": dtype, "quantization_config": quantization}
+        if self._weights.untied:
+            config["tie_word_embeddings"] = False
+        config |= {"dtype": dtype, "torch_dtype": dtype, "quantization_config": self._quantization}
         write_json(self.folder / "config.json", config)
-        write_json(self.folder / "quantize_config.json", quantization)
+        write_json(self.folder / "quantize_config.json", self._quantization)
         self.source.copy_companions(self.folder)
         self._read_back()
 
@@ -168,14 +185,14 @@ class GptqWriter:
                 raise OutputError(f"{module}: other codes were read back than were written; the disk may be failing")
 
 
-def kept_tensor(source: Source, name: str, stored_as: str) -> torch.Tensor:
+def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
     """A tensor that stays as it is, in the dtype it is published in.
 
     Raises:
         NumericError: a value that is not finite there.
     """
-    tensor = source.read(name)
-    dtype = _kept_dtype(source, stored_as)
+    tensor = weights.read(name)
+    dtype = _kept_dtype(source, weights.tensors[name].stored_as)
     if tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)

@@ -1,0 +1,184 @@
+"""A source's tensors under the names that a variant is published with, and which of them each parameter is.
+
+A checkpoint's names differ from those of transformers' classes: older classes had other names, base models lack the
+head's prefix, experts lie apart or fused. How a name is to be read is transformers' own table of conversions; what is
+published keeps the checkpoint's names, which other readers know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.model.experts import ExpertNames
+from quantkit.sources.base import Source, TensorInfo
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a published tensor's values are: a tensor of the source, or one expert's part of it.
+
+    Attributes:
+        name: of the source's tensor.
+        expert: index along its first dimension.
+        part: 0 or 1, where gate and up share a tensor; `interleaved` if row by row.
+        transposed: the source has it as [in, out] and it is wanted as [out, in], or the other way round.
+    """
+
+    name: str
+    expert: int | None = None
+    part: int | None = None
+    interleaved: bool = False
+    transposed: bool = False
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The values in the source's tensor."""
+        if self.expert is not None:
+            tensor = tensor[self.expert]
+        if self.transposed:
+            tensor = tensor.T
+        if self.part is not None:
+            half = tensor.shape[0] // 2
+            tensor = tensor[self.part :: 2] if self.interleaved else tensor[self.part * half : (self.part + 1) * half]
+        return tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a variant of a model holds.
+
+    Attributes:
+        tensors: shape, stored type and bytes of every tensor, by the name it is published with.
+        names: parameter (or stored buffer) of the model -> published name.
+        untied: whether a tied output embedding got a tensor of its own.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    names: Mapping[str, str]
+    untied: bool
+    _source: Source
+    _places: Mapping[str, Place]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A published tensor, as the source has it (dequantized), on the CPU.
+
+        Raises:
+            SourceError: the file ends early or cannot be read.
+        """
+        place = self._places[name]
+        return place.of(self._source.read(place.name))
+
+    def module(self, name: str) -> str:
+        """The published name of the model's module `name`."""
+        return self.names[f"{name}.weight"].removesuffix(".weight")
+
+
+def expert_names(model: nn.Module) -> ExpertNames:
+    """What this model's checkpoints call an expert's matrices: the sources of transformers' fusing conversions."""
+    sources = {
+        conversion.target_patterns[0].rsplit(".", 1)[-1]: [p.split(".")[-2] for p in conversion.source_patterns]
+        for conversion in _conversions(model)
+        if isinstance(conversion, WeightConverter) and all(".experts.*." in p for p in conversion.source_patterns)
+    }
+    if {"gate_up_proj", "down_proj"} <= sources.keys() and len(sources["gate_up_proj"]) == 2:
+        gate, up = sources["gate_up_proj"]
+        return ExpertNames(gate, up, sources["down_proj"][0])
+    return ExpertNames()
+
+
+def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: ExpertNames, untie: bool) -> Weights:
+    """Find each parameter of `model` among the source's tensors.
+
+    Args:
+        source: the checkpoint.
+        model: on the meta device, its experts taken apart.
+        fused: module name -> the experts module that was taken apart there.
+        names: what the parts of an expert are called.
+        untie: give a tied output embedding a tensor of its own.
+    """
+    wanted = model.state_dict()
+    renamings = [conversion for conversion in _conversions(model) if isinstance(conversion, WeightRenaming)]
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    places: dict[str, Place] = {}
+    found: dict[str, str] = {}
+    for stored in source.tensors:
+        name = rename_source_key(stored, renamings, [])[0]
+        prefix = f"{model.base_model_prefix}."
+        published = stored
+        if name not in wanted and prefix + name in wanted:  # stored without its head: published as the whole model
+            name, published = prefix + name, prefix + stored
+        elif name not in wanted and name.startswith(prefix) and name.removeprefix(prefix) in wanted:
+            name = name.removeprefix(prefix)
+        module, _, kind = name.removesuffix(".weight").rpartition(".")
+        if name in wanted:
+            places[published] = Place(stored, transposed=_turned(source, model, stored, name))
+            found[name] = published
+        elif module in fused:
+            for part, place in _expert_places(stored, kind, fused[module], names):
+                places[f"{module}.{part}"] = place
+                found[f"{module}.{part}"] = f"{module}.{part}"
+        elif not any(re.search(pattern, stored) for pattern in ignored):
+            places[stored] = Place(stored)
+    untied = _tie(source, model, places, found, untie)
+    tensors = {published: _info(source.tensors[place.name], place) for published, place in places.items()}
+    return Weights(tensors, found, untied, source, places)
+
+
+def _conversions(model: Any) -> Iterable[Any]:
+    conversions: list[Any] = get_model_conversion_mapping(model)
+    return conversions
+
+
+def _turned(source: Source, model: nn.Module, stored: str, name: str) -> bool:
+    """Whether a quantized Conv1D is meant: codes are [out, in], its weight is [in, out]."""
+    return (
+        source.tensors[stored].stored_as.startswith("GPTQ")
+        and name.endswith(".weight")
+        and isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+    )
+
+
+def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> Iterator[tuple[str, Place]]:
+    """(name within the experts module, place) of every part of a fused tensor."""
+    bias = kind.endswith("_bias")
+    suffix = "bias" if bias else "weight"
+    turned = bool(fused.is_transposed) and not bias
+    for expert in range(fused.down_proj.shape[0]):
+        if kind.startswith("gate_up_proj"):
+            for part, name in enumerate((names.gate, names.up)):
+                yield f"{expert}.{name}.{suffix}", Place(stored, expert, part, not fused.is_concatenated, turned)
+        elif kind.startswith("down_proj"):
+            yield f"{expert}.{names.down}.{suffix}", Place(stored, expert, transposed=turned)
+
+
+def _tie(source: Source, model: Any, places: dict[str, Place], found: dict[str, str], untie: bool) -> bool:
+    """Let a tied output embedding be the input embedding, where the source stores only the latter; or part them."""
+    if not getattr(source.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    embedding, head = names[model.get_input_embeddings()], names.get(model.get_output_embeddings())
+    if head is None or head in found or embedding not in found:
+        return False
+    found[head] = head if untie else found[embedding]
+    if untie:
+        places[head] = places[found[embedding]]
+    return untie
+
+
+def _info(stored: TensorInfo, place: Place) -> TensorInfo:
+    """Header of a published tensor, from that of the tensor it lies in."""
+    shape = stored.shape[1:] if place.expert is not None else stored.shape
+    if place.transposed:
+        shape = shape[::-1]
+    if place.part is not None:
+        shape = (shape[0] // 2, *shape[1:])
+    whole, share = torch.Size(stored.shape).numel(), torch.Size(shape).numel()
+    return TensorInfo(shape, stored.stored_as, stored.bytes * share // max(whole, 1))

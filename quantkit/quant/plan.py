@@ -1,0 +1,59 @@
+"""Which Linears of a model are quantized, and to what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantkit.config import QuantSpec, matches
+from quantkit.errors import UsageError
+from quantkit.model.stream import ModelStream
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One Linear: (out, in) and what it is quantized to."""
+
+    shape: tuple[int, int]
+    spec: QuantSpec
+
+    @property
+    def groups(self) -> int:
+        """Groups a row."""
+        columns = self.shape[1]
+        return 1 if self.spec.group_size == -1 else -(-columns // self.spec.group_size)
+
+
+Plan = Mapping[str, LinearPlan]
+"""By published module name, in the order in which the Linears are quantized."""
+
+
+def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
+    """Apply the patterns of `spec` to the Linears of a model's blocks.
+
+    Raises:
+        UsageError: a pattern that no Linear matches, or nothing left to quantize.
+    """
+    shapes = dict(stream.linears())
+    overridden = tuple(pattern for pattern, _ in spec.overrides)
+    for option, patterns in (("include", spec.include), ("exclude", spec.exclude), ("override", overridden)):
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in shapes):
+                raise UsageError(f"--{option} {pattern}: no Linear has such a name; one is {next(iter(shapes))}")
+    plan = {name: LinearPlan(shape, own) for name, shape in shapes.items() if (own := spec.of(name)) is not None}
+    if not plan:
+        raise UsageError("--include and --exclude leave no Linear to quantize")
+    return plan
+
+
+def modules_in_block(stream: ModelStream, plan: Plan) -> list[list[str]]:
+    """Names within a block of the Linears that are quantized in any block, by stage where the stages are known."""
+    seen: dict[str, list[str]] = {}
+    for index, stages in enumerate(stream.known_stages()):
+        for stage in stages:
+            names = [stream.published(index, name) for name in stage]
+            inside = [name.split(f".{index}.", 1)[1] for name in names if name in plan]
+            group = next((seen[name] for name in inside if name in seen), [])
+            group += [name for name in inside if name not in seen]
+            seen.update(dict.fromkeys(inside, group))
+    return list({id(group): group for group in seen.values()}.values())

@@ -147,13 +147,18 @@ def _cells(result: ModelResult, compared: bool) -> list[str]:
 
 
 def print_samples(report: SamplesReport, show: int) -> None:
+    from quantkit.calibration import shown_license
+
     facts = report.matrix.provenance
-    results.print(
-        f"{facts.samples} windows of {facts.seq_len} tokens from {len(facts.records)} records of {facts.dataset} "
-        f"(sha256 {facts.dataset_sha256[:12]}), template {facts.template}, seed {facts.seed}\n"
-        f"tokens sha256 {facts.tokens_sha256}\nrecords: {', '.join(facts.records)}",
-        markup=False,
-    )
+    sets = [
+        f"{part.samples} windows of {facts.seq_len} tokens from {len(part.records)} records of {part.dataset} "
+        f"({shown_license(part.license)}, sha256 {part.dataset_sha256[:12]})"
+        + (f", {part.dropped} records left out that are also in the evaluation text" if part.dropped else "")
+        for part in facts.parts or (facts,)
+    ]
+    drawn = [f"template {facts.template}, seed {facts.seed}", f"tokens sha256 {facts.tokens_sha256}"]
+    names = [f"records: {', '.join(part.records)}" for part in facts.parts or (facts,)]
+    results.print("\n".join([*sets, *drawn, *names]), markup=False)
     for number, window in enumerate(report.windows[:show]):
         results.rule(f"window {number}", align="left")
         results.print(window, markup=False)

@@ -15,24 +15,40 @@ from quantkit.errors import CalibrationError, UsageError
 SAMPLE = "evol-instruct-sample"
 HELD_OUT = "evol-instruct-sample:heldout"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
-_TRAIN_SHARD = re.compile(r"(?:.*/)?train(?:-\d+-of-\d+[^/]*)?\.parquet")
+_HUB_SPEC = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:@\s]+))?(?::(?P<path>.+))?"
+)
+_DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+_TRAIN_SHARD = re.compile(r"(?:.*/)?train(?:-\d+-of-(?P<shards>\d+)[^/]*)?\.parquet")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file in a data set repository of the Hub, with the licence its card states."""
+    """A file in a data set repository of the Hub, with the licence its card states.
+
+    `first`: so many records are read, from the beginning (None: all). `joined`: its rows are the lines of one text.
+    """
 
     repository: str
     path: str
-    license: str | None
+    license: str
+    first: int | None = None
+    joined: bool = False
 
 
 KNOWN_HUB: dict[str, HubFile] = {
     "evol-instruct-70k": HubFile("WizardLMTeam/WizardLM_evol_instruct_70k", "alpaca_evol_instruct_70k.json", "mit"),
     "evol-instruct-v2": HubFile(
         "WizardLMTeam/WizardLM_evol_instruct_V2_196k", "WizardLM_evol_instruct_V2_143k.json", "mit"
+    ),
+    "alpaca": HubFile("tatsu-lab/alpaca", "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", "cc-by-nc-4.0"),
+    # The shard has 356,317 documents, already shuffled: the first ones are as good a sample, some 8 million tokens.
+    "c4": HubFile("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "odc-by", first=20_000),
+    "wikitext2": HubFile(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+        "cc-by-sa-3.0, gfdl",
+        joined=True,
     ),
 }
 
@@ -41,11 +57,13 @@ KNOWN_NAMES = (SAMPLE, HELD_OUT, *KNOWN_HUB)
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set as (name, bytes), in order."""
+    """The files of a data set as (name, where it lies), in order; `first` and `joined` as in `HubFile`."""
 
     name: str
-    files: tuple[tuple[str, bytes], ...]
+    files: tuple[tuple[str, Path], ...]
     license: str | None
+    first: int | None = None
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,9 +83,10 @@ def bundled_folder() -> Path:
 def read_bundled() -> Bundled:
     """Read the bundled sample; raises `CalibrationError` where it is missing or is not what its manifest says."""
     folder = bundled_folder()
+    path = folder / "evol_instruct_sample.jsonl"
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-        data = (folder / "evol_instruct_sample.jsonl").read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise CalibrationError(f"the bundled data set {SAMPLE} is incomplete ({error.strerror}): reinstall") from None
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
@@ -75,79 +94,133 @@ def read_bundled() -> Bundled:
             f"evol_instruct_sample.jsonl is not the file that manifest.json describes (sha256 differs): reinstall, "
             f"or give a changed copy by its path instead of the name {SAMPLE}"
         )
-    source = Source(SAMPLE, (("evol_instruct_sample.jsonl", data),), manifest["license"])
+    source = Source(SAMPLE, ((path.name, path),), manifest["license"])
     return Bundled(source, frozenset(manifest["heldout"]))
 
 
-def read_hub(spec: str) -> Source:
-    """Read a data set from the Hub: a known name, `owner/name`, or `owner/name:path/in/repository`.
+def find_source(spec: str) -> Source:
+    """Find a data set by a name of `KNOWN_HUB`, `NAME:FILE` for a local copy of it, or its id on the Hub.
 
-    Raises `UsageError` for anything else, and `CalibrationError` where the Hub or the repository cannot give the file.
+    The id is `owner/name`, then `@REVISION` (a branch, tag or commit), then `:PATH` in the repository, the last two
+    where wanted. Raises `UsageError` for anything else, and `CalibrationError` where the Hub or the repository cannot
+    give the file.
     """
-    known = KNOWN_HUB.get(spec)
+    name, colon, file = spec.partition(":")
+    known = KNOWN_HUB.get(name)
+    if known and colon:
+        return _local_copy(name, known, Path(file))
     if known:
-        return Source(known.repository, _download(known.repository, [known.path]), known.license)
-    repository, _, path = spec.partition(":")
+        files = ((known.path, download(known.repository, known.path)),)
+        return Source(known.repository, files, known.license, known.first, known.joined)
+    hub = _HUB_SPEC.fullmatch(spec)
     # A mistyped local path must not reach for the network.
-    if not _HUB_ID.fullmatch(repository) or repository.lower().endswith((*_DATA_SUFFIXES, ".txt", ".md", ".raw")):
+    if not hub or name.lower().endswith((*_DATA_SUFFIXES, ".txt", ".md", ".raw", ".gz")):
         raise UsageError(
             f"no such data: {spec!r} is neither a file nor a known name ({', '.join(KNOWN_NAMES)}) "
             "nor a Hub data set (owner/name or owner/name:file)"
         )
-    if path:
-        return Source(repository, _download(repository, [path]), None)
-    paths, license_name = _list_files(repository)
-    return Source(repository, _download(repository, choose_files(repository, paths)), license_name)
+    return _hub_source(hub["repository"], hub["revision"], hub["path"])
 
 
-def choose_files(repository: str, paths: Sequence[str]) -> list[str]:
+def _local_copy(name: str, known: HubFile, path: Path) -> Source:
+    if not path.is_file():
+        raise UsageError(f"{name}:{path}: there is no file {path}; {name} alone takes {known.repository} from the Hub")
+    return Source(f"{name}:{path.name}", ((path.name, path),), known.license, known.first, known.joined)
+
+
+def _hub_source(repository: str, revision: str | None, path: str | None) -> Source:
+    name = _shown_name(repository, revision)
+    paths = [path] if path else choose_files(name, _list_files(repository, revision))
+    files = tuple((path, download(repository, path, revision)) for path in paths)
+    return Source(name, files, _card_license(repository, revision))
+
+
+def _shown_name(repository: str, revision: str | None) -> str:
+    return f"{repository}@{revision}" if revision else repository
+
+
+def choose_files(name: str, paths: Sequence[str]) -> list[str]:
     """The one data file among `paths`, or all shards of the one parquet train split; else `CalibrationError`."""
     data = sorted(path for path in paths if path.lower().endswith(_DATA_SUFFIXES))
-    train = [path for path in data if _TRAIN_SHARD.fullmatch(path)]
+    train = [match for match in map(_TRAIN_SHARD.fullmatch, data) if match]
+    if train and len({Path(match[0]).parent for match in train}) == 1:
+        # Offline, the cache may hold some of them only.
+        if len(train) < int(train[0]["shards"] or 1):
+            raise CalibrationError(f"{name}: only {len(train)} of {int(train[0]['shards'])} train shards are there")
+        return [match[0] for match in train]
     if len(data) == 1:
         return data
-    if train and len({Path(path).parent for path in train}) == 1:
-        return train
     if not data:
-        raise CalibrationError(f"{repository} holds no .json, .jsonl or .parquet file; name one: {repository}:FILE")
+        raise CalibrationError(f"{name} holds no .json, .jsonl or .parquet file; name one: {name}:FILE")
     listed = ", ".join(data[:10]) + (f" and {len(data) - 10} more" if len(data) > 10 else "")
-    raise CalibrationError(f"{repository} holds several data files; name one as {repository}:FILE. Files: {listed}")
+    raise CalibrationError(f"{name} holds several data files; name one as {name}:FILE. Files: {listed}")
 
 
-def _list_files(repository: str) -> tuple[list[str], str | None]:
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().dataset_info(repository)
-    except Exception as error:  # connection errors are those of an HTTP library that differs between Hub releases
-        raise _hub_error(repository, error) from error
-    license_name = info.card_data.get("license") if info.card_data else None
-    return [file.rfilename for file in info.siblings or []], license_name if isinstance(license_name, str) else None
-
-
-def _download(repository: str, paths: Sequence[str]) -> tuple[tuple[str, bytes], ...]:
+def download(repository: str, path: str, revision: str | None = None) -> Path:
+    """A file of a data set repository, in the Hub client's cache; raises `CalibrationError` where it cannot be had."""
     from huggingface_hub import hf_hub_download
 
-    files = []
-    for path in paths:
-        try:
-            local = hf_hub_download(repository, path, repo_type="dataset")
-        except Exception as error:  # as in _list_files
-            raise _hub_error(f"{repository}:{path}", error) from error
-        files.append((path, Path(local).read_bytes()))
-    return tuple(files)
+    try:
+        return Path(hf_hub_download(repository, path, repo_type="dataset", revision=revision))
+    except Exception as error:  # connection errors are those of an HTTP library that differs between Hub releases
+        raise _hub_error(f"{_shown_name(repository, revision)}:{path}", error) from error
+
+
+def _list_files(repository: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().dataset_info(repository, revision=revision)
+        return [file.rfilename for file in info.siblings or []]
+    except HfHubHTTPError as error:
+        raise _hub_error(_shown_name(repository, revision), error) from error
+    except Exception as error:  # as in download
+        cached = _cached_files(repository, revision)
+        if not cached:
+            raise _hub_error(_shown_name(repository, revision), error) from error
+        return cached
+
+
+def _cached_files(repository: str, revision: str | None) -> list[str]:
+    """What an earlier run left in the Hub client's cache: offline, the same command goes on working."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True))
+    except Exception:  # whatever the reason, the error of the listing says more
+        return []
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _card_license(repository: str, revision: str | None) -> str | None:
+    """The licence that the repository's card states; None where it states none or there is no card.
+
+    The card is read as a file, not from the Hub's API, so that it is cached and an offline run writes the same record.
+    """
+    from huggingface_hub import hf_hub_download, metadata_load
+
+    try:
+        card = metadata_load(hf_hub_download(repository, "README.md", repo_type="dataset", revision=revision))
+    except Exception:  # the data itself is there by now; a card that is missing or damaged does not stop the run
+        return None
+    stated = (card or {}).get("license") or []
+    return ", ".join([stated] if isinstance(stated, str) else map(str, stated)) or None
 
 
 def _hub_error(what: str, error: Exception) -> CalibrationError:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    offline = "HF_HUB_OFFLINE is set and the data is not cached: unset it, or give a local file"
+    unreachable = "the Hub cannot be reached and the file is not cached: give a local file"
     # The first class that fits is taken, so a class stands before the class it derives from.
     reasons: tuple[tuple[type[Exception], str], ...] = (
         (errors.GatedRepoError, "access is restricted: accept its terms on the Hub and log in with `hf auth login`"),
         (errors.RepositoryNotFoundError, "the Hub has no such data set, or it is private: check the name, or log in"),
+        (errors.RevisionNotFoundError, "the data set has no such revision: check the part after the @"),
         (errors.RemoteEntryNotFoundError, "the data set has no such file: check the part after the colon"),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set: unset it, or give a local file"),
-        (errors.LocalEntryNotFoundError, "the Hub cannot be reached and the file is not cached: give a local file"),
+        (errors.OfflineModeIsEnabled, offline),
+        (errors.LocalEntryNotFoundError, offline if constants.HF_HUB_OFFLINE else unreachable),
         (errors.HFValidationError, "this is not a name that the Hub accepts"),
     )
     for kind, reason in reasons:

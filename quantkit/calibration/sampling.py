@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from quantkit.calibration.mixtures import Mixture, interleaved, shares
+from quantkit.calibration.overlap import TextIndex
 from quantkit.calibration.readers import Dataset
 from quantkit.calibration.records import Record
 from quantkit.calibration.templates import render, resolve
 from quantkit.config import CalibrationSpec, Spec, TemplateName
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, UsageError
 from quantkit.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -26,11 +28,29 @@ _BATCH = 64
 BosUse = Literal["none", "window", "start"]
 
 
+class Part(Spec):
+    """One data set of a mixture: its `weight`, its share of the windows, and the rest as in `Provenance`."""
+
+    dataset: str
+    dataset_sha256: str
+    license: str | None
+    weight: float
+    samples: int
+    records: tuple[str, ...]
+    first_records: int | None
+    dropped: int
+
+
 class Provenance(Spec):
     """What a token matrix was made of: enough to make it again.
 
     `records` are the ids of the records whose tokens are in it, in order (none for text tokenized as one string).
     `bos`: a BOS opens every window, or only the whole text, or none was added. `seed` None: file order.
+    `first_records`: no more than so many records of the data set were read. `dropped`: so many records came up in the
+    drawing and were left out, because they also occur in the evaluation text.
+
+    Of a mixture `parts` says what each data set gave, in place of `records`. `dataset_sha256` is then over the parts'
+    hashes, and `license` names all of theirs, or is None where one states none.
     """
 
     dataset: str
@@ -44,6 +64,9 @@ class Provenance(Spec):
     samples_asked: int | None
     samples: int
     tokens_sha256: str
+    first_records: int | None = None
+    dropped: int = 0
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,26 +111,44 @@ def token_hash(tokens: torch.Tensor) -> str:
 
 
 def draw(
-    dataset: Dataset, spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
+    dataset: Dataset | Mixture,
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress = SILENT,
+    exclude: TextIndex | None = None,
 ) -> TokenMatrix:
     """Draw `spec.samples` windows of `spec.seq_len` tokens from records in an order that `spec.seed` decides.
 
     Records are rendered, tokenized and packed into one stream, which is cut between token ids: a record may go on in
     the next window. With a tokenizer that adds a BOS by itself every window opens with one and no record has its own.
-    Where the data is too short there are fewer windows, and a warning. Raises `CalibrationError` where not even one
-    window is there or a record cannot be rendered, `UsageError` where the template does not fit the tokenizer.
+    Records that also occur in `exclude` are passed over and counted. Where the data is too short there are fewer
+    windows, and a warning.
+
+    Of a mixture each data set gives its share of the windows, the same that it would give alone; the windows of all are
+    interleaved.
+
+    Raises:
+        CalibrationError: not even one window is there, or a record cannot be rendered.
+        UsageError: the template does not fit the tokenizer, or a part of a mixture has too little weight for a window.
     """
+    if isinstance(dataset, Mixture):
+        return _draw_mixture(dataset, spec, tokenizer, progress, exclude)
     template = resolve(spec.template, tokenizer)
     order = np.random.Generator(np.random.PCG64(spec.seed)).permutation(len(dataset.records))
     stream = _Stream(spec.seq_len, _own_bos(tokenizer))
     needed = spec.samples * stream.payload
     with progress.phase("calibration text", needed) as advance:
-        for record_id, ids in _tokenized([dataset.records[index] for index in order], template, tokenizer):
+        for record, ids in _tokenized([dataset.records[index] for index in order], template, tokenizer, exclude):
+            if ids is None:
+                stream.dropped += 1
+                continue
             before = len(stream.ids)
-            stream.add(record_id, ids)
+            stream.add(record.id, ids)
             advance(min(len(stream.ids), needed) - before)
             if len(stream.ids) >= needed:
                 break
+    if exclude and stream.dropped:
+        progress.note(f"{dataset.name}: left out {stream.dropped} records that also occur in {exclude.name}")
     matrix = stream.matrix(dataset, template=template, seed=spec.seed, asked=spec.samples)
     if matrix.provenance.samples < spec.samples:
         progress.warn(
@@ -115,6 +156,52 @@ def draw(
             f"{spec.samples} asked for: going on with those; give more data, or ask for fewer or shorter windows"
         )
     return matrix
+
+
+def _draw_mixture(
+    mixture: Mixture,
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    exclude: TextIndex | None,
+) -> TokenMatrix:
+    weights = [weight for _, weight in mixture.parts]
+    drawn = []
+    for (dataset, weight), samples in zip(mixture.parts, shares(weights, spec.samples), strict=True):
+        if samples == 0:
+            raise UsageError(
+                f"calibration: by its weight {weight:g}, {dataset.name} has none of {spec.samples} windows; "
+                "ask for more samples, or give it more weight"
+            )
+        drawn.append(draw(dataset, spec.model_copy(update={"samples": samples}), tokenizer, progress, exclude))
+    order = interleaved([matrix.provenance.samples for matrix in drawn])
+    tokens = torch.stack([drawn[part].tokens[number] for part, number in order])
+    return TokenMatrix(tokens, _mixed_provenance([matrix.provenance for matrix in drawn], weights, tokens, spec))
+
+
+def _mixed_provenance(
+    drawn: Sequence[Provenance], weights: Sequence[float], tokens: torch.Tensor, spec: CalibrationSpec
+) -> Provenance:
+    shared = Part.model_fields.keys() - {"weight"}
+    parts = [
+        Part(weight=weight, **facts.model_dump(include=shared)) for facts, weight in zip(drawn, weights, strict=True)
+    ]
+    licenses = dict.fromkeys(part.license for part in parts)
+    return Provenance(
+        dataset=",".join(f"{part.dataset}:{part.weight:g}" for part in parts),
+        dataset_sha256=hashlib.sha256("".join(part.dataset_sha256 for part in parts).encode()).hexdigest(),
+        license=None if None in licenses else ", ".join(filter(None, licenses)),
+        records=(),
+        template=drawn[0].template,
+        bos=drawn[0].bos,
+        seed=spec.seed,
+        seq_len=spec.seq_len,
+        samples_asked=spec.samples,
+        samples=len(tokens),
+        tokens_sha256=token_hash(tokens),
+        dropped=sum(part.dropped for part in parts),
+        parts=tuple(parts),
+    )
 
 
 def windows_in_order(
@@ -129,8 +216,8 @@ def windows_in_order(
     template = resolve(template, tokenizer)
     stream = _Stream(seq_len, _own_bos(tokenizer))
     with progress.phase("evaluation text", len(dataset.records)) as advance:
-        for record_id, ids in _tokenized(dataset.records, template, tokenizer):
-            stream.add(record_id, ids)
+        for record, ids in _tokenized(dataset.records, template, tokenizer):
+            stream.add(record.id, ids or [])
             advance(1)
     return stream.matrix(dataset, template=template, seed=None, asked=None)
 
@@ -161,6 +248,7 @@ class _Stream:
         self.payload = seq_len - (window_bos is not None)
         self.ids = array("q")
         self.begins: list[tuple[int, str]] = []
+        self.dropped = 0
 
     def add(self, record_id: str | None, ids: list[int]) -> None:
         if self.window_bos is not None and ids[:1] == [self.window_bos]:
@@ -181,9 +269,10 @@ class _Stream:
         """The stream cut into at most `asked` windows (None: all that are there)."""
         samples = len(self.ids) // self.payload
         if samples == 0:
+            without = f" without {self.dropped} records that are also in the evaluation text" if self.dropped else ""
             raise CalibrationError(
-                f"{dataset.name} is too short: {len(self.ids)} tokens found, {self.payload} needed for one window of "
-                f"{self.seq_len}; give more text or shorter windows"
+                f"{dataset.name} is too short{without}: {len(self.ids)} tokens found, {self.payload} needed for one "
+                f"window of {self.seq_len}; give more text or shorter windows"
             )
         samples = samples if asked is None else min(samples, asked)
         kept = samples * self.payload
@@ -203,6 +292,8 @@ class _Stream:
             samples_asked=asked,
             samples=samples,
             tokens_sha256=token_hash(tokens),
+            first_records=dataset.first,
+            dropped=self.dropped,
         )
         return TokenMatrix(tokens, provenance)
 
@@ -218,13 +309,19 @@ def _own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _tokenized(
-    records: Sequence[Record], template: TemplateName, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, list[int]]]:
+    records: Sequence[Record],
+    template: TemplateName,
+    tokenizer: PreTrainedTokenizerBase,
+    exclude: TextIndex | None = None,
+) -> Iterator[tuple[Record, list[int] | None]]:
+    """Each record and its token ids, or None where `exclude` holds the record."""
     for start in range(0, len(records), _BATCH):
         batch = records[start : start + _BATCH]
-        texts = [render(record, template, tokenizer) for record in batch]
-        for record, ids in zip(batch, _token_ids(tokenizer, texts, add_special_tokens=False), strict=True):
-            yield record.id, ids
+        out = [exclude is not None and exclude.holds(record) for record in batch]
+        texts = [render(record, template, tokenizer) for record, held in zip(batch, out, strict=True) if not held]
+        ids = iter(_token_ids(tokenizer, texts, add_special_tokens=False) if texts else [])
+        for record, held in zip(batch, out, strict=True):
+            yield record, None if held else next(ids)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:

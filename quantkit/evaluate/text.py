@@ -6,19 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from quantkit.calibration import Provenance, TokenMatrix, load_dataset, window_text, windows_in_order
+from quantkit.calibration import (
+    Dataset,
+    Provenance,
+    TextIndex,
+    TokenMatrix,
+    load_dataset,
+    window_text,
+    windows_in_order,
+)
+from quantkit.calibration.datasets import Source, download
+from quantkit.calibration.readers import read_source
 from quantkit.config import EvaluationSpec
-from quantkit.errors import CalibrationError, MissingPackageError
+from quantkit.errors import CalibrationError
 from quantkit.evaluate.compare import Windows
 from quantkit.progress import SILENT, Progress
 
 WIKITEXT2 = "wikitext2"
-_WIKITEXT2_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
-_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet")
+_WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
+_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
 
 
 @dataclass(frozen=True)
@@ -59,20 +67,39 @@ def evaluation_text(
     return EvaluationText(_shown_name(spec.text), Windows(tokens, first_scored), matrix.provenance)
 
 
+def text_index(text: str) -> TextIndex:
+    """The text that `--text` names, for telling which calibration records occur in it.
+
+    Raises:
+        UsageError: nothing has that name.
+        CalibrationError: text that cannot be read.
+    """
+    content = _read(text, SILENT)
+    return TextIndex.of(content) if isinstance(content, Dataset) else TextIndex(_shown_name(text), [content])
+
+
 def _token_matrix(
     spec: EvaluationSpec, seq_len: int, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> TokenMatrix:
-    if _is_wikitext2(spec.text):
-        return window_text(_wikitext2(spec.text), WIKITEXT2, seq_len, tokenizer, leading_bos_once=True)
-    path = Path(spec.text)
-    if path.is_file() and path.suffix not in _DATASET_SUFFIXES:
+    content = _read(spec.text, progress)
+    if isinstance(content, Dataset):
+        return windows_in_order(
+            content, seq_len=seq_len, template=spec.template, tokenizer=tokenizer, progress=progress
+        )
+    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=_is_wikitext2(spec.text))
+
+
+def _read(text: str, progress: Progress) -> Dataset | str:
+    """Records, or one plain text."""
+    if _is_wikitext2(text):
+        return _wikitext2(text)
+    path = Path(text)
+    if path.is_file() and path.suffix.lower() not in _DATASET_SUFFIXES:
         try:
-            text = path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CalibrationError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-        return window_text(text, path.name, seq_len, tokenizer, leading_bos_once=False)
-    dataset = load_dataset(spec.text, progress)
-    return windows_in_order(dataset, seq_len=seq_len, template=spec.template, tokenizer=tokenizer, progress=progress)
+    return load_dataset(text, progress)
 
 
 def _overlapping(matrix: TokenMatrix, seq_len: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,28 +133,17 @@ def _is_wikitext2(text: str) -> bool:
 def _wikitext2(text: str) -> str:
     local = text.partition(":")[2]
     path = Path(local) if local else _download_wikitext2()
+    if path.suffix == ".parquet":
+        source = Source(WIKITEXT2, ((path.name, path),), None, joined=True)
+        return read_source(source).text or ""
     try:
-        if path.suffix != ".parquet":
-            return path.read_text(encoding="utf-8")
-        return "\n\n".join(_parquet_column(path, "text"))
-    except (OSError, ValueError, KeyError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise CalibrationError(f"{path}: cannot be read as WikiText-2: {error}") from error
 
 
 def _download_wikitext2() -> Path:
-    repository, file = _WIKITEXT2_HUB
     try:
-        return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CalibrationError(
-            f"WikiText-2 is not in the Hub cache and cannot be downloaded; name a local copy: --text {WIKITEXT2}:FILE"
-        ) from error
-
-
-def _parquet_column(path: Path, column: str) -> list[str]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingPackageError("pyarrow", "hub", "reading Parquet") from None
-    values: list[str] = parquet.read_table(path, columns=[column])[column].to_pylist()
-    return values
+        return download(*_WIKITEXT2_TEST)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}, as --text {WIKITEXT2}:FILE") from error

@@ -182,6 +182,38 @@ def one_tensor_twice(model: Path) -> list[str]:
     return [name, "a.safetensors", "b.safetensors"]
 
 
+def one_tensor_in_two_bins(model: Path) -> list[str]:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(tensors, model / "pytorch_model-00001-of-00002.bin")
+    torch.save({"model.norm.weight": torch.zeros(64)}, model / "pytorch_model-00002-of-00002.bin")
+    return ["model.norm.weight", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+
+
+def truncated_bin(model: Path) -> list[str]:
+    as_bin(model)
+    os.truncate(model / "pytorch_model.bin", (model / "pytorch_model.bin").stat().st_size - 100)
+    return ["pytorch_model.bin", "cut short"]
+
+
+def truncated_legacy_bin(model: Path) -> list[str]:
+    as_bin(model, _use_new_zipfile_serialization=False)
+    os.truncate(model / "pytorch_model.bin", (model / "pytorch_model.bin").stat().st_size - 100)
+    return ["pytorch_model.bin", "cut short"]
+
+
+def bin_is_no_pickle(model: Path) -> list[str]:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    return ["pytorch_model.bin"]
+
+
+def as_bin(model: Path, extra: dict[str, Any] | None = None, **options: Any) -> None:
+    """Store a folder's weights in a pickle instead."""
+    path = model / "model.safetensors"
+    torch.save({**load_file(path), **(extra or {})}, model / "pytorch_model.bin", **options)
+    path.unlink()
+
+
 def other_shape(model: Path) -> list[str]:
     edit_config(model, intermediate_size=128)
     return ["model.layers.0.mlp.gate_proj.weight", "[96, 64]", "[128, 64]"]
@@ -221,19 +253,38 @@ def config_with_nonsense(model: Path) -> list[str]:
     return ["config.json"]
 
 
+def config_asks_for_code(model: Path) -> list[str]:
+    leave_code(model, "configuration_own.py")
+    edit_config(model, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    return ["config.json", "configuration_own.py", "was not run", "--trust-remote-code"]
+
+
+def tokenizer_asks_for_code(model: Path) -> list[str]:
+    leave_code(model, "tokenization_own.py")
+    path = model / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    return ["tokenizer_config.json", "tokenization_own.py", "was not run", "--trust-remote-code"]
+
+
+def leave_code(model: Path, name: str) -> None:
+    """Code that leaves a file beside it when it is run."""
+    (model / name).write_text("import pathlib\npathlib.Path(__file__).with_name('marker').touch()\n")
+
+
 def config_of_unknown_type(model: Path) -> list[str]:
     edit_config(model, model_type="frobnicate")
     return ["config.json", "frobnicate"]
 
 
-def gpt2(model: Path) -> list[str]:
-    edit_config(model, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    return ["gpt2", "supported: llama"]
+def mamba(model: Path) -> list[str]:
+    edit_config(model, model_type="mamba", architectures=["MambaForCausalLM"])
+    return [model.name, "backbone.embeddings.weight", "missing"]
 
 
 def bert(model: Path) -> list[str]:
     edit_config(model, model_type="bert", architectures=["BertModel"])
-    return ["bert", "supported: llama"]
+    return [model.name, "bert.embeddings.word_embeddings.weight", "missing"]
 
 
 def other_quantization(model: Path) -> list[str]:
@@ -249,7 +300,21 @@ def quantization_is_no_object(model: Path) -> list[str]:
 def tokenizer_missing(model: Path) -> list[str]:
     for path in model.glob("*token*"):
         path.unlink()
-    return [model.name, "tokenizer"]
+    return [model.name, "has no tokenizer", "tokenizer.json, tokenizer.model, vocab.json"]
+
+
+def tokenizer_that_transformers_would_make_up(model: Path) -> list[str]:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    return [model.name, "has no tokenizer"]
+
+
+def merges_missing(model: Path) -> list[str]:
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    (model / "vocab.json").write_text(json.dumps(vocabulary))
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    return [model.name, "merges.txt"]
 
 
 def tokenizer_is_no_json(model: Path) -> list[str]:
@@ -271,6 +336,10 @@ BROKEN_MODELS = [
     empty_weights,
     absurd_header_length,
     one_tensor_twice,
+    one_tensor_in_two_bins,
+    truncated_bin,
+    truncated_legacy_bin,
+    bin_is_no_pickle,
     other_shape,
     tensor_missing,
     head_missing,
@@ -278,12 +347,16 @@ BROKEN_MODELS = [
     config_is_a_list,
     config_without_type,
     config_with_nonsense,
+    config_asks_for_code,
     config_of_unknown_type,
-    gpt2,
+    mamba,
     bert,
     other_quantization,
     quantization_is_no_object,
+    tokenizer_asks_for_code,
     tokenizer_missing,
+    tokenizer_that_transformers_would_make_up,
+    merges_missing,
     tokenizer_is_no_json,
     template_raises,
 ]
@@ -294,6 +367,39 @@ def test_a_broken_model(desk: Desk, spoil: Callable[[Path], list[str]]) -> None:
     model = desk.model()
     culprits = spoil(model)
     desk.refused(lambda: desk.gptq(model), 1, *culprits)
+
+
+class Call:
+    """What a pickle runs when it is loaded without care: it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.marker),))
+
+
+@pytest.mark.parametrize("verb", ["gptq", "perplexity", "inspect"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_call_in_a_bin_is_refused_and_not_made(desk: Desk, verb: str, legacy: bool) -> None:
+    model = desk.model()
+    as_bin(model, {"extra": Call(desk.folder / "marker")}, _use_new_zipfile_serialization=not legacy)
+    run = (lambda: desk.gptq(model)) if verb == "gptq" else (lambda: desk.run(verb, model))
+    desk.refused(run, 1, "pytorch_model.bin", "holds more than tensors (posix.mkdir)", "Nothing was run")
+    assert not (desk.folder / "marker").exists()
+    torch.load(model / "pytorch_model.bin", weights_only=False)
+    assert (desk.folder / "marker").exists(), "the file holds no call that could have been made"
+
+
+def test_an_absurd_header_takes_neither_memory_nor_time(desk: Desk) -> None:
+    model = desk.model()
+    path = model / "model.safetensors"
+    path.write_bytes((6 * 10**9).to_bytes(8, "little"))
+    os.truncate(path, 8 * 10**9)  # sparse: it takes no room
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert_one_clear_error(desk.run("inspect", model), 1, "model.safetensors", "broken")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("verb", ["perplexity", "samples", "inspect"])
@@ -318,6 +424,55 @@ def shard_outside(model: Path) -> list[str]:
     shutil.copyfile(sorted(model.glob("*.safetensors"))[0], model.parent / "outside.safetensors")
     edit_index(model, {"model.norm.weight": "../outside.safetensors"})
     return ["model.safetensors.index.json", "../outside.safetensors"]
+
+
+def shard_at_an_absolute_path(model: Path) -> list[str]:
+    outside = shutil.copyfile(sorted(model.glob("*.safetensors"))[0], model.parent / "outside.safetensors")
+    edit_index(model, {"model.norm.weight": str(outside)})
+    return ["model.safetensors.index.json", "outside the folder", str(outside)]
+
+
+def shard_in_a_folder(model: Path) -> list[str]:
+    (model / "deep").mkdir()
+    shutil.copyfile(sorted(model.glob("*.safetensors"))[0], model / "deep" / "a.safetensors")
+    edit_index(model, {"model.norm.weight": "deep/a.safetensors"})
+    return ["model.safetensors.index.json", "deep/a.safetensors"]
+
+
+def shard_is_the_parent(model: Path) -> list[str]:
+    edit_index(model, {"model.norm.weight": ".."})
+    return [".."]
+
+
+def empty_index(model: Path) -> list[str]:
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    return ["model.safetensors.index.json", "weight_map"]
+
+
+def bin_shard_outside(model: Path) -> list[str]:
+    torch.save({"a": Call(model.parent / "marker")}, model.parent / "outside.bin")
+    return bin_index(model, "../outside.bin")
+
+
+def bin_shard_at_an_absolute_path(model: Path) -> list[str]:
+    torch.save({"a": Call(model.parent / "marker")}, model.parent / "outside.bin")
+    return bin_index(model, str(model.parent / "outside.bin"))
+
+
+def bin_shard_missing(model: Path) -> list[str]:
+    return [bin_index(model, "pytorch_model-00002-of-00002.bin")[1], "missing"]
+
+
+def bin_index(model: Path, other: str) -> list[str]:
+    """Store a folder's weights in a pickle whose index names another file too."""
+    tensors = {name: value for path in model.glob("*.safetensors") for name, value in load_file(path).items()}
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    shard = "pytorch_model-00001-of-00002.bin"
+    torch.save(tensors, model / shard)
+    weight_map = {**dict.fromkeys(tensors, shard), "model.norm.weight": other}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return ["pytorch_model.bin.index.json", other]
 
 
 def index_promises_too_much(model: Path) -> list[str]:
@@ -351,6 +506,13 @@ def edit_index(model: Path, changes: dict[str, Any]) -> None:
 SHARD_TROUBLES = [
     shard_missing,
     shard_outside,
+    shard_at_an_absolute_path,
+    shard_in_a_folder,
+    shard_is_the_parent,
+    empty_index,
+    bin_shard_outside,
+    bin_shard_at_an_absolute_path,
+    bin_shard_missing,
     index_promises_too_much,
     index_is_no_json,
     index_without_map,

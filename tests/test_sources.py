@@ -18,7 +18,7 @@ def asked(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     """A Hub whose every repository is a tiny Llama; what it was asked for."""
     requests: list[tuple[str, str | None]] = []
 
-    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
         assert "*.safetensors" in allow_patterns
         assert not any(pattern.endswith((".bin", ".py")) for pattern in allow_patterns)
         requests.append((repo_id, revision))

@@ -9,9 +9,12 @@ from pathlib import Path
 from quantkit.errors import SourceError, UsageError
 from quantkit.sources import hub
 from quantkit.sources.base import Source, TensorInfo, file_sha256
+from quantkit.sources.fp8 import Fp8Source
+from quantkit.sources.ggjt import MAGICS as GGJT_MAGICS
+from quantkit.sources.ggjt import GgjtSource
 from quantkit.sources.gguf import MAGIC, GgufSource
-from quantkit.sources.gptq import GptqSource
-from quantkit.sources.hf import HfSource, read_json
+from quantkit.sources.gptq import GptqSource, quantization_of
+from quantkit.sources.hf import HfSource
 
 __all__ = [
     "Source",
@@ -28,7 +31,7 @@ def open_source(model: str | Path, revision: str | None = None, trust_remote_cod
     """Open a model: a local folder or file, or a Hub id where no such path exists.
 
     Args:
-        model: a Hugging Face folder (full precision or GPTQ), a GGUF file, or ``owner/name`` on the Hub.
+        model: a Hugging Face folder (full precision, fp8 or GPTQ), a GGUF or ggjt file, or ``owner/name`` on the Hub.
         revision: branch, tag or commit, for a Hub id only.
         trust_remote_code: let transformers run code that comes with the model.
 
@@ -45,7 +48,7 @@ def open_source(model: str | Path, revision: str | None = None, trust_remote_cod
     if not hub.looks_like_id(name):
         raise SourceError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
     label = name if revision is None else f"{name}@{revision}"
-    return _open_folder(hub.download(name, revision), label, trust_remote_code)
+    return _open_folder(hub.download(name, revision, trust_remote_code), label, trust_remote_code)
 
 
 def default_source() -> Path | None:
@@ -68,13 +71,15 @@ def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> So
         files = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; it holds GGUF files, name one of them: {', '.join(files)}" if files else ""
         raise SourceError(f"{folder}: no model here (it has no config.json){hint}")
-    quantization = read_json(folder / "config.json").get("quantization_config")
-    if quantization is None:
+    quantization = quantization_of(folder)
+    if not quantization:
         return HfSource(folder, label, trust_remote_code)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "gptq":
-        raise SourceError(f"{folder}: quantized with {method!r}; only full-precision and gptq folders can be read")
-    return GptqSource(folder, label, trust_remote_code)
+    method = quantization.get("quant_method")
+    if method == "gptq":
+        return GptqSource(folder, label, trust_remote_code)
+    if method == "fp8":
+        return Fp8Source(folder, label, trust_remote_code)
+    raise SourceError(f"{folder}: quantized with {method!r}; full-precision, gptq and fp8 folders can be read")
 
 
 def _open_file(path: Path) -> Source:
@@ -82,4 +87,6 @@ def _open_file(path: Path) -> Source:
         magic = file.read(4)
     if magic == MAGIC:
         return GgufSource(path)
-    raise SourceError(f"{path}: neither a GGUF file nor a folder; give the model's folder")
+    if magic in GGJT_MAGICS:
+        return GgjtSource(path)
+    raise SourceError(f"{path}: neither a GGUF file nor a folder nor a ggjt file; give the model's folder")

@@ -104,13 +104,13 @@ class GptqSource(FolderSource):
     def _in_order(self, module: str) -> torch.Tensor:
         """Groups in the order of the columns, for a checkpoint that leaves g_idx out."""
         columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
-        size = next((s for s in _GROUP_SIZES if -(-columns // s) == groups), None)
-        given = self.quantization.get("group_size")
-        if isinstance(given, int) and given > 0 and -(-columns // given) == groups:
-            size = given
-        if size is None and groups > 1:
-            raise SourceError(f"{self.path}: {module} has no g_idx, and its {groups} groups fit no group size")
-        return contiguous_groups(columns, -1 if groups == 1 or size is None else size)
+        if groups == 1:
+            return contiguous_groups(columns, -1)
+        sizes = [self.quantization.get("group_size"), *_GROUP_SIZES]  # the first may be overridden for this module
+        size = next((s for s in sizes if isinstance(s, int) and s > 0 and -(-columns // s) == groups), None)
+        if size is None or self.quantization.get("desc_act"):
+            raise SourceError(f"{self.path}: {module} has no g_idx, so which group a column is in cannot be told")
+        return contiguous_groups(columns, size)
 
     def _parts(self, module: str) -> list[str]:
         return [part for part in _PARTS if f"{module}.{part}" in self.stored.tensors]

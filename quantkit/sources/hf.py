@@ -1,8 +1,9 @@
-"""A local Hugging Face folder: config.json and one or many safetensors shards."""
+"""A local Hugging Face folder: config.json, one or many weight files, and what lies beside them."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.errors import SourceError
-from quantkit.sources.base import TensorInfo
+from quantkit.sources.base import TensorInfo, first_line, read_json
+from quantkit.sources.pickled import PickledFiles
+from quantkit.sources.shards import SafetensorsFiles, WeightFiles
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,6 +33,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
 LOCAL_KEYS = frozenset(
     {
@@ -45,80 +46,6 @@ LOCAL_KEYS = frozenset(
         "local_files_only",
     }
 )
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-}
-
-
-class SafetensorsFolder:
-    """The tensors of a folder's safetensors shards. Headers are read at once: a broken shard shows before any work."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shard_of: dict[str, Path] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        for shard in self.shards():
-            self._read_header(shard)
-        self._check_index()
-
-    def shards(self) -> list[Path]:
-        """Shard files in order. Raises SourceError where there are none or one is missing."""
-        if (self.folder / INDEX_NAME).is_file():
-            names = sorted(set(self._index().values()))
-        elif (self.folder / SINGLE_NAME).is_file():
-            names = [SINGLE_NAME]
-        else:
-            names = sorted(path.name for path in self.folder.glob("*.safetensors"))
-            if not names:
-                raise SourceError(f"{self.folder}: no safetensors file in this folder")
-        for name in names:
-            if Path(name).name != name:
-                raise SourceError(f"{self.folder / INDEX_NAME}: names a shard outside the folder: {name}")
-            if not (self.folder / name).is_file():
-                raise SourceError(f"{self.folder}: shard {name} is missing; download the folder again")
-        return [self.folder / name for name in names]
-
-    def read(self, name: str) -> torch.Tensor:
-        """The stored tensor."""
-        try:
-            with safe_open(self.shard_of[name], framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise SourceError(f"{self.shard_of[name]}: cannot read {name}: {error}") from error
-
-    def _index(self) -> dict[str, str]:
-        path = self.folder / INDEX_NAME
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise SourceError(f"{path}: has no weight_map from tensor names to file names")
-        return weight_map
-
-    def _check_index(self) -> None:
-        if (self.folder / INDEX_NAME).is_file():
-            for name, shard in self._index().items():
-                if name not in self.tensors:
-                    raise SourceError(f"{self.folder / shard}: the index says it holds {name}, but it does not")
-
-    def _read_header(self, shard: Path) -> None:
-        try:
-            with safe_open(shard, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a dict
-                    if name in self.shard_of:
-                        raise SourceError(f"{shard}: {name} is also in {self.shard_of[name].name}")
-                    header = opened.get_slice(name)
-                    shape, stored_as = tuple(header.get_shape()), header.get_dtype()
-                    width = _DTYPES[stored_as].itemsize if stored_as in _DTYPES else 1
-                    self.shard_of[name] = shard
-                    self.tensors[name] = TensorInfo(shape, stored_as, width * int(torch.Size(shape).numel()))
-        except (SafetensorError, OSError) as error:
-            raise SourceError(f"{shard}: broken or cut short ({error}); download it again") from error
 
 
 class FolderSource:
@@ -129,7 +56,7 @@ class FolderSource:
         self.label = label or folder.resolve().name
         self._trust_remote_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
-        self.stored = SafetensorsFolder(folder)
+        self.stored = open_weights(folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
@@ -166,44 +93,64 @@ class HfSource(FolderSource):
         return self.stored.read(name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises SourceError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path}: holds no JSON object")
-    return content
+def open_weights(folder: Path) -> WeightFiles:
+    """The folder's weights: safetensors where there are any, else pytorch_model.bin. Raises SourceError."""
+    if not SafetensorsFiles.present(folder) and PickledFiles.present(folder):
+        return PickledFiles(folder)
+    return SafetensorsFiles(folder)
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The folder's config. Raises SourceError."""
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no model here (it has no config.json)")
-    if "model_type" not in read_json(folder / "config.json"):
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type is None:
         raise SourceError(f"{folder / 'config.json'}: has no model_type, so this is no transformers model")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not like
+        if model_type not in CONFIG_MAPPING and not trust_remote_code:
+            _refuse_code(folder / "config.json", error)
         raise SourceError(f"{folder / 'config.json'}: {first_line(error)}") from error
     return config
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises SourceError."""
+    if "gguf_file" not in options and not trust_remote_code:
+        _check_vocabulary(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+        if not trust_remote_code:
+            _refuse_code(folder / "tokenizer_config.json", error)
         raise SourceError(f"{folder}: cannot load its tokenizer: {first_line(error)}") from error
     return tokenizer
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for a one-line report."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _check_vocabulary(folder: Path) -> None:
+    """Refuse a folder without a vocabulary: for some model types transformers makes up one of a few tokens."""
+    names = [path.name for path in folder.iterdir()]
+    if not any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names):
+        raise SourceError(
+            f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made from"
+        )
+    if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & set(names):
+        raise SourceError(f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing")
+
+
+def _refuse_code(path: Path, error: Exception) -> None:
+    """Where a JSON file asks for code of its own, that is what has failed. Raises SourceError."""
+    classes = read_json(path).get("auto_map") if path.is_file() else None
+    if classes:
+        files = sorted({f"{module}.py" for module in re.findall(r"(\w+)\.\w+", json.dumps(classes))})
+        raise SourceError(
+            f"{path}: asks for code that comes with the model ({', '.join(files)}), which was not run; read it, then "
+            "give --trust-remote-code"
+        ) from error
 
 
 def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
@@ -218,13 +165,22 @@ def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
 def publishable_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json without local paths, that readers before transformers 5 understand too.
 
-    transformers 5 keeps the rope base in rope_parameters; transformers 4 reads only a top-level rope_theta and takes
-    10000 without a word where it is missing.
+    transformers 5 keeps all about rotary embeddings in rope_parameters; transformers 4 reads keys beside it, and takes
+    its defaults without a word where they are missing.
     """
     cleaned = {key: value for key, value in config.items() if key not in LOCAL_KEYS}
     rope = cleaned.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        cleaned.setdefault("rope_theta", rope["rope_theta"])
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return cleaned
+    cleaned.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        cleaned.setdefault("rope_scaling", scaling)
+    if "partial_rotary_factor" in rope:
+        cleaned.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    if cleaned.get("model_type") == "gpt_neox":  # which has names of its own for two of them
+        cleaned.setdefault("rotary_emb_base", rope["rope_theta"])
+        cleaned.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     return cleaned
 
 

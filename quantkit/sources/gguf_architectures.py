@@ -1,0 +1,123 @@
+"""What differs between GGUF architectures, as a table.
+
+The names and conventions are llama.cpp's: what its converter writes for each architecture, and what its loader takes
+for granted where the file says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+# Tensors that the config holds under transformers.
+IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FOUR_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def _named(suffix: str, *tables: Mapping[str, str]) -> dict[str, str]:
+    return {f"{name}.{suffix}": f"{ours}.{suffix}" for table in tables for name, ours in table.items()}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `general.architecture`.
+
+    Attributes:
+        model_type: transformers' name of it.
+        windowed_type: the name for a file that sets a sliding window, where `model_type` has none.
+        block: tensors of a block, GGUF name -> transformers' name.
+        flags: a tensor of the first block that some files have -> the config field that says so.
+        fields: further GGUF keys -> config fields.
+        window_pattern: of so many layers the last sees everything, the others a window; 0 where all are alike.
+        wide_models: block counts of the models whose attention scale is hidden/heads, not the head's width.
+        local_rope: layers with a window have a rotary base of their own.
+        permuted: rows of Q and K are in llama.cpp's rotary order.
+        norm_offset: what was added to the weights of norms.
+        bfloat16: activations overflow float16, so variants are published in bfloat16.
+        rstrip_special: special tokens eat the white space that follows them.
+    """
+
+    model_type: str
+    block: Mapping[str, str]
+    windowed_type: str | None = None
+    flags: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
+    window_pattern: int = 0
+    wide_models: tuple[int, ...] = ()
+    local_rope: bool = False
+    permuted: bool = False
+    norm_offset: float = 0.0
+    bfloat16: bool = False
+    rstrip_special: bool = False
+
+
+_GATED = _named("weight", _ATTENTION, _MLP, _NORMS)
+_QKV = {name: ours for name, ours in _ATTENTION.items() if name != "attn_output"}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # Mistral models of before mistral3 are "llama" too; without a sliding window the two compute the same.
+    "llama": Architecture(
+        "llama",
+        {**_GATED, **_named("bias", _ATTENTION, _MLP)},
+        windowed_type="mistral",
+        flags={"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"},
+        permuted=True,
+    ),
+    "mistral3": Architecture("mistral", _GATED, permuted=True),
+    "qwen2": Architecture("qwen2", {**_GATED, **_named("bias", _QKV)}),
+    "qwen3": Architecture("qwen3", {**_GATED, **_named("weight", _HEAD_NORMS)}),
+    "gemma2": Architecture(
+        "gemma2",
+        _named("weight", _ATTENTION, _MLP, _FOUR_NORMS),
+        fields={
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        window_pattern=2,
+        wide_models=(46,),
+        norm_offset=1.0,
+        bfloat16=True,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text",
+        _named("weight", _ATTENTION, _MLP, _FOUR_NORMS, _HEAD_NORMS),
+        fields={"final_logit_softcapping": "final_logit_softcapping"},
+        window_pattern=6,
+        wide_models=(62,),
+        local_rope=True,
+        norm_offset=1.0,
+        bfloat16=True,
+    ),
+    "phi3": Architecture(
+        "phi3",
+        {
+            **_named("weight", _NORMS),
+            "attn_qkv.weight": "self_attn.qkv_proj.weight",
+            "attn_output.weight": "self_attn.o_proj.weight",
+            "ffn_up.weight": "mlp.gate_up_proj.weight",
+            "ffn_down.weight": "mlp.down_proj.weight",
+        },
+        fields={"rope.scaling.original_context_length": "original_max_position_embeddings"},
+        rstrip_special=True,
+    ),
+}

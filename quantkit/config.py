@@ -48,9 +48,9 @@ class QuantSpec(Spec):
     """How weights become codes.
 
     `damp` is the fraction of the mean Hessian diagonal that is added to the diagonal (GPTQ, section 3.3).
-    `include`, `exclude` and the first parts of `overrides` are patterns of whole module names, in which ``*`` stands for
-    any characters and ``?`` for one. A Linear is quantized if it matches an `include` pattern (or there is none) and
-    no `exclude` pattern; the first override that matches applies.
+    `include`, `exclude` and the first part of each override are patterns of whole module names, in which ``*`` stands
+    for any characters and ``?`` for one. A Linear is quantized if it matches an `include` pattern (or there is none)
+    and no `exclude` pattern; the first override that matches applies.
     """
 
     bits: int = Field(4, ge=2, le=8)

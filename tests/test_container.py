@@ -14,15 +14,16 @@ import pytest
 import torch
 from conftest import MakeModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 from streamed import open_writer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import get_checkpoint_shard_files
 
 import quantkit
 from quantkit.calibration import TokenMatrix
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.config import QuantSpec
-from quantkit.errors import OutputError, UsageError
+from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.model.families import FAMILIES as FAMILIES_TABLE
 from quantkit.model.stream import ModelStream
 from quantkit.quant.blockwise import quantize_blocks
@@ -279,6 +280,39 @@ def test_gguf_source_gives_a_whole_folder(tiny_gguf: Path, tiny_tokens: TokenMat
     check_no_paths(out, [str(tiny_gguf.parent), str(tmp_path)])
 
 
+LLAMA3_ROPE = {
+    **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "keys"),
+    [
+        (
+            "llama",
+            {"rope_parameters": LLAMA3_ROPE},
+            {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}},
+        ),
+        ("gpt_neox", {}, {"rotary_emb_base": 10000.0, "rotary_pct": 0.5, "rope_theta": 10000.0}),
+    ],
+)
+def test_rotary_settings_stand_where_transformers_4_looks_for_them(
+    family: str,
+    config: dict[str, Any],
+    keys: dict[str, Any],
+    make_model: MakeModel,
+    tiny_tokens: TokenMatrix,
+    tmp_path: Path,
+) -> None:
+    folder = make_model(family, **config)
+    quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, **OPTIONS)
+    written = read_json(tmp_path / "out" / "config.json")
+    assert {key: written.get(key) for key in keys} == keys
+    both = [AutoConfig.from_pretrained(path).rope_parameters for path in (folder, tmp_path / "out")]
+    assert both[0] == both[1]
+
+
 def check_no_paths(folder: Path, paths: Sequence[str]) -> None:
     for path in folder.iterdir():
         content = path.read_bytes()
@@ -372,6 +406,55 @@ def test_reported_sizes_are_those_on_disk(make_model: MakeModel, tiny_tokens: To
     assert report.bits_per_weight == pytest.approx(8 * sum(t.nbytes for t in parts) / weights)
 
 
+def older(folder: Path, out: Path, drop: str = "", **changes: Any) -> Path:
+    """A copy of a checkpoint without the tensors that end with `drop`, its quantization where it stood before 2024."""
+    shutil.copytree(folder, out)
+    tensors = {n: t for n, t in stored_tensors(folder).items() if not (drop and n.endswith(drop))}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = read_json(out / "config.json")
+    quantization = {**config.pop("quantization_config"), **changes}
+    for key in ("quant_method", "checkpoint_format"):
+        quantization.pop(key)
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (out / "quantize_config.json").write_text(json.dumps(quantization), encoding="utf-8")
+    return out
+
+
+def test_a_checkpoint_of_2023_is_read(written: Path, tmp_path: Path) -> None:
+    """Its quantization in quantize_config.json only, a name of its own, and no g_idx, which the codes do not need."""
+    source = open_source(written)
+    assert isinstance(source, GptqSource)
+    folder = older(written, tmp_path / "old", drop=".g_idx")
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    found = open_source(folder)
+    assert isinstance(found, GptqSource)
+    for module in found.quantized_names():
+        assert torch.equal(found.read(f"{module}.weight"), source.read(f"{module}.weight"))
+
+
+def test_without_g_idx_act_order_cannot_be_read(written: Path, tmp_path: Path) -> None:
+    found = open_source(older(written, tmp_path / "old", drop=".g_idx", desc_act=True))
+    with pytest.raises(SourceError, match=r"q_proj has no g_idx"):
+        found.read("model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_v1_field_of_all_ones_is_a_zero_of_zero(
+    bits: int, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    """AutoGPTQ masks the sum; its packing of a group without negative weights makes such fields."""
+    quantkit.gptq(make_model("llama"), tmp_path / "out", bits=bits, calibration=tiny_tokens, **OPTIONS)
+    tensors = stored_tensors(tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.qzeros"][0, 0] = -1
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    source = open_source(tmp_path / "out")
+    assert isinstance(source, GptqSource)
+    zeros = source.read_codes(name).zeros
+    assert (zeros[: 32 // bits, 0] == 0).all()
+    assert (zeros[32 // bits :] == 2 ** (bits - 1)).all()
+
+
 def test_a_gptq_folder_can_be_quantized_again(written: Path, tiny_tokens: TokenMatrix, tmp_path: Path) -> None:
     source = open_source(written)
     assert isinstance(source, GptqSource)
@@ -379,7 +462,7 @@ def test_a_gptq_folder_can_be_quantized_again(written: Path, tiny_tokens: TokenM
     assert torch.equal(source.read(f"{module}.weight"), source.read_codes(module).dequantize())
     quantkit.gptq(written, tmp_path / "out", bits=8, group_size=32, calibration=tiny_tokens, **OPTIONS)
     again = open_source(tmp_path / "out")
-    assert (again.bits, again.quantization["bits"]) == (8, 8)
+    assert (again.bits(module), again.quantization["bits"]) == (8, 8)
     assert read_json(tmp_path / "out" / "quantkit.json")["source"]["kind"] == "gptq"
     error = again.read(f"{module}.weight") - source.read(f"{module}.weight")
     assert float(error.norm() / source.read(f"{module}.weight").norm()) < 0.02

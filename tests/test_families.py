@@ -170,6 +170,30 @@ def test_experts_are_published_under_the_names_that_readers_know(
     assert routers, "the router stays as it is"
 
 
+def test_names_that_gptqmodel_gives_are_understood(make_model: MakeModel, tmp_path: Path) -> None:
+    """It calls the parts of Mixtral's experts as Llama's, and parts Phi-3's gate_up_proj."""
+    shutil.copytree(make_model("mixtral"), tmp_path / "mixtral")
+    renamed = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    weights = load_file(tmp_path / "mixtral" / "model.safetensors")
+    for old, new in renamed.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    save_file(weights, tmp_path / "mixtral" / "model.safetensors", {"format": "pt"})
+
+    shutil.copytree(make_model("phi3"), tmp_path / "phi3")
+    weights = load_file(tmp_path / "phi3" / "model.safetensors")
+    for name in [name for name in weights if "gate_up_proj" in name]:
+        gate, up = weights.pop(name).chunk(2)
+        weights[name.replace("gate_up_proj", "gate_proj")] = gate.contiguous()
+        weights[name.replace("gate_up_proj", "up_proj")] = up.contiguous()
+    save_file(weights, tmp_path / "phi3" / "model.safetensors", {"format": "pt"})
+
+    for family in ("mixtral", "phi3"):
+        theirs, ours = open_stream(tmp_path / family), open_stream(make_model(family))
+        assert torch.equal(streamed_logits(theirs, [IDS])[0], streamed_logits(ours, [IDS])[0])
+        counts = [sum(info.bytes for info in stream.weights.tensors.values()) for stream in (theirs, ours)]
+        assert counts[0] == counts[1]
+
+
 def test_an_untied_head_is_written_for_readers_that_look_for_it(
     make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:
@@ -182,6 +206,24 @@ def test_an_untied_head_is_written_for_readers_that_look_for_it(
     assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
     logits = [streamed_logits(open_stream(tmp_path / name), [IDS])[0] for name in ("tied", "untied")]
     assert torch.equal(*logits)
+
+
+def test_a_head_that_is_stored_beside_its_equal_is_published_once(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    """torch.save lists both ends of a tie. A head that differs is a tensor of its own, whatever the config says."""
+    for name, factor in (("equal", 1), ("other", 2)):
+        folder = tmp_path / name
+        shutil.copytree(make_model("llama", tied=True), folder)
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * factor
+        torch.save(weights, folder / "pytorch_model.bin")
+        quantkit.gptq(folder, tmp_path / f"{name}-out", calibration=tiny_tokens, **OPTIONS)
+    assert "lm_head.weight" not in load_file(tmp_path / "equal-out" / "model.safetensors")
+    assert "lm_head.weight" in load_file(tmp_path / "other-out" / "model.safetensors")
+    same, twice = (streamed_logits(open_stream(tmp_path / name), [IDS])[0] for name in ("equal", "other"))
+    torch.testing.assert_close(twice, 2 * same)
 
 
 # -- discovery -------------------------------------------------------------------------------------------------------
@@ -231,6 +273,13 @@ def test_a_linear_that_the_forward_never_reaches_is_named(make_model: MakeModel)
             block.self_attention.spare = torch.nn.Linear(32, 32)
             with pytest.raises(SourceError, match=r"does not reach self_attention\.spare; .*--exclude"):
                 stream.stages(0, block, 0, hidden[0])
+
+
+def test_a_model_that_cannot_be_run_block_by_block_is_refused(make_model: MakeModel) -> None:
+    """RWKV's blocks hand on more than hidden states."""
+    stream = open_stream(make_model("rwkv", context_length=32, attention_hidden_size=64, num_attention_heads=None))
+    with pytest.raises(SourceError, match="tiny-rwkv: architecture rwkv cannot be run block by block"):
+        stream.embed([IDS])
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------

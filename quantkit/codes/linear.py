@@ -16,7 +16,7 @@ class QuantizedLinear:
     Attributes:
         codes: uint8 [out, in], in 0 .. 2**bits - 1.
         scales: float16 [out, groups]; a symmetric scale may be negative.
-        zeros: uint8 [out, groups], in 1 .. 2**bits - 1: the v1 GPTQ layout stores zero - 1.
+        zeros: uint8 [out, groups]. quantkit's own are in 1 .. 2**bits - 1, for the v1 GPTQ layout stores zero - 1.
         group: int32 [in], the group of each column.
         bits: 2 to 8.
     """

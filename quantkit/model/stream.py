@@ -22,8 +22,7 @@ from quantkit.model.experts import ExpertNames, is_fused, take_apart
 from quantkit.model.families import FAMILIES, Family, Stages, discover_stages, family_of
 from quantkit.model.linears import shape_of
 from quantkit.model.weights import Weights, bind, expert_names
-from quantkit.sources.base import Source
-from quantkit.sources.hf import first_line
+from quantkit.sources.base import Source, first_line
 
 
 class ModelStream:
@@ -192,7 +191,15 @@ class ModelStream:
     def _run_with_stand_ins(self, ids: torch.Tensor) -> Capture:
         """Run the model without its blocks. Some classes take a block's output for a tuple: they lose a dimension."""
         capture = self._capture = Capture()
-        states = self._model.base_model(input_ids=ids, use_cache=False)[0]
+        try:
+            states = self._model.base_model(input_ids=ids, use_cache=False)[0]
+        except Exception as error:  # whatever a model raises that does more between its blocks than hand on states
+            if not self.discovered:
+                raise
+            kind = self.source.config.model_type
+            raise SourceError(
+                f"{self.source.label}: architecture {kind} cannot be run block by block: {first_line(error)}"
+            ) from error
         if states.dim() == 3 or self._in_tuple:
             return capture
         self._in_tuple = True

@@ -31,6 +31,7 @@ class Place:
         expert: index along its first dimension.
         part: 0 or 1, where gate and up share a tensor; `interleaved` if row by row.
         transposed: the source has it as [in, out] and it is wanted as [out, in], or the other way round.
+        below: a second tensor of the source, whose rows come after.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Place:
     part: int | None = None
     interleaved: bool = False
     transposed: bool = False
+    below: str | None = None
+
+    def read(self, source: Source) -> torch.Tensor:
+        """The values."""
+        tensor = self.of(source.read(self.name))
+        return tensor if self.below is None else torch.cat([tensor, source.read(self.below)])
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The values in the source's tensor."""
@@ -73,8 +80,7 @@ class Weights:
         Raises:
             SourceError: the file ends early or cannot be read.
         """
-        place = self._places[name]
-        return place.of(self._source.read(place.name))
+        return self._places[name].read(self._source)
 
     def module(self, name: str) -> str:
         """The published name of the model's module `name`."""
@@ -109,9 +115,9 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places: dict[str, Place] = {}
     found: dict[str, str] = {}
+    prefix = f"{model.base_model_prefix}."
     for stored in source.tensors:
-        name = rename_source_key(stored, renamings, [])[0]
-        prefix = f"{model.base_model_prefix}."
+        name = _usual_expert(rename_source_key(stored, renamings, [])[0], fused, names)
         published = stored
         if name not in wanted and prefix + name in wanted:  # stored without its head: published as the whole model
             name, published = prefix + name, prefix + stored
@@ -127,8 +133,9 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
                 found[f"{module}.{part}"] = f"{module}.{part}"
         elif not any(re.search(pattern, stored) for pattern in ignored):
             places[stored] = Place(stored)
+    _join_halves(wanted, places, found)
     untied = _tie(source, model, places, found, untie)
-    tensors = {published: _info(source.tensors[place.name], place) for published, place in places.items()}
+    tensors = {published: _info(source, place) for published, place in places.items()}
     return Weights(tensors, found, untied, source, places)
 
 
@@ -146,6 +153,24 @@ def _turned(source: Source, model: nn.Module, stored: str, name: str) -> bool:
     )
 
 
+def _usual_expert(name: str, fused: Mapping[str, nn.Module], names: ExpertNames) -> str:
+    """The model's name for an expert's tensor that GPTQModel wrote: it calls every family's parts as Llama's."""
+    parts = name.split(".")
+    ours = {"gate_proj": names.gate, "up_proj": names.up, "down_proj": names.down}
+    if len(parts) < 4 or ".".join(parts[:-3]) not in fused:
+        return name
+    return ".".join([*parts[:-2], ours.get(parts[-2], parts[-2]), parts[-1]])
+
+
+def _join_halves(wanted: Iterable[str], places: dict[str, Place], found: dict[str, str]) -> None:
+    """Put a gate_up_proj together that is stored as gate_proj and up_proj, as GPTQModel writes Phi-3's."""
+    for name in wanted:
+        gate, up = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
+        if name not in found and gate != name and gate in places and up in places:
+            places[name] = Place(places.pop(gate).name, below=places.pop(up).name)
+            found[name] = name
+
+
 def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> Iterator[tuple[str, Place]]:
     """(name within the experts module, place) of every part of a fused tensor."""
     bias = kind.endswith("_bias")
@@ -160,21 +185,34 @@ def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> It
 
 
 def _tie(source: Source, model: Any, places: dict[str, Place], found: dict[str, str], untie: bool) -> bool:
-    """Let a tied output embedding be the input embedding, where the source stores only the latter; or part them."""
+    """Let a tied output embedding be the input embedding, where the source has no other; or part them.
+
+    Files of torch.save list both ends of a tie: one that is equal is not published twice.
+    """
     if not getattr(source.config.get_text_config(), "tie_word_embeddings", False):
         return False
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     embedding, head = names[model.get_input_embeddings()], names.get(model.get_output_embeddings())
-    if head is None or head in found or embedding not in found:
+    if head is None or embedding not in found:
         return False
+    if head in found:
+        one, other = places[found[head]], places[found[embedding]]
+        if untie or not torch.equal(one.read(source), other.read(source)):
+            return untie
+        del places[found[head]]
     found[head] = head if untie else found[embedding]
     if untie:
         places[head] = places[found[embedding]]
     return untie
 
 
-def _info(stored: TensorInfo, place: Place) -> TensorInfo:
+def _info(source: Source, place: Place) -> TensorInfo:
     """Header of a published tensor, from that of the tensor it lies in."""
+    stored = source.tensors[place.name]
+    if place.below is not None:
+        below = source.tensors[place.below]
+        shape = (stored.shape[0] + below.shape[0], *stored.shape[1:])
+        return TensorInfo(shape, stored.stored_as, stored.bytes + below.bytes)
     shape = stored.shape[1:] if place.expert is not None else stored.shape
     if place.transposed:
         shape = shape[::-1]

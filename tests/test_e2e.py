@@ -1,21 +1,32 @@
-"""The real SmolLM2-135M, end to end: from the GGUF in its package to a checkpoint that is compared with it."""
+"""The real SmolLM2-135M and Gemma-3-270M, end to end: from the GGUF to a checkpoint that is compared with it."""
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from smollm2 import smollm2_checkpoint, smollm2_gguf
+from smollm2 import gemma_gguf, smollm2_checkpoint, smollm2_gguf
 
 import quantkit
 from quantkit.cli import main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
+
+
+def held_out_text(folder: Path, records: int) -> Path:
+    """A file with the first held-out records of the bundled set."""
+    lines = (REPOSITORY / "calibration" / "evol_instruct_sample.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = [json.loads(line) for line in lines if json.loads(line)["id"].endswith("-e1")][:records]
+    text = folder / "heldout.txt"
+    text.write_text("\n\n".join(f"{r['instruction']}\n{r['output']}" for r in held_out), encoding="utf-8")
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +46,7 @@ def test_every_layer_beats_plain_rounding(checkpoint: Path) -> None:
 
 def test_perplexity_stays_near_the_sources(checkpoint: Path, tmp_path: Path) -> None:
     # A few held-out records are enough to tell a working checkpoint from a broken one (plain rounding: KL about 0.5).
-    text = tmp_path / "heldout.txt"
-    records = (REPOSITORY / "calibration" / "evol_instruct_sample.jsonl").read_text(encoding="utf-8").splitlines()
-    held_out = [json.loads(line) for line in records if json.loads(line)["id"].endswith("-e1")][:8]
-    text.write_text("\n\n".join(f"{r['instruction']}\n{r['output']}" for r in held_out), encoding="utf-8")
-
+    text = held_out_text(tmp_path, 8)
     report = quantkit.perplexity([checkpoint], against=smollm2_gguf(), text=str(text), seq_len=256)
     source, ours = report.results
     assert source.kl_divergence is None
@@ -48,6 +55,25 @@ def test_perplexity_stays_near_the_sources(checkpoint: Path, tmp_path: Path) -> 
     assert 0.005 < ours.kl_divergence.mean < 0.25
     assert ours.delta_ln_ppl is not None
     assert 0 < ours.delta_ln_ppl < 0.25
+
+
+@pytest.fixture
+def gemma(tmp_path: Path) -> Iterator[Path]:
+    yield gemma_gguf(tmp_path)
+    shutil.rmtree(tmp_path)  # most of a gigabyte, which pytest would keep
+
+
+def test_gemma_from_its_package_to_a_compared_checkpoint(gemma: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gemma-3-270m-GPTQ-4bit-128g"
+    quantkit.gptq(gemma, out, samples=8, seq_len=128, evaluate=False)
+    report = quantkit.perplexity([out], against=gemma, text=str(held_out_text(tmp_path, 2)), seq_len=256)
+    source, ours = report.results
+    assert 3 < source.perplexity < 80
+    assert ours.kl_divergence is not None
+    assert 0.005 < ours.kl_divergence.mean < 0.35
+    assert ours.delta_ln_ppl is not None
+    assert abs(ours.delta_ln_ppl) < 0.35
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 def test_no_model_takes_the_package(

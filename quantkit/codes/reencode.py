@@ -1,0 +1,91 @@
+"""Codes of a GPTQ run as GGML blocks, without rounding again.
+
+A GGML block's scale takes the group's as it is: groups are made of whole blocks. What may differ is the zero: types
+without a minimum fix it, so codes are shifted; types with one keep it as a float16 product, or in units of the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from quantkit.codes.ggml import (
+    BLOCK,
+    BLOCK_TYPES,
+    SUPER_BLOCK,
+    SUPER_BLOCK_TYPES,
+    Array,
+    pack_blocks,
+    pack_super_blocks,
+)
+from quantkit.codes.linear import QuantizedLinear
+
+Fidelity = Literal["exact", "bounded"]
+
+# From the smallest to the largest; of equal sizes the simpler block first.
+_BY_SIZE = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
+
+
+@dataclass(frozen=True)
+class Reencoding:
+    """A type that holds a Linear's codes.
+
+    Attributes:
+        type: GGML's name.
+        fidelity: "exact", every weight is the same number; or "bounded", the group's minimum is rounded once to
+            float16, so weights of 4 bits are off by at most 0.7 % of a step.
+    """
+
+    type: str
+    fidelity: Fidelity
+
+
+def reencodings(linear: QuantizedLinear) -> Iterator[Reencoding]:
+    """Types that take the codes of `linear` as they are, the smallest first. None for scattered groups."""
+    run = _group_run(linear)
+    steps = linear.codes.short() - linear.zeros.short()[:, linear.group.long()]
+    low, high = int(steps.min()), int(steps.max())
+    top = int(linear.zeros.max())
+    for name in _BY_SIZE:
+        kind = BLOCK_TYPES.get(name) or SUPER_BLOCK_TYPES[name]
+        if run % (BLOCK if name in BLOCK_TYPES else SUPER_BLOCK):
+            continue
+        half = 2 ** (kind.bits - 1)
+        if not kind.has_minimum:
+            if -half <= low and high < half:
+                yield Reencoding(name, "exact")
+        elif linear.bits <= kind.bits and (name in BLOCK_TYPES or top < 2 ** SUPER_BLOCK_TYPES[name].scale_bits):
+            yield Reencoding(name, "bounded" if name in BLOCK_TYPES else "exact")
+
+
+def reencode(linear: QuantizedLinear, name: str) -> Array:
+    """Rows of the type `name`, one of `reencodings(linear)`.
+
+    Returns:
+        uint8 [out, bytes].
+    """
+    codes, group = linear.codes.numpy(), linear.group.long().numpy()
+    scales, zeros = linear.scales.numpy(), linear.zeros.numpy()
+    size = BLOCK if name in BLOCK_TYPES else SUPER_BLOCK
+    d, z = (part[:, group[::size]] for part in (scales, zeros))  # of each block: it lies within a group
+    kind = BLOCK_TYPES.get(name) or SUPER_BLOCK_TYPES[name]
+    if not kind.has_minimum:
+        shifted = codes.astype(np.int16) - zeros[:, group] + 2 ** (kind.bits - 1)
+        codes = shifted.astype(np.uint8)
+    if name in BLOCK_TYPES:
+        m = -d.astype(np.float32) * z if kind.has_minimum else None
+        return pack_blocks(name, codes, d, None if m is None else m.astype(np.float16))
+    sub_blocks = SUPER_BLOCK // SUPER_BLOCK_TYPES[name].sub_block
+    ones = np.ones((d.shape[0], d.shape[1] * sub_blocks), dtype=np.int16)
+    if not kind.has_minimum:
+        return pack_super_blocks(name, codes, d, ones)
+    return pack_super_blocks(name, codes, d, ones, d, np.repeat(z, sub_blocks, axis=1).astype(np.int16))
+
+
+def _group_run(linear: QuantizedLinear) -> int:
+    """The largest size that all runs of columns of one group are multiples of; 1 where groups are scattered."""
+    edges = (linear.group[1:] != linear.group[:-1]).nonzero().flatten() + 1
+    return int(np.gcd.reduce([*edges.tolist(), linear.group.numel()]))

@@ -1,0 +1,116 @@
+"""GGML's blocks, by the dequantizer of gguf-py: every type's layout, and GPTQ codes in them without rounding again."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes.ggml import BLOCK_TYPES, SUPER_BLOCK_TYPES, pack_blocks, pack_super_blocks
+from quantkit.codes.reencode import Reencoding, reencode, reencodings
+
+
+def dequantize(name: str, rows: np.ndarray) -> np.ndarray:
+    return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name])
+
+
+def spread(values: np.ndarray, times: int) -> np.ndarray:
+    return np.repeat(values.astype(np.float32), times, axis=1)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_blocks_hold_what_gguf_reads(name: str) -> None:
+    kind, rng = BLOCK_TYPES[name], np.random.default_rng(0)
+    codes = rng.integers(0, 2**kind.bits, (5, 96)).astype(np.uint8)
+    d, m = rng.normal(size=(2, 5, 3)).astype(np.float16)
+    rows = pack_blocks(name, codes, d, m if kind.has_minimum else None)
+    steps = codes.astype(np.float32) - (0 if kind.has_minimum else 2 ** (kind.bits - 1))
+    expected = spread(d, 32) * steps + (spread(m, 32) if kind.has_minimum else 0)
+    assert np.array_equal(dequantize(name, rows), expected)
+
+
+@pytest.mark.parametrize("name", SUPER_BLOCK_TYPES)
+def test_super_blocks_hold_what_gguf_reads(name: str) -> None:
+    kind, rng = SUPER_BLOCK_TYPES[name], np.random.default_rng(1)
+    codes = rng.integers(0, 2**kind.bits, (5, 512)).astype(np.uint8)
+    d, dmin = rng.normal(size=(2, 5, 2)).astype(np.float16)
+    half, count = 2 ** (kind.scale_bits - 1), 512 // kind.sub_block
+    if kind.has_minimum:
+        sc, m = rng.integers(0, 2 * half, (2, 5, count)).astype(np.int16)
+        rows = pack_super_blocks(name, codes, d, sc, dmin, m)
+        minimum = spread(dmin, 256) * spread(m, kind.sub_block)
+        expected = spread(d, 256) * spread(sc, kind.sub_block) * codes - minimum
+    else:
+        sc = rng.integers(-half, half, (5, count)).astype(np.int16)
+        rows = pack_super_blocks(name, codes, d, sc)
+        steps = codes.astype(np.float32) - 2 ** (kind.bits - 1)
+        expected = spread(d, 256) * spread(sc, kind.sub_block) * steps
+    assert np.array_equal(dequantize(name, rows), expected)
+
+
+def random_linear(bits: int, sym: bool, group_size: int, columns: int, seed: int) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    codes = torch.randint(0, 2**bits, (6, columns), generator=generator, dtype=torch.uint8)
+    scales = (torch.randn(6, groups, generator=generator) * 0.01).half()
+    zeros = torch.full((6, groups), 2 ** (bits - 1), dtype=torch.uint8)
+    if not sym:
+        zeros = torch.randint(1, 2**bits, (6, groups), generator=generator, dtype=torch.uint8)
+    return QuantizedLinear(codes, scales, zeros, contiguous_groups(columns, group_size), bits)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    bits=st.integers(2, 8),
+    sym=st.booleans(),
+    group_size=st.sampled_from([32, 64, 96, 128, 256, 512, -1]),
+    blocks=st.integers(1, 24),
+    seed=st.integers(0, 2**16),
+)
+def test_codes_are_kept(bits: int, sym: bool, group_size: int, blocks: int, seed: int) -> None:
+    """Exact types give every weight as it was; bounded ones within 0.7 % of a step."""
+    linear = random_linear(bits, sym, group_size, 32 * blocks, seed)
+    weight = linear.dequantize().numpy()
+    step = np.abs(linear.scales.float().numpy())[:, linear.group.long().numpy()]
+    for found in reencodings(linear):
+        values = dequantize(found.type, reencode(linear, found.type))
+        if found.fidelity == "exact":
+            assert np.array_equal(values, weight), found
+        else:
+            assert float((np.abs(values - weight) / step).max()) < 0.007 * max(1, 2 ** (bits - 4)), found
+
+
+@pytest.mark.parametrize(
+    ("bits", "sym", "group_size", "first"),
+    [
+        (4, True, 128, Reencoding("Q4_0", "exact")),
+        (8, True, 32, Reencoding("Q8_0", "exact")),
+        (5, True, 64, Reencoding("Q5_0", "exact")),
+        (4, False, 64, Reencoding("Q4_1", "bounded")),
+        (5, False, 32, Reencoding("Q5_1", "bounded")),
+        (4, False, 256, Reencoding("Q4_K", "exact")),
+        (4, False, -1, Reencoding("Q4_K", "exact")),
+        (2, False, -1, Reencoding("Q2_K", "exact")),
+        (3, True, 256, Reencoding("Q3_K", "exact")),
+        (3, False, 32, Reencoding("Q4_0", "exact")),
+    ],
+)
+def test_the_smallest_type_comes_first(bits: int, sym: bool, group_size: int, first: Reencoding) -> None:
+    assert next(reencodings(random_linear(bits, sym, group_size, 512, 3))) == first
+
+
+def test_scattered_groups_have_no_type() -> None:
+    linear = random_linear(4, True, 32, 128, 0)
+    scattered = QuantizedLinear(linear.codes, linear.scales, linear.zeros, torch.arange(128, dtype=torch.int32) % 4, 4)
+    assert not list(reencodings(scattered))
+
+
+def test_a_short_last_group_of_whole_blocks_is_fine() -> None:
+    """576 is 4.5 groups of 128."""
+    linear = random_linear(4, True, 128, 576, 0)
+    assert next(reencodings(linear)) == Reencoding("Q4_0", "exact")
+    assert np.array_equal(dequantize("Q4_0", reencode(linear, "Q4_0")), linear.dequantize().numpy())

@@ -102,7 +102,7 @@ def test_codes_are_the_naive_float64_ones(
     assert differences.max() <= 1
     assert np.mean(differences > 0) < (0.01 if bits == 8 else 0.002)
     oracle = QuantizedLinear(torch.from_numpy(codes).to(torch.uint8), linear.scales, linear.zeros, linear.group, bits)
-    assert float(result.loss.sum()) == pytest.approx(exact_loss(W, oracle, H).sum(), rel=1e-3)
+    assert float(result.loss.sum()) == pytest.approx(exact_loss(W, oracle, H).sum(), rel=4e-3 if bits == 8 else 1e-3)
 
 
 @pytest.mark.parametrize("act_order", ["dynamic", "off"])

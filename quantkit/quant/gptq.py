@@ -15,6 +15,7 @@ from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.config import QuantSpec
 from quantkit.quant.grid import Grid, fit_grid, minmax_grid, round_to_grid
 from quantkit.quant.hessian import InverseFactor, column_order, factorize
+from quantkit.quant.super_grid import SuperGrid, fit_super_grid
 
 Fallback = Literal["", "eigenvalues", "rounding"]
 _BLOCK = 128
@@ -68,6 +69,58 @@ def quantize(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> GptqResult:
     return GptqResult(linear, row_losses(W, linear, H), rtn_loss, factor.damp, fallback)
 
 
+@dataclass(frozen=True)
+class SuperResult:
+    """As `GptqResult`, on a K-quant's grid. codes: uint8 [out, in]."""
+
+    codes: torch.Tensor
+    grid: SuperGrid
+    loss: torch.Tensor
+    damp: float
+    fallback: Fallback
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight that is stored, float32 [out, in]."""
+        scale, minimum = self.grid.steps()
+        return self.codes.float() * scale - minimum
+
+
+def quantize_on_super_grid(W: torch.Tensor, H: torch.Tensor, name: str, damp: float) -> SuperResult:
+    """Quantize W [out, in] to a K-quant: its grid is fitted and frozen, then GPTQ's feedback runs on it in act-order.
+
+    Args:
+        W: any float dtype; finite; in a multiple of 256.
+        H: float32 [in, in], mean of x x^T over calibration tokens.
+        name: Q2_K, Q3_K, Q4_K, Q5_K or Q6_K.
+        damp: fraction of the mean Hessian diagonal added to it.
+
+    Raises:
+        NumericError: a unit is beyond float16.
+    """
+    W = W.float()
+    factor = factorize(H, column_order(H, True), damp)
+    importance = torch.ones_like(W[0]) if factor is None else column_importance(H, factor.damp)
+    grid = fit_super_grid(W, importance, name)
+    scale, minimum = grid.steps()
+    top = 2**grid.kind.bits - 1
+    fallback: Fallback = "rounding"
+    if factor is None:
+        inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+        codes = ((W + minimum) * inverse).round_().clamp_(0, top).to(torch.uint8)
+    else:
+        fallback = "eigenvalues" if factor.fallback else ""
+        loop = _ColumnLoop(W[:, factor.perm], factor.U, grid.kind.bits)
+        for start in range(0, W.shape[1], _BLOCK):
+            columns = factor.perm[start : start + _BLOCK]
+            loop.block(start, start + len(columns), scale[:, columns], minimum[:, columns])
+        codes = torch.empty_like(loop.codes)
+        codes[factor.perm] = loop.codes
+        codes = codes.T.contiguous()
+    error = W - (codes.float() * scale - minimum)
+    loss = ((error @ H) * error).sum(dim=1, dtype=torch.float64)
+    return SuperResult(codes, grid, loss, 0.0 if factor is None else factor.damp, fallback)
+
+
 def column_importance(H: torch.Tensor, damp: float) -> torch.Tensor:
     """Weight of each column's squared error in the grid search, float32 [in]: the damped Hessian diagonal.
 
@@ -98,10 +151,11 @@ def _static(W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, sp
     grid = fit_grid(W, importance, spec.group_size, spec.bits, spec.sym)
     group = contiguous_groups(W.shape[1], spec.group_size)
     scale, zero = _per_column(grid, group.long().to(W.device)[factor.perm])
+    minimum = scale * zero
     loop = _ColumnLoop(W[:, factor.perm], factor.U, spec.bits)
     for start in range(0, W.shape[1], _BLOCK):
         stop = min(start + _BLOCK, W.shape[1])
-        loop.block(start, stop, scale[:, start:stop], zero[:, start:stop])
+        loop.block(start, stop, scale[:, start:stop], minimum[:, start:stop])
     codes = torch.empty_like(loop.codes)
     codes[factor.perm] = loop.codes
     return QuantizedLinear(codes.T.contiguous(), grid.scales, grid.zeros, group, spec.bits)
@@ -119,10 +173,11 @@ def _grouped_on_the_way(
         last = min(first + size, columns)
         grid = fit_grid(loop.Wt[first:last].T, importance[factor.perm[first:last]], -1, spec.bits, spec.sym)
         grids.append(grid)
-        scale, zero = grid.scales.float(), grid.zeros.float()
+        scale = grid.scales.float()
+        minimum = scale * grid.zeros.float()
         for start in range(first, last, _BLOCK):  # no block crosses a group: its grid saw every update before it
             stop = min(start + _BLOCK, last)
-            loop.block(start, stop, scale.expand(-1, stop - start), zero.expand(-1, stop - start))
+            loop.block(start, stop, scale.expand(-1, stop - start), minimum.expand(-1, stop - start))
     codes, group = torch.empty_like(loop.codes), torch.empty(columns, dtype=torch.int32)
     codes[factor.perm] = loop.codes
     group[factor.perm.cpu()] = contiguous_groups(columns, spec.group_size)
@@ -149,21 +204,21 @@ class _ColumnLoop:
         self._U = U
         self._top = 2**bits - 1
 
-    def block(self, start: int, stop: int, scale: torch.Tensor, zero: torch.Tensor) -> None:
-        """Quantize columns start..stop on the grid scale, zero [out, stop - start]."""
+    def block(self, start: int, stop: int, scale: torch.Tensor, minimum: torch.Tensor) -> None:
+        """Quantize columns start..stop on the grid ``scale * q - minimum``, both [out, stop - start]."""
         U = self._U[start:stop, start:stop]
         Ut, diagonal = U.T.contiguous(), U.diagonal().tolist()
-        S, Z = scale.T.contiguous(), zero.T.contiguous()
-        inverse, low, high = S.reciprocal(), -Z, self._top - Z
+        S, M = scale.T.contiguous(), minimum.T
+        inverse = torch.where(S == 0, 0.0, S.reciprocal())
+        shifted = self.Wt[start:stop] + M
         Err = torch.empty_like(S)
-        Steps = torch.empty_like(S)
+        Q = torch.empty_like(S)
         for j in range(stop - start):
-            w = self.Wt[start + j]
+            w = shifted[j]
             if j:
                 w = torch.addmv(w, Err[:j].T, Ut[j, :j], alpha=-1)
-            q = torch.mul(w, inverse[j], out=Steps[j]).round_()
-            torch.clamp(q, low[j], high[j], out=q)
+            q = torch.mul(w, inverse[j], out=Q[j]).round_().clamp_(0, self._top)
             torch.addcmul(w, q, S[j], value=-1, out=Err[j]).div_(diagonal[j])
-        self.codes[start:stop] = (Steps + Z).to(torch.uint8)
+        self.codes[start:stop] = Q.to(torch.uint8)
         if stop < self.Wt.shape[0]:
             self.Wt[stop:].addmm_(self._U[start:stop, stop:].T, Err, alpha=-1)

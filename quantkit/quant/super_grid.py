@@ -1,0 +1,237 @@
+"""Grids of the K-quants: a scale (and minimum) per sub-block, in whole multiples of its super-block's.
+
+First every sub-block gets the scale and minimum of least weighted error, as if any number could be stored. These are
+snapped to the super-block's units; then, in turns, each sub-block tries the neighbouring integers and the units are
+refitted to the codes by least squares. What is found is what ggml stores, so GPTQ can run on it as it is.
+Types and their ranges: ggml-common.h of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.codes.ggml import SUPER_BLOCK, SUPER_BLOCK_TYPES, SuperBlockType
+from quantkit.errors import NumericError
+
+_TILE = 1 << 20  # weights searched at a time
+_SMALLEST = 2.0**-24  # smallest positive float16
+_ROUNDS = 2  # of neighbouring integers and refitted units
+
+
+@dataclass(frozen=True)
+class SuperGrid:
+    """A weight [out, in] on a K-quant's grid: ``d * sc * q - dmin * m``, or ``d * sc * (q - 2**(bits - 1))``.
+
+    Attributes:
+        d: float16 [out, in / 256].
+        sc: int16 [out, in / sub_block].
+        dmin, m: as d and sc; None for types without a minimum.
+        kind: the type.
+    """
+
+    d: torch.Tensor
+    sc: torch.Tensor
+    dmin: torch.Tensor | None
+    m: torch.Tensor | None
+    kind: SuperBlockType
+
+    def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, minimum) of every column, float32 [out, in] each: a code q stands for ``scale * q - minimum``."""
+        scale = _wide(self.d, self.kind) * self.sc.float()
+        if self.dmin is None or self.m is None:
+            minimum = scale * 2 ** (self.kind.bits - 1)
+        else:
+            minimum = _wide(self.dmin, self.kind) * self.m.float()
+        size = self.kind.sub_block
+        return scale.repeat_interleave(size, dim=1), minimum.repeat_interleave(size, dim=1)
+
+
+def fit_super_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> SuperGrid:
+    """Grid of small weighted squared error ``sum_i importance_i (w_i - value_i)^2``, by super-block and row.
+
+    Args:
+        W: float32 [out, in]; in a multiple of 256.
+        importance: float32 [in], positive.
+        name: a key of `SUPER_BLOCK_TYPES`.
+
+    Raises:
+        NumericError: a unit beyond float16's range.
+    """
+    kind = SUPER_BLOCK_TYPES[name]
+    rows, columns = W.shape
+    blocks = W.T.reshape(columns // SUPER_BLOCK, -1, kind.sub_block, rows)
+    h = importance.reshape(blocks.shape[:3])[..., None]
+    fit = _fit_minimum if kind.has_minimum else _fit_signed
+    tiles = [fit(tile.contiguous(), h, kind) for tile in torch.split(blocks, max(1, _TILE // columns), dim=3)]
+    d, sc, dmin, m = (torch.cat(parts, dim=-1).flatten(0, -2).T for parts in zip(*tiles, strict=True))
+    if not bool(torch.isfinite(d).all() and torch.isfinite(dmin).all()):
+        raise NumericError("a super-block's weights need a scale beyond float16")
+    if kind.has_minimum:
+        return SuperGrid(d.half(), sc.short(), dmin.half(), m.short(), kind)
+    return SuperGrid(d.half(), sc.short(), None, None, kind)
+
+
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""d [blocks, rows], sc [blocks, subs, rows], dmin and m the same, float32."""
+
+
+def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Parts:
+    """w [blocks, subs, size, rows], h [blocks, subs, size, 1]."""
+    top, limit = 2**kind.bits - 1, 2**kind.scale_bits - 1
+    low, high = w.amin(dim=2).clamp(max=0), w.amax(dim=2)
+    spread = (high - low).clamp(min=_SMALLEST)
+    best = _Best(w, h, top)
+    for stretch in torch.linspace(-0.3 * top**0.5, 1.2, 14).tolist():
+        scale = spread / (top + stretch)
+        best.offer(*_line(w, h, best.codes(scale, -low), scale, -low))
+    for _ in range(_ROUNDS):
+        best.offer(*_line(w, h, best.codes(best.scale, best.minimum), best.scale, best.minimum))
+    d, dmin = _unit(best.scale.amax(dim=1), limit), _unit(best.minimum.amax(dim=1), limit)
+    sc, m = (best.scale / d[:, None]).round_(), (best.minimum / dmin[:, None]).round_()
+    found = _Best(w, h, top)
+    for _ in range(_ROUNDS):
+        for a in (-1, 0, 1):
+            for b in (-1, 0, 1):
+                near = (sc + a).clamp(0, limit), (m + b).clamp(0, limit)
+                found.offer(near[0] * d[:, None], near[1] * dmin[:, None], *near)
+        sc, m = found.extra
+        d, dmin = _refit_units(w, h, found, d, dmin)
+        found.restart(sc * d[:, None], m * dmin[:, None])
+    return d, sc, dmin, m
+
+
+def _fit_signed(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Parts:
+    half, limit = 2 ** (kind.bits - 1), 2 ** (kind.scale_bits - 1)
+    peak = w.abs().amax(dim=2).clamp(min=_SMALLEST) / half
+    best = _Best(w, h, 2 * half - 1)
+    for fraction in torch.linspace(1 - 1.4 / half**0.9, half / (half - 1), 12).tolist():
+        for sign in (1, -1):
+            scale = peak * (sign * fraction)
+            best.offer(scale, scale * half)
+    for _ in range(_ROUNDS):
+        scale = _slope(w, h, best.codes(best.scale, best.minimum) - half, best.scale)
+        best.offer(scale, scale * half)
+    # The scale of largest magnitude becomes -limit, which reaches one further than limit - 1.
+    widest = best.scale.gather(1, best.scale.abs().argmax(dim=1, keepdim=True))[:, 0]
+    d = _stored(widest / -limit)
+    sc = (best.scale / d[:, None]).round_().clamp_(-limit, limit - 1)
+    found = _Best(w, h, 2 * half - 1)
+    for _ in range(_ROUNDS):
+        for a in (-1, 0, 1):
+            near = (sc + a).clamp(-limit, limit - 1)
+            found.offer(near * d[:, None], near * d[:, None] * half, near, near)
+        sc = found.extra[0]
+        d = _refit_unit(w, h, found, d, sc, half)
+        found.restart(sc * d[:, None], sc * d[:, None] * half)
+    return d, sc, d, sc
+
+
+class _Best:
+    """The best (scale, minimum) offered so far, per sub-block and row, by weighted squared error of rounded codes."""
+
+    def __init__(self, w: torch.Tensor, h: torch.Tensor, top: int) -> None:
+        self._w, self._h, self._top = w, h, top
+        shape = (*w.shape[:2], w.shape[3])
+        self.scale, self.minimum = w.new_zeros(shape), w.new_zeros(shape)
+        self.extra = (w.new_zeros(shape), w.new_zeros(shape))
+        self._error = torch.full(shape, torch.inf, device=w.device)
+
+    def codes(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        """Nearest codes, as floats, [blocks, subs, size, rows]; 0 where the scale is 0."""
+        inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+        shifted = self._w + minimum[:, :, None]
+        return shifted.mul_(inverse[:, :, None]).round_().clamp_(0, self._top)
+
+    def offer(self, scale: torch.Tensor, minimum: torch.Tensor, *extra: torch.Tensor) -> None:
+        """Keep it where its error is smaller; `extra` is kept beside it."""
+        error = self._error_of(scale, minimum)
+        better = error < self._error
+        self._error = torch.where(better, error, self._error)
+        self.scale = torch.where(better, scale, self.scale)
+        self.minimum = torch.where(better, minimum, self.minimum)
+        if extra:
+            self.extra = (torch.where(better, extra[0], self.extra[0]), torch.where(better, extra[1], self.extra[1]))
+
+    def restart(self, scale: torch.Tensor, minimum: torch.Tensor) -> None:
+        """Go on from a grid that others are to be better than; what is kept beside it stays."""
+        self.scale, self.minimum = scale, minimum
+        self._error = self._error_of(scale, minimum)
+
+    def total(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        """Error of a grid summed over sub-blocks, [blocks, rows]."""
+        return self._error_of(scale, minimum).sum(dim=1)
+
+    def _error_of(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        difference = self.codes(scale, minimum).mul_(scale[:, :, None]).sub_(minimum[:, :, None]).sub_(self._w)
+        return difference.square_().mul_(self._h).sum(dim=2)
+
+
+def _line(
+    w: torch.Tensor, h: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted least squares of ``scale * q - minimum`` over a sub-block, minimum not below 0; the given ones where the
+    codes do not determine it."""
+    sum_h, sum_q, sum_qq = h.sum(dim=2), (h * q).sum(dim=2), (h * q * q).sum(dim=2)
+    sum_w, sum_qw = (h * w).sum(dim=2), (h * q * w).sum(dim=2)
+    determinant = sum_h * sum_qq - sum_q * sum_q
+    fitted = (sum_h * sum_qw - sum_q * sum_w) / determinant
+    offset = (sum_q * sum_qw - sum_qq * sum_w) / determinant
+    through_zero = sum_qw / sum_qq.clamp(min=_SMALLEST)
+    fitted = torch.where(offset < 0, through_zero, fitted)
+    good = (determinant > 0) & (fitted > 0) & torch.isfinite(fitted) & torch.isfinite(offset)
+    return torch.where(good, fitted, scale), torch.where(good, offset.clamp(min=0), minimum)
+
+
+def _slope(w: torch.Tensor, h: torch.Tensor, steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Weighted least squares of ``scale * steps`` over a sub-block."""
+    fitted = (h * steps * w).sum(dim=2) / (h * steps * steps).sum(dim=2)
+    return torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, scale)
+
+
+def _refit_units(
+    w: torch.Tensor, h: torch.Tensor, found: _Best, d: torch.Tensor, dmin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d and dmin of least squares over the super-block with its integers and codes as they are, where that is better."""
+    sc, m = found.extra
+    a = found.codes(sc * d[:, None], m * dmin[:, None]) * sc[:, :, None]
+    b = m[:, :, None].expand_as(a)
+    aa, ab, bb = ((h * x * y).sum(dim=(1, 2)) for x, y in ((a, a), (a, b), (b, b)))
+    aw, bw = ((h * x * w).sum(dim=(1, 2)) for x in (a, b))
+    determinant = aa * bb - ab * ab
+    new_d, new_dmin = (aw * bb - bw * ab) / determinant, (aw * ab - bw * aa) / determinant
+    new_dmin = torch.where(bb > 0, new_dmin, dmin)
+    new_d = torch.where(bb > 0, new_d, aw / aa)
+    good = torch.isfinite(new_d) & torch.isfinite(new_dmin) & (new_d > 0) & (new_dmin > 0)
+    new_d, new_dmin = _stored(torch.where(good, new_d, d)), _stored(torch.where(good, new_dmin, dmin))
+    before = found.total(sc * d[:, None], m * dmin[:, None])
+    better = found.total(sc * new_d[:, None], m * new_dmin[:, None]) < before
+    return torch.where(better, new_d, d), torch.where(better, new_dmin, dmin)
+
+
+def _refit_unit(
+    w: torch.Tensor, h: torch.Tensor, found: _Best, d: torch.Tensor, sc: torch.Tensor, half: int
+) -> torch.Tensor:
+    scale = sc * d[:, None]
+    a = (found.codes(scale, scale * half) - half) * sc[:, :, None]
+    fitted = (h * a * w).sum(dim=(1, 2)) / (h * a * a).sum(dim=(1, 2))
+    new_d = _stored(torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, d))
+    new = sc * new_d[:, None]
+    better = found.total(new, new * half) < found.total(scale, scale * half)
+    return torch.where(better, new_d, d)
+
+
+def _unit(largest: torch.Tensor, limit: int) -> torch.Tensor:
+    return _stored((largest / limit).clamp(min=_SMALLEST))
+
+
+def _stored(unit: torch.Tensor) -> torch.Tensor:
+    """Rounded to float16, never to zero; float32."""
+    rounded = unit.half().float()
+    return torch.where(rounded == 0, torch.where(unit < 0, -_SMALLEST, _SMALLEST), rounded)
+
+
+def _wide(unit: torch.Tensor, kind: SuperBlockType) -> torch.Tensor:
+    """A super-block's unit for each of its sub-blocks."""
+    return unit.float().repeat_interleave(SUPER_BLOCK // kind.sub_block, dim=1)

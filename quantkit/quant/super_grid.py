@@ -193,7 +193,7 @@ def _slope(w: torch.Tensor, h: torch.Tensor, steps: torch.Tensor, scale: torch.T
 def _refit_units(
     w: torch.Tensor, h: torch.Tensor, found: _Best, d: torch.Tensor, dmin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """d and dmin of least squares over the super-block with its integers and codes as they are, where that is better."""
+    """d and dmin of least squares over the super-block, its integers and codes as they are, where that is better."""
     sc, m = found.extra
     a = found.codes(sc * d[:, None], m * dmin[:, None]) * sc[:, :, None]
     b = m[:, :, None].expand_as(a)

@@ -294,6 +294,7 @@ LLAMA3_ROPE = {
             {"rope_parameters": LLAMA3_ROPE},
             {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}},
         ),
+        ("gemma3_text", {}, {"rope_theta": 1e6, "rope_local_base_freq": 10000.0}),
         ("gpt_neox", {}, {"rotary_emb_base": 10000.0, "rotary_pct": 0.5, "rope_theta": 10000.0}),
     ],
 )

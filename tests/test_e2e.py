@@ -50,7 +50,7 @@ def test_perplexity_stays_near_the_sources(checkpoint: Path, tmp_path: Path) -> 
     report = quantkit.perplexity([checkpoint], against=smollm2_gguf(), text=str(text), seq_len=256)
     source, ours = report.results
     assert source.kl_divergence is None
-    assert 3 < source.perplexity < 30
+    assert 3 < source.perplexity < 35
     assert ours.kl_divergence is not None
     assert 0.005 < ours.kl_divergence.mean < 0.25
     assert ours.delta_ln_ppl is not None
@@ -65,8 +65,10 @@ def gemma(tmp_path: Path) -> Iterator[Path]:
 
 def test_gemma_from_its_package_to_a_compared_checkpoint(gemma: Path, tmp_path: Path) -> None:
     out = tmp_path / "gemma-3-270m-GPTQ-4bit-128g"
-    quantkit.gptq(gemma, out, samples=8, seq_len=128, evaluate=False)
-    report = quantkit.perplexity([out], against=gemma, text=str(held_out_text(tmp_path, 2)), seq_len=256)
+    # Five blocks with a window and one that sees everything stand for the eighteen: the test is quick so.
+    blocks = [f"model.layers.{i}.*" for i in range(6)]
+    quantkit.gptq(gemma, out, include=blocks, samples=8, seq_len=128, evaluate=False)
+    report = quantkit.perplexity([out], against=gemma, text=str(held_out_text(tmp_path, 1)), seq_len=256)
     source, ours = report.results
     assert 3 < source.perplexity < 80
     assert ours.kl_divergence is not None

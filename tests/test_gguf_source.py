@@ -242,7 +242,7 @@ TEXTS = [
     "",
     "zebra",
 ]
-# Copied from the tokenizer.json files of the models that these names stand for.
+# As the tokenizer.json files of the models that these names stand for have them, in one piece.
 SPLITS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",

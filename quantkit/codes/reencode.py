@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from quantkit.codes.ggml import (
     BLOCK,
@@ -45,10 +46,21 @@ class Reencoding:
 
 def reencodings(linear: QuantizedLinear) -> Iterator[Reencoding]:
     """Types that take the codes of `linear` as they are, the smallest first. None for scattered groups."""
-    run = _group_run(linear)
     steps = linear.codes.short() - linear.zeros.short()[:, linear.group.long()]
-    low, high = int(steps.min()), int(steps.max())
-    top = int(linear.zeros.max())
+    yield from _types(
+        linear.bits, int(steps.min()), int(steps.max()), int(linear.zeros.max()), _group_run(linear.group)
+    )
+
+
+def expected_reencodings(bits: int, sym: bool, group: torch.Tensor) -> Iterator[Reencoding]:
+    """Types that take any codes of so many bits, whatever they are; `group` is int32 [in]."""
+    top = 2**bits - 1
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sym else (-top, top)
+    yield from _types(bits, low, high, top, _group_run(group))
+
+
+def _types(bits: int, low: int, high: int, zero: int, run: int) -> Iterator[Reencoding]:
+    """Types for steps (code - zero) of low..high, zeros up to `zero`, and runs of columns of one group."""
     for name in _BY_SIZE:
         kind = BLOCK_TYPES.get(name) or SUPER_BLOCK_TYPES[name]
         if run % (BLOCK if name in BLOCK_TYPES else SUPER_BLOCK):
@@ -57,7 +69,7 @@ def reencodings(linear: QuantizedLinear) -> Iterator[Reencoding]:
         if not kind.has_minimum:
             if -half <= low and high < half:
                 yield Reencoding(name, "exact")
-        elif linear.bits <= kind.bits and (name in BLOCK_TYPES or top < 2 ** SUPER_BLOCK_TYPES[name].scale_bits):
+        elif bits <= kind.bits and (name in BLOCK_TYPES or zero < 2 ** SUPER_BLOCK_TYPES[name].scale_bits):
             yield Reencoding(name, "bounded" if name in BLOCK_TYPES else "exact")
 
 
@@ -85,7 +97,7 @@ def reencode(linear: QuantizedLinear, name: str) -> Array:
     return pack_super_blocks(name, codes, d, ones, d, np.repeat(z, sub_blocks, axis=1).astype(np.int16))
 
 
-def _group_run(linear: QuantizedLinear) -> int:
+def _group_run(group: torch.Tensor) -> int:
     """The largest size that all runs of columns of one group are multiples of; 1 where groups are scattered."""
-    edges = (linear.group[1:] != linear.group[:-1]).nonzero().flatten() + 1
-    return int(np.gcd.reduce([*edges.tolist(), linear.group.numel()]))
+    edges = (group[1:] != group[:-1]).nonzero().flatten() + 1
+    return int(np.gcd.reduce([*edges.tolist(), group.numel()]))

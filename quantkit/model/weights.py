@@ -82,6 +82,11 @@ class Weights:
         """
         return self._places[name].read(self._source)
 
+    def stored(self, name: str) -> str | None:
+        """The source's tensor that a published one is, as it is; None where it is only a part or put together."""
+        place = self._places[name]
+        return place.name if place == Place(place.name) else None
+
     def module(self, name: str) -> str:
         """The published name of the model's module `name`."""
         return self.names[f"{name}.weight"].removesuffix(".weight")

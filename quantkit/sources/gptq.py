@@ -87,8 +87,13 @@ class GptqSource(FolderSource):
             zeros = zeros + 1
             if bits != 3:  # as AutoGPTQ's qlinear_cuda.py: a field of all ones is a zero of 0
                 zeros = zeros & (2**bits - 1)
-        group = stored.read(f"{module}.g_idx") if f"{module}.g_idx" in stored.tensors else self._in_order(module)
-        return QuantizedLinear(codes, scales.half().T.contiguous(), zeros.T.contiguous(), group.int(), bits)
+        group = self.read_groups(module)
+        return QuantizedLinear(codes, scales.half().T.contiguous(), zeros.T.contiguous(), group, bits)
+
+    def read_groups(self, module: str) -> torch.Tensor:
+        """Group of each column of one Linear, int32 [in]."""
+        stored = f"{module}.g_idx" in self.stored.tensors
+        return self.stored.read(f"{module}.g_idx").int() if stored else self._in_order(module)
 
     def bits(self, module: str) -> int:
         """Bits of a module's codes, from its shapes: per-module overrides need not be understood."""

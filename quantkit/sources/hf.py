@@ -170,6 +170,9 @@ def publishable_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     cleaned = {key: value for key, value in config.items() if key not in LOCAL_KEYS}
     rope = cleaned.get("rope_parameters")
+    if isinstance(rope, dict) and {"full_attention", "sliding_attention"} <= rope.keys():  # Gemma 3
+        cleaned.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
+        rope = rope["full_attention"]
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return cleaned
     cleaned.setdefault("rope_theta", rope["rope_theta"])

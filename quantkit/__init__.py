@@ -10,13 +10,22 @@ __version__ = "0.1.0"
 from quantkit.errors import QuantkitError, UsageError
 
 if TYPE_CHECKING:
+    from quantkit.conversion import convert
+    from quantkit.export import ggml
     from quantkit.inspection import inspect
     from quantkit.pipeline import gptq, perplexity, samples
 
-__all__ = ["QuantkitError", "UsageError", "__version__", "gptq", "inspect", "perplexity", "samples"]
+__all__ = ["QuantkitError", "UsageError", "__version__", "convert", "ggml", "gptq", "inspect", "perplexity", "samples"]
 
 # The verbs pull in torch and transformers, seconds of work: they are imported when first used.
-_VERBS = {"gptq": "pipeline", "inspect": "inspection", "perplexity": "pipeline", "samples": "pipeline"}
+_VERBS = {
+    "convert": "conversion",
+    "ggml": "export",
+    "gptq": "pipeline",
+    "inspect": "inspection",
+    "perplexity": "pipeline",
+    "samples": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,23 @@ class Format(StrEnum):
     gptq_v2 = "gptq_v2"
 
 
+class GgmlType(StrEnum):
+    auto = "auto"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q4_0 = "q4_0"
+    q4_1 = "q4_1"
+    q5_0 = "q5_0"
+    q5_1 = "q5_1"
+    q8_0 = "q8_0"
+    q2_k = "q2_k"
+    q3_k = "q3_k"
+    q4_k = "q4_k"
+    q5_k = "q5_k"
+    q6_k = "q6_k"
+
+
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -244,6 +261,94 @@ def samples(
         progress=console.Bars(quiet),
     )
     console.print_json(report.as_dict()) if json else console.print_samples(report, show)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder, GGUF or ggjt file, or Hub id.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; default: named after the model.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; auto: bfloat16 stays, everything else becomes float16.")
+    ] = Dtype.auto,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; say what would be written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as a Hugging Face folder of safetensors; a quantized one is dequantized."""
+    from quantkit.conversion import convert as convert_model
+
+    report = convert_model(
+        model,
+        out,
+        dtype=dtype.value,
+        max_shard_size=max_shard_size,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        force=force,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_convert(report)
+
+
+@app.command()
+def ggml(
+    model: Annotated[str, typer.Argument(help="Folder (GPTQ or full precision), GGUF file or Hub id.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
+    ] = None,
+    type: Annotated[
+        GgmlType, typer.Option(help="Of the Linears; auto: the smallest that holds GPTQ's codes exactly.")
+    ] = GgmlType.auto,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Allow a type that rounds what has been rounded before.")
+    ] = False,
+    embedding_type: Annotated[
+        GgmlType, typer.Option(help="Of the embedding; auto: as the source has it.")
+    ] = GgmlType.auto,
+    output_type: Annotated[
+        GgmlType, typer.Option(help="Of the output matrix; auto: as the source has it.")
+    ] = GgmlType.auto,
+    pre: Annotated[
+        str | None, typer.Option(help="Name of the pre-tokenizer, where it is not known.", show_default=False)
+    ] = None,
+    split_max_size: Annotated[
+        str | None, typer.Option(help="Write parts of at most this size, such as 2GB.", show_default=False)
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; say what would be written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as a GGUF file for llama.cpp; codes of a GPTQ checkpoint go into it as they are."""
+    from quantkit.export import ggml as write_ggml
+
+    report = write_ggml(
+        model,
+        out,
+        type=type.value,
+        requantize=requantize,
+        embedding_type=embedding_type.value,
+        output_type=output_type.value,
+        pre=pre,
+        split_max_size=split_max_size,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        force=force,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_ggml(report)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from rich.table import Table
 from quantkit.progress import Advance
 
 if TYPE_CHECKING:
+    from quantkit.conversion import ConvertReport
     from quantkit.evaluate.report import ModelResult
+    from quantkit.export import GgmlReport
     from quantkit.inspection import Inspection
     from quantkit.pipeline import GptqReport, PerplexityReport, SamplesReport
 
@@ -162,6 +165,23 @@ def print_samples(report: SamplesReport, show: int) -> None:
     for number, window in enumerate(report.windows[:show]):
         results.rule(f"window {number}", align="left")
         results.print(window, markup=False)
+
+
+def print_convert(report: ConvertReport) -> None:
+    verb = "would write" if report.dry_run else "wrote"
+    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
+    results.print(
+        f"{verb} {report.out}\n{report.tensors} tensors in {report.dtype}, {size(report.bytes)}{took}", markup=False
+    )
+
+
+def print_ggml(report: GgmlReport) -> None:
+    verb = "would write" if report.dry_run else "wrote"
+    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
+    counts = ", ".join(f"{count} {fidelity}" for fidelity, count in report.fidelity.items())
+    types = Counter(tensor.type for tensor in report.tensors)
+    held = ", ".join(f"{count} {name}" for name, count in types.most_common())
+    results.print(f"{verb} {report.out}\n{size(report.bytes)}{took}: {held}\nmatrices: {counts}", markup=False)
 
 
 def print_inspection(found: Inspection, tensors: bool) -> None:

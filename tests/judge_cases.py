@@ -54,9 +54,11 @@ class Theirs:
 
     def read_by(self, family: str) -> str:
         """The reader that gives the writer's own logits: for GPTQModel the loader that can."""
-        if self.writer == "GPTQModel" and ("transformers", family) in FAMILY_REASONS:
-            return "GPTQModel"
-        return "transformers" if self.writer == "GPTQModel" else "AutoGPTQ"
+        if self.writer == "AutoGPTQ":
+            return "AutoGPTQ"
+        # Of Phi-3 it writes the halves of gate_up_proj, which only its own loader looks for.
+        own = family == "phi3" or ("transformers", family) in FAMILY_REASONS
+        return "GPTQModel" if own else "transformers"
 
 
 def _grid(bits: int, sym: bool, group_size: int) -> str:
@@ -145,9 +147,6 @@ _ASYMMETRIC = Reason(
 _V2 = Reason("AutoGPTQ does not know gptq_v2: it reads every zero one too high, without a word")
 
 FAMILY_REASONS: dict[tuple[str, str], Reason] = {
-    ("AutoGPTQ", "gpt_neox"): Reason(
-        "AutoGPTQ's transformers 4 does not find rotary_pct in a config of transformers 5"
-    ),
     **{("AutoGPTQ", family): _UNKNOWN_TO_AUTOGPTQ for family in ("gemma2", "granite", "olmoe", "phi3", "starcoder2")},
     **{
         ("AutoGPTQ", family): _UNKNOWN_TO_TRANSFORMERS_4
@@ -176,13 +175,8 @@ FAMILY_REASONS: dict[tuple[str, str], Reason] = {
     ),
 }
 WRITER_REASONS: dict[tuple[str, str], Reason] = {
-    ("GPTQModel", "mixtral"): Reason(
-        "GPTQModel writes Mixtral's experts under names of its own (mlp.experts.N.gate_proj)",
-        r"experts\.0\.w1\.weight is missing",
-    ),
-    ("GPTQModel", "phi3"): Reason(
-        "GPTQModel writes Phi-3's gate_up_proj as two Linears, which transformers does not load either",
-        "IndexError: index .* is out of bounds",
+    ("AutoGPTQ", "gpt_neox"): Reason(
+        "AutoGPTQ's transformers 4 does not find rotary_pct in a source's config of transformers 5"
     ),
     ("GPTQModel", "qwen3_moe"): Reason(
         "GPTQModel does not quantize a Qwen3-MoE whose first block has no experts",

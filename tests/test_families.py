@@ -14,7 +14,8 @@ import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, random_model, token_matrix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from streamed import open_stream, streamed_logits
+from streamed import greedy, open_stream, streamed_logits
+from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.calibration import TokenMatrix
@@ -117,6 +118,24 @@ def _rounded(folder: Path) -> ModelStream:
 
 def _is_turned(folder: Path) -> bool:
     return open_source(folder).config.model_type == "gpt2"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_writes_on_as_our_reader_does(
+    family: str, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    """Of the dequantized checkpoint. GPTQ folders themselves are loaded by the judges' tests, in their environment."""
+    quantkit.gptq(make_model(family), tmp_path / "gptq", calibration=tiny_tokens, **OPTIONS)
+    quantkit.convert(tmp_path / "gptq", tmp_path / "whole", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
+    ids = IDS[:1]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            streamed_logits(open_stream(tmp_path / "gptq"), [ids])[0], model(ids).logits, rtol=1e-4, atol=1e-4
+        )
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    ours = greedy(tmp_path / "gptq", ids[0].tolist(), 8)
+    assert written[0, ids.shape[1] :].tolist() == ours[: written.shape[1] - ids.shape[1]]
 
 
 @pytest.mark.parametrize("family", ["gpt2", *EXPERTS])

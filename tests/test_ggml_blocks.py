@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.codes.ggml import BLOCK_TYPES, SUPER_BLOCK_TYPES, pack_blocks, pack_super_blocks
-from quantkit.codes.reencode import Reencoding, reencode, reencodings
+from quantkit.codes.reencode import Reencoding, expected_reencodings, reencode, reencodings
 
 
 def dequantize(name: str, rows: np.ndarray) -> np.ndarray:
@@ -76,6 +76,9 @@ def test_codes_are_kept(bits: int, sym: bool, group_size: int, blocks: int, seed
     linear = random_linear(bits, sym, group_size, 32 * blocks, seed)
     weight = linear.dequantize().numpy()
     step = np.abs(linear.scales.float().numpy())[:, linear.group.long().numpy()]
+    assert {found.type for found in expected_reencodings(bits, linear.zeros, linear.group)} <= {
+        found.type for found in reencodings(linear)
+    }
     for found in reencodings(linear):
         values = dequantize(found.type, reencode(linear, found.type))
         if found.fidelity == "exact":

@@ -52,11 +52,10 @@ def reencodings(linear: QuantizedLinear) -> Iterator[Reencoding]:
     )
 
 
-def expected_reencodings(bits: int, sym: bool, group: torch.Tensor) -> Iterator[Reencoding]:
-    """Types that take any codes of so many bits, whatever they are; `group` is int32 [in]."""
-    top = 2**bits - 1
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sym else (-top, top)
-    yield from _types(bits, low, high, top, _group_run(group))
+def expected_reencodings(bits: int, zeros: torch.Tensor, group: torch.Tensor) -> Iterator[Reencoding]:
+    """As `reencodings`, whatever the codes are: zeros uint8 [out, groups], group int32 [in]."""
+    low, high = int(zeros.min()), int(zeros.max())
+    yield from _types(bits, -high, 2**bits - 1 - low, high, _group_run(group))
 
 
 def _types(bits: int, low: int, high: int, zero: int, run: int) -> Iterator[Reencoding]:

@@ -29,7 +29,7 @@ class Source(Protocol):
 
     Attributes:
         label: what to call the model in reports: a folder's, file's or repository's name, never a local path.
-        kind: "hf", "gguf" or "gptq".
+        kind: "hf", "gguf", "ggjt" or "gptq".
         path: the folder or file that is read.
         config: the model's configuration, without any quantization.
         dtype: dtype of the tensors that are not quantized, as published variants should keep it.

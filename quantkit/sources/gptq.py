@@ -79,16 +79,21 @@ class GptqSource(FolderSource):
         Raises:
             SourceError: a part is missing, or its shape disagrees with the others.
         """
-        bits, stored = self.bits(module), self.stored
-        qweight, qzeros, scales = (stored.read(f"{module}.{part}") for part in _PARTS[:3])
+        bits = self.bits(module)
+        qweight, scales = (self.stored.read(f"{module}.{part}") for part in ("qweight", "scales"))
         codes = unpack(qweight, bits).T.contiguous()
-        zeros = unpack(qzeros, bits, axis=1)
+        scales = scales.half().T.contiguous()
+        return QuantizedLinear(codes, scales, self.read_zeros(module), self.read_groups(module), bits)
+
+    def read_zeros(self, module: str) -> torch.Tensor:
+        """Zeros of one Linear, uint8 [out, groups]."""
+        bits = self.bits(module)
+        zeros = unpack(self.stored.read(f"{module}.qzeros"), bits, axis=1)
         if self.checkpoint_format == "gptq":
             zeros = zeros + 1
             if bits != 3:  # as AutoGPTQ's qlinear_cuda.py: a field of all ones is a zero of 0
                 zeros = zeros & (2**bits - 1)
-        group = self.read_groups(module)
-        return QuantizedLinear(codes, scales.half().T.contiguous(), zeros.T.contiguous(), group, bits)
+        return zeros.T.contiguous()
 
     def read_groups(self, module: str) -> torch.Tensor:
         """Group of each column of one Linear, int32 [in]."""

@@ -1,0 +1,218 @@
+"""The verb `convert`: any model that can be read, as a Hugging Face folder of safetensors in one float type."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from quantkit import __version__
+from quantkit.config import ComputeDtype
+from quantkit.errors import NumericError, OutputError, SourceError, UsageError
+from quantkit.model.experts import ExpertNames
+from quantkit.model.stream import ModelStream
+from quantkit.model.weights import Weights, bind
+from quantkit.preflight import parse_size
+from quantkit.progress import SILENT, Progress
+from quantkit.sources import Source, TensorInfo, file_sha256, open_source, variant_name
+from quantkit.sources.ggjt import GgjtSource
+from quantkit.sources.hf import open_weights
+from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
+from quantkit.writers.safetensors import ShardedWriter, TensorPlan, tensor_bytes
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
+# Masks and counters that some checkpoints store; everything else is a weight.
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert` made, or with `dry_run` would make.
+
+    Attributes:
+        dtype: of the weights, such as "float16".
+        tensors: how many.
+        bytes: of all tensors.
+    """
+
+    out: Path
+    dtype: str
+    tensors: int
+    bytes: int
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**vars(self), "out": str(self.out)}
+
+
+def convert(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: ComputeDtype = "auto",
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> ConvertReport:
+    """Write a model as a folder of safetensors: quantized ones dequantized, under the names that transformers reads.
+
+    One tensor at a time is in memory. Every tensor is read back and compared before the folder takes its name.
+
+    Args:
+        model: folder, GGUF or ggjt file, or Hub id.
+        out: folder to write; None names it after the model.
+        dtype: of the weights; "auto" keeps bfloat16, and is float16 for everything else.
+        max_shard_size: of a weight file, such as "5GB", or bytes.
+        revision: of a Hub id.
+        trust_remote_code: let transformers run code from the model's folder.
+        dry_run: read headers only and report sizes; write nothing.
+        force: replace an existing output.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: options out of range, an output in the way.
+        NumericError: names a tensor with a value that is not finite, or that the type cannot hold.
+        QuantkitError: the model or the disk failed; nothing is left at `out`.
+    """
+    started = time.perf_counter()
+    if dtype not in ("auto", *_DTYPES):
+        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(_DTYPES)}")
+    shard_bytes = parse_size(max_shard_size)
+    source = open_source(model, revision, trust_remote_code)
+    if isinstance(source, GgjtSource):
+        progress.note(source.assumed)
+    held = _DTYPES.get(dtype, source.dtype)
+    target = _output(out, source, held)
+    check_output(target, source.path, force)
+    weights = whole_weights(source)
+    planned = [TensorPlan(name, _held(info, held), info.shape) for name, info in weights.tensors.items()]
+    name = str(held).removeprefix("torch.")
+    report = ConvertReport(target, name, len(planned), sum(tensor.bytes for tensor in planned), dry_run=True)
+    if dry_run:
+        return report
+    with staged_folder(target) as folder:
+        _write(folder, weights, planned, shard_bytes, progress)
+        config = {key: value for key, value in source.config_dict().items() if key not in ("dtype", "torch_dtype")}
+        # transformers 5 reads dtype, transformers 4 torch_dtype.
+        write_json(folder / "config.json", {**config, "dtype": name, "torch_dtype": name})
+        source.copy_companions(folder)
+        write_json(folder / REPORT_NAME, _record(source, name))
+    return ConvertReport(target, name, report.tensors, report.bytes, time.perf_counter() - started)
+
+
+def whole_weights(source: Source) -> Weights:
+    """The source's tensors as transformers loads them: experts stay apart or fused, as they are stored.
+
+    Raises:
+        SourceError: a tensor is missing, has another shape than the config asks for, or would not be found.
+    """
+    ModelStream(source, torch.device("cpu"), torch.float32)  # its own checks: what transformers would pass over
+    config = type(source.config).from_dict(source.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    factory: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = factory.from_config(config, dtype=torch.float32)
+    weights = bind(source, model, {}, ExpertNames(), untie=False)
+    lost = sorted(name for name, _ in model.named_parameters() if name not in weights.names)
+    fused = _converted(model, weights)
+    missing = next((name for name in lost if name not in fused), None)
+    if missing:
+        raise SourceError(
+            f"{source.label}: {missing} is stored in parts, under names that transformers does not put together for "
+            f"{source.config.model_type}; convert the model that this one was made from"
+        )
+    return weights
+
+
+def _converted(model: Any, weights: Weights) -> set[str]:
+    """Parameters that transformers puts together from the published tensors while it loads them."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
+    return {name for name, pattern in found if pattern is not None}
+
+
+def _output(out: str | Path | None, source: Source, dtype: torch.dtype) -> Path:
+    if out is not None:
+        return Path(os.path.abspath(Path(out).expanduser()))
+    return Path.cwd() / f"{variant_name(source.label)}-{_SUFFIXES[dtype]}"
+
+
+def _held(info: TensorInfo, dtype: torch.dtype) -> torch.dtype:
+    return _INTEGERS.get(info.stored_as, dtype)
+
+
+def _write(folder: Path, weights: Weights, planned: list[TensorPlan], max_shard_bytes: int, progress: Progress) -> None:
+    writer = ShardedWriter(folder, planned, max_shard_bytes)
+    checksums = {}
+    try:
+        with progress.phase("converting", len(planned)) as advance:
+            for tensor in planned:
+                values = _cast(weights, tensor)
+                writer.write(tensor.name, values)
+                checksums[tensor.name] = zlib.crc32(tensor_bytes(values))
+                advance(1)
+            writer.finish()
+    finally:
+        writer.close()
+    written = open_weights(folder)
+    with progress.phase("reading back", len(planned)) as advance:
+        for name, checksum in checksums.items():
+            if zlib.crc32(tensor_bytes(written.read(name))) != checksum:
+                raise OutputError(f"{name}: other values were read back than were written; the disk may be failing")
+            advance(1)
+
+
+def _cast(weights: Weights, tensor: TensorPlan) -> torch.Tensor:
+    """The tensor in the type it is written in.
+
+    Raises:
+        NumericError: a value that is not finite there.
+    """
+    values = weights.read(tensor.name)
+    if values.is_floating_point() != tensor.dtype.is_floating_point:
+        stored = weights.tensors[tensor.name].stored_as
+        raise SourceError(f"{tensor.name} is stored as {stored}, which is no type of a weight")
+    cast = values.to(tensor.dtype)
+    if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
+        if not bool(torch.isfinite(values).all()):
+            raise NumericError(f"{tensor.name} holds NaN or infinity; the model's files are damaged")
+        held = str(tensor.dtype).removeprefix("torch.")
+        raise NumericError(f"{tensor.name}: a value is beyond {held}; use --dtype bfloat16 or float32")
+    return cast
+
+
+def _record(source: Source, dtype: str) -> dict[str, Any]:
+    """quantkit.json: what decided the result, and nothing that differs between equal runs."""
+    return {
+        "recipe": {"dtype": dtype},
+        "source": {
+            "model": source.label,
+            "kind": source.kind,
+            "sha256": {path.name: file_sha256(path) for path in source.weight_files()},
+        },
+        "versions": {
+            "quantkit": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

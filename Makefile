@@ -33,10 +33,11 @@ demo-gemma: $(DEMO) $(GEMMA)  ## the same with Gemma-3-270M
 test: $(TEST) $(SMOLLM2) $(GEMMA)  ## all tests but those that need the judges
 	$(BIN)/python -m pytest -m "not judges" $(PYTEST_ARGS)
 
-judges:  ## build the environments of GPTQModel and AutoGPTQ, which our files are checked with
+judges:  ## build GPTQModel, AutoGPTQ, llama.cpp and ctransformers, which our files are checked with
 	@PYTHON="$(PYTHON)" .ci/judges.sh
+	@PYTHON="$(PYTHON)" .ci/llamacpp.sh
 
-test-judges: $(TEST) $(SMOLLM2) judges  ## the tests that ask GPTQModel and AutoGPTQ
+test-judges: $(TEST) $(SMOLLM2) judges  ## the tests that ask them
 	QUANTKIT_REQUIRE_JUDGES=1 $(BIN)/python -m pytest -m judges $(PYTEST_ARGS)
 
 judges-matrix: $(TEST) judges  ## write docs/judges.md from what the judges' tests measure

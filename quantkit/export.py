@@ -287,7 +287,7 @@ class _Chooser:
     def _values(self, kind: Kind) -> Callable[[container.GgufTensor, str], Array]:
         def encode(tensor: container.GgufTensor, published: str) -> Array:
             values = tensor.values(self._weights.read(published))
-            if kind == Kind.F16 and float(np.abs(values).max(initial=0.0)) > np.finfo(np.float16).max:
+            if kind == Kind.F16 and float(np.abs(values).max(initial=0.0)) > float(np.finfo(np.float16).max):
                 raise NumericError(f"{published}: a value is beyond float16; use --type bf16 or f32")
             encoded: Array = gguf.quants.quantize(values, kind)
             return encoded

@@ -456,6 +456,44 @@ def test_a_v1_field_of_all_ones_is_a_zero_of_zero(
     assert (zeros[32 // bits :] == 2 ** (bits - 1)).all()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gptqmodels_borrowed_zeros_are_read_as_it_reads_them(
+    bits: int, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    """It subtracts one from every field of a word at once: a zero of 0 borrows from the field above."""
+    folder = tmp_path / "out"
+    quantkit.gptq(make_model("llama"), folder, bits=bits, calibration=tiny_tokens, **OPTIONS)
+    name, per_word = "model.layers.0.self_attn.q_proj", 32 // bits
+    tensors = stored_tensors(folder)
+    zeros = torch.arange(64 * tensors[f"{name}.scales"].shape[0]).reshape(-1, 64) % 2**bits
+    zeros[:, ::3] = 0
+    shifts = (torch.arange(per_word) * bits)[None, None]
+    words = (zeros.reshape(zeros.shape[0], -1, per_word) << shifts).sum(-1)
+    borrowed = (words - sum(1 << shift for shift in range(0, 32, bits))) & 0xFFFFFFFF
+    tensors[f"{name}.qzeros"] = torch.where(borrowed >= 2**31, borrowed - 2**32, borrowed).int()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = read_json(folder / "config.json")
+    config["quantization_config"]["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    source = open_source(folder)
+    assert isinstance(source, GptqSource)
+    assert torch.equal(source.read_zeros(name).long(), zeros.T)
+
+
+def test_scales_of_more_than_float16_are_read_but_codes_are_not_taken(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "wide")
+    tensors = stored_tensors(written)
+    name = "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.scales"] = tensors[f"{name}.scales"].float() * (1 + 2**-15)
+    save_file(tensors, tmp_path / "wide" / "model.safetensors", {"format": "pt"})
+    source, before = open_source(tmp_path / "wide"), open_source(written)
+    assert isinstance(source, GptqSource)
+    wide, narrow = (found.read(f"{name}.weight") for found in (source, before))
+    torch.testing.assert_close(wide, narrow * (1 + 2**-15), rtol=1e-6, atol=0)
+    with pytest.raises(SourceError, match="hold more than float16"):
+        source.read_codes(name)
+
+
 def test_a_gptq_folder_can_be_quantized_again(written: Path, tiny_tokens: TokenMatrix, tmp_path: Path) -> None:
     source = open_source(written)
     assert isinstance(source, GptqSource)

@@ -73,7 +73,8 @@ def test_the_fit_is_better_than_extremes_and_feedback_better_than_the_fit(name: 
         limit = 2**kind.scale_bits - 1
         units = [part.reshape(32, 2, -1).amax(dim=2) / limit for part in (scale, minimum)]
         count = scale.shape[1] // 2
-        sc, m = ((part / unit.repeat_interleave(count, 1)).round() for part, unit in zip((scale, minimum), units, strict=True))
+        wide = [unit.repeat_interleave(count, 1) for unit in units]
+        sc, m = (scale / wide[0]).round(), (minimum / wide[1]).round()
         textbook = SuperGrid(units[0].half(), sc.short(), units[1].half(), m.short(), kind)
     else:
         scale = groups.abs().amax(dim=2) / 2 ** (kind.bits - 1)

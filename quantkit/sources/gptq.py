@@ -40,6 +40,9 @@ class GptqSource(FolderSource):
         self.quantization = quantization_of(folder)
         self._checked("bits", PACKABLE_BITS)
         self.checkpoint_format = self._checked("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+        writers = (self.quantization.get("meta") or {}).get("quantizer") or []
+        names = [writers] if isinstance(writers, str) else writers
+        self._by_gptqmodel = any(str(name).startswith("gptqmodel") for name in names)
         self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
         for module in self._modules:
@@ -70,29 +73,44 @@ class GptqSource(FolderSource):
     def read(self, name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and f"{module}.qweight" in self.stored.tensors:
-            return self.read_codes(module).dequantize()
+            scales, group = self._read_scales(module).T, self.read_groups(module).long()
+            steps = self._unpacked(module).float() - self.read_zeros(module).float()[:, group]
+            return steps * scales[:, group]
         return self.stored.read(name)
 
     def read_codes(self, module: str) -> QuantizedLinear:
         """Codes of one Linear, exactly as they were written.
 
         Raises:
-            SourceError: a part is missing, or its shape disagrees with the others.
+            SourceError: its scales are not float16 numbers, so its codes cannot be taken as they are.
         """
-        bits = self.bits(module)
-        qweight, scales = (self.stored.read(f"{module}.{part}") for part in ("qweight", "scales"))
-        codes = unpack(qweight, bits).T.contiguous()
-        scales = scales.half().T.contiguous()
-        return QuantizedLinear(codes, scales, self.read_zeros(module), self.read_groups(module), bits)
+        stored = self._read_scales(module)
+        scales = stored.half()
+        if not torch.equal(scales.float(), stored):
+            raise SourceError(
+                f"{self.path}: {module}.scales hold more than float16; its codes cannot be taken as they are"
+            )
+        codes, zeros = self._unpacked(module), self.read_zeros(module)
+        return QuantizedLinear(codes, scales.T.contiguous(), zeros, self.read_groups(module), self.bits(module))
+
+    def _read_scales(self, module: str) -> torch.Tensor:
+        """float32 [groups, out]."""
+        return self.stored.read(f"{module}.scales").float()
+
+    def _unpacked(self, module: str) -> torch.Tensor:
+        return unpack(self.stored.read(f"{module}.qweight"), self.bits(module)).T.contiguous()
 
     def read_zeros(self, module: str) -> torch.Tensor:
-        """Zeros of one Linear, uint8 [out, groups]."""
-        bits = self.bits(module)
-        zeros = unpack(self.stored.read(f"{module}.qzeros"), bits, axis=1)
-        if self.checkpoint_format == "gptq":
-            zeros = zeros + 1
-            if bits != 3:  # as AutoGPTQ's qlinear_cuda.py: a field of all ones is a zero of 0
-                zeros = zeros & (2**bits - 1)
+        """Zeros of one Linear, uint8 [out, groups]. Where v1 stores a zero of 0, its writer's own reading counts."""
+        bits, words = self.bits(module), self.stored.read(f"{module}.qzeros")
+        if self.checkpoint_format == "gptq_v2":
+            return unpack(words, bits, axis=1).T.contiguous()
+        if self._by_gptqmodel and bits != 3:  # it subtracts and adds whole words, so fields borrow and carry
+            ones = sum(1 << shift for shift in range(0, 32, bits))
+            return unpack(words + ones, bits, axis=1).T.contiguous()
+        zeros = unpack(words, bits, axis=1) + 1
+        if bits != 3 or self._by_gptqmodel:  # as AutoGPTQ's qlinear_cuda_old.py, which masks all but 3 bits
+            zeros = zeros & (2**bits - 1)
         return zeros.T.contiguous()
 
     def read_groups(self, module: str) -> torch.Tensor:

@@ -34,7 +34,8 @@ def architecture_of(source: Source) -> str:
     """The `general.architecture` that a source is written as.
 
     Raises:
-        SourceError: none, with those that can be written; or its config says what llama.cpp takes to be otherwise.
+        SourceError: it cannot be written (the message lists what can), or its config says what llama.cpp takes to be
+            otherwise.
     """
     kind = source.config.model_type
     if kind not in WRITABLE:

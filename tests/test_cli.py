@@ -24,7 +24,7 @@ from quantkit.config import CalibrationSpec
 
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
-VERBS = ("gptq", "perplexity", "samples", "inspect")
+VERBS = ("gptq", "perplexity", "samples", "ggml", "convert", "inspect")
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 GPTQ_KEYS = {
     "out",
@@ -180,6 +180,8 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
         ("gptq", {"json", "quiet", "debug"}, {"progress"}),
         ("perplexity", {"json", "quiet", "debug"}, {"progress"}),
         ("samples", {"json", "quiet", "debug", "show"}, {"progress"}),
+        ("ggml", {"json", "quiet", "debug"}, {"progress"}),
+        ("convert", {"json", "quiet", "debug"}, {"progress"}),
         ("inspect", {"json", "debug", "tensors"}, set()),
     ],
 )

@@ -53,11 +53,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "phi3": {},
     "qwen2": {},
     "qwen3": {},
-    # Block 0 has no experts, block 1 has.
-    "qwen3_moe": {
-        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        "mlp_only_layers": [0],
-    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": 16},
 }

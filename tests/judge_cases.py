@@ -170,17 +170,10 @@ FAMILY_REASONS: dict[tuple[str, str], Reason] = {
         "GPTQModel splits Phi-3's gate_up_proj and looks for the halves",
         r"Missing required quantized weights.*mlp\.gate_proj",
     ),
-    ("GPTQModel", "qwen3_moe"): Reason(
-        "GPTQModel leaves the dense MLP of a Qwen3-MoE block without experts unread", "made 20 of 23 Linears quantized"
-    ),
 }
 WRITER_REASONS: dict[tuple[str, str], Reason] = {
     ("AutoGPTQ", "gpt_neox"): Reason(
         "AutoGPTQ's transformers 4 does not find rotary_pct in a source's config of transformers 5"
-    ),
-    ("GPTQModel", "qwen3_moe"): Reason(
-        "GPTQModel does not quantize a Qwen3-MoE whose first block has no experts",
-        r"layer module item `mlp\.experts\.0\.gate_proj` not found",
     ),
 }
 

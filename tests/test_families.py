@@ -149,6 +149,20 @@ def test_a_quantized_folder_is_a_source_again(
     assert float((logits[0] - logits[1]).abs().mean()) < 0.05 * float(logits[0].std())
 
 
+def test_blocks_without_experts_may_stand_beside_those_with(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    folder = make_model("qwen3_moe", mlp_only_layers=[0], dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(streamed_logits(open_stream(folder), [IDS])[0], model(IDS).logits)
+    report = quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, **OPTIONS)
+    names = [layer.name for layer in report.layers]
+    assert "model.layers.0.mlp.gate_proj" in names
+    assert "model.layers.1.mlp.experts.3.gate_proj" in names
+    assert len(names) == 7 + 4 + 4 * 3
+
+
 # -- names -----------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeModel, token_matrix
+from conftest import FAMILIES, MakeModel, token_matrix
 from judge_cases import BITS, OURS, READERS, THEIRS, Container, Reason, Theirs, why_not_ours, why_not_theirs
 from judge_env import PROGRAMS, Judge, JudgeError, judge_python
 from judge_matrix import Cell, Key, Matrix
@@ -243,6 +243,19 @@ def test_autogptq_reads_a_tied_model_only_untied(
         _hold(_difference(judge, "AutoGPTQ", tmp_path / "out"))
     else:  # it finds no head in the file and takes what lies in memory
         assert not _same(_difference(judge, "AutoGPTQ", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_writes_the_tokens_that_ours_does(
+    family: str, judge: AskJudge, quantized: Callable[[str, Container], Path]
+) -> None:
+    """Eight greedy tokens, by transformers where it loads the family, else by GPTQModel or AutoGPTQ."""
+    reader = next((reader for reader in READERS if why_not_ours(reader, family, Container()) is None), None)
+    assert reader is not None, "no judge reads this family"
+    folder = quantized(family, Container())
+    _, generated, _ = judge(reader).logits(folder, IDS[:1], generate=8, **READERS[reader][1])
+    assert len(generated) > 0
+    assert generated == greedy(folder, IDS[0].tolist(), 8)[: len(generated)]
 
 
 @pytest.mark.e2e

@@ -22,10 +22,9 @@ from quantkit.errors import NumericError, OutputError, SourceError, UsageError
 from quantkit.model.experts import ExpertNames
 from quantkit.model.stream import ModelStream
 from quantkit.model.weights import Weights, bind
-from quantkit.preflight import parse_size
+from quantkit.preflight import note_source, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.sources import Source, TensorInfo, file_sha256, open_source, variant_name
-from quantkit.sources.ggjt import GgjtSource
 from quantkit.sources.hf import open_weights
 from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
 from quantkit.writers.safetensors import ShardedWriter, TensorPlan, tensor_bytes
@@ -95,8 +94,7 @@ def convert(
         raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(_DTYPES)}")
     shard_bytes = parse_size(max_shard_size)
     source = open_source(model, revision, trust_remote_code)
-    if isinstance(source, GgjtSource):
-        progress.note(source.assumed)
+    note_source(source, progress)
     held = _DTYPES.get(dtype, source.dtype)
     target = _output(out, source, held)
     check_output(target, source.path, force)

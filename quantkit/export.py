@@ -20,7 +20,7 @@ from quantkit.codes.reencode import expected_reencodings, reencode, reencodings
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.model.weights import Weights
-from quantkit.preflight import parse_size
+from quantkit.preflight import note_source, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.sources import Source, open_source, variant_name
 from quantkit.sources.gptq import GptqSource
@@ -133,6 +133,7 @@ def ggml(
     kinds = _kind("type", type), _kind("embedding-type", embedding_type), _kind("output-type", output_type)
     split = 0 if split_max_size is None else parse_size(split_max_size)
     source = open_source(model, revision, trust_remote_code)
+    note_source(source, progress)
     weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
     plan = container.plan(source, weights)
     choices = _Chooser(source, weights, kinds, requantize).choose(plan)

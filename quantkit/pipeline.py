@@ -37,6 +37,7 @@ from quantkit.preflight import (
     check_tokens,
     memory_budget,
     note_plan,
+    note_source,
     open_stream,
     parse_size,
     warn_starved_experts,
@@ -396,6 +397,7 @@ def _evaluate_written(
 def _evaluate(streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress) -> PerplexityReport:
     text: EvaluationText = evaluation_text(spec, streams[0].source.tokenizer(), progress)
     for stream in streams:
+        note_source(stream.source, progress)
         check_tokens(text.windows.tokens, stream.source)
     for stream in streams[1:]:
         other = evaluation_text(spec, stream.source.tokenizer()).provenance

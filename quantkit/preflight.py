@@ -16,6 +16,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quant.blockwise import LayerStatistics
 from quantkit.quant.plan import Plan
 from quantkit.sources import Source, open_source
+from quantkit.sources.ggjt import GgjtSource
 from quantkit.writers import gptq as container
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,8 +82,15 @@ def parse_size(size: str | int) -> int:
     return value
 
 
+def note_source(source: Source, progress: Progress) -> None:
+    """Say what had to be assumed of a model whose format does not say all."""
+    if isinstance(source, GgjtSource):
+        progress.note(source.assumed)
+
+
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
+    note_source(stream.source, progress)
     if stream.discovered:
         progress.note(
             f"architecture {stream.source.config.model_type} is not in the table: its decoder blocks were found at "

@@ -56,9 +56,9 @@ def staged_folder(out: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in staging.rglob("*"):
-            _sync(path)
+            sync(path)
         _replace(staging, out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise OutputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
     finally:
@@ -74,7 +74,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -96,7 +96,8 @@ def _replace(staging: Path, out: Path) -> None:
         staging.rename(out)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -520,7 +520,7 @@ def test_an_architecture_that_cannot_be_written_is_refused(make_model: MakeModel
         ("qwen2", {"rope_parameters": LLAMA3_ROPE}, "rope_type 'llama3' has no place in a qwen2"),
         ("llama", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rope_type 'dynamic' has no place"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding window"),
-        ("qwen3_moe", {"made": {"norm_topk_prob": True, "mlp_only_layers": [0]}}, "mlp_only_layers or decoder_sparse_step"),
+        ("qwen3_moe", {"made": {"norm_topk_prob": True, "mlp_only_layers": [0]}}, "mlp_only_layers or decoder"),
         ("qwen3_moe", {"made": {"mlp_only_layers": []}}, "norm_topk_prob is false"),
         ("gemma2", {"made": {"tied": True}, "query_pre_attn_scalar": 24}, "query_pre_attn_scalar is 24, .* means 16"),
         ("gemma2", {"made": {"tied": True}, "final_logit_softcapping": None}, "final_logit_softcapping is not set"),

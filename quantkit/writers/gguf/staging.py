@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantkit.errors import OutputError
+from quantkit.workdir import sync
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def staged_files(out: Path) -> Iterator[Path]:
 def _publish(files: list[Path], folder: Path, staging: Path) -> None:
     """Move the files into `folder`; what they replace is kept in `staging` until all are there."""
     for file in files:
-        _sync(file)
+        sync(file)
     replaced = staging / "replaced"
     replaced.mkdir()
     moved: list[Path] = []
@@ -55,18 +55,10 @@ def _publish(files: list[Path], folder: Path, staging: Path) -> None:
                 target.rename(replaced / file.name)
             moved.append(target)
             file.rename(target)
-        _sync(folder)
+        sync(folder)
     except BaseException:  # an interrupt too must not leave half of the parts, or cost the old ones
         for target in moved:
             target.unlink(missing_ok=True)
         for old in replaced.iterdir():
             old.rename(folder / old.name)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -49,6 +49,11 @@ class Format(StrEnum):
     gptq_v2 = "gptq_v2"
 
 
+class Container(StrEnum):
+    gguf = "gguf"
+    ggjt = "ggjt"
+
+
 class GgmlType(StrEnum):
     auto = "auto"
     f32 = "f32"
@@ -307,6 +312,9 @@ def ggml(
     type: Annotated[
         GgmlType, typer.Option(help="Of the Linears; auto: the smallest that holds GPTQ's codes exactly.")
     ] = GgmlType.auto,
+    container: Annotated[
+        Container, typer.Option(help="ggjt: what was called GGML in 2023, for Llamas with a SentencePiece vocabulary.")
+    ] = Container.gguf,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Allow a type that rounds what has been rounded before.")
     ] = False,
@@ -337,6 +345,7 @@ def ggml(
         model,
         out,
         type=type.value,
+        container=container.value,
         requantize=requantize,
         embedding_type=embedding_type.value,
         output_type=output_type.value,

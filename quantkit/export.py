@@ -5,36 +5,30 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import gguf
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from quantkit import __version__
-from quantkit.codes.reencode import expected_reencodings, reencode, reencodings
-from quantkit.errors import NumericError, SourceError, UsageError
+from quantkit.errors import UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.model.weights import Weights
 from quantkit.preflight import note_source, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.sources import Source, open_source, variant_name
-from quantkit.sources.gptq import GptqSource
-from quantkit.writers import gguf as container
+from quantkit.writers import ggjt
+from quantkit.writers import gguf as gguf_files
+from quantkit.writers.ggml_types import Choice, Chooser, Fidelity, Kind
 
-Kind = gguf.GGMLQuantizationType
-Fidelity = Literal["exact", "bounded", "requantized", "rounded"]
+Container = Literal["gguf", "ggjt"]
 GgmlType = Literal[
     "auto", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
 ]
 
-_FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
-# Types that gguf-py rounds to, as ggml itself does, to the bit.
-_ROUNDED_TO = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 _FILE_TYPES = {
     Kind.F32: gguf.LlamaFileType.ALL_F32,
     Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
@@ -94,6 +88,7 @@ def ggml(
     out: str | Path | None = None,
     *,
     type: GgmlType = "auto",
+    container: Container = "gguf",
     requantize: bool = False,
     embedding_type: GgmlType = "auto",
     output_type: GgmlType = "auto",
@@ -105,7 +100,7 @@ def ggml(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> GgmlReport:
-    """Write a model as a GGUF file for llama.cpp.
+    """Write a model as a file for llama.cpp.
 
     Codes of a GPTQ checkpoint are kept: its Linears become blocks that hold the same numbers. Everything else is
     rounded once, from what the source holds.
@@ -115,6 +110,8 @@ def ggml(
         out: file to write; None names it after the model.
         type: of the Linears; "auto" is the smallest that holds a GPTQ checkpoint's codes exactly, and the source's own
             precision for others.
+        container: "gguf", or "ggjt": version 3 of what was called GGML in 2023, for Llamas with a SentencePiece
+            vocabulary.
         requantize: allow a type that rounds what has been rounded before.
         embedding_type, output_type: of these two matrices; "auto" is the source's own precision.
         pre: name of the pre-tokenizer, for a byte-level vocabulary that is not known by its ids.
@@ -130,174 +127,104 @@ def ggml(
         QuantkitError: the model or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
+    if container not in get_args(Container):
+        raise UsageError(f"--container {container}: choose {', '.join(get_args(Container))}")
     kinds = _kind("type", type), _kind("embedding-type", embedding_type), _kind("output-type", output_type)
     split = 0 if split_max_size is None else parse_size(split_max_size)
+    if container == "ggjt" and (split or pre):
+        raise UsageError("--split-max-size and --pre are for GGUF files")
     source = open_source(model, revision, trust_remote_code)
     note_source(source, progress)
+    if container == "ggjt":
+        ggjt.check(source, progress)
     weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
-    plan = container.plan(source, weights)
-    choices = _Chooser(source, weights, kinds, requantize).choose(plan)
-    typed = [(tensor, choice.kind) for tensor, choice in zip(plan, choices, strict=True)]
-    counts = Counter(choice.kind for choice in choices if choice.fidelity is not None)
-    main = counts.most_common(1)[0][0]
-    target = _output(out, source, main)
+    allowed = tuple(Kind) if container == "gguf" else tuple(ggjt.FILE_TYPES)
+    plan = gguf_files.plan(source, weights)
+    chosen = list(zip(plan, Chooser(source, weights, kinds, requantize, allowed).choose(plan), strict=True))
+    main = Counter(choice.kind for _, choice in chosen if choice.fidelity is not None).most_common(1)[0][0]
+    target = _output(out, source, main, container)
     _check_output(target, source, force)
-    keys = container.header(source, _FILE_TYPES[main], pre=pre, provenance=_provenance(source, choices))
-    for text in container.limits(source):
-        progress.warn(text)
-    fallback = [tensor.name for tensor, choice in zip(plan, choices, strict=True) if choice.fell_back]
-    if fallback:
-        progress.note(f"{len(fallback)} matrices have widths that no block divides and are F16: {fallback[0]}, ...")
-    report = GgmlReport(
-        target,
-        sum(container.packed_bytes(tensor, kind) for tensor, kind in typed),
-        [GgmlTensor(t.name, c.kind.name, c.fidelity) for t, c in zip(plan, choices, strict=True)],
-        fallback,
-        dry_run=True,
-    )
+    report = _sizes(target, chosen, progress)
+    job = _Job(target, source, weights, chosen, split, progress)
+    write = job.plan_gguf(main, pre) if container == "gguf" else job.plan_ggjt()
     if dry_run:
         return report
-    architecture = container.architecture_of(source)
-    with container.staged_files(target) as folder:
-        with container.GgufWriter(folder / target.name, architecture, keys, typed, split) as writer:
-            with progress.phase("writing", len(plan)) as advance:
-                for tensor, choice in zip(plan, choices, strict=True):
-                    for published in tensor.sources:
-                        writer.write(published, choice.encode(tensor, published))
-                    advance(1)
-            writer.finish()
-        first = target.parent / writer.paths[0].name
-    return GgmlReport(first, report.bytes, report.tensors, fallback, time.perf_counter() - started)
+    first = write()
+    return replace(report, out=first, seconds=time.perf_counter() - started, dry_run=False)
 
 
-Array = npt.NDArray[Any]
+Chosen = Sequence[tuple[gguf_files.GgufTensor, Choice]]
 
 
 @dataclass(frozen=True)
-class _Choice:
-    """A tensor's type in the file, and what makes its data from a published tensor."""
+class _Job:
+    """A file to write. Planning does all that can fail before the work; what it returns does the work."""
 
-    kind: Kind
-    fidelity: Fidelity | None
-    encode: Callable[[container.GgufTensor, str], Array]
-    fell_back: bool = False
+    target: Path
+    source: Source
+    weights: Weights
+    chosen: Chosen
+    split_max_bytes: int
+    progress: Progress
 
+    def plan_gguf(self, main: Kind, pre: str | None) -> Callable[[], Path]:
+        origin: dict[str, Any] = {"quantkit.version": __version__}
+        if any(choice.fidelity in ("exact", "bounded") for _, choice in self.chosen):
+            origin["quantkit.weights"] = "GPTQ codes"
+        keys = gguf_files.header(self.source, _FILE_TYPES[main], pre=pre, provenance=origin)
+        architecture = gguf_files.architecture_of(self.source)
+        typed = [(tensor, choice.kind) for tensor, choice in self.chosen]
+        for text in gguf_files.limits(self.source):
+            self.progress.warn(text)
 
-class _Chooser:
-    """Decides the type of every tensor of a file."""
+        def write() -> Path:
+            with gguf_files.staged_files(self.target) as folder:
+                path = folder / self.target.name
+                with gguf_files.GgufWriter(path, architecture, keys, typed, self.split_max_bytes) as writer:
+                    with self.progress.phase("writing", len(self.chosen)) as advance:
+                        for tensor, choice in self.chosen:
+                            for published in tensor.sources:
+                                writer.write(published, choice.encode(tensor, published))
+                            advance(1)
+                    writer.finish()
+                return self.target.parent / writer.paths[0].name
 
-    def __init__(
-        self,
-        source: Source,
-        weights: Weights,
-        kinds: tuple[Kind | None, Kind | None, Kind | None],
-        requantize: bool,
-    ) -> None:
-        """`kinds`: of the Linears, the embedding and the output; None for auto."""
-        self._source, self._weights, self._requantize = source, weights, requantize
-        self._kind, self._ends = kinds[0], {"token_embd.weight": kinds[1], "output.weight": kinds[2]}
-        self._own = Kind.BF16 if source.dtype == torch.bfloat16 else Kind.F16
-        self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
+        return write
 
-    def choose(self, plan: Sequence[container.GgufTensor]) -> list[_Choice]:
-        """A choice for each tensor.
+    def plan_ggjt(self) -> Callable[[], Path]:
+        config = self.source.config
+        vocabulary = ggjt.make_vocabulary(self.source.tokenizer(), config.vocab_size, self.progress)
+        made = {tensor.sources[0]: (tensor, choice) for tensor, choice in self.chosen if tensor.sources}
+        kinds = {published: choice.kind for published, (_, choice) in made.items()}
+        tensors = ggjt.plan(config, self.weights.tensors, kinds)
 
-        Raises:
-            UsageError: a type that would round twice, or that nothing here rounds to.
-        """
-        return [self._choose(tensor) for tensor in plan]
+        def write() -> Path:
+            with (
+                gguf_files.staged_files(self.target) as folder,
+                ggjt.GgjtWriter(folder / self.target.name, config, vocabulary, tensors) as writer,
+            ):
+                with self.progress.phase("writing", len(tensors)) as advance:
+                    for tensor in tensors:
+                        planned, choice = made[tensor.published]
+                        writer.write(tensor, choice.encode(planned, tensor.published))
+                        advance(1)
+                writer.finish()
+            return self.target
 
-    def _choose(self, tensor: container.GgufTensor) -> _Choice:
-        if tensor.always_f32:
-            return _Choice(Kind.F32, None, self._values(Kind.F32))
-        if tensor.name in self._ends:
-            return self._float_or_rounded(tensor, self._ends[tensor.name])
-        linears = self._linears(tensor)
-        if not linears:
-            return self._float_or_rounded(tensor, self._kind)
-        found = self._common(tensor, linears)
-        if self._kind is None:
-            exact = next((name for name, fidelity in found.items() if fidelity == "exact"), None)
-            if exact is None:
-                raise UsageError(
-                    f"{tensor.name}: no type holds its codes exactly; name as --type what comes near "
-                    f"({_shown(found)}), or use --requantize"
-                )
-            return _Choice(Kind.__members__[exact], "exact", self._codes(linears, exact))
-        name = self._kind.name
-        if name in found:
-            return _Choice(self._kind, found[name], self._codes(linears, name))
-        if self._kind in _FLOATS:
-            return _Choice(self._kind, "rounded", self._values(self._kind))
-        if not self._requantize:
-            raise UsageError(
-                f"{tensor.name}: {name} would round GPTQ's codes again; what holds them: {_shown(found)}. "
-                "--requantize does it all the same"
-            )
-        return self._float_or_rounded(tensor, self._kind)
-
-    def _float_or_rounded(self, tensor: container.GgufTensor, asked: Kind | None) -> _Choice:
-        kind = self._own if asked is None else asked  # not `or`: F32 is 0
-        if kind in _FLOATS:
-            return _Choice(kind, "rounded", self._values(kind))
-        if kind not in _ROUNDED_TO:
-            known = ", ".join(known.name for known in (*_FLOATS, *_ROUNDED_TO))
-            raise UsageError(f"{tensor.name}: {kind.name} is only written from GPTQ codes; rounded to are {known}")
-        twice = any(name in self._rounded for name in tensor.sources)
-        if twice and not self._requantize:
-            stored = self._weights.tensors[tensor.sources[0]].stored_as
-            raise UsageError(
-                f"{tensor.name}: {kind.name} would round it again ({stored} in the source); "
-                "--requantize does it all the same"
-            )
-        if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            return _Choice(Kind.F16, "rounded", self._values(Kind.F16), fell_back=True)
-        return _Choice(kind, "requantized" if twice else "rounded", self._values(kind))
-
-    def _linears(self, tensor: container.GgufTensor) -> dict[str, str]:
-        """Published name -> the GPTQ source's module, where all of the tensor is codes."""
-        if not isinstance(self._source, GptqSource):
-            return {}
-        quantized = set(self._source.quantized_names())
-        modules = {name: (self._weights.stored(name) or "").removesuffix(".weight") for name in tensor.sources}
-        return modules if quantized.issuperset(modules.values()) else {}
-
-    def _common(self, tensor: container.GgufTensor, linears: Mapping[str, str]) -> dict[str, Fidelity]:
-        """Types that hold the codes of all parts, the smallest first, whatever the codes are."""
-        assert isinstance(self._source, GptqSource)
-        common: dict[str, Fidelity] | None = None
-        for module in linears.values():
-            bits, zeros = self._source.bits(module), self._source.read_zeros(module)
-            expected = expected_reencodings(bits, zeros, self._source.read_groups(module))
-            types: dict[str, Fidelity] = {found.type: found.fidelity for found in expected}
-            common = types if common is None else {name: fid for name, fid in common.items() if name in types}
-        return common or {}
-
-    def _codes(self, linears: Mapping[str, str], name: str) -> Callable[[container.GgufTensor, str], Array]:
-        source = self._source
-        assert isinstance(source, GptqSource)
-
-        def encode(_: container.GgufTensor, published: str) -> Array:
-            linear = source.read_codes(linears[published])
-            if name not in {found.type for found in reencodings(linear)}:
-                raise SourceError(f"{source.path}: {linears[published]} has other codes than its config says")
-            return reencode(linear, name)
-
-        return encode
-
-    def _values(self, kind: Kind) -> Callable[[container.GgufTensor, str], Array]:
-        def encode(tensor: container.GgufTensor, published: str) -> Array:
-            values = tensor.values(self._weights.read(published))
-            if kind == Kind.F16 and float(np.abs(values).max(initial=0.0)) > float(np.finfo(np.float16).max):
-                raise NumericError(f"{published}: a value is beyond float16; use --type bf16 or f32")
-            encoded: Array = gguf.quants.quantize(values, kind)
-            return encoded
-
-        return encode
+        return write
 
 
-# Stored as they were trained or published: rounding them is the first.
-_UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
+def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
+    fallback = [tensor.name for tensor, choice in chosen if choice.fell_back]
+    if fallback:
+        progress.note(f"{len(fallback)} matrices have widths that no block divides and are F16: {fallback[0]}, ...")
+    return GgmlReport(
+        target,
+        sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in chosen),
+        [GgmlTensor(tensor.name, choice.kind.name, choice.fidelity) for tensor, choice in chosen],
+        fallback,
+        dry_run=True,
+    )
 
 
 def _kind(option: str, value: str) -> Kind | None:
@@ -307,21 +234,10 @@ def _kind(option: str, value: str) -> Kind | None:
     return None if value == "auto" else Kind.__members__[value.upper()]
 
 
-def _shown(found: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} ({fidelity})" for name, fidelity in found.items()) or "none"
-
-
-def _provenance(source: Source, choices: Sequence[_Choice]) -> dict[str, Any]:
-    keys = {"quantkit.version": __version__}
-    if any(choice.fidelity in ("exact", "bounded") for choice in choices):
-        keys["quantkit.weights"] = "GPTQ codes"
-    return keys
-
-
-def _output(out: str | Path | None, source: Source, kind: Kind) -> Path:
+def _output(out: str | Path | None, source: Source, kind: Kind, container: Container) -> Path:
     if out is not None:
         return Path(os.path.abspath(Path(out).expanduser()))
-    return Path.cwd() / f"{variant_name(source.label)}-{kind.name}.gguf"
+    return Path.cwd() / f"{variant_name(source.label)}-{kind.name}.{'gguf' if container == 'gguf' else 'ggjt.bin'}"
 
 
 def _check_output(out: Path, source: Source, force: bool) -> None:

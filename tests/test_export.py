@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel, Recorder, token_matrix
+from gguf_models import sentencepiece, write_model
+from safetensors.torch import load_file, save_file
 from streamed import open_stream, streamed_logits
+from test_ggjt import LLAMA, tiny
 
 import quantkit
 from quantkit.calibration import TokenMatrix
@@ -205,10 +209,6 @@ def test_bad_options(options: dict[str, Any], message: str, make_model: MakeMode
 
 
 def test_a_value_beyond_float16_is_named(make_model: MakeModel, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "model"
     shutil.copytree(make_model("llama", dtype="float32"), folder)
     weights = load_file(folder / "model.safetensors")
@@ -217,3 +217,39 @@ def test_a_value_beyond_float16_is_named(make_model: MakeModel, tmp_path: Path) 
     with pytest.raises(NumericError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: a value is beyond float16"):
         quantkit.ggml(folder, tmp_path / "out.gguf", pre="gpt-2")
     assert not (tmp_path / "out.gguf").exists()
+
+
+# -- ggjt ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose heads share nothing, with a SentencePiece vocabulary."""
+    path = tmp_path_factory.mktemp("llama") / "tiny-llama-F32.gguf"
+    write_model(path, tiny(), sentencepiece(LLAMA))
+    return path
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(4, "Q4_0"), (8, "Q8_0"), (3, "Q4_0")])
+def test_a_ggjt_file_holds_the_codes_too(
+    bits: int, expected: str, sentencepiece_llama: Path, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "gptq", tmp_path / "out.ggjt.bin"
+    tokens = TokenMatrix.of(tiny_tokens.tokens % open_source(sentencepiece_llama).config.vocab_size, "random")
+    quantkit.gptq(sentencepiece_llama, folder, bits=bits, group_size=32, calibration=tokens, evaluate=False)
+    report = quantkit.ggml(folder, out, container="ggjt")
+    assert {t.type for t in report.tensors if t.fidelity == "exact"} == {expected}
+    assert open_source(out).kind == "ggjt"
+    for name in open_source(out).tensors:
+        if "proj" in name:
+            assert torch.equal(open_source(out).read(name), open_source(folder).read(name)), name
+
+
+def test_ggjt_refuses_what_it_cannot_say(make_model: MakeModel, sentencepiece_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="heads share 2 keys and values"):
+        quantkit.ggml(make_model("llama"), tmp_path / "out.bin", container="ggjt")
+    with pytest.raises(UsageError, match="--split-max-size and --pre are for GGUF"):
+        quantkit.ggml(sentencepiece_llama, tmp_path / "out.bin", container="ggjt", split_max_size="1GB")
+    with pytest.raises(UsageError, match="BF16 has no place in this file"):
+        quantkit.ggml(sentencepiece_llama, tmp_path / "out.bin", container="ggjt", type="bf16")
+    assert not list(tmp_path.iterdir())

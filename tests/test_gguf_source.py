@@ -498,3 +498,12 @@ def test_the_first_version_of_the_format_is_refused(whole: bytes, tmp_path: Path
     path.write_bytes(whole[:4] + struct.pack("<I", 1) + whole[8:])
     with pytest.raises(SourceError, match="GGUF version 1 cannot be read"):
         open_source(path)
+
+
+def test_arrays_within_arrays_are_refused(tmp_path: Path) -> None:
+    """Nobody writes them, and nested thousands deep they would exhaust the stack."""
+    nested = b"".join(struct.pack("<IQ", 9, 1) for _ in range(5000))
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9) + nested
+    (tmp_path / "nested.gguf").write_bytes(header)
+    with pytest.raises(SourceError, match="an array of arrays"):
+        open_source(tmp_path / "nested.gguf")

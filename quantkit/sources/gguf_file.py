@@ -128,6 +128,8 @@ class GgufFile:
         if kind != _ARRAY:
             return self._number(_SCALARS[kind])
         kind, length = self._number("<u4"), self._number("<u8")
+        if kind == _ARRAY:  # which nobody writes, and which could be nested without end
+            raise ValueError("it holds an array of arrays")
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self._take(length * dtype.itemsize), dtype).tolist()

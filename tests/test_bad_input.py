@@ -951,7 +951,7 @@ def test_a_file_size_limit_stops_like_a_full_disk(desk: Desk) -> None:
 
 
 def test_control_c_in_the_middle(desk: Desk) -> None:
-    model = desk.model(num_hidden_layers=24)
+    model = desk.model(num_hidden_layers=96)  # seconds of work, so that the signal finds it at work
     before = contents(desk.folder)
     process = python("-u", "-m", "quantkit", *desk.gptq_arguments(model))
     assert process.stderr is not None

@@ -159,6 +159,7 @@ class Judge:
                 text=True,
                 errors="replace",
                 env=self._environment(),
+                cwd=self._scratch,  # GPTQModel leaves its logs where it is started
                 start_new_session=True,  # so that close() ends its helpers too
             )
         threading.Thread(target=_collect, args=(self._process.stdout, self._answers), daemon=True).start()

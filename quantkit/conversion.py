@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -20,7 +19,7 @@ from quantkit import __version__
 from quantkit.config import ComputeDtype
 from quantkit.errors import NumericError, OutputError, SourceError, UsageError
 from quantkit.model.experts import ExpertNames
-from quantkit.model.stream import ModelStream
+from quantkit.model.stream import ModelStream, build_on_meta
 from quantkit.model.weights import Weights, bind
 from quantkit.preflight import note_source, parse_size
 from quantkit.progress import SILENT, Progress
@@ -121,12 +120,7 @@ def whole_weights(source: Source) -> Weights:
         SourceError: a tensor is missing, has another shape than the config asks for, or would not be found.
     """
     ModelStream(source, torch.device("cpu"), torch.float32)  # its own checks: what transformers would pass over
-    config = type(source.config).from_dict(source.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    factory: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = factory.from_config(config, dtype=torch.float32)
+    model = build_on_meta(source)
     weights = bind(source, model, {}, ExpertNames(), untie=False)
     lost = sorted(name for name, _ in model.named_parameters() if name not in weights.names)
     fused = _converted(model, weights)

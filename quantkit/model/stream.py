@@ -40,7 +40,8 @@ class ModelStream:
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, untie: bool = False) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self._model = _build_on_meta(source)
+        # Ties are undone: both ends are loaded when they are needed.
+        self._model = build_on_meta(source, tied=False)
         self._materialize_buffers()
         names = expert_names(self._model)
         fused = _take_experts_apart(self._model, names)
@@ -278,10 +279,15 @@ def _take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Mo
     return fused
 
 
-def _build_on_meta(source: Source) -> Any:
-    """The model class of the config, without weights. Ties are undone: both ends are loaded when they are needed."""
+def build_on_meta(source: Source, tied: bool = True) -> Any:
+    """The model class of the config, without weights; with `tied` False its embeddings are apart, whatever it says.
+
+    Raises:
+        SourceError: the class does not like the config.
+    """
     config = type(source.config).from_dict(source.config.to_dict())
-    config.tie_word_embeddings = False
+    if not tied:
+        config.tie_word_embeddings = False
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     factory: Any = AutoModelForCausalLM

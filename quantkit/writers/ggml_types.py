@@ -60,6 +60,7 @@ class Chooser:
         self._source, self._weights, self._requantize, self._allowed = source, weights, requantize, allowed
         self._kind, self._ends = kinds[0], {"token_embd.weight": kinds[1], "output.weight": kinds[2]}
         self._own = Kind.BF16 if source.dtype == torch.bfloat16 and Kind.BF16 in allowed else Kind.F16
+        self._modules = frozenset(source.quantized_names()) if isinstance(source, GptqSource) else frozenset()
         self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
 
     def choose(self, plan: Sequence[GgufTensor]) -> list[Choice]:
@@ -121,11 +122,8 @@ class Chooser:
 
     def _linears(self, tensor: GgufTensor) -> dict[str, str]:
         """Published name -> the GPTQ source's module, where all of the tensor is codes."""
-        if not isinstance(self._source, GptqSource):
-            return {}
-        quantized = set(self._source.quantized_names())
         modules = {name: (self._weights.stored(name) or "").removesuffix(".weight") for name in tensor.sources}
-        return modules if quantized.issuperset(modules.values()) else {}
+        return modules if self._modules.issuperset(modules.values()) else {}
 
     def _common(self, linears: Mapping[str, str]) -> dict[str, Fidelity]:
         """Types that hold the codes of all parts, the smallest first, whatever the codes are."""

@@ -12,6 +12,7 @@ from quantkit.errors import UsageError
 ActOrder = Literal["static", "dynamic", "off"]
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
 CheckpointFormat = Literal["gptq", "gptq_v2"]
+GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 S = TypeVar("S", bound="Spec")
@@ -48,6 +49,8 @@ class QuantSpec(Spec):
     """How weights become codes.
 
     `damp` is the fraction of the mean Hessian diagonal that is added to the diagonal (GPTQ, section 3.3).
+    `ggml`: codes lie on the grid of this type, whose bits, groups and symmetry the other fields then repeat; None: on
+    that of GPTQ checkpoints, a float16 scale and a whole zero per group.
     `include`, `exclude` and the first part of each override are patterns of whole module names, in which ``*`` stands
     for any characters and ``?`` for one. A Linear is quantized if it matches an `include` pattern (or there is none)
     and no `exclude` pattern; the first override that matches applies.
@@ -58,6 +61,7 @@ class QuantSpec(Spec):
     sym: bool = True
     act_order: ActOrder = "static"
     damp: float = Field(0.1, gt=0, lt=1)
+    ggml: GgmlType | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Override], ...] = ()

@@ -28,6 +28,16 @@ class BlockType:
     bits: int
     has_minimum: bool
 
+    @property
+    def columns(self) -> int:
+        """Weights of a block."""
+        return BLOCK
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return BLOCK
+
 
 @dataclass(frozen=True)
 class SuperBlockType:
@@ -46,6 +56,16 @@ class SuperBlockType:
     scale_bits: int
     has_minimum: bool
 
+    @property
+    def columns(self) -> int:
+        """Weights of a super-block."""
+        return SUPER_BLOCK
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return self.sub_block
+
 
 BLOCK = 32
 SUPER_BLOCK = 256
@@ -63,6 +83,11 @@ SUPER_BLOCK_TYPES = {
     "Q5_K": SuperBlockType(5, 32, 6, True),
     "Q6_K": SuperBlockType(6, 16, 8, False),
 }
+
+
+def type_of(name: str) -> BlockType | SuperBlockType:
+    """What a type is made of, by GGML's name. Raises KeyError."""
+    return BLOCK_TYPES.get(name) or SUPER_BLOCK_TYPES[name]
 
 
 def pack_blocks(name: str, codes: Array, d: Array, m: Array | None = None) -> Array:

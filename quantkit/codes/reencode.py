@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from quantkit.codes.ggml import (
-    BLOCK,
     BLOCK_TYPES,
     SUPER_BLOCK,
     SUPER_BLOCK_TYPES,
     Array,
     pack_blocks,
     pack_super_blocks,
+    type_of,
 )
 from quantkit.codes.linear import QuantizedLinear
 
@@ -61,8 +61,8 @@ def expected_reencodings(bits: int, zeros: torch.Tensor, group: torch.Tensor) ->
 def _types(bits: int, low: int, high: int, zero: int, run: int) -> Iterator[Reencoding]:
     """Types for steps (code - zero) of low..high, zeros up to `zero`, and runs of columns of one group."""
     for name in _BY_SIZE:
-        kind = BLOCK_TYPES.get(name) or SUPER_BLOCK_TYPES[name]
-        if run % (BLOCK if name in BLOCK_TYPES else SUPER_BLOCK):
+        kind = type_of(name)
+        if run % kind.columns:
             continue
         half = 2 ** (kind.bits - 1)
         if not kind.has_minimum:
@@ -80,9 +80,8 @@ def reencode(linear: QuantizedLinear, name: str) -> Array:
     """
     codes, group = linear.codes.numpy(), linear.group.long().numpy()
     scales, zeros = linear.scales.numpy(), linear.zeros.numpy()
-    size = BLOCK if name in BLOCK_TYPES else SUPER_BLOCK
-    d, z = (part[:, group[::size]] for part in (scales, zeros))  # of each block: it lies within a group
-    kind = BLOCK_TYPES.get(name) or SUPER_BLOCK_TYPES[name]
+    kind = type_of(name)
+    d, z = (part[:, group[:: kind.columns]] for part in (scales, zeros))  # of each block: it lies within a group
     if not kind.has_minimum:
         shifted = codes.astype(np.int16) - zeros[:, group] + 2 ** (kind.bits - 1)
         codes = shifted.astype(np.uint8)

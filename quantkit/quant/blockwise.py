@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from quantkit.codes import QuantizedLinear
+from quantkit.codes import Codes
 from quantkit.config import QuantSpec
 from quantkit.errors import NumericError
 from quantkit.model.families import Stages
@@ -47,7 +47,7 @@ class LayerStatistics:
     seconds: float
 
 
-OnLinear = Callable[[str, QuantizedLinear, LayerStatistics], None]
+OnLinear = Callable[[str, Codes, LayerStatistics], None]
 
 
 @torch.inference_mode()
@@ -166,10 +166,11 @@ class _StageWork:
         except NumericError as error:
             raise NumericError(f"{', '.join(names)}: {error}") from None
         seconds += time.perf_counter() - start
+        linears_of_stack: Sequence[Codes] = result.linear.split(rows)
         parts = zip(
             names,
             weights,
-            result.linear.split(rows),
+            linears_of_stack,
             torch.split(result.loss, rows),
             torch.split(result.rtn_loss, rows),
             strict=True,

@@ -11,11 +11,12 @@ from typing import Literal
 
 import torch
 
-from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes import Codes, GgmlLinear, QuantizedLinear, contiguous_groups
+from quantkit.codes.ggml_linear import GgmlGrid
 from quantkit.config import QuantSpec
+from quantkit.quant.ggml_grid import fit_ggml_grid
 from quantkit.quant.grid import Grid, fit_grid, minmax_grid, round_to_grid
 from quantkit.quant.hessian import InverseFactor, column_order, factorize
-from quantkit.quant.super_grid import SuperGrid, fit_super_grid
 
 Fallback = Literal["", "eigenvalues", "rounding"]
 _BLOCK = 128
@@ -26,14 +27,14 @@ class GptqResult:
     """What `quantize` found for a stack of rows.
 
     Attributes:
-        linear: codes and grid.
+        linear: codes and grid; on a GGML type's grid where the spec names one.
         loss: float64 [out], ``(w - q) H (w - q)^T`` per row: mean squared error of that output over the tokens.
         rtn_loss: float64 [out], the same for plain rounding (min-max grid of the same bits and groups).
         damp: fraction of the mean diagonal that was added; 0 where the layer was only rounded.
         fallback: "" or what had to be done instead of plain GPTQ.
     """
 
-    linear: QuantizedLinear
+    linear: Codes
     loss: torch.Tensor
     rtn_loss: torch.Tensor
     damp: float
@@ -46,7 +47,7 @@ def quantize(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> GptqResult:
     Args:
         W: [out, in], any float dtype; finite.
         H: float32 [in, in], mean of x x^T over calibration tokens.
-        spec: bits, groups, symmetry, order, damping.
+        spec: bits, groups, symmetry or a GGML type; order, damping.
 
     Columns that no token activated (H[i, i] = 0) are rounded to the nearest code and influence nothing.
 
@@ -57,68 +58,20 @@ def quantize(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> GptqResult:
     rtn = round_to_nearest(W, spec)
     rtn_loss = row_losses(W, rtn, H)
     factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
+    linear: Codes
     if factor is None:
         # A grid fitted without a Hessian: the layer saw nothing that tells its columns apart.
-        return GptqResult(rtn, rtn_loss, rtn_loss, 0.0, "rounding")
+        linear = rtn if spec.ggml is None else _rounded_on_ggml_grid(W, spec.ggml)
+        return GptqResult(linear, row_losses(W, linear, H), rtn_loss, 0.0, "rounding")
     importance = column_importance(H, factor.damp)
-    if spec.act_order == "static":
+    if spec.ggml is not None:
+        linear = _on_ggml_grid(W, factor, fit_ggml_grid(W, importance, spec.ggml))
+    elif spec.act_order == "static":
         linear = _static(W, factor, importance, spec)
     else:
         linear = _grouped_on_the_way(W, factor, importance, spec)
     fallback: Fallback = "eigenvalues" if factor.fallback else ""
     return GptqResult(linear, row_losses(W, linear, H), rtn_loss, factor.damp, fallback)
-
-
-@dataclass(frozen=True)
-class SuperResult:
-    """As `GptqResult`, on a K-quant's grid. codes: uint8 [out, in]."""
-
-    codes: torch.Tensor
-    grid: SuperGrid
-    loss: torch.Tensor
-    damp: float
-    fallback: Fallback
-
-    def dequantize(self) -> torch.Tensor:
-        """The weight that is stored, float32 [out, in]."""
-        scale, minimum = self.grid.steps()
-        return self.codes.float() * scale - minimum
-
-
-def quantize_on_super_grid(W: torch.Tensor, H: torch.Tensor, name: str, damp: float) -> SuperResult:
-    """Quantize W [out, in] to a K-quant: its grid is fitted and frozen, then GPTQ's feedback runs on it in act-order.
-
-    Args:
-        W: any float dtype; finite; in a multiple of 256.
-        H: float32 [in, in], mean of x x^T over calibration tokens.
-        name: Q2_K, Q3_K, Q4_K, Q5_K or Q6_K.
-        damp: fraction of the mean Hessian diagonal added to it.
-
-    Raises:
-        NumericError: a unit is beyond float16.
-    """
-    W = W.float()
-    factor = factorize(H, column_order(H, True), damp)
-    importance = torch.ones_like(W[0]) if factor is None else column_importance(H, factor.damp)
-    grid = fit_super_grid(W, importance, name)
-    scale, minimum = grid.steps()
-    top = 2**grid.kind.bits - 1
-    fallback: Fallback = "rounding"
-    if factor is None:
-        inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
-        codes = ((W + minimum) * inverse).round_().clamp_(0, top).to(torch.uint8)
-    else:
-        fallback = "eigenvalues" if factor.fallback else ""
-        loop = _ColumnLoop(W[:, factor.perm], factor.U, grid.kind.bits)
-        for start in range(0, W.shape[1], _BLOCK):
-            columns = factor.perm[start : start + _BLOCK]
-            loop.block(start, start + len(columns), scale[:, columns], minimum[:, columns])
-        codes = torch.empty_like(loop.codes)
-        codes[factor.perm] = loop.codes
-        codes = codes.T.contiguous()
-    error = W - (codes.float() * scale - minimum)
-    loss = ((error @ H) * error).sum(dim=1, dtype=torch.float64)
-    return SuperResult(codes, grid, loss, 0.0 if factor is None else factor.damp, fallback)
 
 
 def column_importance(H: torch.Tensor, damp: float) -> torch.Tensor:
@@ -140,7 +93,7 @@ def round_to_nearest(W: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
     return QuantizedLinear(codes.to(torch.uint8), grid.scales, grid.zeros, group, spec.bits)
 
 
-def row_losses(W: torch.Tensor, linear: QuantizedLinear, H: torch.Tensor) -> torch.Tensor:
+def row_losses(W: torch.Tensor, linear: Codes, H: torch.Tensor) -> torch.Tensor:
     """``(w - q) H (w - q)^T`` per row, float64 [out]."""
     error = W - linear.dequantize().to(W.device)
     return ((error @ H) * error).sum(dim=1, dtype=torch.float64)
@@ -150,15 +103,36 @@ def _static(W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, sp
     """All grids from the original weights in natural groups, then columns in the order of `factor.perm`."""
     grid = fit_grid(W, importance, spec.group_size, spec.bits, spec.sym)
     group = contiguous_groups(W.shape[1], spec.group_size)
-    scale, zero = _per_column(grid, group.long().to(W.device)[factor.perm])
-    minimum = scale * zero
-    loop = _ColumnLoop(W[:, factor.perm], factor.U, spec.bits)
+    scale, zero = _per_column(grid, group.long().to(W.device))
+    codes = _on_frozen_grid(W, factor, scale, scale * zero, spec.bits)
+    return QuantizedLinear(codes, grid.scales, grid.zeros, group, spec.bits)
+
+
+def _on_ggml_grid(W: torch.Tensor, factor: InverseFactor, grid: GgmlGrid) -> GgmlLinear:
+    """As `_static`, on the grid of a GGML type: scales frozen as the file stores them."""
+    return GgmlLinear(_on_frozen_grid(W, factor, *grid.steps(), grid.kind.bits), grid)
+
+
+def _rounded_on_ggml_grid(W: torch.Tensor, name: str) -> GgmlLinear:
+    """Plain rounding on a fitted grid, every column counting the same."""
+    grid = fit_ggml_grid(W, torch.ones_like(W[0]), name)
+    scale, minimum = grid.steps()
+    inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+    codes = ((W + minimum) * inverse).round_().clamp_(0, 2**grid.kind.bits - 1)
+    return GgmlLinear(codes.to(torch.uint8), grid)
+
+
+def _on_frozen_grid(
+    W: torch.Tensor, factor: InverseFactor, scale: torch.Tensor, minimum: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Codes uint8 [out, in] on the grid ``scale * q - minimum`` of every column, columns in the order `factor.perm`."""
+    loop = _ColumnLoop(W[:, factor.perm], factor.U, bits)
     for start in range(0, W.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, W.shape[1])
-        loop.block(start, stop, scale[:, start:stop], minimum[:, start:stop])
+        columns = factor.perm[start : start + _BLOCK]
+        loop.block(start, start + len(columns), scale[:, columns], minimum[:, columns])
     codes = torch.empty_like(loop.codes)
     codes[factor.perm] = loop.codes
-    return QuantizedLinear(codes.T.contiguous(), grid.scales, grid.zeros, group, spec.bits)
+    return codes.T.contiguous()
 
 
 def _grouped_on_the_way(

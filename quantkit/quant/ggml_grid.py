@@ -1,93 +1,93 @@
-"""Grids of the K-quants: a scale (and minimum) per sub-block, in whole multiples of its super-block's.
+"""Grids of GGML's types: a scale (and minimum) per block of 32, or per sub-block in whole multiples of a super-block's.
 
-First every sub-block gets the scale and minimum of least weighted error, as if any number could be stored. These are
-snapped to the super-block's units; then, in turns, each sub-block tries the neighbouring integers and the units are
-refitted to the codes by least squares. What is found is what ggml stores, so GPTQ can run on it as it is.
+First every block or sub-block gets the scale and minimum of least weighted error, as if any number could be stored.
+A K-quant's are then snapped to the super-block's units; in turns, each sub-block tries the neighbouring integers and
+the units are refitted to the codes by least squares. What is found is what ggml stores, so GPTQ can run on it as it is.
 Types and their ranges: ggml-common.h of llama.cpp.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from quantkit.codes.ggml import SUPER_BLOCK, SUPER_BLOCK_TYPES, SuperBlockType
+from quantkit.codes.ggml import BlockType, SuperBlockType, type_of
+from quantkit.codes.ggml_linear import GgmlGrid
 from quantkit.errors import NumericError
+from quantkit.quant.grid import fit_grid, stored
 
 _TILE = 1 << 20  # weights searched at a time
 _SMALLEST = 2.0**-24  # smallest positive float16
 _ROUNDS = 2  # of neighbouring integers and refitted units
 
 
-@dataclass(frozen=True)
-class SuperGrid:
-    """A weight [out, in] on a K-quant's grid: ``d * sc * q - dmin * m``, or ``d * sc * (q - 2**(bits - 1))``.
-
-    Attributes:
-        d: float16 [out, in / 256].
-        sc: int16 [out, in / sub_block].
-        dmin, m: as d and sc; None for types without a minimum.
-        kind: the type.
-    """
-
-    d: torch.Tensor
-    sc: torch.Tensor
-    dmin: torch.Tensor | None
-    m: torch.Tensor | None
-    kind: SuperBlockType
-
-    def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, minimum) of every column, float32 [out, in] each: a code q stands for ``scale * q - minimum``."""
-        scale = _wide(self.d, self.kind) * self.sc.float()
-        if self.dmin is None or self.m is None:
-            minimum = scale * 2 ** (self.kind.bits - 1)
-        else:
-            minimum = _wide(self.dmin, self.kind) * self.m.float()
-        size = self.kind.sub_block
-        return scale.repeat_interleave(size, dim=1), minimum.repeat_interleave(size, dim=1)
-
-
-def fit_super_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> SuperGrid:
-    """Grid of small weighted squared error ``sum_i importance_i (w_i - value_i)^2``, by super-block and row.
+def fit_ggml_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> GgmlGrid:
+    """Grid of small weighted squared error ``sum_i importance_i (w_i - value_i)^2``, by block and row.
 
     Args:
-        W: float32 [out, in]; in a multiple of 256.
+        W: float32 [out, in]; in a multiple of the type's block.
         importance: float32 [in], positive.
-        name: a key of `SUPER_BLOCK_TYPES`.
+        name: a key of `BLOCK_TYPES` or `SUPER_BLOCK_TYPES`.
 
     Raises:
-        NumericError: a unit beyond float16's range.
+        NumericError: a scale beyond float16's range.
     """
-    kind = SUPER_BLOCK_TYPES[name]
+    kind = type_of(name)
+    if isinstance(kind, BlockType) and not kind.has_minimum:
+        return GgmlGrid(name, fit_grid(W, importance, kind.columns, kind.bits, sym=True).scales)
     rows, columns = W.shape
-    blocks = W.T.reshape(columns // SUPER_BLOCK, -1, kind.sub_block, rows)
+    blocks = W.T.reshape(columns // kind.columns, -1, kind.group, rows)
     h = importance.reshape(blocks.shape[:3])[..., None]
-    fit = _fit_minimum if kind.has_minimum else _fit_signed
-    tiles = [fit(tile.contiguous(), h, kind) for tile in torch.split(blocks, max(1, _TILE // columns), dim=3)]
+    tiles = [_fit(tile.contiguous(), h, kind) for tile in torch.split(blocks, max(1, _TILE // columns), dim=3)]
     d, sc, dmin, m = (torch.cat(parts, dim=-1).flatten(0, -2).T for parts in zip(*tiles, strict=True))
-    if not bool(torch.isfinite(d).all() and torch.isfinite(dmin).all()):
-        raise NumericError("a super-block's weights need a scale beyond float16")
+    # A search that found nothing that float16 holds left its scale at 0.
+    if not bool((torch.isfinite(d) & (d != 0) & torch.isfinite(dmin)).all()):
+        raise NumericError("a block's weights need a scale beyond float16")
+    if isinstance(kind, BlockType):
+        return GgmlGrid(name, d.half(), dmin.half())
     if kind.has_minimum:
-        return SuperGrid(d.half(), sc.short(), dmin.half(), m.short(), kind)
-    return SuperGrid(d.half(), sc.short(), None, None, kind)
+        return GgmlGrid(name, d.half(), dmin.half(), sc.short(), m.short())
+    return GgmlGrid(name, d.half(), sc=sc.short())
+
+
+def _fit(w: torch.Tensor, h: torch.Tensor, kind: BlockType | SuperBlockType) -> _Parts:
+    """w [blocks, subs, size, rows], h [blocks, subs, size, 1]."""
+    if isinstance(kind, BlockType):
+        return _fit_block(w, h, kind)
+    return _fit_minimum(w, h, kind) if kind.has_minimum else _fit_signed(w, h, kind)
 
 
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """d [blocks, rows], sc [blocks, subs, rows], dmin and m the same, float32."""
 
 
-def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Parts:
-    """w [blocks, subs, size, rows], h [blocks, subs, size, 1]."""
-    top, limit = 2**kind.bits - 1, 2**kind.scale_bits - 1
-    low, high = w.amin(dim=2).clamp(max=0), w.amax(dim=2)
+def _fit_block(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
+    """A scale and a minimum of either sign, as float16 each."""
+    best = _search_lines(w, h, 2**kind.bits - 1, -torch.inf)
+    found = _Best(w, h, 2**kind.bits - 1)
+    high, low = w.amax(dim=2), w.amin(dim=2)
+    for scale, minimum in ((best.scale, best.minimum), ((high - low) / (2**kind.bits - 1), -low)):
+        found.offer(stored(scale), minimum.half().float())
+    d, dmin = found.scale[:, 0], found.minimum[:, 0]
+    return d, d, dmin, dmin
+
+
+def _search_lines(w: torch.Tensor, h: torch.Tensor, top: int, least: float) -> _Best:
+    """Scales and minima (not below `least`) of least error, in full precision."""
+    low, high = w.amin(dim=2), w.amax(dim=2)
+    low = -(-low).clamp(min=least)
     spread = (high - low).clamp(min=_SMALLEST)
     best = _Best(w, h, top)
     for stretch in torch.linspace(-0.3 * top**0.5, 1.2, 14).tolist():
         scale = spread / (top + stretch)
-        best.offer(*_line(w, h, best.codes(scale, -low), scale, -low))
+        best.offer(*_line(w, h, best.codes(scale, -low), scale, -low, least))
     for _ in range(_ROUNDS):
-        best.offer(*_line(w, h, best.codes(best.scale, best.minimum), best.scale, best.minimum))
+        best.offer(*_line(w, h, best.codes(best.scale, best.minimum), best.scale, best.minimum, least))
+    return best
+
+
+def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Parts:
+    top, limit = 2**kind.bits - 1, 2**kind.scale_bits - 1
+    best = _search_lines(w, h, top, 0.0)
     d, dmin = _unit(best.scale.amax(dim=1), limit), _unit(best.minimum.amax(dim=1), limit)
     sc, m = (best.scale / d[:, None]).round_(), (best.minimum / dmin[:, None]).round_()
     found = _Best(w, h, top)
@@ -115,7 +115,7 @@ def _fit_signed(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Part
         best.offer(scale, scale * half)
     # The scale of largest magnitude becomes -limit, which reaches one further than limit - 1.
     widest = best.scale.gather(1, best.scale.abs().argmax(dim=1, keepdim=True))[:, 0]
-    d = _stored(widest / -limit)
+    d = stored(widest / -limit)
     sc = (best.scale / d[:, None]).round_().clamp_(-limit, limit - 1)
     found = _Best(w, h, 2 * half - 1)
     for _ in range(_ROUNDS):
@@ -169,19 +169,19 @@ class _Best:
 
 
 def _line(
-    w: torch.Tensor, h: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor
+    w: torch.Tensor, h: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, least: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted least squares of ``scale * q - minimum`` over a sub-block, minimum not below 0; the given ones where the
-    codes do not determine it."""
+    """Weighted least squares of ``scale * q - minimum`` over a sub-block, minimum not below `least` (0, or nothing);
+    the given ones where the codes do not determine it."""
     sum_h, sum_q, sum_qq = h.sum(dim=2), (h * q).sum(dim=2), (h * q * q).sum(dim=2)
     sum_w, sum_qw = (h * w).sum(dim=2), (h * q * w).sum(dim=2)
     determinant = sum_h * sum_qq - sum_q * sum_q
     fitted = (sum_h * sum_qw - sum_q * sum_w) / determinant
     offset = (sum_q * sum_qw - sum_qq * sum_w) / determinant
     through_zero = sum_qw / sum_qq.clamp(min=_SMALLEST)
-    fitted = torch.where(offset < 0, through_zero, fitted)
+    fitted = torch.where(offset < least, through_zero, fitted)
     good = (determinant > 0) & (fitted > 0) & torch.isfinite(fitted) & torch.isfinite(offset)
-    return torch.where(good, fitted, scale), torch.where(good, offset.clamp(min=0), minimum)
+    return torch.where(good, fitted, scale), torch.where(good, offset.clamp(min=least), minimum)
 
 
 def _slope(w: torch.Tensor, h: torch.Tensor, steps: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _refit_units(
     new_dmin = torch.where(bb > 0, new_dmin, dmin)
     new_d = torch.where(bb > 0, new_d, aw / aa)
     good = torch.isfinite(new_d) & torch.isfinite(new_dmin) & (new_d > 0) & (new_dmin > 0)
-    new_d, new_dmin = _stored(torch.where(good, new_d, d)), _stored(torch.where(good, new_dmin, dmin))
+    new_d, new_dmin = stored(torch.where(good, new_d, d)), stored(torch.where(good, new_dmin, dmin))
     before = found.total(sc * d[:, None], m * dmin[:, None])
     better = found.total(sc * new_d[:, None], m * new_dmin[:, None]) < before
     return torch.where(better, new_d, d), torch.where(better, new_dmin, dmin)
@@ -216,22 +216,11 @@ def _refit_unit(
     scale = sc * d[:, None]
     a = (found.codes(scale, scale * half) - half) * sc[:, :, None]
     fitted = (h * a * w).sum(dim=(1, 2)) / (h * a * a).sum(dim=(1, 2))
-    new_d = _stored(torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, d))
+    new_d = stored(torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, d))
     new = sc * new_d[:, None]
     better = found.total(new, new * half) < found.total(scale, scale * half)
     return torch.where(better, new_d, d)
 
 
 def _unit(largest: torch.Tensor, limit: int) -> torch.Tensor:
-    return _stored((largest / limit).clamp(min=_SMALLEST))
-
-
-def _stored(unit: torch.Tensor) -> torch.Tensor:
-    """Rounded to float16, never to zero; float32."""
-    rounded = unit.half().float()
-    return torch.where(rounded == 0, torch.where(unit < 0, -_SMALLEST, _SMALLEST), rounded)
-
-
-def _wide(unit: torch.Tensor, kind: SuperBlockType) -> torch.Tensor:
-    """A super-block's unit for each of its sub-blocks."""
-    return unit.float().repeat_interleave(SUPER_BLOCK // kind.sub_block, dim=1)
+    return stored((largest / limit).clamp(min=_SMALLEST))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+_BYTES_AN_OPENING = 1 << 26
 
 
 class WeightFiles(ABC):
@@ -112,6 +114,11 @@ class SafetensorsFiles(WeightFiles):
 
     index_name = "model.safetensors.index.json"
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._opened: tuple[Path, Any] | None = None
+        self._left = 0
+
     @staticmethod
     def unindexed(folder: Path) -> list[str]:
         single = "model.safetensors"
@@ -119,11 +126,17 @@ class SafetensorsFiles(WeightFiles):
 
     def read(self, name: str) -> torch.Tensor:
         try:
-            with safe_open(self.shard_of[name], framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name)
+            tensor: torch.Tensor = self._shard(self.shard_of[name]).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{self.shard_of[name]}: cannot read {name}: {error}") from error
+        self._left -= self.tensors[name].bytes
         return widened(tensor)
+
+    def _shard(self, path: Path) -> Any:
+        """The open file: opening one parses its whole header, and an open one keeps in memory what was read of it."""
+        if self._opened is None or self._opened[0] != path or self._left < 0:
+            self._opened, self._left = (path, safe_open(path, framework="pt")), _BYTES_AN_OPENING
+        return self._opened[1]
 
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
         found = {}

@@ -41,16 +41,19 @@ def write_model(
 ) -> None:
     """Write a transformers model.
 
-    `kind` is the type of the matrices, `leave_out` a tensor not to write, `keys` are written beside the model's own
-    (without the architecture's prefix), `tensors` beside its tensors; with `max_tensors` the file is split.
+    `kind` is the type of the matrices, `leave_out` a tensor not to write, `keys` are written beside the model's own or
+    in place of them (without the architecture's prefix; None leaves one out), `tensors` beside its tensors; with
+    `max_tensors` the file is split.
     """
     config = model.config
     architecture = ARCHITECTURE[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=max_tensors)
     _write_keys(writer, config, architecture)
-    for key, value in (keys or {}).items():
-        _add(writer, f"{architecture}.{key}", value)
     vocabulary(writer)
+    for key, value in (keys or {}).items():
+        name = key if key.startswith(("tokenizer.", "general.")) else f"{architecture}.{key}"
+        writer.kv_data[0].pop(name, None)
+        _add(writer, name, value)
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
@@ -105,12 +108,16 @@ def _write_keys(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if value is None:
+        return
     if isinstance(value, str):
         writer.add_string(key, value)
     elif isinstance(value, list):
         writer.add_array(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
+    elif value < 0:
+        writer.add_int32(key, value)
     else:
         writer.add_uint32(key, value)
 

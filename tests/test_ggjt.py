@@ -226,6 +226,16 @@ def test_what_is_written_is_read_back(kind: Kind, source: Source, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.bin"]
 
 
+@pytest.mark.parametrize("kind", FILE_TYPES, ids=lambda kind: kind.name)
+def test_blocks_are_the_stored_bytes_of_what_is_read(kind: Kind, source: Source, tmp_path: Path) -> None:
+    written = write(tmp_path / "tiny.bin", source, kind)
+    for name, info in written.tensors.items():
+        stored, rows = written.blocks(name)
+        assert (stored.name, rows.dtype, rows.nbytes) == (info.stored_as, np.uint8, info.bytes), name
+        values = gguf.quants.dequantize(rows, stored).reshape(info.shape).astype(np.float32)
+        assert torch.equal(torch.from_numpy(values), written.read(name).float()), name
+
+
 def test_packed_rows_go_in_as_they_are(source: Source, tmp_path: Path) -> None:
     tensors = plan(source.config, source.tensors, dict.fromkeys(source.tensors, Kind.Q4_0))
     vocabulary = make_vocabulary(source.tokenizer(), VOCABULARY)

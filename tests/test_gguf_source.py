@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from quantkit.errors import SourceError
 from quantkit.model.stream import ModelStream
 from quantkit.sources import open_source
 from quantkit.sources.gguf import GgufSource
-from quantkit.sources.gguf_tokenizer import CUTS
+from quantkit.sources.gguf_cuts import CUTS, NOT_BYTES
+from quantkit.sources.gguf_file import GgufFile
+from quantkit.writers.gguf.pretokenizers import NAMES
 
 SENTENCEPIECE = json.loads((Path(__file__).resolve().parent / "sentencepiece_ids.json").read_text(encoding="utf-8"))
 LLAMA3_ROPE = {
@@ -163,6 +167,35 @@ def test_quantized_files_read_as_transformers_reads_them(case: str, write: Any) 
     assert {info.stored_as for info in source.tensors.values()} == {"F32", "Q8_0"}
     for name in source.tensors:
         torch.testing.assert_close(source.read(name), state[name], rtol=0, atol=0)
+
+
+def dequantized(source: Any, name: str) -> torch.Tensor:
+    """A tensor's values from its bytes."""
+    kind, rows = source.blocks(name)
+    values = gguf.quants.dequantize(rows, kind).reshape(source.tensors[name].shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", [Quantization.F32, Quantization.F16, Quantization.BF16, Quantization.Q4_1])
+@pytest.mark.parametrize("case", ["llama", "llama-biases", "qwen2", "phi3"])
+def test_blocks_are_the_stored_bytes_of_what_is_read(case: str, kind: Quantization, write: Any) -> None:
+    family, config = CASES[case]
+    source = open_source(write(tiny(family, **config), kind=kind))
+    for name, info in source.tensors.items():
+        stored, rows = source.blocks(name)
+        assert (stored.name, rows.dtype, rows.nbytes) == (info.stored_as, np.uint8, info.bytes), name
+        assert rows.shape[0] == (info.shape[0] if len(info.shape) == 2 else 1)
+        assert torch.equal(dequantized(source, name), source.read(name).float()), name
+    down = source.blocks("model.layers.0.mlp.down_proj.weight")[1]
+    assert not down.flags.owndata  # a view of the file
+    assert not down.flags.writeable
+
+
+def test_norms_that_are_stored_otherwise_have_no_blocks(write: Any) -> None:
+    source = open_source(write(tiny("gemma2", tied=True), kind=Quantization.Q8_0))
+    assert torch.equal(dequantized(source, "model.embed_tokens.weight"), source.read("model.embed_tokens.weight"))
+    with pytest.raises(SourceError, match=r"the bytes of model\.norm\.weight are not the published tensor's"):
+        source.blocks("model.norm.weight")
 
 
 @pytest.mark.parametrize("window", [None, 8])
@@ -357,7 +390,13 @@ def test_a_bos_where_the_file_or_the_family_says_so(
 
 
 @pytest.mark.parametrize(
-    ("pre", "said"), [(None, "is missing"), ("default", "'default' is not known"), ("viking", "'viking' is not known")]
+    ("pre", "said"),
+    [
+        (None, "is missing"),
+        ("default", "'default' is not known"),
+        ("another", "'another' is not known"),
+        ("gemma4", "'gemma4': only vocabularies of bytes"),
+    ],
 )
 def test_an_unknown_pre_tokenizer_is_no_guess(
     pre: str | None, said: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -365,8 +404,51 @@ def test_an_unknown_pre_tokenizer_is_no_guess(
     write_model(tmp_path / "tiny.gguf", tiny("llama"), byte_level(tokenizer, pre))
     with pytest.raises(SourceError, match=f"tiny.gguf: tokenizer.ggml.pre {said}") as error:
         open_source(tmp_path / "tiny.gguf").tokenizer()
-    assert all(name in str(error.value) for name in CUTS)
-    assert "Convert the model again" in str(error.value)
+    assert "convert the model again" in str(error.value)
+
+
+def test_every_name_that_is_written_can_be_read() -> None:
+    assert CUTS.keys() | NOT_BYTES == NAMES
+    assert not CUTS.keys() & NOT_BYTES
+
+
+# Written down by hand: what the patterns of llama.cpp say.
+WORDS = {
+    "falcon": ("I paid $12345, ok", ["I", "\u0120paid", "\u0120", "$", "123", "45", ",", "\u0120ok"]),
+    "deepseek-v3": ("a.b 12345\n x", ["a", ".b", "\u0120", "123", "45", "\u010a", "\u0120x"]),
+    "deepseek-coder": ("hi, you 42", ["hi", ",", "\u0120you", "\u0120", "4", "2"]),
+    "viking": ("so (a) 12.", ["so", "\u0120(", "a", ")", "\u0120", "1", "2", "."]),
+    "afmoe": ("x1234567", ["x", "1", "234", "567"]),
+    "superbpe": ("by the way 1234567", ["by\u0120the\u0120way\u0120", "1", "234", "567"]),
+    "tiny_aya": ("a 12345", ["a", "\u0120", "12", "345"]),
+    "kimi-k2": ("Hello's \u4f60\u597dab 1234", ["Hello's", "\u0120", "\u4f60\u597d", "ab", "\u0120", "123", "4"]),
+    "glm4": ("it's 1234", ["it", "'s", "\u0120", "123", "4"]),
+    "seed-coder": ("x =\n\ny", ["x", "\u0120=", "\u010a\u010a", "y"]),
+    "bloom": ("so, a b.", ["so", ",", "\u0120a", "\u0120b", "."]),
+    "laguna": ("a \n b", ["a", "\u0120", "\u010a", "\u0120b"]),
+}
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_words_are_those_of_the_name(pre: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny.gguf", tiny("qwen2"), byte_level(tokenizer, pre))
+    backend: Any = open_source(tmp_path / "tiny.gguf").tokenizer()
+    text, words = WORDS[pre]
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    expected = [alphabet.pre_tokenize_str(word)[0][0] if ord(max(word)) > 0x2000 else word for word in words]
+    found = [word for word, _ in backend.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("pre", sorted(CUTS))
+@settings(max_examples=8, deadline=None)
+@given(text=st.text(max_size=30) | st.text(" \n\t'sReabAB019./!\u4f60\u3042\u0431", max_size=30))
+def test_no_cut_loses_a_byte(pre: str, text: str) -> None:
+    pieces = [text]
+    for pattern in CUTS[pre].patterns:
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        pieces = [word for piece in pieces for word, _ in split.pre_tokenize_str(piece)]
+    assert "".join(pieces) == text
 
 
 @pytest.mark.parametrize(
@@ -421,9 +503,53 @@ def test_a_missing_part_is_named(parts: list[Path]) -> None:
         open_source(parts[0])
 
 
-def test_parts_of_two_models_do_not_make_one(parts: list[Path]) -> None:
+def test_a_part_under_another_parts_name_is_refused(parts: list[Path]) -> None:
     parts[1].write_bytes(parts[2].read_bytes())
-    with pytest.raises(SourceError, match=r"hold \d+ tensors, not \d+"):
+    with pytest.raises(
+        SourceError, match=r"00002-of-00003\.gguf: its keys call it part 3 of 3, and its name part 2 of 3"
+    ):
+        open_source(parts[0])
+
+
+def test_a_part_under_a_name_of_its_own_is_refused(parts: list[Path]) -> None:
+    alone = parts[0].with_name("alone.gguf")
+    alone.write_bytes(parts[0].read_bytes())
+    with pytest.raises(SourceError, match=r"alone\.gguf: its keys call it part 1 of 3, and its name part 1 of 1"):
+        open_source(alone)
+
+
+def test_there_is_no_part_0_and_none_after_the_last(parts: list[Path]) -> None:
+    for name in ("tiny-00000-of-00000.gguf", "tiny-00004-of-00003.gguf"):
+        parts[0].with_name(name).write_bytes(parts[0].read_bytes())
+        with pytest.raises(SourceError, match=r"there is no part \d of \d; give the parts their published names"):
+            open_source(parts[0].with_name(name))
+
+
+def test_parts_of_models_of_two_architectures_do_not_make_one(parts: list[Path]) -> None:
+    """llama.cpp's own splitter leaves the architecture out of the later parts; one that says it must say the same."""
+    first = bytearray(parts[0].read_bytes())
+    at = first.index(b"split.no") + len(b"split.no") + 4
+    first[at : at + 2] = struct.pack("<H", 1)
+    parts[1].write_bytes(first.replace(b"qwen3", b"qwen2"))
+    with pytest.raises(SourceError, match=r"00002-of-00003\.gguf: a part of another architecture than the first"):
+        open_source(parts[0])
+
+
+def test_parts_that_hold_a_tensor_twice_do_not_make_a_model(parts: list[Path]) -> None:
+    first = bytearray(parts[0].read_bytes())
+    at = first.index(b"split.no") + len(b"split.no") + 4
+    first[at : at + 2] = struct.pack("<H", 1)
+    parts[1].write_bytes(first)
+    with pytest.raises(SourceError, match="two of its parts hold the same tensor"):
+        open_source(parts[0])
+
+
+def test_parts_that_hold_other_counts_than_said_do_not_make_a_model(parts: list[Path]) -> None:
+    data = bytearray(parts[0].read_bytes())
+    at = data.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    data[at : at + 4] = struct.pack("<I", 99)
+    parts[0].write_bytes(data)
+    with pytest.raises(SourceError, match=r"hold \d+ tensors, not 99"):
         open_source(parts[0])
 
 
@@ -491,6 +617,196 @@ def test_a_damaged_header_never_ends_in_another_error(at: int, byte: int, whole:
     path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
     with suppress(SourceError):  # anything else fails the test; a file that is still whole may be read
         GgufSource(path).tokenizer()
+
+
+KEY, TENSOR = (b"k", 4, struct.pack("<I", 7)), (b"t", (32,), 0, 0)
+
+
+def raw(
+    keys: Sequence[tuple[bytes, int, bytes]] = (KEY,),
+    tensors: Sequence[tuple[bytes, tuple[int, ...], int, int]] = (TENSOR,),
+    counts: tuple[int, int] | None = None,
+) -> bytes:
+    """A file by its bytes: keys as (name, type, value), tensors as (name, dimensions, type, offset)."""
+    found = counts or (len(tensors), len(keys))
+    data = b"GGUF" + struct.pack("<IQQ", 3, *found)
+    for name, kind, value in keys:
+        data += struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+    for name, shape, kind, offset in tensors:
+        head = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        data += struct.pack("<Q", len(name)) + name + head
+    return data + bytes(-len(data) % 32) + bytes(1024)
+
+
+def alignment(value: int, kind: int = 4) -> tuple[bytes, int, bytes]:
+    return b"general.alignment", kind, struct.pack("<I", value)
+
+
+def text(length: int) -> bytes:
+    return struct.pack("<Q", length) + b"abc"
+
+
+HUGE = 2**63
+BROKEN = {
+    "more keys than room": ("no room for 1000 keys and 1", raw(counts=(1, 1000))),
+    "more keys than any memory": (f"no room for {HUGE} keys", raw(counts=(1, HUGE))),
+    "more tensors than any memory": (f"no room for 1 keys and {HUGE} tensors", raw(counts=(HUGE, 1))),
+    "a key longer than the file": ("a key of 5000 bytes", raw([(b"k" * 5000, 4, bytes(4))])),
+    "a key that is no text": ("a key is no text: b'k.xff'", raw([(b"k\xff", 4, bytes(4))])),
+    "a key of two lines": ("a key is no text", raw([(b"k\nl", 4, bytes(4))])),
+    "a key twice": ("it holds key k twice", raw([KEY, KEY])),
+    "an unknown type of value": ("the value of k is of type 13, which the format has not", raw([(b"k", 13, bytes(4))])),
+    "an array of unknown values": (
+        "the values of k are of type 13",
+        raw([(b"k", 9, struct.pack("<IQ", 13, 1) + bytes(8))]),
+    ),
+    "a string longer than the file": ("ends within its header", raw([(b"k", 8, text(10**6))])),
+    "a string longer than any memory": ("ends within its header", raw([(b"k", 8, text(HUGE))])),
+    "an array longer than the file": ("ends within its header", raw([(b"k", 9, struct.pack("<IQ", 10, HUGE // 8))])),
+    "strings that have no room": (
+        "no room for the 1152921504606846976 strings of k",
+        raw([(b"k", 9, struct.pack("<IQ", 8, HUGE // 8))]),
+    ),
+    "a tensor's name of many bytes": ("a tensor's name of 64 bytes", raw(tensors=[(b"t" * 64, (32,), 0, 0)])),
+    "a tensor's name that is no text": ("a tensor's name is no text", raw(tensors=[(b"\xc3", (32,), 0, 0)])),
+    "a tensor without a name": ("a tensor's name is no text", raw(tensors=[(b"", (32,), 0, 0)])),
+    "a tensor twice": ("it holds t twice", raw(tensors=[TENSOR, TENSOR])),
+    "a tensor without dimensions": ("t has 0 dimensions", raw(tensors=[(b"t", (), 0, 0)])),
+    "a tensor of many dimensions": ("t has 5 dimensions", raw(tensors=[(b"t", (1, 1, 1, 1, 32), 0, 0)])),
+    "a dimension of nothing": (r"t of shape \[32, 0\] cannot be F32", raw(tensors=[(b"t", (0, 32), 0, 0)])),
+    "a width that no block divides": (r"t of shape \[33\] cannot be Q8_0", raw(tensors=[(b"t", (33,), 8, 0)])),
+    "dimensions beyond all numbers": ("ends before the end of t", raw(tensors=[(b"t", (HUGE, HUGE, 2, 2), 0, 0)])),
+    "dimensions that come round to nothing": ("ends before the end of t", raw(tensors=[(b"t", (2**32, 2**32), 0, 0)])),
+    "an unknown type of tensor": ("t is of type 99, which is not known", raw(tensors=[(b"t", (32,), 99, 0)])),
+    "a type that was given up": ("t is of type 4, which is not known", raw(tensors=[(b"t", (32,), 4, 0)])),
+    "an offset beyond the file": ("ends before the end of t", raw(tensors=[(b"t", (32,), 0, 2**20)])),
+    "an offset beyond all numbers": ("ends before the end of t", raw(tensors=[(b"t", (32,), 0, 2**64 - 32)])),
+    "an offset that is not aligned": ("the offset of t is no multiple of 32", raw(tensors=[(b"t", (32,), 0, 8)])),
+    "tensors that overlap": ("t and u overlap", raw(tensors=[TENSOR, (b"u", (32,), 0, 96)])),
+    "tensors in one place": ("t and u overlap", raw(tensors=[TENSOR, (b"u", (32,), 0, 0)])),
+    "no alignment": ("general.alignment is 0, no power of two", raw([alignment(0)])),
+    "an odd alignment": ("general.alignment is 24, no power of two", raw([alignment(24)])),
+    "an alignment that is a string": ("general.alignment is abc, no power", raw([(b"general.alignment", 8, text(3))])),
+    "an alignment beyond the file": ("ends before the end of t", raw([alignment(2**31)])),
+    "arrays of arrays": ("k is an array of arrays", raw([(b"k", 9, struct.pack("<IQ", 9, 1) + bytes(12))])),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_header_is_named(case: str, tmp_path: Path) -> None:
+    said, data = BROKEN[case]
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=rf"broken\.gguf: broken or cut short GGUF file \(.*{said}") as error:
+        open_source(path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_whole_header_is_read(tmp_path: Path) -> None:
+    """What the damages above are done to."""
+    (tmp_path / "raw.gguf").write_bytes(raw())
+    file = GgufFile(tmp_path / "raw.gguf")
+    assert file.keys == {"k": 7}
+    assert file.values("t").tolist() == [0.0] * 32
+
+
+@pytest.mark.parametrize("length", [*range(4, 129), 200, 223])
+def test_a_header_cut_at_any_byte_is_one_clear_error(length: int, tmp_path: Path) -> None:
+    data = raw()
+    assert len(data) == 96 + 1024
+    (tmp_path / "cut.gguf").write_bytes(data[:length])
+    with pytest.raises(SourceError, match=r"cut\.gguf: broken or cut short"):
+        open_source(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"block_count": "two"}, "llama.block_count is 'two', no number"),
+        ({"block_count": -1}, "llama.block_count is '-1', no number"),
+        ({"block_count": 0}, "llama.block_count is 0"),
+        ({"block_count": 2**31 - 1}, "llama.block_count is 2147483647, but the file holds 2 blocks"),
+        ({"block_count": 2**32 - 1}, "llama.block_count is '4294967295', no number"),
+        ({"block_count": 1}, "llama.block_count is 1, but the file holds 2 blocks"),
+        ({"block_count": 2.0}, "llama.block_count is '2.0', no number"),
+        ({"block_count": None}, "key llama.block_count is missing"),
+        ({"embedding_length": 2**31 - 1}, r"has shape \[\d+, 64\], but the file's keys ask for \[\d+, 2147483647\]"),
+        ({"feed_forward_length": 95}, r"ffn_gate.weight has shape \[96, 64\], but .* \[95, 64\]"),
+        ({"feed_forward_length": [96, 95]}, "llama.feed_forward_length differs between layers"),
+        ({"attention.head_count": 8}, r"attn_q.weight has shape \[64, 64\], but the file's keys ask for \[128, 64\]"),
+        ({"attention.head_count_kv": 3}, "4 heads of 16 cannot share 48 rows of keys"),
+        ({"attention.head_count_kv": 1}, r"attn_k.weight has shape \[32, 64\], but .* \[16, 64\]"),
+        ({"attention.key_length": 15}, "4 heads of 15 cannot share"),
+        ({"attention.key_length": "wide"}, "llama.attention.key_length is 'wide'"),
+        ({"attention.layer_norm_rms_epsilon": math.nan}, "layer_norm_rms_epsilon is 'nan', no number"),
+        ({"attention.layer_norm_rms_epsilon": "small"}, "layer_norm_rms_epsilon is 'small', no number"),
+        ({"rope.freq_base": 0.0}, "llama.rope turns 16 of 16 dimensions with a base of 0.0"),
+        ({"rope.freq_base": [1.0, 2.0]}, "llama.rope.freq_base differs between layers"),
+        ({"rope.dimension_count": 2**31 - 1}, "llama.rope turns 2147483647 of 16 dimensions"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": math.inf}, "rope.scaling.factor is 'inf', no number"),
+        ({"attention.sliding_window": "wide"}, "llama.attention.sliding_window is 'wide'"),
+        ({"tokenizer.ggml.bos_token_id": 320}, "bos_token_id is '320', but there are 320 tokens"),
+        ({"tokenizer.ggml.eos_token_id": -1}, "eos_token_id is '-1', but there are 320 tokens"),
+        ({"tokenizer.ggml.padding_token_id": "last"}, "padding_token_id is 'last', but there are 320 tokens"),
+        ({"general.architecture": "l" * 10**6}, "GGUF architecture 'l+' is not supported"),
+    ],
+    ids=str,
+)
+def test_keys_that_no_model_has_are_named(keys: dict[str, Any], said: str, write: Any) -> None:
+    path = write(tiny("llama", num_key_value_heads=2), keys=keys)
+    with pytest.raises(SourceError, match=rf"tiny\.gguf: .*{said}") as error:
+        open_source(path)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"tokens": ["a"] * 321}, "tokens holds 321 tokens, but the model embeds only 320"),
+        ({"tokens": [1, 2, 3]}, "tokens is no list of strings"),
+        ({"tokens": ["a", "b" * 5000]}, "tokens holds a string of 5000 characters"),
+        ({"token_type": [1, 1]}, "token_type holds 2 numbers for 320 tokens"),
+        ({"token_type": ["a"] * 320}, "token_type is no list of numbers"),
+        ({"token_type": 1}, "token_type is no list of numbers"),
+        ({"merges": None}, "no merges"),
+        ({"merges": [1]}, "merges is no list of strings"),
+        ({"merges": ["ab"]}, "merges holds 'ab', which is no pair"),
+        ({"merges": ["never seen"]}, "cannot make its tokenizer: .*never"),
+        ({"unknown_token_id": 400}, "unknown_token_id is '400', but there are 320 tokens"),
+        ({"pre": 1}, "pre '1' is not known"),
+        ({"model": ["gpt2"]}, "model .* is not a vocabulary"),
+        ({"../chat_template": 7}, "tokenizer.chat_template is no text"),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_that_does_not_fit_together_is_named(keys: dict[str, Any], said: str, write: Any) -> None:
+    named = {f"tokenizer.{key[3:]}" if key[0] == "." else f"tokenizer.ggml.{key}": keys[key] for key in keys}
+    source = open_source(write(tiny("llama"), keys=named))
+    with pytest.raises(SourceError, match=rf"tiny\.gguf: .*{said}"):
+        source.tokenizer()
+
+
+def test_scores_of_another_count_than_the_pieces_are_named(tmp_path: Path) -> None:
+    vocabulary = SENTENCEPIECE["llama"]
+    model = tiny("llama", vocab_size=len(vocabulary["tokens"]))
+    keys = {"tokenizer.ggml.scores": [0.0, 1.0]}
+    write_model(tmp_path / "tiny.gguf", model, sentencepiece(vocabulary), keys=keys)
+    with pytest.raises(SourceError, match=r"scores holds 2 numbers for \d+ tokens"):
+        open_source(tmp_path / "tiny.gguf").tokenizer()
+
+
+@pytest.mark.parametrize("pattern", [0, [True], "every other"])
+def test_a_window_pattern_that_says_nothing_is_named(pattern: Any, write: Any) -> None:
+    path = write(tiny("gemma3_text", layer_types=None), keys={"attention.sliding_window_pattern": pattern})
+    with pytest.raises(SourceError, match=r"sliding_window_pattern is .*, which says nothing of 2 layers"):
+        open_source(path)
+
+
+def test_an_answers_end_beyond_the_vocabulary_is_named(write: Any, tmp_path: Path) -> None:
+    source = open_source(write(tiny("qwen2"), keys={"tokenizer.ggml.eot_token_id": 10**6}))
+    with pytest.raises(SourceError, match="eot_token_id is '1000000', but there are 320 tokens"):
+        source.copy_companions(tmp_path)
 
 
 def test_the_first_version_of_the_format_is_refused(whole: bytes, tmp_path: Path) -> None:

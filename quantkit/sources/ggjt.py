@@ -20,7 +20,7 @@ from quantkit.errors import SourceError
 from quantkit.sources.base import TensorInfo, first_line
 from quantkit.sources.gguf import unpermute_heads
 from quantkit.sources.gguf_architectures import ARCHITECTURES
-from quantkit.sources.gguf_file import GgufFile, GgufTensor
+from quantkit.sources.gguf_file import Blocks, GgufFile, GgufTensor
 from quantkit.sources.gguf_tokenizer import make_tokenizer
 from quantkit.sources.hf import copy_companions, publishable_config, stored_dtype
 
@@ -126,7 +126,7 @@ class GgjtFile(GgufFile):
         if dimensions not in (1, 2):
             raise ValueError(f"a tensor of {dimensions} dimensions")
         shape = tuple(self._number("<u4") for _ in range(dimensions))[::-1]
-        name = self._bounded("a tensor's name", length).decode("utf-8", errors="replace")
+        name = self._as_name("a tensor's name", self._bounded("a tensor's name", length))
         if name in self.tensors:
             raise ValueError(f"it holds {name} twice")
         if number not in _KINDS:
@@ -238,10 +238,25 @@ class GgjtSource:
         return {name: TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes) for name, tensor in stored.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        values = torch.from_numpy(self._file.values(self._stored_name[name]))
-        if ".q_proj." in name:
-            return unpermute_heads(values, self.config.num_attention_heads)
-        return unpermute_heads(values, self.config.num_key_value_heads) if ".k_proj." in name else values
+        values, heads = self._file.values(self._stored_name[name]), self._turned_heads(name)
+        return torch.from_numpy(unpermute_heads(values, heads) if heads else values)
+
+    def blocks(self, name: str) -> Blocks:
+        """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
+
+        Rows are in the order that `read` gives them; a view of the file where that is the file's own.
+        """
+        kind, rows = self._file.blocks(self._stored_name[name])
+        heads = self._turned_heads(name)
+        return kind, unpermute_heads(rows, heads) if heads else rows
+
+    def _turned_heads(self, name: str) -> int:
+        """How many heads share a tensor's rows, where they are in llama.cpp's order; else 0."""
+        heads: dict[str, int] = {
+            "q_proj": self.config.num_attention_heads,
+            "k_proj": self.config.num_key_value_heads,
+        }
+        return heads.get(name.split(".")[-2], 0)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
@@ -291,7 +306,8 @@ def rebuilt_tokenizer(vocabulary: Sequence[tuple[bytes, float]]) -> PreTrainedTo
             keys[key] = number
     if gguf.TokenType.UNKNOWN in types:
         keys["unknown_token_id"] = types.index(gguf.TokenType.UNKNOWN)
-    return make_tokenizer({f"tokenizer.ggml.{key}": value for key, value in keys.items()}.get, ARCHITECTURES["llama"])
+    values = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    return make_tokenizer(values.get, ARCHITECTURES["llama"], len(tokens))
 
 
 def _pieces(vocabulary: Sequence[tuple[bytes, float]]) -> tuple[list[str], list[gguf.TokenType]]:

@@ -6,14 +6,17 @@ for granted where the file says nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+BLOCK = re.compile(r"blk\.(0|[1-9][0-9]*)\.")
 # Tensors that the config holds under transformers.
 IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -25,6 +28,12 @@ _ATTENTION = {
 }
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _FOUR_NORMS = {
     "attn_norm": "input_layernorm",
@@ -45,9 +54,11 @@ class Architecture:
     Attributes:
         model_type: transformers' name of it.
         windowed_type: the name for a file that sets a sliding window, where `model_type` has none.
-        block: tensors of a block, GGUF name -> transformers' name.
+        block: tensors of a block, GGUF name -> transformers' name. A ``*`` stands for the number of an expert: the
+            file holds all experts' in one tensor, one after another.
         flags: a tensor of the first block that some files have -> the config field that says so.
         fields: further GGUF keys -> config fields.
+        means: config fields that no key says, since every such model has them so.
         window_pattern: of so many layers the last sees everything, the others a window; 0 where all are alike.
         wide_models: block counts of the models whose attention scale is hidden/heads, not the head's width.
         local_rope: layers with a window have a rotary base of their own.
@@ -62,6 +73,7 @@ class Architecture:
     windowed_type: str | None = None
     flags: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
+    means: Mapping[str, Any] = field(default_factory=dict)
     window_pattern: int = 0
     wide_models: tuple[int, ...] = ()
     local_rope: bool = False
@@ -86,6 +98,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral3": Architecture("mistral", _GATED, permuted=True),
     "qwen2": Architecture("qwen2", {**_GATED, **_named("bias", _QKV)}),
     "qwen3": Architecture("qwen3", {**_GATED, **_named("weight", _HEAD_NORMS)}),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        _named("weight", _ATTENTION, _NORMS, _HEAD_NORMS, _EXPERTS),
+        fields={
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        means={"norm_topk_prob": True},
+    ),
     "gemma2": Architecture(
         "gemma2",
         _named("weight", _ATTENTION, _MLP, _FOUR_NORMS),

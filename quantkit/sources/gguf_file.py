@@ -9,18 +9,29 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 from quantkit.errors import SourceError
+
+Blocks = tuple[gguf.GGMLQuantizationType, npt.NDArray[np.uint8]]
+"""A tensor as it is stored: its type, and the bytes of its rows."""
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
+_DIMENSIONS = 4
+# Bytes of a name, as llama.cpp has them for tensors; a longer one is a broken file. Keys are quoted in errors.
+_LONGEST_NAME, _LONGEST_KEY = 63, 1024
+_LARGEST_ALIGNMENT = 2**31
+# Bytes that the shortest of each takes: a count of more of them than the file has room for is not believed.
+_LEAST_STRING, _LEAST_KEY, _LEAST_TENSOR = 8, 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 # value types of the format by their number
 _SCALARS = {
     0: "<u1",
@@ -35,6 +46,7 @@ _SCALARS = {
     11: "<i8",
     12: "<f8",
 }
+_KINDS = {int(kind): kind for kind in gguf.GGML_QUANT_SIZES}
 _PLAIN = {gguf.GGMLQuantizationType.F32: "<f4", gguf.GGMLQuantizationType.F16: "<f2"}
 
 
@@ -70,21 +82,33 @@ class GgufFile:
         except (ValueError, KeyError, IndexError, OverflowError, struct.error, OSError) as error:
             raise self._broken(error) from error
 
-    def values(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor's values, dequantized to float32 where it is stored as blocks.
+    def blocks(self, name: str, expert: int | None = None) -> Blocks:
+        """Type and bytes of a tensor, uint8 [rows, bytes of a row], as a view of the file; a vector is one row.
+
+        With `expert`, those of one part of a stack: of what lies at that place along the first dimension.
+        """
+        tensor = self.tensors[name]
+        start, size, rows = tensor.offset, tensor.bytes, math.prod(tensor.shape[:-1])
+        if expert is not None:
+            size, rows = size // tensor.shape[0], rows // tensor.shape[0]
+            start += expert * size
+        return tensor.kind, np.asarray(self._bytes[start : start + size]).reshape(rows, -1)
+
+    def values(self, name: str, expert: int | None = None) -> np.ndarray[Any, Any]:
+        """A tensor's values, or those of one part of a stack, dequantized to float32 where it is stored as blocks.
 
         Raises:
             SourceError: gguf has no dequantizer for its type.
         """
-        tensor = self.tensors[name]
-        stored = self._bytes[tensor.offset : tensor.offset + tensor.bytes]
-        if tensor.kind in _PLAIN:
-            return np.array(stored.view(_PLAIN[tensor.kind]).reshape(tensor.shape))
-        rows = stored.reshape(*tensor.shape[:-1], -1)
+        kind, rows = self.blocks(name, expert)
+        shape = self.tensors[name].shape
+        shape = shape if expert is None else shape[1:]
+        if kind in _PLAIN:
+            return np.array(rows.reshape(-1).view(_PLAIN[kind]).reshape(shape))
         try:
-            values: np.ndarray[Any, Any] = gguf.quants.dequantize(rows, tensor.kind)
+            values: np.ndarray[Any, Any] = gguf.quants.dequantize(rows, kind).reshape(shape)
         except NotImplementedError as error:
-            raise SourceError(f"{self.path}: {tensor.kind.name} of {name} has no dequantizer") from error
+            raise SourceError(f"{self.path}: {kind.name} of {name} has no dequantizer") from error
         return values
 
     def _broken(self, why: object) -> SourceError:
@@ -99,44 +123,95 @@ class GgufFile:
         if version not in _VERSIONS:
             raise SourceError(f"{self.path}: GGUF version {version} cannot be read, only 2 and 3; convert it again")
         tensors, keys = self._number("<u8"), self._number("<u8")
+        if tensors * _LEAST_TENSOR + keys * _LEAST_KEY > len(self._bytes) - self._at:
+            raise ValueError(f"it has no room for {keys} keys and {tensors} tensors")
         for _ in range(keys):
-            name = self._string()
-            self.keys[name] = self._value(self._number("<u4"))
-        found = [self._tensor() for _ in range(tensors)]
+            self._read_key()
+        found: dict[str, GgufTensor] = {}
+        for _ in range(tensors):
+            name, tensor = self._tensor()
+            if name in found:
+                raise ValueError(f"it holds {name} twice")
+            found[name] = tensor
+        self._place(found)
+
+    def _read_key(self) -> None:
+        name = self._name("a key", _LONGEST_KEY)
+        if name in self.keys:
+            raise ValueError(f"it holds key {name} twice")
+        kind = self._number("<u4")
+        if kind not in _SCALARS and kind not in (_STRING, _ARRAY):
+            raise ValueError(f"the value of {name} is of type {kind}, which the format has not")
+        self.keys[name] = self._value(kind, name)
+
+    def _place(self, found: dict[str, GgufTensor]) -> None:
+        """Count the tensors' offsets from the start of the file, and check that each has a place of its own."""
         alignment = self.keys.get("general.alignment", _ALIGNMENT)
-        start = -(-self._at // alignment) * alignment
-        for name, tensor in found:
+        if type(alignment) is not int or not 0 < alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {str(alignment)[:20]}, no power of two")
+        start = self._at + -self._at % alignment
+        for name, tensor in found.items():
+            if tensor.offset % alignment:
+                raise ValueError(f"the offset of {name} is no multiple of {alignment}")
             placed = GgufTensor(tensor.shape, tensor.kind, start + tensor.offset, tensor.bytes)
             if placed.offset + placed.bytes > len(self._bytes):
                 raise ValueError(f"it ends before the end of {name}")
-            if name in self.tensors:
-                raise ValueError(f"it holds {name} twice")
             self.tensors[name] = placed
+        inside = sorted(self.tensors, key=lambda name: self.tensors[name].offset)
+        for one, next_ in pairwise(inside):
+            if self.tensors[one].offset + self.tensors[one].bytes > self.tensors[next_].offset:
+                raise ValueError(f"{one} and {next_} overlap")
 
     def _tensor(self) -> tuple[str, GgufTensor]:
-        name = self._string()
-        shape = tuple(self._number("<u8") for _ in range(self._number("<u4")))[::-1]
-        kind = gguf.GGMLQuantizationType(self._number("<u4"))
+        name = self._name("a tensor's name", _LONGEST_NAME)
+        dimensions = self._number("<u4")
+        if not 0 < dimensions <= _DIMENSIONS:
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shape = tuple(self._number("<u8") for _ in range(dimensions))[::-1]
+        number = self._number("<u4")
+        if number not in _KINDS:
+            raise ValueError(f"{name} is of type {number}, which is not known")
+        kind = _KINDS[number]
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        if not shape or shape[-1] % block:
+        if 0 in shape or shape[-1] % block:
             raise ValueError(f"{name} of shape {list(shape)} cannot be {kind.name}")
         return name, GgufTensor(shape, kind, self._number("<u8"), math.prod(shape) // block * size)
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._number(_SCALARS[kind])
         kind, length = self._number("<u4"), self._number("<u8")
         if kind == _ARRAY:  # which nobody writes, and which could be nested without end
-            raise ValueError("it holds an array of arrays")
+            raise ValueError(f"{key} is an array of arrays")
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind])
             return np.frombuffer(self._take(length * dtype.itemsize), dtype).tolist()
-        return [self._value(kind) for _ in range(length)]
+        if kind != _STRING:
+            raise ValueError(f"the values of {key} are of type {kind}, which the format has not")
+        if length * _LEAST_STRING > len(self._bytes) - self._at:
+            raise ValueError(f"it has no room for the {length} strings of {key}")
+        return [self._string() for _ in range(length)]
 
     def _string(self) -> str:
         return self._take(self._number("<u8")).decode("utf-8", errors="replace")
+
+    def _name(self, what: str, longest: int) -> str:
+        """What a key or a tensor is called; errors quote it, so it must be one short line."""
+        length = self._number("<u8")
+        if length > longest:
+            raise ValueError(f"{what} of {length} bytes")
+        return self._as_name(what, self._take(length))
+
+    def _as_name(self, what: str, raw: bytes) -> str:
+        try:
+            name = raw.decode()
+        except UnicodeDecodeError:
+            name = ""
+        if not name.isprintable() or not name:
+            raise ValueError(f"{what} is no text: {raw[:32]!r}")
+        return name
 
     def _number(self, dtype: str) -> Any:
         kind = np.dtype(dtype)

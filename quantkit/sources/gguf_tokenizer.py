@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -17,10 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 from quantkit.errors import SourceError
 from quantkit.sources.gguf_architectures import Architecture
+from quantkit.sources.gguf_config import token_id
+from quantkit.sources.gguf_cuts import CUTS, DIGIT, GPT2, NOT_BYTES, Cut
 
 # tokenizer.ggml.token_type, as gguf.TokenType has them
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPACE = "\u2581"
+_REMEDY = "convert the model again with a current llama.cpp, or name its original Hugging Face folder"
+_LONGEST = 4096  # characters of a token: the merges of a longer one take their time, and no model has any
 _KEYS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -28,114 +31,107 @@ _KEYS = {
     "pad_token": "padding_token_id",
 }
 
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_REST_SLASH = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
-
-@dataclass(frozen=True)
-class _Cut:
-    """How text is cut into words before the merges.
-
-    Attributes:
-        pattern: a word; None is GPT-2's own pattern.
-        single_digits: digits are cut off one by one first.
-        nfc: text is composed first.
-        whole_words: a word that the vocabulary has is one token, whatever the merges would make of it.
-        bos: BOS comes first where the file does not say.
-    """
-
-    pattern: str | None = None
-    single_digits: bool = False
-    nfc: bool = False
-    whole_words: bool = False
-    bos: bool = False
-
-
-_LLAMA3 = _Cut(rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}", whole_words=True, bos=True)
-_CL100K = _Cut(_LLAMA3.pattern)
-_QWEN2 = _Cut(rf"{_LETTERS}|\p{{N}}|{_REST}", nfc=True)
-_TEKKEN = _Cut(rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_REST_SLASH}", whole_words=True, bos=True)
-_O200K = _Cut(rf"{_CASED[0]}{_SHORT}|{_CASED[1]}{_SHORT}|\p{{N}}{{1,3}}|{_REST_SLASH}")
-
-CUTS: dict[str, _Cut] = {
-    "gpt-2": _Cut(),
-    **dict.fromkeys(("smollm", "starcoder", "refact"), _Cut(single_digits=True)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
-    "tekken": _TEKKEN,
-    "gpt-4o": _O200K,
-}
-
-
-def make_tokenizer(values: Callable[[str], Any], architecture: Architecture) -> PreTrainedTokenizerFast:
+def make_tokenizer(values: Callable[[str], Any], architecture: Architecture, embedded: int) -> PreTrainedTokenizerFast:
     """The tokenizer of a file.
 
     Args:
         values: the file's value of a key, or None.
         architecture: the row of its architecture.
+        embedded: how many ids the model embeds.
 
     Raises:
-        SourceError: a kind of vocabulary or a pre-tokenizer that is not known, or a key that is missing.
+        SourceError: a kind of vocabulary or a pre-tokenizer that is not known, or keys that are missing or do not fit
+            each other.
     """
 
     def ggml(key: str) -> Any:
         return values(f"tokenizer.ggml.{key}")
 
-    kind, tokens = ggml("model"), ggml("tokens")
+    kind, tokens = ggml("model"), _strings(ggml, "tokens")
     if not tokens:
         raise SourceError("the file has no vocabulary (tokenizer.ggml.tokens)")
-    types = ggml("token_type") or [1] * len(tokens)
+    if len(tokens) > embedded:
+        raise SourceError(f"tokenizer.ggml.tokens holds {len(tokens)} tokens, but the model embeds only {embedded}")
+    types = _numbers(ggml, "token_type", len(tokens)) or [1] * len(tokens)
     if kind == "gpt2":
         cut = _known_cut(ggml("pre"))
-        backend, bos = _byte_level(tokens, ggml("merges"), cut), cut.bos
+        backend, bos = _byte_level(tokens, _strings(ggml, "merges"), cut), cut.bos
     elif kind == "llama":
         prefix = ggml("add_space_prefix") is not False
         tokens = [_respelled(token, types[i]) for i, token in enumerate(tokens)]
         backend, bos = _sentencepiece(tokens, types, _joins(ggml, tokens, types), prefix), True
     else:
-        raise SourceError(f"tokenizer.ggml.model {kind!r} is not a vocabulary that can be read; known: gpt2, llama")
+        raise SourceError(
+            f"tokenizer.ggml.model {str(kind)[:40]!r} is not a vocabulary that can be read; known: gpt2, llama"
+        )
     _add_tokens(backend, tokens, types, rstrip=architecture.rstrip_special and kind == "llama")
-    named = {name: tokens[ggml(key)] for name, key in _KEYS.items() if ggml(key) is not None}
+    ids = {name: token_id(values, key, len(tokens)) for name, key in _KEYS.items()}
+    named = {name: tokens[number] for name, number in ids.items() if number is not None}
     adds_bos = bos if ggml("add_bos_token") is None else ggml("add_bos_token")
     _add_ends(backend, named, adds_bos and "bos_token" in named, bool(ggml("add_eos_token")))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    tokenizer.chat_template = values("tokenizer.chat_template")
+    template = values("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise SourceError("tokenizer.chat_template is no text")
+    tokenizer.chat_template = template
     return tokenizer
 
 
-def _known_cut(name: str | None) -> _Cut:
-    if name in CUTS:
+def _strings(ggml: Callable[[str], Any], key: str) -> list[str] | None:
+    found = ggml(key)
+    if found is not None and not (isinstance(found, list) and all(isinstance(text, str) for text in found)):
+        raise SourceError(f"tokenizer.ggml.{key} is no list of strings")
+    longest = max(map(len, found or ()), default=0)
+    if longest > _LONGEST:
+        raise SourceError(f"tokenizer.ggml.{key} holds a string of {longest} characters; no vocabulary does")
+    return found
+
+
+def _numbers(ggml: Callable[[str], Any], key: str, count: int) -> list[Any] | None:
+    found = ggml(key)
+    if found is not None and not (isinstance(found, list) and all(isinstance(number, int | float) for number in found)):
+        raise SourceError(f"tokenizer.ggml.{key} is no list of numbers")
+    if found is not None and len(found) != count:
+        raise SourceError(f"tokenizer.ggml.{key} holds {len(found)} numbers for {count} tokens")
+    return found
+
+
+def _known_cut(name: Any) -> Cut:
+    if isinstance(name, str) and name in CUTS:
         return CUTS[name]
-    what = "tokenizer.ggml.pre is missing" if name is None else f"tokenizer.ggml.pre {name!r} is not known"
-    raise SourceError(
-        f"{what}, so its text cannot be cut as the model learned it; known: {', '.join(CUTS)}. "
-        "Convert the model again with a current llama.cpp, or name its original Hugging Face folder"
-    )
+    if isinstance(name, str) and name in NOT_BYTES:
+        raise SourceError(f"tokenizer.ggml.pre {name!r}: only vocabularies of bytes can be read; {_REMEDY}")
+    what = "tokenizer.ggml.pre is missing" if name is None else f"tokenizer.ggml.pre {str(name)[:40]!r} is not known"
+    raise SourceError(f"{what}, so its text cannot be cut as the model learned it; {_REMEDY}")
 
 
-def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, cut: _Cut) -> Tokenizer:
+def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, cut: Cut) -> Tokenizer:
     if merges is None:
         raise SourceError("the file has no merges (tokenizer.ggml.merges)")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, _pairs(merges), ignore_merges=cut.whole_words))
     if cut.nfc:
         backend.normalizer = normalizers.NFC()
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.single_digits else []
-    if cut.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(cut.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.pattern is None))
+    # GPT-2's own words are the byte-level step's default.
+    words = cut.patterns[-1] == GPT2
+    steps: list[Any] = [_step(pattern) for pattern in cut.patterns[: -1 if words else None]]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
+def _step(pattern: str) -> Any:
+    if pattern == DIGIT:
+        return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
 def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
-    cuts = [merge.index(" ", 1) for merge in merges]
+    cuts = [merge.find(" ", 1) for merge in merges]
+    if -1 in cuts:
+        raise SourceError(f"tokenizer.ggml.merges holds {merges[cuts.index(-1)][:40]!r}, which is no pair")
     return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
 
 
@@ -146,11 +142,12 @@ def _respelled(token: str, kind: int) -> str:
 
 def _joins(ggml: Callable[[str], Any], tokens: Sequence[str], types: Sequence[int]) -> list[tuple[str, str]]:
     """The merges of a SentencePiece vocabulary: few files list them, the others' follow from the scores."""
-    if ggml("merges") is not None:
-        return _pairs(ggml("merges"))
-    if ggml("scores") is None:
+    merges, scores = _strings(ggml, "merges"), _numbers(ggml, "scores", len(tokens))
+    if merges is not None:
+        return _pairs(merges)
+    if scores is None:
         raise SourceError("the file has neither scores nor merges for its vocabulary (tokenizer.ggml.scores)")
-    return _merges(tokens, types, ggml("scores"))
+    return _merges(tokens, types, scores)
 
 
 def _sentencepiece(

@@ -6,7 +6,7 @@ packed rows; `header` makes the keys; `GgufWriter` writes into a folder of `stag
 """
 
 from quantkit.writers.gguf.architectures import WRITABLE, architecture_of, limits
-from quantkit.writers.gguf.metadata import header
+from quantkit.writers.gguf.metadata import header, origin
 from quantkit.writers.gguf.staging import staged_files
 from quantkit.writers.gguf.tensors import GgufTensor, plan
 from quantkit.writers.gguf.writer import GgufWriter, packed_bytes
@@ -18,6 +18,7 @@ __all__ = [
     "architecture_of",
     "header",
     "limits",
+    "origin",
     "packed_bytes",
     "plan",
     "staged_files",

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 from transformers import PretrainedConfig
 
+from quantkit import __version__
 from quantkit.sources.base import Source
 from quantkit.sources.gguf import GgufSource
 from quantkit.sources.gguf_architectures import ARCHITECTURES
@@ -61,6 +62,11 @@ def header(
     }
 
 
+def origin(from_gptq: bool) -> Keys:
+    """What a file says of how it was made; `from_gptq`: matrices of it hold the codes of a GPTQ run."""
+    return {"quantkit.version": __version__, **({"quantkit.weights": "GPTQ codes"} if from_gptq else {})}
+
+
 def model_keys(source: Source) -> Keys:
     """The architecture's own keys, prefixed with its name. Raises SourceError."""
     config, architecture = source.config, architecture_of(source)
@@ -83,11 +89,7 @@ def model_keys(source: Source) -> Keys:
         **_attention(config, architecture),
     }
     if architecture == "qwen3moe":
-        keys |= {
-            "expert_count": config.num_experts,
-            "expert_used_count": config.num_experts_per_tok,
-            "expert_feed_forward_length": config.moe_intermediate_size,
-        }
+        keys |= {key: getattr(config, ours) for key, ours in ARCHITECTURES[architecture].fields.items()}
     return {f"{architecture}.{key}": value for key, value in keys.items()}
 
 

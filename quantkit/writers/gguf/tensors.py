@@ -27,11 +27,6 @@ from quantkit.writers.gguf.architectures import architecture_of, head_width
 Array = npt.NDArray[Any]
 
 _ROUTER = "ffn_gate_inp.weight"
-_EXPERTS = {
-    "mlp.experts.*.gate_proj.weight": "ffn_gate_exps.weight",
-    "mlp.experts.*.up_proj.weight": "ffn_up_exps.weight",
-    "mlp.experts.*.down_proj.weight": "ffn_down_exps.weight",
-}
 _EMBEDDING, _HEAD, _FIRST = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0."
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
@@ -88,7 +83,7 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
         raise SourceError(
             f"{source.path}: a gemma2 GGUF file has no output matrix beside the embedding; keep them tied"
         )
-    stacks = _stacks(names, architecture)
+    stacks = _stacks(names)
     first = {parameter.removeprefix(_FIRST) for parameter in stacks if parameter.startswith(_FIRST)}
     tensors = []
     for parameter, name in _wanted(architecture, source.config.num_hidden_layers).items():
@@ -107,11 +102,7 @@ def _wanted(architecture: str, blocks: int) -> dict[str, str]:
 
     A ``*`` stands for the number of an expert.
     """
-    if architecture == "qwen3moe":
-        inside = {ours: name for name, ours in ARCHITECTURES["qwen3"].block.items() if not ours.startswith("mlp.")}
-        inside |= {"mlp.gate.weight": _ROUTER, **_EXPERTS}
-    else:
-        inside = {ours: name for name, ours in ARCHITECTURES[architecture].block.items()}
+    inside = {ours: name for name, ours in ARCHITECTURES[architecture].block.items()}
     outside = {ours: name for name, ours in OUTSIDE.items()}
     wanted = {_EMBEDDING: outside.pop(_EMBEDDING)}
     for block in range(blocks):
@@ -119,12 +110,12 @@ def _wanted(architecture: str, blocks: int) -> dict[str, str]:
     return wanted | outside
 
 
-def _stacks(names: Mapping[str, str], architecture: str) -> dict[str, tuple[str, ...]]:
+def _stacks(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Published names by parameter, those of a block's experts under one name in the order of their numbers."""
     stacks: dict[str, dict[int, str]] = {}
     for parameter, published in names.items():
-        expert = _EXPERT.search(parameter) if architecture == "qwen3moe" else None
-        together = _EXPERT.sub("experts.*.", parameter) if expert else parameter
+        expert = _EXPERT.search(parameter)
+        together = _EXPERT.sub("experts.*.", parameter)
         stacks.setdefault(together, {})[int(expert[1]) if expert else 0] = published
     return {parameter: tuple(stack[number] for number in sorted(stack)) for parameter, stack in stacks.items()}
 
@@ -133,7 +124,7 @@ def _tensor(source: Source, weights: Weights, architecture: str, name: str, publ
     shapes = sorted({weights.tensors[part].shape for part in published})
     if len(shapes) > 1:
         raise SourceError(f"{source.path}: experts of {name} have shapes {shapes}; only equal ones make a stack")
-    row = ARCHITECTURES.get(architecture, ARCHITECTURES["qwen3"])
+    row = ARCHITECTURES[architecture]
     heads = {"attn_q": source.config.num_attention_heads, "attn_k": source.config.num_key_value_heads}
     return GgufTensor(
         name,

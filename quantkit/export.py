@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,37 +14,31 @@ from typing import Any, Literal, get_args
 import gguf
 import torch
 
-from quantkit import __version__
 from quantkit.errors import UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.model.weights import Weights
 from quantkit.preflight import note_source, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.sources import Source, open_source, variant_name
+from quantkit.sources.gptq import GptqSource
+from quantkit.sources.imatrix import Imatrix, read_imatrix
 from quantkit.writers import ggjt
 from quantkit.writers import gguf as gguf_files
-from quantkit.writers.ggml_types import Choice, Chooser, Fidelity, Kind
+from quantkit.writers.ggml_recipes import file_type, recipe_of
+from quantkit.writers.ggml_types import Choice, Chooser, Fidelity, Kind, TypeOptions
 
 Container = Literal["gguf", "ggjt"]
+# fmt: off
 GgmlType = Literal[
-    "auto", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
+    "auto", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q2_k_s", "q3_k", "q4_k", "q5_k",
+    "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq1_s", "iq1_m", "iq2_xxs",
+    "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
 ]
-
-_FILE_TYPES = {
-    Kind.F32: gguf.LlamaFileType.ALL_F32,
-    Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
-    Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    Kind.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
-    Kind.Q4_1: gguf.LlamaFileType.MOSTLY_Q4_1,
-    Kind.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
-    Kind.Q5_1: gguf.LlamaFileType.MOSTLY_Q5_1,
-    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-    Kind.Q2_K: gguf.LlamaFileType.MOSTLY_Q2_K_S,
-    Kind.Q3_K: gguf.LlamaFileType.MOSTLY_Q3_K_S,
-    Kind.Q4_K: gguf.LlamaFileType.MOSTLY_Q4_K_S,
-    Kind.Q5_K: gguf.LlamaFileType.MOSTLY_Q5_K_S,
-    Kind.Q6_K: gguf.LlamaFileType.MOSTLY_Q6_K,
-}
+MatrixType = Literal[
+    "auto", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
+]
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -63,13 +58,13 @@ class GgmlReport:
         out: the file, or the first of its parts.
         bytes: of all tensors.
         fidelity: matrices by how they came to their types.
-        fallback: matrices whose width no block of the type asked for divides, which are float16 instead.
+        fallback: matrices whose width is no whole number of blocks of their type, by the type they are instead.
     """
 
     out: Path
     bytes: int
     tensors: list[GgmlTensor]
-    fallback: list[str]
+    fallback: dict[str, str]
     seconds: float = 0.0
     dry_run: bool = False
     fidelity: dict[str, int] = field(init=False)
@@ -90,8 +85,10 @@ def ggml(
     type: GgmlType = "auto",
     container: Container = "gguf",
     requantize: bool = False,
-    embedding_type: GgmlType = "auto",
-    output_type: GgmlType = "auto",
+    embedding_type: MatrixType = "auto",
+    output_type: MatrixType = "auto",
+    pure: bool = False,
+    imatrix: str | Path | None = None,
     pre: str | None = None,
     split_max_size: str | int | None = None,
     revision: str | None = None,
@@ -102,18 +99,23 @@ def ggml(
 ) -> GgmlReport:
     """Write a model as a file for llama.cpp.
 
-    Codes of a GPTQ checkpoint are kept: its Linears become blocks that hold the same numbers. Everything else is
-    rounded once, from what the source holds.
+    Codes of a GPTQ checkpoint are kept: its Linears become blocks that hold the same numbers. So are blocks of a GGUF
+    or ggjt file that have the right type already. Everything else is rounded once, from what the source holds.
 
     Args:
-        model: folder (full precision or GPTQ), GGUF file, or Hub id.
+        model: folder (full precision or GPTQ), GGUF or ggjt file, or Hub id.
         out: file to write; None names it after the model.
-        type: of the Linears; "auto" is the smallest that holds a GPTQ checkpoint's codes exactly, and the source's own
-            precision for others.
+        type: "auto" is the smallest that holds a GPTQ checkpoint's codes exactly, every tensor's own type of a GGUF or
+            ggjt file, and the source's precision for others. Else llama.cpp's file type of this name, which gives some
+            matrices more bits (where q3_k, q4_k and q5_k are no mixtures but the type itself); or the type of a GPTQ
+            checkpoint's Linears.
         container: "gguf", or "ggjt": version 3 of what was called GGML in 2023, for Llamas with a SentencePiece
             vocabulary.
         requantize: allow a type that rounds what has been rounded before.
-        embedding_type, output_type: of these two matrices; "auto" is the source's own precision.
+        embedding_type, output_type: of these two matrices, a tied one by either; "auto" is what `type` says, and for a
+            GPTQ checkpoint the source's own precision.
+        pure: one type for all matrices. Of ggjt files always.
+        imatrix: importance matrix, of `quantkit imatrix` or llama.cpp: how much each column's error counts.
         pre: name of the pre-tokenizer, for a byte-level vocabulary that is not known by its ids.
         split_max_size: write parts of at most this size, such as "2GB", or bytes.
         revision: of a Hub id.
@@ -123,13 +125,17 @@ def ggml(
         progress: receives bars, notes and warnings.
 
     Raises:
-        UsageError: a type that cannot hold the codes, options out of range, a file in the way.
+        UsageError: a type that cannot hold the codes or needs an importance matrix, options out of range, a file in
+            the way.
+        MissingPackageError: a type that libggml-python rounds to.
         QuantkitError: the model or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
     if container not in get_args(Container):
         raise UsageError(f"--container {container}: choose {', '.join(get_args(Container))}")
-    kinds = _kind("type", type), _kind("embedding-type", embedding_type), _kind("output-type", output_type)
+    asked = _type_options(type, embedding_type, output_type, pure, requantize, imatrix)
+    # Files of that time were of one type.
+    options = replace(asked, pure=True) if container == "ggjt" else asked
     split = 0 if split_max_size is None else parse_size(split_max_size)
     if container == "ggjt" and (split or pre):
         raise UsageError("--split-max-size and --pre are for GGUF files")
@@ -140,13 +146,16 @@ def ggml(
     weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
     allowed = tuple(Kind) if container == "gguf" else tuple(ggjt.FILE_TYPES)
     plan = gguf_files.plan(source, weights)
-    chosen = list(zip(plan, Chooser(source, weights, kinds, requantize, allowed).choose(plan), strict=True))
-    main = Counter(choice.kind for _, choice in chosen if choice.fidelity is not None).most_common(1)[0][0]
-    target = _output(out, source, main, container)
+    chosen = list(zip(plan, Chooser(source, weights, options, allowed).choose(plan), strict=True))
+    kinds = [choice.kind for _, choice in chosen]
+    recipe = options.recipe
+    if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
+        recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
+    target = _output(out, source, recipe, container)
     _check_output(target, source, force)
     report = _sizes(target, chosen, progress)
     job = _Job(target, source, weights, chosen, split, progress)
-    write = job.plan_gguf(main, pre) if container == "gguf" else job.plan_ggjt()
+    write = job.plan_gguf(recipe, pre, options.imatrix) if container == "gguf" else job.plan_ggjt()
     if dry_run:
         return report
     first = write()
@@ -167,11 +176,10 @@ class _Job:
     split_max_bytes: int
     progress: Progress
 
-    def plan_gguf(self, main: Kind, pre: str | None) -> Callable[[], Path]:
-        origin: dict[str, Any] = {"quantkit.version": __version__}
-        if any(choice.fidelity in ("exact", "bounded") for _, choice in self.chosen):
-            origin["quantkit.weights"] = "GPTQ codes"
-        keys = gguf_files.header(self.source, _FILE_TYPES[main], pre=pre, provenance=origin)
+    def plan_gguf(self, recipe: str | None, pre: str | None, imatrix: Imatrix | None) -> Callable[[], Path]:
+        origin = gguf_files.origin(from_gptq=_holds_codes(self.source, self.chosen))
+        number = gguf.LlamaFileType.GUESSED if recipe is None else file_type(recipe)
+        keys = gguf_files.header(self.source, number, pre=pre, provenance={**origin, **_imatrix_keys(imatrix)})
         architecture = gguf_files.architecture_of(self.source)
         typed = [(tensor, choice.kind) for tensor, choice in self.chosen]
         for text in gguf_files.limits(self.source):
@@ -214,10 +222,19 @@ class _Job:
         return write
 
 
+def _holds_codes(source: Source, chosen: Chosen) -> bool:
+    kept = any(choice.fidelity in ("exact", "bounded") for _, choice in chosen)
+    return kept and isinstance(source, GptqSource)
+
+
 def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
-    fallback = [tensor.name for tensor, choice in chosen if choice.fell_back]
+    fallback = {tensor.name: choice.kind.name for tensor, choice in chosen if choice.fell_back}
     if fallback:
-        progress.note(f"{len(fallback)} matrices have widths that no block divides and are F16: {fallback[0]}, ...")
+        held = ", ".join(f"{count} {name}" for name, count in Counter(fallback.values()).most_common())
+        progress.note(
+            f"{len(fallback)} matrices are no whole number of blocks wide and get other types ({held}): "
+            f"{next(iter(fallback))}, ..."
+        )
     return GgmlReport(
         target,
         sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in chosen),
@@ -227,17 +244,48 @@ def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
     )
 
 
+def _type_options(
+    type: str, embedding: str, output: str, pure: bool, requantize: bool, imatrix: str | Path | None
+) -> TypeOptions:
+    if type not in get_args(GgmlType):
+        raise UsageError(f"--type {type}: choose {', '.join(get_args(GgmlType))}")
+    if type == "auto" and (pure or imatrix):
+        raise UsageError("--pure and --imatrix go with a --type that is rounded to")
+    return TypeOptions(
+        None if type == "auto" else type,
+        pure,
+        _kind("embedding-type", embedding),
+        _kind("output-type", output),
+        requantize,
+        None if imatrix is None else read_imatrix(imatrix),
+    )
+
+
 def _kind(option: str, value: str) -> Kind | None:
     """The GGML type of an option; None for auto."""
-    if value not in get_args(GgmlType):
-        raise UsageError(f"--{option} {value}: choose {', '.join(get_args(GgmlType))}")
+    if value not in get_args(MatrixType):
+        raise UsageError(f"--{option} {value}: choose {', '.join(get_args(MatrixType))}")
     return None if value == "auto" else Kind.__members__[value.upper()]
 
 
-def _output(out: str | Path | None, source: Source, kind: Kind, container: Container) -> Path:
+def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
+    """What llama-quantize writes of an importance matrix; of paths their last part only."""
+    if imatrix is None:
+        return {}
+    keys: dict[str, Any] = {
+        "quantize.imatrix.file": imatrix.path.name,
+        "quantize.imatrix.dataset": re.split(r"[/\\]", imatrix.datasets[0])[-1] if imatrix.datasets else "",
+        "quantize.imatrix.entries_count": len(imatrix.names),
+        "quantize.imatrix.chunks_count": imatrix.chunks,
+    }
+    return {key: value for key, value in keys.items() if value}
+
+
+def _output(out: str | Path | None, source: Source, recipe: str | None, container: Container) -> Path:
     if out is not None:
         return Path(os.path.abspath(Path(out).expanduser()))
-    return Path.cwd() / f"{variant_name(source.label)}-{kind.name}.{'gguf' if container == 'gguf' else 'ggjt.bin'}"
+    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
+    return Path.cwd() / f"{name}.{'gguf' if container == 'gguf' else 'ggjt.bin'}"
 
 
 def _check_output(out: Path, source: Source, force: bool) -> None:

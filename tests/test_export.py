@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -12,15 +13,24 @@ import pytest
 import torch
 from conftest import MakeModel, Recorder, token_matrix
 from gguf_models import sentencepiece, write_model
+from imatrix_files import random_imatrix
 from safetensors.torch import load_file, save_file
 from streamed import open_stream, streamed_logits
 from test_ggjt import LLAMA, tiny
 
 import quantkit
+from quantkit import cli, export
 from quantkit.calibration import TokenMatrix
-from quantkit.errors import NumericError, UsageError
+from quantkit.codes import libggml
+from quantkit.errors import MissingPackageError, NumericError, SourceError, UsageError
 from quantkit.sources import open_source
+from quantkit.sources.ggjt import GgjtSource
+from quantkit.sources.gguf import GgufSource
 from quantkit.sources.gptq import GptqSource
+from quantkit.sources.imatrix import read_imatrix
+from quantkit.writers import ggml_types
+from quantkit.writers.ggml_recipes import RECIPES, base_kind
+from quantkit.writers.ggml_types import Kind
 
 IDS = token_matrix(2, 24, seed=5).tokens
 # Widths that whole groups of every size fit into; four heads share two keys and values.
@@ -148,11 +158,13 @@ def test_full_precision_is_rounded_once(type: Any, make_model: MakeModel, tmp_pa
 
 
 def test_widths_that_no_block_divides_fall_back(make_model: MakeModel, recorder: Recorder, tmp_path: Path) -> None:
-    folder = make_model("llama", intermediate_size=80)
+    """128 columns are four blocks of 32 and half a one of 256; 80 are no whole number of either."""
+    folder = make_model("llama", hidden_size=128, intermediate_size=80)
     report = quantkit.ggml(folder, tmp_path / "out.gguf", type="q4_0", pre="gpt-2", progress=recorder)
-    assert report.fallback == ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight"]
-    assert types_of(tmp_path / "out.gguf")["blk.0.ffn_down.weight"] == "F16"
-    assert any("2 matrices have widths" in note for note in recorder.notes)
+    downs = {f"blk.{block}.ffn_down.weight": "F16" for block in range(2)}
+    assert report.fallback == {**downs, "output.weight": "Q8_0"}  # Q6_K elsewhere
+    assert {name: types_of(tmp_path / "out.gguf")[name] for name in report.fallback} == report.fallback
+    assert any("3 matrices are no whole number of blocks wide" in n and "2 F16, 1 Q8_0" in n for n in recorder.notes)
 
 
 def test_embedding_and_output_have_types_of_their_own(make_model: MakeModel, tmp_path: Path) -> None:
@@ -198,14 +210,190 @@ def test_an_existing_file_is_kept_without_force(make_model: MakeModel, tmp_path:
     ("options", "message"),
     [
         ({"type": "q9_0"}, "--type q9_0: choose auto, f32"),
-        ({"type": "q4_k"}, "Q4_K is only written from GPTQ codes"),
+        ({"embedding_type": "q4_k_m"}, "--embedding-type q4_k_m: choose auto, f32"),
+        ({"pure": True}, "--pure and --imatrix go with a --type"),
+        ({"type": "iq2_xs"}, r"blk\.0\.attn_q\.weight: IQ2_XS needs an importance matrix; --imatrix names one"),
+        ({"type": "q2_k_s"}, r"blk\.0\.attn_q\.weight: Q2_K needs an importance matrix"),
+        ({"type": "f16", "imatrix": "none.gguf"}, r"none\.gguf: no such file"),
         ({"split_max_size": "0GB"}, "0GB"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str, make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        quantkit.ggml(make_model("llama"), tmp_path / "out.gguf", pre="gpt-2", **options)
+        quantkit.ggml(make_model("llama", **WIDE), tmp_path / "out.gguf", pre="gpt-2", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_names_every_type() -> None:
+    assert [kind.value for kind in cli.GgmlType] == list(get_args(export.GgmlType)) == ["auto", *RECIPES]
+    matrices = dict.fromkeys(["auto", *(base_kind(recipe).name.lower() for recipe in RECIPES)])
+    assert {kind.value for kind in cli.MatrixType} == set(get_args(export.MatrixType)) == set(matrices)
+
+
+@pytest.mark.parametrize(("options", "embedding"), [({}, "F16"), ({"embedding_type": "q5_0"}, "Q5_0")])
+def test_the_ends_of_a_checkpoint_keep_their_precision(
+    options: dict[str, Any], embedding: str, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    folder = quantized(make_model, tiny_tokens, tmp_path / "gptq", group_size=32)
+    quantkit.ggml(folder, tmp_path / "out.gguf", type="q4_0", pre="gpt-2", **options)
+    stored = types_of(tmp_path / "out.gguf")
+    assert (stored["token_embd.weight"], stored["output.weight"]) == (embedding, "F16")
+    quantkit.ggml(folder, tmp_path / "pure.gguf", type="q4_0", pure=True, pre="gpt-2")
+    assert types_of(tmp_path / "pure.gguf")["output.weight"] == "Q4_0"
+
+
+def test_codes_in_one_type_are_not_called_a_mixture(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    folder = quantized(make_model, tiny_tokens, tmp_path / "gptq", group_size=256, sym=False)
+    quantkit.ggml(folder, tmp_path / "out.gguf", type="q4_k_m", pre="gpt-2")
+    stored = types_of(tmp_path / "out.gguf")
+    assert {kind for name, kind in stored.items() if name.startswith("blk.") and "norm" not in name} == {"Q4_K"}
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_S
+
+
+def test_a_recipe_takes_over_what_is_rounded_again(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    folder = quantized(make_model, tiny_tokens, tmp_path / "gptq", group_size=32)
+    report = quantkit.ggml(folder, tmp_path / "out.gguf", type="q3_k_m", requantize=True, pre="gpt-2")
+    assert types_of(tmp_path / "out.gguf")["blk.1.attn_v.weight"] == "Q5_K"
+    assert report.fidelity["requantized"] == 14
+
+
+# -- blocks as they are ----------------------------------------------------------------------------------------------
+
+
+def same_blocks(first: Path, second: Path) -> None:
+    """Both files hold the same bytes of every matrix, by their readers' published names."""
+    ours, theirs = open_source(first), open_source(second)
+    assert isinstance(ours, GgufSource | GgjtSource)
+    assert isinstance(theirs, GgufSource | GgjtSource)
+    for name, info in ours.tensors.items():
+        if len(info.shape) == 2:
+            assert ours.blocks(name)[0] == theirs.blocks(name)[0], name
+            assert np.array_equal(ours.blocks(name)[1], theirs.blocks(name)[1]), name
+
+
+@pytest.mark.parametrize("type", ["q5_0", "q4_k_m", "iq4_xs", "q8_0"])
+def test_a_gguf_file_is_copied_with_its_types(type: Any, make_model: MakeModel, tmp_path: Path) -> None:
+    quantkit.ggml(make_model("llama", **WIDE), tmp_path / "first.gguf", type=type, pre="gpt-2")
+    report = quantkit.ggml(tmp_path / "first.gguf", tmp_path / "second.gguf")
+    assert set(report.fidelity) == {"exact"}
+    same_blocks(tmp_path / "first.gguf", tmp_path / "second.gguf")
+    first, second = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("first", "second"))
+    assert second.fields["general.file_type"].contents() == first.fields["general.file_type"].contents()
+    assert "quantkit.weights" not in second.fields
+
+
+def test_a_gguf_file_in_its_own_type_is_not_rounded_again(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("llama", **WIDE)
+    quantkit.ggml(folder, tmp_path / "first.gguf", type="q4_k_m", output_type="f16", pre="gpt-2")
+    report = quantkit.ggml(tmp_path / "first.gguf", tmp_path / "second.gguf", type="q4_k_m")
+    assert report.fidelity == {"exact": 15, "rounded": 1}  # the output, as Q6_K for the first time
+    with pytest.raises(UsageError, match=r"would round it again \(Q4_K in the source\)"):
+        quantkit.ggml(tmp_path / "first.gguf", tmp_path / "third.gguf", type="q5_k_m")
+    assert not (tmp_path / "third.gguf").exists()
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "f32"])
+def test_between_gguf_and_ggjt_nothing_is_lost(type: Any, sentencepiece_llama: Path, tmp_path: Path) -> None:
+    quantkit.ggml(sentencepiece_llama, tmp_path / "first.gguf", type=type, pure=True)
+    report = quantkit.ggml(tmp_path / "first.gguf", tmp_path / "second.bin", container="ggjt")
+    assert set(report.fidelity) == {"exact"}
+    same_blocks(tmp_path / "first.gguf", tmp_path / "second.bin")
+    quantkit.ggml(tmp_path / "second.bin", tmp_path / "third.gguf")
+    same_blocks(tmp_path / "first.gguf", tmp_path / "third.gguf")
+
+
+def test_a_type_that_ggjt_has_not_is_refused(sentencepiece_llama: Path, tmp_path: Path) -> None:
+    quantkit.ggml(sentencepiece_llama, tmp_path / "first.gguf", type="iq4_nl", pure=True)
+    with pytest.raises(UsageError, match="IQ4_NL has no place in this file"):
+        quantkit.ggml(tmp_path / "first.gguf", tmp_path / "second.bin", container="ggjt")
+    assert not (tmp_path / "second.bin").exists()
+
+
+# -- importance ------------------------------------------------------------------------------------------------------
+
+
+def test_an_importance_matrix_decides_and_is_named_without_its_path(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("llama", **WIDE)
+    quantkit.ggml(folder, tmp_path / "plain.gguf", type="q4_k_s", pre="gpt-2")
+    matrix = random_imatrix(tmp_path / "matrix.gguf", tmp_path / "plain.gguf")
+    quantkit.ggml(folder, tmp_path / "weighed.gguf", type="q4_k_s", pre="gpt-2", imatrix=matrix)
+    plain, weighed = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("plain", "weighed"))
+    other = {tensor.name: tensor.data.tobytes() for tensor in plain.tensors}
+    changed = {tensor.name for tensor in weighed.tensors if tensor.data.tobytes() != other[tensor.name]}
+    assert changed == {name for name in other if name.startswith("blk.") and "norm" not in name}
+    keys = {key: field.contents() for key, field in weighed.fields.items() if key.startswith("quantize.")}
+    assert keys == {
+        "quantize.imatrix.file": "matrix.gguf",
+        "quantize.imatrix.dataset": "text.txt",
+        "quantize.imatrix.entries_count": 14,
+        "quantize.imatrix.chunks_count": 3,
+    }
+
+
+def test_an_importance_matrix_of_another_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    quantkit.ggml(make_model("llama", **WIDE), tmp_path / "wide.gguf", pre="gpt-2")
+    matrix = random_imatrix(tmp_path / "matrix.gguf", tmp_path / "wide.gguf")
+    with pytest.raises(SourceError, match=r"256 values for blk\.0\.attn_q\.weight"):
+        quantkit.ggml(make_model("llama"), tmp_path / "out.gguf", type="q4_0", imatrix=matrix, pre="gpt-2")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_matrix_that_an_importance_matrix_lacks_is_named(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("llama", **WIDE)
+    quantkit.ggml(folder, tmp_path / "plain.gguf", pre="gpt-2")
+    matrix = random_imatrix(tmp_path / "matrix.gguf", tmp_path / "plain.gguf", leave_out="blk.1.attn_k.weight")
+    with pytest.raises(UsageError, match=r"blk\.1\.attn_k\.weight: IQ2_XS needs .*; matrix\.gguf has nothing for it"):
+        quantkit.ggml(folder, tmp_path / "out.gguf", type="iq2_xs", imatrix=matrix, pre="gpt-2")
+
+
+def test_every_expert_has_its_own_importance(make_model: MakeModel, tmp_path: Path) -> None:
+    """A stack is what its experts are alone with their rows of the matrix."""
+    config = {"mlp_only_layers": [], "norm_topk_prob": True, "moe_intermediate_size": 64}
+    folder = make_model("qwen3_moe", **config)
+    quantkit.ggml(folder, tmp_path / "f32.gguf", type="f32", pre="gpt-2")
+    matrix = random_imatrix(tmp_path / "matrix.gguf", tmp_path / "f32.gguf")
+    quantkit.ggml(folder, tmp_path / "out.gguf", type="q4_1", imatrix=matrix, pre="gpt-2")
+    name = "blk.1.ffn_down_exps.weight"
+    stacks = [
+        next(tensor.data for tensor in gguf.GGUFReader(tmp_path / f"{file}.gguf").tensors if tensor.name == name)
+        for file in ("f32", "out")
+    ]
+    weights = read_imatrix(matrix).importance(name)
+    assert weights is not None
+    for expert, values, blocks in zip(weights, *stacks, strict=True):
+        assert np.array_equal(libggml.quantize(np.array(values), Kind.Q4_1, expert), blocks)
+
+
+def test_what_only_ggml_rounds_to_needs_its_package(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks of 32 need nothing, and are the same either way."""
+    folder = make_model("llama", **WIDE)
+    quantkit.ggml(folder, tmp_path / "with.gguf", type="q5_1", pure=True, pre="gpt-2")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libggml" else find_spec(name))
+    quantkit.ggml(folder, tmp_path / "without.gguf", type="q5_1", pure=True, pre="gpt-2")
+    assert (tmp_path / "with.gguf").read_bytes() == (tmp_path / "without.gguf").read_bytes()
+    with pytest.raises(
+        MissingPackageError, match=r"to Q4_K needs the package libggml-python: pip install 'quantkit\[g"
+    ):
+        quantkit.ggml(folder, tmp_path / "out.gguf", type="q4_k_m", pre="gpt-2")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_tiles_of_rows_make_the_same_file(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model("llama", **WIDE)
+    for name, size in (("whole", 1 << 22), ("tiles", 1000)):
+        monkeypatch.setattr(ggml_types, "_VALUES_A_TILE", size)
+        quantkit.ggml(folder, tmp_path / f"{name}.gguf", type="q4_k_m", embedding_type="f16", pre="gpt-2")
+    assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "tiles.gguf").read_bytes()
 
 
 def test_a_value_beyond_float16_is_named(make_model: MakeModel, tmp_path: Path) -> None:

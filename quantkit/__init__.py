@@ -12,16 +12,29 @@ from quantkit.errors import QuantkitError, UsageError
 if TYPE_CHECKING:
     from quantkit.conversion import convert
     from quantkit.export import ggml
+    from quantkit.importance import imatrix
     from quantkit.inspection import inspect
     from quantkit.pipeline import gptq, perplexity, samples
 
-__all__ = ["QuantkitError", "UsageError", "__version__", "convert", "ggml", "gptq", "inspect", "perplexity", "samples"]
+__all__ = [
+    "QuantkitError",
+    "UsageError",
+    "__version__",
+    "convert",
+    "ggml",
+    "gptq",
+    "imatrix",
+    "inspect",
+    "perplexity",
+    "samples",
+]
 
 # The verbs pull in torch and transformers, seconds of work: they are imported when first used.
 _VERBS = {
     "convert": "conversion",
     "ggml": "export",
     "gptq": "pipeline",
+    "imatrix": "importance",
     "inspect": "inspection",
     "perplexity": "pipeline",
     "samples": "pipeline",

@@ -111,6 +111,36 @@ def run_replayed(
         on_output(i, forward(i))
 
 
+def run_watched(
+    block: nn.Module,
+    stages: Sequence[Sequence[str]],
+    forward: Forward,
+    batches: int,
+    on_input: OnInput,
+    on_output: Callable[[int, torch.Tensor], None],
+) -> None:
+    """Run the block once on every batch without a pause, for who only looks at what the stages read.
+
+    Raises:
+        SourceError: a batch's forward did not reach a stage.
+    """
+    arrived: set[int] = set()
+
+    def arrive(stage: int, x: torch.Tensor) -> None:
+        if stage not in arrived:
+            arrived.add(stage)
+            on_input(stage, x)
+
+    with _watch(block, stages, arrive):
+        for i in range(batches):
+            arrived.clear()
+            output = forward(i)
+            missed = set(range(len(stages))) - arrived
+            if missed:
+                raise _out_of_order(stages, min(missed))
+            on_output(i, output)
+
+
 def _waves(stages: Sequence[Sequence[str]]) -> list[list[int]]:
     """Numbers of the stages, those of experts side by side together."""
     waves: dict[str, list[int]] = {}

@@ -65,10 +65,60 @@ class GgmlType(StrEnum):
     q5_1 = "q5_1"
     q8_0 = "q8_0"
     q2_k = "q2_k"
+    q2_k_s = "q2_k_s"
+    q3_k = "q3_k"
+    q4_k = "q4_k"
+    q5_k = "q5_k"
+    q3_k_s = "q3_k_s"
+    q3_k_m = "q3_k_m"
+    q3_k_l = "q3_k_l"
+    q4_k_s = "q4_k_s"
+    q4_k_m = "q4_k_m"
+    q5_k_s = "q5_k_s"
+    q5_k_m = "q5_k_m"
+    q6_k = "q6_k"
+    iq1_s = "iq1_s"
+    iq1_m = "iq1_m"
+    iq2_xxs = "iq2_xxs"
+    iq2_xs = "iq2_xs"
+    iq2_s = "iq2_s"
+    iq2_m = "iq2_m"
+    iq3_xxs = "iq3_xxs"
+    iq3_xs = "iq3_xs"
+    iq3_s = "iq3_s"
+    iq3_m = "iq3_m"
+    iq4_nl = "iq4_nl"
+    iq4_xs = "iq4_xs"
+    tq1_0 = "tq1_0"
+    tq2_0 = "tq2_0"
+
+
+class MatrixType(StrEnum):
+    auto = "auto"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q4_0 = "q4_0"
+    q4_1 = "q4_1"
+    q5_0 = "q5_0"
+    q5_1 = "q5_1"
+    q8_0 = "q8_0"
+    q2_k = "q2_k"
     q3_k = "q3_k"
     q4_k = "q4_k"
     q5_k = "q5_k"
     q6_k = "q6_k"
+    iq1_s = "iq1_s"
+    iq1_m = "iq1_m"
+    iq2_xxs = "iq2_xxs"
+    iq2_xs = "iq2_xs"
+    iq2_s = "iq2_s"
+    iq3_xxs = "iq3_xxs"
+    iq3_s = "iq3_s"
+    iq4_nl = "iq4_nl"
+    iq4_xs = "iq4_xs"
+    tq1_0 = "tq1_0"
+    tq2_0 = "tq2_0"
 
 
 Model = Annotated[
@@ -115,11 +165,41 @@ def gptq(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; default: named after the model.", show_default=False)
     ] = None,
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: whole rows.")] = 128,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric codes, which every fast kernel reads.")] = True,
+    bits: Annotated[
+        int | None, typer.Option(help="2, 3, 4 or 8; default 4, or what --ggml has.", show_default=False)
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns that share a scale, -1: whole rows; default 128, or what --ggml has.", show_default=False
+        ),
+    ] = None,
+    sym: Annotated[
+        bool | None,
+        typer.Option(
+            "--sym/--asym",
+            help="Symmetric codes, which every fast kernel reads; the default, but what --ggml has.",
+            show_default=False,
+        ),
+    ] = None,
     act_order: Annotated[Order, typer.Option(help="dynamic is written with g_idx and desc_act.")] = Order.static,
     damp: Annotated[float, typer.Option(help="Fraction of the mean Hessian diagonal added to it.")] = 0.1,
+    ggml: Annotated[
+        str | None,
+        typer.Option(
+            help="Write a GGUF file instead, with GPTQ on the grids of this type: q4_0, q5_0, q8_0, q4_k_m, ...",
+            show_default=False,
+        ),
+    ] = None,
+    embedding_type: Annotated[
+        str, typer.Option(help="Of that file's embedding; auto: as llama.cpp's type has it.")
+    ] = "auto",
+    output_type: Annotated[
+        str, typer.Option(help="Of that file's output matrix; auto: as llama.cpp's type has it.")
+    ] = "auto",
+    pre: Annotated[
+        str | None, typer.Option(help="Name of its pre-tokenizer, where it is not known.", show_default=False)
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Quantize only modules that match, such as '*.mlp.*'; may be repeated.", show_default=False),
@@ -131,8 +211,8 @@ def gptq(
     override: Annotated[
         list[str] | None,
         typer.Option(
-            help="Other bits, group_size or sym for modules that match: '*.down_proj=bits:8,group_size:32'; "
-            "may be repeated, the first that matches counts.",
+            help="Other bits, group_size or sym for modules that match: '*.down_proj=bits:8,group_size:32' "
+            "(with --ggml: '*.down_proj=ggml:q6_k'); may be repeated, the first that matches counts.",
             show_default=False,
         ),
     ] = None,
@@ -158,7 +238,7 @@ def gptq(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a model with GPTQ into a folder that transformers, vLLM and others load."""
+    """Quantize a model with GPTQ into a folder that transformers, vLLM and others load, or into a GGUF file."""
     from quantkit import pipeline
 
     report = pipeline.gptq(
@@ -169,6 +249,10 @@ def gptq(
         sym=sym,
         act_order=act_order.value,
         damp=damp,
+        ggml=ggml,
+        embedding_type=embedding_type,
+        output_type=output_type,
+        pre=pre,
         include=include,
         exclude=exclude,
         override={pattern: fields.changes() for pattern, fields in map(parse_override, override or ())},
@@ -310,7 +394,8 @@ def ggml(
         Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
     ] = None,
     type: Annotated[
-        GgmlType, typer.Option(help="Of the Linears; auto: the smallest that holds GPTQ's codes exactly.")
+        GgmlType,
+        typer.Option(help="auto: the smallest that holds GPTQ's codes exactly; else llama.cpp's mixture of this name."),
     ] = GgmlType.auto,
     container: Annotated[
         Container, typer.Option(help="ggjt: what was called GGML in 2023, for Llamas with a SentencePiece vocabulary.")
@@ -319,11 +404,16 @@ def ggml(
         bool, typer.Option("--requantize", help="Allow a type that rounds what has been rounded before.")
     ] = False,
     embedding_type: Annotated[
-        GgmlType, typer.Option(help="Of the embedding; auto: as the source has it.")
-    ] = GgmlType.auto,
+        MatrixType, typer.Option(help="Of the embedding; auto: what --type says, of a GPTQ checkpoint its own.")
+    ] = MatrixType.auto,
     output_type: Annotated[
-        GgmlType, typer.Option(help="Of the output matrix; auto: as the source has it.")
-    ] = GgmlType.auto,
+        MatrixType, typer.Option(help="Of the output matrix; auto: as for the embedding.")
+    ] = MatrixType.auto,
+    pure: Annotated[bool, typer.Option("--pure", help="One type for all matrices.")] = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(help="Importance matrix, of `quantkit imatrix` or llama.cpp's tools.", show_default=False),
+    ] = None,
     pre: Annotated[
         str | None, typer.Option(help="Name of the pre-tokenizer, where it is not known.", show_default=False)
     ] = None,
@@ -349,6 +439,8 @@ def ggml(
         requantize=requantize,
         embedding_type=embedding_type.value,
         output_type=output_type.value,
+        pure=pure,
+        imatrix=imatrix,
         pre=pre,
         split_max_size=split_max_size,
         revision=revision,
@@ -358,6 +450,49 @@ def ggml(
         progress=console.Bars(quiet),
     )
     console.print_json(report.as_dict()) if json else console.print_ggml(report)
+
+
+@app.command()
+def imatrix(
+    model: Annotated[str, typer.Argument(help="Folder, GGUF or ggjt file, or Hub id.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
+    ] = None,
+    calibration: Calibration = "evol-instruct-sample",
+    samples: Samples = 128,
+    seq_len: SeqLen = 512,
+    template: TemplateOption = Template.auto,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; say what would be written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write an importance matrix for llama.cpp: how much each input column matters on calibration text."""
+    from quantkit.importance import imatrix as write_imatrix
+
+    report = write_imatrix(
+        model,
+        out,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        template=template.value,
+        seed=seed,
+        device=device,
+        dtype=dtype.value,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        force=force,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_imatrix(report)
 
 
 @app.command()

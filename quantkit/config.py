@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantkit.errors import UsageError
 
@@ -28,16 +28,22 @@ class Spec(BaseModel):
 
 
 class Override(Spec):
-    """What some Linears have otherwise than the rest; None leaves it as it is."""
+    """What some Linears have otherwise than the rest; None leaves it as it is. `ggml` is for runs that write GGUF."""
 
     bits: int | None = Field(None, ge=2, le=8)
     group_size: int | None = None
     sym: bool | None = None
+    ggml: GgmlType | None = None
+
+    @field_validator("ggml", mode="before")
+    @classmethod
+    def _in_capitals(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_not_empty(self) -> Self:
         if not self.changes():
-            raise ValueError("an override needs bits, group_size or sym")
+            raise ValueError("an override needs bits, group_size, sym or ggml")
         return self
 
     def changes(self) -> dict[str, Any]:

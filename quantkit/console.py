@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantkit.conversion import ConvertReport
     from quantkit.evaluate.report import ModelResult
     from quantkit.export import GgmlReport
+    from quantkit.importance import ImatrixReport
     from quantkit.inspection import Inspection
     from quantkit.pipeline import GptqReport, PerplexityReport, SamplesReport
 
@@ -108,8 +109,9 @@ def print_gptq(report: GptqReport) -> None:
     spec = report.spec
     symmetry = "symmetric" if spec.sym else "asymmetric"
     verb = "would write" if report.dry_run else "wrote"
+    grid = f"{spec.bits}-bit {symmetry}, group {spec.group_size}" if report.ggml is None else report.ggml.upper()
     results.print(
-        f"{verb} {report.out}\n{spec.bits}-bit {symmetry}, group {spec.group_size}, act-order {spec.act_order}: "
+        f"{verb} {report.model}\n{grid}, act-order {spec.act_order}: "
         f"{report.bits_per_weight:.2f} bits per weight, {size(report.bytes)}",
         markup=False,
     )
@@ -182,6 +184,18 @@ def print_ggml(report: GgmlReport) -> None:
     types = Counter(tensor.type for tensor in report.tensors)
     held = ", ".join(f"{count} {name}" for name, count in types.most_common())
     results.print(f"{verb} {report.out}\n{size(report.bytes)}{took}: {held}\nmatrices: {counts}", markup=False)
+
+
+def print_imatrix(report: ImatrixReport) -> None:
+    verb = "would write" if report.dry_run else "wrote"
+    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
+    results.print(
+        f"{verb} {report.out}\n{report.entries} tensors over {report.chunks} windows of {report.chunk_size} tokens, "
+        f"{size(report.bytes)}{took}",
+        markup=False,
+    )
+    if report.dry_run:
+        results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")
 
 
 def print_inspection(found: Inspection, tensors: bool) -> None:

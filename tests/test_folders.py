@@ -24,6 +24,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from quantkit import pipeline
+from quantkit.config import QuantSpec
 from quantkit.errors import SourceError
 from quantkit.inspection import inspect
 from quantkit.preflight import check_finite
@@ -32,6 +33,7 @@ from quantkit.sources.fp8 import Fp8Source, dequantize
 from quantkit.sources.hf import open_weights
 from quantkit.sources.pickled import PickledFiles
 from quantkit.sources.shards import SafetensorsFiles
+from quantkit.writers.targets import CheckpointTarget
 
 Tensors = dict[str, torch.Tensor]
 
@@ -325,7 +327,8 @@ def test_weights_of_every_float_type_are_read_exactly(
     for name, value in tensors.items():
         assert source.tensors[name].bytes == value.nbytes
         assert torch.equal(source.read(name).double(), value.to(torch.float64)), name
-    check_finite(open_stream(folder), {})
+    stream = open_stream(folder)
+    check_finite(stream, CheckpointTarget(stream, QuantSpec(group_size=32), "gptq", 10**9))
 
 
 @given(bits=st.integers(0, 255), dtype=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]))

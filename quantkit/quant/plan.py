@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from quantkit.codes.ggml import type_of
 from quantkit.config import QuantSpec, matches
 from quantkit.errors import UsageError
 from quantkit.model.stream import ModelStream
@@ -44,6 +46,12 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
     if not plan:
         raise UsageError("--include and --exclude leave no Linear to quantize")
     return plan
+
+
+def on_grid_of(ggml: str) -> dict[str, Any]:
+    """The fields of a `QuantSpec` whose codes lie on a GGML type's grid."""
+    kind = type_of(ggml)
+    return {"bits": kind.bits, "group_size": kind.group, "sym": not kind.has_minimum, "ggml": ggml}
 
 
 def modules_in_block(stream: ModelStream, plan: Plan) -> list[list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quantkit import __version__
-from quantkit.codes import PACKABLE_BITS, QuantizedLinear, pack, packing_multiple
+from quantkit.codes import PACKABLE_BITS, Codes, QuantizedLinear, pack, packing_multiple
 from quantkit.config import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.errors import NumericError, OutputError, UsageError
 from quantkit.model.weights import Weights
@@ -141,8 +141,9 @@ class GptqWriter:
     def __exit__(self, *_: object) -> None:
         self._tensors.close()
 
-    def add_linear(self, module: str, linear: QuantizedLinear) -> None:
+    def add_linear(self, module: str, linear: Codes) -> None:
         """Pack and write one Linear's codes; a bias goes with the other tensors."""
+        assert isinstance(linear, QuantizedLinear)
         assert linear.shape == self._linears[module].shape
         assert linear.bits == self._linears[module].spec.bits
         zeros = linear.zeros.cpu().T

@@ -54,73 +54,6 @@ class Container(StrEnum):
     ggjt = "ggjt"
 
 
-class GgmlType(StrEnum):
-    auto = "auto"
-    f32 = "f32"
-    f16 = "f16"
-    bf16 = "bf16"
-    q4_0 = "q4_0"
-    q4_1 = "q4_1"
-    q5_0 = "q5_0"
-    q5_1 = "q5_1"
-    q8_0 = "q8_0"
-    q2_k = "q2_k"
-    q2_k_s = "q2_k_s"
-    q3_k = "q3_k"
-    q4_k = "q4_k"
-    q5_k = "q5_k"
-    q3_k_s = "q3_k_s"
-    q3_k_m = "q3_k_m"
-    q3_k_l = "q3_k_l"
-    q4_k_s = "q4_k_s"
-    q4_k_m = "q4_k_m"
-    q5_k_s = "q5_k_s"
-    q5_k_m = "q5_k_m"
-    q6_k = "q6_k"
-    iq1_s = "iq1_s"
-    iq1_m = "iq1_m"
-    iq2_xxs = "iq2_xxs"
-    iq2_xs = "iq2_xs"
-    iq2_s = "iq2_s"
-    iq2_m = "iq2_m"
-    iq3_xxs = "iq3_xxs"
-    iq3_xs = "iq3_xs"
-    iq3_s = "iq3_s"
-    iq3_m = "iq3_m"
-    iq4_nl = "iq4_nl"
-    iq4_xs = "iq4_xs"
-    tq1_0 = "tq1_0"
-    tq2_0 = "tq2_0"
-
-
-class MatrixType(StrEnum):
-    auto = "auto"
-    f32 = "f32"
-    f16 = "f16"
-    bf16 = "bf16"
-    q4_0 = "q4_0"
-    q4_1 = "q4_1"
-    q5_0 = "q5_0"
-    q5_1 = "q5_1"
-    q8_0 = "q8_0"
-    q2_k = "q2_k"
-    q3_k = "q3_k"
-    q4_k = "q4_k"
-    q5_k = "q5_k"
-    q6_k = "q6_k"
-    iq1_s = "iq1_s"
-    iq1_m = "iq1_m"
-    iq2_xxs = "iq2_xxs"
-    iq2_xs = "iq2_xs"
-    iq2_s = "iq2_s"
-    iq3_xxs = "iq3_xxs"
-    iq3_s = "iq3_s"
-    iq4_nl = "iq4_nl"
-    iq4_xs = "iq4_xs"
-    tq1_0 = "tq1_0"
-    tq2_0 = "tq2_0"
-
-
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -394,9 +327,12 @@ def ggml(
         Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
     ] = None,
     type: Annotated[
-        GgmlType,
-        typer.Option(help="auto: the smallest that holds GPTQ's codes exactly; else llama.cpp's mixture of this name."),
-    ] = GgmlType.auto,
+        str,
+        typer.Option(
+            help="llama.cpp's mixture of this name: q4_0, q4_k_m, iq4_xs, f16, ... (docs/ggml.md lists all); auto: the "
+            "smallest that holds GPTQ's codes exactly, and what a GGUF or ggjt file has."
+        ),
+    ] = "auto",
     container: Annotated[
         Container, typer.Option(help="ggjt: what was called GGML in 2023, for Llamas with a SentencePiece vocabulary.")
     ] = Container.gguf,
@@ -404,11 +340,11 @@ def ggml(
         bool, typer.Option("--requantize", help="Allow a type that rounds what has been rounded before.")
     ] = False,
     embedding_type: Annotated[
-        MatrixType, typer.Option(help="Of the embedding; auto: what --type says, of a GPTQ checkpoint its own.")
-    ] = MatrixType.auto,
+        str, typer.Option(help="Of the embedding; auto: what --type says, of a GPTQ checkpoint its own.")
+    ] = "auto",
     output_type: Annotated[
-        MatrixType, typer.Option(help="Of the output matrix; auto: as for the embedding.")
-    ] = MatrixType.auto,
+        str, typer.Option(help="Of the output matrix; auto: as for the embedding.")
+    ] = "auto",
     pure: Annotated[bool, typer.Option("--pure", help="One type for all matrices.")] = False,
     imatrix: Annotated[
         Path | None,
@@ -434,11 +370,11 @@ def ggml(
     report = write_ggml(
         model,
         out,
-        type=type.value,
+        type=type,
         container=container.value,
         requantize=requantize,
-        embedding_type=embedding_type.value,
-        output_type=output_type.value,
+        embedding_type=embedding_type,
+        output_type=output_type,
         pure=pure,
         imatrix=imatrix,
         pre=pre,

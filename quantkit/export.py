@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import Counter
@@ -17,28 +16,18 @@ import torch
 from quantkit.errors import UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.model.weights import Weights
-from quantkit.preflight import note_source, parse_size
+from quantkit.preflight import note_fallback, note_source, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.sources import Source, open_source, variant_name
 from quantkit.sources.gptq import GptqSource
 from quantkit.sources.imatrix import Imatrix, read_imatrix
+from quantkit.workdir import absolute, check_file, staged_files
 from quantkit.writers import ggjt
 from quantkit.writers import gguf as gguf_files
-from quantkit.writers.ggml_recipes import file_type, recipe_of
+from quantkit.writers.ggml_recipes import RECIPES, file_type, parse_kind, recipe_of
 from quantkit.writers.ggml_types import Choice, Chooser, Fidelity, Kind, TypeOptions
 
 Container = Literal["gguf", "ggjt"]
-# fmt: off
-GgmlType = Literal[
-    "auto", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q2_k_s", "q3_k", "q4_k", "q5_k",
-    "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq1_s", "iq1_m", "iq2_xxs",
-    "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
-]
-MatrixType = Literal[
-    "auto", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
-    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0",
-]
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -82,11 +71,11 @@ def ggml(
     model: str | Path,
     out: str | Path | None = None,
     *,
-    type: GgmlType = "auto",
+    type: str = "auto",
     container: Container = "gguf",
     requantize: bool = False,
-    embedding_type: MatrixType = "auto",
-    output_type: MatrixType = "auto",
+    embedding_type: str = "auto",
+    output_type: str = "auto",
     pure: bool = False,
     imatrix: str | Path | None = None,
     pre: str | None = None,
@@ -152,7 +141,7 @@ def ggml(
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
     target = _output(out, source, recipe, container)
-    _check_output(target, source, force)
+    check_file(target, source.path, force)
     report = _sizes(target, chosen, progress)
     job = _Job(target, source, weights, chosen, split, progress)
     write = job.plan_gguf(recipe, pre, options.imatrix) if container == "gguf" else job.plan_ggjt()
@@ -186,7 +175,7 @@ class _Job:
             self.progress.warn(text)
 
         def write() -> Path:
-            with gguf_files.staged_files(self.target) as folder:
+            with staged_files(self.target) as folder:
                 path = folder / self.target.name
                 with gguf_files.GgufWriter(path, architecture, keys, typed, self.split_max_bytes) as writer:
                     with self.progress.phase("writing", len(self.chosen)) as advance:
@@ -208,7 +197,7 @@ class _Job:
 
         def write() -> Path:
             with (
-                gguf_files.staged_files(self.target) as folder,
+                staged_files(self.target) as folder,
                 ggjt.GgjtWriter(folder / self.target.name, config, vocabulary, tensors) as writer,
             ):
                 with self.progress.phase("writing", len(tensors)) as advance:
@@ -229,12 +218,7 @@ def _holds_codes(source: Source, chosen: Chosen) -> bool:
 
 def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
     fallback = {tensor.name: choice.kind.name for tensor, choice in chosen if choice.fell_back}
-    if fallback:
-        held = ", ".join(f"{count} {name}" for name, count in Counter(fallback.values()).most_common())
-        progress.note(
-            f"{len(fallback)} matrices are no whole number of blocks wide and get other types ({held}): "
-            f"{next(iter(fallback))}, ..."
-        )
+    note_fallback(fallback, progress)
     return GgmlReport(
         target,
         sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in chosen),
@@ -247,25 +231,18 @@ def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
 def _type_options(
     type: str, embedding: str, output: str, pure: bool, requantize: bool, imatrix: str | Path | None
 ) -> TypeOptions:
-    if type not in get_args(GgmlType):
-        raise UsageError(f"--type {type}: choose {', '.join(get_args(GgmlType))}")
+    if type not in ("auto", *RECIPES):
+        raise UsageError(f"--type {type}: choose auto, {', '.join(RECIPES)}")
     if type == "auto" and (pure or imatrix):
         raise UsageError("--pure and --imatrix go with a --type that is rounded to")
     return TypeOptions(
         None if type == "auto" else type,
         pure,
-        _kind("embedding-type", embedding),
-        _kind("output-type", output),
+        parse_kind("embedding-type", embedding),
+        parse_kind("output-type", output),
         requantize,
         None if imatrix is None else read_imatrix(imatrix),
     )
-
-
-def _kind(option: str, value: str) -> Kind | None:
-    """The GGML type of an option; None for auto."""
-    if value not in get_args(MatrixType):
-        raise UsageError(f"--{option} {value}: choose {', '.join(get_args(MatrixType))}")
-    return None if value == "auto" else Kind.__members__[value.upper()]
 
 
 def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
@@ -283,14 +260,6 @@ def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
 
 def _output(out: str | Path | None, source: Source, recipe: str | None, container: Container) -> Path:
     if out is not None:
-        return Path(os.path.abspath(Path(out).expanduser()))
+        return absolute(out)
     name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
     return Path.cwd() / f"{name}.{'gguf' if container == 'gguf' else 'ggjt.bin'}"
-
-
-def _check_output(out: Path, source: Source, force: bool) -> None:
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name a file")
-    if out.exists() and (out.resolve() == source.path.resolve() or not force):
-        advice = "name another" if out.resolve() == source.path.resolve() else "use --force to replace it"
-        raise UsageError(f"--out {out} already exists; {advice}")

@@ -12,13 +12,12 @@ from quantkit import __version__
 from quantkit.calibration import TokenMatrix, draw, load_calibration
 from quantkit.config import HELDOUT, CalibrationSpec, ComputeDtype, TemplateName, make
 from quantkit.evaluate.text import text_index
-from quantkit.export import _check_output
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import check_tokens, note_source, open_stream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.importance import InputSquares, collect_squares, peak_bytes
 from quantkit.sources import Source, variant_name
-from quantkit.workdir import absolute
+from quantkit.workdir import absolute, check_file, staged_files
 from quantkit.writers import gguf as gguf_files
 from quantkit.writers.imatrix import Entry, write_imatrix
 
@@ -99,7 +98,7 @@ def imatrix(
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
     target = _output(out, source)
-    _check_output(target, source, force)
+    check_file(target, source.path, force)
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
     size = sum(entry.bytes for entry in entries.values())
     memory = size + peak_bytes(stream, chunks * chunk_size)
@@ -121,7 +120,7 @@ def imatrix(
         entries[tensor.name].sums[part] = squares.sums.numpy()
         entries[tensor.name].counts[part] = squares.tokens
 
-    with gguf_files.staged_files(target) as folder:
+    with staged_files(target) as folder:
         collect_squares(stream, matrix.tokens, keep, progress)
         facts = matrix.provenance
         datasets = [part.dataset for part in facts.parts or (facts,)]

@@ -25,12 +25,12 @@ from quantkit.errors import OutputError, QuantkitError, UsageError
 from quantkit.evaluate.compare import score
 from quantkit.evaluate.report import ModelResult, summarize
 from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text, text_index
-from quantkit.export import _kind
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import (
     check_finite,
     check_tokens,
     memory_budget,
+    note_fallback,
     note_plan,
     note_source,
     open_stream,
@@ -43,6 +43,7 @@ from quantkit.quant.blockwise import LayerStatistics, peak_bytes, quantize_block
 from quantkit.quant.plan import on_grid_of
 from quantkit.sources import Source, default_source, open_source, variant_name
 from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
+from quantkit.writers.ggml_recipes import parse_kind
 from quantkit.writers.table import write_layer_table
 from quantkit.writers.targets import CheckpointTarget, GgufForm, GgufTarget, Target, gptq_type
 
@@ -202,13 +203,14 @@ def gptq(
     shard_bytes = parse_size(max_shard_size)
     stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code, untie)
     source = stream.source
-    target: Target
     if ggml is None:
-        target = CheckpointTarget(stream, spec, format, shard_bytes)
+        _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
+        target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
     else:
-        ends = _kind("embedding-type", embedding_type), _kind("output-type", output_type)
-        form = GgufForm(ggml, f"{_variant(source, spec, ggml)}.gguf", *ends, pre)
-        target = GgufTarget(stream, spec, form)
+        ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
+        gguf = GgufTarget(stream, spec, GgufForm(ggml, f"{_variant(source, spec, ggml)}.gguf", *ends, pre))
+        note_fallback(gguf.fallback, progress)
+        target = gguf
     note_plan(stream, target.plan, progress)
     place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
     check_output(place, source.path, force)
@@ -363,6 +365,12 @@ def _quant_spec(
     if any(changes.changes().keys() - {"ggml"} for _, changes in overrides):
         raise UsageError("--override: with --ggml it takes types, such as '*.down_proj=ggml:q6_k'")
     return make(QuantSpec, **(own | {"ggml": None}), **rest, overrides=overrides)
+
+
+def _refuse_ggml_options(**options: str | None) -> None:
+    for name, value in options.items():
+        if value not in (None, "auto"):
+            raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
 
 
 def _variant(source: Source, spec: QuantSpec, ggml: str | None) -> str:

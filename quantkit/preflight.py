@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -87,6 +88,16 @@ def note_source(source: Source, progress: Progress) -> None:
     """Say what had to be assumed of a model whose format does not say all."""
     if isinstance(source, GgjtSource):
         progress.note(source.assumed)
+
+
+def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
+    """Say which matrices of a GGUF file get another type than the one meant for them."""
+    if fallback:
+        held = ", ".join(f"{count} {name}" for name, count in Counter(fallback.values()).most_common())
+        progress.note(
+            f"{len(fallback)} matrices are no whole number of blocks wide and get other types ({held}): "
+            f"{next(iter(fallback))}, ..."
+        )
 
 
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:

@@ -43,6 +43,19 @@ def check_output(out: Path, source: Path, force: bool) -> None:
         raise UsageError(f"--out {out} is not an output of quantkit (no {REPORT_NAME}); --force replaces only those")
 
 
+def check_file(out: Path, source: Path, force: bool) -> None:
+    """Refuse an output file that exists, or that is the source.
+
+    Raises:
+        UsageError: says which, and what to do.
+    """
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name a file")
+    if out.exists() and (out.resolve() == source.resolve() or not force):
+        advice = "name another" if out.resolve() == source.resolve() else "use --force to replace it"
+        raise UsageError(f"--out {out} already exists; {advice}")
+
+
 @contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
     """A hidden sibling of `out` to write into. On success its files are synced and it takes `out`'s place; on any
@@ -51,27 +64,47 @@ def staged_folder(out: Path) -> Iterator[Path]:
     Raises:
         OutputError: the disk is full, or the place cannot be written to.
     """
+    with _staging(out) as folder:
+        folder.chmod(0o755)
+        yield folder
+        for path in folder.rglob("*"):
+            sync(path)
+        _replace(folder, out)
+        sync(out.parent)
+
+
+@contextmanager
+def staged_files(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the file `out`, for it or for its parts. On success its files are synced and moved beside
+    `out`, over those of the same names; on any exception, an interrupt included, everything is as it was.
+
+    Raises:
+        OutputError: the disk is full, or the place cannot be written to.
+    """
+    with _staging(out) as folder:
+        yield folder
+        _move_all(sorted(folder.iterdir()), out.parent, folder)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out`, removed in the end; on an exception so are the folders above that were made for it."""
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        staging.chmod(0o755)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
         raise OutputError(f"cannot write beside {out}: {error.strerror}") from error
     try:
-        yield staging
-        for path in staging.rglob("*"):
-            sync(path)
-        _replace(staging, out)
-        sync(out.parent)
+        yield folder
+        made = []
     except OSError as error:
         raise OutputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not out.exists():
-            for folder in made:
-                with suppress(OSError):  # somebody else uses it by now
-                    folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        for above in made:
+            with suppress(OSError):  # somebody else uses it by now
+                above.rmdir()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -99,6 +132,29 @@ def _replace(staging: Path, out: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
     else:
         staging.rename(out)
+
+
+def _move_all(files: list[Path], folder: Path, staging: Path) -> None:
+    """Move the files into `folder`; what they replace is kept in `staging` until all are there."""
+    for file in files:
+        sync(file)
+    replaced = staging / "replaced"
+    replaced.mkdir()
+    moved: list[Path] = []
+    try:
+        for file in files:
+            target = folder / file.name
+            if target.exists():
+                target.rename(replaced / file.name)
+            moved.append(target)
+            file.rename(target)
+        sync(folder)
+    except BaseException:  # an interrupt too must not leave half of the parts, or cost the old ones
+        for target in moved:
+            target.unlink(missing_ok=True)
+        for old in replaced.iterdir():
+            old.rename(folder / old.name)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -27,6 +27,8 @@ REPOSITORY = Path(__file__).parents[1]
 VERBS = ("gptq", "perplexity", "samples", "ggml", "convert", "inspect")
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 GPTQ_KEYS = {
+    "ggml",
+    "model",
     "out",
     "bits",
     "group_size",

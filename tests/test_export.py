@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import gguf
 import numpy as np
@@ -19,7 +19,6 @@ from streamed import open_stream, streamed_logits
 from test_ggjt import LLAMA, tiny
 
 import quantkit
-from quantkit import cli, export
 from quantkit.calibration import TokenMatrix
 from quantkit.codes import libggml
 from quantkit.errors import MissingPackageError, NumericError, SourceError, UsageError
@@ -29,7 +28,6 @@ from quantkit.sources.gguf import GgufSource
 from quantkit.sources.gptq import GptqSource
 from quantkit.sources.imatrix import read_imatrix
 from quantkit.writers import ggml_types
-from quantkit.writers.ggml_recipes import RECIPES, base_kind
 from quantkit.writers.ggml_types import Kind
 
 IDS = token_matrix(2, 24, seed=5).tokens
@@ -222,12 +220,6 @@ def test_bad_options(options: dict[str, Any], message: str, make_model: MakeMode
     with pytest.raises(UsageError, match=message):
         quantkit.ggml(make_model("llama", **WIDE), tmp_path / "out.gguf", pre="gpt-2", **options)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_command_line_names_every_type() -> None:
-    assert [kind.value for kind in cli.GgmlType] == list(get_args(export.GgmlType)) == ["auto", *RECIPES]
-    matrices = dict.fromkeys(["auto", *(base_kind(recipe).name.lower() for recipe in RECIPES)])
-    assert {kind.value for kind in cli.MatrixType} == set(get_args(export.MatrixType)) == set(matrices)
 
 
 @pytest.mark.parametrize(("options", "embedding"), [({}, "F16"), ({"embedding_type": "q5_0"}, "Q5_0")])

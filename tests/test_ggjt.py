@@ -33,9 +33,9 @@ from quantkit.errors import NumericError, OutputError, SourceError, UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.sources import Source, open_source
 from quantkit.sources.ggjt import GgjtSource, rebuilt_tokenizer
+from quantkit.workdir import staged_files
 from quantkit.writers import ggjt as writers_ggjt
 from quantkit.writers.ggjt import FILE_TYPES, GgjtWriter, Kind, check, make_vocabulary, n_mult, plan
-from quantkit.writers.gguf import staged_files
 
 LLAMA = json.loads((Path(__file__).parent / "sentencepiece_ids.json").read_text(encoding="utf-8"))["llama"]
 VOCABULARY = len(LLAMA["tokens"])

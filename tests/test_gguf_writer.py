@@ -30,6 +30,7 @@ from quantkit.model.stream import ModelStream
 from quantkit.sources import open_source
 from quantkit.sources.base import Source
 from quantkit.sources.gguf_file import GgufFile
+from quantkit.workdir import staged_files
 from quantkit.writers.gguf import (
     WRITABLE,
     GgufTensor,
@@ -39,7 +40,6 @@ from quantkit.writers.gguf import (
     limits,
     packed_bytes,
     plan,
-    staged_files,
 )
 from quantkit.writers.gguf.pretokenizers import BY_IDS, NAMES
 from quantkit.writers.gguf.sentencepiece import read_pieces

@@ -44,7 +44,7 @@ def test_symmetric_blocks_are_those_of_a_checkpoint_with_groups_of_32(
     quantkit.gptq(
         folder, tmp_path / "gptq", calibration=tiny_tokens, bits=bits, group_size=32, evaluate=False, device="cpu"
     )
-    quantkit.ggml(tmp_path / "gptq", tmp_path / "x.gguf", type=ggml, pre="gpt-2")  # type: ignore[arg-type]
+    quantkit.ggml(tmp_path / "gptq", tmp_path / "x.gguf", type=ggml, pre="gpt-2")
     expected, found = stored(tmp_path / "x.gguf"), stored(straight.model)
     blocks = [name for name in found if name.startswith("blk.") and found[name].dtype == np.uint8]
     assert len(blocks) >= 14
@@ -92,7 +92,7 @@ def test_the_files_logits_are_nearer_than_those_of_rounding(make_model: MakeMode
     reference = streamed_logits(open_stream(folder), [IDS])[0]
     ends = {"embedding_type": "f16", "output_type": "f16"}
     ours = run(folder, tmp_path / "out", tokens, "q3_k", **ends).model
-    quantkit.ggml(folder, tmp_path / "r.gguf", type="q3_k", pre="gpt-2", **ends)  # type: ignore[arg-type]
+    quantkit.ggml(folder, tmp_path / "r.gguf", type="q3_k", pre="gpt-2", **ends)
     assert types_of(ours) == types_of(tmp_path / "r.gguf")
     far = [
         float((streamed_logits(open_stream(path), [IDS])[0] - reference).square().mean())
@@ -128,6 +128,8 @@ def test_some_modules_stay_and_some_have_other_types(
         ({"ggml": "q4_1", "sym": True}, "--sym True: Q4_1 has sym False"),
         ({"ggml": "q4_0", "act_order": "dynamic"}, "--act-order dynamic scatters groups"),
         ({"ggml": "q4_0", "override": {"*.o_proj": {"bits": 8}}}, "takes types, such as"),
+        ({"ggml": None, "pre": None, "output_type": "q6_k"}, "--output-type q6_k is for a GGUF file: add --ggml"),
+        ({"ggml": None, "pre": "gpt-2"}, "--pre gpt-2 is for a GGUF file: add --ggml"),
         ({"ggml": None, "pre": None, "override": {"*.o_proj": {"ggml": "q8_0"}}}, "is for runs with --ggml"),
         ({"ggml": "q4_0", "embedding_type": "q9"}, "--embedding-type q9: choose"),
         ({"ggml": "q4_0", "pre": None}, "no name for how this tokenizer cuts"),
@@ -145,8 +147,9 @@ def test_what_cannot_be_is_refused_before_the_work(
 def test_experts_of_one_tensor_are_treated_alike(
     make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:
+    folder = make_model("qwen3_moe", **CONFIG["qwen3_moe"])
     with pytest.raises(UsageError, match=r"ffn_down_exps.weight holds . modules .* must treat them alike"):
-        run(make_model("qwen3_moe", **CONFIG["qwen3_moe"]), tmp_path / "out", tiny_tokens, "q8_0", exclude=["*.experts.0.down_proj"])
+        run(folder, tmp_path / "out", tiny_tokens, "q8_0", exclude=["*.experts.0.down_proj"])
 
 
 def test_five_bits_from_the_command_line(

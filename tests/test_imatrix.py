@@ -26,7 +26,7 @@ from quantkit.errors import NumericError, OutputError, SourceError, UsageError
 from quantkit.model.stages import run_watched
 from quantkit.sources.gguf_file import GgufFile
 from quantkit.sources.imatrix import Imatrix, read_imatrix
-from quantkit.writers import gguf as gguf_files
+from quantkit.workdir import staged_files
 from quantkit.writers.imatrix import Entry, write_imatrix
 
 # A window of 8, so that layers with a sliding window are told from others, but for Phi-3, which llama.cpp gives none;
@@ -270,7 +270,7 @@ def test_other_data_read_back_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     entry = Entry(np.ones((1, 3), dtype=np.float32), np.ones((1, 1), dtype=np.float32))
     with (
         pytest.raises(OutputError, match=r"x\.in_sum2: other data was read back"),
-        gguf_files.staged_files(tmp_path / "out.gguf") as folder,
+        staged_files(tmp_path / "out.gguf") as folder,
     ):
         write_imatrix(folder / "out.gguf", {"x": entry}, ["text"], 1, 8, {})
     assert not list(tmp_path.iterdir())

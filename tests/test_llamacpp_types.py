@@ -83,7 +83,7 @@ def test_every_type_of_tiny_models(
         tokens = token_matrix(8, 64)
         path = quantkit.gptq(source, tmp_path / "out", ggml=recipe, calibration=tokens, evaluate=False).model
     else:
-        quantkit.ggml(source, path, type=recipe, imatrix=imatrix_for(source, recipe, tmp_path))  # type: ignore[arg-type]
+        quantkit.ggml(source, path, type=recipe, imatrix=imatrix_for(source, recipe, tmp_path))
     assert is_of(path, recipe)
     tokens = token_matrix(2, WINDOW, seed=9).tokens
     tokens[:, 0] = open_stream(path).source.tokenizer().bos_token_id  # llama.cpp puts it there
@@ -108,7 +108,7 @@ def test_every_type_of_smollm2(recipe: str, smollm2: tuple[Path, torch.Tensor], 
     """Its large activations lose more than a tiny model's where kernels round them: as much in any file."""
     folder, tokens = smollm2
     matrix = imatrix_for(folder, recipe, tmp_path)
-    quantkit.ggml(folder, tmp_path / "smol.gguf", type=recipe, imatrix=matrix)  # type: ignore[arg-type]
+    quantkit.ggml(folder, tmp_path / "smol.gguf", type=recipe, imatrix=matrix)
     as_float, directly = divergence(tmp_path / "smol.gguf", tokens, tmp_path)
     assert as_float < 1e-5
     assert directly < 8e-3

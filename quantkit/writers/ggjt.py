@@ -214,7 +214,7 @@ class GgjtWriter:
     """Writes one file, each planned tensor exactly once, in any order, then `finish`.
 
     It has its name from the start, so it must lie where nobody takes it for finished
-    (`quantkit.writers.gguf.staged_files`).
+    (`quantkit.workdir.staged_files`).
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import gguf
 from transformers import PretrainedConfig
 
+from quantkit.errors import UsageError
 from quantkit.writers.gguf.tensors import GgufTensor
 
 Kind = gguf.GGMLQuantizationType
@@ -273,6 +274,14 @@ _ROLE = re.compile(r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_qkv|attn_output|ffn_
 def base_kind(name: str) -> Kind:
     """The type of most matrices of a recipe: Q4_K of "q4_k_m"."""
     return _RECIPES[name].base
+
+
+def parse_kind(option: str, value: str) -> Kind | None:
+    """The GGML type that an option names; None for auto. Raises UsageError."""
+    known = {base_kind(name).name.lower(): base_kind(name) for name in RECIPES}
+    if value not in ("auto", *known):
+        raise UsageError(f"--{option} {value}: choose auto, {', '.join(known)}")
+    return known.get(value)
 
 
 def file_type(name: str) -> FileType:

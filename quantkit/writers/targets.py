@@ -132,7 +132,11 @@ class GgufForm:
 
 
 class GgufTarget:
-    """A folder with a GGUF file. Its matrices have the types of a recipe, on whose grids the Linears are quantized."""
+    """A folder with a GGUF file. Its matrices have the types of a recipe, on whose grids the Linears are quantized.
+
+    Attributes:
+        fallback: matrices that the type meant for them does not divide, and the type they get.
+    """
 
     def __init__(self, stream: ModelStream, spec: QuantSpec, form: GgufForm) -> None:
         """
@@ -154,18 +158,21 @@ class GgufTarget:
         kinds: dict[str, Kind] = {}
         self._typed: list[tuple[gguf_files.GgufTensor, Kind]] = []
         self._others: list[tuple[gguf_files.GgufTensor, Choice]] = []
+        self.fallback: dict[str, str] = {}
         for tensor, found in zip(tensors, planned, strict=True):
             modules = [name.removesuffix(".weight") for name in tensor.sources]
-            if modules and linears.issuperset(modules):
-                kind = _kind_of(tensor, [asked.get(module) for module in modules], found.wanted)
-                if kind is not None and kind.name in get_args(GgmlType):
-                    kinds |= dict.fromkeys(modules, kind)
-                    self._typed.append((tensor, kind))
-                    continue
+            coded = bool(modules) and linears.issuperset(modules)
+            wanted = _wanted(tensor, [asked.get(module) for module in modules], found.wanted) if coded else found.wanted
+            kind = None if wanted is None else fitting(wanted, tensor.shape[-1])
+            if kind is not None and kind != wanted:
+                self.fallback[tensor.name] = kind.name
+            if coded and kind is not None and kind.name in get_args(GgmlType):
+                kinds |= dict.fromkeys(modules, kind)
             else:
-                kind = found.kind
-            self._others.append((tensor, chooser.of_kind(tensor, kind)))
-            self._typed.append((tensor, self._others[-1][1].kind))
+                choice = chooser.of_kind(tensor, kind)
+                self._others.append((tensor, choice))
+                kind = choice.kind
+            self._typed.append((tensor, kind))
         self.plan: Plan = {
             name: LinearPlan(linear.shape, linear.spec.model_copy(update=on_grid_of(kinds[name].name)))
             for name, linear in asked.items()
@@ -194,8 +201,8 @@ class GgufTarget:
             yield _GgufCodesWriter(writer, self._others)
 
 
-def _kind_of(tensor: gguf_files.GgufTensor, linears: Sequence[LinearPlan | None], recipe: Kind) -> Kind | None:
-    """The type of a tensor made of Linears; None where they stay as they are."""
+def _wanted(tensor: gguf_files.GgufTensor, linears: Sequence[LinearPlan | None], recipe: Kind) -> Kind | None:
+    """The type that a tensor made of Linears is to have; None where they stay as they are."""
     asked = {None if linear is None else linear.spec.ggml or recipe.name for linear in linears}
     if len(asked) > 1:
         raise UsageError(
@@ -203,7 +210,7 @@ def _kind_of(tensor: gguf_files.GgufTensor, linears: Sequence[LinearPlan | None]
             "must treat them alike"
         )
     name = asked.pop()
-    return None if name is None else fitting(Kind.__members__[name], tensor.shape[-1])
+    return None if name is None else Kind.__members__[name]
 
 
 class _GgufCodesWriter:

@@ -1,13 +1,12 @@
 """The GGUF container: one file, or several parts, as llama.cpp reads it.
 
 `plan` says which tensors the file holds and what each is made of; the caller chooses a type for each and gives the
-packed rows; `header` makes the keys; `GgufWriter` writes into a folder of `staged_files`. The reader is
+packed rows; `header` makes the keys; `GgufWriter` writes into a folder of `workdir.staged_files`. The reader is
 `quantkit.sources.gguf.GgufSource`.
 """
 
 from quantkit.writers.gguf.architectures import WRITABLE, architecture_of, limits
 from quantkit.writers.gguf.metadata import header, origin
-from quantkit.writers.gguf.staging import staged_files
 from quantkit.writers.gguf.tensors import GgufTensor, plan
 from quantkit.writers.gguf.writer import GgufWriter, packed_bytes
 
@@ -21,5 +20,4 @@ __all__ = [
     "origin",
     "packed_bytes",
     "plan",
-    "staged_files",
 ]

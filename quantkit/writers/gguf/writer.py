@@ -39,7 +39,7 @@ class GgufWriter:
     """Writes the planned tensors, each exactly once.
 
     Order of use: `write` for every source of every tensor, `finish`. Files have their final names from the start, so
-    they must lie where nobody takes them for finished (`quantkit.writers.gguf.staged_files`).
+    they must lie where nobody takes them for finished (`quantkit.workdir.staged_files`).
 
     Attributes:
         paths: the files, in order: `path`, or its parts (``NAME-00001-of-00003.gguf``).

@@ -55,25 +55,23 @@ def pack(codes: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
-    """Undo `pack`: int32 [w, m] -> uint8 [w * 32 / bits, m] (for axis 1 [w, m * 32 / bits]).
+    """Undo `pack`: int32 [w, m] -> uint8 [w * 32 / bits, m] (for axis 1 [w, m * 32 / bits]), maybe a view.
 
     Raises:
         ValueError: bits that the layout has no form for, or for 3 bits a number of words that is no multiple of 3.
     """
-    if axis == 1:
-        return unpack(words.T, bits).T.contiguous()
-    multiple = packing_multiple(bits)
-    per_unit = multiple * bits // 32
-    w, m = words.shape
+    if axis == 0:
+        return unpack(words.T, bits, axis=1).T
+    per_unit = packing_multiple(bits) * bits // 32
+    m, w = words.shape
     if w % per_unit:
         raise ValueError(f"{bits}-bit codes come in units of {per_unit} words, not {w}")
-    grouped = (words.to(torch.int64) & 0xFFFFFFFF).reshape(w // per_unit, per_unit, m)
     if bits == 3:
-        codes = _three_bit_codes(grouped)
-    else:
-        shifts = torch.arange(multiple, device=words.device) * bits
-        codes = (grouped >> shifts[None, :, None]) & (2**bits - 1)
-    return codes.reshape(w * 32 // bits, m).to(torch.uint8)
+        units = (words.T.to(torch.int64) & 0xFFFFFFFF).reshape(w // per_unit, per_unit, m)
+        return _three_bit_codes(units).reshape(w * 32 // bits, m).to(torch.uint8).T
+    octets = words.reshape(-1).view(torch.uint8).reshape(m, w * 4)  # of each word the lowest first
+    fields = [(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(fields, dim=2).reshape(m, w * 32 // bits)
 
 
 def _check_bits(bits: int) -> None:

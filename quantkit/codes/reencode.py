@@ -82,7 +82,7 @@ def reencode(linear: QuantizedLinear, name: str) -> Array:
     scales, zeros = linear.scales.numpy(), linear.zeros.numpy()
     kind = type_of(name)
     d, z = (part[:, group[:: kind.columns]] for part in (scales, zeros))  # of each block: it lies within a group
-    if not kind.has_minimum:
+    if not kind.has_minimum and (zeros != 2 ** (kind.bits - 1)).any():
         shifted = codes.astype(np.int16) - zeros[:, group] + 2 ** (kind.bits - 1)
         codes = shifted.astype(np.uint8)
     if name in BLOCK_TYPES:

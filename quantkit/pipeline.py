@@ -201,16 +201,16 @@ def gptq(
     )
     judging = make(EvaluationSpec, text=text, seq_len=default_seq_len(text), template=template)
     shard_bytes = parse_size(max_shard_size)
+    ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
+    if ggml is None:
+        _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
     stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code, untie)
     source = stream.source
     if ggml is None:
-        _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
         target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
     else:
-        ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
-        gguf = GgufTarget(stream, spec, GgufForm(ggml, f"{_variant(source, spec, ggml)}.gguf", *ends, pre))
-        note_fallback(gguf.fallback, progress)
-        target = gguf
+        form = GgufForm(ggml, f"{_variant(source, spec, ggml)}.gguf", ends[0], ends[1], pre)
+        target = _gguf_target(stream, spec, form, progress)
     note_plan(stream, target.plan, progress)
     place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
     check_output(place, source.path, force)
@@ -241,7 +241,8 @@ def gptq(
                 advance(1)
         warn_starved_experts(layers, target.plan, matrix.tokens, progress)
         write_layer_table(folder / "quant_log.csv", layers)
-        recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else {"ggml": ggml})
+        form_of = {"ggml": ggml, "embedding_type": embedding_type, "output_type": output_type, "pre": pre}
+        recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else form_of)
         record = _record(source, recipe, matrix, layers)
         write_json(folder / REPORT_NAME, record)
 
@@ -365,6 +366,14 @@ def _quant_spec(
     if any(changes.changes().keys() - {"ggml"} for _, changes in overrides):
         raise UsageError("--override: with --ggml it takes types, such as '*.down_proj=ggml:q6_k'")
     return make(QuantSpec, **(own | {"ggml": None}), **rest, overrides=overrides)
+
+
+def _gguf_target(stream: ModelStream, spec: QuantSpec, form: GgufForm, progress: Progress) -> GgufTarget:
+    target = GgufTarget(stream, spec, form)
+    note_fallback(target.fallback, progress)
+    for text in target.limits:
+        progress.warn(text)
+    return target
 
 
 def _refuse_ggml_options(**options: str | None) -> None:

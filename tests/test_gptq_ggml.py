@@ -69,19 +69,22 @@ def test_what_is_in_the_file_is_what_was_optimised(
     size = 8 * sum(i.bytes for i in weights.values()) / sum(i.shape[0] * i.shape[1] for i in weights.values())
     assert report.bits_per_weight == pytest.approx(size)
     record = json.loads((tmp_path / "out" / "quantkit.json").read_text())
-    assert record["recipe"]["ggml"] == ggml
+    assert (record["recipe"]["ggml"], record["recipe"]["pre"]) == (ggml, "gpt-2")
     assert len(record["layers"]) == 14
     fields = gguf.GGUFReader(report.model).fields
     assert fields["quantkit.weights"].contents() == "GPTQ codes"
 
 
-def test_the_mixture_is_llama_cpps(make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path) -> None:
+def test_the_mixture_is_llama_cpps(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, recorder: Recorder
+) -> None:
     """Also of a fused q/k/v, and of widths that no super-block divides."""
     folder = make_model("llama", num_hidden_layers=8, **WIDE)
     types = types_of(run(folder, tmp_path / "m", tiny_tokens, "q4_k_m", dry_run=False).model)
     more = {f"blk.{i}.{role}.weight" for i in (0, 3, 6, 7) for role in ("attn_v", "ffn_down")}
     assert {name for name, kind in types.items() if kind == "Q6_K"} == {*more, "output.weight"}
-    narrow = types_of(run(make_model("phi3"), tmp_path / "n", tiny_tokens, "q4_k_m").model)
+    narrow = types_of(run(make_model("phi3"), tmp_path / "n", tiny_tokens, "q4_k_m", progress=recorder).model)
+    assert any(note.startswith("9 matrices are no whole number of blocks wide") for note in recorder.notes)
     assert [narrow[f"blk.{i}.attn_qkv.weight"] for i in (0, 1)] == ["Q5_0", "Q8_0"]
     assert [narrow[f"blk.{i}.ffn_up.weight"] for i in (0, 1)] == ["Q5_0", "Q5_0"]
 

@@ -136,6 +136,7 @@ class GgufTarget:
 
     Attributes:
         fallback: matrices that the type meant for them does not divide, and the type they get.
+        limits: where llama.cpp's result drifts from the model's.
     """
 
     def __init__(self, stream: ModelStream, spec: QuantSpec, form: GgufForm) -> None:
@@ -146,6 +147,7 @@ class GgufTarget:
         """
         source, weights = stream.source, stream.weights
         self._name, self._architecture = form.name, gguf_files.architecture_of(source)
+        self.limits = gguf_files.limits(source)
         origin = gguf_files.origin(from_gptq=True)
         self._keys = gguf_files.header(source, file_type(form.recipe), pre=form.pre, provenance=origin)
         tensors = gguf_files.plan(source, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from enum import StrEnum
@@ -478,6 +479,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     except typer.Exit as done:
         return done.exit_code
+    except BrokenPipeError:  # `quantkit ... | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (KeyboardInterrupt, typer.Abort):
         console.log.print("interrupted; no unfinished output was left", markup=False)
         return 1
@@ -504,8 +508,6 @@ def _report(error: Exception, debug: bool) -> int:
 
 def _hush_libraries() -> None:
     """Keep transformers' own bars and advice off stderr, before it is imported."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")

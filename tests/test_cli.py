@@ -24,7 +24,7 @@ from quantkit.config import CalibrationSpec
 
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
-VERBS = ("gptq", "perplexity", "samples", "ggml", "convert", "inspect")
+VERBS = ("gptq", "perplexity", "samples", "ggml", "imatrix", "convert", "inspect")
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 GPTQ_KEYS = {
     "ggml",
@@ -205,6 +205,17 @@ def test_options_are_spelled_as_promised() -> None:
 
 
 # -- gptq ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
+    """As in `quantkit gptq --help | head`."""
+    command = [sys.executable, "-m", "quantkit", "gptq", "--help"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 @pytest.mark.parametrize(

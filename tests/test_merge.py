@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import cli
-from quantkit.errors import NumericError, OutputError, QuantkitError, SourceError, UsageError
+from quantkit.errors import NumericError, OutputError, SourceError, UsageError
 from quantkit.model import delta as module
 from quantkit.model.delta import DeltaSource, DiffSource, combined, row_mean
 from quantkit.sources import open_source
@@ -436,7 +436,7 @@ def test_a_record_of_something_else_is_passed_over(record: str, base: Path, padd
     (tmp_path / "delta" / "quantkit.json").write_text(record)
     assert quantkit.merge(base, tmp_path / "delta", tmp_path / "out").dtype == "float32"
     (tmp_path / "delta" / "quantkit.json").write_text("[]")
-    with pytest.raises(SourceError, match="quantkit.json: holds no JSON object"):
+    with pytest.raises(SourceError, match=r"quantkit\.json: holds no JSON object"):
         quantkit.merge(base, tmp_path / "delta", tmp_path / "no")
 
 
@@ -554,6 +554,25 @@ def test_gptq_of_a_base_and_a_delta_is_gptq_of_the_merged_model(
             quantkit.gptq(out=tmp_path / "no", **given_, **options)
     with pytest.raises(UsageError, match="contains the source"):
         quantkit.gptq(out=base.parent, base=base, delta=tmp_path / "delta", force=True, **options)
+
+
+def test_files_for_llama_cpp_of_a_base_and_a_delta(
+    base: Path, tuned: Path, tmp_path: Path, tiny_tokens: Any
+) -> None:
+    quantkit.diff(base, tuned, tmp_path / "my-delta")
+    quantkit.merge(base, tmp_path / "my-delta", tmp_path / "my")
+    pair: dict[str, Any] = {"base": base, "delta": tmp_path / "my-delta"}
+    quantkit.ggml(out=tmp_path / "pair.gguf", type="q8_0", pre="smollm", **pair)
+    quantkit.ggml(tmp_path / "my", tmp_path / "one.gguf", type="q8_0", pre="smollm")
+    assert (tmp_path / "pair.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+    quantkit.imatrix(out=tmp_path / "pair.imatrix", calibration=tiny_tokens, device="cpu", **pair)
+    quantkit.imatrix(tmp_path / "my", tmp_path / "one.imatrix", calibration=tiny_tokens, device="cpu")
+    assert (tmp_path / "pair.imatrix").read_bytes() == (tmp_path / "one.imatrix").read_bytes()
+    with pytest.raises(UsageError, match="no MODEL given: name one, or --base and --delta"):
+        quantkit.ggml()
+    quantkit.ggml(base, tmp_path / "base.gguf", type="f16", pre="smollm")
+    with pytest.raises(UsageError, match=r"base\.gguf already exists; name another"):
+        quantkit.ggml(out=tmp_path / "base.gguf", base=tmp_path / "base.gguf", delta=tmp_path / "my-delta", force=True)
 
 
 def test_a_pair_holds_what_both_hold(base: Path, tuned: Path) -> None:

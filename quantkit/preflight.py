@@ -13,7 +13,7 @@ import torch
 
 from quantkit.config import ComputeDtype
 from quantkit.errors import NumericError, SourceError, UsageError
-from quantkit.model.delta import DeltaSource, PairSource
+from quantkit.model.delta import DeltaSource, PairSource, delta_record
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.blockwise import LayerStatistics
@@ -145,6 +145,10 @@ def note_source(source: Source, progress: Progress) -> None:
             progress.note(text)
         if source.doubt is not None:
             progress.warn(source.doubt)
+    elif delta_record(source):
+        progress.warn(
+            f"{source.label} is a delta, no model of its own: give it as --delta, with its --base, or merge it"
+        )
 
 
 def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:

@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Recorder, token_matrix
+from gguf_models import sentencepiece, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_ggjt import LLAMA, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit import cli
@@ -556,9 +558,7 @@ def test_gptq_of_a_base_and_a_delta_is_gptq_of_the_merged_model(
         quantkit.gptq(out=base.parent, base=base, delta=tmp_path / "delta", force=True, **options)
 
 
-def test_files_for_llama_cpp_of_a_base_and_a_delta(
-    base: Path, tuned: Path, tmp_path: Path, tiny_tokens: Any
-) -> None:
+def test_files_for_llama_cpp_of_a_base_and_a_delta(base: Path, tuned: Path, tmp_path: Path, tiny_tokens: Any) -> None:
     quantkit.diff(base, tuned, tmp_path / "my-delta")
     quantkit.merge(base, tmp_path / "my-delta", tmp_path / "my")
     pair: dict[str, Any] = {"base": base, "delta": tmp_path / "my-delta"}
@@ -573,6 +573,40 @@ def test_files_for_llama_cpp_of_a_base_and_a_delta(
     quantkit.ggml(base, tmp_path / "base.gguf", type="f16", pre="smollm")
     with pytest.raises(UsageError, match=r"base\.gguf already exists; name another"):
         quantkit.ggml(out=tmp_path / "base.gguf", base=tmp_path / "base.gguf", delta=tmp_path / "my-delta", force=True)
+
+
+def test_the_wizardlm_recipe_with_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
+    """Base and delta with the extra [PAD], as of Alpaca's script: merged, and to ggjt, with and without merging."""
+    write_model(tmp_path / "llama.gguf", tiny(), sentencepiece(LLAMA))
+    quantkit.convert(tmp_path / "llama.gguf", tmp_path / "llama")
+    rows = len(LLAMA["tokens"]) + 1
+    wizard = changed(tmp_path / "llama", tmp_path / "wizard", tune_with_pad, vocab_size=rows)
+    tokenizer = AutoTokenizer.from_pretrained(wizard)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(wizard)
+    (wizard / "quantkit.json").unlink()
+    quantkit.diff(tmp_path / "llama", wizard, tmp_path / "wizard-delta", vocab="mean")
+    (tmp_path / "wizard-delta" / "quantkit.json").unlink()  # as another program's
+    report = quantkit.merge(tmp_path / "llama", tmp_path / "wizard-delta", tmp_path / "merged", dtype="float16")
+    assert report.vocab == "mean"
+    same(tmp_path / "merged", wizard)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("[PAD]") == rows - 1
+    for kind in ("q4_0", "q8_0"):
+        options: dict[str, Any] = {"type": kind, "container": "ggjt"}
+        quantkit.ggml(tmp_path / "merged", tmp_path / "merged.bin", force=True, **options)
+        quantkit.ggml(
+            out=tmp_path / "pair.bin", base=tmp_path / "llama", delta=tmp_path / "wizard-delta", force=True, **options
+        )
+        assert (tmp_path / "pair.bin").read_bytes() == (tmp_path / "merged.bin").read_bytes()
+        assert open_source(tmp_path / "pair.bin").tensors[EMBEDDING].shape[0] == rows
+
+
+def test_a_delta_taken_for_a_model_is_said(base: Path, tuned: Path, tmp_path: Path, recorder: Recorder) -> None:
+    quantkit.diff(base, tuned, tmp_path / "delta")
+    quantkit.convert(tmp_path / "delta", tmp_path / "out", dry_run=True, progress=recorder)
+    assert recorder.warnings == [
+        "delta is a delta, no model of its own: give it as --delta, with its --base, or merge it"
+    ]
 
 
 def test_a_pair_holds_what_both_hold(base: Path, tuned: Path) -> None:

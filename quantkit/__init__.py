@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quantkit.export import ggml
     from quantkit.importance import imatrix
     from quantkit.inspection import inspect
+    from quantkit.merging import diff, merge
     from quantkit.pipeline import gptq, perplexity, samples
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "UsageError",
     "__version__",
     "convert",
+    "diff",
     "ggml",
     "gptq",
     "imatrix",
     "inspect",
+    "merge",
     "perplexity",
     "samples",
 ]
@@ -32,10 +35,12 @@ __all__ = [
 # The verbs pull in torch and transformers, seconds of work: they are imported when first used.
 _VERBS = {
     "convert": "conversion",
+    "diff": "merging",
     "ggml": "export",
     "gptq": "pipeline",
     "imatrix": "importance",
     "inspect": "inspection",
+    "merge": "merging",
     "perplexity": "pipeline",
     "samples": "pipeline",
 }

@@ -50,6 +50,12 @@ class Format(StrEnum):
     gptq_v2 = "gptq_v2"
 
 
+class Vocabulary(StrEnum):
+    auto = "auto"
+    mean = "mean"
+    delta = "delta"
+
+
 class Container(StrEnum):
     gguf = "gguf"
     ggjt = "ggjt"
@@ -86,6 +92,13 @@ Evaluate = Annotated[
     bool,
     typer.Option("--eval/--no-eval", help="Compare with the source on --text, whose records are not calibrated on."),
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="Instead of MODEL: the base that --delta is added to, as merge would.", show_default=False),
+]
+DeltaOption = Annotated[str | None, typer.Option(help="What is added to --base.", show_default=False)]
+_BASE = "The base: folder, GGUF file or Hub id, in full precision."
+BaseRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of BASE, a Hub id.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -99,6 +112,8 @@ def gptq(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; default: named after the model.", show_default=False)
     ] = None,
+    base: BaseOption = None,
+    delta: DeltaOption = None,
     bits: Annotated[
         int | None, typer.Option(help="2, 3, 4 or 8; default 4, or what --ggml has.", show_default=False)
     ] = None,
@@ -178,6 +193,8 @@ def gptq(
     report = pipeline.gptq(
         model,
         out,
+        base=base,
+        delta=delta,
         bits=bits,
         group_size=group_size,
         sym=sym,
@@ -322,11 +339,116 @@ def convert(
 
 
 @app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help=_BASE, show_default=False)],
+    delta: Annotated[str, typer.Argument(help="The delta: folder, GGUF file or Hub id.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    vocab: Annotated[
+        Vocabulary,
+        typer.Option(
+            help="Rows of vocabulary that BASE lacks count as the mean of its rows (Alpaca, WizardLM), or the delta's "
+            "are taken as they are (FastChat); auto finds out."
+        ),
+    ] = Vocabulary.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights; auto: the tuned model's, or else DELTA's.")
+    ] = Dtype.auto,
+    expect_sum: Annotated[
+        float | None, typer.Option(help="What all values must add up to; else nothing is written.", show_default=False)
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
+    base_revision: BaseRevision = None,
+    revision: Annotated[str | None, typer.Option(help="The same of DELTA.", show_default=False)] = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the two; say what would be written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Add a delta to the base it was made from, tensor by tensor, into a Hugging Face folder of the tuned model."""
+    from quantkit import merging
+
+    report = merging.merge(
+        base,
+        delta,
+        out,
+        vocab=vocab.value,
+        dtype=dtype.value,
+        expect_sum=expect_sum,
+        max_shard_size=max_shard_size,
+        base_revision=base_revision,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        force=force,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_merge(report)
+
+
+@app.command()
+def diff(
+    base: Annotated[str, typer.Argument(help=_BASE, show_default=False)],
+    tuned: Annotated[
+        str, typer.Argument(help="The model made from it: folder, GGUF file or Hub id.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    vocab: Annotated[
+        Vocabulary,
+        typer.Option(
+            help="Rows of vocabulary that BASE lacks count as the mean of its rows (Alpaca, WizardLM), or "
+            "are written as they are (FastChat), as auto does."
+        ),
+    ] = Vocabulary.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Of the differences; auto: float32.")] = Dtype.auto,
+    expect_sum: Annotated[
+        float | None,
+        typer.Option(
+            help="What all values of the merged model must add up to; else nothing is written.", show_default=False
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file.")] = "5GB",
+    base_revision: BaseRevision = None,
+    revision: Annotated[str | None, typer.Option(help="The same of TUNED.", show_default=False)] = None,
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the two; say what would be written.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write what a tuned model changed of its base: a delta, which merge adds to the base again."""
+    from quantkit import merging
+
+    report = merging.diff(
+        base,
+        tuned,
+        out,
+        vocab=vocab.value,
+        dtype=dtype.value,
+        expect_sum=expect_sum,
+        max_shard_size=max_shard_size,
+        base_revision=base_revision,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+        force=force,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else console.print_diff(report)
+
+
+@app.command()
 def ggml(
-    model: Annotated[str, typer.Argument(help="Folder (GPTQ or full precision), GGUF file or Hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder (GPTQ or full precision), GGUF file or Hub id.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
     ] = None,
+    base: BaseOption = None,
+    delta: DeltaOption = None,
     type: Annotated[
         str,
         typer.Option(
@@ -343,9 +465,7 @@ def ggml(
     embedding_type: Annotated[
         str, typer.Option(help="Of the embedding; auto: what --type says, of a GPTQ checkpoint its own.")
     ] = "auto",
-    output_type: Annotated[
-        str, typer.Option(help="Of the output matrix; auto: as for the embedding.")
-    ] = "auto",
+    output_type: Annotated[str, typer.Option(help="Of the output matrix; auto: as for the embedding.")] = "auto",
     pure: Annotated[bool, typer.Option("--pure", help="One type for all matrices.")] = False,
     imatrix: Annotated[
         Path | None,
@@ -371,6 +491,8 @@ def ggml(
     report = write_ggml(
         model,
         out,
+        base=base,
+        delta=delta,
         type=type,
         container=container.value,
         requantize=requantize,
@@ -391,10 +513,14 @@ def ggml(
 
 @app.command()
 def imatrix(
-    model: Annotated[str, typer.Argument(help="Folder, GGUF or ggjt file, or Hub id.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, GGUF or ggjt file, or Hub id.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: named after the model.", show_default=False)
     ] = None,
+    base: BaseOption = None,
+    delta: DeltaOption = None,
     calibration: Calibration = "evol-instruct-sample",
     samples: Samples = 128,
     seq_len: SeqLen = 512,
@@ -416,6 +542,8 @@ def imatrix(
     report = write_imatrix(
         model,
         out,
+        base=base,
+        delta=delta,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,

@@ -15,6 +15,8 @@ CheckpointFormat = Literal["gptq", "gptq_v2"]
 GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 """Types on whose grids GPTQ runs."""
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Vocabulary = Literal["auto", "mean", "delta"]
+"""What a base's missing rows of vocabulary count as, beside a delta: the mean of its rows, or nothing."""
 
 S = TypeVar("S", bound="Spec")
 

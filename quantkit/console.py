@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantkit.export import GgmlReport
     from quantkit.importance import ImatrixReport
     from quantkit.inspection import Inspection
+    from quantkit.merging import DiffReport, MergeReport
     from quantkit.pipeline import GptqReport, PerplexityReport, SamplesReport
 
 _LINE_SECONDS = 15.0
@@ -169,12 +170,29 @@ def print_samples(report: SamplesReport, show: int) -> None:
         results.print(window, markup=False)
 
 
-def print_convert(report: ConvertReport) -> None:
+def print_convert(report: ConvertReport | MergeReport) -> None:
     verb = "would write" if report.dry_run else "wrote"
     took = "" if report.dry_run else f", in {report.seconds:.0f} s"
     results.print(
         f"{verb} {report.out}\n{report.tensors} tensors in {report.dtype}, {size(report.bytes)}{took}", markup=False
     )
+
+
+def print_merge(report: MergeReport) -> None:
+    print_convert(report)
+    if report.sum is not None:
+        results.print(f"all values add up to {report.sum:.4f}", markup=False)
+
+
+def print_diff(report: DiffReport) -> None:
+    print_convert(report)
+    if report.sum is not None:
+        back = "all" if not report.differing else f"all but {report.differing}"
+        results.print(
+            f"merging gives {back} of {report.values} values back, off by {report.largest_error:.2g} at most before "
+            f"rounding\nto check a merge: --expect-sum {report.sum:.4f}",
+            markup=False,
+        )
 
 
 def print_ggml(report: GgmlReport) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from quantkit.sources.hf import open_weights
 from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
 from quantkit.writers.safetensors import ShardedWriter, TensorPlan, tensor_bytes
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 # Masks and counters that some checkpoints store; everything else is a weight.
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+# What a progress bar calls the work; by the kind of source.
+_PHASES = {"delta": "merging", "diff": "subtracting"}
 
 
 @dataclass(frozen=True)
@@ -86,28 +89,71 @@ def convert(
         QuantkitError: the model or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
-    if dtype not in ("auto", *_DTYPES):
-        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(_DTYPES)}")
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
     shard_bytes = parse_size(max_shard_size)
     source = open_source(model, revision, trust_remote_code)
     note_source(source, progress)
-    held = _DTYPES.get(dtype, source.dtype)
+    held = DTYPES.get(dtype, source.dtype)
     target = _output(out, source, held)
     check_output(target, source.path, force)
-    weights = whole_weights(source)
-    planned = [TensorPlan(name, _held(info, held), info.shape) for name, info in weights.tensors.items()]
-    name = str(held).removeprefix("torch.")
-    report = ConvertReport(target, name, len(planned), sum(tensor.bytes for tensor in planned), dry_run=True)
+    plan = plan_folder(source, held)
+    report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
     if dry_run:
         return report
     with staged_folder(target) as folder:
-        _write(folder, weights, planned, shard_bytes, progress)
-        config = {key: value for key, value in source.config_dict().items() if key not in ("dtype", "torch_dtype")}
-        # transformers 5 reads dtype, transformers 4 torch_dtype.
-        write_json(folder / "config.json", {**config, "dtype": name, "torch_dtype": name})
-        source.copy_companions(folder)
-        write_json(folder / REPORT_NAME, {"recipe": {"dtype": name}, **origin(source)})
-    return ConvertReport(target, name, report.tensors, report.bytes, time.perf_counter() - started)
+        write_folder(folder, plan, shard_bytes, progress)
+        write_json(folder / REPORT_NAME, {"recipe": {"dtype": plan.dtype_name}, **origin(source)})
+    return replace(report, seconds=time.perf_counter() - started, dry_run=False)
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """A folder of safetensors that can be written: every tensor is there and has its shape."""
+
+    source: Source
+    weights: Weights
+    tensors: list[TensorPlan]
+    dtype_name: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
+def plan_folder(source: Source, dtype: torch.dtype) -> FolderPlan:
+    """What a source is as a folder of weights in `dtype`, from headers. Raises SourceError as `whole_weights` does."""
+    weights = whole_weights(source)
+    planned = [TensorPlan(name, _held(info, dtype), info.shape) for name, info in weights.tensors.items()]
+    return FolderPlan(source, weights, planned, str(dtype).removeprefix("torch."))
+
+
+def write_folder(
+    folder: Path,
+    plan: FolderPlan,
+    max_shard_bytes: int,
+    progress: Progress,
+    watch: Callable[[torch.Tensor], None] = lambda values: None,
+) -> None:
+    """Write weights, config and companions into a staged folder, and read the weights back.
+
+    Args:
+        folder: empty.
+        plan: what to write.
+        max_shard_bytes: of a weight file.
+        progress: receives bars.
+        watch: sees every tensor as it is read, before it is cast.
+
+    Raises:
+        NumericError: names a tensor with a value that is not finite, or that the type cannot hold.
+        OutputError: other values were read back than were written.
+    """
+    _write(folder, plan, max_shard_bytes, progress, watch)
+    name = plan.dtype_name
+    config = {key: value for key, value in plan.source.config_dict().items() if key not in ("dtype", "torch_dtype")}
+    # transformers 5 reads dtype, transformers 4 torch_dtype.
+    write_json(folder / "config.json", {**config, "dtype": name, "torch_dtype": name})
+    plan.source.copy_companions(folder)
 
 
 def whole_weights(source: Source) -> Weights:
@@ -149,15 +195,19 @@ def _held(info: TensorInfo, dtype: torch.dtype) -> torch.dtype:
     return _INTEGERS.get(info.stored_as, dtype)
 
 
-def _write(folder: Path, weights: Weights, planned: list[TensorPlan], max_shard_bytes: int, progress: Progress) -> None:
+def _write(
+    folder: Path, plan: FolderPlan, max_shard_bytes: int, progress: Progress, watch: Callable[[torch.Tensor], None]
+) -> None:
+    planned = plan.tensors
     writer = ShardedWriter(folder, planned, max_shard_bytes)
     checksums = {}
     try:
-        with progress.phase("converting", len(planned)) as advance:
+        with progress.phase(_PHASES.get(plan.source.kind, "converting"), len(planned)) as advance:
             for tensor in planned:
-                values = _cast(weights, tensor)
+                values = _cast(plan.weights, tensor, watch)
                 writer.write(tensor.name, values)
                 checksums[tensor.name] = zlib.crc32(tensor_bytes(values))
+                del values  # before the next one is read
                 advance(1)
             writer.finish()
     finally:
@@ -170,7 +220,7 @@ def _write(folder: Path, weights: Weights, planned: list[TensorPlan], max_shard_
             advance(1)
 
 
-def _cast(weights: Weights, tensor: TensorPlan) -> torch.Tensor:
+def _cast(weights: Weights, tensor: TensorPlan, watch: Callable[[torch.Tensor], None]) -> torch.Tensor:
     """The tensor in the type it is written in.
 
     Raises:
@@ -180,6 +230,7 @@ def _cast(weights: Weights, tensor: TensorPlan) -> torch.Tensor:
     if values.is_floating_point() != tensor.dtype.is_floating_point:
         stored = weights.tensors[tensor.name].stored_as
         raise SourceError(f"{tensor.name} is stored as {stored}, which is no type of a weight")
+    watch(values)
     cast = values.to(tensor.dtype)
     if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
         if not bool(torch.isfinite(values).all()):

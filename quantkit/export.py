@@ -16,12 +16,12 @@ import torch
 from quantkit.errors import UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.model.weights import Weights
-from quantkit.preflight import note_fallback, note_source, parse_size
+from quantkit.preflight import check_other_file, named, note_fallback, note_source, open_model, parse_size
 from quantkit.progress import SILENT, Progress
-from quantkit.sources import Source, open_source, variant_name
+from quantkit.sources import Source, variant_name
 from quantkit.sources.gptq import GptqSource
 from quantkit.sources.imatrix import Imatrix, read_imatrix
-from quantkit.workdir import absolute, check_file, staged_files
+from quantkit.workdir import absolute, staged_files
 from quantkit.writers import ggjt
 from quantkit.writers import gguf as gguf_files
 from quantkit.writers.ggml_recipes import RECIPES, file_type, parse_kind, recipe_of
@@ -68,9 +68,11 @@ class GgmlReport:
 
 
 def ggml(
-    model: str | Path,
+    model: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
     type: str = "auto",
     container: Container = "gguf",
     requantize: bool = False,
@@ -94,6 +96,7 @@ def ggml(
     Args:
         model: folder (full precision or GPTQ), GGUF or ggjt file, or Hub id.
         out: file to write; None names it after the model.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
         type: "auto" is the smallest that holds a GPTQ checkpoint's codes exactly, every tensor's own type of a GGUF or
             ggjt file, and the source's precision for others. Else llama.cpp's file type of this name, which gives some
             matrices more bits (where q3_k, q4_k and q5_k are no mixtures but the type itself); or the type of a GPTQ
@@ -128,7 +131,7 @@ def ggml(
     split = 0 if split_max_size is None else parse_size(split_max_size)
     if container == "ggjt" and (split or pre):
         raise UsageError("--split-max-size and --pre are for GGUF files")
-    source = open_source(model, revision, trust_remote_code)
+    source = open_model(named(model, base, delta), revision, trust_remote_code)
     note_source(source, progress)
     if container == "ggjt":
         ggjt.check(source, progress)
@@ -141,7 +144,7 @@ def ggml(
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
     target = _output(out, source, recipe, container)
-    check_file(target, source.path, force)
+    check_other_file(target, source, force)
     report = _sizes(target, chosen, progress)
     job = _Job(target, source, weights, chosen, split, progress)
     write = job.plan_gguf(recipe, pre, options.imatrix) if container == "gguf" else job.plan_ggjt()

@@ -13,11 +13,11 @@ from quantkit.calibration import TokenMatrix, draw, load_calibration
 from quantkit.config import HELDOUT, CalibrationSpec, ComputeDtype, TemplateName, make
 from quantkit.evaluate.text import text_index
 from quantkit.model.stream import ModelStream
-from quantkit.preflight import check_tokens, note_source, open_stream
+from quantkit.preflight import check_other_file, check_tokens, named, note_source, open_stream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.importance import InputSquares, collect_squares, peak_bytes
 from quantkit.sources import Source, variant_name
-from quantkit.workdir import absolute, check_file, staged_files
+from quantkit.workdir import absolute, staged_files
 from quantkit.writers import gguf as gguf_files
 from quantkit.writers.imatrix import Entry, write_imatrix
 
@@ -50,9 +50,11 @@ class ImatrixReport:
 
 
 def imatrix(
-    model: str | Path,
+    model: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
     calibration: str | TokenMatrix = "evol-instruct-sample",
     samples: int = 128,
     seq_len: int = 512,
@@ -74,6 +76,7 @@ def imatrix(
     Args:
         model: folder, GGUF or ggjt file, or Hub id, of an architecture that GGUF files hold.
         out: file to write; None names it after the model.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
         calibration: as in `gptq`; records that also occur in the text that `gptq` is judged on are left out. Or
             windows made beforehand.
         samples, seq_len, template, seed: as in `gptq`, which draws the same windows from them.
@@ -92,13 +95,13 @@ def imatrix(
         **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
         **{"samples": samples, "seq_len": seq_len, "template": template, "seed": seed},
     )
-    stream = open_stream(model, device, dtype, revision, trust_remote_code)
+    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code)
     source = stream.source
     note_source(source, progress)
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
     target = _output(out, source)
-    check_file(target, source.path, force)
+    check_other_file(target, source, force)
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
     size = sum(entry.bytes for entry in entries.values())
     memory = size + peak_bytes(stream, chunks * chunk_size)

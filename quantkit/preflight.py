@@ -6,26 +6,78 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quantkit.config import ComputeDtype
 from quantkit.errors import NumericError, SourceError, UsageError
+from quantkit.model.delta import DeltaSource, PairSource, delta_record
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.blockwise import LayerStatistics
 from quantkit.quant.plan import Plan
 from quantkit.sources import Source, open_source
 from quantkit.sources.ggjt import GgjtSource
+from quantkit.workdir import check_file, check_output
 from quantkit.writers import gptq as container
 from quantkit.writers.targets import Target
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A model given as --base and --delta."""
+
+    base: str | Path
+    delta: str | Path
+
+
+def pair_of(model: str | Path | None, base: str | Path | None, delta: str | Path | None) -> Pair | str | Path | None:
+    """The model that a verb was given, which is one name or a pair. Raises UsageError for a mixture of them."""
+    if base is None and delta is None:
+        return model
+    if base is None or delta is None:
+        raise UsageError("--base and --delta belong together: a model is their sum")
+    if model is not None:
+        raise UsageError(f"{model} is a model already; leave it out, or --base and --delta")
+    return Pair(base, delta)
+
+
+def named(model: str | Path | None, base: str | Path | None, delta: str | Path | None) -> Pair | str | Path:
+    """The model that a verb was given, where none stands for another. Raises UsageError."""
+    found = pair_of(model, base, delta)
+    if found is None:
+        raise UsageError("no MODEL given: name one, or --base and --delta")
+    return found
+
+
+def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code: bool) -> Source:
+    """Open a model by its name, or a pair, whose delta then is what has the revision. Raises SourceError."""
+    if not isinstance(model, Pair):
+        return open_source(model, revision, trust_remote_code)
+    base = open_source(model.base, None, trust_remote_code)
+    return DeltaSource(base, open_source(model.delta, revision, trust_remote_code))
+
+
+def check_outside(out: Path, source: Source, force: bool) -> None:
+    """Refuse an output that exists, or that touches what is read. Raises UsageError."""
+    if isinstance(source, PairSource):
+        check_output(out, source.base.path, force)
+    check_output(out, source.path, force)
+
+
+def check_other_file(out: Path, source: Source, force: bool) -> None:
+    """Refuse an output file that exists, or that is what is read. Raises UsageError."""
+    if isinstance(source, PairSource):
+        check_file(out, source.base.path, force)
+    check_file(out, source.path, force)
+
+
 def open_stream(
-    model: str | Path,
+    model: str | Path | Pair,
     device: str,
     dtype: ComputeDtype,
     revision: str | None,
@@ -37,7 +89,7 @@ def open_stream(
     Raises:
         UsageError: a device that is not there, or float16 arithmetic on a CPU.
     """
-    source = open_source(model, revision, trust_remote_code)
+    source = open_model(model, revision, trust_remote_code)
     place = resolve_device(device)
     if dtype == "float16" and place.type == "cpu":
         raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
@@ -85,9 +137,18 @@ def parse_size(size: str | int) -> int:
 
 
 def note_source(source: Source, progress: Progress) -> None:
-    """Say what had to be assumed of a model whose format does not say all."""
+    """Say what had to be assumed of a model whose format does not say all, or of a pair."""
     if isinstance(source, GgjtSource):
         progress.note(source.assumed)
+    if isinstance(source, PairSource):
+        for text in source.remarks:
+            progress.note(text)
+        if source.doubt is not None:
+            progress.warn(source.doubt)
+    elif delta_record(source):
+        progress.warn(
+            f"{source.label} is a delta, no model of its own: give it as --delta, with its --base, or merge it"
+        )
 
 
 def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:

@@ -9,17 +9,14 @@ import torch
 import transformers
 
 from quantkit import __version__
+from quantkit.model.delta import PairSource
 from quantkit.sources import Source, file_sha256
 
 
 def origin(source: Source) -> dict[str, Any]:
     """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions."""
     return {
-        "source": {
-            "model": source.label,
-            "kind": source.kind,
-            "sha256": {path.name: file_sha256(path) for path in source.weight_files()},
-        },
+        "source": _identity(source),
         "versions": {
             "quantkit": __version__,
             "torch": torch.__version__,
@@ -27,3 +24,12 @@ def origin(source: Source) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """Name, kind and hashes; of a pair those of both."""
+    if isinstance(source, PairSource):
+        named = {role.lower(): _identity(part) for role, part in zip(source.roles, source.pair, strict=True)}
+        return {"model": source.label, "kind": source.kind, "vocab": source.vocab, **named}
+    hashes = {path.name: file_sha256(path) for path in source.weight_files()}
+    return {"model": source.label, "kind": source.kind, "sha256": hashes}

@@ -19,7 +19,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from quantkit import cli, pipeline
+from quantkit import cli, merging, pipeline
 from quantkit.errors import SourceError
 from quantkit.sources import hub, open_source
 
@@ -167,6 +167,21 @@ def test_a_gptq_repository_with_its_file_names_of_2023(
     source = open_source("someone/tiny-GPTQ", "gptq-4bit-128g")
     assert source.kind == "gptq"
     assert (source.path / "quantize_config.json").is_file()
+
+
+@pytest.mark.usefixtures("client")
+def test_a_base_and_a_delta_by_their_revisions(server: HubServer, make_model: MakeModel, tmp_path: Path) -> None:
+    base, tuned = make_model("llama"), with_norm(make_model("llama"), tmp_path / "tuned", 2)
+    merging.diff(base, tuned, tmp_path / "delta")
+    server.commit("someone/tiny", make_model("qwen2"))
+    server.commit("someone/tiny", base, branch="base")
+    server.commit("someone/tiny", tmp_path / "delta", branch="delta")
+    tiny = "someone/tiny"
+    report = merging.merge(tiny, tiny, tmp_path / "out", base_revision="base", revision="delta")
+    assert report.dtype == "float16"  # which the delta's quantkit.json says, and it alone
+    assert torch.equal(open_source(tmp_path / "out").read(NORM), open_source(tuned).read(NORM))
+    with pytest.raises(SourceError, match=r"no such revision of it: check --revision"):
+        merging.merge(tiny, tiny, tmp_path / "no", base_revision="nothing", revision="delta")
 
 
 # -- offline -----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from quantkit.sources.base import first_line
 from quantkit.sources.hf import COMPANIONS
 from quantkit.sources.pickled import PickledFiles
 from quantkit.sources.shards import SafetensorsFiles
+from quantkit.workdir import REPORT_NAME
 
-_BESIDE = ["config.json", "quantize_config.json", *COMPANIONS, "additional_chat_templates/*.jinja"]
+_BESIDE = ["config.json", "quantize_config.json", REPORT_NAME, *COMPANIONS, "additional_chat_templates/*.jinja"]
 _WANTED = ["*.safetensors", SafetensorsFiles.index_name, *_BESIDE]
 # Copies of the weights for other programs: those of subfolders (a pattern's * takes slashes too), and Mistral's own.
 _UNWANTED = ["*/*.safetensors", "consolidated*"]

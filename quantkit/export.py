@@ -19,6 +19,7 @@ from quantkit.model.weights import Weights
 from quantkit.preflight import check_other_file, named, note_fallback, note_source, open_model, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.sources import Source, variant_name
+from quantkit.sources.gguf import GgufSource
 from quantkit.sources.gptq import GptqSource
 from quantkit.sources.imatrix import Imatrix, read_imatrix
 from quantkit.workdir import absolute, staged_files
@@ -216,7 +217,7 @@ class _Job:
 
 def _holds_codes(source: Source, chosen: Chosen) -> bool:
     kept = any(choice.fidelity in ("exact", "bounded") for _, choice in chosen)
-    return kept and isinstance(source, GptqSource)
+    return kept and (isinstance(source, GptqSource) or (isinstance(source, GgufSource) and source.from_gptq))
 
 
 def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:

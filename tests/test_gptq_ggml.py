@@ -75,6 +75,18 @@ def test_what_is_in_the_file_is_what_was_optimised(
     assert fields["quantkit.weights"].contents() == "GPTQ codes"
 
 
+def test_a_copy_of_the_file_still_says_where_its_codes_come_from(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    first = run(make_model("llama", **WIDE), tmp_path / "out", tiny_tokens, "q4_0").model
+    report = quantkit.ggml(first, tmp_path / "copy.gguf", output_type="f16")
+    assert report.fidelity == {"exact": 15, "rounded": 1}
+    assert gguf.GGUFReader(tmp_path / "copy.gguf").fields["quantkit.weights"].contents() == "GPTQ codes"
+    rounded = quantkit.ggml(first, tmp_path / "r.gguf", type="q8_0", pure=True, requantize=True)
+    assert "exact" not in rounded.fidelity
+    assert "quantkit.weights" not in gguf.GGUFReader(tmp_path / "r.gguf").fields
+
+
 def test_the_mixture_is_llama_cpps(
     make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, recorder: Recorder
 ) -> None:

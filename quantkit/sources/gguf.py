@@ -59,6 +59,11 @@ class GgufSource:
         self._stored = dict(self._names())
         self.dtype = torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
 
+    @property
+    def from_gptq(self) -> bool:
+        """Whether the file says that matrices of it hold the codes of a GPTQ run."""
+        return self._field("quantkit.weights") is not None
+
     def _field(self, key: str) -> Any:
         return self._parts[0].keys.get(key)
 

@@ -45,6 +45,7 @@ after a rounding; or rounded (if at all) for the first time."""
 _WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 # Stored as they were trained or published: rounding them is the first.
 _UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
+_AS_IT_IS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 _VALUES_A_TILE = 1 << 22
 Array = npt.NDArray[Any]
 
@@ -265,6 +266,8 @@ class Chooser:
     def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
         def encode(tensor: GgufTensor, published: str) -> Array:
             values = self._weights.read(published)
+            if _AS_IT_IS.get(values.dtype) == kind and values.ndim == 2 and not tensor.offset:
+                return _unchanged(values, published)
             if values.ndim == 1:
                 return _checked(tensor.values(values), kind, published)
             own = None if importance is None else importance[tensor.sources.index(published)]
@@ -281,6 +284,14 @@ class Chooser:
 
 def _fitted(tensor: GgufTensor, kind: Kind) -> Planned:
     return Planned(fitting(kind, tensor.shape[-1]), kind)
+
+
+def _unchanged(values: torch.Tensor, published: str) -> Array:
+    """The bytes of a matrix whose type is the file's, uint8 [rows, bytes of a row]."""
+    if not bool(torch.isfinite(values).all()):
+        raise NumericError(f"{published}: a value is not finite")
+    octets: Array = values.contiguous().view(torch.uint8).numpy()
+    return octets
 
 
 def _checked(values: Array, kind: Kind, published: str) -> Array:

@@ -18,7 +18,7 @@ from quantkit.errors import NumericError, OutputError, SourceError, UsageError
 from quantkit.model.experts import ExpertNames
 from quantkit.model.stream import ModelStream, build_on_meta
 from quantkit.model.weights import Weights, bind
-from quantkit.preflight import note_source, parse_size
+from quantkit.preflight import DTYPES, note_source, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.provenance import origin
 from quantkit.sources import Source, TensorInfo, open_source, variant_name
@@ -26,7 +26,6 @@ from quantkit.sources.hf import open_weights
 from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
 from quantkit.writers.safetensors import ShardedWriter, TensorPlan, tensor_bytes
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 # Masks and counters that some checkpoints store; everything else is a weight.
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}

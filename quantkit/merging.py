@@ -13,10 +13,10 @@ from typing import Any, get_args
 import torch
 
 from quantkit.config import ComputeDtype, Vocabulary
-from quantkit.conversion import DTYPES, FolderPlan, plan_folder, write_folder
+from quantkit.conversion import FolderPlan, plan_folder, write_folder
 from quantkit.errors import NumericError, UsageError
 from quantkit.model.delta import DeltaSource, DiffSource
-from quantkit.preflight import check_outside, note_source, parse_size
+from quantkit.preflight import DTYPES, check_outside, note_source, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.provenance import origin
 from quantkit.sources import Source, file_sha256, open_source
@@ -300,9 +300,11 @@ def _warn_of_sum(found: float, source: DeltaSource, progress: Progress) -> None:
 
 def _finish(folder: Path, plan: FolderPlan, found: Mapping[str, Any]) -> None:
     """The record, and SHA-256 of every file, in it and as `sha256sum --check` reads them."""
+    checksums = _checksums(folder)
     record = {"recipe": {"dtype": plan.dtype_name}, **origin(plan.source), **found}
-    write_json(folder / REPORT_NAME, {**record, "files": _checksums(folder)})
-    lines = [f"{checksum}  {name}\n" for name, checksum in _checksums(folder).items()]
+    write_json(folder / REPORT_NAME, {**record, "files": checksums})
+    checksums[REPORT_NAME] = file_sha256(folder / REPORT_NAME)
+    lines = [f"{checksum}  {name}\n" for name, checksum in sorted(checksums.items())]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 

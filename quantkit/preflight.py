@@ -24,7 +24,7 @@ from quantkit.workdir import check_file, check_output
 from quantkit.writers import gptq as container
 from quantkit.writers.targets import Target
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def open_stream(
     if dtype == "float16" and place.type == "cpu":
         raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
     if dtype != "auto":
-        return ModelStream(source, place, _DTYPES[dtype], untie)
+        return ModelStream(source, place, DTYPES[dtype], untie)
     return ModelStream(source, place, torch.float32 if place.type == "cpu" else source.dtype, untie)
 
 

@@ -37,13 +37,18 @@ class HessianAccumulator:
         Raises:
             NumericError: an activation was not finite; `name` says whose input it was.
         """
-        if not bool(torch.isfinite(self.sum.diagonal()).all()):
-            raise NumericError(
-                f"{name}: an input activation is not finite (NaN or overflow); "
-                "try --dtype float32, or look for a broken weight in an earlier layer"
-            )
+        check_squares(self.sum.diagonal(), name)
         upper = torch.triu(self.sum)
         return (upper + torch.triu(self.sum, diagonal=1).T) / max(self.tokens, 1)
+
+
+def check_squares(sums: torch.Tensor, name: str) -> None:
+    """Refuse sums of squared activations that are not finite. Raises NumericError for the Linear `name`."""
+    if not bool(torch.isfinite(sums).all()):
+        raise NumericError(
+            f"{name}: an input activation is not finite (NaN or overflow); "
+            "try --dtype float32, or look for a broken weight in an earlier layer"
+        )
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quantkit.errors import NumericError
 from quantkit.model.families import Stages
 from quantkit.model.linears import shape_of
 from quantkit.model.stages import paused_bytes, run_watched
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
+from quantkit.quant.hessian import check_squares
 
 _BATCH_TOKENS = 4096
 
@@ -108,9 +108,5 @@ class _Squares:
 
     def finish(self, name: str) -> InputSquares:
         sums = self._sums.cpu()
-        if not bool(torch.isfinite(sums).all()):
-            raise NumericError(
-                f"{name}: an input activation is not finite (NaN or overflow); "
-                "try --dtype float32, or look for a broken weight in an earlier layer"
-            )
+        check_squares(sums, name)
         return InputSquares(sums, self._tokens)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.calibration import TokenMatrix, draw, load_calibration
+from quantkit.calibration import TokenMatrix
 from quantkit.config import HELDOUT, CalibrationSpec, ComputeDtype, TemplateName, make
-from quantkit.evaluate.text import text_index
 from quantkit.model.stream import ModelStream
-from quantkit.preflight import check_other_file, check_tokens, named, note_source, open_stream
+from quantkit.preflight import calibration_windows, check_other_file, check_tokens, named, note_source, open_stream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.importance import InputSquares, collect_squares, peak_bytes
 from quantkit.sources import Source, variant_name
@@ -109,12 +108,7 @@ def imatrix(
     if dry_run:
         return report
 
-    if isinstance(calibration, TokenMatrix):
-        matrix = calibration
-    else:
-        matrix = draw(
-            load_calibration(drawing.data, progress), drawing, source.tokenizer(), progress, text_index(HELDOUT)
-        )
+    matrix = calibration_windows(calibration, drawing, source, HELDOUT, progress)
     check_tokens(matrix.tokens, source)
     chunks, chunk_size = matrix.tokens.shape
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration import TokenMatrix, draw, load_calibration
+from quantkit.calibration import TokenMatrix
 from quantkit.config import (
     HELDOUT,
     ActOrder,
@@ -24,10 +24,11 @@ from quantkit.config import (
 from quantkit.errors import OutputError, QuantkitError, UsageError
 from quantkit.evaluate.compare import score
 from quantkit.evaluate.report import ModelResult, summarize
-from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text, text_index
+from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import (
     Pair,
+    calibration_windows,
     check_finite,
     check_outside,
     check_tokens,
@@ -227,11 +228,7 @@ def gptq(
     if dry_run:
         return report
 
-    if isinstance(calibration, TokenMatrix):
-        matrix = calibration
-    else:
-        judged = text_index(text) if evaluate else None
-        matrix = draw(load_calibration(drawing.data, progress), drawing, source.tokenizer(), progress, judged)
+    matrix = calibration_windows(calibration, drawing, source, text if evaluate else None, progress)
     check_tokens(matrix.tokens, source)
     check_finite(stream, target, progress)
     layers: list[LayerStatistics] = []
@@ -335,8 +332,7 @@ def samples(
     spec = make(CalibrationSpec, data=calibration, samples=samples, seq_len=seq_len, template=template, seed=seed)
     source = open_model(_model_or_default(model, progress), revision, trust_remote_code)
     tokenizer = source.tokenizer()
-    judged = text_index(text) if evaluate else None
-    matrix = draw(load_calibration(spec.data, progress), spec, tokenizer, progress, judged)
+    matrix = calibration_windows(calibration, spec, source, text if evaluate else None, progress)
     return SamplesReport(matrix, [str(tokenizer.decode(row)) for row in matrix.tokens.tolist()])
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from quantkit.config import ComputeDtype
+from quantkit.calibration import TokenMatrix, draw, load_calibration
+from quantkit.config import CalibrationSpec, ComputeDtype
 from quantkit.errors import NumericError, SourceError, UsageError
+from quantkit.evaluate.text import text_index
 from quantkit.model.delta import DeltaSource, PairSource, delta_record
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
@@ -217,6 +219,20 @@ def warn_starved_experts(
         f"than rounded (least: {least.name}, {least.tokens} tokens); use about --samples {samples}, "
         "or text of more kinds: --calibration A:0.5,B:0.5"
     )
+
+
+def calibration_windows(
+    given: str | TokenMatrix, spec: CalibrationSpec, source: Source, judged: str | None, progress: Progress
+) -> TokenMatrix:
+    """The windows that a run was given, or draws, without the records that also occur in the text `judged`.
+
+    Raises:
+        CalibrationError: data that cannot be read or is too short.
+    """
+    if isinstance(given, TokenMatrix):
+        return given
+    index = None if judged is None else text_index(judged)
+    return draw(load_calibration(spec.data, progress), spec, source.tokenizer(), progress, index)
 
 
 def check_tokens(tokens: torch.Tensor, source: Source) -> None:

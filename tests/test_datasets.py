@@ -628,11 +628,11 @@ def test_a_run_without_evaluation_leaves_nothing_out(
 def test_samples_shows_the_sets_and_their_licences(
     two_sets: Callable[[str], list[str]], make_model: MakeModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quantkit import console
+    from quantkit.cli.quantizing import print_samples
 
     model = make_model("llama")
     report = quantkit.samples(model, calibration="alpaca:fox.jsonl:1,dog.jsonl:1", samples=4, seq_len=32)
-    console.print_samples(report, 0)
+    print_samples(report, 0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("2 windows of 32 tokens from ")
     assert "of alpaca:fox.jsonl (licence cc-by-nc-4.0, sha256 " in lines[0]

@@ -1,0 +1,103 @@
+"""The `quantkit` command: options in, one library call, its result shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from quantkit import __version__, console
+from quantkit.cli.exporting import ggml, imatrix
+from quantkit.cli.folders import convert, diff, inspect, merge
+from quantkit.cli.measuring import perplexity
+from quantkit.cli.quantizing import gptq, samples
+from quantkit.errors import QuantkitError
+
+app = typer.Typer(
+    help="Make the variants of a language model that people publish, and measure what each one loses.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# In the order of the help.
+for command in (
+    gptq,
+    ggml,
+    convert,
+    merge,
+    diff,
+    imatrix,
+    samples,
+    perplexity,
+    inspect,
+):
+    app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.results.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the work failed, 2 the command was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    _hush_libraries()
+    command = typer.main.get_command(app)
+    try:
+        # Not app(): Typer would turn an interrupt into a silent exit of its own.
+        with command.make_context("quantkit", list(arguments)) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:  # `quantkit ... | head`: who reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        console.log.print("interrupted; no unfinished output was left", markup=False)
+        return 1
+    except Exception as error:
+        return _report(error, "--debug" in arguments)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Show an error in a line or two and return the exit code."""
+    parse_message = getattr(error, "format_message", None)
+    if parse_message is not None:  # Typer's own: click's, or those of the copy of click that newer Typers carry
+        if parse_message():  # empty where the help has been shown instead
+            console.log.print(f"error: {parse_message()}", markup=False, style="red")
+        return 2
+    if debug:
+        traceback.print_exception(error)
+    elif isinstance(error, QuantkitError):
+        console.log.print(f"error: {error}", markup=False, style="red")
+    else:
+        line = str(error).strip().split("\n")[0]
+        console.log.print(f"error: {type(error).__name__}: {line} (--debug shows where)", markup=False, style="red")
+    return error.exit_code if isinstance(error, QuantkitError) else 1
+
+
+def _hush_libraries() -> None:
+    """Keep transformers' own bars and advice off stderr, before it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -33,12 +33,13 @@ demo-gemma: $(DEMO) $(GEMMA)  ## the same with Gemma-3-270M
 test: $(TEST) $(SMOLLM2) $(GEMMA)  ## all tests but those that need the judges
 	$(BIN)/python -m pytest -m "not judges" $(PYTEST_ARGS)
 
-judges:  ## build GPTQModel, AutoGPTQ, llama.cpp and ctransformers, which our files are checked with
+judges:  ## build GPTQModel, AutoGPTQ, llama.cpp and ctransformers, which our files are checked with; a browser for pages
 	@PYTHON="$(PYTHON)" .ci/judges.sh
 	@PYTHON="$(PYTHON)" .ci/llamacpp.sh
+	@.ci/browser.sh
 
 test-judges: $(TEST) $(SMOLLM2) judges  ## the tests that ask them
-	QUANTKIT_REQUIRE_JUDGES=1 $(BIN)/python -m pytest -m judges $(PYTEST_ARGS)
+	QUANTKIT_REQUIRE_JUDGES=1 $(BIN)/python -m pytest -m "judges or browser" $(PYTEST_ARGS)
 
 judges-matrix: $(TEST) judges  ## write docs/judges.md from what the judges' tests measure
 	QUANTKIT_REQUIRE_JUDGES=1 QUANTKIT_WRITE_MATRIX=1 $(BIN)/python -m pytest -m "judges and not e2e" tests/test_judges.py

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 from quantkit.errors import QuantkitError, UsageError
 
 if TYPE_CHECKING:
+    from quantkit.comparing import compare
     from quantkit.conversion import convert
     from quantkit.export import ggml
     from quantkit.importance import imatrix
@@ -21,6 +22,7 @@ __all__ = [
     "QuantkitError",
     "UsageError",
     "__version__",
+    "compare",
     "convert",
     "diff",
     "ggml",
@@ -34,6 +36,7 @@ __all__ = [
 
 # The verbs pull in torch and transformers, seconds of work: they are imported when first used.
 _VERBS = {
+    "compare": "comparing",
     "convert": "conversion",
     "diff": "merging",
     "ggml": "export",

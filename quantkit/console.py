@@ -6,15 +6,13 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from quantkit.progress import Advance
-
-if TYPE_CHECKING:
-    pass
 
 _LINE_SECONDS = 15.0
 
@@ -98,11 +96,6 @@ def print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
-def size(count: int) -> str:
-    """Bytes in powers of ten, as the Hub shows them."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+def table(content: Table) -> None:
+    """A table on stdout; one that is wider than an unknown terminal must not be folded into nothing."""
+    Console(highlight=False, emoji=False, width=None if results.is_terminal else 140).print(content)

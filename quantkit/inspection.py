@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.sources import TensorInfo, open_source
+from quantkit.sources import Source, TensorInfo, open_source
 from quantkit.sources.gptq import GptqSource
 
 
@@ -46,7 +46,11 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
     Raises:
         SourceError: nothing there, or not a model that can be read.
     """
-    source = open_source(model, revision, trust_remote_code)
+    return describe(open_source(model, revision, trust_remote_code))
+
+
+def describe(source: Source) -> Inspection:
+    """The same of a model that is open."""
     tensors = source.tensors
     parameters = sum(_count(info) for info in tensors.values())
     size = sum(info.bytes for info in tensors.values())

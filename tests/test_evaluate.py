@@ -248,7 +248,8 @@ def test_a_model_against_itself(base: Path, text: Path) -> None:
     first, second = run([base], text, against=base, seq_len=32).results
     assert first.kl_divergence is None
     assert second.kl_divergence is not None
-    assert vars(second.kl_divergence) == {"mean": 0.0, "median": 0.0, "p99": 0.0, "max": 0.0}
+    assert set(vars(second.kl_divergence)) == {"mean", "median", "p90", "p99", "p999", "max"}
+    assert set(vars(second.kl_divergence).values()) == {0.0}
     assert (second.top1_agreement, second.delta_ln_ppl, second.delta_ln_ppl_stderr) == (1.0, 0.0, 0.0)
     assert (second.perplexity, second.stderr) == (first.perplexity, first.stderr)
 
@@ -264,7 +265,9 @@ def test_divergence_is_that_of_whole_logits(seq_len: int, base: Path, perturbed:
     assert kl.mean() > 0.01
     assert row.kl_divergence.mean == pytest.approx(kl.mean(), rel=1e-3)
     assert row.kl_divergence.median == pytest.approx(np.median(kl), rel=1e-3)
+    assert row.kl_divergence.p90 == pytest.approx(np.quantile(kl, 0.9), rel=1e-3)
     assert row.kl_divergence.p99 == pytest.approx(np.quantile(kl, 0.99), rel=1e-3)
+    assert row.kl_divergence.p999 == pytest.approx(np.quantile(kl, 0.999), rel=1e-3)
     assert row.kl_divergence.max == pytest.approx(kl.max(), rel=1e-3)
     agreement = np.mean(p.argmax(axis=-1) == q.argmax(axis=-1))
     assert 0.1 < agreement < 0.999

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from quantkit import __version__, console
+from quantkit.cli.comparing import compare
 from quantkit.cli.exporting import ggml, imatrix
 from quantkit.cli.folders import convert, diff, inspect, merge
 from quantkit.cli.measuring import perplexity
@@ -33,6 +34,7 @@ for command in (
     imatrix,
     samples,
     perplexity,
+    compare,
     inspect,
 ):
     app.command()(command)

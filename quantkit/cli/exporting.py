@@ -31,6 +31,7 @@ from quantkit.cli.options import (
     TemplateOption,
     Trust,
 )
+from quantkit.units import size
 
 if TYPE_CHECKING:
     from quantkit.export import GgmlReport
@@ -158,9 +159,7 @@ def print_ggml(report: GgmlReport) -> None:
     counts = ", ".join(f"{count} {fidelity}" for fidelity, count in report.fidelity.items())
     types = Counter(tensor.type for tensor in report.tensors)
     held = ", ".join(f"{count} {name}" for name, count in types.most_common())
-    console.results.print(
-        f"{verb} {report.out}\n{console.size(report.bytes)}{took}: {held}\nmatrices: {counts}", markup=False
-    )
+    console.results.print(f"{verb} {report.out}\n{size(report.bytes)}{took}: {held}\nmatrices: {counts}", markup=False)
 
 
 def print_imatrix(report: ImatrixReport) -> None:
@@ -168,8 +167,8 @@ def print_imatrix(report: ImatrixReport) -> None:
     took = "" if report.dry_run else f", in {report.seconds:.0f} s"
     console.results.print(
         f"{verb} {report.out}\n{report.entries} tensors over {report.chunks} windows of {report.chunk_size} tokens, "
-        f"{console.size(report.bytes)}{took}",
+        f"{size(report.bytes)}{took}",
         markup=False,
     )
     if report.dry_run:
-        console.results.print(f"peak memory about {console.size(report.memory_bytes)} beyond torch itself")
+        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")

@@ -22,6 +22,7 @@ from quantkit.cli.options import (
     Trust,
     Vocabulary,
 )
+from quantkit.units import size
 
 if TYPE_CHECKING:
     from quantkit.conversion import ConvertReport
@@ -181,7 +182,7 @@ def print_convert(report: ConvertReport | MergeReport) -> None:
     verb = "would write" if report.dry_run else "wrote"
     took = "" if report.dry_run else f", in {report.seconds:.0f} s"
     console.results.print(
-        f"{verb} {report.out}\n{report.tensors} tensors in {report.dtype}, {console.size(report.bytes)}{took}",
+        f"{verb} {report.out}\n{report.tensors} tensors in {report.dtype}, {size(report.bytes)}{took}",
         markup=False,
     )
 
@@ -207,7 +208,7 @@ def print_inspection(found: Inspection, tensors: bool) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in found.types.items())
     console.results.print(
         f"{found.model}: {found.architecture}, {found.scheme}\n"
-        f"{found.parameters / 1e6:.1f} M weights in {console.size(found.bytes)}, "
+        f"{found.parameters / 1e6:.1f} M weights in {size(found.bytes)}, "
         f"{found.bits_per_weight:.2f} bits per weight\n"
         f"tensors: {kinds}",
         markup=False,
@@ -217,5 +218,5 @@ def print_inspection(found: Inspection, tensors: bool) -> None:
         width = max(len(tensor["name"]) for tensor in found.tensors)
         for tensor in found.tensors:
             shape = " x ".join(map(str, tensor["shape"]))
-            line = f"{tensor['name']:<{width}}  {shape:<16}  {tensor['type']:<6}  {console.size(tensor['bytes'])}"
+            line = f"{tensor['name']:<{width}}  {shape:<16}  {tensor['type']:<6}  {size(tensor['bytes'])}"
             console.results.print(line, markup=False)

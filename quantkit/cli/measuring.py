@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from quantkit import console
@@ -80,8 +79,7 @@ def print_perplexity(report: PerplexityReport) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     for result in report.results:
         table.add_row(result.model, *_cells(result, compared))
-    # A table wider than an unknown terminal must not be folded into nothing.
-    Console(highlight=False, emoji=False, width=None if console.results.is_terminal else 140).print(table)
+    console.table(table)
 
 
 def _cells(result: ModelResult, compared: bool) -> list[str]:

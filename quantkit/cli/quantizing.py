@@ -36,6 +36,7 @@ from quantkit.cli.options import (
     Trust,
 )
 from quantkit.config import HELDOUT, parse_override
+from quantkit.units import size
 
 if TYPE_CHECKING:
     from quantkit.pipeline import GptqReport, SamplesReport
@@ -202,11 +203,11 @@ def print_gptq(report: GptqReport) -> None:
     grid = f"{spec.bits}-bit {symmetry}, group {spec.group_size}" if report.ggml is None else report.ggml.upper()
     console.results.print(
         f"{verb} {report.model}\n{grid}, act-order {spec.act_order}: "
-        f"{report.bits_per_weight:.2f} bits per weight, {console.size(report.bytes)}",
+        f"{report.bits_per_weight:.2f} bits per weight, {size(report.bytes)}",
         markup=False,
     )
     if report.dry_run:
-        console.results.print(f"peak memory about {console.size(report.memory_bytes)} beyond torch itself")
+        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")
         return
     console.results.print(f"{len(report.layers)} layers in quant_log.csv; {report.seconds:.0f} s in all")
     if report.evaluation is not None:

@@ -17,8 +17,17 @@ class KlDivergence:
 
     mean: float
     median: float
+    p90: float
     p99: float
+    p999: float
     max: float
+
+    @classmethod
+    def of(cls, kl: torch.Tensor) -> KlDivergence:
+        """The statistics of divergences [tokens]."""
+        kl = kl.double()
+        median, p90, p99, p999 = torch.quantile(kl, kl.new_tensor([0.5, 0.9, 0.99, 0.999])).tolist()
+        return cls(float(kl.mean()), median, p90, p99, p999, float(kl.max()))
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,10 @@ def summarize(labels: list[str], scores: list[TokenScores]) -> list[ModelResult]
         if score.kl is None or score.agrees is None:
             rows.append(ModelResult(label, perplexity, stderr, None, None, None, None))
             continue
-        kl = score.kl.double()
         difference = nll - scores[0].nll.double()
-        divergence = KlDivergence(
-            float(kl.mean()), float(torch.quantile(kl, 0.5)), float(torch.quantile(kl, 0.99)), float(kl.max())
-        )
         agreement = float(score.agrees.mean())
         delta, delta_stderr = float(difference.mean()), _stderr(difference)
-        rows.append(ModelResult(label, perplexity, stderr, divergence, agreement, delta, delta_stderr))
+        rows.append(ModelResult(label, perplexity, stderr, KlDivergence.of(score.kl), agreement, delta, delta_stderr))
     return rows
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from quantkit.calibration import (
 from quantkit.calibration.datasets import Source, download
 from quantkit.calibration.readers import read_source
 from quantkit.config import EvaluationSpec
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, UsageError
 from quantkit.evaluate.compare import Windows
 from quantkit.progress import SILENT, Progress
 
@@ -65,6 +67,28 @@ def evaluation_text(
     if spec.stride is not None:
         tokens, first_scored = _overlapping(matrix, spec.seq_len, spec.stride)
     return EvaluationText(_shown_name(spec.text), Windows(tokens, first_scored), matrix.provenance)
+
+
+def common_text(
+    tokenizers: Sequence[tuple[str, PreTrainedTokenizerBase]], spec: EvaluationSpec, progress: Progress = SILENT
+) -> EvaluationText:
+    """The text for several models, each with its label; the first one's tokenizer and chat template make it.
+
+    Raises:
+        UsageError: another one's tokenizer makes other tokens of the same text.
+        CalibrationError: as `evaluation_text`.
+    """
+    (first, own), *others = tokenizers
+    text = evaluation_text(spec, own, progress)
+    for label, tokenizer in others:
+        # A ggjt file has no place for a chat template, and converters change it: it decides no model's numbers.
+        rendering = copy(tokenizer)
+        rendering.chat_template = own.chat_template
+        if evaluation_text(spec, rendering).provenance.tokens_sha256 != text.provenance.tokens_sha256:
+            raise UsageError(
+                f"{label} and {first} tokenize the text differently: their perplexities cannot be compared"
+            )
+    return text
 
 
 def text_index(text: str) -> TextIndex:

@@ -1,0 +1,133 @@
+"""compare: a family of variants and their reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from quantkit import console
+from quantkit.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    DtypeOption,
+    Force,
+    Json,
+    Quiet,
+    Revision,
+    Template,
+    TemplateOption,
+    Trust,
+)
+from quantkit.config import HELDOUT
+from quantkit.units import size
+
+if TYPE_CHECKING:
+    from quantkit.comparing import CompareReport
+    from quantkit.evaluate.comparison import ComparedModel
+
+
+def compare(
+    reference: Annotated[
+        str,
+        typer.Argument(metavar="REF", help="What the variants are compared with: folder, file or Hub id."),
+    ],
+    variants: Annotated[
+        list[str],
+        typer.Argument(metavar="VARIANT...", help="Folders (full precision or GPTQ), GGUF or ggjt files, Hub ids."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write the report and its plots to.", show_default=False)],
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="Evaluation text: a data set name, wikitext2 (its test split), wikitext2:FILE, or a file. Repeat for "
+            "several."
+        ),
+    ] = [HELDOUT],  # noqa: B006 (Typer makes a list of its own)
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a window; default 2048 for wikitext2, else 512.", show_default=False)
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Overlap windows: start one every N tokens.", show_default=False)
+    ] = None,
+    template: TemplateOption = Template.auto,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Name the variant to take of at most this size, such as 4GB.", show_default=False),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Name the smallest variant of at most this mean KL divergence, such as 0.05.", show_default=False
+        ),
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (extra: plots).")] = True,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare variants with the model they come from: size, accuracy, the worst tokens; as a report with plots."""
+    from quantkit.comparing import compare as compare_models
+
+    report = compare_models(
+        reference,
+        variants,
+        out=out,
+        texts=text,
+        seq_len=seq_len,
+        stride=stride,
+        template=template.value,
+        device=device,
+        dtype=dtype.value,
+        budget=budget,
+        max_kl=max_kl,
+        plots=plots,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        force=force,
+        progress=console.Bars(quiet),
+    )
+    console.print_json(report.as_dict()) if json else print_compare(report)
+    if report.unmet is not None:
+        console.log.print(report.unmet, markup=False, style="red")
+        raise typer.Exit(1)
+
+
+def print_compare(report: CompareReport) -> None:
+    # A table wider than an unknown terminal must not be folded into nothing.
+    wide = Console(highlight=False, emoji=False, width=None if console.results.is_terminal else 160)
+    for text in report.texts:
+        console.results.print(f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}", markup=False)
+        table = Table()
+        table.add_column("model", overflow="fold")
+        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        table.add_column("front", justify="center")
+        for model in report.models:
+            table.add_row(model.model, *_cells(model, text.name), "*" if model.pareto else "")
+        wide.print(table)
+    if report.choice is not None:
+        console.results.print(f"take {report.choice.model}: {report.choice.why}", markup=False)
+    console.results.print(f"report: {report.out / 'report.html'}", markup=False)
+
+
+def _cells(model: ComparedModel, text: str) -> list[str]:
+    numbers = model.texts[text].numbers
+    cells = [size(model.bytes), f"{model.bits_per_weight:.2f}"]
+    cells += [f"{numbers.perplexity:.3f}", f"{numbers.stderr:.3f}"]
+    kl = numbers.kl_divergence
+    if kl is None:
+        return [*cells, *[""] * 7]
+    cells += [f"{numbers.delta_ln_ppl:+.4f}", f"{numbers.delta_ln_ppl_stderr:.4f}"]
+    cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
+    return [*cells, f"{100 * (numbers.top1_agreement or 0):.1f} %"]

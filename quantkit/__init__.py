@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantkit.inspection import inspect
     from quantkit.merging import diff, merge
     from quantkit.pipeline import gptq, perplexity, samples
+    from quantkit.verification import verify
 
 __all__ = [
     "QuantkitError",
@@ -32,6 +33,7 @@ __all__ = [
     "merge",
     "perplexity",
     "samples",
+    "verify",
 ]
 
 # The verbs pull in torch and transformers, seconds of work: they are imported when first used.
@@ -46,6 +48,7 @@ _VERBS = {
     "merge": "merging",
     "perplexity": "pipeline",
     "samples": "pipeline",
+    "verify": "verification",
 }
 
 

@@ -20,7 +20,7 @@ from quantkit.model.stream import ModelStream, build_on_meta
 from quantkit.model.weights import Weights, bind
 from quantkit.preflight import DTYPES, note_source, parse_size
 from quantkit.progress import SILENT, Progress
-from quantkit.provenance import origin
+from quantkit.provenance import checksums, origin
 from quantkit.sources import Source, TensorInfo, open_source, variant_name
 from quantkit.sources.hf import open_weights
 from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
@@ -102,7 +102,8 @@ def convert(
         return report
     with staged_folder(target) as folder:
         write_folder(folder, plan, shard_bytes, progress)
-        write_json(folder / REPORT_NAME, {"recipe": {"dtype": plan.dtype_name}, **origin(source)})
+        record = {"recipe": {"dtype": plan.dtype_name}, **origin(source), "files": checksums(folder)}
+        write_json(folder / REPORT_NAME, record)
     return replace(report, seconds=time.perf_counter() - started, dry_run=False)
 
 

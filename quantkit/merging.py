@@ -18,12 +18,11 @@ from quantkit.errors import NumericError, UsageError
 from quantkit.model.delta import DeltaSource, DiffSource
 from quantkit.preflight import DTYPES, check_outside, note_source, parse_size
 from quantkit.progress import SILENT, Progress
-from quantkit.provenance import origin
+from quantkit.provenance import CHECKSUMS, checksums, origin
 from quantkit.sources import Source, file_sha256, open_source
 from quantkit.sources.shards import DTYPES as STORED
 from quantkit.workdir import REPORT_NAME, absolute, staged_folder, write_json
 
-CHECKSUMS = "SHA256SUMS"
 # A sum in float64 beside one in float32 by another program, as published sums are.
 _ABSOLUTE, _RELATIVE = 0.01, 1e-6
 _SLICE = 1 << 20
@@ -300,14 +299,9 @@ def _warn_of_sum(found: float, source: DeltaSource, progress: Progress) -> None:
 
 def _finish(folder: Path, plan: FolderPlan, found: Mapping[str, Any]) -> None:
     """The record, and SHA-256 of every file, in it and as `sha256sum --check` reads them."""
-    checksums = _checksums(folder)
+    sums = checksums(folder)
     record = {"recipe": {"dtype": plan.dtype_name}, **origin(plan.source), **found}
-    write_json(folder / REPORT_NAME, {**record, "files": checksums})
-    checksums[REPORT_NAME] = file_sha256(folder / REPORT_NAME)
-    lines = [f"{checksum}  {name}\n" for name, checksum in sorted(checksums.items())]
+    write_json(folder / REPORT_NAME, {**record, "files": sums})
+    sums[REPORT_NAME] = file_sha256(folder / REPORT_NAME)
+    lines = [f"{checksum}  {name}\n" for name, checksum in sorted(sums.items())]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}

@@ -24,7 +24,7 @@ from quantkit.config import (
 from quantkit.errors import OutputError, QuantkitError, UsageError
 from quantkit.evaluate.compare import score
 from quantkit.evaluate.report import ModelResult, summarize
-from quantkit.evaluate.text import EvaluationText, default_seq_len, evaluation_text
+from quantkit.evaluate.text import common_text, default_seq_len
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import (
     Pair,
@@ -43,7 +43,7 @@ from quantkit.preflight import (
     warn_starved_experts,
 )
 from quantkit.progress import SILENT, Progress
-from quantkit.provenance import origin
+from quantkit.provenance import checksums, origin
 from quantkit.quant.blockwise import LayerStatistics, peak_bytes, quantize_blocks
 from quantkit.quant.plan import on_grid_of
 from quantkit.sources import Source, default_source, open_source, variant_name
@@ -248,7 +248,7 @@ def gptq(
         write_layer_table(folder / "quant_log.csv", layers)
         form_of = {"ggml": ggml, "embedding_type": embedding_type, "output_type": output_type, "pre": pre}
         recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else form_of)
-        record = _record(source, recipe, matrix, layers)
+        record = _record(source, recipe, matrix, layers) | {"files": checksums(folder)}
         write_json(folder / REPORT_NAME, record)
 
     evaluation = None
@@ -445,17 +445,10 @@ def _evaluate_written(
 
 
 def _evaluate(streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress) -> PerplexityReport:
-    text: EvaluationText = evaluation_text(spec, streams[0].source.tokenizer(), progress)
+    text = common_text([(stream.source.label, stream.source.tokenizer()) for stream in streams], spec, progress)
     for stream in streams:
         note_source(stream.source, progress)
         check_tokens(text.windows.tokens, stream.source)
-    for stream in streams[1:]:
-        other = evaluation_text(spec, stream.source.tokenizer()).provenance
-        if other.tokens_sha256 != text.provenance.tokens_sha256:
-            raise UsageError(
-                f"{stream.source.label} and {streams[0].source.label} tokenize the text differently: "
-                "their perplexities cannot be compared"
-            )
     scores = score(streams, text.windows, against, progress)
     labels = [stream.source.label for stream in streams]
     return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import transformers
 from quantkit import __version__
 from quantkit.model.delta import PairSource
 from quantkit.sources import Source, file_sha256
+
+CHECKSUMS = "SHA256SUMS"
+"""The file that repeats checksums as `sha256sum --check` reads them."""
 
 
 def origin(source: Source) -> dict[str, Any]:
@@ -24,6 +28,12 @@ def origin(source: Source) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder that is written, by name: the record's `files`, which `verify` compares."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def _identity(source: Source) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from quantkit.cli.exporting import ggml, imatrix
 from quantkit.cli.folders import convert, diff, inspect, merge
 from quantkit.cli.measuring import perplexity
 from quantkit.cli.quantizing import gptq, samples
+from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ for command in (
     perplexity,
     compare,
     inspect,
+    verify,
 ):
     app.command()(command)
 

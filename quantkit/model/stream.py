@@ -44,7 +44,7 @@ class ModelStream:
         self._model = build_on_meta(source, tied=False)
         self._materialize_buffers()
         names = expert_names(self._model)
-        fused = _take_experts_apart(self._model, names)
+        fused = take_experts_apart(self._model, names)
         self.family: Family = family_of(source.config.model_type, self._model)
         self.discovered = source.config.model_type not in FAMILIES
         self._block_list: nn.ModuleList = self._model.get_submodule(self.family.blocks)
@@ -144,6 +144,26 @@ class ModelStream:
         self._last_hidden = None
 
     # -- weights -----------------------------------------------------------------------------------------------------
+
+    def whole(self, advance: Callable[[int], None] = lambda n: None) -> PreTrainedModel:
+        """The model with all of its weights; a tensor that is tied in the source is in memory once.
+
+        The stream's last use: its blocks do not go back to the meta device. `advance` counts published tensors.
+        """
+        held: dict[str, nn.Parameter] = {}
+        for prefix, module in self._model.named_modules():
+            for key, _ in list(module.named_parameters(recurse=False)):
+                name = f"{prefix}.{key}" if prefix else key
+                published = self.weights.names[name]
+                if published not in held:
+                    held[published] = nn.Parameter(self.read(name), requires_grad=False)
+                    advance(1)
+                module.register_parameter(key, held[published])
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_meta:  # a persistent buffer: stored with the weights
+                    setattr(module, key, self.read(f"{prefix}.{key}" if prefix else key))
+        model: PreTrainedModel = self._model
+        return model
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor for the model's parameter `name`, on the device, in the stream's dtype.
@@ -270,7 +290,7 @@ def _owner(model: Any, name: str) -> Any:
     return next(module for module in around if isinstance(module, PreTrainedModel))
 
 
-def _take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
+def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
     """Replace every fused experts module of the model; returns what was replaced, by name."""
     fused = {name: module for name, module in model.named_modules() if is_fused(module)}
     for name, module in fused.items():

@@ -51,7 +51,7 @@ class GgufSource:
             known = ", ".join(ARCHITECTURES)
             raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported; supported: {known}")
         self._architecture = ARCHITECTURES[name]
-        self.label = label or _PART.sub("", path.stem)
+        self.label = label or model_stem(path)
         self._check_parts()
         self._holder = {name: part for part in self._parts for name in part.tensors}
         self._check_count()
@@ -196,6 +196,11 @@ class GgufSource:
             if turn not in (None, generation.eos_token_id):  # an answer of an instructed model ends here
                 generation.eos_token_id = [generation.eos_token_id, turn]
             generation.save_pretrained(folder)
+
+
+def model_stem(path: Path) -> str:
+    """A file's name without its suffix, and without the number of a part."""
+    return _PART.sub("", path.stem)
 
 
 def unpermute_heads(values: Array, heads: int) -> Array:

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from quantkit.inspection import inspect
     from quantkit.merging import diff, merge
     from quantkit.pipeline import gptq, perplexity, samples
+    from quantkit.publishing.card import card
+    from quantkit.publishing.hub import publish
     from quantkit.verification import verify
 
 __all__ = [
     "QuantkitError",
     "UsageError",
     "__version__",
+    "card",
     "compare",
     "convert",
     "diff",
@@ -32,12 +35,14 @@ __all__ = [
     "inspect",
     "merge",
     "perplexity",
+    "publish",
     "samples",
     "verify",
 ]
 
 # The verbs pull in torch and transformers, seconds of work: they are imported when first used.
 _VERBS = {
+    "card": "publishing.card",
     "compare": "comparing",
     "convert": "conversion",
     "diff": "merging",
@@ -47,6 +52,7 @@ _VERBS = {
     "inspect": "inspection",
     "merge": "merging",
     "perplexity": "pipeline",
+    "publish": "publishing.hub",
     "samples": "pipeline",
     "verify": "verification",
 }

@@ -1,5 +1,5 @@
 """A Hugging Face Hub of one's own over loopback, as far as huggingface_hub's client asks: models and data sets by
-branch, tag and commit, private and gated ones, and a network that fails on request.
+branch, tag and commit, private and gated ones, uploads, and a network that fails on request.
 
     with HubServer() as hub:
         commit = hub.commit("someone/model", {"config.json": b"{}"}, tags=["v1"])
@@ -7,8 +7,9 @@ branch, tag and commit, private and gated ones, and a network that fails on requ
         ...                                          # a client with HF_ENDPOINT=hub.url
         assert ("GET", "/someone/model/resolve/main/config.json", None) in hub.requests
 
-What is answered is the table `_ROUTES`, from method and path to a method of `_Handler`; uploads would be more rows of
-it, ending in `HubServer.commit`. Requests are served in threads, so a test may change faults while a client runs.
+What is answered is the table `_ROUTES`, from method and path to a method of `_Handler`; those of uploads are in
+`hub_uploads`, and end in `HubServer.commit`. Requests are served in threads, so a test may change faults while a client
+runs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from hub_uploads import Uploads, tree_entry
+
 
 @dataclass
 class Repository:
@@ -33,7 +36,9 @@ class Repository:
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def resolve(self, revision: str) -> str | None:
         """The commit that a branch, a tag or a commit names."""
@@ -50,7 +55,7 @@ class Request(NamedTuple):
 
 @dataclass
 class _Fault:
-    """What happens to a file's downloads `times` times; None is for as long as the fault stands."""
+    """What happens to a file's downloads, or to an upload, `times` times; None is for as long as the fault stands."""
 
     after: int | None
     status: int | None
@@ -63,10 +68,23 @@ class HubServer:
     Attributes:
         url: what HF_ENDPOINT must be.
         requests: everything asked so far, in the order in which it arrived.
+        tokens: user by token; without any, everybody may read and nobody write.
+        objects: the LFS store, content by SHA-256.
+        stored: SHA-256 of every object that was uploaded whole, in order.
+        part_size: bytes of a part, to ask for uploads in parts; None: whole objects.
+        lfs_above: bytes that a file may have to travel in the commit.
+        quoted: whether refusals repeat the request's credentials, as servers under repair may.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.tokens: dict[str, str] = {}
+        self.objects: dict[str, bytes] = {}
+        self.stored: list[str] = []
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.part_size: int | None = None
+        self.lfs_above = 10_000_000
+        self.quoted = False
         self._repositories: dict[tuple[str, str], Repository] = {}
         self._faults: dict[str, _Fault] = {}
         self._lock = threading.Lock()
@@ -100,22 +118,32 @@ class HubServer:
         branch: str = "main",
         tags: Iterable[str] = (),
         gated: bool = False,
+        private: bool | None = None,
     ) -> str:
         """Make `files` (by path, or a folder's) the whole content of a branch; the new commit's id.
 
         `kind` is "model" or "dataset"; a gated repository shows its files' names to everybody, their content to nobody.
+        A private one (None: as it was) is for those with a token.
         """
         content = _folder(files) if isinstance(files, Path) else dict(files)
         repository = self._repositories.setdefault((kind, name), Repository())
         repository.gated = gated
+        repository.private = repository.private if private is None else private
         seed = [name, branch, len(repository.commits), *sorted((k, _sha256(v)) for k, v in content.items())]
         commit = hashlib.sha1(repr(seed).encode()).hexdigest()
         repository.commits[commit] = content
+        if branch in repository.refs:
+            repository.parents[commit] = repository.refs[branch]
         repository.refs.update(dict.fromkeys([branch, *tags], commit))
         return commit
 
     def repository(self, kind: str, name: str) -> Repository | None:
         return self._repositories.get((kind, name))
+
+    def store(self, oid: str, content: bytes) -> None:
+        """Take an LFS object."""
+        self.objects[oid] = content
+        self.stored.append(oid)
 
     def asked(self, suffix: str, method: str = "GET") -> list[Request]:
         """Requests so far whose path ends in `suffix`."""
@@ -126,11 +154,13 @@ class HubServer:
     # -- what goes wrong ---------------------------------------------------------------------------------------------
 
     def cut(self, file: str, after: int, times: int | None = 1) -> None:
-        """Drop the connection when a download of `file` has come to byte `after` of it."""
+        """Drop the connection when a download of `file` has come to byte `after` of it. "PUT" is the upload of an LFS
+        object, whichever, a SHA-256 that of this one; "commit" is a commit, done but not answered."""
         self._faults[file] = _Fault(after, None, times)
 
     def fail(self, file: str, status: int, times: int | None = 1) -> None:
-        """Answer downloads of `file` (the empty name: every request) with an HTTP status such as 503."""
+        """Answer downloads of `file` (the empty name: every request) with an HTTP status such as 503; uploads as in
+        `cut`."""
         self._faults[file] = _Fault(None, status, times)
 
     def heal(self) -> None:
@@ -165,14 +195,24 @@ class _Http(ThreadingHTTPServer):
         """A client that hangs up is no news."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: _Http
+
+    @property
+    def hub(self) -> HubServer:
+        return self.server.hub
 
     def do_GET(self) -> None:
         self._route()
 
     def do_HEAD(self) -> None:
+        self._route()
+
+    def do_POST(self) -> None:
+        self._route()
+
+    def do_PUT(self) -> None:
         self._route()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -197,14 +237,15 @@ class _Handler(BaseHTTPRequestHandler):
         if found:
             repository, commit = found
             siblings = [{"rfilename": path} for path in sorted(repository.commits[commit])]
-            self._json({"id": name, "sha": commit, "private": False, "siblings": siblings, "tags": []})
+            private = repository.private
+            self._json({"id": name, "sha": commit, "private": private, "siblings": siblings, "tags": []})
 
     def tree(self, kind: str, name: str, revision: str) -> None:
         found = self._find(kind, name, revision)
         if found:
             repository, commit = found
-            files = sorted(repository.commits[commit].items())
-            self._json([{"type": "file", "path": p, "size": len(b), "oid": _sha256(b)[:40]} for p, b in files])
+            files = repository.commits[commit]
+            self._json([tree_entry(path, content, files) for path, content in sorted(files.items())])
 
     def file(self, kind: str, name: str, revision: str, path: str) -> None:
         found = self._find(kind or "model", name, revision)
@@ -247,8 +288,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _find(self, kind: str, name: str, revision: str) -> tuple[Repository, str] | None:
         """The repository and the commit that a revision of it names; None where that has been answered already."""
         kind = kind.rstrip("s")
-        repository = self.server.hub.repository(kind, name)
-        if repository is None:
+        repository, user = self.server.hub.repository(kind, name), self.user()
+        if user is None:
+            return None
+        if repository is None or (repository.private and not user):
             self._refuse(404, "RepoNotFound", f"there is no {kind} {name}")
             return None
         commit = repository.resolve(revision)
@@ -257,10 +300,11 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repository, commit
 
-    def _json(self, content: Any) -> None:
-        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def _json(self, content: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str | None, message: str, commit: str | None = None) -> None:
+        message += f" ({self.headers.get('Authorization')})" if self.hub.quoted else ""
         headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": commit}
         body = json.dumps({"error": message}).encode()
         self._send(status, body, {key: value for key, value in headers.items() if value is not None})
@@ -276,10 +320,23 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _NAME = r"(?P<name>[^/]+/[^/]+)"
+_API = rf"/api/(?P<kind>models|datasets)/{_NAME}"
 _ROUTES = (
-    ("GET", rf"/api/(?P<kind>models|datasets)/{_NAME}", _Handler.info),
-    ("GET", rf"/api/(?P<kind>models|datasets)/{_NAME}/revision/(?P<revision>[^/]+)", _Handler.info),
-    ("GET", rf"/api/(?P<kind>models|datasets)/{_NAME}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("GET", _API, _Handler.info),
+    ("GET", rf"{_API}/revision/(?P<revision>[^/]+)", _Handler.info),
+    ("GET", rf"{_API}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    ("GET", rf"{_API}/refs", _Handler.refs),
+    ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", _Handler.commits),
+    ("GET", r"/api/whoami-v2", _Handler.whoami),
+    ("POST", r"/api/repos/create", _Handler.create),
+    ("POST", r"/api/validate-yaml", _Handler.validate),
+    ("POST", rf"{_API}/branch/(?P<branch>[^/]+)", _Handler.branch),
+    ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", _Handler.preupload),
+    ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", _Handler.add_commit),
+    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
+    ("PUT", r"/lfs/(?P<oid>\w+)(?:/(?P<part>\d+))?", _Handler.put),
+    ("POST", r"/lfs/(?P<oid>\w+)", _Handler.complete),
+    ("POST", r"/verify", _Handler.verify),
     ("GET HEAD", rf"/(?:(?P<kind>datasets)/)?{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.file),
 )
 

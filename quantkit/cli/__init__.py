@@ -14,6 +14,7 @@ from quantkit.cli.comparing import compare
 from quantkit.cli.exporting import ggml, imatrix
 from quantkit.cli.folders import convert, diff, inspect, merge
 from quantkit.cli.measuring import perplexity
+from quantkit.cli.publishing import card, publish
 from quantkit.cli.quantizing import gptq, samples
 from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError
@@ -38,6 +39,8 @@ for command in (
     compare,
     inspect,
     verify,
+    card,
+    publish,
 ):
     app.command()(command)
 

@@ -1,0 +1,102 @@
+"""What of a folder is published, and how it differs from what the Hub has."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from quantkit.errors import UsageError
+
+State = Literal["new", "changed", "same", "kept", "deleted"]
+"""`kept` and `deleted` are files that only the Hub has."""
+
+# Hidden files are passed over altogether: caches, staging folders, and .gitattributes, which the Hub itself keeps.
+_LITTER = ("__pycache__", "*.pyc", "*.partial", "*.incomplete", "*.lock", "Thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file in a repository. `oid` is SHA-256 of its content where `lfs`, else git's hash of it."""
+
+    bytes: int
+    oid: str
+    lfs: bool
+
+
+@dataclass
+class LocalFile:
+    """A file to publish, hashed when that is asked for, and once."""
+
+    path: Path
+    bytes: int
+    known: dict[bool, str] = field(default_factory=dict)
+
+    def oid(self, lfs: bool) -> str:
+        """Its hash as `RemoteFile` has it."""
+        if lfs not in self.known:
+            self.known[lfs] = _hash(self.path, self.bytes, lfs)
+        return self.known[lfs]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A file, and what publishing does to it."""
+
+    path: str
+    state: State
+    bytes: int
+
+
+def local_files(folder: Path, patterns: Sequence[str] = ()) -> dict[str, LocalFile]:
+    """Files of a folder by their paths in it, without litter; with `patterns` those that match one.
+
+    Raises:
+        UsageError: no such folder, nothing to publish in it, or a pattern that no file matches.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    named = {path.relative_to(folder).as_posix(): path for path in paths}
+    named = {name: path for name, path in named.items() if not any(map(_is_litter, name.split("/")))}
+    for pattern in patterns:
+        if not fnmatch.filter(named, pattern):
+            raise UsageError(f"--only {pattern}: no file of {folder} matches")
+    if patterns:
+        named = {name: p for name, p in named.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    if not named:
+        raise UsageError(f"{folder}: holds nothing to publish")
+    return {name: LocalFile(path, path.stat().st_size) for name, path in named.items()}
+
+
+def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], delete: bool) -> list[Change]:
+    """What happens to each file, by path. Only where sizes agree is a file hashed."""
+    changes = [Change(name, _state(file, remote.get(name)), file.bytes) for name, file in local.items()]
+    beyond: Iterable[str] = (name for name in remote if name not in local)
+    # What is hidden is not published, so that the folder lacks it says nothing.
+    changes += [
+        Change(name, "deleted" if delete and not name.startswith(".") else "kept", remote[name].bytes)
+        for name in beyond
+    ]
+    return sorted(changes, key=lambda change: change.path)
+
+
+def _state(file: LocalFile, remote: RemoteFile | None) -> State:
+    if remote is None:
+        return "new"
+    return "same" if file.bytes == remote.bytes and file.oid(remote.lfs) == remote.oid else "changed"
+
+
+def _is_litter(part: str) -> bool:
+    return part.startswith(".") or any(fnmatch.fnmatch(part, pattern) for pattern in _LITTER)
+
+
+def _hash(path: Path, size: int, lfs: bool) -> str:
+    digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -10,9 +10,12 @@ __version__ = "0.1.0"
 from quantkit.errors import QuantkitError, UsageError
 
 if TYPE_CHECKING:
+    from quantkit.chatting import chat
     from quantkit.comparing import compare
     from quantkit.conversion import convert
     from quantkit.export import ggml
+    from quantkit.generation import generate
+    from quantkit.harness.verb import eval
     from quantkit.importance import imatrix
     from quantkit.inspection import inspect
     from quantkit.merging import diff, merge
@@ -26,9 +29,12 @@ __all__ = [
     "UsageError",
     "__version__",
     "card",
+    "chat",
     "compare",
     "convert",
     "diff",
+    "eval",
+    "generate",
     "ggml",
     "gptq",
     "imatrix",
@@ -43,9 +49,12 @@ __all__ = [
 # The verbs pull in torch and transformers, seconds of work: they are imported when first used.
 _VERBS = {
     "card": "publishing.card",
+    "chat": "chatting",
     "compare": "comparing",
     "convert": "conversion",
     "diff": "merging",
+    "eval": "harness.verb",
+    "generate": "generation",
     "ggml": "export",
     "gptq": "pipeline",
     "imatrix": "importance",

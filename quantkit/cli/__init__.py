@@ -13,6 +13,8 @@ from quantkit import __version__, console
 from quantkit.cli.comparing import compare
 from quantkit.cli.exporting import ggml, imatrix
 from quantkit.cli.folders import convert, diff, inspect, merge
+from quantkit.cli.generating import chat, generate
+from quantkit.cli.harness import eval
 from quantkit.cli.measuring import perplexity
 from quantkit.cli.publishing import card, publish
 from quantkit.cli.quantizing import gptq, samples
@@ -37,6 +39,9 @@ for command in (
     samples,
     perplexity,
     compare,
+    eval,
+    generate,
+    chat,
     inspect,
     verify,
     card,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline import gptq, perplexity, samples
     from quantkit.publishing.card import card
     from quantkit.publishing.hub import publish
+    from quantkit.releasing import release
     from quantkit.verification import verify
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "merge",
     "perplexity",
     "publish",
+    "release",
     "samples",
     "verify",
 ]
@@ -62,6 +64,7 @@ _VERBS = {
     "merge": "merging",
     "perplexity": "pipeline",
     "publish": "publishing.hub",
+    "release": "releasing",
     "samples": "pipeline",
     "verify": "verification",
 }

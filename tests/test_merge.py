@@ -18,13 +18,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Recorder, token_matrix
-from gguf_models import sentencepiece, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from test_ggjt import LLAMA, tiny
+from test_ggjt import LLAMA
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wizard import EMBEDDING, HEAD, Tensors, changed, stored, tune, tune_with_pad, wizard
 
 import quantkit
 from quantkit import cli
@@ -35,43 +34,10 @@ from quantkit.sources import open_source
 from quantkit.sources.shards import SafetensorsFiles
 from quantkit.writers.safetensors import ShardedWriter
 
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 ROWS = 320
 TOKENS = token_matrix(2, 12).tokens.long()
-Tensors = dict[str, torch.Tensor]
-
-
-def stored(folder: Path) -> Tensors:
-    """Every tensor of a folder, by safetensors' own reader."""
-    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
-
-
-def changed(model: Path, copy: Path, change: Callable[[Tensors], Any], **config: Any) -> Path:
-    """A copy of a one-file folder with its tensors, and its config, changed."""
-    shutil.copytree(model, copy)
-    tensors = stored(copy)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / "model.safetensors")
-    settings = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**settings, **config}))
-    return copy
-
-
-def tune(tensors: Tensors, seed: int = 1) -> None:
-    """What tuning does: every value changes a little."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in tensors.items():
-        noise = 0.01 * torch.randn(tensor.shape, generator=generator)
-        tensors[name] = (tensor.float() + noise).to(tensor.dtype)
-
-
-def tune_with_pad(tensors: Tensors) -> None:
-    """The same, after a row for [PAD] was added: the mean of the others, as Alpaca's script does it."""
-    tune(tensors)
-    for name in (EMBEDDING, HEAD):
-        mean = tensors[name].double().mean(0, keepdim=True)
-        tensors[name] = torch.cat([tensors[name], (1.05 * mean).to(tensors[name].dtype)])
 
 
 @pytest.fixture
@@ -577,26 +543,16 @@ def test_files_for_llama_cpp_of_a_base_and_a_delta(base: Path, tuned: Path, tmp_
 
 def test_the_wizardlm_recipe_with_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
     """Base and delta with the extra [PAD], as of Alpaca's script: merged, and to ggjt, with and without merging."""
-    write_model(tmp_path / "llama.gguf", tiny(), sentencepiece(LLAMA))
-    quantkit.convert(tmp_path / "llama.gguf", tmp_path / "llama")
+    base, tuned, delta = wizard(tmp_path)
     rows = len(LLAMA["tokens"]) + 1
-    wizard = changed(tmp_path / "llama", tmp_path / "wizard", tune_with_pad, vocab_size=rows)
-    tokenizer = AutoTokenizer.from_pretrained(wizard)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(wizard)
-    (wizard / "quantkit.json").unlink()
-    quantkit.diff(tmp_path / "llama", wizard, tmp_path / "wizard-delta", vocab="mean")
-    (tmp_path / "wizard-delta" / "quantkit.json").unlink()  # as another program's
-    report = quantkit.merge(tmp_path / "llama", tmp_path / "wizard-delta", tmp_path / "merged", dtype="float16")
+    report = quantkit.merge(base, delta, tmp_path / "merged", dtype="float16")
     assert report.vocab == "mean"
-    same(tmp_path / "merged", wizard)
+    same(tmp_path / "merged", tuned)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("[PAD]") == rows - 1
     for kind in ("q4_0", "q8_0"):
         options: dict[str, Any] = {"type": kind, "container": "ggjt"}
         quantkit.ggml(tmp_path / "merged", tmp_path / "merged.bin", force=True, **options)
-        quantkit.ggml(
-            out=tmp_path / "pair.bin", base=tmp_path / "llama", delta=tmp_path / "wizard-delta", force=True, **options
-        )
+        quantkit.ggml(out=tmp_path / "pair.bin", base=base, delta=delta, force=True, **options)
         assert (tmp_path / "pair.bin").read_bytes() == (tmp_path / "merged.bin").read_bytes()
         assert open_source(tmp_path / "pair.bin").tensors[EMBEDDING].shape[0] == rows
 

@@ -45,6 +45,17 @@ class TextIndex:
         texts = map(_whole, dataset.records) if dataset.text is None else [dataset.text]
         return cls(dataset.name, texts)
 
+    @classmethod
+    def union(cls, indices: Iterable[TextIndex]) -> TextIndex:
+        """One index over several texts."""
+        whole, names = cls("", ()), []
+        for index in indices:
+            names.append(index.name)
+            whole._runs |= index._runs
+            whole._short |= index._short
+        whole.name = ", ".join(names)
+        return whole
+
     def holds(self, record: Record) -> bool:
         """Whether the record occurs in the text."""
         whole = _words(_whole(record))

@@ -18,6 +18,7 @@ from quantkit.cli.harness import eval
 from quantkit.cli.measuring import perplexity
 from quantkit.cli.publishing import card, publish
 from quantkit.cli.quantizing import gptq, samples
+from quantkit.cli.releasing import release
 from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError
 
@@ -46,6 +47,7 @@ for command in (
     verify,
     card,
     publish,
+    release,
 ):
     app.command()(command)
 

@@ -92,6 +92,8 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
     paths = [Path(path) for path in source.weight_files()]
     files = {path.name: file_sha256(path) for path in paths}
     own = record if _is_of(record, files, source, alone) else {}
+    if "variants" in own:  # a release's folder: a record for each file
+        own = own["variants"].get(paths[0].name) or {}
     keys = GgufFile(paths[0]).keys if source.kind == "gguf" else {}
     seen = describe(source)
     memory, tokens = _memory(source, seen.bytes)

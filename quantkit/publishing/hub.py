@@ -115,8 +115,12 @@ def branch_of(folder: Path) -> str:
     found = quantization_of(folder) if (folder / "config.json").is_file() else {}
     if found.get("quant_method") != "gptq":
         raise UsageError("--branch auto names branches after GPTQ settings, and this is no GPTQ folder: name one")
-    order = bool(found.get("desc_act"))
-    return f"gptq-{found.get('bits')}bit-{found.get('group_size')}g-actorder_{order}"
+    return branch_name(found.get("bits"), found.get("group_size"), bool(found.get("desc_act")))
+
+
+def branch_name(bits: object, group_size: object, desc_act: bool) -> str:
+    """The same from its settings: gptq-4bit-32g-actorder_True."""
+    return f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
 
 
 def _attempt(remote: Remote, files: dict[str, LocalFile], public: bool, delete: bool, message: str) -> str:

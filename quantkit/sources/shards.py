@@ -126,15 +126,17 @@ class SafetensorsFiles(WeightFiles):
 
     def read(self, name: str) -> torch.Tensor:
         shard, info = self.shard_of[name], self.tensors[name]
+        # Memory of its own: what a mapped file gives is read through page faults, and copied after all.
         tensor = torch.empty(info.shape, dtype=DTYPES[info.stored_as])
+        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
-            with shard.open("rb") as file:
+            with shard.open("rb", buffering=0) as file:
                 file.seek(self._starts[name])
-                # Into memory of its own: what a mapped file gives is read through page faults, and copied after all.
-                found = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                while rest and (found := file.readinto(rest)):  # at most 2 GB at once
+                    rest = rest[found:]
         except OSError as error:
             raise SourceError(f"{shard}: cannot read {name}: {error}") from error
-        if found != info.bytes:
+        if rest:
             raise SourceError(f"{shard}: cannot read {name}: the file has become shorter")
         return widened(tensor)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -121,8 +122,9 @@ class GgufWriter:
         if self._pending:
             raise OutputError(f"{len(self._pending)} planned tensors were not written, such as {min(self._pending)}")
         self._close()
-        for place in self._checksums:
-            self._read_back(*place)
+        for number, path in enumerate(self.paths):
+            with path.open("rb", buffering=0) as file:
+                self._read_back(number, file)
 
     def _open_part(self, number: int, keys: Mapping[str, Any], tensors: Sequence[Typed], parts: int) -> None:
         """Write a part's head, and give its file the final size."""
@@ -154,16 +156,18 @@ class GgufWriter:
         self._files[number].write(content)
         self._checksums[number, at, len(content)] = name, zlib.crc32(content)
 
-    def _read_back(self, number: int, at: int, size: int) -> None:
-        name, written = self._checksums[number, at, size]
-        left, checksum = size, 0
-        with self.paths[number].open("rb", buffering=0) as file:
+    def _read_back(self, number: int, file: FileIO) -> None:
+        piece = memoryview(bytearray(_BYTES_A_READ))
+        for (part, at, size), (name, written) in self._checksums.items():
+            if part != number:
+                continue
             file.seek(at)
-            while left and (content := file.read(min(left, _BYTES_A_READ))):
-                checksum = zlib.crc32(content, checksum)
-                left -= len(content)
-        if left or checksum != written:
-            raise OutputError(f"{name}: other data was read back than was written; the disk may be failing")
+            left, checksum = size, 0
+            while left and (found := file.readinto(piece[:left])):
+                checksum = zlib.crc32(piece[:found], checksum)
+                left -= found
+            if left or checksum != written:
+                raise OutputError(f"{name}: other data was read back than was written; the disk may be failing")
 
     def _close(self) -> None:
         for file in self._files:

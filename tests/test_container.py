@@ -488,8 +488,21 @@ def test_scales_of_more_than_float16_are_read_but_codes_are_not_taken(written: P
     assert isinstance(source, GptqSource)
     wide, narrow = (found.read(f"{name}.weight") for found in (source, before))
     torch.testing.assert_close(wide, narrow * (1 + 2**-15), rtol=1e-6, atol=0)
-    with pytest.raises(SourceError, match="hold more than float16"):
-        source.read_codes(name)
+    for take in (source.read_codes, source.read_scales):
+        with pytest.raises(SourceError, match="hold more than float16"):
+            take(name)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_noticed(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "cut")
+    source = open_source(tmp_path / "cut")
+    path = tmp_path / "cut" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100_000])
+    with pytest.raises(SourceError, match=r"model\.safetensors: cannot read .*: the file has become shorter"):
+        all(source.read(name).numel() for name in source.tensors)
+    path.unlink()
+    with pytest.raises(SourceError, match=r"model\.safetensors: cannot read .*: .*No such file"):
+        source.read("model.norm.weight")
 
 
 def test_a_gptq_folder_can_be_quantized_again(written: Path, tiny_tokens: TokenMatrix, tmp_path: Path) -> None:

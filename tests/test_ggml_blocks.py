@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes import QuantizedLinear, contiguous_groups, pack
 from quantkit.codes.ggml import BLOCK_TYPES, SUPER_BLOCK_TYPES, pack_blocks, pack_super_blocks
-from quantkit.codes.reencode import Reencoding, expected_reencodings, reencode, reencodings
+from quantkit.codes.reencode import Reencoding, expected_reencodings, q4_0_rows, reencode, reencodings
 
 
 def dequantize(name: str, rows: np.ndarray) -> np.ndarray:
@@ -117,3 +117,11 @@ def test_a_short_last_group_of_whole_blocks_is_fine() -> None:
     linear = random_linear(4, True, 128, 576, 0)
     assert next(reencodings(linear)) == Reencoding("Q4_0", "exact")
     assert np.array_equal(dequantize("Q4_0", reencode(linear, "Q4_0")), linear.dequantize().numpy())
+
+
+@given(group_size=st.sampled_from([32, 64, 96, -1]), columns=st.integers(1, 12), rows=st.integers(1, 6))
+def test_packed_words_become_the_blocks_that_their_codes_make(group_size: int, columns: int, rows: int) -> None:
+    linear = random_linear(4, True, group_size, 32 * columns, rows + columns)
+    some = QuantizedLinear(linear.codes[:rows], linear.scales[:rows], linear.zeros[:rows], linear.group, 4)
+    found = q4_0_rows(pack(some.codes.T, 4), some.scales.T.contiguous(), some.group)
+    assert np.array_equal(found, reencode(some, "Q4_0"))

@@ -587,6 +587,54 @@ def test_parts_are_one_model(make_model: MakeModel, tmp_path: Path) -> None:
     assert read.tokenizer()("the sea").input_ids == source.tokenizer()("the sea").input_ids
 
 
+KEYS = {
+    "general.type": "model",
+    "a.flag": True,
+    "a.count": 4_000_000_000,
+    "a.number": 1e-5,
+    "left.out": "",
+    "also.left.out": [],
+    "words": ["", "the", "\u6f22\u5b57 \U0001f642", "a" * 300],
+    "counts": [0, -1, 2_000_000_000],
+    "numbers": [0.0, -1000.0, 1e-45],
+    "flags": [True, False],
+}
+
+
+@pytest.mark.parametrize("split", [0, 1, 9_000, 10**9])
+@pytest.mark.parametrize("case", ["llama3-rope", "qwen3moe"])
+def test_the_bytes_are_those_of_gguf_py(case: str, split: int, make_model: MakeModel, tmp_path: Path) -> None:
+    family, config, tied = {**CASES, "qwen3moe": ("qwen3_moe", EXPERTS, False)}[case]
+    source = open_source(make_model(family, tied=tied, dtype="float32", **config))
+    weights = ModelStream(source, CPU, torch.float32).weights
+    planned = plan(source, weights)
+    theirs = gguf.GGUFWriter(tmp_path / "theirs" / "a.gguf", "llama", split_max_size=split)
+    (tmp_path / "theirs").mkdir()
+    for key, value in KEYS.items():
+        add = {bool: theirs.add_bool, int: theirs.add_uint32, float: theirs.add_float32, str: theirs.add_string}
+        add.get(type(value), theirs.add_array)(key, value)
+    typed = [(tensor, Kind.F32 if tensor.always_f32 else Kind.F16) for tensor in planned]
+    for tensor, kind in typed:
+        rows = [weights.read(name).numpy() for name in tensor.sources] or [np.array(tensor.computed)]
+        ordered = [part if tensor.row_order() is None else part[tensor.row_order()] for part in rows]
+        values = np.stack(ordered) if len(tensor.shape) == 3 else ordered[0]
+        theirs.add_tensor(tensor.name, gguf.quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
+    theirs.add_size_label(gguf.size_label(*theirs.get_total_parameter_count()))
+    theirs.write_header_to_file()
+    theirs.write_kv_data_to_file()
+    theirs.write_tensors_to_file()
+    theirs.close()
+    (tmp_path / "ours").mkdir()
+    with GgufWriter(tmp_path / "ours" / "a.gguf", "llama", KEYS, typed, split) as ours:
+        for tensor, kind in typed:
+            for name in tensor.sources:
+                ours.write(name, gguf.quants.quantize(tensor.values(weights.read(name)), kind))
+        ours.finish()
+    assert sorted(p.name for p in tmp_path.glob("ours/*")) == sorted(p.name for p in tmp_path.glob("theirs/*"))
+    for path in ours.paths:
+        assert path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes(), path.name
+
+
 def test_one_file_where_the_limit_is_not_reached(
     make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -668,20 +716,21 @@ def test_a_tensor_that_was_never_written_is_named(make_model: MakeModel, tmp_pat
             writer.write("model.embed_tokens.weight", np.zeros((VOCABULARY, 63), np.float32))
 
 
+@pytest.mark.parametrize("place", [9, 3_000, -5_000], ids=["a count", "a word", "a weight"])
 def test_a_disk_that_changes_a_bit_is_noticed(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: int, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    close = gguf.GGUFWriter.close
+    close = GgufWriter._close
 
-    def changing(self: gguf.GGUFWriter) -> None:
-        closed = self.fout is None
+    def changing(self: GgufWriter) -> None:
+        closed = self._files[0].closed
         close(self)
         if not closed:
-            content = bytearray(self.path.read_bytes())
-            content[-5_000] ^= 1
-            self.path.write_bytes(content)
+            content = bytearray(self.paths[0].read_bytes())
+            content[place] ^= 1
+            self.paths[0].write_bytes(content)
 
-    monkeypatch.setattr(gguf.GGUFWriter, "close", changing)
+    monkeypatch.setattr(GgufWriter, "_close", changing)
     with pytest.raises(OutputError, match="other data was read back than was written"):
         publish(tiny(make_model, "llama"), tmp_path / "tiny.gguf")
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from quantkit.codes.ggml import (
+    BLOCK,
     BLOCK_TYPES,
     SUPER_BLOCK,
     SUPER_BLOCK_TYPES,
@@ -25,6 +26,8 @@ from quantkit.codes.ggml import (
 from quantkit.codes.linear import QuantizedLinear
 
 Fidelity = Literal["exact", "bounded"]
+
+_NIBBLE, _LOW_NIBBLES = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
 
 # From the smallest to the largest; of equal sizes the simpler block first.
 _BY_SIZE = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
@@ -54,7 +57,7 @@ def reencodings(linear: QuantizedLinear) -> Iterator[Reencoding]:
 
 def expected_reencodings(bits: int, zeros: torch.Tensor, group: torch.Tensor) -> Iterator[Reencoding]:
     """As `reencodings`, whatever the codes are: zeros uint8 [out, groups], group int32 [in]."""
-    low, high = int(zeros.min()), int(zeros.max())
+    low, high = (int(end) for end in torch.aminmax(zeros))
     yield from _types(bits, -high, 2**bits - 1 - low, high, _group_run(group))
 
 
@@ -93,6 +96,31 @@ def reencode(linear: QuantizedLinear, name: str) -> Array:
     if not kind.has_minimum:
         return pack_super_blocks(name, codes, d, ones)
     return pack_super_blocks(name, codes, d, ones, d, np.repeat(z, sub_blocks, axis=1).astype(np.int16))
+
+
+def q4_0_rows(words: torch.Tensor, scales: torch.Tensor, group: torch.Tensor) -> Array:
+    """Rows of Q4_0 from GPTQ's packed words of 4 bits, with all zeros 8: as `reencode` makes them, five times as fast,
+    for no code is taken out of its word.
+
+    Args:
+        words: int32 [in / 8, out]. Nibble j of a word is column j of its eight.
+        scales: float16 [groups, out].
+        group: int32 [in], in runs of whole blocks.
+
+    Returns:
+        uint8 [out, bytes]. Byte j of a block holds column j in its low nibble, column j + 16 in its high one.
+    """
+    rows = words.shape[1]
+    halves = words.T.contiguous().numpy().view("<u8").reshape(rows, -1, 2)  # of each block its columns 0..15, 16..31
+    first, second = halves[..., 0], halves[..., 1]
+    # Byte k of either half has columns 2 k and 2 k + 1.
+    even = first & _LOW_NIBBLES | (second & _LOW_NIBBLES) << _NIBBLE
+    odd = first >> _NIBBLE & _LOW_NIBBLES | second & ~_LOW_NIBBLES
+    pairs = odd.view(np.uint8).astype("<u2") << 8 | even.view(np.uint8)
+    blocks = np.empty((rows, even.shape[1], 9), dtype="<u2")
+    blocks[..., 0] = scales.T[:, group[::BLOCK].long()].numpy().view("<u2")
+    blocks[..., 1:] = pairs.reshape(rows, -1, 8)
+    return blocks.view(np.uint8).reshape(rows, -1)
 
 
 def _group_run(group: torch.Tensor) -> int:

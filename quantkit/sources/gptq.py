@@ -84,21 +84,29 @@ class GptqSource(FolderSource):
         Raises:
             SourceError: its scales are not float16 numbers, so its codes cannot be taken as they are.
         """
+        codes, scales, zeros = self._unpacked(module), self.read_scales(module), self.read_zeros(module)
+        return QuantizedLinear(codes, scales.T.contiguous(), zeros, self.read_groups(module), self.bits(module))
+
+    def read_words(self, module: str) -> torch.Tensor:
+        """Packed codes of one Linear, int32 [in * bits / 32, out]."""
+        return self.stored.read(f"{module}.qweight")
+
+    def read_scales(self, module: str) -> torch.Tensor:
+        """Scales of one Linear, float16 [groups, out]. Raises SourceError where they are more than float16 numbers."""
         stored = self._read_scales(module)
         scales = stored.half()
         if not torch.equal(scales.float(), stored):
             raise SourceError(
                 f"{self.path}: {module}.scales hold more than float16; its codes cannot be taken as they are"
             )
-        codes, zeros = self._unpacked(module), self.read_zeros(module)
-        return QuantizedLinear(codes, scales.T.contiguous(), zeros, self.read_groups(module), self.bits(module))
+        return scales
 
     def _read_scales(self, module: str) -> torch.Tensor:
         """float32 [groups, out]."""
         return self.stored.read(f"{module}.scales").float()
 
     def _unpacked(self, module: str) -> torch.Tensor:
-        return unpack(self.stored.read(f"{module}.qweight"), self.bits(module)).T.contiguous()
+        return unpack(self.read_words(module), self.bits(module)).T.contiguous()
 
     def read_zeros(self, module: str) -> torch.Tensor:
         """Zeros of one Linear, uint8 [out, groups]. Where v1 stores a zero of 0, its writer's own reading counts."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import gguf
@@ -300,7 +300,7 @@ def recipe_of(
     for name in plain:
         for importance in (False, True):
             planned = tensor_kinds(name, plan, config, architecture, importance=importance)
-            if [tensor.kind for tensor in planned] == list(kinds):
+            if all(tensor.kind == kind for tensor, kind in zip(planned, kinds, strict=True)):  # most differ early
                 return name
     matrices = (kind for kind, tensor in zip(kinds, plan, strict=True) if not tensor.always_f32)
     main = Counter(matrices).most_common(1)[0][0]
@@ -317,8 +317,8 @@ def tensor_kinds(
     embedding: Kind | None = None,
     output: Kind | None = None,
     importance: bool = False,
-) -> list[Planned]:
-    """The type of every tensor of a plan.
+) -> Iterator[Planned]:
+    """The type of every tensor of a plan, in its order.
 
     Args:
         name: one of `RECIPES`.
@@ -349,8 +349,9 @@ def tensor_kinds(
             return recipe.base if recipe.embedding is None else recipe.embedding
         return _of_block(recipe, model, tensor.name)
 
-    kinds = [wanted(tensor) for tensor in plan]
-    return [Planned(fitting(kind, tensor.shape[-1]), kind) for tensor, kind in zip(plan, kinds, strict=True)]
+    for tensor in plan:
+        kind = wanted(tensor)
+        yield Planned(fitting(kind, tensor.shape[-1]), kind)
 
 
 def fitting(kind: Kind, width: int) -> Kind:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from quantkit.codes import libggml
-from quantkit.codes.reencode import expected_reencodings, reencode
+from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
 from quantkit.errors import NumericError, UsageError
 from quantkit.model.weights import Weights
 from quantkit.sources.base import Source
@@ -256,7 +256,14 @@ class Chooser:
     def _codes(self, linears: Mapping[str, str], name: str) -> Callable[[GgufTensor, str], Array]:
         source = self._source
         assert isinstance(source, GptqSource)
-        return lambda _, published: reencode(source.read_codes(linears[published]), name)
+
+        def encode(_: GgufTensor, published: str) -> Array:
+            module = linears[published]
+            if name == "Q4_0" and source.bits(module) == 4:  # which it holds where all zeros are 8 only
+                return q4_0_rows(source.read_words(module), source.read_scales(module), source.read_groups(module))
+            return reencode(source.read_codes(module), name)
+
+        return encode
 
     def _blocks(self, _: GgufTensor, published: str) -> Array:
         stored = self._weights.stored(published)

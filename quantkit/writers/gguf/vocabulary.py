@@ -191,14 +191,13 @@ def _padded(source: Source, pieces: Mapping[int, Piece]) -> list[Piece]:
             f"{source.path}: its tokenizer has the id {max(pieces)}, its embedding only {size} rows; copy the "
             "tokenizer of the same model"
         )
-    return [pieces.get(id_, (f"[PAD{id_}]", _PAD_SCORE, TokenType.UNUSED)) for id_ in range(size)]
+    return [pieces.get(id_) or (f"[PAD{id_}]", _PAD_SCORE, TokenType.UNUSED) for id_ in range(size)]
 
 
 def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs, however the file lists them."""
     merges = content["model"]["merges"]
-    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
-    return [(left, right) for left, right in pairs]
+    return [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in merges]
 
 
 def _templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:

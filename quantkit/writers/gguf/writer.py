@@ -1,7 +1,7 @@
 """A GGUF file, or several that make one model, written tensor by tensor.
 
-Header, keys and the table of tensors are gguf-py's. Where each tensor lies follows from the shapes, so tensors and
-single experts may come in any order and no more than one of them is in memory.
+Where each tensor lies follows from the shapes, so tensors and single experts may come in any order and no more than one
+of them is in memory.
 """
 
 from __future__ import annotations
@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType
 
 from quantkit.errors import OutputError, UsageError
-from quantkit.sources.gguf_file import GgufFile
+from quantkit.writers.gguf.head import pack_head, padded
 from quantkit.writers.gguf.tensors import Array, GgufTensor
 
 Typed = tuple[GgufTensor, GGMLQuantizationType]
+
+_PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+_BYTES_A_READ = 1 << 20
 
 
 def packed_bytes(tensor: GgufTensor, kind: GGMLQuantizationType) -> int:
@@ -65,37 +69,33 @@ class GgufWriter:
         Raises:
             UsageError: a tensor's rows are no whole number of blocks of its type.
         """
-        total = sum(packed_bytes(tensor, kind) for tensor, kind in tensors)
-        # With a limit that is not reached gguf-py logs a warning.
-        self._file = GGUFWriter(path, architecture, split_max_size=split_max_bytes if total > split_max_bytes else 0)
-        for key, value in keys.items():
-            _add(self._file, key, value)
-        for tensor, kind in tensors:
-            assert kind == GGMLQuantizationType.F32 or not tensor.always_f32, tensor.name
-            # The dtype says that the shape counts values, not bytes.
-            self._file.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), packed_bytes(tensor, kind), raw_dtype=kind
-            )
-        self._file.add_size_label(gguf.size_label(*self._file.get_total_parameter_count()))
-        self.paths = self._file.format_shard_names(path)
+        parts = _parts(tensors, split_max_bytes)
+        names = (
+            [path.name]
+            if len(parts) == 1
+            else [f"{path.stem}-{number:05d}-of-{len(parts):05d}.gguf" for number in range(1, len(parts) + 1)]
+        )
+        self.paths = [path.with_name(name) for name in names]
         self._tensors = {tensor.name: (tensor, kind) for tensor, kind in tensors}
         self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
         self._pending = set(self._parts)
-        self._checksums: dict[tuple[str, int], int] = {}
+        self._place: dict[str, tuple[int, int]] = {}
+        self._checksums: dict[tuple[int, int, int], tuple[str, int]] = {}
+        self._files: list[BinaryIO] = []
+        first = {"general.architecture": architecture, **keys, "general.size_label": _size_label(tensors)}
         try:
-            self._file.write_header_to_file()
-            self._file.write_kv_data_to_file()
-            self._file.write_ti_data_to_file()
-            self._place = self._places()
+            for number, part in enumerate(parts):
+                self._files.append(self.paths[number].open("wb"))
+                self._open_part(number, first if number == 0 else {}, part, len(parts))
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def __enter__(self) -> GgufWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._close()
 
     def write(self, source: str, data: Array) -> None:
         """Write what a published tensor became; its place in a stack, and the order of its rows there, is seen to.
@@ -108,7 +108,7 @@ class GgufWriter:
         self._pending.remove(source)
         tensor, part = self._parts[source]
         order = tensor.row_order()
-        self._write(tensor, part, data if order is None else data[order])
+        self._write_rows(tensor, part, data if order is None else data[order])
 
     def finish(self) -> None:
         """Write the computed tensors, close the files, read them back.
@@ -118,57 +118,83 @@ class GgufWriter:
         """
         for tensor, _ in self._tensors.values():
             if not tensor.sources:
-                self._write(tensor, 0, np.array(tensor.computed, dtype=np.float32))
+                self._write_rows(tensor, 0, np.array(tensor.computed, dtype=np.float32))
         if self._pending:
             raise OutputError(f"{len(self._pending)} planned tensors were not written, such as {min(self._pending)}")
-        self._file.close()
-        self._read_back()
+        self._close()
+        for number, path in enumerate(self.paths):
+            with path.open("rb", buffering=0) as file:
+                self._read_back(number, file)
 
-    def _places(self) -> dict[str, tuple[int, int]]:
-        """File and offset of every tensor; the files get their final size."""
-        places = {}
-        assert self._file.fout is not None
-        for number, (file, infos) in enumerate(zip(self._file.fout, self._file.tensors, strict=True)):
-            at = GGUFWriter.ggml_pad(file.tell(), self._file.data_alignment)
-            for name, info in infos.items():
-                places[name] = (number, at)
-                at += GGUFWriter.ggml_pad(info.nbytes, self._file.data_alignment)
-            file.truncate(at)
-        return places
+    def _open_part(self, number: int, keys: Mapping[str, Any], tensors: Sequence[Typed], parts: int) -> None:
+        """Write a part's head, and give its file the final size."""
+        table = [(tensor.name, tensor.shape, kind, packed_bytes(tensor, kind)) for tensor, kind in tensors]
+        of_parts = {
+            "split.no": np.uint16(number),
+            "split.count": np.uint16(parts),
+            "split.tensors.count": np.int32(len(self._tensors)),
+        }
+        head = pack_head({**keys, **(of_parts if parts > 1 else {})}, table)
+        at = padded(len(head))
+        for name, _, _, size in table:
+            self._place[name] = number, at
+            at += padded(size)
+        self._files[number].truncate(at)
+        self._write(number, 0, head, "its head")
 
-    def _write(self, tensor: GgufTensor, part: int, data: Array) -> None:
+    def _write_rows(self, tensor: GgufTensor, part: int, data: Array) -> None:
         kind = self._tensors[tensor.name][1]
         share = packed_bytes(tensor, kind) // max(len(tensor.sources), 1)
-        floats = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-        assert data.dtype in (np.uint8, floats.get(kind, np.uint8)), (tensor.name, data.dtype)
+        assert data.dtype in (np.uint8, _PLAIN.get(kind, np.uint8)), (tensor.name, data.dtype)
         assert data.nbytes == share, (tensor.name, data.shape)
         number, start = self._place[tensor.name]
         content = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-        assert self._file.fout is not None
-        self._file.fout[number].seek(start + part * share)
-        self._file.fout[number].write(content)
-        self._checksums[tensor.name, part] = zlib.crc32(content)
+        self._write(number, start + part * share, content, tensor.name)
 
-    def _read_back(self) -> None:
-        stored = [GgufFile(path) for path in self.paths]
-        for (name, part), checksum in self._checksums.items():
-            path = self.paths[self._place[name][0]]
-            found = stored[self._place[name][0]].tensors[name]
-            share = found.bytes // max(len(self._tensors[name][0].sources), 1)
-            with path.open("rb") as file:
-                file.seek(found.offset + part * share)
-                if zlib.crc32(file.read(share)) != checksum:
-                    raise OutputError(f"{name}: other data was read back than was written; the disk may be failing")
+    def _write(self, number: int, at: int, content: bytes | memoryview, name: str) -> None:
+        self._files[number].seek(at)
+        self._files[number].write(content)
+        self._checksums[number, at, len(content)] = name, zlib.crc32(content)
+
+    def _read_back(self, number: int, file: FileIO) -> None:
+        piece = memoryview(bytearray(_BYTES_A_READ))
+        for (part, at, size), (name, written) in self._checksums.items():
+            if part != number:
+                continue
+            file.seek(at)
+            left, checksum = size, 0
+            while left and (found := file.readinto(piece[:left])):
+                checksum = zlib.crc32(piece[:found], checksum)
+                left -= found
+            if left or checksum != written:
+                raise OutputError(f"{name}: other data was read back than was written; the disk may be failing")
+
+    def _close(self) -> None:
+        for file in self._files:
+            file.close()
 
 
-def _add(file: GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        file.add_bool(key, value)
-    elif isinstance(value, int):
-        file.add_uint32(key, value)
-    elif isinstance(value, float):
-        file.add_float32(key, value)
-    elif isinstance(value, str):
-        file.add_string(key, value)
-    else:
-        file.add_array(key, value)
+def _parts(tensors: Sequence[Typed], most: int) -> list[list[Typed]]:
+    """The tensors of each file, of at most so many bytes where they are more than one; 0 for a single file."""
+    parts: list[list[Typed]] = [[]]
+    size = 0
+    for tensor, kind in tensors:
+        own = packed_bytes(tensor, kind)
+        if most and parts[-1] and size + own > most:
+            parts.append([])
+            size = 0
+        parts[-1].append((tensor, kind))
+        size += own
+    return parts
+
+
+def _size_label(tensors: Sequence[Typed]) -> str:
+    """How many parameters, as models are called by: "135M", or of experts "8x7B"."""
+    shapes = {tensor.name: tensor.shape for tensor, _ in tensors}
+    experts = [shape for name, shape in shapes.items() if "_exps." in name]
+    total = sum(map(math.prod, shapes.values()))
+    of_one = sum(math.prod(shape[1:]) for shape in experts)
+    shared = total - sum(map(math.prod, experts))
+    count = sum(shape[0] for shape in experts) // len(experts) if experts else 0
+    label: str = gguf.size_label(total, shared, of_one, count)
+    return label

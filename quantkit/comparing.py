@@ -66,7 +66,7 @@ def compare(
     variants: Sequence[str | Path],
     *,
     out: str | Path,
-    texts: Sequence[str] = (HELDOUT,),
+    texts: Sequence[str] | None = None,
     seq_len: int | None = None,
     stride: int | None = None,
     template: TemplateName = "auto",
@@ -89,7 +89,7 @@ def compare(
         reference: what the variants are compared with: a folder, GGUF or ggjt file, or Hub id.
         variants: the same, one or more, in any mixture of kinds.
         out: folder to write: report.json, report.md, report.html, and accuracy-size, layers and kl as PNG and SVG.
-        texts: each as in `perplexity`.
+        texts: each as in `perplexity`; None: its default.
         seq_len: tokens a window, of every text; None: 2048 for wikitext2, else 512.
         stride: start windows this many tokens apart and score only what is new; None: no overlap.
         budget: name the variant to take that has at most this size on disk, such as "4GB", or bytes.
@@ -104,7 +104,7 @@ def compare(
         QuantkitError: a model or a text cannot be read, or the disk failed; nothing is left at `out`.
     """
     place, limits = absolute(out), Limits(_bytes(budget), max_kl)
-    specs = _specs(texts, seq_len, stride, template)
+    specs = _specs(texts or (HELDOUT,), seq_len, stride, template)
     if not variants:
         raise UsageError("name at least one variant to compare with the reference")
     streams = [open_stream(name, device, dtype, revision, trust_remote_code) for name in (reference, *variants)]

@@ -24,7 +24,10 @@ from quantkit.config import CalibrationSpec
 
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
-VERBS = ("gptq", "perplexity", "samples", "ggml", "imatrix", "convert", "inspect")
+VERBS = (
+    *("gptq", "perplexity", "samples", "ggml", "imatrix", "convert", "inspect", "compare", "eval", "generate", "chat"),
+    *("verify", "card", "publish", "release"),
+)
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 GPTQ_KEYS = {
     "ggml",
@@ -185,6 +188,13 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
         ("ggml", {"json", "quiet", "debug"}, {"progress"}),
         ("convert", {"json", "quiet", "debug"}, {"progress"}),
         ("inspect", {"json", "debug", "tensors"}, set()),
+        ("compare", {"json", "quiet", "debug"}, {"progress"}),
+        ("generate", {"json", "quiet", "debug"}, {"progress"}),
+        ("eval", {"json", "quiet", "debug"}, {"progress"}),
+        ("verify", {"json", "quiet", "debug"}, {"progress"}),
+        ("card", {"json", "quiet", "debug"}, {"progress"}),
+        ("publish", {"json", "quiet", "debug"}, {"progress"}),
+        ("release", {"json", "quiet"}, {"progress"}),
     ],
 )
 def test_options_are_the_librarys_parameters(verb: str, only_command_line: set[str], only_library: set[str]) -> None:
@@ -407,7 +417,7 @@ def test_perplexity_json(desk: Desk, make_model: MakeModel) -> None:
     both = desk.json(desk.run("perplexity", other, "--against", reference, *options))
     first, second = both["results"]
     assert first["kl_divergence"] is None
-    assert second["kl_divergence"].keys() == {"mean", "median", "p99", "max"}
+    assert second["kl_divergence"].keys() == {"mean", "median", "p90", "p99", "p999", "max"}
     assert second["perplexity"] == pytest.approx(alone["results"][0]["perplexity"], rel=1e-6)
     assert 0 < second["kl_divergence"]["mean"] < 0.01
     assert 0.9 < second["top1_agreement"] <= 1

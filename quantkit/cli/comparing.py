@@ -41,13 +41,15 @@ def compare(
         typer.Argument(metavar="VARIANT...", help="Folders (full precision or GPTQ), GGUF or ggjt files, Hub ids."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the report and its plots to.", show_default=False)],
-    text: Annotated[
-        list[str],
+    texts: Annotated[
+        list[str] | None,
         typer.Option(
+            "--text",
             help="Evaluation text: a data set name, wikitext2 (its test split), wikitext2:FILE, or a file. Repeat for "
-            "several."
+            "several. Default: " + HELDOUT,
+            show_default=False,
         ),
-    ] = [HELDOUT],  # noqa: B006 (Typer makes a list of its own)
+    ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a window; default 2048 for wikitext2, else 512.", show_default=False)
     ] = None,
@@ -82,7 +84,7 @@ def compare(
         reference,
         variants,
         out=out,
-        texts=text,
+        texts=texts,
         seq_len=seq_len,
         stride=stride,
         template=template.value,

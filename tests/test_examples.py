@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import MakeModel
+
+from quantkit.recipe import load_recipe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -38,3 +41,27 @@ def test_shell_example(make_model: MakeModel, tmp_path: Path) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     assert [row["kl_divergence"] is None for row in report["results"]] == [True, False]
     assert "GPTQ 4-bit symmetric, group 32" in done.stdout
+
+
+def test_recipes_are_recipes() -> None:
+    recipes = {path.stem: load_recipe(path) for path in EXAMPLES.glob("*.yaml")}
+    assert recipes.keys() == {"smollm2", "wizardlm-13b", "qwen3-8b"}
+    wizard = recipes["wizardlm-13b"]
+    assert (wizard.source.delta, wizard.source.vocab) == ("WizardLM/WizardLM-13B-V1.0", "mean")
+    assert [variant.title for variant in wizard.variants if variant.kind == "ggjt"] == [
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+    ]
+
+
+@pytest.mark.e2e
+def test_smollm2_recipe_can_be_made_but_for_its_ggjt_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quantkit", "release", str(EXAMPLES / "smollm2.yaml"), "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    parts = {part["name"]: part for part in json.loads(done.stdout)["forecasts"]}
+    refused = {name: part["refused"] for name, part in parts.items() if part["refused"]}
+    assert refused.keys() == {"ggjt Q4_0"}
+    assert "9 heads share 3 keys and values" in refused["ggjt Q4_0"]
+    # The bytes of the blocks' Linears, and of the embedding in the source's float16.
+    assert parts["gptq 4bit-64g"]["bytes"] < parts["gptq 8bit-64g"]["bytes"] < parts["fp16"]["bytes"]
+    assert not list(tmp_path.iterdir())

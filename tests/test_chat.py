@@ -188,6 +188,11 @@ def test_the_command_with_piped_input(model: Path) -> None:
     assert [turn["content"] for turn in json.loads(printed.stdout)["turns"]] == ["the sea?", expected[0]]
 
 
+def _heed_interrupts() -> None:
+    """Where the tests themselves run in the background, interrupts are ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(make_model: MakeModel) -> None:
     endless = make_model("llama", dtype="float32", max_position_embeddings=100_000)
     process = subprocess.Popen(
@@ -195,6 +200,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(make_model: MakeModel) -> N
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=_heed_interrupts,
     )
     assert process.stdin is not None
     assert process.stdout is not None

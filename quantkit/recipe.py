@@ -155,6 +155,7 @@ class CardRecipe(Spec):
     template: str = "default"
     licence: str | None = None
     prompt_template: str | None = None
+    base_model: tuple[str, ...] = ()
     original: str | None = None
     """The card that goes on below, and whose licence is inherited; None: the source's, if it is a folder with one."""
 

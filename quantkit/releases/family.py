@@ -93,7 +93,7 @@ class Family:
     def _add_card(self, place: Place) -> None:
         evals = {self._evals[model.step]: model.path.name for model in place.models} if self._tries else {}
         options = {
-            **self._recipe.card.model_dump(exclude={"original"}),
+            **self._recipe.card.model_dump(mode="json", exclude={"original"}),
             "siblings": self._siblings(place),
             "repo": self._repo(place),
             "branch": place.branch,

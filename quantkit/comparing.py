@@ -104,7 +104,7 @@ def compare(
         QuantkitError: a model or a text cannot be read, or the disk failed; nothing is left at `out`.
     """
     place, limits = absolute(out), Limits(_bytes(budget), max_kl)
-    specs = _specs(texts or (HELDOUT,), seq_len, stride, template)
+    specs = _specs((HELDOUT,) if texts is None else texts, seq_len, stride, template)
     if not variants:
         raise UsageError("name at least one variant to compare with the reference")
     streams = [open_stream(name, device, dtype, revision, trust_remote_code) for name in (reference, *variants)]

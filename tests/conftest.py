@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -259,3 +262,40 @@ class Recorder:
 def recorder() -> Recorder:
     """A Progress that keeps its notes, warnings and phases' names."""
     return Recorder()
+
+
+# -- a Hub of one's own ---------------------------------------------------------------------------------------------
+
+TOKEN = "hf_thisIsTheSecretOfTheTests"
+
+
+@pytest.fixture
+def server() -> Iterator[HubServer]:
+    with HubServer() as running:
+        running.tokens = {TOKEN: "someone", "hf_other": "other"}
+        yield running
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits, which are noted and not waited for."""
+    found: list[float] = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def hub_client(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> None:
+    """The Hub client as on a machine where somebody has logged in to `server`."""
+    home = tmp_path / "hf-home"
+    home.mkdir()
+    (home / "token").write_text(TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeModel, Recorder
+from conftest import TOKEN, MakeModel, Recorder
 from hub_server import HubServer
 from hub_uploads import ATTRIBUTES
 from huggingface_hub import constants, snapshot_download
@@ -25,9 +23,11 @@ from quantkit.publishing.card import card
 from quantkit.publishing.hub import PublishReport, branch_of, publish
 
 # The client's own use of its HTTP library.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("hub_client"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
 
-TOKEN = "hf_thisIsTheSecretOfTheTests"
 REPO = "someone/tiny-GPTQ"
 WEIGHTS = b"\0weights" * 40_000
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
@@ -41,38 +41,6 @@ FILES = {
 }
 BIG = [name for name in FILES if name.endswith(("safetensors", "gguf"))]
 LITTER = (".cache/huggingface/x", "__pycache__/a", "b.pyc", ".out.abc.partial/model.safetensors", ".env", "x.lock")
-
-
-@pytest.fixture
-def server() -> Iterator[HubServer]:
-    with HubServer() as running:
-        running.tokens = {TOKEN: "someone", "hf_other": "other"}
-        yield running
-
-
-@pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Waits, which are noted and not waited for."""
-    found: list[float] = []
-    monkeypatch.setattr(time, "sleep", found.append)
-    return found
-
-
-@pytest.fixture(autouse=True)
-def client(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> None:
-    """The Hub client as on a machine where somebody has logged in to `server`."""
-    home = tmp_path / "hf-home"
-    home.mkdir()
-    (home / "token").write_text(TOKEN)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Recorder
-from hub_server import HubServer
 from huggingface_hub import snapshot_download
-from test_publish import client, naps, server  # noqa: F401 (fixtures)
 from wizard import stored, wizard
 
 import quantkit
@@ -78,7 +76,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wizardlm_recipe_from_base_and_delta_to_the_hub_and_back(
     case: Path,
-    server: HubServer,  # noqa: F811
+    hub_client: None,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"

@@ -17,7 +17,7 @@ from quantkit.recipe import Recipe, load_recipe
 from quantkit.releases.family import Family
 from quantkit.releases.forecast import Forecast, Forecaster
 from quantkit.releases.ledger import Ledger, locked
-from quantkit.releases.steps import Outcome, run_steps
+from quantkit.releases.steps import Outcome, Setting, run_steps
 from quantkit.releases.variants import Calibration, Workshop, model_of, step_name
 from quantkit.sources import Source
 from quantkit.workdir import absolute
@@ -82,7 +82,7 @@ def release(
     place = absolute(out) if out is not None else Path.cwd() / f"{plan.name}-release"
     source = _open(plan, trust_remote_code)
     _check_place(place, source)
-    forecasts = _forecast(plan, source)
+    forecasts = _forecast(plan, source, trust_remote_code, dry_run)
     if dry_run:
         return ReleaseReport(place, forecasts, dry_run=True)
     refused = {forecast.name: forecast.refused for forecast in forecasts if forecast.refused is not None}
@@ -93,8 +93,9 @@ def release(
     with locked(place):
         ledger = Ledger(place)
         calibration = Calibration(plan, source, progress)
-        workshop = Workshop(plan, place, makeable, calibration, _hashes(source, ledger), progress)
-        family = Family(plan, place, workshop.places, plan.card.original or _original(source), ledger, progress)
+        setting = Setting(place, ledger, trust_remote_code, progress)
+        workshop = Workshop(plan, setting, makeable, calibration, _hashes(source, ledger))
+        family = Family(plan, setting, workshop.places, plan.card.original or _original(source))
         if plan.publish is not None and publishing:
             family.add_publishing(plan.publish)
         outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, debug)
@@ -121,12 +122,12 @@ def _check_place(out: Path, source: Source) -> None:
         raise UsageError(f"--out {out} holds something that is no release; choose another folder")
 
 
-def _forecast(recipe: Recipe, source: Source) -> list[Forecast]:
+def _forecast(recipe: Recipe, source: Source, trust_remote_code: bool, whole: bool) -> list[Forecast]:
     with TemporaryDirectory() as folder:
-        asked = Forecaster(recipe, source, Path(folder))
+        asked = Forecaster(recipe, source, Path(folder), trust_remote_code)
         parts = [asked.reference(), *(asked.variant(variant) for variant in recipe.variants)]
         made = sum(part.refused is None for part in parts)
-        return [*parts, asked.comparison(made)]
+        return [*parts, asked.comparison(made)] if whole else parts
 
 
 def _refusal(name: str, why: str, optional: bool, progress: Progress) -> Outcome:

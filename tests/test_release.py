@@ -347,3 +347,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(small: Path, tmp_path:
         assert found.keys() == whole.keys(), place
         assert [name for name in whole if found[name] != whole[name]] == [], place
     assert not list((tmp_path / "runs").rglob("*.partial"))
+
+
+def test_a_source_that_stays_at_home_is_no_sibling(small: Path, tmp_path: Path) -> None:
+    text = SMALL.replace("{model: model}", "{model: model, publish: false}") + "publish: {owner: someone}\n"
+    small.write_text(text)
+    found = statuses(quantkit.release(small, tmp_path / "out", publishing=False))
+    assert not [step for step in found if step.startswith("publish")]
+    card = (tmp_path / "out" / "Tiny-GGUF" / "README.md").read_text()
+    assert "someone/Tiny-GPTQ" in card
+    assert "Tiny-HF" not in card

@@ -9,12 +9,10 @@ from typing import Any
 from quantkit.comparing import compare
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.harness.verb import eval as run_tasks
-from quantkit.progress import Progress
 from quantkit.publishing.card import card
 from quantkit.publishing.hub import publish
 from quantkit.recipe import PublishingRecipe, Recipe
-from quantkit.releases.ledger import Ledger
-from quantkit.releases.steps import Step
+from quantkit.releases.steps import Setting, Step
 from quantkit.releases.variants import REFERENCE, Made, Place
 from quantkit.verification import verify
 from quantkit.workdir import write_json
@@ -29,23 +27,19 @@ class Family:
         steps: in an order in which they can be done.
     """
 
-    def __init__(
-        self, recipe: Recipe, out: Path, places: list[Place], original: str | None, ledger: Ledger, progress: Progress
-    ) -> None:
+    def __init__(self, recipe: Recipe, setting: Setting, places: list[Place], original: str | None) -> None:
         """
         Args:
             recipe: the release's.
-            out: its folder.
+            setting: where and how.
             places: the folders of its files, the full-precision one first.
             original: the source's card.
-            ledger: hashes the files that the recipe names.
-            progress: receives what the verbs report.
         """
-        self._recipe, self._out, self._places, self._progress = recipe, out, places, progress
-        self._original, self._ledger = original, ledger
+        self._recipe, self._out, self._places, self._original = recipe, setting.out, places, original
+        self._ledger, self._progress, self._common = setting.ledger, setting.progress, setting.common
         self._models = [(place, model) for place in places for model in place.models]
         self._made_by = tuple(dict.fromkeys(step for place, model in self._models for step in (model.step, place.step)))
-        self.report = out / "report"
+        self.report = setting.out / "report"
         self.steps: list[Step] = [self._comparison()]
         self._evals = {model.step: self._add_eval(place, model) for place, model in self._models if self._tries}
         for place in places:
@@ -59,8 +53,11 @@ class Family:
     def add_publishing(self, where: PublishingRecipe) -> None:
         """One step for each repository's branch; branches besides main come after it, which they start from."""
         for place in sorted(self._places, key=lambda place: place.branch != "main"):
-            if place.step != REFERENCE or self._recipe.source.publish:
+            if self._goes_out(place):
                 self._add_publication(place, where)
+
+    def _goes_out(self, place: Place) -> bool:
+        return place.step != REFERENCE or self._recipe.source.publish
 
     def _comparison(self) -> Step:
         judging = self._recipe.evaluation
@@ -71,7 +68,7 @@ class Family:
                 raise UsageError("no variant was made")
             reference = self._places[0].folder
             texts = {"texts": judging.texts, "seq_len": judging.seq_len}
-            compare(reference, variants, out=self.report, **texts, progress=self._progress)  # type: ignore[arg-type]
+            compare(reference, variants, out=self.report, **texts, **self._common)  # type: ignore[arg-type]
 
         read = self._ledger.read_by(judging.texts)
         options = {"seq_len": judging.seq_len, "texts": list(judging.texts), "read": read}
@@ -83,7 +80,7 @@ class Family:
         options = {**judging.model_dump(include={"suite", "tasks_dir", "limit"}), "task": list(judging.tasks)}
 
         def run(_: frozenset[str]) -> None:
-            run_tasks(model.opened, out=out, **options, force=True, progress=self._progress)
+            run_tasks(model.opened, out=out, **options, force=True, **self._common)
 
         name = f"eval {model.path.name}"
         decides = {**options, "read": self._ledger.read_by([judging.tasks_dir])}
@@ -165,5 +162,6 @@ class Family:
 
     def _siblings(self, place: Place) -> list[str]:
         """The other repositories of the family, where it has an owner."""
-        names = (self._repo(other) for other in self._places if other.repo != place.repo)
+        told = [other for other in self._places if other.repo != place.repo and self._goes_out(other)]
+        names = (self._repo(other) for other in told)
         return list(dict.fromkeys(name for name in names if name is not None))

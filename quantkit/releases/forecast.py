@@ -45,16 +45,17 @@ class Forecast:
 class Forecaster:
     """Asks every verb what it would do, and reckons the time from this machine's rate of multiplication."""
 
-    def __init__(self, recipe: Recipe, source: Source, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, source: Source, folder: Path, trust_remote_code: bool) -> None:
         """
         Args:
             recipe: the release's.
             source: its source, opened.
             folder: where nothing is; the verbs are told to write there, and do not.
+            trust_remote_code: of the verbs.
         """
-        self._recipe, self._folder = recipe, folder
+        self._recipe, self._folder, self._trust = recipe, folder, trust_remote_code
         given = recipe.source
-        self._model: dict[str, Any] = {"revision": given.revision}
+        self._model: dict[str, Any] = {"revision": given.revision, "trust_remote_code": trust_remote_code}
         if given.base is not None:
             self._model |= {"base": given.base, "delta": given.delta}
         else:
@@ -67,12 +68,23 @@ class Forecaster:
         """Of the full-precision folder. Raises QuantkitError: it cannot be made, and so nothing can."""
         given, place = self._recipe.source, self._folder / REFERENCE
         if given.base is not None and given.delta is not None:
-            checks: dict[str, Any] = {"vocab": given.vocab, "base_revision": given.base_revision}
+            checks: dict[str, Any] = {
+                "vocab": given.vocab,
+                "base_revision": given.base_revision,
+                "trust_remote_code": self._trust,
+            }
             merged = merge(
                 given.base, given.delta, place, dtype=given.dtype, revision=given.revision, dry_run=True, **checks
             )
             return Forecast(REFERENCE, merged.bytes, self._largest(3), _MERGING * merged.bytes / 1e9)
-        report = convert(model_of(self._recipe), place, dtype=given.dtype, revision=given.revision, dry_run=True)
+        report = convert(
+            model_of(self._recipe),
+            place,
+            dtype=given.dtype,
+            revision=given.revision,
+            trust_remote_code=self._trust,
+            dry_run=True,
+        )
         return Forecast(REFERENCE, report.bytes, self._largest(2), _WRITING * report.bytes / 1e9)
 
     def variant(self, variant: AnyVariant) -> Forecast:

@@ -22,6 +22,21 @@ Status = Literal["done", "unchanged", "failed", "refused", "skipped"]
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Where a release works, and how: its folder, what it has done there, and what all verbs are told."""
+
+    out: Path
+    ledger: Ledger
+    trust_remote_code: bool
+    progress: Progress
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments of the verbs that open models."""
+        return {"trust_remote_code": self.trust_remote_code, "progress": self.progress}
+
+
+@dataclass(frozen=True)
 class Step:
     """One thing to make.
 

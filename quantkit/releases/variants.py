@@ -22,7 +22,7 @@ from quantkit.progress import Progress
 from quantkit.provenance import checksums, origin
 from quantkit.publishing.hub import branch_name
 from quantkit.recipe import AnyVariant, FileVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe
-from quantkit.releases.steps import Step
+from quantkit.releases.steps import Setting, Step
 from quantkit.sources import Source, default_source, open_source, variant_name
 from quantkit.sources.base import read_json
 from quantkit.workdir import REPORT_NAME, staged_folder, write_json
@@ -83,28 +83,26 @@ class Workshop:
     def __init__(
         self,
         recipe: Recipe,
-        out: Path,
+        setting: Setting,
         variants: Collection[AnyVariant],
         calibration: Calibration,
         source_hashes: Mapping[str, Any],
-        progress: Progress,
     ) -> None:
         """
         Args:
             recipe: the release's.
-            out: its folder.
+            setting: where and how.
             variants: those of the recipe that can be made.
             calibration: windows for them.
             source_hashes: of the files that the source is read from.
-            progress: receives what the verbs report.
 
         Raises:
             UsageError: two variants would go to one branch.
         """
         self.steps: list[Step] = []
         self.places: list[Place] = []
-        self._recipe, self._out, self._calibration, self._progress = recipe, out, calibration, progress
-        self._hidden = out / ".release"
+        self._recipe, self._out, self._calibration = recipe, setting.out, calibration
+        self._hidden, self._common = setting.out / ".release", setting.common
         self._add_reference(source_hashes)
         files = [variant for variant in variants if isinstance(variant, GgufVariant | GgjtVariant)]
         for variant in variants:
@@ -136,9 +134,9 @@ class Workshop:
 
         def run(_: frozenset[str]) -> None:
             if given.base is not None and given.delta is not None:
-                merge(given.base, given.delta, folder, **common, **pair, progress=self._progress)
+                merge(given.base, given.delta, folder, **common, **pair, **self._common)
             else:
-                convert(model_of(self._recipe), folder, **common, progress=self._progress)
+                convert(model_of(self._recipe), folder, **common, **self._common)
 
         options = {**common, **(pair if given.base is not None else {}), "source": dict(source_hashes)}
         self.steps.append(Step(REFERENCE, folder, run, options))
@@ -159,7 +157,7 @@ class Workshop:
 
     def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str]) -> None:
         matrix = self._calibration.matrix
-        gptq(self.reference, folder, **options, calibration=matrix, evaluate=False, progress=self._progress)
+        gptq(self.reference, folder, **options, calibration=matrix, evaluate=False, **self._common)
 
     def _add_calibrated(self, step: Step) -> None:
         """Add a step whose output the calibration decides too, once."""
@@ -212,7 +210,7 @@ class Workshop:
         self, model: Path, at: Path, options: Mapping[str, Any], weights: Path | None, _: frozenset[str]
     ) -> None:
         """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
-        ggml(model, at, **options, imatrix=weights, progress=self._progress)
+        ggml(model, at, **options, imatrix=weights, **self._common)
         before = model.parent / REPORT_NAME
         record = read_json(before) if before.is_file() else {"recipe": dict(options), **origin(open_source(model))}
         write_json(at.parent / REPORT_NAME, record)
@@ -231,7 +229,7 @@ class Workshop:
         path = self._hidden / "files" / f"{IMATRIX}.gguf"
 
         def run(_: frozenset[str]) -> None:
-            imatrix(self.reference, path, calibration=self._calibration.matrix, progress=self._progress)
+            imatrix(self.reference, path, calibration=self._calibration.matrix, **self._common)
 
         self._add_calibrated(Step(IMATRIX, path, run, {}, (REFERENCE,)))
         return path

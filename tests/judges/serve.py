@@ -16,6 +16,7 @@ from typing import Any
 
 _answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
+sys.stdout.reconfigure(line_buffering=True)  # a judge that dies has said its last words
 
 # Set before the imports that read them.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

@@ -72,7 +72,7 @@ def random_linear(bits: int, sym: bool, group_size: int, columns: int, seed: int
     seed=st.integers(0, 2**16),
 )
 def test_codes_are_kept(bits: int, sym: bool, group_size: int, blocks: int, seed: int) -> None:
-    """Exact types give every weight as it was; bounded ones but for a minimum that float16 rounds by 2^-11 of itself."""
+    """Exact types give every weight as it was; bounded ones but for the minimum, which float16 rounds by 2^-11."""
     linear = random_linear(bits, sym, group_size, 32 * blocks, seed)
     weight = linear.dequantize().numpy()
     step = np.abs(linear.scales.float().numpy())[:, linear.group.long().numpy()]
@@ -84,7 +84,8 @@ def test_codes_are_kept(bits: int, sym: bool, group_size: int, blocks: int, seed
         if found.fidelity == "exact":
             assert np.array_equal(values, weight), found
         else:
-            assert float((np.abs(values - weight) / step).max()) <= 2.0**-11 * int(linear.zeros.max()) * (1 + 1e-3), found
+            most = 2.0**-11 * int(linear.zeros.max()) * (1 + 1e-3)
+            assert float((np.abs(values - weight) / step).max()) <= most, found
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def release(
         publishing: do what the recipe says of it.
         trust_remote_code: let transformers run code from the source's folder.
         dry_run: read headers only; report sizes, memory and time, and write nothing.
-        debug: print the traceback of a step that fails.
+        debug: report the traceback of a step that fails.
         progress: receives bars, notes and warnings.
 
     Raises:

@@ -112,7 +112,7 @@ def _do(step: Step, made: dict[str, Hashes], ledger: Ledger, progress: Progress,
         made[step.name] = ledger.end(step.name, mark, step.out)
     except Exception as error:  # whatever it is, the other variants are not to be lost
         if debug:
-            traceback.print_exception(error)
+            progress.warn("".join(traceback.format_exception(error)).rstrip())
         why = str(error) if isinstance(error, QuantkitError) else f"{type(error).__name__}: {error}"
         return Outcome(step.name, "refused" if step.optional else "failed", why)
     return Outcome(step.name, "done")

@@ -278,6 +278,18 @@ def test_folders_that_are_not_a_releases(small: Path, tmp_path: Path) -> None:
         quantkit.release(small, tmp_path / "out")
 
 
+def test_what_a_killed_release_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    """A card replaces several files of a finished folder at once: its staging lies in that folder."""
+    left = [tmp_path / place / ".README.md.x1.partial" for place in (".", "Tiny-GGUF", ".release", ".release/files")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("half")
+    (tmp_path / "Tiny-GGUF" / "notes.partial").write_text("mine")
+    with locked(tmp_path):
+        assert not any(folder.exists() for folder in left)
+        assert (tmp_path / "Tiny-GGUF" / "notes.partial").exists()
+
+
 def test_what_somebody_put_where_a_variant_goes_is_kept(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / ".release").mkdir(parents=True)

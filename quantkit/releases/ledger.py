@@ -125,7 +125,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"another release runs in {folder}; wait for it, or name another --out") from None
-        for place in (folder, hidden, *hidden.glob("*/")):
+        for place in (folder, hidden, *folder.glob("*/"), *hidden.glob("*/")):
             for pattern in (".*.partial", ".*.old"):
                 for left in place.glob(pattern):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -44,8 +44,9 @@ from quantkit.preflight import (
 )
 from quantkit.progress import SILENT, Progress
 from quantkit.provenance import checksums, origin
-from quantkit.quant.blockwise import LayerStatistics, peak_bytes, quantize_blocks
+from quantkit.quant.blockwise import peak_bytes, quantize_blocks
 from quantkit.quant.plan import on_grid_of
+from quantkit.quant.stagework import LayerStatistics
 from quantkit.sources import Source, default_source, open_source, variant_name
 from quantkit.workdir import REPORT_NAME, absolute, staged_folder, write_json
 from quantkit.writers.ggml_recipes import parse_kind

@@ -18,8 +18,8 @@ from quantkit.evaluate.text import text_index
 from quantkit.model.delta import DeltaSource, PairSource, delta_record
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
-from quantkit.quant.blockwise import LayerStatistics
 from quantkit.quant.plan import Plan
+from quantkit.quant.stagework import LayerStatistics
 from quantkit.sources import Source, open_source
 from quantkit.sources.ggjt import GgjtSource
 from quantkit.workdir import check_file, check_output

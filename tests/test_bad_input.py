@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from quantkit import cli, console
-from quantkit.quant import blockwise
+from quantkit.quant import stagework
 from quantkit.sources import hub
 from quantkit.workdir import staged_folder, write_json
 from quantkit.writers.safetensors import ShardedWriter
@@ -536,7 +536,7 @@ def test_a_weight_that_is_not_finite_is_found_before_the_work(
     model = desk.model()
     edit_tensor(model, name, lambda tensor: tensor.view(-1)[7:8].fill_(value))
     quantized: list[str] = []
-    monkeypatch.setattr(blockwise, "quantize", lambda *_: quantized.append("a stage"))
+    monkeypatch.setattr(stagework, "quantize", lambda *_: quantized.append("a stage"))
     desk.refused(lambda: desk.gptq(model), 1, name, "NaN or infinity")
     assert not quantized
 
@@ -547,7 +547,7 @@ def test_a_kept_weight_beyond_the_published_dtype_is_found_before_the_work(
     model = desk.model(dtype="float32")  # is published in float16
     edit_tensor(model, "model.norm.weight", lambda tensor: tensor.fill_(1e6))
     quantized: list[str] = []
-    monkeypatch.setattr(blockwise, "quantize", lambda *_: quantized.append("a stage"))
+    monkeypatch.setattr(stagework, "quantize", lambda *_: quantized.append("a stage"))
     desk.refused(lambda: desk.gptq(model), 1, "model.norm.weight", "float16")
     assert not quantized
 

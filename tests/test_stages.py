@@ -21,10 +21,11 @@ from quantkit.errors import NumericError, SourceError
 from quantkit.model.families import FAMILIES as FAMILIES_TABLE
 from quantkit.model.stages import paused_bytes, run_paused, run_replayed
 from quantkit.model.stream import ModelStream
-from quantkit.quant.blockwise import LayerStatistics, quantize_blocks
+from quantkit.quant.blockwise import quantize_blocks
 from quantkit.quant.gptq import quantize
 from quantkit.quant.hessian import HessianAccumulator
 from quantkit.quant.plan import plan_linears
+from quantkit.quant.stagework import LayerStatistics
 from quantkit.sources import open_source
 
 Run = Callable[..., None]

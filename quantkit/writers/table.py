@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantkit.quant.blockwise import LayerStatistics
+from quantkit.quant.stagework import LayerStatistics
 
 
 def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:

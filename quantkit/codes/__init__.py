@@ -1,7 +1,7 @@
 """Codes: the one form that weights have between quantizing and writing, and how containers pack them."""
 
 from quantkit.codes.ggml_linear import GgmlLinear
-from quantkit.codes.linear import QuantizedLinear, contiguous_groups
+from quantkit.codes.linear import QuantizedLinear, contiguous_groups, grouped
 from quantkit.codes.packing import PACKABLE_BITS, pack, packing_multiple, unpack
 
 Codes = QuantizedLinear | GgmlLinear
@@ -13,6 +13,7 @@ __all__ = [
     "GgmlLinear",
     "QuantizedLinear",
     "contiguous_groups",
+    "grouped",
     "pack",
     "packing_multiple",
     "unpack",

@@ -43,10 +43,14 @@ class GgmlGrid:
 
     def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, minimum) of every column, float32 [out, in] each: a code q stands for ``scale * q - minimum``."""
-        kind = self.kind
+        scale, minimum = self.steps_of_groups()
+        return scale.repeat_interleave(self.kind.group, dim=1), minimum.repeat_interleave(self.kind.group, dim=1)
+
+    def steps_of_groups(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, minimum) of every ``kind.group`` columns, float32 [out, in / group] each."""
         scale = self._units(self.d, self.sc)
-        minimum = scale * 2 ** (kind.bits - 1) if self.dmin is None else self._units(self.dmin, self.m)
-        return scale.repeat_interleave(kind.group, dim=1), minimum.repeat_interleave(kind.group, dim=1)
+        minimum = scale * 2 ** (self.kind.bits - 1) if self.dmin is None else self._units(self.dmin, self.m)
+        return scale, minimum
 
     def split(self, rows: list[int]) -> list[GgmlGrid]:
         """Cut a stack into its parts of `rows` output rows each."""

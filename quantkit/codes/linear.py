@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,33 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight these codes stand for, [out, in]. Computed in float32, then cast."""
-        group = self.group.long()
-        steps = self.codes.float() - self.zeros.float()[:, group]
-        return (steps * self.scales.float()[:, group]).to(dtype)
+        values = self.codes.float()
+        for columns, groups in grouped(values, self.group):
+            columns.sub_(self.zeros[:, groups, None].float()).mul_(self.scales[:, groups, None].float())
+        return values.to(dtype)
 
     def split(self, rows: list[int]) -> list[QuantizedLinear]:
         """Cut a stack of Linears that share their input into its parts of `rows` output rows each."""
         parts = zip(*(torch.split(part, rows) for part in (self.codes, self.scales, self.zeros)), strict=True)
         return [QuantizedLinear(c.contiguous(), s, z, self.group, self.bits) for c, s, z in parts]
+
+
+def grouped(W: torch.Tensor, group: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice | torch.Tensor]]:
+    """Views of W [out, in] as [out, groups, columns of a group], each with the groups it has.
+
+    Where groups are runs of columns the full ones come as one view and a short last one as another, so that a group's
+    scale is broadcast and never spread out in memory; where they are scattered each column comes for itself.
+    """
+    columns = W.shape[1]
+    group = group.cpu()
+    size = int((group == group[0]).sum())
+    if not torch.equal(group, contiguous_groups(columns, size)):
+        yield W[:, :, None], group.long().to(W.device)
+        return
+    full = columns // size
+    yield W[:, : full * size].unflatten(1, (full, size)), slice(0, full)
+    if columns % size:
+        yield W[:, None, full * size :], slice(full, full + 1)
 
 
 def contiguous_groups(columns: int, group_size: int) -> torch.Tensor:

@@ -6,17 +6,21 @@ Hessian, so Linears that read the same input are stacked and quantized in one ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from quantkit.codes import Codes, GgmlLinear, QuantizedLinear, contiguous_groups
+from quantkit.codes import Codes, GgmlLinear, QuantizedLinear, contiguous_groups, grouped
 from quantkit.codes.ggml_linear import GgmlGrid
 from quantkit.config import QuantSpec
+from quantkit.quant import loops
 from quantkit.quant.ggml_grid import fit_ggml_grid
-from quantkit.quant.grid import Grid, fit_grid, minmax_grid, round_to_grid
-from quantkit.quant.hessian import InverseFactor, column_order, factorize
+from quantkit.quant.grid import fit_grid, minmax_grid
+from quantkit.quant.hessian import InverseFactor, blocks_of_columns, column_order, factorize
+from quantkit.quant.kernels import column_kernel
+from quantkit.quant.kernels.streams import Beside
 
 Fallback = Literal["", "eigenvalues", "rounding"]
 _BLOCK = 128
@@ -54,10 +58,29 @@ def quantize(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> GptqResult:
     Raises:
         NumericError: a group's scale is beyond float16.
     """
-    W = W.float()
-    rtn = round_to_nearest(W, spec)
-    rtn_loss = row_losses(W, rtn, H)
-    factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
+    return quantize_tiles([W], H, spec)[0]
+
+
+def quantize_tiles(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[GptqResult]:
+    """`quantize` of several stacks of rows that read the same input, each by itself, with one factor for all."""
+    beside = Beside(H.device)
+    tiles = [W.float() for W in tiles]
+    rtn = [round_to_nearest(W, spec) for W in tiles]
+    rtn_loss = [row_losses(W, linear, H) for W, linear in zip(tiles, rtn, strict=True)]
+    with beside:
+        factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
+    rounded = zip(tiles, rtn, rtn_loss, strict=True)
+    return [_with_factor(W, H, factor, spec, linear, loss) for W, linear, loss in rounded]
+
+
+def _with_factor(
+    W: torch.Tensor,
+    H: torch.Tensor,
+    factor: InverseFactor | None,
+    spec: QuantSpec,
+    rtn: QuantizedLinear,
+    rtn_loss: torch.Tensor,
+) -> GptqResult:
     linear: Codes
     if factor is None:
         # A grid fitted without a Hessian: the layer saw nothing that tells its columns apart.
@@ -88,29 +111,38 @@ def round_to_nearest(W: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
     W = W.float()
     grid = minmax_grid(W, spec.group_size, spec.bits, spec.sym)
     group = contiguous_groups(W.shape[1], spec.group_size)
-    scale, zero = _per_column(grid, group.long().to(W.device))
-    codes = round_to_grid(W, scale, zero, spec.bits)
+    codes = W.clone(memory_format=torch.contiguous_format)
+    for columns, groups in grouped(codes, group):
+        columns.div_(grid.scales[:, groups, None].float()).add_(grid.zeros[:, groups, None].float())
+    codes = codes.round_().clamp_(0, 2**spec.bits - 1)
     return QuantizedLinear(codes.to(torch.uint8), grid.scales, grid.zeros, group, spec.bits)
 
 
 def row_losses(W: torch.Tensor, linear: Codes, H: torch.Tensor) -> torch.Tensor:
-    """``(w - q) H (w - q)^T`` per row, float64 [out]."""
+    """``(w - q) H (w - q)^T`` per row, float64 [out]. H is symmetric: products with its upper block triangle do."""
     error = W - linear.dequantize().to(W.device)
-    return ((error @ H) * error).sum(dim=1, dtype=torch.float64)
+    losses = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
+    for start, stop in blocks_of_columns(W.shape[1]):
+        left = error[:, start:stop]
+        twice = (left @ H[start:stop, start:]).mul_(error[:, start:])
+        twice[:, : stop - start] *= 0.5  # the diagonal block counts once, what lies right of it stands for both sides
+        losses += twice.sum(dim=1)
+    return losses * 2
 
 
 def _static(W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
     """All grids from the original weights in natural groups, then columns in the order of `factor.perm`."""
     grid = fit_grid(W, importance, spec.group_size, spec.bits, spec.sym)
     group = contiguous_groups(W.shape[1], spec.group_size)
-    scale, zero = _per_column(grid, group.long().to(W.device))
-    codes = _on_frozen_grid(W, factor, scale, scale * zero, spec.bits)
+    scale = grid.scales.float()
+    codes = _on_frozen_grid(W, factor, scale, scale * grid.zeros.float(), group, spec.bits)
     return QuantizedLinear(codes, grid.scales, grid.zeros, group, spec.bits)
 
 
 def _on_ggml_grid(W: torch.Tensor, factor: InverseFactor, grid: GgmlGrid) -> GgmlLinear:
     """As `_static`, on the grid of a GGML type: scales frozen as the file stores them."""
-    return GgmlLinear(_on_frozen_grid(W, factor, *grid.steps(), grid.kind.bits), grid)
+    group = contiguous_groups(W.shape[1], grid.kind.group)
+    return GgmlLinear(_on_frozen_grid(W, factor, *grid.steps_of_groups(), group, grid.kind.bits), grid)
 
 
 def _rounded_on_ggml_grid(W: torch.Tensor, name: str) -> GgmlLinear:
@@ -123,16 +155,21 @@ def _rounded_on_ggml_grid(W: torch.Tensor, name: str) -> GgmlLinear:
 
 
 def _on_frozen_grid(
-    W: torch.Tensor, factor: InverseFactor, scale: torch.Tensor, minimum: torch.Tensor, bits: int
+    W: torch.Tensor,
+    factor: InverseFactor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+    group: torch.Tensor,
+    bits: int,
 ) -> torch.Tensor:
-    """Codes uint8 [out, in] on the grid ``scale * q - minimum`` of every column, columns in the order `factor.perm`."""
-    loop = _ColumnLoop(W[:, factor.perm], factor.U, bits)
+    """Codes uint8 [out, in] on the grid ``scale * q - minimum`` of every group, columns in the order `factor.perm`."""
+    loop = _ColumnLoop(W, factor, bits)
+    scale, minimum = scale.T.contiguous(), minimum.T.contiguous()
+    ordered = group.to(W.device).long()[factor.perm]
     for start in range(0, W.shape[1], _BLOCK):
-        columns = factor.perm[start : start + _BLOCK]
-        loop.block(start, start + len(columns), scale[:, columns], minimum[:, columns])
-    codes = torch.empty_like(loop.codes)
-    codes[factor.perm] = loop.codes
-    return codes.T.contiguous()
+        groups = ordered[start : start + _BLOCK]
+        loop.block(start, start + len(groups), scale[groups], minimum[groups])
+    return loop.finished()
 
 
 def _grouped_on_the_way(
@@ -141,58 +178,75 @@ def _grouped_on_the_way(
     """Groups are runs of columns in the order of `factor.perm`; each grid is fitted to weights as updated so far."""
     columns = W.shape[1]
     size = columns if spec.group_size == -1 else min(spec.group_size, columns)
-    loop = _ColumnLoop(W[:, factor.perm], factor.U, spec.bits)
+    loop = _ColumnLoop(W, factor, spec.bits)
     grids = []
     for first in range(0, columns, size):
         last = min(first + size, columns)
         grid = fit_grid(loop.Wt[first:last].T, importance[factor.perm[first:last]], -1, spec.bits, spec.sym)
         grids.append(grid)
-        scale = grid.scales.float()
-        minimum = scale * grid.zeros.float()
+        scale = grid.scales.float().T
+        minimum = scale * grid.zeros.float().T
         for start in range(first, last, _BLOCK):  # no block crosses a group: its grid saw every update before it
             stop = min(start + _BLOCK, last)
-            loop.block(start, stop, scale.expand(-1, stop - start), minimum.expand(-1, stop - start))
-    codes, group = torch.empty_like(loop.codes), torch.empty(columns, dtype=torch.int32)
-    codes[factor.perm] = loop.codes
+            loop.block(start, stop, scale.expand(stop - start, -1), minimum.expand(stop - start, -1))
+    group = torch.empty(columns, dtype=torch.int32)
     group[factor.perm.cpu()] = contiguous_groups(columns, spec.group_size)
     scales, zeros = torch.cat([g.scales for g in grids], dim=1), torch.cat([g.zeros for g in grids], dim=1)
-    return QuantizedLinear(codes.T.contiguous(), scales, zeros, group, spec.bits)
-
-
-def _per_column(grid: Grid, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero of each column, float32 [out, in]."""
-    return grid.scales.float()[:, group], grid.zeros.float()[:, group]
+    return QuantizedLinear(loop.finished(), scales, zeros, group, spec.bits)
 
 
 class _ColumnLoop:
     """Quantizes columns from the first to the last, feeding each one's error into those that follow.
 
-    Everything is kept transposed, columns as contiguous rows. Inside a block a column gathers the errors of the
-    block's earlier columns when it is reached (one matrix-vector product) rather than every column being updated
-    after each one; columns behind the block get the block's errors in one matrix product.
+    Everything is kept transposed, columns as contiguous rows in the order of the factor; columns behind a block get
+    the block's errors in one matrix product.
     """
 
-    def __init__(self, W: torch.Tensor, U: torch.Tensor, bits: int) -> None:
-        self.Wt = W.T.contiguous()
-        self.codes = torch.empty(self.Wt.shape, dtype=torch.uint8, device=W.device)
-        self._U = U
+    def __init__(self, W: torch.Tensor, factor: InverseFactor, bits: int) -> None:
+        self.Wt = W.T.contiguous()[factor.perm]
+        self._codes = torch.empty(self.Wt.shape, dtype=torch.uint8, device=W.device)
+        self._factor = factor
         self._top = 2**bits - 1
+        self._kernel = column_kernel(W.device)
 
     def block(self, start: int, stop: int, scale: torch.Tensor, minimum: torch.Tensor) -> None:
-        """Quantize columns start..stop on the grid ``scale * q - minimum``, both [out, stop - start]."""
-        U = self._U[start:stop, start:stop]
-        Ut, diagonal = U.T.contiguous(), U.diagonal().tolist()
-        S, M = scale.T.contiguous(), minimum.T
-        inverse = torch.where(S == 0, 0.0, S.reciprocal())
-        shifted = self.Wt[start:stop] + M
-        Err = torch.empty_like(S)
-        Q = torch.empty_like(S)
-        for j in range(stop - start):
-            w = shifted[j]
-            if j:
-                w = torch.addmv(w, Err[:j].T, Ut[j, :j], alpha=-1)
-            q = torch.mul(w, inverse[j], out=Q[j]).round_().clamp_(0, self._top)
-            torch.addcmul(w, q, S[j], value=-1, out=Err[j]).div_(diagonal[j])
-        self.codes[start:stop] = Q.to(torch.uint8)
+        """Quantize columns start..stop on the grid ``scale * q - minimum``, both [stop - start, out]."""
+        U, W = self._factor.U, self.Wt[start:stop]
+        diagonal, codes = U[start:stop, start:stop], self._codes[start:stop]
+        if self._kernel is not None:
+            errors = self._kernel(W, diagonal, scale, minimum, self._top, codes)
+        elif loops.serve(W):
+            errors = loops.quantize_columns(W, diagonal, scale, minimum, self._top, codes)
+        else:
+            errors = _quantize_columns(W, diagonal, scale, minimum, self._top, codes)
         if stop < self.Wt.shape[0]:
-            self.Wt[stop:].addmm_(self._U[start:stop, stop:].T, Err, alpha=-1)
+            self.Wt[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+
+    def finished(self) -> torch.Tensor:
+        """Codes of all columns in their natural order, uint8 [out, in]."""
+        codes = torch.empty_like(self._codes)
+        codes[self._factor.perm] = self._codes
+        return codes.T.contiguous()
+
+
+def _quantize_columns(
+    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int, codes: torch.Tensor
+) -> torch.Tensor:
+    """`loops.quantize_columns` in torch's own operations, on any device.
+
+    A column gathers the errors of the block's earlier columns when it is reached (one matrix-vector product) rather
+    than every column being updated after each one.
+    """
+    Ut, diagonal = U.T.contiguous(), U.diagonal().tolist()
+    scale = scale.contiguous()
+    inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+    shifted = W + minimum
+    errors, found = torch.empty_like(scale), torch.empty_like(scale)
+    for j in range(W.shape[0]):
+        w = shifted[j]
+        if j:
+            w = torch.addmv(w, errors[:j].T, Ut[j, :j], alpha=-1)
+        q = torch.mul(w, inverse[j], out=found[j]).round_().clamp_(0, top)
+        torch.addcmul(w, q, scale[j], value=-1, out=errors[j]).div_(diagonal[j])
+    codes.copy_(found)
+    return errors

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.codes import contiguous_groups, grouped
 from quantkit.errors import NumericError
+from quantkit.quant import loops
 
 # Range of the clipping search, as a fraction of the scale at which the largest weight is just held. Above 1: the
 # grid's short side (code 2**bits - 1 is one step nearer to zero than code 0) holds it too.
@@ -21,6 +23,7 @@ _REFITS = 2
 _SMALLEST = 2.0**-24  # smallest positive float16: a group of zeros still needs a scale
 _LARGEST = 65504.0  # largest float16
 _TILE = 1 << 20  # weights searched at a time: large enough to keep every thread busy, a few MB of scratch
+_GPU_TILE = 1 << 24  # there a launch takes as long as a million weights
 
 
 _Fit = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
@@ -32,11 +35,6 @@ class Grid:
 
     scales: torch.Tensor
     zeros: torch.Tensor
-
-
-def round_to_grid(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """Nearest codes, as floats, of W with broadcastable float32 `scale` and `zero`."""
-    return torch.round(W / scale + zero).clamp_(0, 2**bits - 1)
 
 
 def fit_grid(W: torch.Tensor, importance: torch.Tensor, group_size: int, bits: int, sym: bool) -> Grid:
@@ -75,21 +73,17 @@ def minmax_grid(W: torch.Tensor, group_size: int, bits: int, sym: bool) -> Grid:
     Raises:
         NumericError: a scale beyond float16's range.
     """
-    columns = W.shape[1]
-    size = columns if group_size == -1 else min(group_size, columns)
     top = 2**bits - 1
-    scales, zeros = [], []
-    for start in range(0, columns, size):
-        group = W[:, start : start + size]
-        high, low = group.amax(dim=1).clamp(min=0), group.amin(dim=1).clamp(max=0)
-        if sym:
-            high = torch.maximum(high, -low)
-            low = -high
-        scale = stored(((high - low) / top).clamp(min=_SMALLEST))
-        zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-low / scale).clamp(1, top)
-        scales.append(scale)
-        zeros.append(zero)
-    return _grid(torch.stack(scales, dim=1), torch.stack(zeros, dim=1))
+    extremes = []
+    for columns, _ in grouped(W, contiguous_groups(W.shape[1], group_size)):
+        extremes.append((columns.amax(dim=2).clamp(min=0), columns.amin(dim=2).clamp(max=0)))
+    high, low = (torch.cat(parts, dim=1) for parts in zip(*extremes, strict=True))
+    if sym:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = stored(((high - low) / top).clamp(min=_SMALLEST))
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-low / scale).clamp(1, top)
+    return _grid(scale, zero)
 
 
 def _grid(scales: torch.Tensor, zeros: torch.Tensor) -> Grid:
@@ -111,7 +105,7 @@ def _tiled(fit: _Fit, groups: torch.Tensor, importance: torch.Tensor, bits: int)
 
     Rows lie innermost: every step is then a long contiguous loop, with a group's scale varying along it.
     """
-    rows = max(1, _TILE // groups[..., 0].numel())
+    rows = max(1, (_TILE if groups.device.type == "cpu" else _GPU_TILE) // groups[..., 0].numel())
     tiles = [fit(tile.contiguous(), importance, bits) for tile in torch.split(groups, rows, dim=2)]
     return torch.cat([scale for scale, _ in tiles], dim=1).T, torch.cat([zero for _, zero in tiles], dim=1).T
 
@@ -121,60 +115,66 @@ def _fit_symmetric(w: torch.Tensor, h: torch.Tensor, bits: int) -> tuple[torch.T
     peak = w.abs().amax(dim=1) / half
     fractions = torch.linspace(_SHRINK_LOW[bits], half / (half - 1), _CANDIDATES).tolist()
     fractions.append(half / (half - 0.5))  # the min-max grid itself, so that the search is never worse
-    search = _Search(w, h, 2**bits - 1)
-    for fraction in fractions:
-        search.offer(peak * fraction, half)
-        search.offer(peak * -fraction, half)
-    return search.refined()
+    signed = torch.tensor([sign * fraction for fraction in fractions for sign in (1, -1)], device=w.device)
+    scales = stored(signed[:, None, None] * peak)
+    return _best(w, h, scales, torch.full_like(scales, half), 2**bits - 1)
 
 
 def _fit_asymmetric(w: torch.Tensor, h: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     top = 2**bits - 1
     high, low = w.amax(dim=1).clamp(min=0), w.amin(dim=1).clamp(max=0)
-    search = _Search(w, h, top)
-    for fraction in torch.linspace(_SHRINK_LOW[bits], 1.0, _CANDIDATES).tolist():
-        scale = stored((high - low) * (fraction / top))
-        exact = -low * fraction / scale
-        search.offer(scale, torch.floor(exact).clamp(1, top))
-        search.offer(scale, torch.ceil(exact).clamp(1, top))
-    return search.refined()
+    fractions = torch.linspace(_SHRINK_LOW[bits], 1.0, _CANDIDATES, device=w.device)[:, None, None]
+    scales = stored((high - low) * fractions / top)
+    exact = -low * fractions / scales
+    zeros = torch.stack([exact.floor(), exact.ceil()], dim=1).clamp(1, top).flatten(0, 1)
+    return _best(w, h, scales.repeat_interleave(2, dim=0), zeros, top)
 
 
-class _Search:
-    """The best grid offered so far, per group and row, by weighted squared error.
+def _best(
+    w: torch.Tensor, h: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero [groups, rows] of least weighted squared error, the scale refined by least squares on its codes.
 
-    w [groups, size, rows]; h [groups, size]; scales and zeros [groups, rows]. A symmetric zero is one number.
+    w [groups, size, rows]; h [groups, size]; scales as stored and zeros [candidates, groups, rows].
     """
+    sums = loops if loops.serve(w) else _TorchSums(w)
+    errors = sums.weighted_errors(w, h, scales, zeros, top).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    error, index = errors.min(dim=0, keepdim=True)
+    scale, zero = scales.gather(0, index)[0], zeros.gather(0, index)[0]
+    scale = torch.where(error[0] < torch.inf, scale, 0.0)
+    for _ in range(_REFITS):
+        cross, power = sums.least_squares(w, h, scale, zero, top)
+        refit = stored(torch.where(power > 0, cross / power.clamp(min=1e-30), scale))
+        refined = sums.weighted_errors(w, h, refit[None], zero[None], top)
+        scale = torch.where(refined[0] < error[0], refit, scale)
+        error = torch.where(refined < error, refined, error)
+    return scale, zero
 
-    def __init__(self, w: torch.Tensor, h: torch.Tensor, top: int) -> None:
-        self._w, self._h, self._top = w, h, top
-        self._error = torch.full((w.shape[0], w.shape[2]), torch.inf, device=w.device)
-        self._scale, self._zero = torch.zeros_like(self._error), torch.zeros_like(self._error)
+
+class _TorchSums:
+    """`loops.weighted_errors` and `loops.least_squares` in torch's own operations, on any device."""
+
+    def __init__(self, w: torch.Tensor) -> None:
         self._steps = torch.empty_like(w)
 
-    def offer(self, scale: torch.Tensor, zero: torch.Tensor | int) -> None:
-        scale = stored(scale)
-        steps = self._round(scale, zero)
-        torch.addcmul(self._w, steps, scale[:, None], value=-1, out=steps).square_()
-        error = torch.bmm(self._h[:, None], steps)[:, 0]
-        better = error < self._error
-        self._error = torch.where(better, error, self._error)
-        self._scale = torch.where(better, scale, self._scale)
-        self._zero = torch.where(better, zero, self._zero)
+    def weighted_errors(
+        self, w: torch.Tensor, h: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+    ) -> torch.Tensor:
+        found = torch.empty_like(scales)
+        for scale, zero, errors in zip(scales, zeros, found, strict=True):
+            steps = self._round(w, scale, zero, top)
+            torch.addcmul(w, steps, scale[:, None], value=-1, out=steps).square_()
+            errors.copy_(torch.bmm(h[:, None], steps)[:, 0])
+        return found
 
-    def refined(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero of the best, its scale refined by least squares on its own codes."""
-        for _ in range(_REFITS):
-            steps = self._round(self._scale, self._zero)
-            weighted = steps * self._h[..., None]
-            power = (weighted * steps).sum(dim=1)
-            refit = (weighted * self._w).sum(dim=1) / power.clamp(min=1e-30)
-            self.offer(torch.where(power > 0, refit, self._scale), self._zero)
-        return self._scale, self._zero
+    def least_squares(
+        self, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        steps = self._round(w, scale, zero, top)
+        weighted = steps * h[..., None]
+        return (weighted * w).sum(dim=1), (weighted * steps).sum(dim=1)
 
-    def _round(self, scale: torch.Tensor, zero: torch.Tensor | int) -> torch.Tensor:
+    def _round(self, w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
         """Signed whole steps ``q - zero`` of w; overwrites what it returned before."""
-        steps = torch.mul(self._w, (1.0 / scale)[:, None], out=self._steps).round_()
-        if isinstance(zero, int):
-            return steps.clamp_(-zero, self._top - zero)
-        return torch.clamp(steps, -zero[:, None], (self._top - zero)[:, None], out=steps)
+        steps = torch.mul(w, (1.0 / scale)[:, None], out=self._steps).round_()
+        return torch.clamp(steps, -zero[:, None], (top - zero)[:, None], out=steps)

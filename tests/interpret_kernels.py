@@ -1,0 +1,44 @@
+"""Runs the Triton kernels on the CPU, in a process of its own: Triton looks for TRITON_INTERPRET when it is imported,
+which torch may have done long before a test asks for it.
+
+    TRITON_INTERPRET=1 python interpret_kernels.py PROBLEMS ANSWERS
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from quantkit.config import QuantSpec
+from quantkit.quant import gptq
+from quantkit.quant.kernels.columns import quantize_columns
+
+
+def main(problems: str, answers: str) -> None:
+    given = torch.load(problems)
+    gptq.column_kernel = lambda device: quantize_columns  # type: ignore[attr-defined]
+    found = {
+        "block": {name: _block(*arguments) for name, arguments in given["block"].items()},
+        "layer": {name: _layer(*arguments) for name, arguments in given["layer"].items()},
+    }
+    torch.save(found, answers)
+
+
+def _block(
+    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.full((W.shape[0] + 1, W.shape[1]), 99, dtype=torch.uint8)  # one row more: nobody may write there
+    Err = quantize_columns(W, U, scale, minimum, top, codes[:-1])
+    assert bool((codes[-1] == 99).all())
+    return codes[:-1], Err
+
+
+def _layer(W: torch.Tensor, H: torch.Tensor, spec: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    result = gptq.quantize(W, H, QuantSpec(**spec))
+    return result.linear.codes, result.loss
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

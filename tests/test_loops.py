@@ -1,0 +1,124 @@
+"""The compiled loops against torch's own operations: same results, whatever the shape and the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from quantkit.config import QuantSpec
+from quantkit.quant import gptq, grid, loops
+from quantkit.quant.hessian import HessianAccumulator, column_order, factorize
+
+pytestmark = pytest.mark.skipif(not loops.available(), reason="Numba is not installed (pip install 'quantkit[cpu]')")
+
+SHAPES = [(1, 1), (3, 17), (128, 300), (31, 257), (128, 1000)]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def block(columns: int, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """(W, U, scale, minimum, top) of a block; one column is dead, one scale is zero, some scales are negative."""
+    generator = torch.Generator().manual_seed(columns * rows + bits)
+    inputs = torch.randn(4 * columns, columns, generator=generator)
+    inputs[:, columns // 2] = 0
+    H = inputs.T @ inputs / len(inputs)
+    factor = factorize(H, column_order(H, True), 0.01)
+    U = torch.eye(columns) if factor is None else factor.U
+    top = 2**bits - 1
+    scale = torch.rand(columns, rows, generator=generator) * 0.2 + 0.05
+    scale[:, :: max(1, rows // 3)] *= -1
+    scale[columns - 1, rows - 1] = 0
+    W = torch.randn(columns, rows, generator=generator)
+    return W, U, scale, scale * 2 ** (bits - 1), top
+
+
+@pytest.mark.parametrize(("columns", "rows"), SHAPES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_columns_are_quantized_as_torch_does(columns: int, rows: int, bits: int) -> None:
+    """Codes may differ only where a weight lies on a tie but for the last bits of a sum."""
+    W, U, scale, minimum, top = block(columns, rows, bits)
+    codes, expected = (torch.full(W.shape, 99, dtype=torch.uint8) for _ in range(2))
+    errors = loops.quantize_columns(W, U, scale, minimum, top, codes)
+    expected_errors = gptq._quantize_columns(W, U, scale, minimum, top, expected)
+    assert int(codes.max()) <= top
+    assert float((codes == expected).float().mean()) > 0.999
+    same = (codes == expected).all(dim=0)  # of a row that went another way all later columns differ
+    torch.testing.assert_close(errors[:, same], expected_errors[:, same], rtol=1e-3, atol=1e-4)
+
+
+def test_errors_are_fed_into_later_columns() -> None:
+    """Against the plain algorithm in float64: each column alone would give other codes."""
+    W, U, scale, minimum, top = block(128, 300, 3)
+    left, expected = W.double(), torch.empty(W.shape, dtype=torch.uint8)
+    for j in range(len(W)):
+        step = torch.where(scale[j] == 0, 1.0, scale[j]).double()
+        q = ((left[j] + minimum[j]) / step).round().clamp(0, top) * (scale[j] != 0)
+        expected[j] = q.to(torch.uint8)
+        error = (left[j] + minimum[j] - q * scale[j]) / U[j, j]
+        left[j + 1 :] -= U[j, j + 1 :, None] * error
+    codes = torch.empty_like(expected)
+    loops.quantize_columns(W, U, scale, minimum, top, codes)
+    assert float((codes == expected).float().mean()) > 0.999
+    alone = ((W + minimum) / scale).round().clamp(0, top)
+    assert float((codes == alone).float().mean()) < 0.9
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1, 1), (17, 5), (64, 300), (576, 257)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_sums_of_the_grid_search_are_torchs(size: int, rows: int, bits: int) -> None:
+    generator = torch.Generator().manual_seed(size + rows)
+    W, importance = torch.randn(3, size, rows, generator=generator), torch.rand(3, size, generator=generator)
+    scales = torch.randn(5, 3, rows, generator=generator) * 0.1
+    zeros = torch.randint(1, 2**bits, scales.shape, generator=generator).float()
+    reference = grid._TorchSums(W)
+    found = loops.weighted_errors(W, importance, scales, zeros, 2**bits - 1)
+    torch.testing.assert_close(found, reference.weighted_errors(W, importance, scales, zeros, 2**bits - 1))
+    pair = loops.least_squares(W, importance, scales[0], zeros[0], 2**bits - 1)
+    for sums, expected in zip(
+        pair, reference.least_squares(W, importance, scales[0], zeros[0], 2**bits - 1), strict=True
+    ):
+        torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 100, 1000])
+def test_the_result_does_not_depend_on_the_number_of_threads(rows: int, threads: None) -> None:
+    found = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        W, U, scale, minimum, top = block(64, rows, 4)
+        codes = torch.empty(W.shape, dtype=torch.uint8)
+        errors = loops.quantize_columns(W, U, scale, minimum, top, codes)
+        sums = loops.weighted_errors(W[None], torch.ones(1, 64), scale[:1, None], minimum[:1, None], top)
+        found.append((codes, errors, sums))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(bits=4, group_size=32),
+        QuantSpec(bits=3, group_size=48, sym=False),
+        QuantSpec(bits=4, group_size=32, act_order="dynamic"),
+        QuantSpec(bits=4, group_size=32, sym=True, ggml="Q4_0"),
+    ],
+    ids=["static", "asymmetric, short group", "dynamic", "Q4_0"],
+)
+def test_without_numba_torch_gives_the_same_codes(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(80, 160, generator=generator) * 0.05
+    hessian = HessianAccumulator(160, torch.device("cpu"))
+    hessian.add(torch.randn(640, 160, generator=generator) @ torch.randn(160, 160, generator=generator))
+    H = hessian.mean("layer")
+    compiled = gptq.quantize(W, H, spec)
+    monkeypatch.setattr(loops, "available", lambda: False)
+    plain = gptq.quantize(W, H, spec)
+    assert float((compiled.linear.codes == plain.linear.codes).float().mean()) > 0.995
+    torch.testing.assert_close(compiled.loss.sum(), plain.loss.sum(), rtol=1e-2, atol=0)

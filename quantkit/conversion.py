@@ -23,8 +23,9 @@ from quantkit.progress import SILENT, Progress
 from quantkit.provenance import checksums, origin
 from quantkit.sources import Source, TensorInfo, open_source, variant_name
 from quantkit.sources.hf import open_weights
+from quantkit.tensorfile import TensorPlan, tensor_bytes
 from quantkit.workdir import REPORT_NAME, absolute, check_output, staged_folder, write_json
-from quantkit.writers.safetensors import ShardedWriter, TensorPlan, tensor_bytes
+from quantkit.writers.safetensors import ShardedWriter
 
 _SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 # Masks and counters that some checkpoints store; everything else is a weight.

@@ -14,7 +14,7 @@ from quantkit.config import HELDOUT, CalibrationSpec, ComputeDtype, TemplateName
 from quantkit.model.stream import ModelStream
 from quantkit.preflight import calibration_windows, check_other_file, check_tokens, named, note_source, open_stream
 from quantkit.progress import SILENT, Progress
-from quantkit.quant.importance import InputSquares, collect_squares, peak_bytes
+from quantkit.quant.importance import InputSquares, collect_squares, memory_plan
 from quantkit.sources import Source, variant_name
 from quantkit.workdir import absolute, staged_files
 from quantkit.writers import gguf as gguf_files
@@ -61,6 +61,7 @@ def imatrix(
     seed: int = 0,
     device: str = "auto",
     dtype: ComputeDtype = "auto",
+    memory: str | int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     dry_run: bool = False,
@@ -79,7 +80,7 @@ def imatrix(
         calibration: as in `gptq`; records that also occur in the text that `gptq` is judged on are left out. Or
             windows made beforehand.
         samples, seq_len, template, seed: as in `gptq`, which draws the same windows from them.
-        device, dtype, revision, trust_remote_code: as in `gptq`.
+        device, dtype, memory, revision, trust_remote_code: as in `gptq`.
         dry_run: read headers only and report sizes; write nothing.
         force: replace an existing file.
         progress: receives bars, notes and warnings.
@@ -94,7 +95,7 @@ def imatrix(
         **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
         **{"samples": samples, "seq_len": seq_len, "template": template, "seed": seed},
     )
-    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code)
+    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code, memory=memory)
     source = stream.source
     note_source(source, progress)
     places = _places(stream)
@@ -103,8 +104,8 @@ def imatrix(
     check_other_file(target, source, force)
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
     size = sum(entry.bytes for entry in entries.values())
-    memory = size + peak_bytes(stream, chunks * chunk_size)
-    report = ImatrixReport(target, len(entries), chunks, chunk_size, size, memory, {}, dry_run=True)
+    peak = size + memory_plan(stream, chunks * chunk_size).needed
+    report = ImatrixReport(target, len(entries), chunks, chunk_size, size, peak, {}, dry_run=True)
     if dry_run:
         return report
 

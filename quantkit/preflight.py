@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,12 @@ from quantkit.calibration import TokenMatrix, draw, load_calibration
 from quantkit.config import CalibrationSpec, ComputeDtype
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.evaluate.text import text_index
+from quantkit.model.budget import Budget, free_budget
 from quantkit.model.delta import DeltaSource, PairSource, delta_record
 from quantkit.model.stream import ModelStream
+from quantkit.parallel import ALONE, Ranks
 from quantkit.progress import SILENT, Progress
+from quantkit.quant.kernels import shortfall
 from quantkit.quant.plan import Plan
 from quantkit.quant.stagework import LayerStatistics
 from quantkit.sources import Source, open_source
@@ -85,19 +87,21 @@ def open_stream(
     revision: str | None,
     trust_remote_code: bool,
     untie: bool = False,
+    memory: str | int | None = None,
 ) -> ModelStream:
-    """Open a model for running on a device in a dtype.
+    """Open a model for running on a device in a dtype, in so much memory (None: what is free when it runs).
 
     Raises:
-        UsageError: a device that is not there, or float16 arithmetic on a CPU.
+        UsageError: a device that is not there, float16 arithmetic on a CPU, or no size of memory.
     """
     source = open_model(model, revision, trust_remote_code)
     place = resolve_device(device)
     if dtype == "float16" and place.type == "cpu":
         raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
-    if dtype != "auto":
-        return ModelStream(source, place, DTYPES[dtype], untie)
-    return ModelStream(source, place, torch.float32 if place.type == "cpu" else source.dtype, untie)
+    own = torch.float32 if place.type == "cpu" else source.dtype
+    stream = ModelStream(source, place, own if dtype == "auto" else DTYPES[dtype], untie)
+    stream.memory = None if memory is None else memory_budget(place, memory)
+    return stream
 
 
 def resolve_device(device: str) -> torch.device:
@@ -117,14 +121,20 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
-def memory_budget(device: torch.device) -> int:
-    """Bytes that paused forwards may hold: half of a GPU's free memory, a quarter of a machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+def memory_budget(device: torch.device, memory: str | int | None = None) -> Budget:
+    """What a run may take: `memory` such as "2GB", of a GPU's memory and of the machine's; None: most of what is free.
+
+    Raises:
+        UsageError: no size.
+    """
+    free = free_budget(device)
+    if memory is None:
+        return free
+    most = parse_size(memory, "memory")
+    return Budget(most, None if free.device is None else min(most, free.device), named=True)
 
 
-def parse_size(size: str | int) -> int:
+def parse_size(size: str | int, option: str = "max-shard-size") -> int:
     """Bytes of "500MB", "5GB" (powers of ten, as the Hub counts) or a number. Raises UsageError."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     text = str(size).strip().upper()
@@ -134,7 +144,7 @@ def parse_size(size: str | int) -> int:
     except (ValueError, OverflowError):
         value = 0
     if value <= 0:
-        raise UsageError(f"--max-shard-size {size}: give a size such as 5GB or 500MB")
+        raise UsageError(f"--{option} {size}: give a size such as 5GB or 500MB")
     return value
 
 
@@ -166,6 +176,9 @@ def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
     note_source(stream.source, progress)
+    missing = shortfall(stream.device)
+    if missing:
+        progress.note(missing)
     if stream.discovered:
         progress.note(
             f"architecture {stream.source.config.model_type} is not in the table: its decoder blocks were found at "
@@ -244,16 +257,25 @@ def check_tokens(tokens: torch.Tensor, source: Source) -> None:
         )
 
 
-def check_finite(stream: ModelStream, target: Target, progress: Progress = SILENT) -> None:
-    """Read every weight once, before the work.
+def check_finite(stream: ModelStream, target: Target, progress: Progress = SILENT, ranks: Ranks = ALONE) -> None:
+    """Read every weight once, before the work, each rank its part.
 
     Raises:
         NumericError: names a tensor that holds NaN or infinity, or that is to be kept and cannot be in its dtype.
     """
-    with progress.phase("checking weights", len(stream.weights.tensors)) as advance:
-        for name in stream.weights.tensors:
-            if not bool(torch.isfinite(stream.weights.read(name)).all()):
+    names = list(stream.weights.tensors)
+    mine = ranks.share(len(names))
+    with progress.phase("checking weights", len(mine)) as advance:
+        for name in names[mine.start : mine.stop]:
+            if not _all_finite(stream.weights.read(name)):
                 raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
             if name.removesuffix(".weight") not in target.plan:
                 target.check_kept(name)
             advance(1)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """A sum that is finite shows it in one pass; one that is not may have overflowed, so each value is looked at."""
+    if tensor.is_floating_point() and math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())

@@ -186,9 +186,6 @@ def test_blocks_are_the_stored_bytes_of_what_is_read(case: str, kind: Quantizati
         assert (stored.name, rows.dtype, rows.nbytes) == (info.stored_as, np.uint8, info.bytes), name
         assert rows.shape[0] == (info.shape[0] if len(info.shape) == 2 else 1)
         assert torch.equal(dequantized(source, name), source.read(name).float()), name
-    down = source.blocks("model.layers.0.mlp.down_proj.weight")[1]
-    assert not down.flags.owndata  # a view of the file
-    assert not down.flags.writeable
 
 
 def test_norms_that_are_stored_otherwise_have_no_blocks(write: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,29 @@ class Capture:
 
     hidden: torch.Tensor | None = None
     arguments: list[Arguments] = field(default_factory=list)
+
+
+def hands_on(blocks: list[Arguments]) -> bool:
+    """Whether a block may hand something on to a later one beside the hidden states, within one batch's arguments.
+
+    What several blocks get must then be something that can be changed: anything but tensors and plain values, such as
+    a table of shared keys and values.
+    """
+    seen: set[int] = set()
+    for args, kwargs in blocks:
+        own = {id(value) for value in _changeable((*args, *kwargs.values()))}
+        if own & seen:
+            return True
+        seen |= own
+    return False
+
+
+def _changeable(value: Any) -> Iterator[Any]:
+    if type(value) is tuple:
+        for part in value:
+            yield from _changeable(part)
+    elif value is not None and not isinstance(value, torch.Tensor | torch.dtype | torch.device | str | int | float):
+        yield value
 
 
 def share_equal(blocks: list[Arguments], earlier: list[list[Arguments]]) -> list[Arguments]:

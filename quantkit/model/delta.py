@@ -58,6 +58,7 @@ class PairSource:
         self.label = re.sub(r"[-_](w?diff|delta)(?=[-_@]|$)", "", other.label)
         self.doubt: str | None = None
         self.remarks: list[str] = []
+        self._means: dict[str, torch.Tensor] = {}
         self._check_kinds()
         self._base, self._other = _bound(base), _bound(other)
         self._partner = self._pair()
@@ -91,6 +92,15 @@ class PairSource:
             return self._integers(name)
         base = self._base.read(self._partner[name])
         return combined(base, self._other.read(name), self.sign, self.vocab == "mean")
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if self._other.tensors[name].stored_as not in _FLOATS:
+            return self._integers(name)[start:stop]
+        known, other = self._partner[name], self._other.read_rows(name, start, stop)
+        rows = self._base.tensors[known].shape[0]
+        base = self._base.read_rows(known, min(start, rows), min(stop, rows))
+        mean = stop > rows and self.vocab == "mean"
+        return combined(base, other, self.sign, mean, self._mean(known) if mean else None)
 
     def stored(self, name: str) -> torch.Tensor:
         """The other's own tensor."""
@@ -204,6 +214,12 @@ class PairSource:
     def _integers(self, name: str) -> torch.Tensor:
         raise NotImplementedError
 
+    def _mean(self, known: str) -> torch.Tensor:
+        """The mean row of a tensor of the base."""
+        if known not in self._means:
+            self._means[known] = row_mean(self._base.read(known))
+        return self._means[known]
+
 
 class DeltaSource(PairSource):
     """base + delta: the tuned model. `record` is what `quantkit diff` noted of the delta, where that made it."""
@@ -263,7 +279,9 @@ class DiffSource(PairSource):
         return self._other.read(name)
 
 
-def combined(base: torch.Tensor, other: torch.Tensor, sign: int, mean: bool) -> torch.Tensor:
+def combined(
+    base: torch.Tensor, other: torch.Tensor, sign: int, mean: bool, row: torch.Tensor | None = None
+) -> torch.Tensor:
     """``other + sign * base`` in float32, in the shape of `other`, slice by slice: no copy of either is widened.
 
     Args:
@@ -271,6 +289,7 @@ def combined(base: torch.Tensor, other: torch.Tensor, sign: int, mean: bool) -> 
         other: [rows or more, ...].
         sign: 1 or -1.
         mean: continue with the mean row.
+        row: the mean row, where `base` is not all that it is the mean of.
     """
     result = torch.empty(other.shape, dtype=torch.float32)
     sums, ours, theirs = result.view(-1), base.reshape(-1), other.reshape(-1)
@@ -279,7 +298,7 @@ def combined(base: torch.Tensor, other: torch.Tensor, sign: int, mean: bool) -> 
         torch.add(theirs[part].float(), ours[part].float(), alpha=sign, out=sums[part])
     if len(ours) < len(theirs):
         rows = other[base.shape[0] :].float()
-        result[base.shape[0] :] = rows + sign * row_mean(base) if mean else rows
+        result[base.shape[0] :] = rows + sign * (row_mean(base) if row is None else row) if mean else rows
     return result
 
 

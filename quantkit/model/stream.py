@@ -1,7 +1,8 @@
 """The block stream: a model that is never in memory as a whole.
 
 The model is built on the meta device. What lies outside the decoder blocks (embedding, final norm, head) is read when
-a pass begins and when it ends; each block's weights are read, used and let go. The arguments that a block is called
+a pass begins and when it ends, of the embedding only the rows that the tokens need; each block's weights are read, used
+and let go, the next one's by a thread meanwhile. The arguments that a block is called
 with are taken from the model's own forward, run once per batch with stand-ins for the blocks, so nothing here knows
 about rotary embeddings, masks, shared keys and values or scaling of any family.
 """
@@ -17,12 +18,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkit.errors import NumericError, SourceError
-from quantkit.model.arguments import Arguments, Capture, share_equal
+from quantkit.model.allocator import keep_freed_memory
+from quantkit.model.arguments import Arguments, Capture, hands_on, share_equal
+from quantkit.model.budget import Budget, free_budget, stay_compact
 from quantkit.model.experts import ExpertNames, is_fused, take_apart
 from quantkit.model.families import FAMILIES, Family, Stages, discover_stages, family_of
 from quantkit.model.linears import shape_of
+from quantkit.model.prefetch import ReadAhead
+from quantkit.model.states import HiddenStates, Place
+from quantkit.model.uploads import uploaded
 from quantkit.model.weights import Weights, bind, expert_names
 from quantkit.sources.base import Source, first_line
+
+_RUN_BYTES = 4 * 2**20  # of an embedding, read at once
+_GAP = 8  # rows that nobody needs are read along with those around them
 
 
 class ModelStream:
@@ -36,9 +45,14 @@ class ModelStream:
         family: the table's row, or what was discovered.
         blocks: names of the decoder blocks, in order.
         discovered: whether the architecture is not in the table.
+        memory: what a pass over it may take; None: what is free then.
     """
 
+    memory: Budget | None = None
+
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, untie: bool = False) -> None:
+        keep_freed_memory()
+        stay_compact()
         self.source, self.device, self.dtype = source, device, dtype
         # Ties are undone: both ends are loaded when they are needed.
         self._model = build_on_meta(source, tied=False)
@@ -55,6 +69,7 @@ class ModelStream:
         self._stages: dict[tuple[str, ...], Stages] = {}
         self._capture: Capture | None = None
         self._last_hidden: torch.Tensor | None = None
+        self._ahead: ReadAhead[dict[str, torch.Tensor]] | None = None
         self._in_tuple = False
 
     # -- what is in it -----------------------------------------------------------------------------------------------
@@ -86,14 +101,22 @@ class ModelStream:
 
     # -- a pass over the model ---------------------------------------------------------------------------------------
 
-    def embed(self, batches: list[torch.Tensor], advance: Callable[[int], None] = lambda n: None) -> list[torch.Tensor]:
+    def embed(
+        self,
+        batches: list[torch.Tensor],
+        advance: Callable[[int], None] = lambda n: None,
+        place: Place = "device",
+    ) -> HiddenStates:
         """Hidden states that enter the first block, [batch, seq, hidden] in the stream's dtype, per batch of token ids.
 
-        Also captures the blocks' other arguments of every batch; what is equal in all of them is kept once.
+        Also captures the blocks' other arguments of every batch; what is equal in all of them is kept once. `place` is
+        where the hidden states wait. Of the embedding only the rows of these tokens are read.
         """
-        hidden: list[torch.Tensor] = []
+        hidden = HiddenStates(self.device, place)
         self._arguments = []
-        with self._outside(leave_out=self._model.get_output_embeddings()), self._stand_ins():
+        if not batches:
+            return hidden
+        with self._outside(), self._rows_of(torch.cat([ids.reshape(-1) for ids in batches])), self._stand_ins():
             for ids in batches:
                 capture = self._run_with_stand_ins(ids.to(self.device))
                 assert capture.hidden is not None
@@ -104,15 +127,42 @@ class ModelStream:
         return hidden
 
     @property
+    def hands_on(self) -> bool:
+        """Whether blocks may hand on something beside hidden states, so that none can be left out; after `embed`."""
+        return bool(self._arguments) and hands_on(self._arguments[0])
+
+    @property
+    def budget(self) -> Budget:
+        """What a pass over it may take now."""
+        return free_budget(self.device) if self.memory is None else self.memory
+
+    @property
     def first_block(self) -> nn.Module:
         """The first block as it is between uses: shapes only, on the meta device."""
         return self._block_list[0]
+
+    def block_shapes(self) -> Iterator[nn.Module]:
+        """Every block as it is between uses."""
+        yield from self._block_list
+
+    @contextmanager
+    def reading_ahead(self, wanted: bool = True) -> Iterator[None]:
+        """While inside, and if wanted, a thread reads the next block while one is worked; blocks are taken in order."""
+        if not wanted:
+            yield
+            return
+        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device), len(self._block_list))
+        try:
+            yield
+        finally:
+            ahead, self._ahead = self._ahead, None
+            ahead.close()
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights; let go on exit."""
         block = self._block_list[index]
-        self._load(block, f"{self.blocks[index]}.")
+        self._fill(block, index, self._stored_block(index) if self._ahead is None else self._ahead.take(index))
         try:
             yield block
         finally:
@@ -131,17 +181,41 @@ class ModelStream:
 
         The model's own forward runs with stand-ins for the blocks, so norms, caps and scalings are its own.
         """
-        width = self._model.get_input_embeddings().weight.shape[1]
-        with self._outside(leave_out=self._model.get_input_embeddings()), self._stand_ins():
-
-            def logits(hidden: torch.Tensor) -> torch.Tensor:
-                self._last_hidden = hidden
-                nothing = hidden.new_zeros(*hidden.shape[-3:-1], width)  # the last stand-in puts `hidden` in its place
-                output: torch.Tensor = self._model(inputs_embeds=nothing, use_cache=False).logits
-                return output.float()
-
-            yield logits
+        with self._outside(self._model.get_output_embeddings()), self._stand_ins():
+            yield self._logits
         self._last_hidden = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    @contextmanager
+    def head_rows(self, start: int, stop: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """As `head`, of some rows of the vocabulary only: logits float32 [batch, seq, stop - start].
+
+        Whatever the model does to logits it must do to each by itself, as scaling and capping do.
+        """
+        output = self._model.get_output_embeddings()
+        whole = dict(output.named_parameters(recurse=False))
+        prefix = self._name_of(output)
+        with self._outside(), self._stand_ins():
+            for key in whole:
+                rows = self._cast(f"{prefix}.{key}", self._read_rows(f"{prefix}.{key}", start, stop))
+                output.register_parameter(key, nn.Parameter(rows, requires_grad=False))
+            try:
+                yield self._logits
+            finally:
+                for key, parameter in whole.items():
+                    output.register_parameter(key, parameter)
+        self._last_hidden = None
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        width = self._model.get_input_embeddings().weight.shape[1]
+        self._last_hidden = hidden
+        nothing = hidden.new_zeros(*hidden.shape[-3:-1], width)  # the last stand-in puts `hidden` in its place
+        output: torch.Tensor = self._model(inputs_embeds=nothing, use_cache=False).logits
+        return output.float()
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -171,26 +245,72 @@ class ModelStream:
         Raises:
             NumericError: a value that the stream's dtype cannot hold.
         """
-        published = self.weights.names[name]
-        tensor = self.weights.read(published).to(self.device)
-        cast = tensor.to(self.dtype)
+        return self._cast(name, self.weights.read(self.weights.names[name]))
+
+    def _cast(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """What was read for the parameter `name`, on the device, in the stream's dtype. Raises NumericError."""
+        cast = stored.to(self.device).to(self.dtype)
         if self.dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
+            published = self.weights.names[name]
             raise NumericError(f"{published}: not finite in float16; use --dtype float32 or bfloat16")
         return cast
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
-        names = [name for name, _ in module.named_parameters()]
-        tensors = {name: nn.Parameter(self.read(prefix + name), requires_grad=False) for name in names}
-        for name, buffer in module.named_buffers():
-            if buffer.is_meta:  # a persistent buffer: stored with the weights
-                tensors[name] = self.read(prefix + name)  # type: ignore[assignment]
-        module.load_state_dict(tensors, strict=False, assign=True)
+    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.weights.read_rows(self.weights.names[name], start, stop)
+
+    def _stored_block(self, index: int) -> dict[str, torch.Tensor]:
+        """A block's tensors by their names in it, as the source gives them; a thread may call this."""
+        block, prefix, known = self._block_list[index], self.blocks[index], self.weights.names
+        names = [name for name, _ in block.named_parameters()]
+        names += [name for name, _ in block.named_buffers() if f"{prefix}.{name}" in known]  # persistent ones
+        return {name: self.weights.read(known[f"{prefix}.{name}"]) for name in names}
+
+    def _fill(self, block: nn.Module, index: int, stored: dict[str, torch.Tensor]) -> None:
+        """Give a block its tensors; each stored one is let go as soon as it is cast."""
+        parameters = {name for name, _ in block.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name in list(stored):
+            cast = self._cast(f"{self.blocks[index]}.{name}", stored.pop(name))
+            tensors[name] = nn.Parameter(cast, requires_grad=False) if name in parameters else cast
+        block.load_state_dict(tensors, strict=False, assign=True)
+
+    def _name_of(self, wanted: nn.Module) -> str:
+        names = (name for name, module in self._model.named_modules() if module is wanted)
+        return str(next(names))
 
     @contextmanager
-    def _outside(self, leave_out: nn.Module) -> Iterator[None]:
-        """Load every parameter outside the blocks; an embedding that this end of the model does not need stays out."""
+    def _rows_of(self, ids: torch.Tensor) -> Iterator[None]:
+        """Give the input embedding the rows of these tokens; while inside, it finds a token's row among them."""
+        embedding = self._model.get_input_embeddings()
+        whole, padding = embedding.weight, getattr(embedding, "padding_idx", None)
+        known = ids.unique().cpu()
+        held = torch.empty((len(known), whole.shape[1]), dtype=self.dtype, device=self.device)
+        name = f"{self._name_of(embedding)}.weight"
+        at = 0
+        for start, stop, rows in _runs(known.tolist(), max(1, _RUN_BYTES // max(1, 4 * whole.shape[1]))):
+            found = self._read_rows(name, start, stop)[torch.tensor(rows) - start]
+            held[at : at + len(rows)] = self._cast(name, found)
+            at += len(rows)
+        known, own = known.to(self.device), embedding.forward
+
+        def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return own(torch.searchsorted(known, ids.contiguous()), *args, **kwargs)
+
+        embedding.weight = nn.Parameter(held, requires_grad=False)
+        embedding.padding_idx = None  # it only says which row is not trained, and must be one of these
+        embedding.forward = forward
+        try:
+            yield
+        finally:
+            del embedding.forward
+            embedding.weight, embedding.padding_idx = whole, padding
+
+    @contextmanager
+    def _outside(self, output: nn.Module | None = None) -> Iterator[None]:
+        """Load every parameter outside the blocks but the embeddings; of these only `output`, if it is given."""
         inside = set(self._block_list.parameters())
-        skip = set(leave_out.parameters())
+        ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        skip = {own for end in ends if end is not output for own in end.parameters()}
         loaded = []
         for prefix, module in list(self._model.named_modules()):
             own = dict(module.named_parameters(recurse=False))
@@ -281,6 +401,18 @@ class ModelStream:
                     f"{self.source.path}: {self.weights.names[name]} has shape {list(stored.shape)}, "
                     f"but the config asks for {list(parameter.shape)}"
                 )
+
+
+def _runs(rows: list[int], most: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(start, stop, rows in it) of pieces of at most `most` rows that hold the given ones, which ascend."""
+    run: list[int] = []
+    for row in rows:
+        if run and (row - run[-1] > _GAP or row - run[0] >= most):
+            yield run[0], run[-1] + 1, run
+            run = []
+        run.append(row)
+    if run:
+        yield run[0], run[-1] + 1, run
 
 
 def _owner(model: Any, name: str) -> Any:

@@ -82,6 +82,11 @@ class Weights:
         """
         return self._places[name].read(self._source)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of what `read` gives. Raises SourceError."""
+        stored = self.stored(name)
+        return self.read(name)[start:stop] if stored is None else self._source.read_rows(stored, start, stop)
+
     def stored(self, name: str) -> str | None:
         """The source's tensor that a published one is, as it is; None where it is only a part or put together."""
         place = self._places[name]

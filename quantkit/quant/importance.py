@@ -13,7 +13,9 @@ from torch import nn
 
 from quantkit.model.families import Stages
 from quantkit.model.linears import shape_of
-from quantkit.model.stages import paused_bytes, run_watched
+from quantkit.model.memory import MemoryPlan, plan_watching
+from quantkit.model.stages import run_watched
+from quantkit.model.states import HiddenStates
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.hessian import check_squares
@@ -51,9 +53,11 @@ def collect_squares(
         NumericError: an activation that is not finite, named by the Linear that reads it.
     """
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+    memory = memory_plan(stream, tokens.numel())
+    memory.note(progress)
     with progress.phase("capturing", len(batches)) as advance:
-        hidden = stream.embed(batches, advance)
-    with progress.phase("watching blocks", len(stream.blocks)) as advance:
+        hidden = stream.embed(batches, advance, memory.hidden)
+    with progress.phase("watching blocks", len(stream.blocks)) as advance, stream.reading_ahead(memory.prefetch):
         for index in range(len(stream.blocks)):
             with stream.block(index) as block:
                 stages = stream.stages(index, block, 0, hidden[0])
@@ -65,21 +69,12 @@ def collect_squares(
             advance(1)
 
 
-def peak_bytes(stream: ModelStream, tokens: int) -> int:
-    """Estimate of what `collect_squares` holds at most for so many calibration tokens, beyond torch itself."""
-    item = stream.dtype.itemsize
-    first = stream.first_block
-    block = item * sum(
-        rows * columns for rows, columns in map(shape_of, map(first.get_submodule, stream.family.linears(first)))
-    )
-    config = stream.source.config.get_text_config()
-    outside = item * int(config.hidden_size) * (tokens + int(config.vocab_size))
-    return block + outside + paused_bytes(first, stream.known_stages()[0], min(tokens, _BATCH_TOKENS), item)
+def memory_plan(stream: ModelStream, tokens: int) -> MemoryPlan:
+    """What `collect_squares` will do for memory with so many calibration tokens. Raises UsageError."""
+    return plan_watching(stream, tokens, _BATCH_TOKENS, stream.budget)
 
 
-def _watch(
-    stream: ModelStream, index: int, block: nn.Module, stages: Stages, hidden: list[torch.Tensor]
-) -> list[_Squares]:
+def _watch(stream: ModelStream, index: int, block: nn.Module, stages: Stages, hidden: HiddenStates) -> list[_Squares]:
     """Move all batches through a block; what each stage read."""
     squares = [_Squares(shape_of(block.get_submodule(stage[0]))[1], stream.device) for stage in stages]
 

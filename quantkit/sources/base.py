@@ -52,6 +52,13 @@ class Source(Protocol):
             SourceError: the file ends early or cannot be read.
         """
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of what `read` gives; in the memory of so many rows where the format allows it.
+
+        Raises:
+            SourceError: the file ends early or cannot be read.
+        """
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer.
 

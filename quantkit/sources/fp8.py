@@ -52,6 +52,11 @@ class Fp8Source(FolderSource):
             scale = (scale.float() - 127).exp2()
         return dequantize(weight, scale, self._block)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if f"{name}{_SCALE}" in self.stored.tensors:
+            return self.read(name)[start:stop]
+        return self.stored.read_rows(name, start, stop)
+
     def _block_size(self, value: Any) -> tuple[int, int] | None:
         if value is None:
             return None

@@ -91,16 +91,15 @@ class GgjtFile(GgufFile):
 
     def _read_header(self) -> None:
         self._at = 0
-        self._header = self._bytes.data
         self._check_version()
         self.sizes = {name: self._number("<u4") for name in _SIZES}
         nothing = next((name for name in _SIZES if self.sizes[name] == 0 and name != "ftype"), None)
         if nothing:
             raise ValueError(f"{nothing} is 0")
-        if self.sizes["n_vocab"] * 8 > len(self._bytes):
+        if self.sizes["n_vocab"] * 8 > self._bytes.size:
             raise ValueError(f"it has no room for {self.sizes['n_vocab']} tokens")
         self.vocabulary = [self._token(number) for number in range(self.sizes["n_vocab"])]
-        while self._at < len(self._bytes):
+        while self._at < self._bytes.size:
             self._read_tensor()
 
     def _check_version(self) -> None:
@@ -138,7 +137,7 @@ class GgjtFile(GgufFile):
         self._at += -self._at % ALIGNMENT
         placed = GgufTensor(shape, kind, self._at, math.prod(shape) // block * size)
         self._at += placed.bytes
-        if self._at > len(self._bytes):
+        if self._at > self._bytes.size:
             raise ValueError(f"it ends before the end of {name}")
         self.tensors[name] = placed
 
@@ -241,10 +240,15 @@ class GgjtSource:
         values, heads = self._file.values(self._stored_name[name]), self._turned_heads(name)
         return torch.from_numpy(unpermute_heads(values, heads) if heads else values)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if self._turned_heads(name):
+            return self.read(name)[start:stop]
+        return torch.from_numpy(self._file.values(self._stored_name[name], rows=slice(start, stop)))
+
     def blocks(self, name: str) -> Blocks:
         """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
 
-        Rows are in the order that `read` gives them; a view of the file where that is the file's own.
+        Rows are in the order that `read` gives them.
         """
         kind, rows = self._file.blocks(self._stored_name[name])
         heads = self._turned_heads(name)

@@ -134,10 +134,17 @@ class GgufSource:
         values = unpermute_heads(values, heads) if heads else values
         return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stored = self._stored[name]
+        if self._turned_heads(name) or len(self.tensors[name].shape) < 2:
+            return self.read(name)[start:stop]
+        values = self._holder[stored.name].values(stored.name, stored.expert, slice(start, stop))
+        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
+
     def blocks(self, name: str) -> Blocks:
         """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
 
-        Rows are in the order that `read` gives them; a view of the file where that is the file's own.
+        Rows are in the order that `read` gives them.
 
         Raises:
             SourceError: what is stored is not what `read` gives: norms that have 1 added, quantized vectors whose

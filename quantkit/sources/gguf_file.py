@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.errors import SourceError
+from quantkit.sources.file_bytes import FileBytes
 
 Blocks = tuple[gguf.GGMLQuantizationType, npt.NDArray[np.uint8]]
 """A tensor as it is stored: its type, and the bytes of its rows."""
@@ -77,36 +78,49 @@ class GgufFile:
         self.keys: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
         try:
-            self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+            self._bytes = FileBytes(path)
             self._read_header()
         except (ValueError, KeyError, IndexError, OverflowError, struct.error, OSError) as error:
             raise self._broken(error) from error
 
-    def blocks(self, name: str, expert: int | None = None) -> Blocks:
-        """Type and bytes of a tensor, uint8 [rows, bytes of a row], as a view of the file; a vector is one row.
+    def blocks(self, name: str, expert: int | None = None, rows: slice = slice(None)) -> Blocks:
+        """Type and bytes of a tensor, uint8 [rows, bytes of a row]; a vector is one row.
 
-        With `expert`, those of one part of a stack: of what lies at that place along the first dimension.
-        """
-        tensor = self.tensors[name]
-        start, size, rows = tensor.offset, tensor.bytes, math.prod(tensor.shape[:-1])
-        if expert is not None:
-            size, rows = size // tensor.shape[0], rows // tensor.shape[0]
-            start += expert * size
-        return tensor.kind, np.asarray(self._bytes[start : start + size]).reshape(rows, -1)
-
-    def values(self, name: str, expert: int | None = None) -> np.ndarray[Any, Any]:
-        """A tensor's values, or those of one part of a stack, dequantized to float32 where it is stored as blocks.
+        With `expert`, those of one part of a stack: of what lies at that place along the first dimension. With `rows`
+        only these of it.
 
         Raises:
-            SourceError: gguf has no dequantizer for its type.
+            SourceError: the file cannot be read, or has become shorter.
         """
-        kind, rows = self.blocks(name, expert)
+        tensor = self.tensors[name]
+        start, size, count = tensor.offset, tensor.bytes, math.prod(tensor.shape[:-1])
+        if expert is not None:
+            size, count = size // tensor.shape[0], count // tensor.shape[0]
+            start += expert * size
+        first, last, _ = rows.indices(count)
+        row = size // count
+        try:
+            found = self._bytes.read(start + first * row, start + last * row)
+        except OSError as error:
+            raise SourceError(f"{self.path}: cannot read {name}: {error}") from error
+        return tensor.kind, found.reshape(last - first, row)
+
+    def values(self, name: str, expert: int | None = None, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
+        """A tensor's values, those of one part of a stack or of some rows, dequantized to float32 where it is stored as
+        blocks.
+
+        Raises:
+            SourceError: gguf has no dequantizer for its type, or the file cannot be read.
+        """
+        kind, packed = self.blocks(name, expert, rows)
         shape = self.tensors[name].shape
         shape = shape if expert is None else shape[1:]
+        if rows != slice(None):
+            shape = (len(packed), *shape[1:])
         if kind in _PLAIN:
-            return np.array(rows.reshape(-1).view(_PLAIN[kind]).reshape(shape))
+            return packed.reshape(-1).view(_PLAIN[kind]).reshape(shape)
         try:
-            values: np.ndarray[Any, Any] = gguf.quants.dequantize(rows, kind).reshape(shape)
+            values: np.ndarray[Any, Any] = gguf.quants.dequantize(packed, kind).reshape(shape)
         except NotImplementedError as error:
             raise SourceError(f"{self.path}: {kind.name} of {name} has no dequantizer") from error
         return values
@@ -116,14 +130,13 @@ class GgufFile:
 
     def _read_header(self) -> None:
         self._at = 0
-        self._header = self._bytes.data
         if self._take(4) != MAGIC:
             raise ValueError("it does not begin with GGUF")
         version = self._number("<u4")
         if version not in _VERSIONS:
             raise SourceError(f"{self.path}: GGUF version {version} cannot be read, only 2 and 3; convert it again")
         tensors, keys = self._number("<u8"), self._number("<u8")
-        if tensors * _LEAST_TENSOR + keys * _LEAST_KEY > len(self._bytes) - self._at:
+        if tensors * _LEAST_TENSOR + keys * _LEAST_KEY > self._bytes.size - self._at:
             raise ValueError(f"it has no room for {keys} keys and {tensors} tensors")
         for _ in range(keys):
             self._read_key()
@@ -154,7 +167,7 @@ class GgufFile:
             if tensor.offset % alignment:
                 raise ValueError(f"the offset of {name} is no multiple of {alignment}")
             placed = GgufTensor(tensor.shape, tensor.kind, start + tensor.offset, tensor.bytes)
-            if placed.offset + placed.bytes > len(self._bytes):
+            if placed.offset + placed.bytes > self._bytes.size:
                 raise ValueError(f"it ends before the end of {name}")
             self.tensors[name] = placed
         inside = sorted(self.tensors, key=lambda name: self.tensors[name].offset)
@@ -190,7 +203,7 @@ class GgufFile:
             return np.frombuffer(self._take(length * dtype.itemsize), dtype).tolist()
         if kind != _STRING:
             raise ValueError(f"the values of {key} are of type {kind}, which the format has not")
-        if length * _LEAST_STRING > len(self._bytes) - self._at:
+        if length * _LEAST_STRING > self._bytes.size - self._at:
             raise ValueError(f"it has no room for the {length} strings of {key}")
         return self._strings(length)
 
@@ -199,12 +212,15 @@ class GgufFile:
 
     def _strings(self, count: int) -> list[str]:
         """A vocabulary has hundreds of thousands: a loop without calls reads them in a tenth of a second."""
-        strings, header, at = [], self._header, self._at
+        strings, at = [], self._at
+        header, base = self._bytes.window(at, 0)
         for _ in range(count):
-            stop = at + 8 + int.from_bytes(header[at : at + 8], "little")
-            if stop > len(header):
-                raise ValueError("it ends within its header")
-            strings.append(str(header[at + 8 : stop], "utf-8", "replace"))
+            if at + 8 - base > len(header):
+                header, base = self._bytes.window(at, 8)
+            stop = at + 8 + int.from_bytes(header[at - base : at + 8 - base], "little")
+            if stop - base > len(header):
+                header, base = self._bytes.window(at, stop - at)
+            strings.append(str(header[at + 8 - base : stop - base], "utf-8", "replace"))
             at = stop
         self._at = at
         return strings
@@ -231,8 +247,7 @@ class GgufFile:
 
     def _take(self, size: int) -> bytes:
         """The next bytes of the header."""
-        if self._at + size > len(self._bytes):
-            raise ValueError("it ends within its header")
+        header, base = self._bytes.window(self._at, size)
         start = self._at
         self._at += size
-        return bytes(self._header[start : self._at])
+        return header[start - base : self._at - base]

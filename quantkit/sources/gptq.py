@@ -78,6 +78,11 @@ class GptqSource(FolderSource):
             return steps * scales[:, group]
         return self.stored.read(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name in self.stored.tensors:
+            return self.stored.read_rows(name, start, stop)
+        return self.read(name)[start:stop]
+
     def read_codes(self, module: str) -> QuantizedLinear:
         """Codes of one Linear, exactly as they were written.
 

@@ -92,6 +92,9 @@ class HfSource(FolderSource):
     def read(self, name: str) -> torch.Tensor:
         return self.stored.read(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.stored.read_rows(name, start, stop)
+
 
 def open_weights(folder: Path) -> WeightFiles:
     """The folder's weights: safetensors where there are any, else pytorch_model.bin. Raises SourceError."""

@@ -49,6 +49,10 @@ class PickledFiles(WeightFiles):
         # A copy: the file may be mapped, and tied weights share one storage.
         return widened(self._opened(self.shard_of[name])[name].clone(memory_format=torch.contiguous_format))
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        rows = self._opened(self.shard_of[name])[name][start:stop]
+        return widened(rows.clone(memory_format=torch.contiguous_format))
+
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
         return {
             name: tensor_info(shard, name, tensor.shape, _STORED_AS.get(tensor.dtype, str(tensor.dtype)))

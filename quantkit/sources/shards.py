@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quantkit.errors import SourceError
 from quantkit.sources.base import TensorInfo, read_json
+from quantkit.sources.safetensors_header import read_header
 
 # By safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
 DTYPES = {
@@ -30,8 +29,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-_LENGTH = 8  # bytes that say how long a header is
 
 
 class WeightFiles(ABC):
@@ -91,6 +88,10 @@ class WeightFiles(ABC):
             SourceError: it cannot be read.
         """
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a stored tensor, as `read` gives them."""
+        return self.read(name)[start:stop]
+
     @abstractmethod
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
         """What a file holds."""
@@ -125,13 +126,22 @@ class SafetensorsFiles(WeightFiles):
         return [single] if (folder / single).is_file() else _names(folder.glob("*.safetensors"))
 
     def read(self, name: str) -> torch.Tensor:
-        shard, info = self.shard_of[name], self.tensors[name]
+        info = self.tensors[name]
+        return self._values(name, info.shape, self._starts[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        info = self.tensors[name]
+        row = info.bytes // info.shape[0]
+        return self._values(name, (stop - start, *info.shape[1:]), self._starts[name] + start * row)
+
+    def _values(self, name: str, shape: tuple[int, ...], start: int) -> torch.Tensor:
+        shard = self.shard_of[name]
         # Memory of its own: what a mapped file gives is read through page faults, and copied after all.
-        tensor = torch.empty(info.shape, dtype=DTYPES[info.stored_as])
+        tensor = torch.empty(shape, dtype=DTYPES[self.tensors[name].stored_as])
         rest = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
             with shard.open("rb", buffering=0) as file:
-                file.seek(self._starts[name])
+                file.seek(start)
                 while rest and (found := file.readinto(rest)):  # at most 2 GB at once
                     rest = rest[found:]
         except OSError as error:
@@ -141,20 +151,12 @@ class SafetensorsFiles(WeightFiles):
         return widened(tensor)
 
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
-        found = {}
         try:
-            with safe_open(shard, framework="pt") as opened:  # checks that every tensor has its place in the file
-                names = list(opened.keys())
-            with shard.open("rb") as file:
-                size = int.from_bytes(file.read(_LENGTH), "little")
-                entries = json.loads(file.read(size))
-        except (SafetensorError, OSError, ValueError) as error:
+            header = read_header(shard)
+        except (OSError, ValueError) as error:
             raise SourceError(f"{shard}: broken or cut short ({error}); download it again") from error
-        for name in names:
-            entry = entries[name]
-            found[name] = tensor_info(shard, name, entry["shape"], entry["dtype"])
-            self._starts[name] = _LENGTH + size + entry["data_offsets"][0]
-        return found
+        self._starts.update({name: stored.start for name, stored in header.items()})
+        return {name: tensor_info(shard, name, stored.shape, stored.dtype) for name, stored in header.items()}
 
 
 def tensor_info(shard: Path, name: str, shape: Iterable[int], stored_as: str) -> TensorInfo:

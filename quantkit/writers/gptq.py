@@ -20,8 +20,9 @@ from quantkit.model.weights import Weights
 from quantkit.quant.plan import Plan
 from quantkit.sources.base import Source
 from quantkit.sources.gptq import GptqSource
+from quantkit.tensorfile import TensorPlan, tensor_bytes
 from quantkit.workdir import write_json
-from quantkit.writers.safetensors import ShardedWriter, TensorPlan, tensor_bytes
+from quantkit.writers.safetensors import ShardedWriter
 
 # What GPTQModel 7.7, transformers, vLLM or AutoGPTQ can load; a group of the whole row is -1.
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)

@@ -7,39 +7,15 @@ any order. Format: https://github.com/huggingface/safetensors, section "Format".
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
 from quantkit.errors import OutputError
+from quantkit.tensorfile import TensorPlan, header, tensor_bytes
 from quantkit.workdir import write_json
-
-_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-}
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """A tensor that will be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ShardedWriter:
@@ -60,11 +36,11 @@ class ShardedWriter:
         self._place: dict[str, tuple[int, int]] = {}
         self._files: list[BinaryIO] = []
         for number, shard in enumerate(shards):
-            header, offsets = _header(shard)
+            head, offsets = header(shard)
             file = (folder / self.names[number]).open("wb")
             self._files.append(file)
-            file.write(header)
-            self._place.update({name: (number, len(header) + start) for name, start in offsets.items()})
+            file.write(head)
+            self._place.update({name: (number, len(head) + start) for name, start in offsets.items()})
         self._total = sum(tensor.bytes for tensor in plan)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -96,12 +72,6 @@ class ShardedWriter:
             file.close()
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's values as they lie in memory (little-endian machines: as safetensors stores them)."""
-    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def _split(plan: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
     shards: list[list[TensorPlan]] = [[]]
     size = 0
@@ -112,21 +82,3 @@ def _split(plan: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
         shards[-1].append(tensor)
         size += tensor.bytes
     return shards
-
-
-def _header(shard: Sequence[TensorPlan]) -> tuple[bytes, dict[str, int]]:
-    """Header bytes, and each tensor's offset in the data. Wider items first, so that every tensor is aligned."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets = {}
-    at = 0
-    for tensor in sorted(shard, key=lambda t: -t.dtype.itemsize):
-        offsets[tensor.name] = at
-        entries[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.bytes],
-        }
-        at += tensor.bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, offsets

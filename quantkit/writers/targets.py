@@ -17,11 +17,11 @@ from quantkit.config import CheckpointFormat, GgmlType, QuantSpec
 from quantkit.errors import UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.quant.plan import LinearPlan, Plan, modules_in_block, on_grid_of, plan_linears
+from quantkit.tensorfile import TensorPlan
 from quantkit.writers import gguf as gguf_files
 from quantkit.writers import gptq as checkpoint
 from quantkit.writers.ggml_recipes import RECIPES, base_kind, file_type, fitting, tensor_kinds
 from quantkit.writers.ggml_types import Choice, Chooser, Kind
-from quantkit.writers.safetensors import TensorPlan
 
 
 def gptq_type(recipe: str) -> str:
@@ -216,9 +216,7 @@ def _wanted(tensor: gguf_files.GgufTensor, linears: Sequence[LinearPlan | None],
 
 
 class _GgufCodesWriter:
-    def __init__(
-        self, writer: gguf_files.GgufWriter, others: Sequence[tuple[gguf_files.GgufTensor, Choice]]
-    ) -> None:
+    def __init__(self, writer: gguf_files.GgufWriter, others: Sequence[tuple[gguf_files.GgufTensor, Choice]]) -> None:
         self._writer, self._others = writer, others
 
     def add_linear(self, module: str, linear: Codes) -> None:

@@ -1,0 +1,120 @@
+"""Hidden states between blocks: on the device, in host memory, or in a file, as the memory plan says."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import torch
+
+from quantkit.errors import OutputError
+
+Place = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class _Spilled:
+    """Where in the file a tensor is."""
+
+    offset: int
+    bytes: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class HiddenStates:
+    """The hidden states of all batches, by number: a list whose items may lie elsewhere than where they compute.
+
+    `states[i]` is a tensor on the device, whatever the place; what is stored comes back bit for bit. On disk it is a
+    file without a name in the folder for temporary files (TMPDIR), which a killed process leaves nothing of; it is
+    written and read, not mapped, since a mapping counts where address space is limited, and is no faster.
+
+    Args:
+        device: where blocks compute.
+        place: where states wait. "host" and "device" are the same on a CPU.
+        states: the first ones.
+    """
+
+    def __init__(self, device: torch.device, place: Place = "device", states: Iterable[torch.Tensor] = ()) -> None:
+        self._device, self._place = device, place
+        self._items: list[torch.Tensor | _Spilled | None] = []
+        self._file: BinaryIO | None = None
+        self._end = 0
+        for state in states:
+            self.append(state)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        item = self._items[i]
+        assert item is not None, f"batch {i} was taken and not put back"
+        return self._read(item).to(self._device) if isinstance(item, _Spilled) else item.to(self._device)
+
+    def __setitem__(self, i: int, state: torch.Tensor) -> None:
+        old = self._items[i]
+        self._items[i] = self._write(state, old) if self._place == "disk" else self._near(state)
+
+    def append(self, state: torch.Tensor) -> None:
+        """Add the next batch's."""
+        self._items.append(None)
+        self[len(self) - 1] = state
+
+    def take(self, i: int) -> torch.Tensor:
+        """Batch i's, which is let go here where it is in memory: for who holds it until a new one is put in."""
+        state = self[i]
+        if self._place != "disk":
+            self._items[i] = None
+        return state
+
+    def close(self) -> None:
+        """Let everything go."""
+        self._items.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def _near(self, state: torch.Tensor) -> torch.Tensor:
+        return state.to("cpu") if self._place == "host" else state
+
+    def _write(self, state: torch.Tensor, old: torch.Tensor | _Spilled | None) -> _Spilled:
+        state = state.detach().to("cpu").contiguous()
+        size = state.numel() * state.itemsize
+        fits = isinstance(old, _Spilled) and old.bytes >= size
+        at = old.offset if fits and isinstance(old, _Spilled) else self._end
+        self._end = max(self._end, at + size)
+        rest = _bytes_of(state)
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="quantkit-")  # noqa: SIM115
+            position = at
+            while rest:
+                count = os.pwrite(self._file.fileno(), rest, position)
+                rest, position = rest[count:], position + count
+        except OSError as error:
+            raise OutputError(
+                f"cannot keep hidden states in {tempfile.gettempdir()}: {error.strerror}; TMPDIR names another folder"
+            ) from error
+        return _Spilled(at, size, state.shape, state.dtype)
+
+    def _read(self, item: _Spilled) -> torch.Tensor:
+        assert self._file is not None
+        state = torch.empty(item.shape, dtype=item.dtype)
+        rest = _bytes_of(state)
+        at = item.offset
+        while rest:
+            count = os.preadv(self._file.fileno(), [rest], at)
+            if not count:
+                raise OutputError("the file with hidden states has become shorter")
+            rest, at = rest[count:], at + count
+        return state
+
+
+def _bytes_of(state: torch.Tensor) -> memoryview:
+    array: Any = state.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

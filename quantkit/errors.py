@@ -36,3 +36,7 @@ class MissingPackageError(QuantkitError):
 
     def __init__(self, package: str, extra: str, why: str) -> None:
         super().__init__(f"{why} needs the package {package}: pip install 'quantkit[{extra}]'")
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt that did not cost the work done so far; says how far that went, and what goes on with it."""

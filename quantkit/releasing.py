@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +18,10 @@ from quantkit.recipe import Recipe, load_recipe
 from quantkit.releases.family import Family
 from quantkit.releases.forecast import Forecast, Forecaster
 from quantkit.releases.ledger import Ledger, locked
-from quantkit.releases.steps import Outcome, Setting, run_steps
+from quantkit.releases.steps import Outcome, Setting, Step, run_steps
 from quantkit.releases.variants import Calibration, Workshop, model_of, step_name
 from quantkit.sources import Source
+from quantkit.unfinished import folder_of
 from quantkit.workdir import absolute
 
 
@@ -98,6 +100,7 @@ def release(
         family = Family(plan, setting, workshop.places, plan.card.original or _original(source))
         if plan.publish is not None and publishing:
             family.add_publishing(plan.publish)
+        _drop_stale(place, workshop.steps)
         outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, debug)
     return ReleaseReport(place, [], lost + outcomes)
 
@@ -120,6 +123,14 @@ def _check_place(out: Path, source: Source) -> None:
         raise UsageError(f"--out {out} is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / ".release").is_dir():
         raise UsageError(f"--out {out} holds something that is no release; choose another folder")
+
+
+def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
+    """Remove what unfinished runs left of variants that the recipe no longer has."""
+    goes_on = {folder_of(step.out) for step in steps}
+    for place in (out, out / ".release" / "files"):
+        for left in set(place.glob(".*.unfinished")) - goes_on:
+            shutil.rmtree(left)
 
 
 def _forecast(recipe: Recipe, source: Source, trust_remote_code: bool, whole: bool) -> list[Forecast]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,8 @@ def staged_folder(out: Path) -> Iterator[Path]:
     with _staging(out) as folder:
         folder.chmod(0o755)
         yield folder
-        for path in folder.rglob("*"):
-            sync(path)
-        _replace(folder, out)
-        sync(out.parent)
+        with _aside(out) if out.exists() else nullcontext(folder) as aside:
+            take_place(folder, out, aside)
 
 
 @contextmanager
@@ -87,24 +86,45 @@ def staged_files(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A hidden sibling of `out`, removed in the end; on an exception so are the folders above that were made for it."""
+def folders_above(out: Path) -> Iterator[None]:
+    """Make the folders above `out`; on an exception those that were made for it are removed again.
+
+    Raises:
+        OutputError: the place cannot be written to.
+    """
     made = [folder for folder in out.parents if not folder.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write beside {out}: {error.strerror}") from error
-    try:
-        yield folder
-        made = []
-    except OSError as error:
-        raise OutputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(out, error) from error
+        yield
+    except BaseException:
         for above in made:
-            with suppress(OSError):  # somebody else uses it by now
+            with suppress(OSError):  # something is in it by now
                 above.rmdir()
+        raise
+
+
+def cannot_write(out: Path, error: OSError) -> OutputError:
+    """What to raise where nothing can be made beside an output."""
+    return OutputError(f"cannot write beside {out}: {error.strerror}")
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out`, removed in the end; on an exception so are the folders above that were made for it."""
+    with folders_above(out):
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        except OSError as error:
+            raise cannot_write(out, error) from error
+        try:
+            yield folder
+        except OSError as error:
+            raise OutputError(f"writing {out} failed: {error.strerror or error}; nothing was left there") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -118,20 +138,57 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _replace(staging: Path, out: Path) -> None:
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """As `write_json`, with the content's own checksum in it."""
+    write_json(path, {**content, "seal": fingerprint(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote; None where it is not there, or not as it was written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or "seal" not in content:
+        return None
+    seal = content.pop("seal")
+    return content if seal == fingerprint(content) else None
+
+
+def take_place(staging: Path, out: Path, aside: Path) -> None:
+    """Sync a finished folder and let it take the place of `out`, which goes to the empty folder `aside` meanwhile."""
+    for path in staging.rglob("*"):
+        sync(path)
     if out.exists():  # rename needs an empty target: move the old one aside first, drop it last
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
         try:
-            out.rename(old / out.name)
+            out.rename(aside / out.name)
             staging.rename(out)
         except BaseException:  # an interrupt too must not cost the old one
-            if not out.exists():
-                (old / out.name).rename(out)
+            put_back(aside, out)
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
     else:
         staging.rename(out)
+    sync(out.parent)
+
+
+def put_back(aside: Path, out: Path) -> None:
+    """Undo half of a `take_place`."""
+    if not out.exists() and (aside / out.name).exists():
+        (aside / out.name).rename(out)
 
 
 def _move_all(files: list[Path], folder: Path, staging: Path) -> None:

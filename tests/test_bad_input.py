@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from quantkit import cli, console
-from quantkit.quant import stagework
+from quantkit.quant.sharing import Sharing
 from quantkit.sources import hub
 from quantkit.workdir import staged_folder, write_json
 from quantkit.writers.safetensors import ShardedWriter
@@ -104,10 +105,14 @@ def assert_one_clear_error(outcome: Outcome, code: int, *culprits: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file and folder below, hidden ones too, with a hash of what it holds."""
+    """Every file and folder below, hidden ones too, with a hash of what it holds; but for what an unfinished run keeps
+    to go on from, which may hold nothing else."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
+        if ".unfinished" in name:
+            assert re.fullmatch(r".*\.unfinished(/lock|/run\.json|/replaced|/(blocks|hidden)(/.*)?)?", name), name
+            continue
         found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
     return found
 
@@ -536,7 +541,7 @@ def test_a_weight_that_is_not_finite_is_found_before_the_work(
     model = desk.model()
     edit_tensor(model, name, lambda tensor: tensor.view(-1)[7:8].fill_(value))
     quantized: list[str] = []
-    monkeypatch.setattr(stagework, "quantize", lambda *_: quantized.append("a stage"))
+    monkeypatch.setattr(Sharing, "quantize", lambda *_: quantized.append("a stage"))
     desk.refused(lambda: desk.gptq(model), 1, name, "NaN or infinity")
     assert not quantized
 
@@ -547,7 +552,7 @@ def test_a_kept_weight_beyond_the_published_dtype_is_found_before_the_work(
     model = desk.model(dtype="float32")  # is published in float16
     edit_tensor(model, "model.norm.weight", lambda tensor: tensor.fill_(1e6))
     quantized: list[str] = []
-    monkeypatch.setattr(stagework, "quantize", lambda *_: quantized.append("a stage"))
+    monkeypatch.setattr(Sharing, "quantize", lambda *_: quantized.append("a stage"))
     desk.refused(lambda: desk.gptq(model), 1, "model.norm.weight", "float16")
     assert not quantized
 
@@ -873,11 +878,15 @@ def test_an_output_where_nobody_may_write(desk: Desk) -> None:
 
 def test_a_failed_run_takes_the_folders_back_that_it_made(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     model = desk.model()
-    fail_on_write(monkeypatch, 3)
+    monkeypatch.setattr(Sharing, "quantize", disk_full)  # before anything is there to go on from
     desk.refused(lambda: desk.gptq(model, "--out", "new/deep/out"), 1, "new/deep/out")
 
 
 # -- a disk that fills, an interrupt -------------------------------------------------------------------------------
+
+
+def disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def fail_on_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -888,7 +897,7 @@ def fail_on_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def limited(self: ShardedWriter, name: str, tensor: torch.Tensor) -> None:
         written.append(name)
         if len(written) == number:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            disk_full()
         write(self, name, tensor)
 
     monkeypatch.setattr(ShardedWriter, "write", limited)
@@ -966,11 +975,20 @@ def test_control_c_in_the_middle(desk: Desk) -> None:
         if line.startswith("capturing"):
             break
     time.sleep(0.1)  # into the blocks
-    assert [path.suffix for path in desk.folder.glob(".out.*")] == [".partial"]
+    assert [path.suffix for path in desk.folder.glob(".out.*")] == [".unfinished"]
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (1, "", "interrupted; no unfinished output was left\n"), "".join(lines)
+    assert_interrupted(desk, Outcome(process.returncode, out, err.splitlines()))
     assert contents(desk.folder) == before
+
+
+def assert_interrupted(desk: Desk, outcome: Outcome) -> None:
+    """It says how to go on if and only if there is something to go on from."""
+    landed = len(list(desk.folder.glob(".out.unfinished/blocks/*.json")))
+    said = rf"interrupted after block {landed} of \d+; go on with: quantkit gptq .* --resume"
+    assert (outcome.code, outcome.out, len(outcome.lines)) == (1, "", 1)
+    assert re.fullmatch(said if landed else "interrupted; no unfinished output was left", outcome.lines[0])
+    assert landed or not list(desk.folder.glob(".out*"))
 
 
 class Interrupting(console.Bars):
@@ -991,13 +1009,15 @@ BEFORE_THE_RENAME = ["calibration text", "checking weights", "capturing", "quant
 
 
 @pytest.mark.parametrize("phase", BEFORE_THE_RENAME)
-def test_an_interrupt_in_any_phase_leaves_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+def test_an_interrupt_leaves_only_what_a_run_can_go_on_from(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
     model = desk.model()
     monkeypatch.setattr(Interrupting, "at", phase)
     monkeypatch.setattr(console, "Bars", Interrupting)
     before = contents(desk.folder)
     outcome = desk.gptq(model)
-    assert (outcome.code, outcome.out, outcome.lines) == (1, "", ["interrupted; no unfinished output was left"])
+    assert_interrupted(desk, outcome)
     assert contents(desk.folder) == before
 
 

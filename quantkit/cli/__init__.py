@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
 
-from quantkit import __version__, console
+from quantkit import __version__, console, parallel
 from quantkit.cli.comparing import compare
 from quantkit.cli.exporting import ggml, imatrix
 from quantkit.cli.folders import convert, diff, inspect, merge
@@ -19,6 +20,7 @@ from quantkit.cli.measuring import perplexity
 from quantkit.cli.publishing import card, publish
 from quantkit.cli.quantizing import gptq, samples
 from quantkit.cli.releasing import release
+from quantkit.cli.signals import farewell, heeded
 from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError
 
@@ -60,17 +62,18 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    parallel.check_splits(context.invoked_subcommand)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 the work failed, 2 the command was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_run(arguments))
+    parallel.exit_process(_run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
@@ -78,7 +81,7 @@ def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         # Not app(): Typer would turn an interrupt into a silent exit of its own.
-        with command.make_context("quantkit", list(arguments)) as context:
+        with heeded(arguments), command.make_context("quantkit", list(arguments)) as context:
             command.invoke(context)
         return 0
     except typer.Exit as done:
@@ -86,8 +89,9 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `quantkit ... | head`: who reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (KeyboardInterrupt, typer.Abort):
-        console.log.print("interrupted; no unfinished output was left", markup=False)
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if not parallel.mute():
+            console.log.print(farewell(stop, arguments), markup=False)
         return 1
     except Exception as error:
         return _report(error, "--debug" in arguments)
@@ -95,6 +99,8 @@ def _run(arguments: list[str]) -> int:
 
 def _report(error: Exception, debug: bool) -> int:
     """Show an error in a line or two and return the exit code."""
+    if parallel.mute() and not debug:
+        return getattr(error, "exit_code", 1)
     parse_message = getattr(error, "format_message", None)
     if parse_message is not None:  # Typer's own: click's, or those of the copy of click that newer Typers carry
         if parse_message():  # empty where the help has been shown instead
@@ -115,3 +121,6 @@ def _hush_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a process that is lost we tell in one line
+    if parallel.mute():
+        warnings.simplefilter("ignore")

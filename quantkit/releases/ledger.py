@@ -7,11 +7,10 @@ between the two leaves a step that is begun, whose output the next run makes ane
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,11 +98,6 @@ class Ledger:
             write_json(self._path, {"steps": self._steps, "files": self._files})
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from error
-
-
-def fingerprint(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import transformers
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 from quantkit.progress import Progress
-from quantkit.releases.ledger import Hashes, Ledger, fingerprint
+from quantkit.releases.ledger import Hashes, Ledger
+from quantkit.workdir import fingerprint
 
 Status = Literal["done", "unchanged", "failed", "refused", "skipped"]
 

@@ -25,6 +25,7 @@ from quantkit.recipe import AnyVariant, FileVariant, GgjtVariant, GgufVariant, G
 from quantkit.releases.steps import Setting, Step
 from quantkit.sources import Source, default_source, open_source, variant_name
 from quantkit.sources.base import read_json
+from quantkit.unfinished import ChangedError, folder_of
 from quantkit.workdir import REPORT_NAME, staged_folder, write_json
 from quantkit.writers.targets import gptq_type
 
@@ -156,8 +157,12 @@ class Workshop:
         self.places.append(Place(name, "gptq", folder, repo, branch, (Made(name, folder, folder),)))
 
     def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str]) -> None:
-        matrix = self._calibration.matrix
-        gptq(self.reference, folder, **options, calibration=matrix, evaluate=False, **self._common)
+        given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
+        try:
+            gptq(self.reference, folder, **given, resume=folder_of(folder).is_dir())
+        except ChangedError as error:
+            self._common["progress"].note(f"  starting anew: {error}")
+            gptq(self.reference, folder, **given, force=True)
 
     def _add_calibrated(self, step: Step) -> None:
         """Add a step whose output the calibration decides too, once."""

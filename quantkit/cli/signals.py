@@ -1,0 +1,62 @@
+"""What an interrupt does to a command: the first one ends it in order, the second one at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from quantkit.errors import Interrupted
+
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+@contextmanager
+def heeded(arguments: Sequence[str]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM raise a KeyboardInterrupt, and whichever comes second end the process with 128 + n."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def heed(number: int, _: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            _end(number)
+        came = True
+        raise KeyboardInterrupt
+
+    # In a chat Ctrl-C stops an answer, time and again. One that is ignored, as in the background, stays so.
+    ours = [signal.SIGTERM] if "chat" in arguments[:1] else [signal.SIGTERM, signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in ours}
+    heard = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, heed)
+    try:
+        yield
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+
+
+def farewell(stop: BaseException, arguments: Sequence[str]) -> str:
+    """What an interrupted command says: what is left of it, and how to go on."""
+    again = [argument for argument in arguments if argument not in ("--resume", "--force")]
+    advice = f"go on with: quantkit {shlex.join([*again, '--resume'])}"
+    of_gptq = "gptq" in arguments[:1]
+    if isinstance(stop, Interrupted):
+        return f"interrupted {stop}; {advice if of_gptq else 'the same command goes on with it'}"
+    if of_gptq and "--resume" in arguments:  # what an earlier run left may not even have been looked at
+        return f"interrupted before anything new was done; {advice}"
+    return "interrupted; no unfinished output was left"
+
+
+def _end(number: int) -> None:
+    if sys.stderr.isatty():  # where a bar may have hidden the cursor
+        os.write(2, _SHOW_CURSOR.encode())
+    os._exit(128 + number)

@@ -23,6 +23,7 @@ from quantkit.evaluate.report import summarize
 from quantkit.evaluate.text import EvaluationText, common_text, default_seq_len
 from quantkit.inspection import describe
 from quantkit.model.stream import ModelStream
+from quantkit.parallel import ALONE, Ranks
 from quantkit.preflight import check_outside, check_tokens, note_source, open_stream, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.provenance import origin
@@ -72,6 +73,7 @@ def compare(
     template: TemplateName = "auto",
     device: str = "auto",
     dtype: ComputeDtype = "auto",
+    memory: str | int | None = None,
     budget: str | int | None = None,
     max_kl: float | None = None,
     plots: bool = True,
@@ -79,6 +81,7 @@ def compare(
     trust_remote_code: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> CompareReport:
     """Compare variants with the model they were made from, and write a report with plots.
 
@@ -96,7 +99,7 @@ def compare(
         max_kl: name the variant to take that has at most this mean KL divergence, in nats. `chooser.choose` says how
             the two go together.
         plots: draw them, where matplotlib is installed.
-        template, device, dtype, revision, trust_remote_code, force, progress: as in `gptq`.
+        template, device, dtype, memory, revision, trust_remote_code, force, progress, ranks: as in `gptq`.
 
     Raises:
         UsageError: options out of range, a model or a text named twice, models with different tokenizers, an output in
@@ -107,26 +110,35 @@ def compare(
     specs = _specs((HELDOUT,) if texts is None else texts, seq_len, stride, template)
     if not variants:
         raise UsageError("name at least one variant to compare with the reference")
-    streams = [open_stream(name, device, dtype, revision, trust_remote_code) for name in (reference, *variants)]
+    progress = ranks.reporting(progress)
+    names = (reference, *variants)
+    streams = [
+        open_stream(name, ranks.device(device), dtype, revision, trust_remote_code, memory=memory) for name in names
+    ]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
     for source in sources:
-        check_outside(place, source, force)
+        if ranks.first:
+            check_outside(place, source, force)
         note_source(source, progress)
-    windows = _windows(sources, specs, progress)
-    scores = score_texts(streams, [text.windows for text in windows], True, progress)
-    origins = _origins(sources, progress)
-    models = _models(sources, windows, scores, origins)
-    choice, unmet = choose(models[1:], limits)
-    report = CompareReport(place, models[0].model, _facts(windows, specs, scores), models, choice, unmet)
-    figures = _figures(models, scores, progress) if plots else {}
-    with staged_folder(place) as folder:
-        write_json(folder / "report.json", report.as_dict())
-        write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins))
-        for name, content in figures.items():
-            (folder / name).write_bytes(content)
-        write_pages(folder, report.as_dict(), figures)
-    return report
+    windows = ranks.from_first(lambda: _windows(sources, specs, progress))
+    scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
+
+    def written() -> CompareReport:
+        origins = _origins(sources, progress)
+        models = _models(sources, windows, scores, origins)
+        choice, unmet = choose(models[1:], limits)
+        report = CompareReport(place, models[0].model, _facts(windows, specs, scores), models, choice, unmet)
+        figures = _figures(models, scores, progress) if plots else {}
+        with staged_folder(place) as folder:
+            write_json(folder / "report.json", report.as_dict())
+            write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins))
+            for name, content in figures.items():
+                (folder / name).write_bytes(content)
+            write_pages(folder, report.as_dict(), figures)
+        return report
+
+    return ranks.from_first(written)
 
 
 # -- parts of the flow -----------------------------------------------------------------------------------------------

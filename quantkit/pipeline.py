@@ -21,18 +21,18 @@ from quantkit.config import (
     TemplateName,
     make,
 )
-from quantkit.errors import OutputError, QuantkitError, UsageError
+from quantkit.errors import Interrupted, OutputError, QuantkitError, UsageError
 from quantkit.evaluate.compare import score
 from quantkit.evaluate.report import ModelResult, summarize
 from quantkit.evaluate.text import common_text, default_seq_len
 from quantkit.model.stream import ModelStream
+from quantkit.parallel import ALONE, Ranks
 from quantkit.preflight import (
     Pair,
     calibration_windows,
     check_finite,
     check_outside,
     check_tokens,
-    memory_budget,
     note_fallback,
     note_plan,
     note_source,
@@ -43,12 +43,15 @@ from quantkit.preflight import (
     warn_starved_experts,
 )
 from quantkit.progress import SILENT, Progress
-from quantkit.provenance import checksums, origin
-from quantkit.quant.blockwise import peak_bytes, quantize_blocks
+from quantkit.provenance import checksums, companions, origin
+from quantkit.quant.blockwise import memory_plan, quantize_blocks
+from quantkit.quant.landing import NOTHING, Every, Lander, find_landed, parse_every
 from quantkit.quant.plan import on_grid_of
+from quantkit.quant.sharing import Sharing
 from quantkit.quant.stagework import LayerStatistics
 from quantkit.sources import Source, default_source, open_source, variant_name
-from quantkit.workdir import REPORT_NAME, absolute, staged_folder, write_json
+from quantkit.unfinished import Run, check_unfinished, drop_unfinished, finished, working
+from quantkit.workdir import REPORT_NAME, absolute, write_json
 from quantkit.writers.ggml_recipes import parse_kind
 from quantkit.writers.table import write_layer_table
 from quantkit.writers.targets import CheckpointTarget, GgufForm, GgufTarget, Target, gptq_type
@@ -65,6 +68,7 @@ class GptqReport:
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
         memory_bytes: estimate of the peak beyond what importing torch takes.
+        memory_remark: what is done otherwise than with plenty of memory, one line.
     """
 
     out: Path
@@ -74,6 +78,7 @@ class GptqReport:
     bits_per_weight: float
     bytes: int
     memory_bytes: int
+    memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
     evaluation: PerplexityReport | None = None
     seconds: float = 0.0
@@ -92,6 +97,7 @@ class GptqReport:
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.bytes,
             "memory_bytes": self.memory_bytes,
+            "memory_remark": self.memory_remark,
             "layers": [vars(layer) for layer in self.layers],
             "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
             "seconds": self.seconds,
@@ -108,6 +114,11 @@ class PerplexityReport:
     stride: int | None
     tokens: int
     results: list[ModelResult]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> PerplexityReport:
+        """What `as_dict` made."""
+        return cls(**{**content, "results": [ModelResult.of(row) for row in content["results"]]})
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -152,9 +163,14 @@ def gptq(
     text: str = HELDOUT,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    memory: str | int | None = None,
+    checkpoint_every: str = "10m",
+    resume: bool = False,
+    deterministic: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> GptqReport:
     """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load, or with `ggml` to a GGUF file.
 
@@ -188,15 +204,25 @@ def gptq(
         text: as in `perplexity`.
         revision: of a Hub id.
         trust_remote_code: let transformers run code from the model's folder.
+        memory: bytes that the run may take beyond what importing torch takes, such as "2GB", of a GPU's memory as of
+            the machine's; None: most of what is free. It changes no code.
+        checkpoint_every: how often hidden states are kept for `resume`: time ("10m"), a number of blocks, or "off".
+        resume: go on with a run into `out` that was stopped, to the bytes of one that was not; start where none was.
+        deterministic: sum and multiply in an order and in shapes that do not depend on the number of processes.
         dry_run: read headers only and report sizes; write nothing.
-        force: replace an existing output.
+        force: replace an existing output, and drop what an unfinished run left.
         progress: receives bars, notes and warnings.
+        ranks: the processes that share the work, from `parallel.joined`; each calls this with the same arguments.
 
     Raises:
-        UsageError: options that cannot work together, an output in the way.
-        QuantkitError: the model, the data or the disk failed; nothing is left at `out`.
+        UsageError: options that cannot work together, an output or an unfinished run in the way.
+        ChangedError: an unfinished run that was made with something else.
+        QuantkitError: the model, the data or the disk failed; nothing is left at `out`, but blocks that are complete
+            are kept beside it for `resume`.
+        Interrupted: the same of a KeyboardInterrupt.
     """
     started = time.perf_counter()
+    progress = ranks.reporting(progress)
     spec = _quant_spec(
         ggml,
         {"bits": bits, "group_size": group_size, "sym": sym},
@@ -214,7 +240,7 @@ def gptq(
     if ggml is None:
         _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
     given = _model_or_default(pair_of(model, base, delta), progress)
-    stream = open_stream(given, device, dtype, revision, trust_remote_code, untie)
+    stream = open_stream(given, ranks.device(device), dtype, revision, trust_remote_code, untie, memory)
     source = stream.source
     if ggml is None:
         target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
@@ -223,38 +249,45 @@ def gptq(
         target = _gguf_target(stream, spec, form, progress)
     note_plan(stream, target.plan, progress)
     place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
-    check_outside(place, source, force)
+    if ranks.first:
+        check_unfinished(place, resume, force)
+        check_outside(place, source, force or resume)
     tokens = calibration.tokens.numel() if isinstance(calibration, TokenMatrix) else samples * seq_len
     report = _sizes(place, stream, spec, ggml, target, tokens)
+    every = parse_every(checkpoint_every)
     if dry_run:
         return report
 
-    matrix = calibration_windows(calibration, drawing, source, text if evaluate else None, progress)
+    judged = text if evaluate else None
+    matrix = ranks.from_first(lambda: calibration_windows(calibration, drawing, source, judged, progress))
     check_tokens(matrix.tokens, source)
-    check_finite(stream, target, progress)
-    layers: list[LayerStatistics] = []
-    with staged_folder(place) as folder:
-        with target.writer(folder) as writer:
-
-            def keep(name: str, linear: Any, statistics: LayerStatistics) -> None:
-                writer.add_linear(name, linear)
-                layers.append(statistics)
-
-            quantize_blocks(stream, matrix.tokens, target.plan, keep, memory_budget(stream.device), progress)
-            with progress.phase("writing", 1) as advance:
-                writer.add_others()
-                writer.finish()
-                advance(1)
-        warn_starved_experts(layers, target.plan, matrix.tokens, progress)
-        write_layer_table(folder / "quant_log.csv", layers)
-        form_of = {"ggml": ggml, "embedding_type": embedding_type, "output_type": output_type, "pre": pre}
-        recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else form_of)
-        record = _record(source, recipe, matrix, layers) | {"files": checksums(folder)}
-        write_json(folder / REPORT_NAME, record)
+    form_of = {"ggml": ggml, "embedding_type": embedding_type, "output_type": output_type, "pre": pre}
+    recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else form_of)
+    sharing = Sharing(ranks, deterministic)
+    sharing.check_alike(stream, recipe)
+    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
+    record = ranks.from_first(lambda: finished(place, decided) if resume else None)
+    if record is None:
+        if ranks.first:
+            more = {"companions": companions(source), "max_shard_size": shard_bytes, "untie": untie}
+            with working(place, decided | more, len(stream.blocks), resume, force) as run:
+                if resume and not run.resumed:
+                    progress.note("nothing to go on with: starting")
+                made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
+        else:
+            _help_quantize(stream, matrix, target, every, sharing)
+        record, layers = ranks.from_first(lambda: made)
+    else:
+        progress.note(f"{place} is complete already")
+        if ranks.first:
+            drop_unfinished(place)
+        layers = [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
 
     evaluation = None
-    if evaluate:
-        evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, progress)
+    if evaluate and record["evaluation"] is None:
+        evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, ranks, progress)
+    elif evaluate:
+        evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
     return replace(report, layers=layers, evaluation=evaluation, seconds=seconds, dry_run=False)
 
@@ -269,9 +302,11 @@ def perplexity(
     template: TemplateName = "auto",
     device: str = "auto",
     dtype: ComputeDtype = "auto",
+    memory: str | int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> PerplexityReport:
     """Perplexity of models on disk, and their divergence from a reference.
 
@@ -283,7 +318,7 @@ def perplexity(
         text: a data set name, ``wikitext2``, ``wikitext2:FILE`` or a file; default: the bundled held-out records.
         seq_len: tokens a window; None: 2048 for wikitext2, else 512.
         stride: start windows this many tokens apart and score only what is new; None: no overlap.
-        template, device, dtype, revision, trust_remote_code, progress: as in `gptq`.
+        template, device, dtype, memory, revision, trust_remote_code, progress, ranks: as in `gptq`.
 
     Raises:
         UsageError: options out of range, or models with different tokenizers.
@@ -294,8 +329,11 @@ def perplexity(
     names = ([] if against is None else [against]) + list(models)
     if not names:
         raise UsageError("name at least one model")
-    streams = [open_stream(name, device, dtype, revision, trust_remote_code) for name in names]
-    return _evaluate(streams, spec, against is not None, progress)
+    progress = ranks.reporting(progress)
+    streams = [
+        open_stream(name, ranks.device(device), dtype, revision, trust_remote_code, memory=memory) for name in names
+    ]
+    return _evaluate(streams, spec, against is not None, progress, ranks)
 
 
 @dataclass(frozen=True)
@@ -402,6 +440,7 @@ def _sizes(
 ) -> GptqReport:
     """Sizes from headers alone."""
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
+    memory = memory_plan(stream, calibration_tokens)
     return GptqReport(
         out=out,
         spec=spec,
@@ -409,47 +448,116 @@ def _sizes(
         model=target.model_in(out),
         bits_per_weight=8 * target.quantized_bytes / weights,
         bytes=target.bytes,
-        memory_bytes=peak_bytes(stream, target.plan, calibration_tokens),
+        memory_bytes=memory.needed,
+        memory_remark=memory.remark(),
         dry_run=True,
     )
 
 
-def _record(
-    source: Source, recipe: Mapping[str, Any], matrix: TokenMatrix, layers: list[LayerStatistics]
+def _decided(
+    stream: ModelStream, recipe: Mapping[str, Any], matrix: TokenMatrix, sharing: Sharing, progress: Progress
 ) -> dict[str, Any]:
-    """quantkit.json: everything that decided the result, and nothing that differs between equal runs."""
-    return {
-        "recipe": recipe,
-        **origin(source),
-        "calibration": matrix.provenance.model_dump(mode="json"),
-        "layers": [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in layers],
-        "evaluation": None,
-    }
+    """What of quantkit.json is known before the work: everything that decides the result."""
+    with progress.phase("hashing the source", 1) as advance:
+        known = {
+            "recipe": recipe,
+            **origin(stream.source),
+            "compute": sharing.compute(stream),
+            "calibration": matrix.provenance.model_dump(mode="json"),
+        }
+        advance(1)
+    return known
+
+
+def _quantize(
+    run: Run,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    every: Every,
+    decided: dict[str, Any],
+    sharing: Sharing,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
+    equal runs, and what happened to each Linear."""
+    landed = sharing.ranks.from_first(lambda: find_landed(run.folder, run.total, progress))
+    if run.resumed:
+        progress.note(f"going on after block {landed.blocks} of {run.total}")
+    if not landed.blocks:
+        check_finite(stream, target, progress, sharing.ranks)
+    layers: list[LayerStatistics] = []
+    with target.writer(run.staged) as writer:
+        for index in range(landed.blocks):
+            layers += landed.statistics(index)
+            for name, linear in landed.linears(index):
+                writer.add_linear(name, linear)
+        since = landed.blocks - landed.start
+        with Lander(run.folder, tuple(target.plan), writer.add_linear, every, sharing.ranks, since) as lander:
+            budget = stream.budget // sharing.ranks.here
+            arguments = stream, matrix.tokens, target.plan, lander.take, budget, progress
+            quantize_blocks(*arguments, landed, lander.land, sharing)
+        layers += lander.statistics
+        with progress.phase("writing", 1) as advance:
+            writer.add_others()
+            writer.finish()
+            advance(1)
+    warn_starved_experts(layers, target.plan, matrix.tokens, progress)
+    write_layer_table(run.staged / "quant_log.csv", layers)
+    told = [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in layers]
+    record = {**decided, "layers": told, "evaluation": None, "files": checksums(run.staged)}
+    write_json(run.staged / REPORT_NAME, record)
+    return record, layers
+
+
+def _help_quantize(stream: ModelStream, matrix: TokenMatrix, target: Target, every: Every, sharing: Sharing) -> None:
+    """What all ranks but the first do of `_quantize`."""
+    ranks = sharing.ranks
+    landed = ranks.from_first(lambda: NOTHING)
+    if not landed.blocks:
+        check_finite(stream, target, SILENT, ranks)
+    with Lander(landed.folder, (), lambda name, linear: None, every, ranks) as lander:
+        budget = stream.budget // ranks.here
+        arguments = stream, matrix.tokens, target.plan, lander.take, budget, SILENT
+        quantize_blocks(*arguments, landed, lander.land, sharing)
 
 
 def _evaluate_written(
-    out: Path, model: Path, record: dict[str, Any], reference: ModelStream, spec: EvaluationSpec, progress: Progress
+    out: Path,
+    model: Path,
+    record: dict[str, Any],
+    reference: ModelStream,
+    spec: EvaluationSpec,
+    ranks: Ranks,
+    progress: Progress,
 ) -> PerplexityReport:
     """Compare what is on disk with its source, and add that to its record.
 
     The output is finished by now and stays, whatever happens here.
     """
     try:
+        ranks.wait_for(model)
         written = ModelStream(open_source(model), reference.device, reference.dtype)
-        evaluation = _evaluate([reference, written], spec, True, progress)
-        write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
+        evaluation = _evaluate([reference, written], spec, True, progress, ranks)
+        if ranks.first:
+            write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
     except QuantkitError as error:
         raise type(error)(f"{error}\n{out} is complete; only its evaluation failed") from error
     except OSError as error:
         raise OutputError(f"{out} is complete, but its evaluation was not noted: {error.strerror}") from error
+    except KeyboardInterrupt:
+        raise Interrupted(f"while evaluating {out}, which is complete") from None
     return evaluation
 
 
-def _evaluate(streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress) -> PerplexityReport:
-    text = common_text([(stream.source.label, stream.source.tokenizer()) for stream in streams], spec, progress)
+def _evaluate(
+    streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress, ranks: Ranks
+) -> PerplexityReport:
+    tokenizers = [(stream.source.label, stream.source.tokenizer()) for stream in streams]
+    text = ranks.from_first(lambda: common_text(tokenizers, spec, progress))
     for stream in streams:
         note_source(stream.source, progress)
         check_tokens(text.windows.tokens, stream.source)
-    scores = score(streams, text.windows, against, progress)
+    scores = score(streams, text.windows, against, progress, ranks)
     labels = [stream.source.label for stream in streams]
     return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))

@@ -10,11 +10,14 @@ import torch
 import transformers
 
 from quantkit import __version__
+from quantkit.errors import SourceError
 from quantkit.model.delta import PairSource
 from quantkit.sources import Source, file_sha256
 
 CHECKSUMS = "SHA256SUMS"
 """The file that repeats checksums as `sha256sum --check` reads them."""
+
+_COMPANIONS = (".json", ".jinja", ".txt", ".model", ".py")
 
 
 def origin(source: Source) -> dict[str, Any]:
@@ -30,6 +33,18 @@ def origin(source: Source) -> dict[str, Any]:
     }
 
 
+def companions(source: Source) -> dict[str, Any]:
+    """SHA-256 of what lies beside a source's weights and decides a result too: config, tokenizer, templates, code.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    if isinstance(source, PairSource):
+        return {role.lower(): companions(part) for role, part in zip(source.roles, source.pair, strict=True)}
+    files = sorted(source.path.iterdir()) if source.path.is_dir() else []
+    return {path.name: _sha256(path) for path in files if path.suffix in _COMPANIONS and path.is_file()}
+
+
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder that is written, by name: the record's `files`, which `verify` compares."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -41,5 +56,12 @@ def _identity(source: Source) -> dict[str, Any]:
     if isinstance(source, PairSource):
         named = {role.lower(): _identity(part) for role, part in zip(source.roles, source.pair, strict=True)}
         return {"model": source.label, "kind": source.kind, "vocab": source.vocab, **named}
-    hashes = {path.name: file_sha256(path) for path in source.weight_files()}
+    hashes = {path.name: _sha256(path) for path in source.weight_files()}
     return {"model": source.label, "kind": source.kind, "sha256": hashes}
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error

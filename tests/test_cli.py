@@ -182,13 +182,13 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("verb", "only_command_line", "only_library"),
     [
-        ("gptq", {"json", "quiet", "debug"}, {"progress"}),
-        ("perplexity", {"json", "quiet", "debug"}, {"progress"}),
+        ("gptq", {"json", "quiet", "debug"}, {"progress", "ranks"}),
+        ("perplexity", {"json", "quiet", "debug"}, {"progress", "ranks"}),
         ("samples", {"json", "quiet", "debug", "show"}, {"progress"}),
         ("ggml", {"json", "quiet", "debug"}, {"progress"}),
         ("convert", {"json", "quiet", "debug"}, {"progress"}),
         ("inspect", {"json", "debug", "tensors"}, set()),
-        ("compare", {"json", "quiet", "debug"}, {"progress"}),
+        ("compare", {"json", "quiet", "debug"}, {"progress", "ranks"}),
         ("generate", {"json", "quiet", "debug"}, {"progress"}),
         ("eval", {"json", "quiet", "debug"}, {"progress"}),
         ("verify", {"json", "quiet", "debug"}, {"progress"}),
@@ -241,7 +241,7 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
 def test_gptq_end_to_end(desk: Desk, make_model: MakeModel, options: list[str]) -> None:
     report = desk.json(desk.gptq(make_model("llama"), *options, "--out", "made", "--json"))
     out = desk.folder / "made"
-    assert report.keys() == GPTQ_KEYS | {"memory_bytes", "dry_run"}
+    assert report.keys() == GPTQ_KEYS | {"memory_bytes", "memory_remark", "dry_run"}
     assert report["out"] == str(out)
     given = dict(zip(options[::2], options[1::2], strict=False))
     assert report["bits"] == int(given.get("--bits", 4))

@@ -24,14 +24,16 @@ from quantkit.calibration import TokenMatrix
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.config import QuantSpec
 from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.model.budget import Budget
 from quantkit.model.families import FAMILIES as FAMILIES_TABLE
 from quantkit.model.stream import ModelStream
 from quantkit.quant.blockwise import quantize_blocks
 from quantkit.quant.plan import LinearPlan, plan_linears
 from quantkit.sources import open_source
 from quantkit.sources.gptq import GptqSource
+from quantkit.tensorfile import TensorPlan
 from quantkit.writers.gptq import check
-from quantkit.writers.safetensors import ShardedWriter, TensorPlan
+from quantkit.writers.safetensors import ShardedWriter
 
 LINEARS = [name for stage in FAMILIES_TABLE["llama"].stages or () for name in stage]
 OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False}
@@ -54,7 +56,7 @@ def codes_of(folder: Path, tokens: torch.Tensor, spec: QuantSpec) -> dict[str, Q
     codes: dict[str, QuantizedLinear] = {}
     stream = ModelStream(open_source(folder), torch.device("cpu"), torch.float32)
     quantize_blocks(
-        stream, tokens, plan_linears(stream, spec), lambda name, linear, _: codes.update({name: linear}), 10**12
+        stream, tokens, plan_linears(stream, spec), lambda name, linear, _: codes.update({name: linear}), Budget(10**12)
     )
     return codes
 

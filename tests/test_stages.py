@@ -18,6 +18,7 @@ from quantkit.calibration import TokenMatrix
 from quantkit.codes import QuantizedLinear
 from quantkit.config import QuantSpec
 from quantkit.errors import NumericError, SourceError
+from quantkit.model.budget import Budget
 from quantkit.model.families import FAMILIES as FAMILIES_TABLE
 from quantkit.model.stages import paused_bytes, run_paused, run_replayed
 from quantkit.model.stream import ModelStream
@@ -308,7 +309,7 @@ def quantized(
         codes[name] = linear
         layers.append(statistics)
 
-    quantize_blocks(stream, tokens, plan_linears(stream, SPEC), keep, budget, progress)
+    quantize_blocks(stream, tokens, plan_linears(stream, SPEC), keep, Budget(budget), progress)
     return codes, layers
 
 

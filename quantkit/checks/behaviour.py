@@ -51,7 +51,7 @@ def continuation(stream: ModelStream, progress: Progress) -> list[int]:
     """Token ids that greedy decoding puts after `PROMPT`. Blocks stay loaded where memory allows; no cache is kept."""
     ids = list(stream.source.tokenizer()(PROMPT)["input_ids"])
     start, depth = len(ids), len(stream.blocks)
-    keep = _weights(stream) * stream.dtype.itemsize <= memory_budget(stream.device)
+    keep = _weights(stream) * stream.dtype.itemsize <= memory_budget(stream.device).here
     count = _TOKENS if keep else _FEW_TOKENS
     with ExitStack() as stack, progress.phase("generating", count) as advance, torch.inference_mode():
         kept = [stack.enter_context(stream.block(index)) for index in range(depth)] if keep else []

@@ -17,6 +17,7 @@ from quantkit.cli.options import (
     DtypeOption,
     Force,
     Json,
+    Memory,
     Quiet,
     Revision,
     Template,
@@ -24,6 +25,7 @@ from quantkit.cli.options import (
     Trust,
 )
 from quantkit.config import HELDOUT
+from quantkit.parallel import joined
 from quantkit.units import size
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def compare(
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (extra: plots).")] = True,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
+    memory: Memory = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     force: Force = False,
@@ -80,24 +83,30 @@ def compare(
     """Compare variants with the model they come from: size, accuracy, the worst tokens; as a report with plots."""
     from quantkit.comparing import compare as compare_models
 
-    report = compare_models(
-        reference,
-        variants,
-        out=out,
-        texts=texts,
-        seq_len=seq_len,
-        stride=stride,
-        template=template.value,
-        device=device,
-        dtype=dtype.value,
-        budget=budget,
-        max_kl=max_kl,
-        plots=plots,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        force=force,
-        progress=console.Bars(quiet),
-    )
+    bars = console.Bars(quiet)
+    with joined(device, progress=bars) as ranks:
+        report = compare_models(
+            reference,
+            variants,
+            out=out,
+            texts=texts,
+            seq_len=seq_len,
+            stride=stride,
+            template=template.value,
+            device=device,
+            dtype=dtype.value,
+            memory=memory,
+            budget=budget,
+            max_kl=max_kl,
+            plots=plots,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            force=force,
+            progress=bars,
+            ranks=ranks,
+        )
+    if not ranks.first:
+        return
     console.print_json(report.as_dict()) if json else print_compare(report)
     if report.unmet is not None:
         console.log.print(report.unmet, markup=False, style="red")

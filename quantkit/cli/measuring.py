@@ -14,6 +14,7 @@ from quantkit.cli.options import (
     Dtype,
     DtypeOption,
     Json,
+    Memory,
     Models,
     Quiet,
     Revision,
@@ -23,6 +24,7 @@ from quantkit.cli.options import (
     Trust,
 )
 from quantkit.config import HELDOUT
+from quantkit.parallel import joined
 
 if TYPE_CHECKING:
     from quantkit.evaluate.report import ModelResult
@@ -42,6 +44,7 @@ def perplexity(
     template: TemplateOption = Template.auto,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
+    memory: Memory = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -51,20 +54,25 @@ def perplexity(
     """Measure perplexity with its standard error, and divergence from a reference."""
     from quantkit import pipeline
 
-    report = pipeline.perplexity(
-        list(models),
-        against=against,
-        text=text,
-        seq_len=seq_len,
-        stride=stride,
-        template=template.value,
-        device=device,
-        dtype=dtype.value,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        progress=console.Bars(quiet),
-    )
-    console.print_json(report.as_dict()) if json else print_perplexity(report)
+    bars = console.Bars(quiet)
+    with joined(device, progress=bars) as ranks:
+        report = pipeline.perplexity(
+            list(models),
+            against=against,
+            text=text,
+            seq_len=seq_len,
+            stride=stride,
+            template=template.value,
+            device=device,
+            dtype=dtype.value,
+            memory=memory,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=bars,
+            ranks=ranks,
+        )
+    if ranks.first:
+        console.print_json(report.as_dict()) if json else print_perplexity(report)
 
 
 def print_perplexity(report: PerplexityReport) -> None:

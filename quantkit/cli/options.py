@@ -97,5 +97,19 @@ OutFile = Annotated[
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Of a weight file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read headers only; say what would be written.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most that the run may take beside torch itself, such as 2GB; default: most of what is free.",
+        show_default=False,
+    ),
+]
+CheckpointEvery = Annotated[
+    str, typer.Option(help="How often hidden states are kept for --resume: 10m, a number of blocks such as 4, or off.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped; start where there is none.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="The same bytes for any number of processes; slower.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 ForceFile = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]

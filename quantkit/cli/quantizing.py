@@ -11,8 +11,10 @@ from quantkit.cli.measuring import print_perplexity
 from quantkit.cli.options import (
     BaseOption,
     Calibration,
+    CheckpointEvery,
     Debug,
     DeltaOption,
+    Deterministic,
     Device,
     DryRun,
     Dtype,
@@ -22,10 +24,12 @@ from quantkit.cli.options import (
     Format,
     Json,
     MaxShardSize,
+    Memory,
     Model,
     Order,
     OutFolder,
     Quiet,
+    Resume,
     Revision,
     Samples,
     Seed,
@@ -36,10 +40,13 @@ from quantkit.cli.options import (
     Trust,
 )
 from quantkit.config import HELDOUT, parse_override
+from quantkit.parallel import joined
 from quantkit.units import size
 
 if TYPE_CHECKING:
     from quantkit.pipeline import GptqReport, SamplesReport
+
+REMEDY = "go on with --resume, with as many processes as are left"
 
 
 def gptq(
@@ -114,6 +121,10 @@ def gptq(
     text: Text = HELDOUT,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    memory: Memory = None,
+    checkpoint_every: CheckpointEvery = "10m",
+    resume: Resume = False,
+    deterministic: Deterministic = False,
     dry_run: DryRun = False,
     force: Force = False,
     json: Json = False,
@@ -123,42 +134,50 @@ def gptq(
     """Quantize a model with GPTQ into a folder that transformers, vLLM and others load, or into a GGUF file."""
     from quantkit import pipeline
 
-    report = pipeline.gptq(
-        model,
-        out,
-        base=base,
-        delta=delta,
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        act_order=act_order.value,
-        damp=damp,
-        ggml=ggml,
-        embedding_type=embedding_type,
-        output_type=output_type,
-        pre=pre,
-        include=include,
-        exclude=exclude,
-        override={pattern: fields.changes() for pattern, fields in map(parse_override, override or ())},
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-        template=template.value,
-        seed=seed,
-        device=device,
-        dtype=dtype.value,
-        format=format.value,
-        max_shard_size=max_shard_size,
-        untie=untie,
-        evaluate=evaluate,
-        text=text,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        dry_run=dry_run,
-        force=force,
-        progress=console.Bars(quiet),
-    )
-    console.print_json(report.as_dict()) if json else print_gptq(report)
+    bars = console.Bars(quiet)
+    with joined(device, REMEDY, bars) as ranks:
+        report = pipeline.gptq(
+            model,
+            out,
+            base=base,
+            delta=delta,
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            act_order=act_order.value,
+            damp=damp,
+            ggml=ggml,
+            embedding_type=embedding_type,
+            output_type=output_type,
+            pre=pre,
+            include=include,
+            exclude=exclude,
+            override={pattern: fields.changes() for pattern, fields in map(parse_override, override or ())},
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            template=template.value,
+            seed=seed,
+            device=device,
+            dtype=dtype.value,
+            format=format.value,
+            max_shard_size=max_shard_size,
+            untie=untie,
+            evaluate=evaluate,
+            text=text,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            memory=memory,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            deterministic=deterministic,
+            dry_run=dry_run,
+            force=force,
+            progress=bars,
+            ranks=ranks,
+        )
+    if ranks.first:
+        console.print_json(report.as_dict()) if json else print_gptq(report)
 
 
 def samples(
@@ -208,6 +227,8 @@ def print_gptq(report: GptqReport) -> None:
     )
     if report.dry_run:
         console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")
+        if report.memory_remark is not None:
+            console.results.print(report.memory_remark, markup=False)
         return
     console.results.print(f"{len(report.layers)} layers in quant_log.csv; {report.seconds:.0f} s in all")
     if report.evaluation is not None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from quantkit.errors import NumericError, UsageError
+from quantkit.evaluate.slices import Piece, SlicedHeads
 from quantkit.evaluate.worst import Worst, WorstPosition
+from quantkit.model.memory import plan_scoring
+from quantkit.model.states import HiddenStates
 from quantkit.model.stream import ModelStream
+from quantkit.parallel import ALONE, Ranks
 from quantkit.progress import SILENT, Advance, Progress
 
 _CHUNK = 256  # positions whose logits are held at a time
 _BATCH_TOKENS = 2048
+
+Ratios = list[tuple[float, int]]
+"""Per window a sum of ratios and how many they are."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +81,25 @@ class _Batch:
             yield row, slice(first - 1, self.tokens.shape[1] - 1)
 
 
-def score(models: list[ModelStream], windows: Windows, against: bool, progress: Progress = SILENT) -> list[TokenScores]:
+def score(
+    models: list[ModelStream], windows: Windows, against: bool, progress: Progress = SILENT, ranks: Ranks = ALONE
+) -> list[TokenScores]:
     """Score every model on one text's windows: `score_texts` of one text, without the layers."""
-    return score_texts(models, [windows], against, progress).texts[0]
+    return score_texts(models, [windows], against, progress, ranks).texts[0]
 
 
 @torch.inference_mode()
 def score_texts(
-    models: list[ModelStream], texts: Sequence[Windows], against: bool, progress: Progress = SILENT
+    models: list[ModelStream],
+    texts: Sequence[Windows],
+    against: bool,
+    progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Score every model on the windows of all texts; with `against`, the first model is the reference of the others.
+
+    Batches of windows are shared between ranks, each of the shape that it has for one process. All ranks call this and
+    get the same result, which is that of one process to the bit.
 
     All models run block by block on the same batches, and each block is loaded once for all texts. No logits are kept:
     at the end each window's positions are scored in pieces of 256.
@@ -91,15 +108,22 @@ def score_texts(
         NumericError: a model's logits are not finite.
         UsageError: a model's vocabulary has another size than the reference's.
     """
-    batches = [batch for number, windows in enumerate(texts) for batch in _batches(number, windows)]
+    all_batches = [batch for number, windows in enumerate(texts) for batch in _batches(number, windows)]
+    batches = [all_batches[i] for i in ranks.share(len(all_batches))]
+    if not batches:  # there are fewer of them than processes
+        return _merged(models, ranks.gather(_Share([], [])), len(texts), against)
     tokens = [batch.tokens for batch in batches]
-    hidden = [model.embed(tokens) for model in models]
+    memory = plan_scoring(models, sum(ids.numel() for ids in tokens), _BATCH_TOKENS, models[0].budget // ranks.here)
+    memory.note(progress)
+    hidden = [model.embed(tokens, place=memory.hidden) for model in models]
     depth = max(len(model.blocks) for model in models)
-    layers: list[list[float] | None] = [
+    layers: list[list[Ratios] | None] = [
         [] if against and model is not models[0] and _same_shape(model, models[0], states, hidden[0]) else None
         for model, states in zip(models, hidden, strict=True)
     ]
-    with progress.phase("evaluating", depth * len(models) + len(batches)) as advance:
+    with ExitStack() as stack, progress.phase("evaluating", depth * len(models) + len(batches)) as advance:
+        for model in models:
+            stack.enter_context(model.reading_ahead(memory.prefetch))
         for index in range(depth):
             for number, (model, states) in enumerate(zip(models, hidden, strict=True)):
                 if index < len(model.blocks):
@@ -108,9 +132,12 @@ def score_texts(
                             states[i] = model.call(index, block, i, state)
                 errors = layers[number]
                 if errors is not None:
-                    errors.append(_relative_error(states, hidden[0], batches))
+                    errors.append(_relative_errors(states, hidden[0], batches))
                 advance(1)
-        return Scores(_score_heads(models, hidden, batches, len(texts), against, advance), layers)
+        stack.close()
+        heads = _score_heads if memory.head_rows is None else partial(_score_slices, rows=memory.head_rows)
+        own = _Share(heads(models, hidden, batches, len(texts), against, advance), layers)
+    return _merged(models, ranks.gather(own), len(texts), against)
 
 
 def _batches(text: int, windows: Windows) -> Iterator[_Batch]:
@@ -120,68 +147,113 @@ def _batches(text: int, windows: Windows) -> Iterator[_Batch]:
         yield _Batch(text, number * size, tokens, first_scored.tolist())
 
 
-def _same_shape(
-    model: ModelStream, reference: ModelStream, states: list[torch.Tensor], theirs: list[torch.Tensor]
-) -> bool:
+def _same_shape(model: ModelStream, reference: ModelStream, states: HiddenStates, theirs: HiddenStates) -> bool:
     return len(model.blocks) == len(reference.blocks) and states[0].shape == theirs[0].shape
 
 
-def _relative_error(states: list[torch.Tensor], reference: list[torch.Tensor], batches: list[_Batch]) -> float:
-    """Mean over scored positions of ||v - r||^2 / ||r||^2. A ratio for each position: a few positions, the first of a
-    window above all, have norms hundreds of times as large as the others', and would be all that a ratio of sums shows.
+def _relative_errors(states: HiddenStates, reference: HiddenStates, batches: list[_Batch]) -> Ratios:
+    """Of each window the sum of ||v - r||^2 / ||r||^2 over its scored positions, and their number. A ratio for each
+    position: a few positions, the first of a window above all, have norms hundreds of times as large as the others',
+    and would be all that a ratio of sums shows.
     """
-    total, count = 0.0, 0
+    found: Ratios = []
     for mine, theirs, batch in zip(states, reference, batches, strict=True):
         for row, positions in batch.rows():
             r = theirs[..., row, positions, :].float()
             v = mine[..., row, positions, :].to(r.device).float()
             size = r.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
             ratio = (v - r).square().sum(-1) / size
-            total, count = total + float(ratio.double().sum()), count + ratio.numel()
+            found.append((float(ratio.double().sum()), ratio.numel()))
+    return found
+
+
+def _mean(windows: Ratios) -> float:
+    """Over all positions, summed in the order of windows."""
+    total, count = 0.0, 0
+    for summed, positions in windows:
+        total, count = total + summed, count + positions
     return total / count
 
 
 def _score_heads(
     models: list[ModelStream],
-    hidden: list[list[torch.Tensor]],
+    hidden: list[HiddenStates],
     batches: list[_Batch],
     texts: int,
     against: bool,
     advance: Advance,
-) -> list[list[TokenScores]]:
-    kept = [[_Kept([], [], [], Worst()) for _ in models] for _ in range(texts)]
+) -> list[list[_Kept]]:
+    kept = [[_Kept() for _ in models] for _ in range(texts)]
     with ExitStack() as stack:
         heads = [stack.enter_context(model.head()) for model in models]
         for number, batch in enumerate(batches):
-            for row, scored in batch.rows():
-                for at in range(scored.start, scored.stop, _CHUNK):
-                    positions = slice(at, min(at + _CHUNK, scored.stop))
-                    targets = batch.tokens[row, positions.start + 1 : positions.stop + 1]
-                    reference: torch.Tensor | None = None
-                    for m, model in enumerate(models):
-                        logits = heads[m](hidden[m][number][..., row : row + 1, positions, :])[0]
-                        logprobs = torch.log_softmax(logits, dim=-1)
-                        if reference is not None and reference.shape != logprobs.shape:
-                            raise _other_vocabulary(model, models[0], logprobs, reference)
-                        place = batch.first + row, positions.start + 1
-                        kept[batch.text][m].add(logprobs, targets.to(model.device), reference, place)
-                        if m == 0 and against:
-                            reference = logprobs
+            states = [of_model[number] for of_model in hidden]
+            for piece in _pieces(number, batch):
+                reference: torch.Tensor | None = None
+                for m, model in enumerate(models):
+                    logits = heads[m](states[m][..., piece.row : piece.row + 1, piece.positions, :])[0]
+                    logprobs = torch.log_softmax(logits, dim=-1)
+                    if reference is not None and reference.shape != logprobs.shape:
+                        raise _other_vocabulary(model, models[0], logprobs.shape[-1], reference.shape[-1])
+                    kept[batch.text][m].add(logprobs, piece.targets.to(model.device), reference, piece.place)
+                    if m == 0 and against:
+                        reference = logprobs
             advance(1)
-    return [
-        [chunks.scores(model, against and m > 0) for m, (model, chunks) in enumerate(zip(models, row, strict=True))]
-        for row in kept
-    ]
+    return kept
+
+
+def _pieces(number: int, batch: _Batch) -> Iterator[Piece]:
+    """The scored positions of batch number `number`, so many at a time as logits are held of."""
+    for row, scored in batch.rows():
+        for at in range(scored.start, scored.stop, _CHUNK):
+            positions = slice(at, min(at + _CHUNK, scored.stop))
+            targets = batch.tokens[row, positions.start + 1 : positions.stop + 1]
+            yield Piece(batch.text, number, row, positions, targets, (batch.first + row, positions.start + 1))
+
+
+def _score_slices(
+    models: list[ModelStream],
+    hidden: list[HiddenStates],
+    batches: list[_Batch],
+    texts: int,
+    against: bool,
+    advance: Advance,
+    rows: int,
+) -> list[list[_Kept]]:
+    """As `_score_heads`, with so many rows of the vocabulary in memory at a time."""
+    for model in models if against else ():
+        if model.vocabulary != models[0].vocabulary:
+            raise _other_vocabulary(model, models[0], model.vocabulary, models[0].vocabulary)
+    pieces = [piece for number, batch in enumerate(batches) for piece in _pieces(number, batch)]
+    kept = [[_Kept() for _ in models] for _ in range(texts)]
+    # Without a reference nothing holds them together, and their vocabularies may differ.
+    for first, group in [(0, models)] if against else [(m, [model]) for m, model in enumerate(models)]:
+        sliced = SlicedHeads(group, hidden[first:], pieces, rows)
+        found = sliced.score(against)
+        for m in range(len(group)):
+            for piece, one, theirs in zip(pieces, found[m], found[0], strict=True):
+                own = kept[piece.text][first + m]
+                own.nll.append(one.nll().cpu())
+                if against and m > 0:
+                    own.kl.append(one.kl.clamp(min=0).float().cpu())
+                    own.agrees.append((one.top.cpu() == theirs.top.cpu()).float())
+            for text in range(texts) if against and m > 0 else ():
+                for p, i, reference, logprobs in sliced.worst(m, text):
+                    kl, (window, position) = found[m][p].kl[i : i + 1].float(), pieces[p].place
+                    targets = pieces[p].targets[i : i + 1]
+                    kept[text][m].worst.offer(kl, (window, position + i), targets, reference, logprobs)
+    advance(len(batches))
+    return kept
 
 
 @dataclass(frozen=True)
 class _Kept:
     """What is kept of one model on one text, chunk by chunk."""
 
-    nll: list[torch.Tensor]
-    kl: list[torch.Tensor]
-    agrees: list[torch.Tensor]
-    worst: Worst
+    nll: list[torch.Tensor] = field(default_factory=list)
+    kl: list[torch.Tensor] = field(default_factory=list)
+    agrees: list[torch.Tensor] = field(default_factory=list)
+    worst: Worst = field(default_factory=Worst)
 
     def add(
         self, logprobs: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None, place: tuple[int, int]
@@ -205,10 +277,42 @@ class _Kept:
         return TokenScores(nll, torch.cat(self.kl), torch.cat(self.agrees), self.worst.positions())
 
 
-def _other_vocabulary(
-    model: ModelStream, reference: ModelStream, logprobs: torch.Tensor, theirs: torch.Tensor
-) -> UsageError:
+@dataclass(frozen=True)
+class _Share:
+    """What one rank found of its windows: per text and model the scores, and per model and block the ratios; both
+    empty where it had no windows."""
+
+    kept: list[list[_Kept]]
+    layers: list[list[Ratios] | None]
+
+
+def _merged(models: list[ModelStream], shares: list[_Share], texts: int, against: bool) -> Scores:
+    """Everyone's windows in their order."""
+    shares = [share for share in shares if share.kept]
+    scores = []
+    for text in range(texts):
+        row = []
+        for m, model in enumerate(models):
+            parts = [share.kept[text][m] for share in shares]
+            whole = _Kept(worst=Worst.merged([part.worst for part in parts]))
+            for part in parts:
+                whole.nll.extend(part.nll)
+                whole.kl.extend(part.kl)
+                whole.agrees.extend(part.agrees)
+            row.append(whole.scores(model, against and m > 0))
+        scores.append(row)
+    return Scores(scores, [_merged_layers([share.layers[m] for share in shares]) for m in range(len(models))])
+
+
+def _merged_layers(shares: list[list[Ratios] | None]) -> list[float] | None:
+    if shares[0] is None:
+        return None
+    found = [blocks for blocks in shares if blocks is not None]
+    return [_mean([window for part in block for window in part]) for block in zip(*found, strict=True)]
+
+
+def _other_vocabulary(model: ModelStream, reference: ModelStream, rows: int, theirs: int) -> UsageError:
     return UsageError(
-        f"{model.source.label} predicts {logprobs.shape[-1]} tokens and {reference.source.label} "
-        f"{theirs.shape[-1]}: their divergence has no meaning"
+        f"{model.source.label} predicts {rows} tokens and {reference.source.label} {theirs}: "
+        "their divergence has no meaning"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class ModelResult:
     top1_agreement: float | None
     delta_ln_ppl: float | None
     delta_ln_ppl_stderr: float | None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> ModelResult:
+        """What `as_dict` made."""
+        held = content["kl_divergence"]
+        return cls(**{**content, "kl_divergence": None if held is None else KlDivergence(**held)})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

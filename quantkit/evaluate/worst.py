@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +59,21 @@ class Worst:
                 break
             expected = _likely(reference[row]), _likely(logprobs[row])
             self._kept.append(WorstPosition(window, first + row, value, int(targets[row]), *expected))
-        self._kept = sorted(self._kept, key=lambda p: (-p.kl, p.window, p.position))[:KEPT]
+        self._keep(self._kept)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Worst]) -> Worst:
+        """The worst of what several have kept."""
+        whole = cls()
+        whole._keep([position for part in parts for position in part._kept])
+        return whole
 
     def positions(self) -> tuple[WorstPosition, ...]:
         """The worst first."""
         return tuple(self._kept)
+
+    def _keep(self, positions: list[WorstPosition]) -> None:
+        self._kept = sorted(positions, key=lambda p: (-p.kl, p.window, p.position))[:KEPT]
 
 
 def _likely(logprobs: torch.Tensor) -> Likely:

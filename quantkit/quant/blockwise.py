@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from quantkit.codes import Codes
+from quantkit.codes.parts import put_together, take_apart
+from quantkit.model.budget import Budget, let_go
 from quantkit.model.families import Stages
-from quantkit.model.linears import shape_of
-from quantkit.model.stages import paused_bytes, run_paused, run_replayed
+from quantkit.model.linears import weight_of
+from quantkit.model.memory import MemoryPlan, plan_quantizing
+from quantkit.model.stages import OnStage, run_paused, run_replayed
+from quantkit.model.states import HiddenStates
 from quantkit.model.stream import ModelStream
 from quantkit.progress import SILENT, Progress
+from quantkit.quant.landing import NOTHING, Landed
 from quantkit.quant.plan import Plan
+from quantkit.quant.sharing import BY_ITSELF, Sharing
 from quantkit.quant.stagework import OnLinear, StageWork
 
-_BATCH_TOKENS = 4096
+OnBlock = Callable[[int, HiddenStates | None], None]
+
+_BATCH_TOKENS = 2048
 
 
 @torch.inference_mode()
@@ -24,52 +33,112 @@ def quantize_blocks(
     tokens: torch.Tensor,
     plan: Plan,
     on_linear: OnLinear,
-    memory_budget: int,
+    memory_budget: Budget,
     progress: Progress = SILENT,
+    landed: Landed = NOTHING,
+    on_block: OnBlock = lambda index, hidden: None,
+    sharing: Sharing = BY_ITSELF,
 ) -> None:
     """Quantize every Linear of the plan; `on_linear` gets each one's codes as soon as they exist.
+
+    The Linears of blocks that landed in an earlier run are not quantized again and not given to `on_linear`: what such
+    a block hands on is computed with its codes.
 
     Args:
         stream: the model.
         tokens: int64 [samples, seq_len], the calibration windows.
         plan: bits, groups, order, damping of each Linear.
-        memory_budget: bytes that forwards paused between stages may hold; beyond it stages are replayed.
+        memory_budget: what the pass may take; `plan_quantizing` says what that means, and a note what is not usual.
+        landed: what an earlier run of the same left.
+        on_block: called when a block's Linears are quantized, with its index and the hidden states that leave it; None
+            where hidden states alone are not all that it hands on.
+        sharing: how the work is split; every process calls this alike and gets all codes, but only its own part of the
+            hidden states.
 
     Raises:
         NumericError: an activation that is not finite, named by the Linear that reads it.
+        UsageError: a budget that was given and is too little.
     """
+    if landed.blocks == len(stream.blocks):
+        return
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
-    with progress.phase("capturing", len(batches)) as advance:
-        hidden = stream.embed(batches, advance)
-    run = run_paused
-    with progress.phase("quantizing blocks", len(stream.blocks)) as advance:
-        for index in range(len(stream.blocks)):
+    mine = sharing.batches(len(batches))
+    memory = plan_quantizing(stream, sum(batches[i].numel() for i in mine), _BATCH_TOKENS, memory_budget)
+    memory.note(progress)
+    with progress.phase("capturing", len(mine)) as advance:
+        hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
+    replayed = sharing.ranks.any(not memory.paused)
+    hands_on = sharing.ranks.any(stream.hands_on)
+    start = 0 if hands_on else landed.restore(hidden, mine.start, len(batches))
+    with (
+        progress.phase("quantizing blocks", len(stream.blocks)) as advance,
+        stream.reading_ahead(memory.prefetch),
+    ):
+        advance(start)
+        for index in range(start, len(stream.blocks)):
             with stream.block(index) as block:
-                stages = _planned(stream, index, stream.stages(index, block, 0, hidden[0]), plan)
-                held = paused_bytes(block, stages, tokens.numel(), stream.dtype.itemsize)
-                if run is run_paused and held > memory_budget:
-                    run = run_replayed
-                    progress.note("the samples do not fit in memory between stages: each block's stages are replayed")
-                work = StageWork(stream, index, block, stages, plan, on_linear, progress)
-                forward = _forward(stream, index, block, hidden)
-                run(block, stages, forward, len(batches), work.observe, work.quantize, hidden.__setitem__)
+                forward = _forward(stream, index, block, hidden, replayed)
+                if index < landed.blocks:
+                    codes = _landed_codes(landed, index, sharing)
+                    _run_landed(stream, index, block, codes, forward, hidden)
+                    advance(1)
+                    continue
+                stages = _planned(stream, index, _found_stages(stream, index, block, hidden, sharing), plan)
+                work = StageWork(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing)
+                run = run_replayed if replayed else run_paused
+                run(
+                    block,
+                    stages,
+                    forward,
+                    len(mine),
+                    work.observe,
+                    _after_letting_go(work.quantize),
+                    hidden.__setitem__,
+                )
+            on_block(index, None if hands_on else hidden)
             advance(1)
 
 
-def peak_bytes(stream: ModelStream, plan: Plan, tokens: int) -> int:
-    """Estimate of what `quantize_blocks` holds at most for so many calibration tokens, beyond torch itself.
+def _after_letting_go(on_stage: OnStage) -> OnStage:
+    """What batches freed on the way to a stage goes back first: it comes in other sizes than what is needed next."""
 
-    A block and its working copies, the widest Hessian with its factor, hidden states, forwards paused between stages,
-    and the embedding while the first hidden states are made.
-    """
-    item = stream.dtype.itemsize
-    first = stream.first_block
-    shapes = [shape_of(first.get_submodule(name)) for name in stream.family.linears(first)]
-    block = 3 * item * sum(rows * columns for rows, columns in shapes)
-    hessian = 4 * 4 * max(linear.shape[1] for linear in plan.values()) ** 2
-    config = stream.source.config.get_text_config()
-    outside = item * int(config.hidden_size) * (tokens + int(config.vocab_size))
-    return block + hessian + outside + paused_bytes(first, stream.known_stages()[0], tokens, item)
+    def quantize(stage: int) -> None:
+        let_go()
+        on_stage(stage)
+
+    return quantize
+
+
+def _run_landed(
+    stream: ModelStream,
+    index: int,
+    block: nn.Module,
+    codes: Sequence[tuple[str, Codes]],
+    forward: Callable[[int], torch.Tensor],
+    hidden: HiddenStates,
+) -> None:
+    """A block's forward with the weights that its codes stand for, as the run that landed it went on with them."""
+    modules = {stream.published(index, name): name for name in stream.family.linears(block)}
+    for name, linear in codes:
+        weight = weight_of(block.get_submodule(modules[name]))
+        placed = put_together(*take_apart(linear), stream.device)
+        weight.copy_(placed.dequantize(weight.dtype))
+    for batch in range(len(hidden)):
+        hidden[batch] = forward(batch)
+
+
+def memory_plan(stream: ModelStream, tokens: int) -> MemoryPlan:
+    """What `quantize_blocks` will do for memory with so many calibration tokens. Raises UsageError."""
+    return plan_quantizing(stream, tokens, _BATCH_TOKENS, stream.budget)
+
+
+def _landed_codes(landed: Landed, index: int, sharing: Sharing) -> list[tuple[str, Codes]]:
+    return sharing.ranks.from_first(lambda: list(landed.linears(index)))
+
+
+def _found_stages(stream: ModelStream, index: int, block: nn.Module, hidden: HiddenStates, sharing: Sharing) -> Stages:
+    """A forward may be needed to see them, and the first rank is sure to have a sample."""
+    return sharing.ranks.from_first(lambda: stream.stages(index, block, 0, hidden[0]))
 
 
 def _planned(stream: ModelStream, index: int, stages: Stages, plan: Plan) -> Stages:
@@ -79,6 +148,7 @@ def _planned(stream: ModelStream, index: int, stages: Stages, plan: Plan) -> Sta
 
 
 def _forward(
-    stream: ModelStream, index: int, block: nn.Module, hidden: list[torch.Tensor]
+    stream: ModelStream, index: int, block: nn.Module, hidden: HiddenStates, again: bool
 ) -> Callable[[int], torch.Tensor]:
-    return lambda i: stream.call(index, block, i, hidden[i])
+    """A batch's forward. What enters it is let go with it, unless it will be run again."""
+    return lambda i: stream.call(index, block, i, hidden[i] if again else hidden.take(i))

@@ -13,12 +13,12 @@ from quantkit.codes import Codes
 from quantkit.config import QuantSpec
 from quantkit.errors import NumericError
 from quantkit.model.families import Stages
-from quantkit.model.linears import weight_of
+from quantkit.model.linears import shape_of, weight_of
 from quantkit.model.stream import ModelStream
 from quantkit.progress import Progress
-from quantkit.quant.gptq import Fallback, quantize
-from quantkit.quant.hessian import HessianAccumulator
+from quantkit.quant.gptq import Fallback
 from quantkit.quant.plan import Plan
+from quantkit.quant.sharing import HessianSum, Sharing
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ OnLinear = Callable[[str, Codes, LayerStatistics], None]
 
 
 class StageWork:
-    """Hessian and quantization of the stages of one block."""
+    """Hessian and quantization of the stages of one block.
+
+    On every rank the same stages are quantized in the same order, whether a sample of its own reached them or not.
+    """
 
     def __init__(
         self,
@@ -59,30 +62,40 @@ class StageWork:
         plan: Plan,
         on_linear: OnLinear,
         progress: Progress,
+        batches: int,
+        sharing: Sharing,
     ) -> None:
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
-        self._hessians: dict[int, HessianAccumulator] = {}
+        self._batches, self._sharing = batches, sharing
+        self._hessians: dict[int, HessianSum] = {}
         self._seconds = 0.0
 
     def observe(self, stage: int, x: torch.Tensor) -> None:
         start = time.perf_counter()
         if stage not in self._hessians:
-            self._hessians[stage] = HessianAccumulator(x.shape[-1], x.device)
+            self._hessians[stage] = self._sharing.hessian(x.shape[-1], x.device, self._batches)
         self._hessians[stage].add(x)
         self._seconds += time.perf_counter() - start
 
     def quantize(self, stage: int) -> None:
         start = time.perf_counter()
-        hessian = self._hessians.pop(stage)
-        H = hessian.mean(self._names[self._stages[stage][0]])
+        first = self._stages[stage][0]
+        hessian = self._hessians.pop(stage, None) or self._unseen(first)
+        H, tokens = hessian.mean(self._names[first]), hessian.tokens
+        del hessian  # as large as H, and the factor comes on top
         spent, self._seconds = self._seconds + time.perf_counter() - start, 0.0
         stacks: dict[QuantSpec, list[str]] = {}
         for name in self._stages[stage]:
             stacks.setdefault(self._plan[self._names[name]].spec, []).append(name)
         for spec, names in stacks.items():
-            self._quantize_stack(names, spec, H, hessian.tokens, spent / len(stacks))
+            self._quantize_stack(names, spec, H, tokens, spent / len(stacks))
+
+    def _unseen(self, linear: str) -> HessianSum:
+        """Of a stage that no sample of this rank reached."""
+        module = self._block.get_submodule(linear)
+        return self._sharing.hessian(shape_of(module)[1], weight_of(module).device, self._batches)
 
     def _quantize_stack(
         self, linears: list[str], spec: QuantSpec, H: torch.Tensor, tokens: int, seconds: float
@@ -93,7 +106,7 @@ class StageWork:
         weights = [weight_of(self._block.get_submodule(linear)) for linear in linears]
         rows = [weight.shape[0] for weight in weights]
         try:
-            result = quantize(torch.cat(weights), H, spec)
+            result = self._sharing.quantize(torch.cat(weights), H, spec)
         except NumericError as error:
             raise NumericError(f"{', '.join(names)}: {error}") from None
         seconds += time.perf_counter() - start

@@ -1,27 +1,51 @@
-"""How the process's memory allocator is set for work that makes and drops the same large tensors again and again."""
+"""How the process's memory allocator is set for work that makes and drops the same large tensors again and again.
+
+glibc only; elsewhere (macOS, musl) these do nothing.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 from functools import cache
+from typing import Any
 
-# glibc's mallopt: its numbers for the two settings, and the largest threshold it takes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_MAPPED_APART = 32 * 2**20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+_LARGEST_IN_HEAP = 32 * 2**20  # the largest threshold that glibc takes
 _KEPT = 512 * 2**20
 
 
 @cache
-def keep_freed_memory() -> bool:
+def tune() -> None:
     """Let glibc reuse what freed tensors held instead of handing it back to the kernel, which clears each page anew.
 
     A block's forward on 4096 tokens took 100,000 page faults and an eighth of its processor time for them (SmolLM2,
-    2 cores); peak memory stays the same. Up to 512 MB of free memory may stay with the process.
-
-    Returns:
-        whether it was set; other C libraries (macOS, musl) have no such call.
+    2 cores). Where address space is limited (``ulimit -v``) the holes that this leaves would count, so there tensors
+    of a megabyte come straight from the kernel and return there.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_MAPPED_APART)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))
+    libc = _glibc()
+    if libc is None:
+        return
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        libc.mallopt(_MMAP_THRESHOLD, 2**20)
+    else:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
+        libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+
+
+def let_go() -> None:
+    """Give the system back what was freed: blocks come and go, and what lies between them would only grow."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> Any:
+    """glibc; None where there is another library, or none."""
+    try:
+        found = ctypes.CDLL(None)
+        found.malloc_trim, found.mallopt  # noqa: B018
+    except (OSError, AttributeError, TypeError):
+        return None
+    return found

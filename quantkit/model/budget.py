@@ -1,21 +1,17 @@
-"""How much memory a run may take: what is free where nobody says, and giving back what was freed."""
+"""How much memory a run may take: what is free where nobody says."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 # What is taken of free memory where nobody says how much: others live here too, and estimates are estimates.
 _SHARE = 0.75
-_MMAP_THRESHOLD = -3  # malloc.h: M_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -89,31 +85,3 @@ def _control_groups(own: Path, root: Path) -> Iterator[int]:
             except (OSError, ValueError):  # "max", or no such file at the root
                 continue
             yield most - taken + int(stat.get("inactive_file", 0))
-
-
-def let_go() -> None:
-    """Give the system back what was freed: blocks come and go, and what lies between them would only grow."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-def stay_compact() -> None:
-    """Where address space is limited, have tensors come straight from the system and return there.
-
-    glibc otherwise learns to keep blocks of up to 32 MB in its heap, whose holes count against such a limit.
-    """
-    libc = _glibc()
-    if libc is not None and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        libc.mallopt(_MMAP_THRESHOLD, 2**20)
-
-
-@cache
-def _glibc() -> Any:
-    """glibc; None where there is another library, or none."""
-    try:
-        found = ctypes.CDLL(None)
-        found.malloc_trim, found.mallopt  # noqa: B018
-    except (OSError, AttributeError, TypeError):
-        return None
-    return found

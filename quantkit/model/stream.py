@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkit.errors import NumericError, SourceError
-from quantkit.model.allocator import keep_freed_memory
+from quantkit.model import allocator
 from quantkit.model.arguments import Arguments, Capture, hands_on, share_equal
-from quantkit.model.budget import Budget, free_budget, stay_compact
+from quantkit.model.budget import Budget, free_budget
 from quantkit.model.experts import ExpertNames, is_fused, take_apart
 from quantkit.model.families import FAMILIES, Family, Stages, discover_stages, family_of
 from quantkit.model.linears import shape_of
@@ -51,8 +51,7 @@ class ModelStream:
     memory: Budget | None = None
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, untie: bool = False) -> None:
-        keep_freed_memory()
-        stay_compact()
+        allocator.tune()
         self.source, self.device, self.dtype = source, device, dtype
         # Ties are undone: both ends are loaded when they are needed.
         self._model = build_on_meta(source, tied=False)

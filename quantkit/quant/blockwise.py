@@ -9,7 +9,8 @@ from torch import nn
 
 from quantkit.codes import Codes
 from quantkit.codes.parts import put_together, take_apart
-from quantkit.model.budget import Budget, let_go
+from quantkit.model.allocator import let_go
+from quantkit.model.budget import Budget
 from quantkit.model.families import Stages
 from quantkit.model.linears import weight_of
 from quantkit.model.memory import MemoryPlan, plan_quantizing

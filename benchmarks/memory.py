@@ -26,11 +26,10 @@ from typing import Any
 
 import common
 import torch
-from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.calibration import TokenMatrix
-from quantkit.config import QuantSpec
+from quantkit.config import QuantSpec, make
 from quantkit.progress import Silent
 from quantkit.quant.gptq import quantize
 from quantkit.sources import default_source, open_source
@@ -215,10 +214,14 @@ def step_of(args: argparse.Namespace, notes: Notes) -> Callable[[], Any]:
 
 def warm_up() -> None:
     """Import what the steps import when they are called, and let torch start its threads."""
-    for module in ("transformers.models.llama", "quantkit.comparing", "quantkit.export", "quantkit.merging"):
+    for module in (
+        "transformers.models.llama.modeling_llama",
+        "quantkit.comparing",
+        "quantkit.export",
+        "quantkit.merging",
+    ):
         importlib.import_module(module)
-    assert AutoModelForCausalLM
-    quantize(torch.ones(64, 256), torch.eye(256), QuantSpec(group_size=32))  # Numba, and LAPACK's threads
+    quantize(torch.ones(64, 256), torch.eye(256), make(QuantSpec, group_size=32))  # Numba, and LAPACK's threads
 
 
 def status() -> dict[str, int]:

@@ -121,12 +121,12 @@ class Watch:
     def _pulse(self, store: Store) -> None:
         """Beat, and look at others' beats: the first rank at everyone's, the others at the first one's."""
         beats = {rank: (0, time.monotonic()) for rank in (range(1, self._size) if self._rank == 0 else (0,))}
-        missed = 0
+        missed, last = 0, time.monotonic()
         while not self._stopped.wait(_BEAT):
             try:
                 store.add(f"beat/{self._rank}", 1)
                 now = time.monotonic()
-                slept = now - self._heard > _STALE / 2  # this process was stopped: the others' silence means nothing
+                slept, last = now - last > _STALE / 2, now  # this process was stopped: others' silence means nothing
                 for rank, (count, since) in beats.items():
                     found = store.add(f"beat/{rank}", 0)
                     if found != count or slept:
@@ -147,13 +147,12 @@ class Watch:
     def _guard(self) -> None:
         """Wake the main thread when the run has failed; end the process where it does not wake. Asks no other process:
         a connection that was cut may hold whoever asks."""
-        last = time.monotonic()
-        since = 0.0
+        last, since = time.monotonic(), 0.0
         while not self._stopped.wait(_BEAT):
-            now, last = time.monotonic(), time.monotonic() - last
-            if last > _STALE / 2:
-                self._heard = now
-            last = now
+            now = time.monotonic()
+            slept, last = now - last > _STALE / 2, now
+            if slept:
+                self._heard, since = now, since and now
             if now - self._heard > _STALE:
                 self._failing = self._failing or "the other processes cannot be reached"
             if not self._failing:
@@ -163,8 +162,7 @@ class Watch:
                 self._woken = True
                 _thread.interrupt_main()
             if now - since > _STUCK + (_HEARING + _LINGER if self._parting else 0):
-                if not self._parting:
-                    self._progress.warn(f"{self._failing}; {self._remedy}")
+                self._progress.warn(f"{self._failing}; {self._remedy}")
                 os._exit(1)
 
     # -- when something failed ---------------------------------------------------------------------------------------

@@ -25,11 +25,13 @@ from quantkit.codes.parts import take_apart
 from quantkit.config import QuantSpec
 from quantkit.errors import UsageError
 from quantkit.parallel import Ranks, share_of
+from quantkit.quant.blockwise import _BATCH_TOKENS
 from quantkit.quant.hessian import HessianAccumulator
 from quantkit.quant.sharing import Sharing, pack_upper, unpack_upper
 
-# 3 batches of 4096 tokens: two processes do not get equally many, and of four one gets none.
-DRAWN = ["--samples", "24", "--seq-len", "512", "--calibration"]
+# 3 batches: two processes do not get equally many, and of four one gets none.
+BATCHES = 3
+DRAWN = ["--samples", str(BATCHES * _BATCH_TOKENS // 512), "--seq-len", "512", "--calibration"]
 GPTQ = ["gptq", "model", "--out", "out", "--group-size", "32", "--device", "cpu", "--quiet"]
 
 Start = Callable[..., list[Outcome]]
@@ -109,15 +111,21 @@ def test_deterministic_gives_the_same_bytes_for_any_number(start: Start, tmp_pat
 
 
 def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Path) -> None:
+    """A code on the other side of a tie changes what its row's later columns and all later blocks see: in the first
+    block hardly any differ, in the last one some, and the losses are those of one process."""
     for ranks in (1, 4):
         check_done(start(str(ranks), ranks, quantize("--no-eval", model="dense")))
-    assert "deterministic" not in (tmp_path / "4/out/quantkit.json").read_text()
-    one, four = (load_file(tmp_path / ranks / "out/model.safetensors") for ranks in ("1", "4"))
-    names = [name for name in one if name.endswith("qweight")]
+    one, four = (json.loads((tmp_path / ranks / "out/quantkit.json").read_text()) for ranks in ("1", "4"))
+    assert "deterministic" not in four["compute"]
+    losses = [[layer["loss"] for layer in record["layers"]] for record in (one, four)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+    ours, theirs = (load_file(tmp_path / ranks / "out/model.safetensors") for ranks in ("4", "1"))
+    names = [name for name in ours if name.endswith("qweight")]
     shifts = torch.arange(0, 32, 4)
-    differ = [((one[n][..., None] >> shifts) & 15) != ((four[n][..., None] >> shifts) & 15) for n in names]
+    differ = {n: (((ours[n] ^ theirs[n])[..., None] >> shifts) & 15 != 0).float().mean() for n in names}
     assert len(names) == 28
-    assert sum(int(d.sum()) for d in differ) <= 0.002 * sum(d.numel() for d in differ)
+    assert max(share for name, share in differ.items() if ".layers.0." in name) <= 0.002
+    assert torch.stack(list(differ.values())).mean() <= 0.05
 
 
 @pytest.mark.parametrize(
@@ -178,7 +186,7 @@ def test_killed_and_resumed_with_fewer_gives_the_same_bytes(start: Start, tmp_pa
     assert lost[2].err == ""
     assert not (tmp_path / "killed" / "out").exists()
     kept = sorted(path.name for path in (tmp_path / "killed/.out.unfinished/hidden/00002").iterdir())
-    assert kept == [*(f"batch-0000{number}.safetensors" for number in range(3)), "done.json"]
+    assert kept == [*(f"batch-0000{number}.safetensors" for number in range(BATCHES)), "done.json"]
     check_done(start("killed", 2, [*arguments, "--resume"]))
     assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "whole" / "out")
     assert not (tmp_path / "killed/.out.unfinished").exists()
@@ -198,7 +206,7 @@ def test_the_first_process_killed(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_counts_as_gone(start: Start) -> None:
-    hung = start("hung", 2, quantize("--no-eval", model="dense"), stop=(1, 0, signal.SIGSTOP), stale=3.0)
+    hung = start("hung", 2, quantize("--no-eval", model="dense"), stop=(1, 0, signal.SIGSTOP), stale=4.0)
     assert hung[0].code == 1
     assert hung[0].seconds < 40
     assert hung[0].err.startswith("error: rank 1 on ")

@@ -76,6 +76,7 @@ def main() -> None:
     result = {
         "benchmark": "memory",
         **common.machine(),
+        "threads": args.threads,
         "quantkit": quantkit.__version__,
         "weights_bytes": (base / "model.safetensors").stat().st_size,
         "limit_bytes": args.limit * 10**6,

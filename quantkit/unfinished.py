@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from quantkit import interrupts
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
 from quantkit.quant.landing import BLOCKS
 from quantkit.sources.base import read_json
@@ -220,8 +221,11 @@ def _sweep(run: Run) -> None:
 
 def _leave(run: Run, error: BaseException) -> NoReturn:
     """Keep what has landed, and say so."""
+    if interrupts.came() and not isinstance(error, KeyboardInterrupt):
+        error = KeyboardInterrupt()
     with suppress(OSError):
         put_back(run.folder / "replaced", run.out)
+        shutil.rmtree(run.folder / "replaced", ignore_errors=True)
     shutil.rmtree(run.staged, ignore_errors=True)
     landed = run.landed
     if not landed or isinstance(error, NumericError):  # which the same numbers would end in again

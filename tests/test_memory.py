@@ -485,7 +485,7 @@ def test_a_tight_run_gives_the_bytes_of_a_roomy_one(
 # -- a model four times as large as a limit ---------------------------------------------------------------------------
 
 LIMIT = 64 * 10**6
-LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 28, "head_dim": 128}
+LARGE = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 50, "head_dim": 96}
 
 LIMITED = r"""
 import os, resource, sys
@@ -501,13 +501,15 @@ from quantkit.calibration import TokenMatrix
 from quantkit.config import QuantSpec
 from quantkit.quant.gptq import quantize
 
-quantize(torch.ones(8, 32), torch.eye(32), QuantSpec(group_size=32))  # loads what compiles its loops
+# Loads the compiler of its loops, and has the library of matrix products take its buffers.
+quantize(torch.rand(512, 1024), torch.eye(1024), QuantSpec(group_size=128))
+torch.rand(512, 1024) @ torch.rand(1024, 1024)
 model, out, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 matrix = TokenMatrix.of(torch.from_numpy(np.load(sys.argv[4])), "random")
 (out / "text.txt").write_text("the fox asks the dog about the sea, " * 20)
 steps = {
     "gptq": lambda to: quantkit.gptq(
-        model, to, calibration=matrix, evaluate=False, include=["*.layers.1.*", "*.layers.27.mlp.*"]
+        model, to, calibration=matrix, evaluate=False, include=["*.layers.1.*", "*.layers.49.mlp.*"]
     ),
     "ggml": lambda to: quantkit.ggml(model, to, type="f16", pre="gpt-2"),
     "merge": lambda to: quantkit.merge(model, model, to, dtype="float32"),
@@ -556,7 +558,7 @@ def test_a_model_four_times_as_large_as_the_limit_goes_through(make_model: MakeM
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "gptq") == contents(tmp_path / "roomy")
     merged = open_source(tmp_path / "merge")
-    weight = "model.layers.27.mlp.down_proj.weight"
+    weight = "model.layers.49.mlp.down_proj.weight"
     assert torch.equal(merged.read(weight), 2 * open_source(model).read(weight))
     assert torch.equal(open_source(tmp_path / "ggml").read(weight), open_source(model).read(weight).half().float())
     assert "'kl_divergence'" in (tmp_path / "perplexity").read_text()

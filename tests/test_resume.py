@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from test_release import SMALL, write_recipe
 
 import quantkit
 from quantkit import pipeline, provenance
+from quantkit.cli import main
 from quantkit.cli.signals import farewell, heeded
 from quantkit.errors import Interrupted, NumericError, OutputError, SourceError, UsageError
 from quantkit.model.stream import ModelStream
@@ -637,6 +638,32 @@ def test_the_second_signal_ends_at_once(first: str, second: str) -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + two
+
+
+def test_an_interrupt_that_c_code_made_another_error_of_is_one(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize, calls = stagework.StageWork.quantize, []
+
+    def swallow(self: Any, stage: int) -> None:
+        calls.append(stage)
+        if len(calls) == 7:
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+        quantize(self, stage)
+
+    monkeypatch.setattr(stagework.StageWork, "quantize", swallow)
+    (tmp_path / "text.txt").write_text("The river carries the boats. " * 400)
+    capsys.readouterr()
+    options = ["--calibration", tmp_path / "text.txt", "--samples", "4", "--seq-len", "32", "--group-size", "32"]
+    model = str(make_model("llama"))
+    with pytest.raises(SystemExit):
+        main(["gptq", model, "--out", str(tmp_path / "out"), "--no-eval", "-q", *map(str, options)])
+    said = capsys.readouterr().err
+    assert "interrupted after block 1 of 2; " in said
+    assert "go on with: quantkit gptq" in said
+    assert folder_of(tmp_path / "out").is_dir()
 
 
 def test_signals_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:

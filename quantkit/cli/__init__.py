@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit import __version__, console, parallel
+from quantkit import __version__, console, interrupts, parallel
 from quantkit.cli.comparing import compare
 from quantkit.cli.exporting import ggml, imatrix
 from quantkit.cli.folders import convert, diff, inspect, merge
@@ -90,11 +90,15 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, typer.Abort) as stop:
-        if not parallel.mute():
-            console.log.print(farewell(stop, arguments), markup=False)
-        return 1
+        return _interrupted(stop, arguments)
     except Exception as error:
-        return _report(error, "--debug" in arguments)
+        return _interrupted(error, arguments) if interrupts.came() else _report(error, "--debug" in arguments)
+
+
+def _interrupted(stop: BaseException, arguments: list[str]) -> int:
+    if not parallel.mute():
+        console.log.print(farewell(stop, arguments), markup=False)
+    return 1
 
 
 def _report(error: Exception, debug: bool) -> int:

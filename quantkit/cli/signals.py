@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from quantkit import interrupts
 from quantkit.errors import Interrupted
 
 _SHOW_CURSOR = "\x1b[?25h"
@@ -22,13 +23,12 @@ def heeded(arguments: Sequence[str]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = False
+    interrupts.note(False)
 
     def heed(number: int, _: FrameType | None) -> None:
-        nonlocal came
-        if came:
+        if interrupts.came():
             _end(number)
-        came = True
+        interrupts.note()
         raise KeyboardInterrupt
 
     # In a chat Ctrl-C stops an answer, time and again. One that is ignored, as in the background, stays so.

@@ -2,12 +2,14 @@
 
 For a model's shape this counts the operations that GPTQ cannot do without: one forward through the blocks, one Hessian
 per stage (a symmetric product: half of a full one), one Cholesky factor and one triangular inverse per stage, and the
-products that feed a block of columns' errors into the columns behind it. It measures how fast this machine does each
-kind, on the shapes that the model has, in the same process; the quotient is the floor. Then it quantizes the model and
-prints what each phase took beside it.
+products that feed a block of columns' errors into the columns behind it. It quantizes the model, times one product of
+each kind on the model's shapes between its blocks (which the run's seconds do not count), and prints what each phase
+took beside the floor: operations divided by the rates.
 
-The ratio that the project is judged by is that of the whole run to the floor of forward and Hessians, in two readings:
-with every kind at the rate of its own shapes, and with all of it at the rate of one large product.
+The ratio that the project is judged by is that of the whole run to the floor of forward and Hessians. It is given at
+the mean rate of the run, which is what the machine could do then, and at the best that was seen, which on a machine
+that others share is what it does at times; each with every kind at the rate of its own shapes, and with all of it at
+that of one large product.
 
     python benchmarks/floor.py                          # SmolLM2-135M, 64 x 512 tokens, 4 bits, group 64
     python benchmarks/floor.py --model DIR --samples 16 --count-only
@@ -20,7 +22,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +39,10 @@ from quantkit.quant import gptq, stagework
 from quantkit.quant.hessian import HessianAccumulator
 from quantkit.sources import open_source
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 BLOCK = 128
+WARM_UP = 5
+REPEATS = 2
 KINDS = ("linears", "attention", "hessians", "factors", "updates")
 PHASES = {"forward": ("linears", "attention"), "hessians": ("hessians",), "quantizing": ("factors", "updates")}
 
@@ -84,33 +88,57 @@ def operations(shape: Shape, tokens: int, seq_len: int) -> dict[str, float]:
     return {kind: shape.blocks * count for kind, count in per_block.items()}
 
 
-def rates(
-    shape: Shape, seq_len: int, device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5
-) -> dict[str, float]:
-    """Operations a second of each kind on the model's own shapes, and of one large product ("product")."""
+class Probe:
+    """Times products of each kind on the model's own shapes, and one large product, whenever it is called.
 
-    def fill(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, dtype=dtype)
+    A machine that others share too does not do the same work in the same time all the while. Called between the
+    blocks of a run, it tells what the machine did then: the mean of its times is what the run could count on.
+    """
 
-    # Every stage counts by its share of the operations: seconds are summed, not rates.
-    seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    work = operations(Shape(1, shape.stages, shape.heads, shape.head_width), BATCH_TOKENS, seq_len)
-    for inputs, outputs in shape.stages:
-        x, weight = fill(BATCH_TOKENS, inputs), fill(outputs, inputs)
-        seconds["linears"] += _best(lambda x=x, weight=weight: x @ weight.T, device, repeats)
-        seconds["hessians"] += _best(lambda x=x: x.T @ x, device, repeats) / 2
-        H = (x.T @ x).float() / BATCH_TOKENS + torch.eye(inputs, device=device)
-        seconds["factors"] += _best(lambda H=H: torch.linalg.cholesky(H), device, repeats) * 2  # the inverse as fast
-        behind, errors = fill(inputs, outputs).float(), fill(BLOCK, outputs).float()
-        factor = fill(BLOCK, inputs).float()
-        one = _best(lambda b=behind, f=factor, e=errors: b.addmm_(f.T, e), device, repeats)
-        seconds["updates"] += one * inputs / BLOCK / 2  # the columns behind a block: half of them on average
-    query = fill(BATCH_TOKENS // seq_len, shape.heads, seq_len, shape.head_width)
-    attention = torch.nn.functional.scaled_dot_product_attention
-    seconds["attention"] = _best(lambda: attention(query, query, query, is_causal=True), device, repeats)
-    large = fill(2048, 2048)
-    found = {kind: work[kind] / seconds[kind] for kind in KINDS}
-    return found | {"product": 2.0 * 2048**3 / _best(lambda: large @ large, device, repeats)}
+    def __init__(self, shape: Shape, seq_len: int) -> None:
+        self.seconds: list[dict[str, float]] = []
+        self._work = operations(Shape(1, shape.stages, shape.heads, shape.head_width), BATCH_TOKENS, seq_len)
+        self._parts: list[tuple[str, float, Callable[[], Any]]] = []  # (kind, seconds of it in one of these, what)
+        for inputs, outputs in shape.stages:
+            self._add_stage(inputs, outputs)
+        query = torch.randn(BATCH_TOKENS // seq_len, shape.heads, seq_len, shape.head_width)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        self._parts.append(("attention", 1, lambda: attention(query, query, query, is_causal=True)))
+        large, out = torch.randn(2048, 2048), torch.empty(2048, 2048)
+        self._work["product"] = 2.0 * 2048**3
+        self._parts.append(("product", 1, lambda: torch.mm(large, large, out=out)))
+
+    def _add_stage(self, inputs: int, outputs: int) -> None:
+        x, weight, y = (
+            torch.randn(BATCH_TOKENS, inputs),
+            torch.randn(outputs, inputs),
+            torch.empty(BATCH_TOKENS, outputs),
+        )
+        H = x.T @ x / BATCH_TOKENS + torch.eye(inputs)
+        gram, L, failed = torch.empty_like(H), torch.empty_like(H), torch.empty((), dtype=torch.int32)
+        behind, factor, errors = torch.randn(inputs, outputs), torch.randn(BLOCK, inputs), torch.randn(BLOCK, outputs)
+        self._parts += [
+            ("linears", 1, lambda: torch.mm(x, weight.T, out=y)),
+            ("hessians", 1 / 2, lambda: torch.mm(x.T, x, out=gram)),
+            ("factors", 2, lambda: torch.linalg.cholesky_ex(H, out=(L, failed))),  # the inverse as fast
+            # The columns behind a block: half of them on average.
+            ("updates", inputs / BLOCK / 2, lambda: behind.addmm_(factor.T, errors, alpha=1e-6)),
+        ]
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        spent: Counter[str] = Counter()
+        for kind, share, run in self._parts:
+            run()  # wakes the threads and fills the caches
+            start = time.perf_counter()
+            for _ in range(REPEATS):
+                run()
+            spent[kind] += share * (time.perf_counter() - start) / REPEATS
+        self.seconds.append(dict(spent))
+
+    def rates(self, of: Callable[[Iterable[float]], float]) -> dict[str, float]:
+        """Operations a second of each kind, at the `of` (mean or min) of its times."""
+        return {kind: work / of(times[kind] for times in self.seconds) for kind, work in self._work.items()}
 
 
 def floor_seconds(work: Mapping[str, float], rate: Mapping[str, float]) -> dict[str, float]:
@@ -123,23 +151,12 @@ def floor_seconds(work: Mapping[str, float], rate: Mapping[str, float]) -> dict[
     }
 
 
-def _best(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 # -- a run, taken apart ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def stopwatch() -> Iterator[Counter[str]]:
-    """Seconds by phase of what quantkit does inside, as they add up."""
+def stopwatch(probe: Probe) -> Iterator[Counter[str]]:
+    """Seconds by phase of what quantkit does inside, as they add up; `probe` is called as each block begins."""
     spent: Counter[str] = Counter()
     parts = (
         ("hessians", HessianAccumulator, "add"),
@@ -154,6 +171,13 @@ def stopwatch() -> Iterator[Counter[str]]:
     with ExitStack() as stack:
         for phase, owner, name in parts:
             stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), phase, spent)))
+        begin, probing = stagework.StageWork.__init__, _timed(probe, "probing", spent)
+
+        def begin_block(self: stagework.StageWork, *args: Any) -> None:
+            probing()
+            begin(self, *args)
+
+        stack.enter_context(patch.object(stagework.StageWork, "__init__", begin_block))
         yield spent
 
 
@@ -169,17 +193,20 @@ def _timed(function: Callable[..., Any], phase: str, spent: Counter[str]) -> Cal
 
 
 def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """One run and the floor of this machine now: rates before and after it, the better of each."""
-    device = torch.device("cpu")
-    stream = ModelStream(open_source(model), device, torch.float32)
+    """One run, and the floor of this machine meanwhile."""
+    stream = ModelStream(open_source(model), torch.device("cpu"), torch.float32)
     shape, tokens = Shape.of(stream), args.samples * args.seq_len
     work = operations(shape, tokens, args.seq_len)
-    before = rates(shape, args.seq_len, device)
+    probe = Probe(shape, args.seq_len)
+    for _ in range(WARM_UP):
+        probe()
     if args.count_only:
-        return {"shape": vars(shape), "operations": work, "rates": before, "floor": floor_seconds(work, before)}
+        mean = probe.rates(statistics.mean)
+        return {"shape": vars(shape), "operations": work, "rates": mean, "floor": floor_seconds(work, mean)}
+    probe.seconds.clear()
     calibration = common.calibration_tokens(stream.source, args.samples, args.seq_len, args.calibration)
     spec = QuantSpec(bits=args.bits, group_size=args.group_size)
-    with stopwatch() as spent:
+    with stopwatch(probe) as spent:
         report = quantkit.gptq(
             model,
             args.work / "floor",
@@ -189,21 +216,20 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
             evaluate=False,
             force=True,
         )
-    after = rates(shape, args.seq_len, device)
-    rate = {kind: max(before[kind], after[kind]) for kind in before}
-    floor = floor_seconds(work, rate)
     phases = dict(spent)
-    inside = phases["hessians"] + phases["quantizing"] + phases["capturing"]
-    phases["forward and the rest"] = report.seconds - inside
-    return {
-        "operations": work,
-        "gflops": {kind: value / 1e9 for kind, value in rate.items()},
-        "floor": floor,
-        "seconds": report.seconds,
-        "phases": phases,
-        "over_floor": report.seconds / floor["forward and hessians"],
-        "over_floor_at_one_rate": report.seconds / floor["forward and hessians, one rate"],
-    }
+    seconds = report.seconds - phases.pop("probing")
+    phases["forward and the rest"] = seconds - sum(phases[phase] for phase in ("hessians", "quantizing", "capturing"))
+    result: dict[str, Any] = {"operations": work, "seconds": seconds, "phases": phases}
+    for name, of in (("mean", statistics.mean), ("best", min)):
+        rate = probe.rates(of)
+        floor = floor_seconds(work, rate)
+        result[f"at the {name} rate"] = {
+            "gflops": {kind: value / 1e9 for kind, value in rate.items()},
+            "floor": floor,
+            "over_floor": seconds / floor["forward and hessians"],
+            "over_floor_at_one_rate": seconds / floor["forward and hessians, one rate"],
+        }
+    return result
 
 
 def main() -> None:
@@ -221,7 +247,11 @@ def main() -> None:
         print(json.dumps(found, indent=2), flush=True)
     if args.count_only:
         return
-    summary = {key: statistics.median(r[key] for r in rounds) for key in ("over_floor", "over_floor_at_one_rate")}
+    summary = {
+        f"{key}, {at}": statistics.median(found[at][key] for found in rounds)
+        for at in ("at the mean rate", "at the best rate")
+        for key in ("over_floor", "over_floor_at_one_rate")
+    }
     print(json.dumps(summary))
     if args.out:
         settings = {key: getattr(args, key) for key in ("samples", "seq_len", "bits", "group_size")}

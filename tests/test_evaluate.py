@@ -22,7 +22,7 @@ from quantkit.errors import CalibrationError, NumericError, UsageError
 from quantkit.evaluate.compare import TokenScores
 from quantkit.evaluate.report import summarize
 from quantkit.evaluate.text import default_seq_len, evaluation_text
-from quantkit.pipeline import PerplexityReport
+from quantkit.evaluating import PerplexityReport
 from quantkit.sources import open_source
 
 SENTENCES = (

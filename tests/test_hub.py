@@ -19,7 +19,7 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from quantkit import cli, merging, pipeline
+from quantkit import cli, drawing, merging, pipeline
 from quantkit.errors import SourceError
 from quantkit.sources import hub, open_source
 
@@ -328,7 +328,7 @@ def test_a_data_set_by_id_and_revision(make_model: MakeModel, data: tuple[str, s
     drawn = {}
     for revision in ("", "@main", "@v1", f"@{data[0]}"):
         name = f"someone/data{revision}{file}"
-        drawn[revision] = pipeline.samples(make_model("llama"), calibration=name, samples=8, seq_len=64)
+        drawn[revision] = drawing.samples(make_model("llama"), calibration=name, samples=8, seq_len=64)
     for revision, report in drawn.items():
         found = numbers(report)
         assert found

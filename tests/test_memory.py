@@ -496,7 +496,7 @@ import torch
 import transformers.models.llama.modeling_llama
 
 import quantkit
-import quantkit.export, quantkit.merging, quantkit.pipeline
+import quantkit.evaluating, quantkit.export, quantkit.merging, quantkit.pipeline
 from quantkit.calibration import TokenMatrix
 from quantkit.config import QuantSpec
 from quantkit.quant.gptq import quantize

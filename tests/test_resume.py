@@ -666,7 +666,18 @@ def test_an_interrupt_that_c_code_made_another_error_of_is_one(
     assert folder_of(tmp_path / "out").is_dir()
 
 
-def test_signals_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def signals_unheard() -> Iterator[None]:
+    """Both as a process in the foreground begins with; a test run in the background has SIGINT ignored."""
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in found.items():
+        signal.signal(number, handler)
+
+
+def test_signals_are_as_they_were_afterwards(signals_unheard: None) -> None:
     def heed() -> tuple[Any, Any]:
         return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
@@ -676,12 +687,9 @@ def test_signals_are_as_they_were_afterwards(monkeypatch: pytest.MonkeyPatch) ->
     assert heed() == before
     with heeded(["chat"]):  # where Ctrl-C stops an answer
         assert signal.getsignal(signal.SIGINT) is before[0]
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a job in the background
-    try:
-        with heeded(["gptq"]):
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a job in the background
+    with heeded(["gptq"]):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 # -- kills at random moments, a full disk ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from quantkit.parallel import joined
 
 if TYPE_CHECKING:
     from quantkit.evaluate.report import ModelResult
-    from quantkit.pipeline import PerplexityReport
+    from quantkit.evaluating import PerplexityReport
 
 
 def perplexity(
@@ -52,11 +52,11 @@ def perplexity(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity with its standard error, and divergence from a reference."""
-    from quantkit import pipeline
+    from quantkit import evaluating
 
     bars = console.Bars(quiet)
     with joined(device, progress=bars) as ranks:
-        report = pipeline.perplexity(
+        report = evaluating.perplexity(
             list(models),
             against=against,
             text=text,

@@ -44,7 +44,8 @@ from quantkit.parallel import joined
 from quantkit.units import size
 
 if TYPE_CHECKING:
-    from quantkit.pipeline import GptqReport, SamplesReport
+    from quantkit.drawing import SamplesReport
+    from quantkit.pipeline import GptqReport
 
 REMEDY = "go on with --resume, with as many processes as are left"
 
@@ -197,9 +198,9 @@ def samples(
     debug: Debug = False,
 ) -> None:
     """Draw and show the text that a gptq run with the same options would calibrate on."""
-    from quantkit import pipeline
+    from quantkit import drawing
 
-    report = pipeline.samples(
+    report = drawing.samples(
         model,
         calibration=calibration,
         samples=samples,

@@ -22,7 +22,7 @@ from quantkit.errors import QuantkitError
 from quantkit.progress import Progress
 
 _BEAT = 1.0
-_COMING = 300.0  # a process may take so long to its first beat
+_COMING = 300.0  # a process may take so long to come
 _STALE = 20.0  # without a beat: gone, or cut off
 _SURELY_STALE = 5.0  # the same once something is known to be wrong
 _STUCK = 15.0  # for a main thread to notice that the run has failed
@@ -69,6 +69,7 @@ class Watch:
         self._stopped = threading.Event()
         self._can_interrupt = threading.current_thread() is threading.main_thread()
         self._store.set(f"host/{rank}", socket.gethostname())
+        self._store.add(f"beat/{rank}", 1)  # from here on its silence counts
         own = connect()
         for work in (lambda: self._pulse(own), self._guard):
             threading.Thread(target=work, daemon=True).start()

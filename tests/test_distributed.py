@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from conftest import MakeModel
 from forked_ranks import ForkedRanks, Outcome, Request
 from safetensors.torch import load_file
 
-from quantkit import parallel
+from quantkit import parallel, watch
 from quantkit.codes.parts import take_apart
 from quantkit.config import QuantSpec
 from quantkit.errors import UsageError
 from quantkit.parallel import Ranks, share_of
+from quantkit.progress import SILENT
 from quantkit.quant.blockwise import _BATCH_TOKENS
 from quantkit.quant.hessian import HessianAccumulator
 from quantkit.quant.sharing import Sharing, pack_upper, unpack_upper
+from quantkit.watch import RankError, Watch
 
 # 3 batches: two processes do not get equally many, and of four one gets none.
 BATCHES = 3
@@ -210,6 +213,30 @@ def test_a_process_that_hangs_counts_as_gone(start: Start) -> None:
     assert hung[0].code == 1
     assert hung[0].seconds < 40
     assert hung[0].err.startswith("error: rank 1 on ")
+
+
+def test_silence_counts_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_BEAT", 0.02)
+    monkeypatch.setattr(watch, "_STALE", 0.2)
+    monkeypatch.setattr(watch, "ignore_signals", lambda: None)
+    store = torch.distributed.HashStore()
+    first = Watch(lambda: store, 0, 2, "", SILENT)
+
+    def look() -> None:
+        for _ in range(500):
+            first.check()
+            time.sleep(0.01)
+
+    with first.waiting():
+        try:
+            with monkeypatch.context() as quiet:
+                quiet.setattr(Watch, "_pulse", lambda self, store: None)  # stopped before its thread runs
+                Watch(lambda: store, 1, 2, "", SILENT).stop()
+            with pytest.raises(RankError):
+                look()
+            assert first._failing == "rank 1 no longer answers"
+        finally:
+            first.stop()
 
 
 def test_an_error_anywhere_is_told_once(start: Start, tmp_path: Path) -> None:

@@ -58,9 +58,11 @@ def main() -> None:
                     seconds = once(args, model, name, processes, deterministic)
                     rows.setdefault(name, []).append(seconds)
                     print(f"{name}: {seconds:.1f} s", flush=True)
+    config = json.loads((model / "config.json").read_text())
     result = {
         "benchmark": "ranks",
         **common.machine(),
+        "model": {key: config[key] for key in ("model_type", "hidden_size", "num_hidden_layers")},
         "threads": "cores / processes",
         "samples": args.samples,
         "seq_len": args.seq_len,

@@ -2,7 +2,7 @@
 
 For a model's shape this counts the operations that GPTQ cannot do without: one forward through the blocks, one Hessian
 per stage (a symmetric product: half of a full one), one Cholesky factor and one triangular inverse per stage, and the
-products that feed a block of columns' errors into the columns behind it. It quantizes the model, times one product of
+products that feed a block of columns' errors into the columns behind it. It quantizes the model, times products of
 each kind on the model's shapes between its blocks (which the run's seconds do not count), and prints what each phase
 took beside the floor: operations divided by the rates.
 
@@ -43,7 +43,6 @@ BATCH_TOKENS = 2048
 BLOCK = 128
 WARM_UP = 5
 REPEATS = 2
-KINDS = ("linears", "attention", "hessians", "factors", "updates")
 PHASES = {"forward": ("linears", "attention"), "hessians": ("hessians",), "quantizing": ("factors", "updates")}
 
 
@@ -109,11 +108,8 @@ class Probe:
         self._parts.append(("product", 1, lambda: torch.mm(large, large, out=out)))
 
     def _add_stage(self, inputs: int, outputs: int) -> None:
-        x, weight, y = (
-            torch.randn(BATCH_TOKENS, inputs),
-            torch.randn(outputs, inputs),
-            torch.empty(BATCH_TOKENS, outputs),
-        )
+        x, y = torch.randn(BATCH_TOKENS, inputs), torch.empty(BATCH_TOKENS, outputs)
+        weight = torch.randn(outputs, inputs)
         H = x.T @ x / BATCH_TOKENS + torch.eye(inputs)
         gram, L, failed = torch.empty_like(H), torch.empty_like(H), torch.empty((), dtype=torch.int32)
         behind, factor, errors = torch.randn(inputs, outputs), torch.randn(BLOCK, inputs), torch.randn(BLOCK, outputs)

@@ -12,7 +12,7 @@ from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 _LARGEST_IN_HEAP = 32 * 2**20  # the largest threshold that glibc takes
-_SMALL = 128 * 2**10
+_SMALL = 128 * 2**10  # what comes from the heap still where address space is limited
 _KEPT = 512 * 2**20
 
 

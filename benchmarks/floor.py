@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,7 @@ import torch
 import quantkit
 from quantkit.config import QuantSpec
 from quantkit.model.stream import ModelStream
+from quantkit.model.workers import worker_count
 from quantkit.quant import gptq, stagework
 from quantkit.quant.hessian import HessianAccumulator
 from quantkit.sources import open_source
@@ -155,7 +157,6 @@ def stopwatch(probe: Probe) -> Iterator[Counter[str]]:
     """Seconds by phase of what quantkit does inside, as they add up; `probe` is called as each block begins."""
     spent: Counter[str] = Counter()
     parts = (
-        ("hessians", HessianAccumulator, "add"),
         ("quantizing", stagework.StageWork, "quantize"),
         ("  plain rounding", gptq, "round_to_nearest"),
         ("  losses", gptq, "row_losses"),
@@ -165,6 +166,8 @@ def stopwatch(probe: Probe) -> Iterator[Counter[str]]:
         ("capturing", ModelStream, "embed"),
     )
     with ExitStack() as stack:
+        add, workers = HessianAccumulator.add, worker_count(torch.device("cpu"), BATCH_TOKENS)  # they add side by side
+        stack.enter_context(patch.object(HessianAccumulator, "add", _timed(add, "hessians", spent, workers)))
         for phase, owner, name in parts:
             stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), phase, spent)))
         begin, probing = stagework.StageWork.__init__, _timed(probe, "probing", spent)
@@ -177,13 +180,16 @@ def stopwatch(probe: Probe) -> Iterator[Counter[str]]:
         yield spent
 
 
-def _timed(function: Callable[..., Any], phase: str, spent: Counter[str]) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], phase: str, spent: Counter[str], threads: int = 1) -> Callable[..., Any]:
+    lock = threading.Lock()
+
     def run(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            spent[phase] += time.perf_counter() - start
+            with lock:
+                spent[phase] += (time.perf_counter() - start) / threads
 
     return run
 

@@ -24,6 +24,7 @@ from quantkit.config import (
 from quantkit.errors import Interrupted, OutputError, QuantkitError, UsageError
 from quantkit.evaluate.text import default_seq_len
 from quantkit.evaluating import PerplexityReport, evaluate_streams
+from quantkit.model.memory import MemoryPlan
 from quantkit.model.stream import ModelStream
 from quantkit.parallel import ALONE, Ranks
 from quantkit.preflight import (
@@ -223,8 +224,8 @@ def gptq(
     if ranks.first:
         check_unfinished(place, resume, force)
         check_outside(place, source, force or resume)
-    tokens = calibration.tokens.numel() if isinstance(calibration, TokenMatrix) else samples * seq_len
-    report = _sizes(place, stream, spec, ggml, target, tokens)
+    windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
+    report = _sizes(place, stream, spec, ggml, target, memory_plan(stream, *windows))
     every = parse_every(checkpoint_every)
     if dry_run:
         return report
@@ -314,11 +315,10 @@ def _variant(source: Source, spec: QuantSpec, ggml: str | None) -> str:
 
 
 def _sizes(
-    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, calibration_tokens: int
+    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, memory: MemoryPlan
 ) -> GptqReport:
     """Sizes from headers alone."""
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
-    memory = memory_plan(stream, calibration_tokens)
     return GptqReport(
         out=out,
         spec=spec,

@@ -392,6 +392,18 @@ def test_with_less_memory_less_is_kept_there(make_model: MakeModel, monkeypatch:
             assert (plan.remark() is None) == (plan.paused and plan.prefetch)
 
 
+def test_side_by_side_is_given_up_before_anything_is_done_twice(make_model: MakeModel) -> None:
+    stream = open_stream(make_model("llama"))
+    found = [plan_quantizing(stream, 64 * 4096, 4096, Budget(b, named=True), 8) for b in range(10**9, 10**8, -(10**7))]
+    shown = [(f.paused, f.side_by_side) for f in found]
+    steps = [shown[0], *(b for a, b in pairwise(shown) if a != b)]
+    assert steps[:3] == [(True, True), (True, False), (False, True)]
+    alone = next(f for f in found if f.paused and not f.side_by_side)
+    assert "batches run one after another" in str(alone.remark())
+    least = min(f.needed for f in found)
+    assert plan_quantizing(stream, 64 * 4096, 4096, Budget(least, named=True), 1).needed <= least
+
+
 def test_the_least_that_is_named_is_what_works(make_model: MakeModel) -> None:
     stream = open_stream(make_model("llama"))
     with pytest.raises(

@@ -171,6 +171,20 @@ def test_reported_losses_are_those_of_the_codes(sym: bool) -> None:
     assert result.loss.dtype == torch.float64
 
 
+@pytest.mark.parametrize("tokens", [2000, 24])
+@pytest.mark.parametrize("act_order", ["static", "dynamic", "off"])
+def test_a_loss_is_of_the_hessian_without_its_damping(act_order: str, tokens: int) -> None:
+    """With fewer tokens than columns most of what the recursion sums is damping."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 96, generator=generator) * torch.logspace(-2, 1, 96)
+    W, H = torch.randn(20, 96, generator=generator), x.T @ x / tokens
+    result = quantize(W, H, QuantSpec(bits=4, group_size=32, act_order=act_order))
+    assert not result.fallback
+    np.testing.assert_allclose(result.loss.numpy(), exact_loss(W, result.linear, H), rtol=1e-3)
+    dead = quantize(W, torch.diag(torch.arange(96.0) % 2), QuantSpec(bits=4, group_size=32, act_order=act_order))
+    assert float(dead.loss.min()) >= 0
+
+
 @pytest.mark.parametrize("act_order", ["static", "dynamic", "off"])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("columns", "group_size"), [(128, -1), (264, 64)])

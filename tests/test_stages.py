@@ -190,7 +190,7 @@ def staged(
                 hooks.append(block.get_submodule(path).register_forward_hook(count))
             hessians: dict[int, HessianAccumulator] = {}
 
-            def observe(stage: int, x: torch.Tensor, hessians: Any = hessians) -> None:
+            def observe(stage: int, batch: int, x: torch.Tensor, hessians: Any = hessians) -> None:
                 hessians.setdefault(stage, HessianAccumulator(x.shape[-1], CPU)).add(x)
                 inputs.append((stage, x.shape[0]))
 

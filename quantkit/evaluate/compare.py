@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import nn
 
 from quantkit.errors import NumericError, UsageError
 from quantkit.evaluate.slices import Piece, SlicedHeads
@@ -15,11 +16,12 @@ from quantkit.evaluate.worst import Worst, WorstPosition
 from quantkit.model.memory import plan_scoring
 from quantkit.model.states import HiddenStates
 from quantkit.model.stream import ModelStream
+from quantkit.model.workers import Workers, even_shares, worker_count
 from quantkit.parallel import ALONE, Ranks
 from quantkit.progress import SILENT, Advance, Progress
 
 _CHUNK = 256  # positions whose logits are held at a time
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024
 
 Ratios = list[tuple[float, int]]
 """Per window a sum of ratios and how many they are."""
@@ -113,7 +115,10 @@ def score_texts(
     if not batches:  # there are fewer of them than processes
         return _merged(models, ranks.gather(_Share([], [])), len(texts), against)
     tokens = [batch.tokens for batch in batches]
-    memory = plan_scoring(models, sum(ids.numel() for ids in tokens), _BATCH_TOKENS, models[0].budget // ranks.here)
+    count = worker_count(models[0].device, len(batches))
+    largest = max(ids.numel() for ids in tokens)
+    budget = models[0].budget // ranks.here
+    memory = plan_scoring(models, sum(ids.numel() for ids in tokens), largest, budget, count)
     memory.note(progress)
     hidden = [model.embed(tokens, place=memory.hidden) for model in models]
     depth = max(len(model.blocks) for model in models)
@@ -122,14 +127,17 @@ def score_texts(
         for model, states in zip(models, hidden, strict=True)
     ]
     with ExitStack() as stack, progress.phase("evaluating", depth * len(models) + len(batches)) as advance:
+        alone = not memory.side_by_side or any(model.hands_on for model in models)
+        workers = stack.enter_context(Workers(even_shares(len(batches), 1 if alone else count)))
         for model in models:
             stack.enter_context(model.reading_ahead(memory.prefetch))
         for index in range(depth):
             for number, (model, states) in enumerate(zip(models, hidden, strict=True)):
                 if index < len(model.blocks):
                     with model.block(index) as block:
-                        for i, state in enumerate(states):
-                            states[i] = model.call(index, block, i, state)
+                        forward = partial(_forward, model, index, block, states)
+                        for i, state in workers.each(forward):
+                            states[i] = state
                 errors = layers[number]
                 if errors is not None:
                     errors.append(_relative_errors(states, hidden[0], batches))
@@ -138,6 +146,10 @@ def score_texts(
         heads = _score_heads if memory.head_rows is None else partial(_score_slices, rows=memory.head_rows)
         own = _Share(heads(models, hidden, batches, len(texts), against, advance), layers)
     return _merged(models, ranks.gather(own), len(texts), against)
+
+
+def _forward(model: ModelStream, index: int, block: nn.Module, states: HiddenStates, batch: int) -> torch.Tensor:
+    return model.call(index, block, batch, states[batch])
 
 
 def _batches(text: int, windows: Windows) -> Iterator[_Batch]:

@@ -10,7 +10,7 @@ import resource
 from functools import cache
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h: M_TRIM_THRESHOLD and so on
 _LARGEST_IN_HEAP = 32 * 2**20  # the largest threshold that glibc takes
 _SMALL = 128 * 2**10  # what comes from the heap still where address space is limited
 _KEPT = 512 * 2**20
@@ -28,6 +28,7 @@ def tune() -> None:
     libc = _glibc()
     if libc is None:
         return
+    libc.mallopt(_ARENA_MAX, 1)  # what one thread frees another can use
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         libc.mallopt(_MMAP_THRESHOLD, _SMALL)
     else:

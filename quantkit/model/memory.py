@@ -7,7 +7,7 @@ for sums over slices of a vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 from torch import nn
@@ -39,6 +39,7 @@ class MemoryPlan:
         hidden: where hidden states wait between blocks.
         paused: forwards wait between the stages of a block, all of them; else each stage is run up to anew.
         prefetch: a thread reads the next block while this one is worked.
+        side_by_side: several batches run at a time, in as many workers as the pass asked for.
         head_rows: rows of the vocabulary that the head computes at a time; None: all.
         needed: estimate of what it takes at most, bytes, host and device together.
         budget: bytes that were to be kept to.
@@ -47,6 +48,7 @@ class MemoryPlan:
     hidden: Place = "device"
     paused: bool = True
     prefetch: bool = True
+    side_by_side: bool = True
     head_rows: int | None = None
     needed: int = 0
     budget: int = 0
@@ -66,6 +68,8 @@ class MemoryPlan:
             found.append("each block's stages are replayed")
         if not self.prefetch:
             found.append("no block is read ahead")
+        if not self.side_by_side:
+            found.append("batches run one after another")
         if self.head_rows is not None:
             found.append(f"the vocabulary is run in slices of {self.head_rows}")
         if not found:
@@ -78,11 +82,13 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Block:
-    """The largest block of a model, bytes: in the stream's dtype, as it is read, and the work of its widest stage."""
+    """The largest block of a model, bytes: in the stream's dtype, as it is read, the work of its widest stage, and the
+    largest Hessian."""
 
     weights: int
     stored: int
     work: int
+    square: int
     paused_token: int
 
 
@@ -93,7 +99,7 @@ def _largest_block(stream: ModelStream, quantized: bool) -> _Block:
         if shapes not in kinds:
             kinds[shapes] = _block_bytes(stream, index, block, stages, quantized)
     found = kinds.values()
-    return _Block(*(max(getattr(one, name) for one in found) for name in ("weights", "stored", "work", "paused_token")))
+    return _Block(*(max(getattr(one, field.name) for one in found) for field in fields(_Block)))
 
 
 def _block_bytes(stream: ModelStream, index: int, block: nn.Module, stages: Stages, quantized: bool) -> _Block:
@@ -105,12 +111,13 @@ def _block_bytes(stream: ModelStream, index: int, block: nn.Module, stages: Stag
         info = stream.weights.tensors[stream.weights.names[f"{stream.blocks[index]}.{name}"]]
         bytes_read = info.bytes if info.stored_as in DTYPES else 4 * parameter.numel()
         stored, largest, weights = stored + bytes_read, max(largest, bytes_read), weights + item * parameter.numel()
-    work = 0
+    work = square = 0
     for stage in stages if quantized else ():
         shapes = [shape_of(block.get_submodule(name)) for name in stage]
         rows, columns = sum(out for out, _ in shapes), max(columns for _, columns in shapes)
-        work = max(work, 4 * _STACKS * rows * columns + 4 * _SQUARES * columns * columns)
-    return _Block(weights + largest, stored, work, paused_bytes(block, stages, 1, item))
+        square = max(square, 4 * columns * columns)
+        work = max(work, 4 * _STACKS * rows * columns + _SQUARES * 4 * columns * columns)
+    return _Block(weights + largest, stored, work, square, paused_bytes(block, stages, 1, item))
 
 
 def _ends(stream: ModelStream) -> tuple[int, int]:
@@ -122,21 +129,25 @@ def _ends(stream: ModelStream) -> tuple[int, int]:
 # -- the plans -------------------------------------------------------------------------------------------------------
 
 
-def plan_quantizing(stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget) -> MemoryPlan:
+def plan_quantizing(
+    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1
+) -> MemoryPlan:
     """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError."""
     block = _largest_block(stream, quantized=True)
     hidden = tokens * _ends(stream)[1]
-    running = 2 * min(tokens, batch_tokens) * block.paused_token
+    batch = 2 * block.paused_token
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
+        abreast = workers if plan.side_by_side else 1
+        running = batch * min(tokens, abreast * batch_tokens) + abreast * block.square
         device = block.weights + max(block.work, running) + (tokens * block.paused_token if plan.paused else 0)
         host = _BASE + (block.stored if plan.prefetch else 0)
         waiting = 0 if plan.paused else hidden  # of paused forwards they are a part
         return device + (waiting if plan.hidden == "device" else 0), host + (waiting if plan.hidden == "host" else 0)
 
     ways = [
-        MemoryPlan(place, paused, prefetch)
-        for paused, place, prefetch in product((True, False), _places(stream), (True, False))
+        MemoryPlan(place, paused, prefetch, abreast)
+        for paused, place, prefetch, abreast in product((True, False), _places(stream), (True, False), (True, False))
         if not paused or place == "device"
     ]
     return _first_that_fits(ways, takes, budget)
@@ -156,12 +167,14 @@ def plan_watching(stream: ModelStream, tokens: int, batch_tokens: int, budget: B
     return _first_that_fits(ways, takes, budget)
 
 
-def plan_scoring(streams: Sequence[ModelStream], tokens: int, batch_tokens: int, budget: Budget) -> MemoryPlan:
+def plan_scoring(
+    streams: Sequence[ModelStream], tokens: int, batch_tokens: int, budget: Budget, workers: int = 1
+) -> MemoryPlan:
     """For scoring models side by side on so many tokens. Raises UsageError."""
     blocks = [_largest_block(stream, quantized=False) for stream in streams]
     ends = [_ends(stream) for stream in streams]
     hidden = sum(tokens * row for _, row in ends)
-    running = 2 * min(tokens, batch_tokens) * max(map(_widest, streams))
+    batch = 2 * max(map(_widest, streams))
     vocabulary = max(rows for rows, _ in ends)
 
     def head(rows: int | None) -> int:
@@ -171,6 +184,7 @@ def plan_scoring(streams: Sequence[ModelStream], tokens: int, batch_tokens: int,
         return rows * (4 * _LOGITS * _CHUNK + 2 * sum(sorted(row for _, row in ends)[-2:]))
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
+        running = batch * min(tokens, (workers if plan.side_by_side else 1) * batch_tokens)
         block = max(one.weights for one in blocks) + running
         device = max(block, head(plan.head_rows))
         host = _BASE + (sum(one.stored for one in blocks) if plan.prefetch else 0)
@@ -180,8 +194,8 @@ def plan_scoring(streams: Sequence[ModelStream], tokens: int, batch_tokens: int,
     while (slices[-1] or vocabulary) > _LEAST_ROWS:
         slices.append(max(_LEAST_ROWS, -(-(slices[-1] or vocabulary) // 2)))
     ways = [
-        MemoryPlan(place, True, prefetch, rows)
-        for rows, place, prefetch in product(slices, _places(streams[0]), (True, False))
+        MemoryPlan(place, True, prefetch, abreast, rows)
+        for rows, place, prefetch, abreast in product(slices, _places(streams[0]), (True, False), (True, False))
     ]
     return _first_that_fits(ways, takes, budget)
 

@@ -9,8 +9,10 @@ all. Where the paused forwards' tensors do not fit in memory, the stages are rep
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -18,13 +20,14 @@ from torch import nn
 
 from quantkit.errors import SourceError
 from quantkit.model.linears import shape_of
+from quantkit.model.workers import Workers
 
 _EXPERT = re.compile(r"\.\d+\.")
 
 Forward = Callable[[int], torch.Tensor]
-"""Runs the block on batch i and returns its output."""
-OnInput = Callable[[int, torch.Tensor], None]
-"""Receives the stage's index and the tensor [..., in] that its Linears read."""
+"""Runs the block on batch i and returns its output; workers call it side by side."""
+OnInput = Callable[[int, int, torch.Tensor], None]
+"""Receives the stage's index, the batch's, and the tensor [..., in] that the stage's Linears read; as `Forward`."""
 OnStage = Callable[[int], None]
 """Called when every batch has reached the stage: quantize its Linears now."""
 
@@ -41,37 +44,59 @@ def run_paused(
     on_input: OnInput,
     on_stage: OnStage,
     on_output: Callable[[int, torch.Tensor], None],
+    workers: Workers | None = None,
 ) -> None:
     """Run the block once on every batch, pausing all of them before each stage.
+
+    Args:
+        workers: run `forward` and `on_input` side by side; else one batch is run after another. The other callbacks
+            are called while they do not.
 
     Raises:
         SourceError: a batch's forward did not reach a stage, or reached them in another order.
     """
-    reached = [-1] * batches
-    current = 0
+    workers = workers or Workers([range(batches)])
+    paused: dict[int, greenlet] = {}
+
+    def go_on(i: int) -> tuple[int | None, torch.Tensor]:
+        """Run batch i up to its next stage; a greenlet belongs to the thread that made it."""
+        if i not in paused:
+            paused[i] = greenlet(lambda: (None, forward(i)))
+        arrived: tuple[int | None, torch.Tensor] = paused[i].switch()
+        return arrived
+
+    def reach(stage: int, i: int) -> None:
+        at, x = go_on(i)
+        if at != stage:
+            raise _out_of_order(stages, stage)
+        on_input(stage, i, x)
+
+    def finish(i: int) -> torch.Tensor:
+        at, output = go_on(i)
+        if at is not None:
+            raise _out_of_order(stages, at)
+        return output
+
+    def drop(i: int) -> None:
+        """Let batch i's forward go, which ends it if it waits; also in the thread that made it."""
+        paused.pop(i, None)
 
     def arrive(stage: int, x: torch.Tensor) -> None:
-        if reached[current] < stage:
-            reached[current] = stage
-            parent = getcurrent().parent
-            assert parent is not None
-            parent.switch((stage, x))
+        here = getcurrent()
+        if stage > getattr(here, "reached", -1):
+            here.reached, back = stage, here.parent
+            del here  # a forward that holds itself would not end when it is let go
+            back.switch((stage, x))
 
-    paused = [greenlet(lambda i=i: (None, forward(i))) for i in range(batches)]
-    with _watch(block, stages, arrive):
-        for stage in range(len(stages) + 1):
-            for current in range(batches):
-                at, value = paused[current].switch()
-                if stage == len(stages):
-                    if at is not None:
-                        raise _out_of_order(stages, at)
-                    on_output(current, value)
-                elif at != stage:
-                    raise _out_of_order(stages, stage)
-                else:
-                    on_input(stage, value)
-            if stage < len(stages):
+    try:
+        with _watch(block, stages, arrive):
+            for stage in range(len(stages)):
+                workers.map(partial(reach, stage))
                 on_stage(stage)
+            for i, output in enumerate(workers.map(finish)):
+                on_output(i, output)
+    finally:
+        workers.map(drop)
 
 
 def run_replayed(
@@ -82,33 +107,37 @@ def run_replayed(
     on_input: OnInput,
     on_stage: OnStage,
     on_output: Callable[[int, torch.Tensor], None],
+    workers: Workers | None = None,
 ) -> None:
     """As `run_paused`, with a forward per stage and batch up to that stage: more work, no paused tensors.
 
     Stages that do not depend on each other, which experts' are, are gone to in one forward.
     """
+    workers = workers or Workers([range(batches)])
+    here = threading.local()
     for wave in _waves(stages):
-        arrived: set[int] = set()
 
-        def arrive(stage: int, x: torch.Tensor, wave: list[int] = wave, arrived: set[int] = arrived) -> None:
-            if stage in wave and stage not in arrived:
-                arrived.add(stage)
-                on_input(stage, x)
-                if len(arrived) == len(wave):
+        def arrive(stage: int, x: torch.Tensor, wave: list[int] = wave) -> None:
+            if stage in wave and stage not in here.arrived:
+                here.arrived.add(stage)
+                on_input(stage, here.batch, x)
+                if len(here.arrived) == len(wave):
                     raise _Stop
 
+        def reach(i: int, wave: list[int] = wave) -> None:
+            here.batch, here.arrived = i, set()
+            try:
+                forward(i)
+            except _Stop:
+                return
+            raise _out_of_order(stages, next(stage for stage in wave if stage not in here.arrived))
+
         with _watch(block, stages, arrive):
-            for i in range(batches):
-                arrived.clear()
-                try:
-                    forward(i)
-                except _Stop:
-                    continue
-                raise _out_of_order(stages, next(stage for stage in wave if stage not in arrived))
+            workers.map(reach)
         for stage in wave:
             on_stage(stage)
-    for i in range(batches):
-        on_output(i, forward(i))
+    for i, output in workers.each(forward):
+        on_output(i, output)
 
 
 def run_watched(
@@ -129,7 +158,7 @@ def run_watched(
     def arrive(stage: int, x: torch.Tensor) -> None:
         if stage not in arrived:
             arrived.add(stage)
-            on_input(stage, x)
+            on_input(stage, i, x)
 
     with _watch(block, stages, arrive):
         for i in range(batches):

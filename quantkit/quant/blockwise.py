@@ -17,6 +17,7 @@ from quantkit.model.memory import MemoryPlan, plan_quantizing
 from quantkit.model.stages import OnStage, run_paused, run_replayed
 from quantkit.model.states import HiddenStates
 from quantkit.model.stream import ModelStream
+from quantkit.model.workers import Workers, worker_count
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.landing import NOTHING, Landed
 from quantkit.quant.plan import Plan
@@ -25,7 +26,7 @@ from quantkit.quant.stagework import OnLinear, StageWork
 
 OnBlock = Callable[[int, HiddenStates | None], None]
 
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 1024  # where workers run side by side, larger ones are no faster
 
 
 @torch.inference_mode()
@@ -64,7 +65,8 @@ def quantize_blocks(
         return
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
     mine = sharing.batches(len(batches))
-    memory = plan_quantizing(stream, sum(batches[i].numel() for i in mine), _BATCH_TOKENS, memory_budget)
+    count = worker_count(stream.device, len(mine))
+    memory = plan_quantizing(stream, sum(batches[i].numel() for i in mine), batches[0].numel(), memory_budget, count)
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
@@ -74,6 +76,7 @@ def quantize_blocks(
     with (
         progress.phase("quantizing blocks", len(stream.blocks)) as advance,
         stream.reading_ahead(memory.prefetch),
+        Workers(sharing.shares(len(batches), count if memory.side_by_side and not hands_on else 1)) as workers,
     ):
         advance(start)
         for index in range(start, len(stream.blocks)):
@@ -81,11 +84,13 @@ def quantize_blocks(
                 forward = _forward(stream, index, block, hidden, replayed)
                 if index < landed.blocks:
                     codes = _landed_codes(landed, index, sharing)
-                    _run_landed(stream, index, block, codes, forward, hidden)
+                    _run_landed(stream, index, block, codes, forward, hidden, workers)
                     advance(1)
                     continue
                 stages = _planned(stream, index, _found_stages(stream, index, block, hidden, sharing), plan)
-                work = StageWork(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing)
+                work = StageWork(
+                    stream, index, block, stages, plan, on_linear, progress, len(batches), sharing, workers.count
+                )
                 run = run_replayed if replayed else run_paused
                 run(
                     block,
@@ -95,6 +100,7 @@ def quantize_blocks(
                     work.observe,
                     _after_letting_go(work.quantize),
                     hidden.__setitem__,
+                    workers,
                 )
             on_block(index, None if hands_on else hidden)
             advance(1)
@@ -117,6 +123,7 @@ def _run_landed(
     codes: Sequence[tuple[str, Codes]],
     forward: Callable[[int], torch.Tensor],
     hidden: HiddenStates,
+    workers: Workers,
 ) -> None:
     """A block's forward with the weights that its codes stand for, as the run that landed it went on with them."""
     modules = {stream.published(index, name): name for name in stream.family.linears(block)}
@@ -124,13 +131,15 @@ def _run_landed(
         weight = weight_of(block.get_submodule(modules[name]))
         placed = put_together(*take_apart(linear), stream.device)
         weight.copy_(placed.dequantize(weight.dtype))
-    for batch in range(len(hidden)):
-        hidden[batch] = forward(batch)
+    for batch, output in workers.each(forward):
+        hidden[batch] = output
 
 
-def memory_plan(stream: ModelStream, tokens: int) -> MemoryPlan:
-    """What `quantize_blocks` will do for memory with so many calibration tokens. Raises UsageError."""
-    return plan_quantizing(stream, tokens, _BATCH_TOKENS, stream.budget)
+def memory_plan(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+    """What `quantize_blocks` will do for memory with so many calibration windows. Raises UsageError."""
+    windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
+    workers = worker_count(stream.device, -(-samples // windows))
+    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
 
 
 def _landed_codes(landed: Landed, index: int, sharing: Sharing) -> list[tuple[str, Codes]]:

@@ -32,7 +32,8 @@ class GptqResult:
 
     Attributes:
         linear: codes and grid; on a GGML type's grid where the spec names one.
-        loss: float64 [out], ``(w - q) H (w - q)^T`` per row: mean squared error of that output over the tokens.
+        loss: float64 [out], ``(w - q) H (w - q)^T`` per row: mean squared error of that output over the tokens. Summed
+            by the recursion itself, which damps H: what damping added is taken off again.
         rtn_loss: float64 [out], the same for plain rounding (min-max grid of the same bits and groups).
         damp: fraction of the mean diagonal that was added; 0 where the layer was only rounded.
         fallback: "" or what had to be done instead of plain GPTQ.
@@ -82,19 +83,31 @@ def _with_factor(
     rtn_loss: torch.Tensor,
 ) -> GptqResult:
     linear: Codes
+    squares: torch.Tensor
     if factor is None:
         # A grid fitted without a Hessian: the layer saw nothing that tells its columns apart.
         linear = rtn if spec.ggml is None else _rounded_on_ggml_grid(W, spec.ggml)
         return GptqResult(linear, row_losses(W, linear, H), rtn_loss, 0.0, "rounding")
     importance = column_importance(H, factor.damp)
     if spec.ggml is not None:
-        linear = _on_ggml_grid(W, factor, fit_ggml_grid(W, importance, spec.ggml))
+        linear, squares = _on_ggml_grid(W, factor, fit_ggml_grid(W, importance, spec.ggml))
     elif spec.act_order == "static":
-        linear = _static(W, factor, importance, spec)
+        linear, squares = _static(W, factor, importance, spec)
     else:
-        linear = _grouped_on_the_way(W, factor, importance, spec)
-    fallback: Fallback = "eigenvalues" if factor.fallback else ""
-    return GptqResult(linear, row_losses(W, linear, H), rtn_loss, factor.damp, fallback)
+        linear, squares = _grouped_on_the_way(W, factor, importance, spec)
+    if factor.fallback:
+        return GptqResult(linear, row_losses(W, linear, H), rtn_loss, factor.damp, "eigenvalues")
+    return GptqResult(linear, _without_damping(squares, W, linear, H, factor.damp), rtn_loss, factor.damp, "")
+
+
+def _without_damping(
+    squares: torch.Tensor, W: torch.Tensor, linear: Codes, H: torch.Tensor, damp: float
+) -> torch.Tensor:
+    """`row_losses` from what GPTQ's recursion summed, float64 [out]: with the errors e over the factor's diagonal
+    ``w - q = e U``, so their squares are the loss under the damped Hessian."""
+    error = W - linear.dequantize().to(W.device)
+    added = damp * H.diagonal().mean().double()
+    return (squares - added * error.square_().sum(dim=1, dtype=torch.float64)).clamp_(min=0)
 
 
 def column_importance(H: torch.Tensor, damp: float) -> torch.Tensor:
@@ -130,19 +143,22 @@ def row_losses(W: torch.Tensor, linear: Codes, H: torch.Tensor) -> torch.Tensor:
     return losses * 2
 
 
-def _static(W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
+def _static(
+    W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, spec: QuantSpec
+) -> tuple[QuantizedLinear, torch.Tensor]:
     """All grids from the original weights in natural groups, then columns in the order of `factor.perm`."""
     grid = fit_grid(W, importance, spec.group_size, spec.bits, spec.sym)
     group = contiguous_groups(W.shape[1], spec.group_size)
     scale = grid.scales.float()
-    codes = _on_frozen_grid(W, factor, scale, scale * grid.zeros.float(), group, spec.bits)
-    return QuantizedLinear(codes, grid.scales, grid.zeros, group, spec.bits)
+    loop = _on_frozen_grid(W, factor, scale, scale * grid.zeros.float(), group, spec.bits)
+    return QuantizedLinear(loop.codes(), grid.scales, grid.zeros, group, spec.bits), loop.squares
 
 
-def _on_ggml_grid(W: torch.Tensor, factor: InverseFactor, grid: GgmlGrid) -> GgmlLinear:
+def _on_ggml_grid(W: torch.Tensor, factor: InverseFactor, grid: GgmlGrid) -> tuple[GgmlLinear, torch.Tensor]:
     """As `_static`, on the grid of a GGML type: scales frozen as the file stores them."""
     group = contiguous_groups(W.shape[1], grid.kind.group)
-    return GgmlLinear(_on_frozen_grid(W, factor, *grid.steps_of_groups(), group, grid.kind.bits), grid)
+    loop = _on_frozen_grid(W, factor, *grid.steps_of_groups(), group, grid.kind.bits)
+    return GgmlLinear(loop.codes(), grid), loop.squares
 
 
 def _rounded_on_ggml_grid(W: torch.Tensor, name: str) -> GgmlLinear:
@@ -161,20 +177,20 @@ def _on_frozen_grid(
     minimum: torch.Tensor,
     group: torch.Tensor,
     bits: int,
-) -> torch.Tensor:
-    """Codes uint8 [out, in] on the grid ``scale * q - minimum`` of every group, columns in the order `factor.perm`."""
+) -> _ColumnLoop:
+    """All columns, in the order `factor.perm`, on the grid ``scale * q - minimum`` of every group."""
     loop = _ColumnLoop(W, factor, bits)
     scale, minimum = scale.T.contiguous(), minimum.T.contiguous()
     ordered = group.to(W.device).long()[factor.perm]
     for start in range(0, W.shape[1], _BLOCK):
         groups = ordered[start : start + _BLOCK]
         loop.block(start, start + len(groups), scale[groups], minimum[groups])
-    return loop.finished()
+    return loop
 
 
 def _grouped_on_the_way(
     W: torch.Tensor, factor: InverseFactor, importance: torch.Tensor, spec: QuantSpec
-) -> QuantizedLinear:
+) -> tuple[QuantizedLinear, torch.Tensor]:
     """Groups are runs of columns in the order of `factor.perm`; each grid is fitted to weights as updated so far."""
     columns = W.shape[1]
     size = columns if spec.group_size == -1 else min(spec.group_size, columns)
@@ -192,7 +208,7 @@ def _grouped_on_the_way(
     group = torch.empty(columns, dtype=torch.int32)
     group[factor.perm.cpu()] = contiguous_groups(columns, spec.group_size)
     scales, zeros = torch.cat([g.scales for g in grids], dim=1), torch.cat([g.zeros for g in grids], dim=1)
-    return QuantizedLinear(loop.finished(), scales, zeros, group, spec.bits)
+    return QuantizedLinear(loop.codes(), scales, zeros, group, spec.bits), loop.squares
 
 
 class _ColumnLoop:
@@ -200,10 +216,14 @@ class _ColumnLoop:
 
     Everything is kept transposed, columns as contiguous rows in the order of the factor; columns behind a block get
     the block's errors in one matrix product.
+
+    Attributes:
+        squares: float64 [out], each row's squared errors over the factor's diagonal, summed so far.
     """
 
     def __init__(self, W: torch.Tensor, factor: InverseFactor, bits: int) -> None:
         self.Wt = W.T.contiguous()[factor.perm]
+        self.squares = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
         self._codes = torch.empty(self.Wt.shape, dtype=torch.uint8, device=W.device)
         self._factor = factor
         self._top = 2**bits - 1
@@ -221,8 +241,9 @@ class _ColumnLoop:
             errors = _quantize_columns(W, diagonal, scale, minimum, self._top, codes)
         if stop < self.Wt.shape[0]:
             self.Wt[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        self.squares += errors.square().sum(dim=0)
 
-    def finished(self) -> torch.Tensor:
+    def codes(self) -> torch.Tensor:
         """Codes of all columns in their natural order, uint8 [out, in]."""
         codes = torch.empty_like(self._codes)
         codes[self._factor.perm] = self._codes

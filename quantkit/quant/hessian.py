@@ -45,8 +45,8 @@ class HessianAccumulator:
             NumericError: an activation was not finite; `name` says whose input it was.
         """
         check_squares(self.sum.diagonal(), name)
-        upper = torch.triu(self.sum)
-        return (upper + torch.triu(self.sum, diagonal=1).T) / max(self.tokens, 1)
+        upper = torch.triu(self.sum).div_(max(self.tokens, 1))
+        return upper.add_(torch.triu(upper, diagonal=1).T)
 
 
 def blocks_of_columns(columns: int) -> list[tuple[int, int]]:
@@ -110,7 +110,7 @@ def factorize(H: torch.Tensor, perm: torch.Tensor, damp: float) -> InverseFactor
     Instead of inverting H and factorizing the inverse (GPTQ, algorithm 1), the order of the columns is reversed:
     with ``J H J = L L^T``, ``U = J L^-1 J``. One factorization and one triangular solve, and better conditioned.
     """
-    H = H[perm][:, perm]
+    H = H.index_select(0, perm).index_select(1, perm)
     mean = float(H.diagonal().mean())
     if not mean > 0:
         return None

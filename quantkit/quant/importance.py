@@ -81,7 +81,7 @@ def _watch(stream: ModelStream, index: int, block: nn.Module, stages: Stages, hi
     def forward(batch: int) -> torch.Tensor:
         return stream.call(index, block, batch, hidden[batch])
 
-    def observe(stage: int, x: torch.Tensor) -> None:
+    def observe(stage: int, _: int, x: torch.Tensor) -> None:
         squares[stage].add(x)
 
     run_watched(block, stages, forward, len(hidden), observe, hidden.__setitem__)

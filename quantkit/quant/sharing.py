@@ -1,12 +1,14 @@
 """How the work on a model is shared between processes: calibration batches, Hessian sums, output rows.
 
 The result does not depend on who did what but for two things, and `deterministic` fixes both. A float32 sum depends on
-its order: batches are summed in `_LANES` lanes, and the lanes added in the order of a binary tree, whatever the number
-of processes. A matrix product's bits depend on its shape: rows are quantized in tiles of one height.
+its order: batches are summed in lanes, and the lanes added in the order of a binary tree. Lanes are of each rank, and
+then the number of its workers does not matter, or of all ranks. A matrix product's bits depend on its shape:
+rows are quantized in tiles of one height.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,8 +24,8 @@ from quantkit.parallel import ALONE, Ranks, share_of
 from quantkit.quant.gptq import GptqResult, quantize, quantize_tiles
 from quantkit.quant.hessian import HessianAccumulator
 
-_LANES = 16  # a power of two; more processes than these share rows, but no more samples
-_LEVELS = _LANES.bit_length() - 1
+_LANES = 16  # of all ranks together; a power of two; more processes than these share rows, but no more samples
+_OWN_LANES = 8  # of each rank, where the result may depend on their number; a power of two
 _TILE = 512  # rows: o_proj of an 8B model still gives each of 8 processes one
 _STRIPS = 8  # a symmetric matrix is sent as so many strips, each from its diagonal on: 9/16 of the bytes
 
@@ -58,9 +60,26 @@ class Sharing:
         lanes = self.ranks.share(_LANES)
         return range(share_of(count, lanes.start, _LANES).start, share_of(count, lanes.stop, _LANES).start)
 
+    def shares(self, count: int, workers: int) -> list[range]:
+        """This rank's part of so many batches, numbered from 0, for up to so many workers: whole lanes."""
+        lanes = list(self._lanes(count).values())
+        found = (lanes[part.start : part.stop] for k in range(workers) if (part := share_of(len(lanes), k, workers)))
+        return [batches for run in found if (batches := range(run[0].start, run[-1].stop))] or [range(0)]
+
     def hessian(self, columns: int, device: torch.device, batches: int) -> HessianSum:
         """An empty sum, for this rank's part of so many batches."""
-        return _LaneSum(self, columns, device, batches) if self.deterministic else HessianSum(self, columns, device)
+        lanes = self._lanes(batches)
+        if self.deterministic:
+            return _SameForAll(self.ranks, columns, device, lanes, batches)
+        return HessianSum(self.ranks, columns, device, lanes)
+
+    def _lanes(self, count: int) -> dict[int, range]:
+        """This rank's batches, numbered from 0, by the lane that they belong to."""
+        mine = self.batches(count)
+        if not self.deterministic:
+            return {lane: share_of(len(mine), lane, _OWN_LANES) for lane in range(_OWN_LANES)}
+        found = {lane: share_of(count, lane, _LANES) for lane in self.ranks.share(_LANES)}
+        return {lane: range(share.start - mine.start, share.stop - mine.start) for lane, share in found.items()}
 
     def quantize(self, W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> GptqResult:
         """`gptq.quantize` of a stack [out, in] that all ranks have, each a part of its rows; all get the result."""
@@ -88,106 +107,116 @@ BY_ITSELF = Sharing()
 
 
 class HessianSum:
-    """The Hessian of a stage's input over all ranks' samples. Each rank adds its own batches, in order."""
+    """The Hessian of a stage's input over all ranks' samples. Each rank adds its own batches, in threads if it likes.
 
-    def __init__(self, sharing: Sharing, columns: int, device: torch.device) -> None:
-        self._ranks = sharing.ranks
-        self._sum = HessianAccumulator(columns, device)
+    Lanes of batches are each summed in order, and added as a binary tree: (level, number) of a node is what it covers.
 
-    @property
-    def tokens(self) -> int:
-        """Seen so far; after `mean`, by all ranks."""
-        return self._sum.tokens
+    Args:
+        lanes: the batches of each of this rank's lanes, by the lane's number; a thread adds a whole lane, in order.
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add the activations [..., in] of this rank's next batch."""
-        self._sum.add(x)
+    Attributes:
+        tokens: what it is of: this rank's so far; after `mean`, all ranks'.
+    """
+
+    levels = _OWN_LANES.bit_length() - 1
+
+    def __init__(self, ranks: Ranks, columns: int, device: torch.device, lanes: Mapping[int, range]) -> None:
+        self.tokens = 0
+        self._ranks, self._lanes = ranks, lanes
+        self._columns, self._device = columns, device
+        self._open: dict[int, HessianAccumulator] = {}
+        self._nodes: dict[tuple[int, int], torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def add(self, batch: int, x: torch.Tensor) -> None:
+        """Add the activations [..., in] of this rank's batch number `batch`."""
+        lane, batches = next(found for found in self._lanes.items() if batch in found[1])
+        if batch == batches.start:
+            self._open[lane] = HessianAccumulator(self._columns, self._device)
+        self._open[lane].add(x)
+        if batch + 1 == batches.stop:
+            with self._lock:
+                self._close(lane)
 
     def mean(self, name: str) -> torch.Tensor:
-        """H [in, in] float32 over all ranks' tokens, the same bits on each. All ranks call it.
+        """H [in, in] float32 over all ranks' tokens, the same bits on each. All ranks call it, once.
 
         Raises:
             NumericError: as `HessianAccumulator.mean`.
         """
+        total = HessianAccumulator(self._columns, self._device)
+        found = self._total()
+        total.sum = total.sum if found is None else found
         if self._ranks.size > 1:
-            self._reduce()
-            tokens = torch.tensor([self._sum.tokens])
+            tokens = torch.tensor([self.tokens])
             self._ranks.add(tokens)
-            self._sum.tokens = int(tokens)
-        return self._sum.mean(name)
-
-    def _reduce(self) -> None:
-        packed = pack_upper(self._sum.sum)
-        self._ranks.add(packed)
-        unpack_upper(packed, self._sum.sum)
-
-
-class _LaneSum(HessianSum):
-    """Lanes of batches, each summed in order, added as a binary tree: (level, number) of a node is what it covers."""
-
-    def __init__(self, sharing: Sharing, columns: int, device: torch.device, batches: int) -> None:
-        super().__init__(sharing, columns, device)
-        self._count, self._next = batches, sharing.batches(batches).start
-        self._lanes = sharing.ranks.share(_LANES)
-        self._nodes: dict[tuple[int, int], torch.Tensor] = {}
-        self._tokens = 0
-
-    @property
-    def tokens(self) -> int:
-        return self._tokens + super().tokens
-
-    def add(self, x: torch.Tensor) -> None:
-        self._sum.add(x)
-        self._next += 1
-        lane = next(lane for lane in range(_LANES) if self._next - 1 in share_of(self._count, lane, _LANES))
-        if self._next == share_of(self._count, lane, _LANES).stop:
-            self._close(lane)
-
-    def mean(self, name: str) -> torch.Tensor:
-        total = self._total(_LEVELS, 0) if self._ranks.size > 1 else self._own(_LEVELS, 0)
-        if total is not None:
-            self._sum.sum = total if self._ranks.size == 1 else unpack_upper(total, self._sum.sum)
-        self._sum.tokens, self._tokens = self._tokens, 0
-        return super().mean(name)
-
-    def _reduce(self) -> None:
-        """`mean` has done it."""
+            self.tokens = int(tokens)
+        total.tokens = self.tokens
+        return total.mean(name)
 
     def _close(self, lane: int) -> None:
         """The lane is complete: add up the nodes that thereby are, so that few are held."""
-        level, number, total = 0, lane, self._sum.sum
-        while number % 2 and (level, number - 1) in self._nodes:
-            total = self._nodes.pop((level, number - 1)).add_(total)
+        part = self._open.pop(lane)
+        level, number, total = 0, lane, part.sum
+        while (level, number ^ 1) in self._nodes:
+            total = self._nodes.pop((level, number ^ 1)).add_(total)
             level, number = level + 1, number // 2
         self._nodes[level, number] = total
-        self._tokens += self._sum.tokens
-        self._sum = HessianAccumulator(total.shape[0], total.device)
+        self.tokens += part.tokens
+
+    def _total(self) -> torch.Tensor | None:
+        """The upper triangle of the sum over all ranks, the same on each; None where there is nothing."""
+        own = self._own(self.levels, 0)
+        if self._ranks.size == 1:
+            return own
+        own = torch.zeros(self._columns, self._columns, device=self._device) if own is None else own
+        packed = pack_upper(own)
+        self._ranks.add(packed)
+        return unpack_upper(packed, own)
 
     def _own(self, level: int, number: int) -> torch.Tensor | None:
-        """The sum of a node of which no other rank has a part; None where it has no batches."""
+        """The sum of a node over this rank's batches; None where it has none."""
         if level == 0 or (level, number) in self._nodes:
             return self._nodes.pop((level, number), None)
         left, right = (self._own(level - 1, 2 * number + side) for side in (0, 1))
         return left.add_(right) if left is not None and right is not None else right if left is None else left
 
-    def _total(self, level: int, number: int) -> torch.Tensor | None:
+
+class _SameForAll(HessianSum):
+    """The lanes and their tree are those of all ranks' batches, whatever the number of ranks."""
+
+    levels = _LANES.bit_length() - 1
+
+    def __init__(
+        self, ranks: Ranks, columns: int, device: torch.device, lanes: Mapping[int, range], batches: int
+    ) -> None:
+        super().__init__(ranks, columns, device, lanes)
+        self._filled = [bool(share_of(batches, lane, _LANES)) for lane in range(_LANES)]
+
+    def _total(self) -> torch.Tensor | None:
+        if self._ranks.size == 1:
+            return super()._total()
+        packed = self._packed(self.levels, 0)
+        found = torch.zeros(self._columns, self._columns, device=self._device)
+        return None if packed is None else unpack_upper(packed, found)
+
+    def _packed(self, level: int, number: int) -> torch.Tensor | None:
         """The packed sum of a node, on every rank; None where it has no batches."""
         owners = self._owners(level, number)
         if len(owners) == 1:
-            own = self._own(level, number) if owners[0] == self._ranks.rank else self._sum.sum
-            assert own is not None
-            packed = pack_upper(own)
+            own = self._own(level, number) if owners[0] == self._ranks.rank else None
+            packed = pack_upper(torch.zeros(self._columns, self._columns, device=self._device) if own is None else own)
             self._ranks.broadcast(packed, owners[0])
             return packed
         if not owners:
             return None
-        left, right = (self._total(level - 1, 2 * number + side) for side in (0, 1))
+        left, right = (self._packed(level - 1, 2 * number + side) for side in (0, 1))
         return left.add_(right) if left is not None and right is not None else right if left is None else left
 
     def _owners(self, level: int, number: int) -> list[int]:
         """The ranks that have batches of a node, in order."""
         lanes = range(number << level, (number + 1) << level)
-        full = [lane for lane in lanes if share_of(self._count, lane, _LANES)]
+        full = [lane for lane in lanes if self._filled[lane]]
         size = self._ranks.size
         return [rank for rank in range(size) if any(lane in share_of(_LANES, rank, size) for lane in full)]
 

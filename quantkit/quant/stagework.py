@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,20 +65,26 @@ class StageWork:
         progress: Progress,
         batches: int,
         sharing: Sharing,
+        workers: int = 1,
     ) -> None:
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
-        self._batches, self._sharing = batches, sharing
+        self._batches, self._sharing, self._workers = batches, sharing, workers
+        self._lock = threading.Lock()
         self._hessians: dict[int, HessianSum] = {}
         self._seconds = 0.0
 
-    def observe(self, stage: int, x: torch.Tensor) -> None:
+    def observe(self, stage: int, batch: int, x: torch.Tensor) -> None:
+        """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
-        if stage not in self._hessians:
-            self._hessians[stage] = self._sharing.hessian(x.shape[-1], x.device, self._batches)
-        self._hessians[stage].add(x)
-        self._seconds += time.perf_counter() - start
+        with self._lock:
+            if stage not in self._hessians:
+                self._hessians[stage] = self._sharing.hessian(x.shape[-1], x.device, self._batches)
+        self._hessians[stage].add(batch, x)
+        spent = (time.perf_counter() - start) / self._workers
+        with self._lock:
+            self._seconds += spent
 
     def quantize(self, stage: int) -> None:
         start = time.perf_counter()

@@ -530,6 +530,7 @@ def test_the_layout_of_2023(folder: Path, tmp_path: Path) -> None:
         line for line in body.splitlines() if line.startswith("| main | 4 | 32 | No | 0.05 | data.jsonl | 32 |")
     )
     assert float(line.split("|")[9]) == pytest.approx(kl, rel=0.01)
+    assert "\ntransformers (with gptqmodel and optimum):\n" in body
 
 
 def test_tables_are_whole(files: Path, folder: Path, tmp_path: Path) -> None:

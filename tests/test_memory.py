@@ -394,7 +394,9 @@ def test_with_less_memory_less_is_kept_there(make_model: MakeModel, monkeypatch:
 
 def test_side_by_side_is_given_up_before_anything_is_done_twice(make_model: MakeModel) -> None:
     stream = open_stream(make_model("llama"))
-    found = [plan_quantizing(stream, 64 * 4096, 4096, Budget(b, named=True), 8) for b in range(10**9, 12 * 10**7, -(10**6))]
+    found = [
+        plan_quantizing(stream, 64 * 4096, 4096, Budget(b, named=True), 8) for b in range(10**9, 12 * 10**7, -(10**6))
+    ]
     shown = [(f.paused, f.side_by_side) for f in found]
     steps = [shown[0], *(b for a, b in pairwise(shown) if a != b)]
     assert steps[:3] == [(True, True), (True, False), (False, True)]

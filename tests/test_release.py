@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -120,6 +121,12 @@ def test_the_wizardlm_recipe_from_base_and_delta_to_the_hub_and_back(
     before = {model["bytes"]: model["texts"]["text.txt"]["perplexity"] for model in found["models"]}
     for model in compared.as_dict()["models"]:
         assert model["texts"]["text.txt"]["perplexity"] == pytest.approx(before[model["bytes"]], rel=1e-6)
+    ggml = out / "Tiny-Wizard-GGML"
+    quantkit.card(ggml, template="thebloke-2023", force=True)
+    card = (ggml / "README.md").read_text()
+    assert card.count("calibration tokens, SHA-256") == 1  # of all three files
+    for file in ggml.glob("*.bin"):
+        assert f"\n* `{file.name}`, SHA-256 `{hashlib.sha256(file.read_bytes()).hexdigest()}`\n" in card
 
 
 REPOS = {

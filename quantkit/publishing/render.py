@@ -61,4 +61,6 @@ def _number(value: float, digits: int = 4, sign: bool = False) -> str:
     """A number with this many significant digits, written out where it is of ordinary size."""
     plus = "+" if sign else ""
     text = f"{value:{plus}#.{digits}g}".removesuffix(".")
-    return f"{value:{plus}.0f}" if "e+" in text and abs(value) < 1e15 else text
+    if "e" not in text or not 1e-6 <= abs(value) < 1e15:
+        return text
+    return f"{value:{plus}.0f}" if "e+" in text else f"{value:{plus}.{digits - 1 - int(text.partition('e')[2])}f}"

@@ -23,7 +23,7 @@ from quantkit.progress import Progress
 from quantkit.sources.shards import DTYPES
 from quantkit.units import size
 
-_BASE = 96 * 2**20  # tokenizer, threads' own heaps, a writer's buffers
+_BASE = 96 * 2**20  # tokenizer, threads, a writer's buffers
 _STACKS = 5  # float32 copies of a stage's weights that are at hand while it is quantized
 _SQUARES = 5  # float32 [in, in]: a Hessian, its sum, its permuted copy, its factor, a library's working copy
 _CHUNK = 256  # positions whose logits are held at a time

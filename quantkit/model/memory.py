@@ -19,6 +19,7 @@ from quantkit.model.linears import shape_of
 from quantkit.model.stages import paused_bytes
 from quantkit.model.states import Place
 from quantkit.model.stream import ModelStream
+from quantkit.model.workers import MOST
 from quantkit.progress import Progress
 from quantkit.sources.shards import DTYPES
 from quantkit.units import size
@@ -139,7 +140,8 @@ def plan_quantizing(
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         abreast = workers if plan.side_by_side else 1
-        running = batch * min(tokens, abreast * batch_tokens) + abreast * block.square
+        sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
+        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square
         device = block.weights + max(block.work, running) + (tokens * block.paused_token if plan.paused else 0)
         host = _BASE + (block.stored if plan.prefetch else 0)
         waiting = 0 if plan.paused else hidden  # of paused forwards they are a part

@@ -19,7 +19,7 @@ from quantkit.parallel import share_of
 
 T = TypeVar("T")
 
-_MOST = 8  # a power of two; each holds the tensors of a forward
+MOST = 8  # workers; a power of two; each holds the tensors of a forward
 
 
 class Workers:
@@ -99,7 +99,7 @@ def worker_count(device: torch.device, items: int) -> int:
     """How many workers pay: a power of two that torch's threads can be dealt out to evenly; one on a GPU."""
     if device.type != "cpu":
         return 1
-    return max(1, min(math.gcd(_MOST, torch.get_num_threads()), items))
+    return max(1, min(math.gcd(MOST, torch.get_num_threads()), items))
 
 
 def even_shares(items: int, workers: int) -> list[range]:

@@ -20,12 +20,13 @@ from quantkit.codes import Codes
 from quantkit.codes.parts import put_together, take_apart
 from quantkit.config import QuantSpec
 from quantkit.model.stream import ModelStream
+from quantkit.model.workers import MOST
 from quantkit.parallel import ALONE, Ranks, share_of
 from quantkit.quant.gptq import GptqResult, quantize, quantize_tiles
 from quantkit.quant.hessian import HessianAccumulator
 
 _LANES = 16  # of all ranks together; a power of two; more processes than these share rows, but no more samples
-_OWN_LANES = 8  # of each rank, where the result may depend on their number; a power of two
+_OWN_LANES = MOST  # of each rank, where the result may depend on the number of ranks; each worker has whole ones
 _TILE = 512  # rows: o_proj of an 8B model still gives each of 8 processes one
 _STRIPS = 8  # a symmetric matrix is sent as so many strips, each from its diagonal on: 9/16 of the bytes
 

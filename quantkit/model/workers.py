@@ -1,7 +1,7 @@
 """Batches side by side: each worker is a thread that runs whole forwards with its share of torch's threads.
 
 A forward of one batch at a time hands every operation out to all cores and waits for the slowest, and does what lies
-between operations on one core. Forwards that share nothing need not wait: SmolLM2's took 0.79 to 0.85 of the time on
+between operations on one core. Forwards that share nothing need not wait: SmolLM2's took 0.79 to 0.86 of the time on
 2 cores (docs/speed.md).
 """
 

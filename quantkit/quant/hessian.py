@@ -44,9 +44,14 @@ class HessianAccumulator:
         Raises:
             NumericError: an activation was not finite; `name` says whose input it was.
         """
-        check_squares(self.sum.diagonal(), name)
-        upper = torch.triu(self.sum).div_(max(self.tokens, 1))
-        return upper.add_(torch.triu(upper, diagonal=1).T)
+        return mean_of(self.sum, self.tokens, name)
+
+
+def mean_of(total: torch.Tensor, tokens: int, name: str) -> torch.Tensor:
+    """`HessianAccumulator.mean` of a sum [in, in] over so many tokens, of which the upper triangle counts."""
+    check_squares(total.diagonal(), name)
+    upper = torch.triu(total).div_(max(tokens, 1))
+    return upper.add_(torch.triu(upper, diagonal=1).T)
 
 
 def blocks_of_columns(columns: int) -> list[tuple[int, int]]:

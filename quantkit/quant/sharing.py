@@ -23,7 +23,7 @@ from quantkit.model.stream import ModelStream
 from quantkit.model.workers import MOST
 from quantkit.parallel import ALONE, Ranks, share_of
 from quantkit.quant.gptq import GptqResult, quantize, quantize_tiles
-from quantkit.quant.hessian import HessianAccumulator
+from quantkit.quant.hessian import HessianAccumulator, mean_of
 
 _LANES = 16  # of all ranks together; a power of two; more processes than these share rows, but no more samples
 _OWN_LANES = MOST  # of each rank, where the result may depend on the number of ranks; each worker has whole ones
@@ -145,15 +145,16 @@ class HessianSum:
         Raises:
             NumericError: as `HessianAccumulator.mean`.
         """
-        total = HessianAccumulator(self._columns, self._device)
-        found = self._total()
-        total.sum = total.sum if found is None else found
+        total = self._total()
         if self._ranks.size > 1:
             tokens = torch.tensor([self.tokens])
             self._ranks.add(tokens)
             self.tokens = int(tokens)
-        total.tokens = self.tokens
-        return total.mean(name)
+        return mean_of(self._or_zeros(total), self.tokens, name)
+
+    def _or_zeros(self, total: torch.Tensor | None) -> torch.Tensor:
+        """A sum [in, in]; zeros for one of nothing."""
+        return torch.zeros(self._columns, self._columns, device=self._device) if total is None else total
 
     def _close(self, lane: int) -> None:
         """The lane is complete: add up the nodes that thereby are, so that few are held."""
@@ -170,7 +171,7 @@ class HessianSum:
         own = self._own(self.levels, 0)
         if self._ranks.size == 1:
             return own
-        own = torch.zeros(self._columns, self._columns, device=self._device) if own is None else own
+        own = self._or_zeros(own)
         packed = pack_upper(own)
         self._ranks.add(packed)
         return unpack_upper(packed, own)
@@ -198,15 +199,14 @@ class _SameForAll(HessianSum):
         if self._ranks.size == 1:
             return super()._total()
         packed = self._packed(self.levels, 0)
-        found = torch.zeros(self._columns, self._columns, device=self._device)
-        return None if packed is None else unpack_upper(packed, found)
+        return None if packed is None else unpack_upper(packed, self._or_zeros(None))
 
     def _packed(self, level: int, number: int) -> torch.Tensor | None:
         """The packed sum of a node, on every rank; None where it has no batches."""
         owners = self._owners(level, number)
         if len(owners) == 1:
             own = self._own(level, number) if owners[0] == self._ranks.rank else None
-            packed = pack_upper(torch.zeros(self._columns, self._columns, device=self._device) if own is None else own)
+            packed = pack_upper(self._or_zeros(own))
             self._ranks.broadcast(packed, owners[0])
             return packed
         if not owners:

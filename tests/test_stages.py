@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import ctypes
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from quantkit.calibration import TokenMatrix
 from quantkit.codes import QuantizedLinear
 from quantkit.config import QuantSpec
 from quantkit.errors import NumericError, SourceError
+from quantkit.model import allocator, stages
 from quantkit.model.budget import Budget
 from quantkit.model.families import FAMILIES as FAMILIES_TABLE
 from quantkit.model.stages import paused_bytes, run_paused, run_replayed
@@ -294,6 +298,68 @@ def test_paused_bytes_counts_the_widest_stage(make_model: MakeModel) -> None:
     with stream.block(0) as block:
         # gate and up: 64 in, 2 x 96 out; two residuals of 64.
         assert paused_bytes(block, STAGES, tokens=10, itemsize=4) == 10 * 4 * (64 + 192 + 128)
+
+
+class Heap(ctypes.Structure):
+    """What glibc's mallinfo2 tells; number 3 counts the pieces that came straight from the system."""
+
+    _fields_ = [("numbers", ctypes.c_size_t * 10)]
+
+
+def mapped() -> int:
+    """How many pieces of memory came straight from the system and did not go back yet."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Heap
+    return int(libc.mallinfo2().numbers[3])
+
+
+def pieces_while_paused() -> list[int]:
+    """Pieces from the system before three forwards that keep 24 MB and 3 MB each, in each, after them, and once more
+    with 24 MB."""
+    allocator.tune()
+    allocator.let_go()
+    block = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), b=nn.Linear(8, 8)))
+    seen = [mapped()]
+
+    def forward(i: int) -> torch.Tensor:
+        large, small = torch.zeros(24 << 20, dtype=torch.uint8), torch.zeros(3 << 20, dtype=torch.uint8)
+        seen.append(mapped())
+        output: torch.Tensor = block(torch.ones(1, 3, 8)) + large[0] + small[0]
+        return output
+
+    run_paused(block, [["a"], ["b"]], forward, 3, lambda *_: None, lambda _: None, lambda *_: None)
+    seen.append(mapped())
+    again = torch.zeros(24 << 20, dtype=torch.uint8)
+    seen.append(mapped())
+    del again
+    return seen
+
+
+def test_large_tensors_lie_apart_while_forwards_are_paused() -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("no glibc of 2.33 or later: the allocator cannot be asked")
+    # In a process of its own: what other tests freed would serve large tensors too, from the heap.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        before, *during, after, again = fresh.submit(pieces_while_paused).result()
+    assert during == [before + 1, before + 2, before + 3]
+    assert after == before
+    assert again == before  # in the heap, where what evaluation frees is used again
+
+
+def test_the_heap_is_handed_back_once_before_the_widest_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), b=nn.Linear(8, 24), c=nn.Linear(24, 8)))
+    seen: list[Any] = []
+    monkeypatch.setattr(stages, "let_go", lambda: seen.append("let go"))
+    run_paused(
+        block,
+        [["a"], ["b"], ["c"]],
+        lambda _: block(torch.ones(1, 3, 8)),
+        2,
+        lambda *_: None,
+        seen.append,
+        lambda *_: None,
+    )
+    assert seen == [0, "let go", 1, 2]
 
 
 # -- the whole pass --------------------------------------------------------------------------------------------------

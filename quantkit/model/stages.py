@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from quantkit.errors import SourceError
+from quantkit.model.allocator import large_apart, let_go
 from quantkit.model.linears import shape_of
 from quantkit.model.workers import Workers
 
@@ -88,10 +89,13 @@ def run_paused(
             del here  # a forward that holds itself would not end when it is let go
             back.switch((stage, x))
 
+    widest = max(range(len(stages)), key=lambda stage: _width(block, stages[stage]), default=None)
     try:
-        with _watch(block, stages, arrive):
+        with large_apart(), _watch(block, stages, arrive):
             for stage in range(len(stages)):
                 workers.map(partial(reach, stage))
+                if stage == widest:  # of what batches freed until here, little is of use from here on
+                    let_go()
                 on_stage(stage)
             for i, output in enumerate(workers.map(finish)):
                 on_output(i, output)
@@ -134,6 +138,7 @@ def run_replayed(
 
         with _watch(block, stages, arrive):
             workers.map(reach)
+        let_go()
         for stage in wave:
             on_stage(stage)
     for i, output in workers.each(forward):
@@ -182,12 +187,14 @@ def paused_bytes(block: nn.Module, stages: Sequence[Sequence[str]], tokens: int,
     """Upper estimate of what `tokens` paused tokens hold: the widest stage's input and outputs, with two residuals."""
     if not stages:
         return 0
-    widest = 0
-    for stage in stages:
-        shapes = [shape_of(block.get_submodule(name)) for name in stage]
-        widest = max(widest, sum(rows for rows, _ in shapes) + shapes[0][1])
     hidden = shape_of(block.get_submodule(stages[0][0]))[1]
-    return tokens * itemsize * (widest + 2 * hidden)
+    return tokens * itemsize * (max(_width(block, names) for names in stages) + 2 * hidden)
+
+
+def _width(block: nn.Module, stage: Sequence[str]) -> int:
+    """Numbers that a token has as the input and the outputs of a stage."""
+    shapes = [shape_of(block.get_submodule(name)) for name in stage]
+    return sum(rows for rows, _ in shapes) + shapes[0][1]
 
 
 @contextmanager

@@ -9,12 +9,11 @@ from torch import nn
 
 from quantkit.codes import Codes
 from quantkit.codes.parts import put_together, take_apart
-from quantkit.model.allocator import let_go
 from quantkit.model.budget import Budget
 from quantkit.model.families import Stages
 from quantkit.model.linears import weight_of
 from quantkit.model.memory import MemoryPlan, plan_quantizing
-from quantkit.model.stages import OnStage, run_paused, run_replayed
+from quantkit.model.stages import run_paused, run_replayed
 from quantkit.model.states import HiddenStates
 from quantkit.model.stream import ModelStream
 from quantkit.model.workers import Workers, worker_count
@@ -92,28 +91,9 @@ def quantize_blocks(
                     stream, index, block, stages, plan, on_linear, progress, len(batches), sharing, workers.count
                 )
                 run = run_replayed if replayed else run_paused
-                run(
-                    block,
-                    stages,
-                    forward,
-                    len(mine),
-                    work.observe,
-                    _after_letting_go(work.quantize),
-                    hidden.__setitem__,
-                    workers,
-                )
+                run(block, stages, forward, len(mine), work.observe, work.quantize, hidden.__setitem__, workers)
             on_block(index, None if hands_on else hidden)
             advance(1)
-
-
-def _after_letting_go(on_stage: OnStage) -> OnStage:
-    """What batches freed on the way to a stage goes back first: it comes in other sizes than what is needed next."""
-
-    def quantize(stage: int) -> None:
-        let_go()
-        on_stage(stage)
-
-    return quantize
 
 
 def _run_landed(

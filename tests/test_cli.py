@@ -14,7 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import typer
 from safetensors import safe_open
 
@@ -344,6 +346,15 @@ def test_an_exception_that_nobody_foresaw_is_one_line(desk: Desk, monkeypatch: p
     monkeypatch.setattr("quantkit.inspection.inspect", fail)
     expected = "error: ZeroDivisionError: first line (--debug shows where)\n"
     assert desk.run("inspect", "model") == (1, "", expected)
+
+
+def test_memory_that_ran_out_is_one_line_that_says_what_helps(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 57), lambda: bytearray(1 << 60)]
+    for fail in failures:
+        monkeypatch.setattr("quantkit.inspection.inspect", lambda *_, fail=fail, **__: fail())
+        code, out, err = desk.run("inspect", "model")
+        assert (code, out) == (1, "")
+        assert re.fullmatch(r"error: memory ran out (here|where .* TB more were asked for); .*--memory.*\n", err), err
 
 
 def test_short_groups_are_named_with_the_group_that_fits(desk: Desk, make_model: MakeModel) -> None:

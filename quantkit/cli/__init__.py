@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
 from typing import Annotated
 
+import torch
 import typer
 
 from quantkit import __version__, console, interrupts, parallel
@@ -23,6 +25,7 @@ from quantkit.cli.releasing import release
 from quantkit.cli.signals import farewell, heeded
 from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError
+from quantkit.units import size
 
 app = typer.Typer(
     help="Make the variants of a language model that people publish, and measure what each one loses.",
@@ -115,8 +118,9 @@ def _report(error: Exception, debug: bool) -> int:
     elif isinstance(error, QuantkitError):
         console.log.print(f"error: {error}", markup=False, style="red")
     else:
-        line = str(error).strip().split("\n")[0]
-        console.log.print(f"error: {type(error).__name__}: {line} (--debug shows where)", markup=False, style="red")
+        first_line = str(error).strip().split("\n")[0]
+        line = _out_of_memory(error) or f"{type(error).__name__}: {first_line}"
+        console.log.print(f"error: {line} (--debug shows where)", markup=False, style="red")
     return error.exit_code if isinstance(error, QuantkitError) else 1
 
 
@@ -128,3 +132,16 @@ def _hush_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a process that is lost we tell in one line
     if parallel.mute():
         warnings.simplefilter("ignore")
+
+
+def _out_of_memory(error: Exception) -> str:
+    """A line where the system or torch had no memory to give; "" for other errors.
+
+    On a CPU torch says it by a RuntimeError with the name of its allocator, C++ libraries by that of C++'s error.
+    """
+    said = str(error)
+    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(r"CPUAllocator|bad_alloc", said)):
+        return ""
+    asked = re.search(r"tried to allocate (\d+) bytes", said)
+    what = f"where {size(int(asked[1]))} more were asked for" if asked else "here"
+    return f"memory ran out {what}; let the run have less of it with --memory, or free some"

@@ -33,12 +33,18 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that both benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="folder for models and checkpoints")
-    parser.add_argument("--gptqmodel-python", type=Path, help="python of GPTQModel's environment; without: skipped")
+    parser.add_argument("--gptqmodel-python", type=_program, help="python of GPTQModel's environment; without: skipped")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--calibration", type=Path, default=DATA / "alpaca_en_demo.json", help="JSON list of records")
     parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
     return parser
+
+
+def _program(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no such file: {text}")
+    return Path(text)
 
 
 def smollm2_folder(work: Path) -> Path:

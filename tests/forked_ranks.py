@@ -1,6 +1,7 @@
 """Processes of one run, forked from a parent that has imported everything: starting them costs next to nothing.
 
-Run as a program it reads one JSON request a line (`Request`) and answers with one JSON list of `Outcome`s a line.
+Run as a program it reads one JSON request a line (`Request`) and answers with one JSON list of `Outcome`s a line. With
+a request as its argument it is one rank of it, which torchrun started.
 """
 
 from __future__ import annotations
@@ -181,5 +182,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def join(request: Request) -> int:
+    _prepare(request, int(os.environ["RANK"]))
+    return _main(request.arguments)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        os._exit(join(Request(**json.loads(sys.argv[1]))))
     serve()

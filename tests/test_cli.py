@@ -21,8 +21,9 @@ import typer
 from safetensors import safe_open
 
 import quantkit
-from quantkit import cli
+from quantkit import cli, interrupts
 from quantkit.config import CalibrationSpec
+from quantkit.watch import RankError
 
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
@@ -346,6 +347,15 @@ def test_an_exception_that_nobody_foresaw_is_one_line(desk: Desk, monkeypatch: p
     monkeypatch.setattr("quantkit.inspection.inspect", fail)
     expected = "error: ZeroDivisionError: first line (--debug shows where)\n"
     assert desk.run("inspect", "model") == (1, "", expected)
+
+
+def test_a_lost_process_is_told_even_after_its_launchers_signal(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        interrupts.note()
+        raise RankError("rank 3 is gone; go on with --resume")
+
+    monkeypatch.setattr("quantkit.inspection.inspect", fail)
+    assert desk.run("inspect", "model") == (1, "", "error: rank 3 is gone; go on with --resume\n")
 
 
 def test_memory_that_ran_out_is_one_line_that_says_what_helps(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,21 @@ def test_killed_and_resumed_with_fewer_gives_the_same_bytes(start: Start, tmp_pa
     check_done(start("killed", 2, [*arguments, "--resume"]))
     assert contents(tmp_path / "killed" / "out") == contents(tmp_path / "whole" / "out")
     assert not (tmp_path / "killed/.out.unfinished").exists()
+
+
+def test_a_lost_process_is_told_where_the_launcher_ends_the_others(start: Start, tmp_path: Path) -> None:
+    """torchrun sends the others a SIGTERM as soon as one has died, which may come before they notice it."""
+    start("killed", 1, quantize("--no-eval", "--dry-run", model="dense"))  # makes the folder
+    arguments = quantize("--no-eval", model="dense")
+    request = Request(3, arguments, "", stop=(2, 1, signal.SIGKILL))
+    program = [str(Path(__file__).with_name("forked_ranks.py")), json.dumps(asdict(request))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", *program]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path / "killed", env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert re.search(r"^error: rank 2 on .* is gone: .*; go on with --resume", done.stderr, re.MULTILINE), done.stderr
+    assert "interrupted" not in done.stderr
+    check_done(start("killed", 1, [*arguments, "--resume"]))
 
 
 def test_the_first_process_killed(start: Start, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from quantkit.cli.signals import farewell, heeded
 from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError
 from quantkit.units import size
+from quantkit.watch import RankError
 
 app = typer.Typer(
     help="Make the variants of a language model that people publish, and measure what each one loses.",
@@ -94,6 +95,8 @@ def _run(arguments: list[str]) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort) as stop:
         return _interrupted(stop, arguments)
+    except RankError as error:  # a launcher that saw another process die sends this one a SIGTERM
+        return _report(error, "--debug" in arguments)
     except Exception as error:
         return _interrupted(error, arguments) if interrupts.came() else _report(error, "--debug" in arguments)
 

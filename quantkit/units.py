@@ -18,3 +18,12 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def significant(value: float, digits: int = 4, sign: bool = False) -> str:
+    """A number with this many significant digits, written out where it is of ordinary size."""
+    plus = "+" if sign else ""
+    text = f"{value:{plus}#.{digits}g}".removesuffix(".")
+    if "e" not in text or not 1e-6 <= abs(value) < 1e15:
+        return text
+    return f"{value:{plus}.0f}" if "e+" in text else f"{value:{plus}.{digits - 1 - int(text.partition('e')[2])}f}"

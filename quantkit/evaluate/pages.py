@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.evaluate.plots import INK, PAPER, RULE
-from quantkit.units import size
+from quantkit.units import significant, size
 
 _CAPTIONS = {
     "accuracy-size": "Further down is nearer to the reference, further left is smaller. Where a model is on the Pareto "
@@ -50,7 +50,7 @@ def write_pages(folder: Path, report: Mapping[str, Any], figures: Mapping[str, b
 
 def number(value: float) -> str:
     """Four decimals; of what is smaller than that shows, two digits."""
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else significant(value, 2)
 
 
 def visible(text: str) -> str:

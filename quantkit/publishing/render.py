@@ -12,7 +12,7 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from quantkit.errors import SourceError, UsageError
-from quantkit.units import size
+from quantkit.units import significant, size
 
 BUILT_IN = ("default", "thebloke-2023")
 _COMPILED = "<template>"  # what jinja2 calls the file of a template that came as text
@@ -41,7 +41,7 @@ def render(template: str, name: str, variables: Mapping[str, Any]) -> str:
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(size=size, cell=_cell, number=_number)
+    environment.filters.update(size=size, cell=_cell, number=significant)
     try:
         return environment.from_string(template).render(variables)
     except jinja2.TemplateSyntaxError as error:
@@ -55,12 +55,3 @@ def render(template: str, name: str, variables: Mapping[str, Any]) -> str:
 def _cell(value: object) -> str:
     """Text that fits into a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _number(value: float, digits: int = 4, sign: bool = False) -> str:
-    """A number with this many significant digits, written out where it is of ordinary size."""
-    plus = "+" if sign else ""
-    text = f"{value:{plus}#.{digits}g}".removesuffix(".")
-    if "e" not in text or not 1e-6 <= abs(value) < 1e15:
-        return text
-    return f"{value:{plus}.0f}" if "e+" in text else f"{value:{plus}.{digits - 1 - int(text.partition('e')[2])}f}"

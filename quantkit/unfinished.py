@@ -119,17 +119,19 @@ def working(out: Path, decides: Mapping[str, Any], total: int, resume: bool, for
     with folders_above(out), _locked(out) as folder:
         put_back(folder / "replaced", out)
         run = Run(out, folder, total, resume and _goes_on(folder, wanted["decides"]))
+        staged = False
         try:
             _sweep(run)
             if not run.resumed:
                 write_sealed(folder / "run.json", wanted)
             run.staged.mkdir()
+            staged = True
             yield run
             (folder / "replaced").mkdir()
             take_place(run.staged, out, folder / "replaced")
             shutil.rmtree(folder)
         except BaseException as error:
-            _leave(run, error)
+            _leave(run, error, placed=staged and not run.staged.exists())
 
 
 def drop_unfinished(out: Path) -> None:
@@ -219,10 +221,13 @@ def _sweep(run: Run) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _leave(run: Run, error: BaseException) -> NoReturn:
-    """Keep what has landed, and say so."""
+def _leave(run: Run, error: BaseException, placed: bool) -> NoReturn:
+    """Keep what has landed, and say so; but nothing where the output has its place and only an interrupt came."""
     if interrupts.came() and not isinstance(error, KeyboardInterrupt):
         error = KeyboardInterrupt()
+    if placed and isinstance(error, KeyboardInterrupt):
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise Interrupted(f"when {run.out} was complete") from None
     with suppress(OSError):
         put_back(run.folder / "replaced", run.out)
         shutil.rmtree(run.folder / "replaced", ignore_errors=True)

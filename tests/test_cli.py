@@ -359,7 +359,11 @@ def test_a_lost_process_is_told_even_after_its_launchers_signal(desk: Desk, monk
 
 
 def test_memory_that_ran_out_is_one_line_that_says_what_helps(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_gpu() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
     failures = [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 57), lambda: bytearray(1 << 60)]
+    failures.append(on_a_gpu)
     for fail in failures:
         monkeypatch.setattr("quantkit.inspection.inspect", lambda *_, fail=fail, **__: fail())
         code, out, err = desk.run("inspect", "model")

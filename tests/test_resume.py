@@ -23,14 +23,14 @@ from test_families import DISCOVERED
 from test_release import SMALL, write_recipe
 
 import quantkit
-from quantkit import pipeline, provenance
+from quantkit import pipeline, provenance, unfinished
 from quantkit.cli import main
 from quantkit.cli.signals import farewell, heeded
 from quantkit.errors import Interrupted, NumericError, OutputError, SourceError, UsageError
 from quantkit.model.stream import ModelStream
 from quantkit.quant import blockwise, landing, stagework
 from quantkit.quant.landing import Every, parse_every
-from quantkit.unfinished import ChangedError, differences, folder_of
+from quantkit.unfinished import ChangedError, differences, folder_of, working
 from quantkit.workdir import read_sealed, write_sealed
 from quantkit.writers.gptq import GptqWriter
 
@@ -638,6 +638,33 @@ def test_the_second_signal_ends_at_once(first: str, second: str) -> None:
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + two
+
+
+@pytest.mark.parametrize("moment", ["placed", "half swept"])
+def test_an_interrupt_when_the_output_is_complete_leaves_nothing_else(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name = (unfinished, "take_place") if moment == "placed" else (shutil, "rmtree")
+    take_place = unfinished.take_place
+
+    def interrupted(*arguments: Any) -> None:
+        monkeypatch.undo()
+        if moment == "placed":
+            take_place(*arguments)
+        else:
+            (arguments[0] / "run.json").unlink()
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        with working(tmp_path / "out", {"a": 1}, 1, resume=False, force=False) as work:
+            (work.staged / "model").write_text("whole")
+            (work.folder / "blocks").mkdir()
+            (work.folder / "blocks" / "00000.json").write_text("{}")
+            monkeypatch.setattr(owner, name, interrupted)
+
+    with pytest.raises(Interrupted, match=r"when .*/out was complete"):
+        run()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["out", "out/model"]
 
 
 def test_an_interrupt_that_c_code_made_another_error_of_is_one(

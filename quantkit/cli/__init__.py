@@ -9,7 +9,6 @@ import traceback
 import warnings
 from typing import Annotated
 
-import torch
 import typer
 
 from quantkit import __version__, console, interrupts, parallel
@@ -140,10 +139,11 @@ def _hush_libraries() -> None:
 def _out_of_memory(error: Exception) -> str:
     """A line where the system or torch had no memory to give; "" for other errors.
 
-    On a CPU torch says it by a RuntimeError with the name of its allocator, C++ libraries by that of C++'s error.
+    On a CPU torch says it by a RuntimeError with the name of its allocator, on a GPU by a class of its own (not named
+    here, where torch need not be imported yet), C++ libraries by the name of C++'s error.
     """
-    said = str(error)
-    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(r"CPUAllocator|bad_alloc", said)):
+    said = f"{type(error).__name__}: {error}"
+    if not (isinstance(error, MemoryError) or re.search(r"^OutOfMemoryError|CPUAllocator|bad_alloc", said)):
         return ""
     asked = re.search(r"tried to allocate (\d+) bytes", said)
     what = f"where {size(int(asked[1]))} more were asked for" if asked else "here"

@@ -147,4 +147,4 @@ def _out_of_memory(error: Exception) -> str:
         return ""
     asked = re.search(r"tried to allocate (\d+) bytes", said)
     what = f"where {size(int(asked[1]))} more were asked for" if asked else "here"
-    return f"memory ran out {what}; let the run have less of it with --memory, or free some"
+    return f"memory ran out {what}; free some, or name less as --memory (gptq, imatrix, perplexity, compare)"

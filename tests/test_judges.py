@@ -268,7 +268,12 @@ def test_smollm2_loads_in_transformers_and_writes_as_fp16_does(judge: AskJudge, 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
 
     # The backend that a user gets, rounding as it does for a user.
-    theirs, generated, info = one.logits(checkpoint, [ids], 500, generate=12, backend="auto", exact=False)
+    try:
+        theirs, generated, info = one.logits(checkpoint, [ids], 500, generate=12, backend="auto", exact=False)
+    except JudgeError as refused:  # what it takes where the processor has AVX-512's bfloat16; docs/verify.md tells
+        if not re.search(r"TorchCpuAvx512Linear.*576 must be divisible by `group_size: 128`", str(refused)):
+            raise
+        theirs, generated, info = one.logits(checkpoint, [ids], 500, generate=12, exact=False)
     ours = streamed_logits(open_stream(checkpoint), [torch.tensor([ids])])[0]
     assert info["quantized_linears"] == 30 * 7
     # GPTQModel rounds the weights, or with some kernels the activations too, to half precision.

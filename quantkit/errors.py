@@ -1,6 +1,13 @@
-"""Exceptions of quantkit. Each message is one or two lines: what is wrong, where, and what to do about it."""
+"""Exceptions of quantkit, and how any exception is told.
+
+Each message is one or two lines: what is wrong, where, and what to do about it.
+"""
 
 from __future__ import annotations
+
+import re
+
+from quantkit.units import size
 
 
 class QuantkitError(Exception):
@@ -40,3 +47,24 @@ class MissingPackageError(QuantkitError):
 
 class Interrupted(KeyboardInterrupt):
     """An interrupt that did not cost the work done so far; says how far that went, and what goes on with it."""
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line or two, as the command line shows it."""
+    if isinstance(error, QuantkitError):
+        return str(error)
+    return _out_of_memory(error) or f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """A line where the system or torch had no memory to give; "" for other errors.
+
+    On a CPU torch says it by a RuntimeError with the name of its allocator, on a GPU by a class of its own (not named
+    here, where torch need not be imported yet), C++ libraries by the name of C++'s error.
+    """
+    said = f"{type(error).__name__}: {error}"
+    if not (isinstance(error, MemoryError) or re.search(r"^OutOfMemoryError|CPUAllocator|bad_alloc", said)):
+        return ""
+    asked = re.search(r"tried to allocate (\d+) bytes", said)
+    what = f"where {size(int(asked[1]))} more were asked for" if asked else "here"
+    return f"memory ran out {what}; free some, or name less as --memory (gptq, imatrix, perplexity, compare)"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, describe
 from quantkit.progress import Progress
 
 _BEAT = 1.0
@@ -255,10 +255,3 @@ def ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-
-
-def describe(error: BaseException) -> str:
-    """An error in a line or two, as the command line shows it."""
-    if isinstance(error, QuantkitError):
-        return str(error)
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

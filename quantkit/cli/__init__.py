@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -23,8 +22,7 @@ from quantkit.cli.quantizing import gptq, samples
 from quantkit.cli.releasing import release
 from quantkit.cli.signals import farewell, heeded
 from quantkit.cli.verifying import verify
-from quantkit.errors import QuantkitError
-from quantkit.units import size
+from quantkit.errors import QuantkitError, describe
 from quantkit.watch import RankError
 
 app = typer.Typer(
@@ -117,12 +115,9 @@ def _report(error: Exception, debug: bool) -> int:
         return 2
     if debug:
         traceback.print_exception(error)
-    elif isinstance(error, QuantkitError):
-        console.log.print(f"error: {error}", markup=False, style="red")
     else:
-        first_line = str(error).strip().split("\n")[0]
-        line = _out_of_memory(error) or f"{type(error).__name__}: {first_line}"
-        console.log.print(f"error: {line} (--debug shows where)", markup=False, style="red")
+        hint = "" if isinstance(error, QuantkitError) else " (--debug shows where)"
+        console.log.print(f"error: {describe(error)}{hint}", markup=False, style="red")
     return error.exit_code if isinstance(error, QuantkitError) else 1
 
 
@@ -134,17 +129,3 @@ def _hush_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a process that is lost we tell in one line
     if parallel.mute():
         warnings.simplefilter("ignore")
-
-
-def _out_of_memory(error: Exception) -> str:
-    """A line where the system or torch had no memory to give; "" for other errors.
-
-    On a CPU torch says it by a RuntimeError with the name of its allocator, on a GPU by a class of its own (not named
-    here, where torch need not be imported yet), C++ libraries by the name of C++'s error.
-    """
-    said = f"{type(error).__name__}: {error}"
-    if not (isinstance(error, MemoryError) or re.search(r"^OutOfMemoryError|CPUAllocator|bad_alloc", said)):
-        return ""
-    asked = re.search(r"tried to allocate (\d+) bytes", said)
-    what = f"where {size(int(asked[1]))} more were asked for" if asked else "here"
-    return f"memory ran out {what}; free some, or name less as --memory (gptq, imatrix, perplexity, compare)"

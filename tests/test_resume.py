@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _imp
 import fcntl
 import json
 import os
@@ -10,10 +11,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -640,6 +646,62 @@ def test_the_second_signal_ends_at_once(first: str, second: str) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + two
 
 
+def interrupted_by(act: Callable[[], object]) -> None:
+    """The act has its end, and the interrupt that came in it arrives after."""
+
+    def work() -> None:
+        with heeded(["gptq"]):
+            act()
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+
+
+def test_an_interrupt_while_an_extension_is_imported_waits_for_its_end(
+    signals_unheard: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def create(spec: Any) -> ModuleType:
+        """What numpy's import_array() does in the C code of an extension that uses it, as numba's do."""
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # the alarm comes more than once
+        except KeyboardInterrupt:
+            traceback.print_exc()
+            raise ImportError("numpy._core.multiarray failed to import") from None
+        return ModuleType(spec.name)
+
+    monkeypatch.setattr(_imp, "create_dynamic", create)
+    spec = spec_from_file_location("made_in_c", "made_in_c.so", loader=ExtensionFileLoader("made_in_c", "made_in_c.so"))
+    assert spec is not None
+    made: list[ModuleType] = []
+    interrupted_by(lambda: made.append(module_from_spec(spec)))
+    assert [module.__name__ for module in made] == ["made_in_c"]
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(
+    signals_unheard: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest's own collects them
+
+    class Ending:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupted_by(Ending)
+    assert capfd.readouterr().err == ""
+
+    class Faulty:
+        def __del__(self) -> None:
+            raise ValueError("told as ever")
+
+    with heeded(["gptq"]):
+        Faulty()
+    assert "ValueError: told as ever" in capfd.readouterr().err
+    assert sys.unraisablehook is sys.__unraisablehook__
+
+
 @pytest.mark.parametrize("moment", ["placed", "half swept"])
 def test_an_interrupt_when_the_output_is_complete_leaves_nothing_else(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -705,8 +767,8 @@ def signals_unheard() -> Iterator[None]:
 
 
 def test_signals_are_as_they_were_afterwards(signals_unheard: None) -> None:
-    def heed() -> tuple[Any, Any]:
-        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    def heed() -> tuple[Any, ...]:
+        return *map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)), sys.unraisablehook
 
     before = heed()
     with heeded(["gptq"]):

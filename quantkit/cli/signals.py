@@ -9,27 +9,47 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
 from quantkit import interrupts
 from quantkit.errors import Interrupted
 
 _SHOW_CURSOR = "\x1b[?25h"
+_SOON = 0.02  # seconds
 
 
 @contextmanager
 def heeded(arguments: Sequence[str]) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM raise a KeyboardInterrupt, and whichever comes second end the process with 128 + n."""
+    """Let Ctrl-C and SIGTERM raise a KeyboardInterrupt, and whichever comes second end the process with 128 + n.
+
+    Where it would not arrive (an extension's import, a destructor, a callback) it is raised soon after, by SIGALRM.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     interrupts.note(False)
 
-    def heed(number: int, _: FrameType | None) -> None:
+    def heed(number: int, frame: FrameType | None) -> None:
         if interrupts.came():
             _end(number)
         interrupts.note()
-        raise KeyboardInterrupt
+        stop(number, frame)
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        if _loading(frame):
+            soon()
+        else:
+            raise KeyboardInterrupt
+
+    def soon() -> None:
+        signal.setitimer(signal.ITIMER_REAL, _SOON)
+
+    def not_lost(unraisable: sys.UnraisableHookArgs) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):  # in a destructor or a callback, which may not raise
+            soon()
+        else:
+            report_unraisable(unraisable)
 
     # In a chat Ctrl-C stops an answer, time and again. One that is ignored, as in the background, stays so.
     ours = [signal.SIGTERM] if "chat" in arguments[:1] else [signal.SIGTERM, signal.SIGINT]
@@ -37,11 +57,26 @@ def heeded(arguments: Sequence[str]) -> Iterator[None]:
     heard = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in heard:
         signal.signal(number, heed)
+    alarm = signal.signal(signal.SIGALRM, stop)
+    report_unraisable, sys.unraisablehook = sys.unraisablehook, not_lost
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = report_unraisable
+        signal.signal(signal.SIGALRM, alarm)
         for number, handler in heard.items():
             signal.signal(number, handler)
+
+
+def _loading(frame: FrameType | None) -> bool:
+    """Whether C code of a module being imported runs: it may print an exception and raise another, or drop it."""
+    while frame is not None:
+        within = frame.f_globals.get("__name__") == "importlib._bootstrap_external"
+        if within and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def farewell(stop: BaseException, arguments: Sequence[str]) -> str:

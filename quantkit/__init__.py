@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.version import __version__
 
 if TYPE_CHECKING:
     from quantkit.chatting import chat

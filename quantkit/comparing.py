@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__
 from quantkit.config import HELDOUT, ComputeDtype, EvaluationSpec, TemplateName, make
 from quantkit.errors import UsageError
 from quantkit.evaluate.chooser import Choice, Limits, choose, pareto
@@ -28,6 +27,7 @@ from quantkit.preflight import check_outside, check_tokens, note_source, open_st
 from quantkit.progress import SILENT, Progress
 from quantkit.provenance import origin
 from quantkit.sources import Source
+from quantkit.version import __version__
 from quantkit.workdir import REPORT_NAME, absolute, staged_folder, write_json
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__
 from quantkit.calibration import TokenMatrix
 from quantkit.config import HELDOUT, CalibrationSpec, ComputeDtype, TemplateName, make
 from quantkit.model.stream import ModelStream
@@ -16,6 +15,7 @@ from quantkit.preflight import calibration_windows, check_other_file, check_toke
 from quantkit.progress import SILENT, Progress
 from quantkit.quant.importance import InputSquares, collect_squares, memory_plan
 from quantkit.sources import Source, variant_name
+from quantkit.version import __version__
 from quantkit.workdir import absolute, staged_files
 from quantkit.writers import gguf as gguf_files
 from quantkit.writers.imatrix import Entry, write_imatrix

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from quantkit import __version__
 from quantkit.errors import SourceError
 from quantkit.model.delta import PairSource
 from quantkit.sources import Source, file_sha256
+from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"
 """The file that repeats checksums as `sha256sum --check` reads them."""

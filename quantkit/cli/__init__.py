@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit import __version__, console, interrupts, parallel
+from quantkit import console, interrupts, parallel
 from quantkit.cli.comparing import compare
 from quantkit.cli.exporting import ggml, imatrix
 from quantkit.cli.folders import convert, diff, inspect, merge
@@ -23,6 +23,7 @@ from quantkit.cli.releasing import release
 from quantkit.cli.signals import farewell, heeded
 from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError, describe
+from quantkit.version import __version__
 from quantkit.watch import RankError
 
 app = typer.Typer(

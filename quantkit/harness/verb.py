@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__
 from quantkit.config import ComputeDtype
 from quantkit.errors import UsageError
 from quantkit.harness import register
@@ -19,6 +18,7 @@ from quantkit.preflight import check_other_file, named, open_model
 from quantkit.progress import SILENT, Progress
 from quantkit.provenance import origin
 from quantkit.sources import Source
+from quantkit.version import __version__
 from quantkit.workdir import absolute, write_json
 
 LEADERBOARD = "open-llm-leaderboard"

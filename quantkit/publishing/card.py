@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__
 from quantkit.errors import OutputError, UsageError
 from quantkit.progress import SILENT, Progress
 from quantkit.publishing.facts import Model, models_in
@@ -18,6 +17,7 @@ from quantkit.publishing.measured import Measurements, measurements
 from quantkit.publishing.prompts import prompt_of
 from quantkit.publishing.render import read_template, render
 from quantkit.sources import file_sha256
+from quantkit.version import __version__
 from quantkit.workdir import absolute, staged_files
 
 CARD = "README.md"

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit import __version__
 from quantkit.errors import OutputError, UsageError
 from quantkit.progress import SILENT, Progress
 from quantkit.publishing.files import Change, LocalFile, compare, local_files
 from quantkit.publishing.remote import Remote, RemoteState, check_token
+from quantkit.version import __version__
 from quantkit.workdir import absolute
 
 _BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$))[\w][\w./-]*(?<![./])")

@@ -23,12 +23,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
 )
 
-from quantkit import __version__
 from quantkit.errors import OutputError, QuantkitError, UsageError
 from quantkit.progress import Progress
 from quantkit.publishing.files import LocalFile, RemoteFile
 from quantkit.sources.base import first_line
 from quantkit.sources.hub import quiet_client
+from quantkit.version import __version__
 
 T = TypeVar("T")
 

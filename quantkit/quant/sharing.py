@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from quantkit import __version__
 from quantkit.codes import Codes
 from quantkit.codes.parts import put_together, take_apart
 from quantkit.config import QuantSpec
@@ -24,6 +23,7 @@ from quantkit.model.workers import MOST
 from quantkit.parallel import ALONE, Ranks, share_of
 from quantkit.quant.gptq import GptqResult, quantize, quantize_tiles
 from quantkit.quant.hessian import HessianAccumulator, mean_of
+from quantkit.version import __version__
 
 _LANES = 16  # of all ranks together; a power of two; more processes than these share rows, but no more samples
 _OWN_LANES = MOST  # of each rank, where the result may depend on the number of ranks; each worker has whole ones

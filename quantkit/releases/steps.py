@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from quantkit import __version__
 from quantkit.errors import QuantkitError
 from quantkit.progress import Progress
 from quantkit.releases.ledger import Hashes, Ledger
+from quantkit.version import __version__
 from quantkit.workdir import fingerprint
 
 Status = Literal["done", "unchanged", "failed", "refused", "skipped"]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__
 from quantkit.codes import PACKABLE_BITS, Codes, QuantizedLinear, pack, packing_multiple
 from quantkit.config import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.errors import NumericError, OutputError, UsageError
@@ -21,6 +20,7 @@ from quantkit.quant.plan import Plan
 from quantkit.sources.base import Source
 from quantkit.sources.gptq import GptqSource
 from quantkit.tensorfile import TensorPlan, tensor_bytes
+from quantkit.version import __version__
 from quantkit.workdir import write_json
 from quantkit.writers.safetensors import ShardedWriter
 

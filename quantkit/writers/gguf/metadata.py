@@ -13,11 +13,11 @@ from typing import Any
 import gguf
 from transformers import PretrainedConfig
 
-from quantkit import __version__
 from quantkit.sources.base import Source
 from quantkit.sources.gguf import GgufSource
 from quantkit.sources.gguf_architectures import ARCHITECTURES
 from quantkit.sources.gguf_file import GgufFile
+from quantkit.version import __version__
 from quantkit.writers.gguf.architectures import GEMMA, architecture_of, head_width, rope_of
 from quantkit.writers.gguf.vocabulary import vocabulary
 

@@ -17,10 +17,10 @@ import common
 import torch
 
 import quantkit
-from quantkit.config import QuantSpec
-from quantkit.evaluate.compare import score
-from quantkit.evaluate.report import summarize
-from quantkit.model.stream import ModelStream
+from quantkit.blocks.stream import ModelStream
+from quantkit.evaluate.scores import score
+from quantkit.evaluate.statistics import summarize
+from quantkit.options import QuantSpec
 from quantkit.sources import open_source
 
 

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantkit.calibration import TokenMatrix
-from quantkit.config import QuantSpec
-from quantkit.evaluate.compare import Windows
-from quantkit.model.stream import ModelStream
-from quantkit.quant.gptq import round_to_nearest
-from quantkit.quant.plan import modules_in_block, plan_linears
-from quantkit.sources import Source, default_source, open_source
-from quantkit.workdir import staged_folder, write_json
-from quantkit.writers import gptq as container
-from quantkit.writers.safetensors import ShardedWriter
+from quantkit.blocks.stream import ModelStream
+from quantkit.containers.gptq import write as container
+from quantkit.containers.hf.write import ShardedWriter
+from quantkit.containers.source import Source
+from quantkit.evaluate.scores import Windows
+from quantkit.options import QuantSpec
+from quantkit.quantize.gptq import round_to_nearest
+from quantkit.quantize.plan import modules_in_block, plan_linears
+from quantkit.runs.atomic import staged_folder, write_json
+from quantkit.sources import default_source, open_source
+from quantkit.tokens import TokenMatrix
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PEERS = Path(__file__).parent / "peers"

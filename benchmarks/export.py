@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quantkit
-from quantkit.config import QuantSpec
+from quantkit.options import QuantSpec
 
 SPEC = QuantSpec(bits=4, group_size=64)
 FACTORS = (1, 2, 4, 8)

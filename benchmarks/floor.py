@@ -34,11 +34,11 @@ import common
 import torch
 
 import quantkit
-from quantkit.config import QuantSpec
-from quantkit.model.stream import ModelStream
-from quantkit.model.workers import worker_count
-from quantkit.quant import gptq, stagework
-from quantkit.quant.hessian import HessianAccumulator
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.workers import worker_count
+from quantkit.options import QuantSpec
+from quantkit.quantize import gptq, stagework
+from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.sources import open_source
 
 BATCH_TOKENS = 2048

@@ -30,16 +30,16 @@ import common
 import torch
 from transformers import LlamaConfig
 
+from quantkit.blocks.budget import free_budget
+from quantkit.blocks.open import DTYPES, resolve_device
+from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes
-from quantkit.config import QuantSpec
-from quantkit.model.budget import free_budget
-from quantkit.model.stream import ModelStream
-from quantkit.preflight import DTYPES, resolve_device
-from quantkit.quant import gptq, kernels
-from quantkit.quant.blockwise import quantize_blocks
-from quantkit.quant.hessian import HessianAccumulator
-from quantkit.quant.plan import plan_linears
-from quantkit.sources.base import TensorInfo
+from quantkit.containers.source import TensorInfo
+from quantkit.options import QuantSpec
+from quantkit.quantize import gptq, kernels
+from quantkit.quantize.blockwise import quantize_blocks
+from quantkit.quantize.hessian import HessianAccumulator
+from quantkit.quantize.plan import plan_linears
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -28,14 +28,14 @@ import common
 import torch
 
 import quantkit
-from quantkit.calibration import TokenMatrix
-from quantkit.config import QuantSpec, make
+from quantkit.containers.hf.tensorfile import TensorPlan
+from quantkit.containers.hf.write import ShardedWriter
+from quantkit.options import QuantSpec, make
 from quantkit.progress import Silent
-from quantkit.quant.gptq import quantize
+from quantkit.quantize.gptq import quantize
+from quantkit.runs.atomic import staged_folder, write_json
 from quantkit.sources import default_source, open_source
-from quantkit.tensorfile import TensorPlan
-from quantkit.workdir import staged_folder, write_json
-from quantkit.writers.safetensors import ShardedWriter
+from quantkit.tokens import TokenMatrix
 
 STEPS = ("gptq", "ggml", "merge", "compare")
 
@@ -217,9 +217,9 @@ def warm_up() -> None:
     """Import what the steps import when they are called, and let torch start its threads."""
     for module in (
         "transformers.models.llama.modeling_llama",
-        "quantkit.comparing",
-        "quantkit.export",
-        "quantkit.merging",
+        "quantkit.verbs.compare",
+        "quantkit.verbs.ggml",
+        "quantkit.verbs.merge",
     ):
         importlib.import_module(module)
     quantize(torch.ones(64, 256), torch.eye(256), make(QuantSpec, group_size=32))  # Numba, and LAPACK's threads

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
+from quantkit.runs.atomic import staged_folder
 from quantkit.sources import default_source
-from quantkit.workdir import staged_folder
 
 TEXT = "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do. " * 4
 

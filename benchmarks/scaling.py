@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 import quantkit
-from quantkit.calibration import TokenMatrix
+from quantkit.tokens import TokenMatrix
 
 SHAPE = memory.Shape(width=512, inner=1408, heads=8, keys=4)
 LIMIT_OFF_LINE, LIMIT_GROWTH = 1.15, 1.05

@@ -26,8 +26,8 @@ import common
 import torch
 
 import quantkit
-from quantkit.config import QuantSpec
-from quantkit.model.stream import ModelStream
+from quantkit.blocks.stream import ModelStream
+from quantkit.options import QuantSpec
 from quantkit.sources import open_source
 
 SPEC = QuantSpec(bits=4, group_size=64)

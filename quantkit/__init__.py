@@ -9,22 +9,23 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
-    from quantkit.chatting import chat
-    from quantkit.comparing import compare
-    from quantkit.conversion import convert
-    from quantkit.drawing import samples
-    from quantkit.evaluating import perplexity
-    from quantkit.export import ggml
-    from quantkit.generation import generate
-    from quantkit.harness.verb import eval
-    from quantkit.importance import imatrix
-    from quantkit.inspection import inspect
-    from quantkit.merging import diff, merge
-    from quantkit.pipeline import gptq
-    from quantkit.publishing.card import card
-    from quantkit.publishing.hub import publish
-    from quantkit.releasing import release
-    from quantkit.verification import verify
+    from quantkit.verbs.card import card
+    from quantkit.verbs.chat import chat
+    from quantkit.verbs.compare import compare
+    from quantkit.verbs.convert import convert
+    from quantkit.verbs.diff import diff
+    from quantkit.verbs.eval import eval
+    from quantkit.verbs.generate import generate
+    from quantkit.verbs.ggml import ggml
+    from quantkit.verbs.gptq import gptq
+    from quantkit.verbs.imatrix import imatrix
+    from quantkit.verbs.inspect import inspect
+    from quantkit.verbs.merge import merge
+    from quantkit.verbs.perplexity import perplexity
+    from quantkit.verbs.publish import publish
+    from quantkit.verbs.release import release
+    from quantkit.verbs.samples import samples
+    from quantkit.verbs.verify import verify
 
 __all__ = [
     "QuantkitError",
@@ -49,29 +50,9 @@ __all__ = [
     "verify",
 ]
 
-# The verbs pull in torch and transformers, seconds of work: they are imported when first used.
-_VERBS = {
-    "card": "publishing.card",
-    "chat": "chatting",
-    "compare": "comparing",
-    "convert": "conversion",
-    "diff": "merging",
-    "eval": "harness.verb",
-    "generate": "generation",
-    "ggml": "export",
-    "gptq": "pipeline",
-    "imatrix": "importance",
-    "inspect": "inspection",
-    "merge": "merging",
-    "perplexity": "evaluating",
-    "publish": "publishing.hub",
-    "release": "releasing",
-    "samples": "drawing",
-    "verify": "verification",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        return getattr(import_module(f"quantkit.{_VERBS[name]}"), name)
+    """The verbs pull in torch and transformers, seconds of work: each is imported when it is first used."""
+    if name in __all__:
+        return getattr(import_module(f"quantkit.verbs.{name}"), name)
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

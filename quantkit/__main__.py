@@ -1,5 +1,5 @@
 """``python -m quantkit``."""
 
-from quantkit.cli import main
+from quantkit.cli.app import main
 
 main()

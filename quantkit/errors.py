@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from quantkit.units import size
+from quantkit.progress import size
 
 
 class QuantkitError(Exception):
@@ -68,3 +68,22 @@ def _out_of_memory(error: BaseException) -> str:
     asked = re.search(r"tried to allocate (\d+) bytes", said)
     what = f"where {size(int(asked[1]))} more were asked for" if asked else "here"
     return f"memory ran out {what}; free some, or name less as --memory (gptq, imatrix, perplexity, compare)"
+
+
+# -- whether this process was asked to stop ----------------------------------------------------------------------------
+#
+# A signal becomes a KeyboardInterrupt wherever the main thread happens to be; inside a library's C code it may come out
+# as some other exception (torch: "could not determine the shape of object type"). Who handles an error asks here.
+
+_interrupt_came = False
+
+
+def note_interrupt(came: bool = True) -> None:
+    """Remember that a signal came; with False, that none has yet."""
+    global _interrupt_came
+    _interrupt_came = came
+
+
+def interrupt_came() -> bool:
+    """Whether a signal came."""
+    return _interrupt_came

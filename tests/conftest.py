@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from quantkit.calibration import TokenMatrix
+from quantkit.tokens import TokenMatrix
 
 VOCABULARY = 320
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>")

@@ -79,9 +79,7 @@ class ForkedRanks:
 
 
 def serve() -> None:
-    import quantkit.comparing
-    import quantkit.evaluating
-    import quantkit.pipeline  # noqa: F401
+    import quantkit.verbs.gptq  # noqa: F401
 
     for line in sys.stdin:
         outcomes = start(Request(**json.loads(line)))
@@ -135,7 +133,7 @@ def _fork(request: Request, rank: int, port: int, logs: Path) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    from quantkit import cli
+    from quantkit.cli import app as cli
 
     try:
         cli.main(arguments)
@@ -148,9 +146,10 @@ def _main(arguments: list[str]) -> int:
 
 def _prepare(request: Request, rank: int) -> None:
     """What this rank is to suffer."""
-    from quantkit import parallel, watch
     from quantkit.errors import NumericError
-    from quantkit.quant.landing import Lander
+    from quantkit.quantize.landing import Lander
+    from quantkit.runs import ranks as parallel
+    from quantkit.runs import watch
 
     parallel._VISIBLE = 1.0
     if request.stale is not None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from quantkit.config import QuantSpec
-from quantkit.quant import gptq
-from quantkit.quant.kernels.columns import quantize_columns
+from quantkit.options import QuantSpec
+from quantkit.quantize import gptq
+from quantkit.quantize.kernels.columns import quantize_columns
 
 
 def main(problems: str, answers: str) -> None:

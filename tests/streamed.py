@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from quantkit.config import CheckpointFormat, QuantSpec
-from quantkit.model.stream import ModelStream
-from quantkit.quant.plan import Plan, modules_in_block, plan_linears
+from quantkit.blocks.stream import ModelStream
+from quantkit.codes.plan import Plan
+from quantkit.containers.gptq.write import GptqWriter, quantization_config
+from quantkit.options import CheckpointFormat, QuantSpec
+from quantkit.quantize.plan import modules_in_block, plan_linears
 from quantkit.sources import open_source
-from quantkit.writers.gptq import GptqWriter, quantization_config
 
 
 def open_stream(folder: Path) -> ModelStream:

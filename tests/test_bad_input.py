@@ -27,11 +27,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from quantkit import cli, console
-from quantkit.quant.sharing import Sharing
+from quantkit.cli import app as cli
+from quantkit.cli import console
+from quantkit.containers.hf.write import ShardedWriter
+from quantkit.quantize.sharing import Sharing
+from quantkit.runs.atomic import staged_folder, write_json
 from quantkit.sources import hub
-from quantkit.workdir import staged_folder, write_json
-from quantkit.writers.safetensors import ShardedWriter
 
 MakeModel = Callable[..., Path]
 SENTENCES = (

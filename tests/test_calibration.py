@@ -20,7 +20,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from quantkit.calibration import (
+from quantkit.errors import CalibrationError, MissingPackageError, UsageError
+from quantkit.options import CalibrationSpec, TemplateName
+from quantkit.tokens import (
     KNOWN_NAMES,
     Dataset,
     Record,
@@ -35,8 +37,6 @@ from quantkit.calibration import (
     window_text,
     windows_in_order,
 )
-from quantkit.config import CalibrationSpec, TemplateName
-from quantkit.errors import CalibrationError, MissingPackageError, UsageError
 
 REPOSITORY = Path(__file__).parents[1]
 MANIFEST = REPOSITORY / "calibration" / "manifest.json"

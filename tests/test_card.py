@@ -16,12 +16,15 @@ from conftest import MakeModel, Recorder
 from huggingface_hub import ModelCard
 from wizard import wizard
 
-from quantkit import cli, comparing, merging, pipeline
-from quantkit.calibration.templates import STYLES
+from quantkit.cli import app as cli
 from quantkit.errors import SourceError, UsageError
-from quantkit.export import ggml
-from quantkit.publishing.card import CardReport, card
-from quantkit.publishing.render import render
+from quantkit.tokens.templates import STYLES
+from quantkit.verbs import compare as comparing
+from quantkit.verbs import gptq as pipeline
+from quantkit.verbs import merge as merging
+from quantkit.verbs.card import CardReport, card
+from quantkit.verbs.card.render import render
+from quantkit.verbs.ggml import ggml
 
 REPO = "someone/tiny-GPTQ"
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
@@ -181,14 +184,14 @@ def test_a_gptq_folder_says_what_its_run_noted(folder: Path, recorder: Recorder)
 
 
 def test_memory_is_tensors_and_keys_and_values(folder: Path) -> None:
-    from quantkit.publishing.facts import models_in
+    from quantkit.verbs.card.facts import models_in
 
     (model,) = models_in(folder, "main")
     config = json.loads((folder / "config.json").read_text())
     tokens = min(2048, config["max_position_embeddings"])
     width = config["hidden_size"] // config["num_attention_heads"]
     cache = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width * tokens
-    from quantkit.inspection import inspect
+    from quantkit.verbs.inspect import inspect
 
     assert model.memory_bytes == inspect(folder).bytes + cache
     assert model.kv_tokens == tokens

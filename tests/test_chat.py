@@ -18,13 +18,13 @@ import torch
 from conftest import SIZES, MakeModel
 
 import quantkit
-from quantkit.answers.decoding import DecodingSpec
-from quantkit.answers.speaker import Speaker
-from quantkit.calibration import Record, Turn
-from quantkit.chatting import ChatReport, _Told
+from quantkit.blocks.whole import load_model
 from quantkit.errors import UsageError
-from quantkit.model.whole import load_model
 from quantkit.sources import open_source
+from quantkit.tokens import Record, Turn
+from quantkit.verbs.chat import ChatReport, _Told
+from quantkit.verbs.generate.decoding import DecodingSpec
+from quantkit.verbs.generate.speaker import Speaker
 
 
 class Script:

@@ -21,9 +21,10 @@ import typer
 from safetensors import safe_open
 
 import quantkit
-from quantkit import cli, interrupts
-from quantkit.config import CalibrationSpec
-from quantkit.watch import RankError
+from quantkit.cli import app as cli
+from quantkit.errors import note_interrupt
+from quantkit.options import CalibrationSpec
+from quantkit.runs.watch import RankError
 
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
@@ -344,17 +345,17 @@ def test_an_exception_that_nobody_foresaw_is_one_line(desk: Desk, monkeypatch: p
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("quantkit.inspection.inspect", fail)
+    monkeypatch.setattr("quantkit.verbs.inspect.inspect", fail)
     expected = "error: ZeroDivisionError: first line (--debug shows where)\n"
     assert desk.run("inspect", "model") == (1, "", expected)
 
 
 def test_a_lost_process_is_told_even_after_its_launchers_signal(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        interrupts.note()
+        note_interrupt()
         raise RankError("rank 3 is gone; go on with --resume")
 
-    monkeypatch.setattr("quantkit.inspection.inspect", fail)
+    monkeypatch.setattr("quantkit.verbs.inspect.inspect", fail)
     assert desk.run("inspect", "model") == (1, "", "error: rank 3 is gone; go on with --resume\n")
 
 
@@ -365,7 +366,7 @@ def test_memory_that_ran_out_is_one_line_that_says_what_helps(desk: Desk, monkey
     failures = [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: np.empty(1 << 57), lambda: bytearray(1 << 60)]
     failures.append(on_a_gpu)
     for fail in failures:
-        monkeypatch.setattr("quantkit.inspection.inspect", lambda *_, fail=fail, **__: fail())
+        monkeypatch.setattr("quantkit.verbs.inspect.inspect", lambda *_, fail=fail, **__: fail())
         code, out, err = desk.run("inspect", "model")
         assert (code, out) == (1, "")
         assert re.fullmatch(r"error: memory ran out (here|where .* TB more were asked for); .*--memory.*\n", err), err

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from streamed import open_writer
 
-from quantkit.codes import PACKABLE_BITS, QuantizedLinear, contiguous_groups, pack, packing_multiple, unpack
-from quantkit.config import QuantSpec
-from quantkit.sources.gptq import GptqSource
+from quantkit.codes import (
+    PACKABLE_BITS,
+    QuantizedLinear,
+    contiguous_groups,
+    pack,
+    packing_multiple,
+    unpack,
+)
+from quantkit.containers.gptq.read import GptqSource
+from quantkit.options import QuantSpec
 
 
 def int32(word: int) -> int:

@@ -18,12 +18,12 @@ from gguf_models import sentencepiece, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit.cli import main
-from quantkit.comparing import CompareReport
+from quantkit.cli.app import main
 from quantkit.errors import CalibrationError, UsageError
-from quantkit.evaluate.chooser import Limits, choose, pareto
-from quantkit.evaluate.comparison import ComparedModel
 from quantkit.evaluate.worst import KEPT, Worst
+from quantkit.verbs.compare import CompareReport
+from quantkit.verbs.compare.chooser import Limits, choose, pareto
+from quantkit.verbs.compare.rows import ComparedModel
 
 WORDS = "the quick brown fox jumps over the lazy dog while the tides follow the moon and the sea follows the tides"
 SEQ_LEN = 32
@@ -307,7 +307,7 @@ def test_equal_runs_give_equal_bytes_without_paths(family: dict[str, Path], text
 def test_without_matplotlib_one_note_says_how_to_get_plots(
     family: dict[str, Path], texts: list[Path], tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantkit.comparing.find_spec", lambda name: None)
+    monkeypatch.setattr("quantkit.verbs.compare.find_spec", lambda name: None)
     run(family, ["gguf"], tmp_path / "asked", texts[:1], plots=True, progress=recorder)
     assert [note for note in recorder.notes if "quantkit[plots]" in note] == recorder.notes
     assert len(recorder.notes) == 1

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from browser import chromium, complaints, requests
 
-from quantkit.evaluate.labels import _Box, _cost
-from quantkit.evaluate.pages import number, visible, write_pages
-from quantkit.evaluate.plots import Drawn, draw, short_names
+from quantkit.verbs.compare.labels import _Box, _cost
+from quantkit.verbs.compare.pages import number, visible, write_pages
+from quantkit.verbs.compare.plots import Drawn, draw, short_names
 
 SIZES = {
     "Q4_0": 91_700_000,

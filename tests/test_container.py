@@ -20,20 +20,21 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.hub import get_checkpoint_shard_files
 
 import quantkit
-from quantkit.calibration import TokenMatrix
+from quantkit.blocks.budget import Budget
+from quantkit.blocks.families import FAMILIES as FAMILIES_TABLE
+from quantkit.blocks.stream import ModelStream
 from quantkit.codes import QuantizedLinear, contiguous_groups
-from quantkit.config import QuantSpec
+from quantkit.codes.plan import LinearPlan
+from quantkit.containers.gptq.read import GptqSource
+from quantkit.containers.gptq.write import check
+from quantkit.containers.hf.tensorfile import TensorPlan
+from quantkit.containers.hf.write import ShardedWriter
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.model.budget import Budget
-from quantkit.model.families import FAMILIES as FAMILIES_TABLE
-from quantkit.model.stream import ModelStream
-from quantkit.quant.blockwise import quantize_blocks
-from quantkit.quant.plan import LinearPlan, plan_linears
+from quantkit.options import QuantSpec
+from quantkit.quantize.blockwise import quantize_blocks
+from quantkit.quantize.plan import plan_linears
 from quantkit.sources import open_source
-from quantkit.sources.gptq import GptqSource
-from quantkit.tensorfile import TensorPlan
-from quantkit.writers.gptq import check
-from quantkit.writers.safetensors import ShardedWriter
+from quantkit.tokens import TokenMatrix
 
 LINEARS = [name for stage in FAMILIES_TABLE["llama"].stages or () for name in stage]
 OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False}

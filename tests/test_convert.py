@@ -24,11 +24,17 @@ from test_ggjt import LLAMA, tiny, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import cli, conversion
-from quantkit.calibration import TokenMatrix
-from quantkit.errors import NumericError, OutputError, SourceError, UsageError
+from quantkit.cli import app as cli
+from quantkit.containers.hf.write import ShardedWriter
+from quantkit.errors import (
+    NumericError,
+    OutputError,
+    SourceError,
+    UsageError,
+)
 from quantkit.sources import open_source
-from quantkit.writers.safetensors import ShardedWriter
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs import convert as conversion
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -164,7 +170,7 @@ def test_a_ggjt_file_with_what_it_does_not_say(tmp_path: Path, recorder: Recorde
     write_model(tmp_path / "tiny.gguf", tiny(), sentencepiece(LLAMA))
     written = write(tmp_path / "tiny.bin", open_source(tmp_path / "tiny.gguf"))
     quantkit.convert(written.path, tmp_path / "out", dtype="float32", progress=recorder)
-    assert recorder.notes == [written.assumed]
+    assert recorder.notes == [*written.remarks]
     assert recorder.phases == ["converting", "reading back"]
     assert_same_model(tmp_path / "out", tmp_path / "tiny.gguf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

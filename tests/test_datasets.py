@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 import quantkit
-from quantkit.calibration import (
+from quantkit.errors import CalibrationError, UsageError
+from quantkit.options import CalibrationSpec
+from quantkit.tokens import (
     KNOWN_NAMES,
     Dataset,
     Mixture,
@@ -36,10 +38,8 @@ from quantkit.calibration import (
     load_dataset,
     parse_mixture,
 )
-from quantkit.calibration.mixtures import interleaved, shares
-from quantkit.config import CalibrationSpec
-from quantkit.errors import CalibrationError, UsageError
-from quantkit.evaluate.text import text_index
+from quantkit.tokens.mixtures import interleaved, shares
+from quantkit.tokens.text import text_index
 
 PAIRS = [{"instruction": "Q1", "output": "A1"}, {"instruction": "Q2", "output": "A2"}]
 LINES = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
@@ -628,7 +628,7 @@ def test_a_run_without_evaluation_leaves_nothing_out(
 def test_samples_shows_the_sets_and_their_licences(
     two_sets: Callable[[str], list[str]], make_model: MakeModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quantkit.cli.quantizing import print_samples
+    from quantkit.verbs.samples import print_samples
 
     model = make_model("llama")
     report = quantkit.samples(model, calibration="alpaca:fox.jsonl:1,dog.jsonl:1", samples=4, seq_len=32)

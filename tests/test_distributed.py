@@ -23,16 +23,17 @@ from conftest import MakeModel
 from forked_ranks import ForkedRanks, Outcome, Request
 from safetensors.torch import load_file
 
-from quantkit import parallel, watch
 from quantkit.codes.parts import take_apart
-from quantkit.config import QuantSpec
 from quantkit.errors import UsageError
-from quantkit.parallel import Ranks, share_of
+from quantkit.options import QuantSpec
 from quantkit.progress import SILENT
-from quantkit.quant.blockwise import _BATCH_TOKENS
-from quantkit.quant.hessian import HessianAccumulator
-from quantkit.quant.sharing import Sharing, pack_upper, unpack_upper
-from quantkit.watch import RankError, Watch
+from quantkit.quantize.blockwise import _BATCH_TOKENS
+from quantkit.quantize.hessian import HessianAccumulator
+from quantkit.quantize.sharing import Sharing, pack_upper, unpack_upper
+from quantkit.runs import ranks as parallel
+from quantkit.runs import watch
+from quantkit.runs.ranks import Ranks, share_of
+from quantkit.runs.watch import RankError, Watch
 
 # 3 batches: two processes do not get equally many, and of four one gets none.
 BATCHES = 3
@@ -446,7 +447,7 @@ def test_a_hessian_has_the_same_bits_for_any_number(count: int) -> None:
     "spec", [QuantSpec(bits=4, group_size=32), QuantSpec(bits=3, group_size=-1, sym=False, act_order="dynamic")]
 )
 def test_rows_have_the_same_codes_for_any_number(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantkit.quant.sharing._TILE", 4)
+    monkeypatch.setattr("quantkit.quantize.sharing._TILE", 4)
     generator = torch.Generator().manual_seed(0)
     W, x = torch.randn(22, 64, generator=generator), torch.randn(300, 64, generator=generator)
     H = x.T @ x / len(x)

@@ -14,7 +14,7 @@ import pytest
 from smollm2 import gemma_gguf, smollm2_checkpoint, smollm2_gguf
 
 import quantkit
-from quantkit.cli import main
+from quantkit.cli.app import main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.e2e
@@ -116,5 +116,5 @@ def test_bundled_set_has_the_tokens_it_claims() -> None:
 
 
 def test_import_and_help_need_no_torch() -> None:
-    program = "import sys, quantkit.cli; sys.exit('torch' in sys.modules)"
+    program = "import sys, quantkit.cli.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

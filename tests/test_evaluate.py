@@ -16,14 +16,14 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit.calibration import TokenMatrix
-from quantkit.config import EvaluationSpec
 from quantkit.errors import CalibrationError, NumericError, UsageError
-from quantkit.evaluate.compare import TokenScores
-from quantkit.evaluate.report import summarize
-from quantkit.evaluate.text import default_seq_len, evaluation_text
-from quantkit.evaluating import PerplexityReport
+from quantkit.evaluate.scores import TokenScores
+from quantkit.evaluate.statistics import summarize
+from quantkit.options import EvaluationSpec
 from quantkit.sources import open_source
+from quantkit.tokens import TokenMatrix
+from quantkit.tokens.text import default_seq_len, evaluation_text
+from quantkit.verbs.perplexity import PerplexityReport
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog",

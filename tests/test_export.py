@@ -19,16 +19,21 @@ from streamed import open_stream, streamed_logits
 from test_ggjt import LLAMA, tiny
 
 import quantkit
-from quantkit.calibration import TokenMatrix
 from quantkit.codes import libggml
-from quantkit.errors import MissingPackageError, NumericError, SourceError, UsageError
+from quantkit.containers.ggjt.read import GgjtSource
+from quantkit.containers.gguf import types as ggml_types
+from quantkit.containers.gguf.read import GgufSource
+from quantkit.containers.gguf.types import Kind
+from quantkit.containers.gptq.read import GptqSource
+from quantkit.containers.imatrix.read import read_imatrix
+from quantkit.errors import (
+    MissingPackageError,
+    NumericError,
+    SourceError,
+    UsageError,
+)
 from quantkit.sources import open_source
-from quantkit.sources.ggjt import GgjtSource
-from quantkit.sources.gguf import GgufSource
-from quantkit.sources.gptq import GptqSource
-from quantkit.sources.imatrix import read_imatrix
-from quantkit.writers import ggml_types
-from quantkit.writers.ggml_types import Kind
+from quantkit.tokens import TokenMatrix
 
 IDS = token_matrix(2, 24, seed=5).tokens
 # Widths that whole groups of every size fit into; four heads share two keys and values.

@@ -18,15 +18,15 @@ from streamed import greedy, open_stream, streamed_logits
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit.calibration import TokenMatrix
-from quantkit.config import QuantSpec
+from quantkit.blocks.families import FAMILIES as TABLE
+from quantkit.blocks.families import Family, discover_blocks
+from quantkit.blocks.stream import ModelStream
 from quantkit.errors import SourceError, UsageError
-from quantkit.model.families import FAMILIES as TABLE
-from quantkit.model.families import Family, discover_blocks
-from quantkit.model.stream import ModelStream
-from quantkit.quant.gptq import round_to_nearest
-from quantkit.quant.plan import plan_linears
+from quantkit.options import QuantSpec
+from quantkit.quantize.gptq import round_to_nearest
+from quantkit.quantize.plan import plan_linears
 from quantkit.sources import open_source
+from quantkit.tokens import TokenMatrix
 
 IDS = token_matrix(2, 24, seed=5).tokens
 OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False, "group_size": 32}

@@ -23,17 +23,18 @@ from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from quantkit import pipeline
-from quantkit.config import QuantSpec
+from quantkit.containers.hf import pickled
+from quantkit.containers.hf.folder import open_weights
+from quantkit.containers.hf.fp8 import Fp8Source, dequantize
+from quantkit.containers.hf.pickled import PickledFiles
+from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.errors import SourceError
-from quantkit.inspection import inspect
-from quantkit.preflight import check_finite
-from quantkit.sources import open_source, pickled
-from quantkit.sources.fp8 import Fp8Source, dequantize
-from quantkit.sources.hf import open_weights
-from quantkit.sources.pickled import PickledFiles
-from quantkit.sources.shards import SafetensorsFiles
-from quantkit.writers.targets import CheckpointTarget
+from quantkit.options import QuantSpec
+from quantkit.quantize.targets import CheckpointTarget
+from quantkit.sources import open_source
+from quantkit.verbs import gptq as pipeline
+from quantkit.verbs.gptq import check_finite
+from quantkit.verbs.inspect import inspect
 
 Tensors = dict[str, torch.Tensor]
 

@@ -28,11 +28,11 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import quantkit
+from quantkit.containers.ggjt.read import MAGIC as GGJT_MAGIC
+from quantkit.containers.ggjt.read import GgjtFile
+from quantkit.containers.gguf.file import GgufFile
 from quantkit.errors import QuantkitError, SourceError
 from quantkit.sources import open_source
-from quantkit.sources.ggjt import MAGIC as GGJT_MAGIC
-from quantkit.sources.ggjt import GgjtFile
-from quantkit.sources.gguf_file import GgufFile
 
 SECONDS = float(os.environ.get("QUANTKIT_FUZZ_SECONDS", "0"))
 """How long to look for failures with a new seed each time; 0 is the short run, the same in every place."""

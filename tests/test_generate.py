@@ -26,17 +26,36 @@ from test_ggjt import LLAMA, tiny, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import quantkit
-from quantkit import cli, generation
-from quantkit.answers.decoding import Answer, DecodingSpec, Request, _Draw, decode, own_seed
-from quantkit.answers.prompts import prompt_ids, prompt_text, read_prompts, stop_ids
-from quantkit.answers.speaker import Speaker
-from quantkit.calibration import TokenMatrix
-from quantkit.config import make
-from quantkit.errors import CalibrationError, NumericError, OutputError, UsageError
-from quantkit.generation import GenerateReport
-from quantkit.model.delta import DeltaSource
-from quantkit.model.whole import load_model
-from quantkit.sources import Source, open_source
+from quantkit.blocks.pair import DeltaSource
+from quantkit.blocks.whole import load_model
+from quantkit.cli import app as cli
+from quantkit.containers.source import Source
+from quantkit.errors import (
+    CalibrationError,
+    NumericError,
+    OutputError,
+    UsageError,
+)
+from quantkit.options import make
+from quantkit.sources import open_source
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs import generate as generation
+from quantkit.verbs.generate import GenerateReport
+from quantkit.verbs.generate.decoding import (
+    Answer,
+    DecodingSpec,
+    Request,
+    _Draw,
+    decode,
+    own_seed,
+)
+from quantkit.verbs.generate.prompts import (
+    prompt_ids,
+    prompt_text,
+    read_prompts,
+    stop_ids,
+)
+from quantkit.verbs.generate.speaker import Speaker
 
 CPU = torch.device("cpu")
 IDS = token_matrix(3, 12).tokens.long()
@@ -171,7 +190,7 @@ def test_templates_and_the_system_message(
 ) -> None:
     seen: list[str] = []
     monkeypatch.setattr(
-        "quantkit.answers.speaker.prompt_text", lambda *given: seen.append(prompt_text(*given)) or seen[-1]
+        "quantkit.verbs.generate.speaker.prompt_text", lambda *given: seen.append(prompt_text(*given)) or seen[-1]
     )
     asked = lines(tmp_path / "p.jsonl", [{"instruction": "explain", "input": "the fox"}])
     run(model, asked, tmp_path / "out.jsonl", template=template, system="be brief")
@@ -218,7 +237,8 @@ def test_plain_text_is_gone_on_with_as_it_is(model: Path, tmp_path: Path, monkey
     ids = AutoTokenizer.from_pretrained(model)(told).input_ids
     seen: list[int] = []
     monkeypatch.setattr(
-        "quantkit.answers.speaker.decode", lambda model, asked, *more: seen.extend(asked[0].ids) or [Answer(ids, "eos")]
+        "quantkit.verbs.generate.speaker.decode",
+        lambda model, asked, *more: seen.extend(asked[0].ids) or [Answer(ids, "eos")],
     )
     run(model, lines(tmp_path / "p.jsonl", [{"text": "the sea "}]), tmp_path / "out", template="chat")
     assert AutoTokenizer.from_pretrained(model).decode(seen) == "the sea "
@@ -430,7 +450,7 @@ def test_answers_with_the_templates_markers_are_kept_whole(
     told = "one ### Response: two ASSISTANT: three USER:\n\n### Instruction:\nfour <|im_start|>user\nfive"
     ids = AutoTokenizer.from_pretrained(model)(told).input_ids
     assert SPECIAL.index("<|im_start|>") in ids
-    monkeypatch.setattr("quantkit.answers.speaker.decode", lambda *given: [Answer(ids, "eos")])
+    monkeypatch.setattr("quantkit.verbs.generate.speaker.decode", lambda *given: [Answer(ids, "eos")])
     run(model, lines(tmp_path / "p.jsonl", [{"prompt": "go"}]), tmp_path / "out", template=template)
     assert answers(tmp_path / "out")[0]["output"] == told
 
@@ -673,7 +693,7 @@ def test_without_gptqmodel_a_folder_is_dequantized_and_that_is_said(
     model: Path, prompts: Path, tiny_tokens: TokenMatrix, tmp_path: Path, recorder: Recorder, monkeypatch: Any
 ) -> None:
     quantkit.gptq(model, tmp_path / "q", calibration=tiny_tokens, group_size=32, evaluate=False)
-    monkeypatch.setattr("quantkit.model.whole.find_spec", lambda name: None)
+    monkeypatch.setattr("quantkit.blocks.whole.find_spec", lambda name: None)
     assert run(tmp_path / "q", prompts, tmp_path / "out", progress=recorder).kernels is None
     assert "q: dequantized; kernels need gptqmodel and optimum installed" in recorder.notes
 
@@ -683,12 +703,12 @@ def test_kernels_that_fail_are_done_without(
 ) -> None:
     quantkit.gptq(model, tmp_path / "q", calibration=tiny_tokens, group_size=32, evaluate=False)
     run(tmp_path / "q", prompts, tmp_path / "without")
-    monkeypatch.setattr("quantkit.model.whole.find_spec", lambda name: object())
+    monkeypatch.setattr("quantkit.blocks.whole.find_spec", lambda name: object())
 
     def failing(*given: Any, **options: Any) -> Any:
         raise RuntimeError("no kernel for this\nmore")
 
-    monkeypatch.setattr("quantkit.model.whole.AutoModelForCausalLM.from_pretrained", failing)
+    monkeypatch.setattr("quantkit.blocks.whole.AutoModelForCausalLM.from_pretrained", failing)
     run(tmp_path / "q", prompts, tmp_path / "out", progress=recorder)
     assert recorder.warnings == ["q: dequantized, for GPTQModel does not run it: no kernel for this"]
     assert (tmp_path / "out").read_bytes() == (tmp_path / "without").read_bytes()
@@ -715,7 +735,7 @@ def test_gptqmodels_kernels_answer_as_dequantized_weights_do(
     options = ["--prompts", str(asked), "--out", str(tmp_path / "theirs"), "--greedy", "--max-new-tokens", "12"]
     # What quantkit needs and the judge has not comes from here, after all that is the judge's own.
     ours = sysconfig.get_paths()["purelib"]
-    code = f"import sys; sys.path.append({ours!r}); from quantkit.cli import main; main(sys.argv[1:])"
+    code = f"import sys; sys.path.append({ours!r}); from quantkit.cli.app import main; main(sys.argv[1:])"
     done = subprocess.run(
         [str(python), "-c", code, "generate", str(tmp_path / "q"), *options, "--json", "--device", "cpu"],
         env=environment,

@@ -28,14 +28,28 @@ from streamed import streamed_logits
 from tokenizers import AddedToken
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from quantkit.blocks.stream import ModelStream
 from quantkit.codes import ggml
-from quantkit.errors import NumericError, OutputError, SourceError, UsageError
-from quantkit.model.stream import ModelStream
-from quantkit.sources import Source, open_source
-from quantkit.sources.ggjt import GgjtSource, rebuilt_tokenizer
-from quantkit.workdir import staged_files
-from quantkit.writers import ggjt as writers_ggjt
-from quantkit.writers.ggjt import FILE_TYPES, GgjtWriter, Kind, check, make_vocabulary, n_mult, plan
+from quantkit.containers.ggjt import write as writers_ggjt
+from quantkit.containers.ggjt.read import GgjtSource, rebuilt_tokenizer
+from quantkit.containers.ggjt.write import (
+    FILE_TYPES,
+    GgjtWriter,
+    Kind,
+    check,
+    make_vocabulary,
+    n_mult,
+    plan,
+)
+from quantkit.containers.source import Source
+from quantkit.errors import (
+    NumericError,
+    OutputError,
+    SourceError,
+    UsageError,
+)
+from quantkit.runs.atomic import staged_files
+from quantkit.sources import open_source
 
 LLAMA = json.loads((Path(__file__).parent / "sentencepiece_ids.json").read_text(encoding="utf-8"))["llama"]
 VOCABULARY = len(LLAMA["tokens"])
@@ -507,7 +521,7 @@ def test_parts_make_a_model(opened: Any) -> None:
     config = source.config_dict()
     assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
     assert (config["rms_norm_eps"], config["rope_theta"], config["max_position_embeddings"]) == (5e-6, 10000.0, 2048)
-    assert "5e-06, 10000 and 2048 are assumed" in source.assumed
+    assert "5e-06, 10000 and 2048 are assumed" in source.remarks[0]
     assert source.weight_files() == [source.path]
     stored = {name: data for name, _, _, data in Parts().tensors}
     keys = np.frombuffer(stored["layers.0.attention.wk.weight"], "<f2").reshape(32, 32)

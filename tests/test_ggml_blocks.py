@@ -10,8 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.codes import QuantizedLinear, contiguous_groups, pack
-from quantkit.codes.ggml import BLOCK_TYPES, SUPER_BLOCK_TYPES, pack_blocks, pack_super_blocks
-from quantkit.codes.reencode import Reencoding, expected_reencodings, q4_0_rows, reencode, reencodings
+from quantkit.codes.ggml import (
+    BLOCK_TYPES,
+    SUPER_BLOCK_TYPES,
+    pack_blocks,
+    pack_super_blocks,
+)
+from quantkit.codes.reencode import (
+    Reencoding,
+    expected_reencodings,
+    q4_0_rows,
+    reencode,
+    reencodings,
+)
 
 
 def dequantize(name: str, rows: np.ndarray) -> np.ndarray:

@@ -9,13 +9,18 @@ import torch
 from test_quant import naive_gptq, problem
 
 from quantkit.codes import GgmlLinear, QuantizedLinear
-from quantkit.codes.ggml import BLOCK_TYPES, SUPER_BLOCK_TYPES, BlockType, type_of
+from quantkit.codes.ggml import (
+    BLOCK_TYPES,
+    SUPER_BLOCK_TYPES,
+    BlockType,
+    type_of,
+)
 from quantkit.codes.ggml_linear import GgmlGrid
 from quantkit.codes.reencode import reencode
-from quantkit.config import QuantSpec
 from quantkit.errors import NumericError
-from quantkit.quant.ggml_grid import fit_ggml_grid
-from quantkit.quant.gptq import GptqResult, quantize
+from quantkit.options import QuantSpec
+from quantkit.quantize.ggml_grid import fit_ggml_grid
+from quantkit.quantize.gptq import GptqResult, quantize
 
 SUPER = tuple(SUPER_BLOCK_TYPES)
 NAMES = (*BLOCK_TYPES, *SUPER)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from quantkit.writers.ggml_recipes import (
+from quantkit.containers.gguf import GgufTensor
+from quantkit.containers.gguf.recipes import (
     RECIPES,
     Planned,
     base_kind,
@@ -18,7 +19,6 @@ from quantkit.writers.ggml_recipes import (
     recipe_of,
     tensor_kinds,
 )
-from quantkit.writers.gguf import GgufTensor
 
 Kind = gguf.GGMLQuantizationType
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -16,10 +16,10 @@ from streamed import open_stream, streamed_logits
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit.calibration import TokenMatrix
+from quantkit.containers.gguf.read import GgufSource
 from quantkit.errors import SourceError
 from quantkit.sources import open_source
-from quantkit.sources.gguf import GgufSource
+from quantkit.tokens import TokenMatrix
 
 MOE = {"mlp_only_layers": [], "norm_topk_prob": True, "num_experts": 12, "head_dim": 32}
 EXPERT = "model.layers.1.mlp.experts.11"

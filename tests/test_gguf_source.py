@@ -24,14 +24,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import quantkit
-from quantkit.calibration import TokenMatrix
+from quantkit.blocks.stream import ModelStream
+from quantkit.containers.gguf.cuts import CUTS, NOT_BYTES
+from quantkit.containers.gguf.file import GgufFile
+from quantkit.containers.gguf.pretokenizers import NAMES
+from quantkit.containers.gguf.read import GgufSource
 from quantkit.errors import SourceError
-from quantkit.model.stream import ModelStream
 from quantkit.sources import open_source
-from quantkit.sources.gguf import GgufSource
-from quantkit.sources.gguf_cuts import CUTS, NOT_BYTES
-from quantkit.sources.gguf_file import GgufFile
-from quantkit.writers.gguf.pretokenizers import NAMES
+from quantkit.tokens import TokenMatrix
 
 SENTENCEPIECE = json.loads((Path(__file__).resolve().parent / "sentencepiece_ids.json").read_text(encoding="utf-8"))
 LLAMA3_ROPE = {

@@ -25,13 +25,8 @@ from smollm2 import smollm2_gguf
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.model.stream import ModelStream
-from quantkit.sources import open_source
-from quantkit.sources.base import Source
-from quantkit.sources.gguf_file import GgufFile
-from quantkit.workdir import staged_files
-from quantkit.writers.gguf import (
+from quantkit.blocks.stream import ModelStream
+from quantkit.containers.gguf import (
     WRITABLE,
     GgufTensor,
     GgufWriter,
@@ -41,8 +36,13 @@ from quantkit.writers.gguf import (
     packed_bytes,
     plan,
 )
-from quantkit.writers.gguf.pretokenizers import BY_IDS, NAMES
-from quantkit.writers.gguf.sentencepiece import read_pieces
+from quantkit.containers.gguf.file import GgufFile
+from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES
+from quantkit.containers.gguf.sentencepiece import read_pieces
+from quantkit.containers.source import Source
+from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.runs.atomic import staged_files
+from quantkit.sources import open_source
 
 Kind = gguf.GGMLQuantizationType
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from streamed import open_stream, streamed_logits
 from test_export import WIDE, types_of
 
 import quantkit
-from quantkit.calibration import TokenMatrix
-from quantkit.cli import main
+from quantkit.cli.app import main
 from quantkit.errors import UsageError
-from quantkit.pipeline import GptqReport
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs.gptq import GptqReport
 
 IDS = token_matrix(2, 24, seed=5).tokens
 CONFIG = {"llama": WIDE, "qwen3_moe": {"norm_topk_prob": True}}

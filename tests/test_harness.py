@@ -16,12 +16,13 @@ import torch
 from conftest import MakeModel, Recorder
 
 import quantkit
-from quantkit import cli, harness
-from quantkit.calibration import TokenMatrix
+from quantkit.cli import app as cli
+from quantkit.containers.source import file_sha256
 from quantkit.errors import MissingPackageError, QuantkitError, UsageError
-from quantkit.harness.suites import SUITES
-from quantkit.harness.verb import EvalReport
-from quantkit.sources import file_sha256
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs.eval import EvalReport
+from quantkit.verbs.eval import register as harness
+from quantkit.verbs.eval.suites import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -395,7 +396,7 @@ def test_the_harnesss_own_command_line_knows_quantkit(
             timeout=300,
         )
 
-    done = command("-m", "quantkit.harness")
+    done = command("-m", "quantkit.verbs.eval.register")
     assert done.returncode == 0, done.stderr[-2000:]
     (written,) = (tmp_path / "out").rglob("results*.json")
     results = json.loads(written.read_text())["results"]
@@ -413,4 +414,4 @@ def test_registering_is_as_good_twice() -> None:
 
     harness.register()
     harness.register()
-    assert get_model("quantkit") is importlib.import_module("quantkit.harness.model").QuantkitLM
+    assert get_model("quantkit") is importlib.import_module("quantkit.verbs.eval.model").QuantkitLM

@@ -19,9 +19,12 @@ from hub_server import HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from quantkit import cli, drawing, merging, pipeline
+from quantkit.cli import app as cli
 from quantkit.errors import SourceError
 from quantkit.sources import hub, open_source
+from quantkit.verbs import gptq as pipeline
+from quantkit.verbs import merge as merging
+from quantkit.verbs import samples as drawing
 
 NORM = "model.norm.weight"
 RECORDS = [

@@ -21,13 +21,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit.calibration import TokenMatrix
-from quantkit.errors import NumericError, OutputError, SourceError, UsageError
-from quantkit.model.stages import run_watched
-from quantkit.sources.gguf_file import GgufFile
-from quantkit.sources.imatrix import Imatrix, read_imatrix
-from quantkit.workdir import staged_files
-from quantkit.writers.imatrix import Entry, write_imatrix
+from quantkit.blocks.stages import run_watched
+from quantkit.containers.gguf.file import GgufFile
+from quantkit.containers.imatrix.read import Imatrix, read_imatrix
+from quantkit.containers.imatrix.write import Entry, write_imatrix
+from quantkit.errors import (
+    NumericError,
+    OutputError,
+    SourceError,
+    UsageError,
+)
+from quantkit.runs.atomic import staged_files
+from quantkit.tokens import TokenMatrix
 
 # A window of 8, so that layers with a sliding window are told from others, but for Phi-3, which llama.cpp gives none;
 # the router's choices are normalized, as GGUF files of this architecture mean.
@@ -438,7 +443,7 @@ def test_a_changed_file_is_read_or_refused(
 def test_the_command_says_what_it_wrote(
     make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quantkit.cli import main
+    from quantkit.cli.app import main
 
     out = tmp_path / "out.gguf"
     arguments = ["imatrix", str(tiny(make_model, "llama")), "--out", str(out), "--samples", "3", "--seq-len", "16"]

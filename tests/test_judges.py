@@ -19,12 +19,12 @@ from smollm2 import smollm2_checkpoint, smollm2_gguf
 from streamed import greedy, open_stream, open_writer, streamed_logits
 
 import quantkit
-from quantkit.calibration import TokenMatrix
 from quantkit.codes import QuantizedLinear, contiguous_groups, packing_multiple
-from quantkit.config import QuantSpec
+from quantkit.containers.gptq.read import GptqSource
 from quantkit.errors import QuantkitError
+from quantkit.options import QuantSpec
 from quantkit.sources import open_source
-from quantkit.sources.gptq import GptqSource
+from quantkit.tokens import TokenMatrix
 
 pytestmark = [pytest.mark.judges, pytest.mark.timeout(1200)]
 

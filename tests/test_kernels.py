@@ -20,15 +20,15 @@ from streamed import open_stream
 from test_quant import problem
 
 import quantkit
-from quantkit.calibration import TokenMatrix
-from quantkit.config import QuantSpec
-from quantkit.model.uploads import uploaded
-from quantkit.preflight import note_plan
-from quantkit.quant import kernels
-from quantkit.quant.gptq import quantize
-from quantkit.quant.hessian import HessianAccumulator, column_order, factorize
-from quantkit.quant.kernels import gram, streams
-from quantkit.quant.plan import plan_linears
+from quantkit.blocks.workers import uploaded
+from quantkit.options import QuantSpec
+from quantkit.quantize import kernels
+from quantkit.quantize.gptq import quantize
+from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
+from quantkit.quantize.kernels import gram, streams
+from quantkit.quantize.plan import plan_linears
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs.gptq import note_plan
 
 needs_triton = pytest.mark.skipif(not kernels._has_triton(), reason="Triton is not installed: pip install triton")
 
@@ -193,7 +193,7 @@ def test_the_kernel_compiles_for_gpus_without_spills_or_fused_products(
     """Triton has its own assembler: no GPU is needed to see the code and its registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
-    from quantkit.quant.kernels import columns as module
+    from quantkit.quantize.kernels import columns as module
 
     kernel = module._quantize_tile
     pointers = dict.fromkeys(("W", "U", "S", "M", "Err"), "*fp32") | {"Codes": "*u8"}

@@ -16,7 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.codes import libggml
-from quantkit.errors import MissingPackageError, NumericError, QuantkitError, UsageError
+from quantkit.errors import (
+    MissingPackageError,
+    NumericError,
+    QuantkitError,
+    UsageError,
+)
 
 Kind = gguf.GGMLQuantizationType
 Array = np.ndarray[Any, Any]

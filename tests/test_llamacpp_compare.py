@@ -21,7 +21,7 @@ from conftest import MakeModel
 from smollm2 import smollm2_gguf
 
 import quantkit
-from quantkit.evaluate.text import EvaluationText, common_text
+from quantkit.tokens.text import EvaluationText, common_text
 
 pytestmark = pytest.mark.judges
 
@@ -40,7 +40,7 @@ def second_halves(monkeypatch: pytest.MonkeyPatch, count: int) -> Callable[[], t
         seen.append(windows.tokens[:count])
         return replace(found, windows=replace(windows, tokens=windows.tokens[:count], first_scored=first))
 
-    monkeypatch.setattr("quantkit.comparing.common_text", text)
+    monkeypatch.setattr("quantkit.verbs.compare.common_text", text)
     return lambda: seen[0]
 
 

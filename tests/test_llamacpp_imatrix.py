@@ -16,11 +16,11 @@ from smollm2 import smollm2_gguf
 from test_imatrix import tiny
 
 import quantkit
-from quantkit.calibration import TokenMatrix
+from quantkit.containers.gguf.file import GgufFile
+from quantkit.containers.imatrix.read import read_imatrix
+from quantkit.containers.imatrix.write import Entry, write_imatrix
 from quantkit.sources import open_source
-from quantkit.sources.gguf_file import GgufFile
-from quantkit.sources.imatrix import read_imatrix
-from quantkit.writers.imatrix import Entry, write_imatrix
+from quantkit.tokens import TokenMatrix
 
 pytestmark = pytest.mark.judges
 

@@ -17,10 +17,10 @@ from smollm2 import smollm2_gguf
 
 import quantkit
 from quantkit.codes import libggml
+from quantkit.containers.gguf import GgufTensor
+from quantkit.containers.gguf.recipes import RECIPES, tensor_kinds
+from quantkit.containers.imatrix.read import read_imatrix
 from quantkit.sources import open_source
-from quantkit.sources.imatrix import read_imatrix
-from quantkit.writers.ggml_recipes import RECIPES, tensor_kinds
-from quantkit.writers.gguf import GgufTensor
 
 Kind = gguf.GGMLQuantizationType
 # Of the same name, but with us no mixtures.

@@ -19,7 +19,7 @@ from smollm2 import smollm2_gguf
 from streamed import open_stream, streamed_logits
 
 import quantkit
-from quantkit.writers.ggml_recipes import RECIPES, base_kind
+from quantkit.containers.gguf.recipes import RECIPES, base_kind
 
 pytestmark = pytest.mark.judges
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quantkit.config import QuantSpec
-from quantkit.quant import gptq, grid, loops
-from quantkit.quant.hessian import HessianAccumulator, column_order, factorize
+from quantkit.options import QuantSpec
+from quantkit.quantize import gptq, grid, loops
+from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
 
 pytestmark = pytest.mark.skipif(not loops.available(), reason="Numba is not installed (pip install 'quantkit[cpu]')")
 

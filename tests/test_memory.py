@@ -25,20 +25,20 @@ from safetensors.torch import load_file, save_file
 from streamed import open_stream, streamed_logits
 
 import quantkit
-from quantkit.calibration import TokenMatrix
+from quantkit.blocks import memory
+from quantkit.blocks.budget import Budget, _control_groups, free_host_bytes
+from quantkit.blocks.memory import MemoryPlan, plan_quantizing, plan_scoring
+from quantkit.blocks.open import memory_budget
+from quantkit.blocks.pair import DeltaSource
+from quantkit.blocks.states import HiddenStates
+from quantkit.blocks.stream import ModelStream, _runs
+from quantkit.blocks.workers import ReadAhead
+from quantkit.containers.gguf.file_bytes import FileBytes
+from quantkit.containers.hf.header import read_header
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.evaluate.compare import Scores, Windows, score_texts
-from quantkit.model import memory
-from quantkit.model.budget import Budget, _control_groups, free_host_bytes
-from quantkit.model.delta import DeltaSource
-from quantkit.model.memory import MemoryPlan, plan_quantizing, plan_scoring
-from quantkit.model.prefetch import ReadAhead
-from quantkit.model.states import HiddenStates
-from quantkit.model.stream import ModelStream, _runs
-from quantkit.preflight import memory_budget
+from quantkit.evaluate.scores import Scores, Windows, score_texts
 from quantkit.sources import open_source
-from quantkit.sources.file_bytes import FileBytes
-from quantkit.sources.safetensors_header import read_header
+from quantkit.tokens import TokenMatrix
 
 # -- hidden states ---------------------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ def test_an_embedding_of_few_rows_gives_the_whole_ones_states(family: str, make_
 def scored(folders: list[Path], against: bool, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> Scores:
     tokens = token_matrix(5, 40).tokens
     texts = [Windows(tokens[:3], torch.tensor([1, 7, 1])), Windows(tokens[3:], torch.tensor([1, 20]))]
-    monkeypatch.setattr("quantkit.evaluate.compare.plan_scoring", lambda *_: MemoryPlan(head_rows=rows))
+    monkeypatch.setattr("quantkit.evaluate.scores.plan_scoring", lambda *_: MemoryPlan(head_rows=rows))
     return score_texts([open_stream(folder) for folder in folders], texts, against)
 
 

@@ -26,13 +26,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wizard import EMBEDDING, HEAD, Tensors, changed, stored, tune, tune_with_pad, wizard
 
 import quantkit
-from quantkit import cli
-from quantkit.errors import NumericError, OutputError, SourceError, UsageError
-from quantkit.model import delta as module
-from quantkit.model.delta import DeltaSource, DiffSource, combined, row_mean
+from quantkit.blocks import pair as module
+from quantkit.blocks.pair import (
+    DeltaSource,
+    DiffSource,
+    combined,
+    row_mean,
+)
+from quantkit.cli import app as cli
+from quantkit.containers.hf.shards import SafetensorsFiles
+from quantkit.containers.hf.write import ShardedWriter
+from quantkit.errors import (
+    NumericError,
+    OutputError,
+    SourceError,
+    UsageError,
+)
 from quantkit.sources import open_source
-from quantkit.sources.shards import SafetensorsFiles
-from quantkit.writers.safetensors import ShardedWriter
 
 NORM = "model.norm.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -436,7 +446,7 @@ def test_two_tensors_and_one_result_are_in_memory(
     base = make_model("llama", dtype="float32", num_hidden_layers=6)
     tuned = changed(base, tmp_path / "tuned", tune)
     monkeypatch.setattr(module, "_SLICE", 256)
-    monkeypatch.setattr("quantkit.merging._SLICE", 256)
+    monkeypatch.setattr("quantkit.verbs.merge._SLICE", 256)
     largest = max(tensor.nbytes for tensor in stored(base).values())
     whole = sum(tensor.nbytes for tensor in stored(base).values())
     for verb, other, out in ((quantkit.diff, tuned, "delta"), (quantkit.merge, tmp_path / "delta", "out")):

@@ -16,11 +16,13 @@ from hub_uploads import ATTRIBUTES
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from quantkit import cli, pipeline, verification
-from quantkit.calibration import TokenMatrix
+from quantkit.cli import app as cli
 from quantkit.errors import OutputError, QuantkitError, UsageError
-from quantkit.publishing.card import card
-from quantkit.publishing.hub import PublishReport, branch_of, publish
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs import gptq as pipeline
+from quantkit.verbs import verify as verification
+from quantkit.verbs.card import card
+from quantkit.verbs.publish import PublishReport, branch_of, publish
 
 # The client's own use of its HTTP library.
 pytestmark = [
@@ -334,7 +336,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(server: HubServer, fold
 def test_nobodys_commit_is_overwritten(server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     send(folder)
     (folder / "README.md").write_bytes(b"# mine\n")
-    from quantkit.publishing import remote
+    from quantkit.verbs.publish import remote
 
     look = remote.Remote.look
 
@@ -374,14 +376,14 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stands in for `quantkit.verification`: what it was asked, and the problems that it finds."""
+    """Stands in for `quantkit.verbs.verify`: what it was asked, and the problems that it finds."""
     told: dict[str, Any] = {"problems": []}
 
     def verify(path: Path, *, generate: bool, progress: Any) -> Any:
         told.update(path=path, generate=generate)
         return types.SimpleNamespace(problems=told["problems"])
 
-    monkeypatch.setitem(sys.modules, "quantkit.verification", types.SimpleNamespace(verify=verify))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "quantkit.verbs.verify", types.SimpleNamespace(verify=verify))  # type: ignore[arg-type]
     return told
 
 

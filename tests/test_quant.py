@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from quantkit.codes import QuantizedLinear, contiguous_groups
-from quantkit.config import QuantSpec
 from quantkit.errors import NumericError
-from quantkit.quant.gptq import column_importance, quantize, round_to_nearest, row_losses
-from quantkit.quant.grid import fit_grid, minmax_grid
-from quantkit.quant.hessian import HessianAccumulator, column_order, factorize
+from quantkit.options import QuantSpec
+from quantkit.quantize.gptq import (
+    column_importance,
+    quantize,
+    round_to_nearest,
+    row_losses,
+)
+from quantkit.quantize.grid import fit_grid, minmax_grid
+from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
 
 
 def problem(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import UsageError
-from quantkit.recipe import GgufVariant, GptqVariant, load_recipe
+from quantkit.verbs.release.recipe import GgufVariant, GptqVariant, load_recipe
 
 GPTQ = "variants: [{kind: gptq}]"
 

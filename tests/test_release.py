@@ -19,11 +19,11 @@ from huggingface_hub import snapshot_download
 from wizard import stored, wizard
 
 import quantkit
-from quantkit import cli
+from quantkit.cli import app as cli
 from quantkit.errors import UsageError
-from quantkit.releases.ledger import locked
-from quantkit.releasing import ReleaseReport
 from quantkit.sources import open_source
+from quantkit.verbs.release import ReleaseReport
+from quantkit.verbs.release.ledger import locked
 
 ANIMALS = ["fox", "dog"] * 40
 TEXT = " ".join(f"The {animal} looks at the river and counts {n} stones." for n, animal in enumerate(ANIMALS))
@@ -201,7 +201,7 @@ def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path
 def test_a_variant_that_fails_does_not_take_the_others_along(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quantkit.releases import variants
+    from quantkit.verbs.release import variants
 
     real: Callable[..., Any] = variants.gptq
 

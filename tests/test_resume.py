@@ -29,16 +29,29 @@ from test_families import DISCOVERED
 from test_release import SMALL, write_recipe
 
 import quantkit
-from quantkit import pipeline, provenance, unfinished
-from quantkit.cli import main
+from quantkit.blocks.stream import ModelStream
+from quantkit.cli.app import main
 from quantkit.cli.signals import farewell, heeded
-from quantkit.errors import Interrupted, NumericError, OutputError, SourceError, UsageError
-from quantkit.model.stream import ModelStream
-from quantkit.quant import blockwise, landing, stagework
-from quantkit.quant.landing import Every, parse_every
-from quantkit.unfinished import ChangedError, differences, folder_of, working
-from quantkit.workdir import read_sealed, write_sealed
-from quantkit.writers.gptq import GptqWriter
+from quantkit.containers.gptq.write import GptqWriter
+from quantkit.errors import (
+    Interrupted,
+    NumericError,
+    OutputError,
+    SourceError,
+    UsageError,
+)
+from quantkit.quantize import blockwise, landing, stagework
+from quantkit.quantize.landing import Every, parse_every
+from quantkit.runs import record as provenance
+from quantkit.runs import unfinished
+from quantkit.runs.atomic import read_sealed, write_sealed
+from quantkit.runs.unfinished import (
+    ChangedError,
+    differences,
+    folder_of,
+    working,
+)
+from quantkit.verbs import gptq as pipeline
 
 BLOCKS = 6
 TOKENS = token_matrix(12, 32)

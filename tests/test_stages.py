@@ -17,21 +17,21 @@ from streamed import open_stream, streamed_logits
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantkit.calibration import TokenMatrix
+from quantkit.blocks import allocator, stages
+from quantkit.blocks.budget import Budget
+from quantkit.blocks.families import FAMILIES as FAMILIES_TABLE
+from quantkit.blocks.stages import paused_bytes, run_paused, run_replayed
+from quantkit.blocks.stream import ModelStream
 from quantkit.codes import QuantizedLinear
-from quantkit.config import QuantSpec
 from quantkit.errors import NumericError, SourceError
-from quantkit.model import allocator, stages
-from quantkit.model.budget import Budget
-from quantkit.model.families import FAMILIES as FAMILIES_TABLE
-from quantkit.model.stages import paused_bytes, run_paused, run_replayed
-from quantkit.model.stream import ModelStream
-from quantkit.quant.blockwise import quantize_blocks
-from quantkit.quant.gptq import quantize
-from quantkit.quant.hessian import HessianAccumulator
-from quantkit.quant.plan import plan_linears
-from quantkit.quant.stagework import LayerStatistics
+from quantkit.options import QuantSpec
+from quantkit.quantize.blockwise import quantize_blocks
+from quantkit.quantize.gptq import quantize
+from quantkit.quantize.hessian import HessianAccumulator
+from quantkit.quantize.plan import plan_linears
+from quantkit.quantize.stagework import LayerStatistics
 from quantkit.sources import open_source
+from quantkit.tokens import TokenMatrix
 
 Run = Callable[..., None]
 CPU = torch.device("cpu")

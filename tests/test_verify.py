@@ -19,15 +19,15 @@ from test_ggjt import LLAMA, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit import cli
-from quantkit.calibration import TokenMatrix
-from quantkit.checks.companions import check_strings
-from quantkit.checks.findings import Findings
-from quantkit.checks.parallel import Linear, tensor_parallel
-from quantkit.checks.shards import read_header
+from quantkit.cli import app as cli
 from quantkit.codes import pack, unpack
 from quantkit.errors import UsageError
-from quantkit.verification import Verified, verify
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs.verify import Verified, verify
+from quantkit.verbs.verify.companions import check_strings
+from quantkit.verbs.verify.findings import Findings
+from quantkit.verbs.verify.shards import read_header
+from quantkit.verbs.verify.tensor_parallel import Linear, tensor_parallel
 
 Edit = Callable[[dict[str, Any]], None]
 Q = "model.layers.0.self_attn.q_proj"
@@ -522,7 +522,7 @@ def test_tensors_swapped_show_against_the_record(checkpoint: Path) -> None:
 
 def test_tensors_swapped_show_in_what_the_model_says(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint without checksums, whose evaluation was of the whole text that is scored again."""
-    monkeypatch.setattr("quantkit.checks.behaviour._SCORED_TOKENS", 10**9)
+    monkeypatch.setattr("quantkit.verbs.verify.behaviour._SCORED_TOKENS", 10**9)
     result = quantkit.perplexity([checkpoint], seq_len=256, device="cpu")
     edit_json(forget_sums(checkpoint), lambda record: record.update(evaluation=result.as_dict()))
     assert problems(checkpoint, generate=True) == []
@@ -550,7 +550,7 @@ def test_the_first_windows_agree_with_the_whole_text(checkpoint: Path, monkeypat
 
 def test_a_large_model_that_guesses_is_a_problem(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems(checkpoint, generate=True) == []
-    monkeypatch.setattr("quantkit.checks.behaviour._TOO_SMALL", 0)
+    monkeypatch.setattr("quantkit.verbs.verify.behaviour._TOO_SMALL", 0)
     only(problems(checkpoint, generate=True), "hardly better than guessing")
 
 

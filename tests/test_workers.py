@@ -15,17 +15,17 @@ from conftest import MakeModel
 from streamed import open_stream
 from torch import nn
 
-from quantkit.calibration import TokenMatrix
+from quantkit.blocks.budget import Budget
+from quantkit.blocks.stages import run_paused, run_replayed
+from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.codes import QuantizedLinear
-from quantkit.config import QuantSpec
 from quantkit.errors import SourceError
-from quantkit.model.budget import Budget
-from quantkit.model.stages import run_paused, run_replayed
-from quantkit.model.workers import Workers, even_shares, worker_count
-from quantkit.parallel import ALONE
-from quantkit.quant import blockwise
-from quantkit.quant.plan import plan_linears
-from quantkit.quant.sharing import Sharing
+from quantkit.options import QuantSpec
+from quantkit.quantize import blockwise
+from quantkit.quantize.plan import plan_linears
+from quantkit.quantize.sharing import Sharing
+from quantkit.runs.ranks import ALONE
+from quantkit.tokens import TokenMatrix
 
 CPU = torch.device("cpu")
 

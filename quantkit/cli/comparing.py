@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from quantkit import console
+from quantkit.cli import console
 from quantkit.cli.options import (
     Debug,
     Device,
@@ -24,13 +22,8 @@ from quantkit.cli.options import (
     TemplateOption,
     Trust,
 )
-from quantkit.config import HELDOUT
-from quantkit.parallel import joined
-from quantkit.units import size
-
-if TYPE_CHECKING:
-    from quantkit.comparing import CompareReport
-    from quantkit.evaluate.comparison import ComparedModel
+from quantkit.options import HELDOUT
+from quantkit.runs.ranks import joined
 
 
 def compare(
@@ -81,7 +74,8 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare variants with the model they come from: size, accuracy, the worst tokens; as a report with plots."""
-    from quantkit.comparing import compare as compare_models
+    from quantkit.verbs.compare import compare as compare_models
+    from quantkit.verbs.compare import print_compare
 
     bars = console.Bars(quiet)
     with joined(device, progress=bars) as ranks:
@@ -111,34 +105,3 @@ def compare(
     if report.unmet is not None:
         console.log.print(report.unmet, markup=False, style="red")
         raise typer.Exit(1)
-
-
-def print_compare(report: CompareReport) -> None:
-    # A table wider than an unknown terminal must not be folded into nothing.
-    wide = Console(highlight=False, emoji=False, width=None if console.results.is_terminal else 160)
-    for text in report.texts:
-        console.results.print(f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}", markup=False)
-        table = Table()
-        table.add_column("model", overflow="fold")
-        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
-        for head in heads:
-            table.add_column(head, justify="right", no_wrap=True)
-        table.add_column("front", justify="center")
-        for model in report.models:
-            table.add_row(model.model, *_cells(model, text.name), "*" if model.pareto else "")
-        wide.print(table)
-    if report.choice is not None:
-        console.results.print(f"take {report.choice.model}: {report.choice.why}", markup=False)
-    console.results.print(f"report: {report.out / 'report.html'}", markup=False)
-
-
-def _cells(model: ComparedModel, text: str) -> list[str]:
-    numbers = model.texts[text].numbers
-    cells = [size(model.bytes), f"{model.bits_per_weight:.2f}"]
-    cells += [f"{numbers.perplexity:.3f}", f"{numbers.stderr:.3f}"]
-    kl = numbers.kl_divergence
-    if kl is None:
-        return [*cells, *[""] * 7]
-    cells += [f"{numbers.delta_ln_ppl:+.4f}", f"{numbers.delta_ln_ppl_stderr:.4f}"]
-    cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
-    return [*cells, f"{100 * (numbers.top1_agreement or 0):.1f} %"]

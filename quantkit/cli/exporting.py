@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from quantkit import console
+from quantkit.cli import console
 from quantkit.cli.options import (
     BaseOption,
     Calibration,
@@ -32,11 +31,6 @@ from quantkit.cli.options import (
     TemplateOption,
     Trust,
 )
-from quantkit.units import size
-
-if TYPE_CHECKING:
-    from quantkit.export import GgmlReport
-    from quantkit.importance import ImatrixReport
 
 
 def ggml(
@@ -83,7 +77,8 @@ def ggml(
     debug: Debug = False,
 ) -> None:
     """Write a model as a GGUF file for llama.cpp; codes of a GPTQ checkpoint go into it as they are."""
-    from quantkit.export import ggml as write_ggml
+    from quantkit.verbs.ggml import ggml as write_ggml
+    from quantkit.verbs.ggml import print_ggml
 
     report = write_ggml(
         model,
@@ -132,7 +127,8 @@ def imatrix(
     debug: Debug = False,
 ) -> None:
     """Write an importance matrix for llama.cpp: how much each input column matters on calibration text."""
-    from quantkit.importance import imatrix as write_imatrix
+    from quantkit.verbs.imatrix import imatrix as write_imatrix
+    from quantkit.verbs.imatrix import print_imatrix
 
     report = write_imatrix(
         model,
@@ -154,24 +150,3 @@ def imatrix(
         progress=console.Bars(quiet),
     )
     console.print_json(report.as_dict()) if json else print_imatrix(report)
-
-
-def print_ggml(report: GgmlReport) -> None:
-    verb = "would write" if report.dry_run else "wrote"
-    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
-    counts = ", ".join(f"{count} {fidelity}" for fidelity, count in report.fidelity.items())
-    types = Counter(tensor.type for tensor in report.tensors)
-    held = ", ".join(f"{count} {name}" for name, count in types.most_common())
-    console.results.print(f"{verb} {report.out}\n{size(report.bytes)}{took}: {held}\nmatrices: {counts}", markup=False)
-
-
-def print_imatrix(report: ImatrixReport) -> None:
-    verb = "would write" if report.dry_run else "wrote"
-    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
-    console.results.print(
-        f"{verb} {report.out}\n{report.entries} tensors over {report.chunks} windows of {report.chunk_size} tokens, "
-        f"{size(report.bytes)}{took}",
-        markup=False,
-    )
-    if report.dry_run:
-        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from quantkit import console
+from quantkit.cli import console
 from quantkit.cli.options import (
     BaseRevision,
     Debug,
@@ -22,12 +22,6 @@ from quantkit.cli.options import (
     Trust,
     Vocabulary,
 )
-from quantkit.units import size
-
-if TYPE_CHECKING:
-    from quantkit.conversion import ConvertReport
-    from quantkit.inspection import Inspection
-    from quantkit.merging import DiffReport, MergeReport
 
 _BASE = "The base: folder, GGUF file or Hub id, in full precision."
 
@@ -48,7 +42,8 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Write a model as a Hugging Face folder of safetensors; a quantized one is dequantized."""
-    from quantkit.conversion import convert as convert_model
+    from quantkit.verbs.convert import convert as convert_model
+    from quantkit.verbs.convert import print_convert
 
     report = convert_model(
         model,
@@ -92,9 +87,10 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Add a delta to the base it was made from, tensor by tensor, into a Hugging Face folder of the tuned model."""
-    from quantkit import merging
+    from quantkit.verbs.merge import merge as add
+    from quantkit.verbs.merge import print_merge
 
-    report = merging.merge(
+    report = add(
         base,
         delta,
         out,
@@ -143,9 +139,10 @@ def diff(
     debug: Debug = False,
 ) -> None:
     """Write what a tuned model changed of its base: a delta, which merge adds to the base again."""
-    from quantkit import merging
+    from quantkit.verbs.diff import diff as subtract
+    from quantkit.verbs.diff import print_diff
 
-    report = merging.diff(
+    report = subtract(
         base,
         tuned,
         out,
@@ -172,51 +169,8 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what a model is made of: scheme, sizes, bits per weight, tensors. Reads headers only."""
-    from quantkit.inspection import inspect as inspect_model
+    from quantkit.verbs.inspect import inspect as inspect_model
+    from quantkit.verbs.inspect import print_inspection
 
     found = inspect_model(model, revision=revision, trust_remote_code=trust_remote_code)
     console.print_json(found.as_dict()) if json else print_inspection(found, tensors)
-
-
-def print_convert(report: ConvertReport | MergeReport) -> None:
-    verb = "would write" if report.dry_run else "wrote"
-    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
-    console.results.print(
-        f"{verb} {report.out}\n{report.tensors} tensors in {report.dtype}, {size(report.bytes)}{took}",
-        markup=False,
-    )
-
-
-def print_merge(report: MergeReport) -> None:
-    print_convert(report)
-    if report.sum is not None:
-        console.results.print(f"all values add up to {report.sum:.4f}", markup=False)
-
-
-def print_diff(report: DiffReport) -> None:
-    print_convert(report)
-    if report.sum is not None:
-        back = "all" if not report.differing else f"all but {report.differing}"
-        console.results.print(
-            f"merging gives {back} of {report.values} values back, off by {report.largest_error:.2g} at most before "
-            f"rounding\nto check a merge: --expect-sum {report.sum:.4f}",
-            markup=False,
-        )
-
-
-def print_inspection(found: Inspection, tensors: bool) -> None:
-    kinds = ", ".join(f"{count} {name}" for name, count in found.types.items())
-    console.results.print(
-        f"{found.model}: {found.architecture}, {found.scheme}\n"
-        f"{found.parameters / 1e6:.1f} M weights in {size(found.bytes)}, "
-        f"{found.bits_per_weight:.2f} bits per weight\n"
-        f"tensors: {kinds}",
-        markup=False,
-    )
-    if tensors:
-        # Not a rich table: on a narrow screen it would cut names off.
-        width = max(len(tensor["name"]) for tensor in found.tensors)
-        for tensor in found.tensors:
-            shape = " x ".join(map(str, tensor["shape"]))
-            line = f"{tensor['name']:<{width}}  {shape:<16}  {tensor['type']:<6}  {size(tensor['bytes'])}"
-            console.results.print(line, markup=False)

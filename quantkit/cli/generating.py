@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from quantkit import console
+from quantkit.cli import console
 from quantkit.cli.options import (
     BaseOption,
     Debug,
@@ -24,9 +24,6 @@ from quantkit.cli.options import (
     Trust,
 )
 from quantkit.errors import OutputError
-
-if TYPE_CHECKING:
-    from quantkit.generation import GenerateReport
 
 Answering = Annotated[str | None, typer.Argument(help="Folder, GGUF or ggjt file, or Hub id.", show_default=False)]
 System = Annotated[str | None, typer.Option(help="System message, in place of the template's own.", show_default=False)]
@@ -74,7 +71,8 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answer the prompts of a file, in batches, into a file that a killed run goes on with."""
-    from quantkit.generation import generate as answer_all
+    from quantkit.verbs.generate import generate as answer_all
+    from quantkit.verbs.generate import print_generate
 
     try:
         report = answer_all(
@@ -130,7 +128,7 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talk with a model; a line of standard input is a message. Ctrl-C ends an answer, /quit the conversation."""
-    from quantkit.chatting import chat as talk
+    from quantkit.verbs.chat import chat as talk
 
     report = talk(
         model,
@@ -194,22 +192,3 @@ class _Terminal:
     @staticmethod
     def _line() -> str | None:
         return sys.stdin.readline() or None
-
-
-def print_generate(report: GenerateReport) -> None:
-    if report.dry_run:
-        console.results.print(
-            f"would answer {report.prompts} prompts of {report.prompt_tokens} tokens, {report.longest_prompt} at "
-            f"most, by template {report.template}, into {report.out}",
-            markup=False,
-        )
-        return
-    answered = sum(report.finished.values())
-    before = f", {report.resumed} were there before" if report.resumed else ""
-    cut = report.finished.get("length", 0)
-    ended = f"; {cut} ended for want of room" if cut else ""
-    console.results.print(
-        f"wrote {report.out}\n{answered} answers{before}{ended}\n"
-        f"{report.output_tokens} tokens in {report.seconds:.0f} s",
-        markup=False,
-    )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from quantkit import console
+from quantkit.cli import console
 from quantkit.cli.options import (
     BaseOption,
     Debug,
@@ -21,9 +21,6 @@ from quantkit.cli.options import (
     Revision,
     Trust,
 )
-
-if TYPE_CHECKING:
-    from quantkit.harness.verb import EvalReport
 
 
 def eval(
@@ -63,7 +60,8 @@ def eval(
     debug: Debug = False,
 ) -> None:
     """Measure a model on tasks of lm-evaluation-harness, such as those of the Open LLM Leaderboard."""
-    from quantkit.harness import verb
+    from quantkit.verbs import eval as verb
+    from quantkit.verbs.eval import print_eval
 
     report = verb.eval(
         model,
@@ -84,15 +82,3 @@ def eval(
         progress=console.Bars(quiet),
     )
     console.print_json(report.as_dict()) if json else print_eval(report)
-
-
-def print_eval(report: EvalReport) -> None:
-    asked = f", the first {report.limit} questions of each task only" if report.partial else ""
-    console.results.print(f"{report.model}{asked}", markup=False)
-    width = max((len(task.name) for task in report.tasks), default=0)
-    for task in report.tasks:
-        error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
-        console.results.print(f"{task.name:<{width}}  {task.metric:<12}  {task.value:.4f}{error}", markup=False)
-    if report.average is not None:
-        console.results.print(f"{'average':<{width}}  {'':<12}  {report.average:.4f}", markup=False)
-    console.results.print(f"wrote {report.out}", markup=False)

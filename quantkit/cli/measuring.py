@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from quantkit import console
+from quantkit.cli import console
 from quantkit.cli.options import (
     Debug,
     Device,
@@ -23,12 +22,8 @@ from quantkit.cli.options import (
     Text,
     Trust,
 )
-from quantkit.config import HELDOUT
-from quantkit.parallel import joined
-
-if TYPE_CHECKING:
-    from quantkit.evaluate.report import ModelResult
-    from quantkit.evaluating import PerplexityReport
+from quantkit.options import HELDOUT
+from quantkit.runs.ranks import joined
 
 
 def perplexity(
@@ -52,7 +47,8 @@ def perplexity(
     debug: Debug = False,
 ) -> None:
     """Measure perplexity with its standard error, and divergence from a reference."""
-    from quantkit import evaluating
+    from quantkit.verbs import perplexity as evaluating
+    from quantkit.verbs.perplexity import print_perplexity
 
     bars = console.Bars(quiet)
     with joined(device, progress=bars) as ranks:
@@ -73,30 +69,3 @@ def perplexity(
         )
     if ranks.first:
         console.print_json(report.as_dict()) if json else print_perplexity(report)
-
-
-def print_perplexity(report: PerplexityReport) -> None:
-    console.results.print(f"{report.text}: {report.tokens} tokens in windows of {report.seq_len}", markup=False)
-    table = Table()
-    compared = any(result.kl_divergence for result in report.results)
-    heads = ["perplexity", "±"]
-    if compared:
-        heads += ["Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1"]
-    table.add_column("model", overflow="fold")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for result in report.results:
-        table.add_row(result.model, *_cells(result, compared))
-    console.table(table)
-
-
-def _cells(result: ModelResult, compared: bool) -> list[str]:
-    cells = [f"{result.perplexity:.3f}", f"{result.stderr:.3f}"]
-    kl = result.kl_divergence
-    if compared and kl is None:
-        cells += [""] * 7
-    elif kl is not None:
-        cells += [f"{result.delta_ln_ppl:+.4f}", f"{result.delta_ln_ppl_stderr:.4f}"]
-        cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
-        cells += [f"{100 * (result.top1_agreement or 0):.1f} %"]
-    return cells

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from quantkit import console
+from quantkit.cli import console
 from quantkit.cli.options import Debug, Json, Quiet
 from quantkit.errors import UsageError
-from quantkit.units import size
-
-if TYPE_CHECKING:
-    from quantkit.publishing.card import CardReport
-    from quantkit.publishing.hub import PublishReport
 
 
 def card(
@@ -77,7 +72,8 @@ def card(
     debug: Debug = False,
 ) -> None:
     """Write a folder's model card, README.md, of measured facts only."""
-    from quantkit.publishing.card import card as write_card
+    from quantkit.verbs.card import card as write_card
+    from quantkit.verbs.card import print_card
 
     made = write_card(
         folder,
@@ -137,7 +133,8 @@ def publish(
     debug: Debug = False,
 ) -> None:
     """Upload a folder to the Hugging Face Hub: only what differs, in one commit, by the Hub client's own token."""
-    from quantkit.publishing.hub import publish as upload
+    from quantkit.verbs.publish import print_publish
+    from quantkit.verbs.publish import publish as upload
 
     report = upload(
         folder,
@@ -152,26 +149,3 @@ def publish(
         progress=console.Bars(quiet),
     )
     console.print_json(report.as_dict()) if json else print_publish(report)
-
-
-def print_card(report: CardReport) -> None:
-    measured = f"{len(report.evaluated)} of {len(report.models)} measured"
-    plots = f", {len(report.plots)} plots" if report.plots else ""
-    console.results.print(f"wrote {report.out}\n{', '.join(report.models)}: {measured}{plots}", markup=False)
-
-
-def print_publish(report: PublishReport) -> None:
-    where = f"{report.repo}, branch {report.branch}"
-    seen = ("private" if report.private else "public") + (", new" if report.created else "")
-    acted = [change for change in report.changes if change.state != "same" and not change.path.startswith(".")]
-    sent = sum(change.state in ("new", "changed") for change in acted)
-    deleted = sum(change.state == "deleted" for change in acted)
-    if not sent and not deleted:
-        console.results.print(f"{where} ({seen}): nothing to send", markup=False)
-        return
-    counts = [f"{sent} file{'' if sent == 1 else 's'}", f"delete {deleted}" if report.dry_run else f"deleted {deleted}"]
-    verb = "would send" if report.dry_run else "sent"
-    console.results.print(f"{verb} {' and '.join(counts if deleted else counts[:1])} to {where} ({seen})", markup=False)
-    for change in acted:
-        console.results.print(f"{change.state:<8} {size(change.bytes):>9}  {change.path}", markup=False)
-    console.results.print(f"{size(report.bytes)} to send" if report.dry_run else f"commit {report.commit}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from quantkit import console
-from quantkit.cli.measuring import print_perplexity
+from quantkit.cli import console
 from quantkit.cli.options import (
     BaseOption,
     Calibration,
@@ -39,13 +38,8 @@ from quantkit.cli.options import (
     Text,
     Trust,
 )
-from quantkit.config import HELDOUT, parse_override
-from quantkit.parallel import joined
-from quantkit.units import size
-
-if TYPE_CHECKING:
-    from quantkit.drawing import SamplesReport
-    from quantkit.pipeline import GptqReport
+from quantkit.options import HELDOUT, parse_override
+from quantkit.runs.ranks import joined
 
 REMEDY = "go on with --resume, with as many processes as are left"
 
@@ -133,7 +127,8 @@ def gptq(
     debug: Debug = False,
 ) -> None:
     """Quantize a model with GPTQ into a folder that transformers, vLLM and others load, or into a GGUF file."""
-    from quantkit import pipeline
+    from quantkit.verbs import gptq as pipeline
+    from quantkit.verbs.gptq import print_gptq
 
     bars = console.Bars(quiet)
     with joined(device, REMEDY, bars) as ranks:
@@ -198,7 +193,8 @@ def samples(
     debug: Debug = False,
 ) -> None:
     """Draw and show the text that a gptq run with the same options would calibrate on."""
-    from quantkit import drawing
+    from quantkit.verbs import samples as drawing
+    from quantkit.verbs.samples import print_samples
 
     report = drawing.samples(
         model,
@@ -214,41 +210,3 @@ def samples(
         progress=console.Bars(quiet),
     )
     console.print_json(report.as_dict()) if json else print_samples(report, show)
-
-
-def print_gptq(report: GptqReport) -> None:
-    spec = report.spec
-    symmetry = "symmetric" if spec.sym else "asymmetric"
-    verb = "would write" if report.dry_run else "wrote"
-    grid = f"{spec.bits}-bit {symmetry}, group {spec.group_size}" if report.ggml is None else report.ggml.upper()
-    console.results.print(
-        f"{verb} {report.model}\n{grid}, act-order {spec.act_order}: "
-        f"{report.bits_per_weight:.2f} bits per weight, {size(report.bytes)}",
-        markup=False,
-    )
-    if report.dry_run:
-        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")
-        if report.memory_remark is not None:
-            console.results.print(report.memory_remark, markup=False)
-        return
-    console.results.print(f"{len(report.layers)} layers in quant_log.csv; {report.seconds:.0f} s in all")
-    if report.evaluation is not None:
-        print_perplexity(report.evaluation)
-
-
-def print_samples(report: SamplesReport, show: int) -> None:
-    from quantkit.calibration import shown_license
-
-    facts = report.matrix.provenance
-    sets = [
-        f"{part.samples} windows of {facts.seq_len} tokens from {len(part.records)} records of {part.dataset} "
-        f"({shown_license(part.license)}, sha256 {part.dataset_sha256[:12]})"
-        + (f", {part.dropped} records left out that are also in the evaluation text" if part.dropped else "")
-        for part in facts.parts or (facts,)
-    ]
-    drawn = [f"template {facts.template}, seed {facts.seed}", f"tokens sha256 {facts.tokens_sha256}"]
-    names = [f"records: {', '.join(part.records)}" for part in facts.parts or (facts,)]
-    console.results.print("\n".join([*sets, *drawn, *names]), markup=False)
-    for number, window in enumerate(report.windows[:show]):
-        console.results.rule(f"window {number}", align="left")
-        console.results.print(window, markup=False)

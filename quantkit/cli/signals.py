@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
-from quantkit import interrupts
-from quantkit.errors import Interrupted
+from quantkit.errors import Interrupted, interrupt_came, note_interrupt
 
 _SHOW_CURSOR = "\x1b[?25h"
 _SOON = 0.02  # seconds
@@ -28,12 +27,12 @@ def heeded(arguments: Sequence[str]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    interrupts.note(False)
+    note_interrupt(False)
 
     def heed(number: int, frame: FrameType | None) -> None:
-        if interrupts.came():
+        if interrupt_came():
             _end(number)
-        interrupts.note()
+        note_interrupt()
         stop(number, frame)
 
     def stop(_: int, frame: FrameType | None) -> None:

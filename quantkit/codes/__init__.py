@@ -2,7 +2,12 @@
 
 from quantkit.codes.ggml_linear import GgmlLinear
 from quantkit.codes.linear import QuantizedLinear, contiguous_groups, grouped
-from quantkit.codes.packing import PACKABLE_BITS, pack, packing_multiple, unpack
+from quantkit.codes.packing import (
+    PACKABLE_BITS,
+    pack,
+    packing_multiple,
+    unpack,
+)
 
 Codes = QuantizedLinear | GgmlLinear
 """Of one Linear, on the grid of GPTQ checkpoints or of a GGML type."""

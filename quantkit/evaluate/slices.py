@@ -14,9 +14,9 @@ from itertools import groupby
 
 import torch
 
+from quantkit.blocks.states import HiddenStates
+from quantkit.blocks.stream import ModelStream
 from quantkit.evaluate.worst import KEPT
-from quantkit.model.states import HiddenStates
-from quantkit.model.stream import ModelStream
 
 
 @dataclass(frozen=True)

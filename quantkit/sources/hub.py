@@ -10,12 +10,12 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
+from quantkit.containers.hf.folder import COMPANIONS
+from quantkit.containers.hf.pickled import PickledFiles
+from quantkit.containers.hf.shards import SafetensorsFiles
+from quantkit.containers.source import first_line
 from quantkit.errors import SourceError
-from quantkit.sources.base import first_line
-from quantkit.sources.hf import COMPANIONS
-from quantkit.sources.pickled import PickledFiles
-from quantkit.sources.shards import SafetensorsFiles
-from quantkit.workdir import REPORT_NAME
+from quantkit.runs.atomic import REPORT_NAME
 
 _BESIDE = ["config.json", "quantize_config.json", REPORT_NAME, *COMPANIONS, "additional_chat_templates/*.jinja"]
 _WANTED = ["*.safetensors", SafetensorsFiles.index_name, *_BESIDE]

@@ -1,0 +1,177 @@
+"""What differs between model families, as a table: where the decoder blocks are, and their Linears by stage.
+
+A stage is a set of Linears that read the same input; stages are listed in the order in which the block's forward
+reaches them. Everything else is left to the model's own forward. A family that is not in the table is discovered.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from quantkit.blocks.linears import linear_names, shape_of
+from quantkit.errors import SourceError
+
+Stages = tuple[tuple[str, ...], ...]
+
+# Linears that decide where tokens go: tiny, and a wrong turn costs more than their bytes.
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Family:
+    """`blocks` is the module list's name in the model; `stages` are Linear names within a block.
+
+    A ``*`` stands for the number of an expert: neighbouring stages that have one are repeated for every expert.
+    `stages` None: found by watching a forward.
+    """
+
+    blocks: str
+    stages: Stages | None
+
+    def linears(self, block: nn.Module) -> list[str]:
+        """Names within `block` of the Linears to quantize. Blocks of one model may differ."""
+        if self.stages is None:
+            return [name for name in linear_names(block) if _is_worth_it(block, name)]
+        return [name for stage in self.stages_in(block) for name in stage]
+
+    def stages_in(self, block: nn.Module) -> Stages:
+        """The table's stages, as far as `block` has them, experts spelled out."""
+        assert self.stages is not None
+        present = set(linear_names(block))
+        expanded: list[tuple[str, ...]] = []
+        for starred, run in groupby(self.stages, key=lambda stage: "*" in stage[0]):
+            stages = list(run)
+            experts = _experts(stages[0][0], present) if starred else [""]
+            expanded += [tuple(name.replace("*", expert) for name in stage) for expert in experts for stage in stages]
+        kept = (tuple(name for name in stage if name in present) for stage in expanded)
+        return tuple(stage for stage in kept if stage)
+
+
+_ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+_GATED = Family("model.layers", (*_ATTENTION, ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)))
+_EXPERTS = Family(
+    "model.layers",
+    (
+        *_ATTENTION,
+        ("mlp.gate_proj", "mlp.up_proj"),  # blocks without experts
+        ("mlp.down_proj",),
+        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        ("mlp.experts.*.down_proj",),
+    ),
+)
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"), _GATED
+    ),
+    **dict.fromkeys(("olmoe", "qwen3_moe"), _EXPERTS),
+    "mixtral": Family("model.layers", (*_ATTENTION, ("mlp.experts.*.w1", "mlp.experts.*.w3"), ("mlp.experts.*.w2",))),
+    "phi3": Family(
+        "model.layers", (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
+    ),
+    "falcon": Family(
+        "transformer.h",
+        (
+            ("self_attention.query_key_value",),
+            ("self_attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ),
+    ),
+    "gpt2": Family("transformer.h", (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",))),
+    "gpt_neox": Family(
+        "gpt_neox.layers",
+        (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    ),
+    "opt": Family(
+        "model.decoder.layers",
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+    ),
+    "starcoder2": Family("model.layers", (*_ATTENTION, ("mlp.c_fc",), ("mlp.c_proj",))),
+}
+
+
+def _is_worth_it(block: nn.Module, name: str) -> bool:
+    """Whether a Linear nobody told us about is to be quantized: no router, and a shape that packs at all bits."""
+    return not _ROUTER.search(name) and all(side % 32 == 0 for side in shape_of(block.get_submodule(name)))
+
+
+def family_of(model_type: str, model: nn.Module) -> Family:
+    """The table's row; for a family that has none, its blocks as `discover_blocks` finds them."""
+    return FAMILIES.get(model_type) or Family(discover_blocks(model), None)
+
+
+def discover_blocks(model: nn.Module) -> str:
+    """Name of the module list that holds the decoder blocks: of all lists whose members have Linears, the one with
+    the most parameters.
+
+    Raises:
+        SourceError: the model has no such list.
+    """
+    sizes: dict[str, int] = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(linear_names(member) for member in module)
+    }
+    if not sizes:
+        raise SourceError(f"{type(model).__name__}: no list of decoder blocks with Linears was found in it")
+    return max(sizes, key=sizes.__getitem__)
+
+
+def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[], object]) -> Stages:
+    """Stages of a loaded block: run its forward once and see which Linears receive the same tensor.
+
+    Args:
+        block: with its weights.
+        names: the Linears to sort into stages.
+        forward: runs the block.
+
+    Raises:
+        SourceError: a Linear that the forward does not reach.
+    """
+    stages: list[tuple[torch.Tensor, list[str]]] = []
+    reached: set[str] = set()
+
+    def arrive(name: str, x: torch.Tensor) -> None:
+        if name in reached:
+            return
+        reached.add(name)
+        for seen, members in stages:
+            if _same_tensor(seen, x):
+                members.append(name)
+                return
+        stages.append((x, [name]))  # the tensor is kept, so that no later one can have its address
+
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: arrive(name, args[0]))
+        for name in names
+    ]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [name for name in names if name not in reached]
+    if missed:
+        raise SourceError(f"the block's forward does not reach {', '.join(missed)}; leave it out with --exclude")
+    return tuple(tuple(members) for _, members in stages)
+
+
+def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both are the same memory, perhaps seen in another shape."""
+    if a is b:
+        return True
+    return a.numel() > 0 and (a.data_ptr(), a.numel(), a.shape[-1]) == (b.data_ptr(), b.numel(), b.shape[-1])
+
+
+def _experts(name: str, present: set[str]) -> Iterator[str]:
+    """Numbers of the experts that have the Linear `name`, in order."""
+    pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
+    found = (pattern.fullmatch(candidate) for candidate in present)
+    return iter(sorted((match[1] for match in found if match), key=int))

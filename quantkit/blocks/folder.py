@@ -1,0 +1,165 @@
+"""A source written as a Hugging Face folder of safetensors, in a dtype."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from quantkit.blocks.experts import ExpertNames
+from quantkit.blocks.stream import ModelStream, build_on_meta
+from quantkit.blocks.weights import bind
+from quantkit.containers.hf.folder import open_weights
+from quantkit.containers.hf.tensorfile import TensorPlan, tensor_bytes
+from quantkit.containers.hf.write import ShardedWriter
+from quantkit.containers.published import Weights
+from quantkit.containers.source import Source, TensorInfo
+from quantkit.errors import (
+    NumericError,
+    OutputError,
+    SourceError,
+)
+from quantkit.progress import Progress
+from quantkit.runs.atomic import (
+    write_json,
+)
+
+# Masks and counters that some checkpoints store; everything else is a weight.
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+
+
+# What a progress bar calls the work; by the kind of source.
+_PHASES = {"delta": "merging", "diff": "subtracting"}
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """A folder of safetensors that can be written: every tensor is there and has its shape."""
+
+    source: Source
+    weights: Weights
+    tensors: list[TensorPlan]
+    dtype_name: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
+def plan_folder(source: Source, dtype: torch.dtype) -> FolderPlan:
+    """What a source is as a folder of weights in `dtype`, from headers. Raises SourceError as `whole_weights` does."""
+    weights = whole_weights(source)
+    planned = [TensorPlan(name, _held(info, dtype), info.shape) for name, info in weights.tensors.items()]
+    return FolderPlan(source, weights, planned, str(dtype).removeprefix("torch."))
+
+
+def write_folder(
+    folder: Path,
+    plan: FolderPlan,
+    max_shard_bytes: int,
+    progress: Progress,
+    watch: Callable[[torch.Tensor], None] = lambda values: None,
+) -> None:
+    """Write weights, config and companions into a staged folder, and read the weights back.
+
+    Args:
+        folder: empty.
+        plan: what to write.
+        max_shard_bytes: of a weight file.
+        progress: receives bars.
+        watch: sees every tensor as it is read, before it is cast.
+
+    Raises:
+        NumericError: names a tensor with a value that is not finite, or that the type cannot hold.
+        OutputError: other values were read back than were written.
+    """
+    _write(folder, plan, max_shard_bytes, progress, watch)
+    name = plan.dtype_name
+    config = {key: value for key, value in plan.source.config_dict().items() if key not in ("dtype", "torch_dtype")}
+    # transformers 5 reads dtype, transformers 4 torch_dtype.
+    write_json(folder / "config.json", {**config, "dtype": name, "torch_dtype": name})
+    plan.source.copy_companions(folder)
+
+
+def whole_weights(source: Source) -> Weights:
+    """The source's tensors as transformers loads them: experts stay apart or fused, as they are stored.
+
+    Raises:
+        SourceError: a tensor is missing, has another shape than the config asks for, or would not be found.
+    """
+    ModelStream(source, torch.device("cpu"), torch.float32)  # its own checks: what transformers would pass over
+    model = build_on_meta(source)
+    weights = bind(source, model, {}, ExpertNames(), untie=False)
+    lost = sorted(name for name, _ in model.named_parameters() if name not in weights.names)
+    fused = _converted(model, weights)
+    missing = next((name for name in lost if name not in fused), None)
+    if missing:
+        raise SourceError(
+            f"{source.label}: {missing} is stored in parts, under names that transformers does not put together for "
+            f"{source.config.model_type}; convert the model that this one was made from"
+        )
+    return weights
+
+
+def _converted(model: Any, weights: Weights) -> set[str]:
+    """Parameters that transformers puts together from the published tensors while it loads them."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
+    return {name for name, pattern in found if pattern is not None}
+
+
+def _held(info: TensorInfo, dtype: torch.dtype) -> torch.dtype:
+    return _INTEGERS.get(info.stored_as, dtype)
+
+
+def _write(
+    folder: Path, plan: FolderPlan, max_shard_bytes: int, progress: Progress, watch: Callable[[torch.Tensor], None]
+) -> None:
+    planned = plan.tensors
+    writer = ShardedWriter(folder, planned, max_shard_bytes)
+    checksums = {}
+    try:
+        with progress.phase(_PHASES.get(plan.source.kind, "converting"), len(planned)) as advance:
+            for tensor in planned:
+                values = _cast(plan.weights, tensor, watch)
+                writer.write(tensor.name, values)
+                checksums[tensor.name] = zlib.crc32(tensor_bytes(values))
+                del values  # before the next one is read
+                advance(1)
+            writer.finish()
+    finally:
+        writer.close()
+    written = open_weights(folder)
+    with progress.phase("reading back", len(planned)) as advance:
+        for name, checksum in checksums.items():
+            if zlib.crc32(tensor_bytes(written.read(name))) != checksum:
+                raise OutputError(f"{name}: other values were read back than were written; the disk may be failing")
+            advance(1)
+
+
+def _cast(weights: Weights, tensor: TensorPlan, watch: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """The tensor in the type it is written in.
+
+    Raises:
+        NumericError: a value that is not finite there.
+    """
+    values = weights.read(tensor.name)
+    if values.is_floating_point() != tensor.dtype.is_floating_point:
+        stored = weights.tensors[tensor.name].stored_as
+        raise SourceError(f"{tensor.name} is stored as {stored}, which is no type of a weight")
+    watch(values)
+    cast = values.to(tensor.dtype)
+    if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
+        if not bool(torch.isfinite(values).all()):
+            raise NumericError(f"{tensor.name} holds NaN or infinity; the model's files are damaged")
+        held = str(tensor.dtype).removeprefix("torch.")
+        raise NumericError(f"{tensor.name}: a value is beyond {held}; use --dtype bfloat16 or float32")
+    return cast

@@ -1,0 +1,235 @@
+"""The plan for memory: what goes where, what is done twice instead, what the least is that works.
+
+Amounts are estimates from shapes, rounded up, beyond what importing torch takes. What is planned changes no result, but
+for sums over slices of a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+from torch import nn
+
+from quantkit.blocks.budget import Budget
+from quantkit.blocks.families import Stages
+from quantkit.blocks.linears import shape_of
+from quantkit.blocks.stages import paused_bytes
+from quantkit.blocks.states import Place
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.workers import MOST
+from quantkit.containers.hf.shards import DTYPES
+from quantkit.errors import UsageError
+from quantkit.progress import Progress, size
+
+_BASE = 96 * 2**20  # tokenizer, threads, a writer's buffers
+_STACKS = 5  # float32 copies of a stage's weights that are at hand while it is quantized
+_SQUARES = 5  # float32 [in, in]: a Hessian, its sum, its permuted copy, its factor, a library's working copy
+_CHUNK = 256  # positions whose logits are held at a time
+_LOGITS = 6  # of them: log-probabilities of two models, and what comes between
+_LEAST_ROWS = 1024  # of a vocabulary in a slice: fewer are slow, and save nothing beside a block
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a pass over a model uses memory. The defaults are the comfortable way.
+
+    Attributes:
+        hidden: where hidden states wait between blocks.
+        paused: forwards wait between the stages of a block, all of them; else each stage is run up to anew.
+        prefetch: a thread reads the next block while this one is worked.
+        side_by_side: several batches run at a time, in as many workers as the pass asked for.
+        head_rows: rows of the vocabulary that the head computes at a time; None: all.
+        needed: estimate of what it takes at most, bytes, host and device together.
+        budget: bytes that were to be kept to.
+    """
+
+    hidden: Place = "device"
+    paused: bool = True
+    prefetch: bool = True
+    side_by_side: bool = True
+    head_rows: int | None = None
+    needed: int = 0
+    budget: int = 0
+
+    def note(self, progress: Progress) -> None:
+        """Say what is done otherwise than with plenty of memory, if anything."""
+        remark = self.remark()
+        if remark is not None:
+            progress.note(remark)
+
+    def remark(self) -> str | None:
+        """What is done otherwise than with plenty of memory, and why; None if nothing."""
+        found = []
+        if self.hidden != "device":
+            found.append(f"hidden states wait {'on disk' if self.hidden == 'disk' else 'in host memory'}")
+        if not self.paused:
+            found.append("each block's stages are replayed")
+        if not self.prefetch:
+            found.append("no block is read ahead")
+        if not self.side_by_side:
+            found.append("batches run one after another")
+        if self.head_rows is not None:
+            found.append(f"the vocabulary is run in slices of {self.head_rows}")
+        if not found:
+            return None
+        return f"the samples do not fit in {size(self.budget)} of memory as they are: {', '.join(found)}"
+
+
+# -- what a model takes ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The largest block of a model, bytes: in the stream's dtype, as it is read, the work of its widest stage, and the
+    largest Hessian."""
+
+    weights: int
+    stored: int
+    work: int
+    square: int
+    paused_token: int
+
+
+def _largest_block(stream: ModelStream, quantized: bool) -> _Block:
+    kinds = {}
+    for index, (block, stages) in enumerate(zip(stream.block_shapes(), stream.known_stages(), strict=True)):
+        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        if shapes not in kinds:
+            kinds[shapes] = _block_bytes(stream, index, block, stages, quantized)
+    found = kinds.values()
+    return _Block(*(max(getattr(one, field.name) for one in found) for field in fields(_Block)))
+
+
+def _block_bytes(stream: ModelStream, index: int, block: nn.Module, stages: Stages, quantized: bool) -> _Block:
+    if stream.discovered:  # which Linears read the same input is not known yet
+        stages = (tuple(name for stage in stages for name in stage),) if stages else ()
+    item = stream.dtype.itemsize
+    stored, largest, weights = 0, 0, 0
+    for name, parameter in block.named_parameters():
+        info = stream.weights.tensors[stream.weights.names[f"{stream.blocks[index]}.{name}"]]
+        bytes_read = info.bytes if info.stored_as in DTYPES else 4 * parameter.numel()
+        stored, largest, weights = stored + bytes_read, max(largest, bytes_read), weights + item * parameter.numel()
+    work = square = 0
+    for stage in stages if quantized else ():
+        shapes = [shape_of(block.get_submodule(name)) for name in stage]
+        rows, columns = sum(out for out, _ in shapes), max(columns for _, columns in shapes)
+        square = max(square, 4 * columns * columns)
+        work = max(work, 4 * _STACKS * rows * columns + _SQUARES * 4 * columns * columns)
+    return _Block(weights + largest, stored, work, square, paused_bytes(block, stages, 1, item))
+
+
+def _ends(stream: ModelStream) -> tuple[int, int]:
+    """Rows of the vocabulary, and bytes of one in the stream's dtype."""
+    config = stream.source.config.get_text_config()
+    return int(config.vocab_size), stream.dtype.itemsize * int(config.hidden_size)
+
+
+# -- the plans -------------------------------------------------------------------------------------------------------
+
+
+def plan_quantizing(
+    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1
+) -> MemoryPlan:
+    """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError."""
+    block = _largest_block(stream, quantized=True)
+    hidden = tokens * _ends(stream)[1]
+    batch = 2 * block.paused_token
+
+    def takes(plan: MemoryPlan) -> tuple[int, int]:
+        abreast = workers if plan.side_by_side else 1
+        sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
+        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square
+        device = block.weights + max(block.work, running) + (tokens * block.paused_token if plan.paused else 0)
+        host = _BASE + (block.stored if plan.prefetch else 0)
+        waiting = 0 if plan.paused else hidden  # of paused forwards they are a part
+        return device + (waiting if plan.hidden == "device" else 0), host + (waiting if plan.hidden == "host" else 0)
+
+    ways = [
+        MemoryPlan(place, paused, prefetch, abreast)
+        for paused, place, prefetch, abreast in product((True, False), _places(stream), (True, False), (True, False))
+        if not paused or place == "device"
+    ]
+    return _first_that_fits(ways, takes, budget)
+
+
+def plan_watching(stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget) -> MemoryPlan:
+    """For a pass over so many tokens that looks at what Linears read. Raises UsageError."""
+    block = _largest_block(stream, quantized=False)
+    hidden = tokens * _ends(stream)[1]
+    running = 2 * min(tokens, batch_tokens) * _widest(stream)
+
+    def takes(plan: MemoryPlan) -> tuple[int, int]:
+        device, host = block.weights + running, _BASE + (block.stored if plan.prefetch else 0)
+        return device + (hidden if plan.hidden == "device" else 0), host + (hidden if plan.hidden == "host" else 0)
+
+    ways = [MemoryPlan(place, True, prefetch) for place, prefetch in product(_places(stream), (True, False))]
+    return _first_that_fits(ways, takes, budget)
+
+
+def plan_scoring(
+    streams: Sequence[ModelStream], tokens: int, batch_tokens: int, budget: Budget, workers: int = 1
+) -> MemoryPlan:
+    """For scoring models side by side on so many tokens. Raises UsageError."""
+    blocks = [_largest_block(stream, quantized=False) for stream in streams]
+    ends = [_ends(stream) for stream in streams]
+    hidden = sum(tokens * row for _, row in ends)
+    batch = 2 * max(map(_widest, streams))
+    vocabulary = max(rows for rows, _ in ends)
+
+    def head(rows: int | None) -> int:
+        if rows is None:
+            logits = 4 * _LOGITS * _CHUNK * vocabulary
+            return logits + sum(rows * row for rows, row in ends) + max(rows * row for rows, row in ends)
+        return rows * (4 * _LOGITS * _CHUNK + 2 * sum(sorted(row for _, row in ends)[-2:]))
+
+    def takes(plan: MemoryPlan) -> tuple[int, int]:
+        running = batch * min(tokens, (workers if plan.side_by_side else 1) * batch_tokens)
+        block = max(one.weights for one in blocks) + running
+        device = max(block, head(plan.head_rows))
+        host = _BASE + (sum(one.stored for one in blocks) if plan.prefetch else 0)
+        return device + (hidden if plan.hidden == "device" else 0), host + (hidden if plan.hidden == "host" else 0)
+
+    slices: list[int | None] = [None]
+    while (slices[-1] or vocabulary) > _LEAST_ROWS:
+        slices.append(max(_LEAST_ROWS, -(-(slices[-1] or vocabulary) // 2)))
+    ways = [
+        MemoryPlan(place, True, prefetch, abreast, rows)
+        for rows, place, prefetch, abreast in product(slices, _places(streams[0]), (True, False), (True, False))
+    ]
+    return _first_that_fits(ways, takes, budget)
+
+
+def _widest(stream: ModelStream) -> int:
+    """Bytes of a token in the widest stage of the model."""
+    return max(_largest_block(stream, quantized=False).paused_token, 1)
+
+
+def _places(stream: ModelStream) -> tuple[Place, ...]:
+    return ("device", "disk") if stream.device.type == "cpu" else ("device", "host", "disk")
+
+
+def _first_that_fits(
+    ways: Sequence[MemoryPlan], takes: Callable[[MemoryPlan], tuple[int, int]], budget: Budget
+) -> MemoryPlan:
+    for plan in ways:
+        device, host = takes(plan)
+        fits = (
+            device + host <= budget.host if budget.device is None else device <= budget.device and host <= budget.host
+        )
+        if fits:
+            return replace(plan, needed=device + host, budget=budget.here)
+    device, host = takes(ways[-1])
+    if budget.named:
+        raise _too_little(device, host, budget)
+    return replace(ways[-1], needed=device + host, budget=budget.here)
+
+
+def _too_little(device: int, host: int, budget: Budget) -> UsageError:
+    if budget.device is None:
+        least, given = device + host, budget.host
+    else:
+        least, given = max(device, host), min(budget.device, budget.host)
+    megabytes = -(-least // 10**6)
+    return UsageError(f"--memory {size(given)} is too little for one block of this model: {megabytes}MB is the least")

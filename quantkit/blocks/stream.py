@@ -1,0 +1,461 @@
+"""The block stream: a model that is never in memory as a whole.
+
+The model is built on the meta device. What lies outside the decoder blocks (embedding, final norm, head) is read when
+a pass begins and when it ends, of the embedding only the rows that the tokens need; each block's weights are read, used
+and let go, the next one's by a thread meanwhile. The arguments that a block is called
+with are taken from the model's own forward, run once per batch with stand-ins for the blocks, so nothing here knows
+about rotary embeddings, masks, shared keys and values or scaling of any family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quantkit.blocks import allocator
+from quantkit.blocks.arguments import (
+    Arguments,
+    Capture,
+    hands_on,
+    share_equal,
+)
+from quantkit.blocks.budget import Budget, free_budget
+from quantkit.blocks.experts import ExpertNames, is_fused, take_apart
+from quantkit.blocks.families import (
+    FAMILIES,
+    Family,
+    Stages,
+    discover_stages,
+    family_of,
+)
+from quantkit.blocks.linears import shape_of
+from quantkit.blocks.states import HiddenStates, Place
+from quantkit.blocks.weights import bind, expert_names
+from quantkit.blocks.workers import ReadAhead, uploaded
+from quantkit.containers.published import Weights
+from quantkit.containers.source import Source, first_line
+from quantkit.errors import NumericError, SourceError
+
+_RUN_BYTES = 4 * 2**20  # of an embedding, read at once
+_GAP = 8  # rows that nobody needs are read along with those around them
+
+
+class ModelStream:
+    """One model, run block by block.
+
+    Attributes:
+        source: where it comes from.
+        weights: its tensors under their published names.
+        device: where blocks compute.
+        dtype: dtype they compute in.
+        family: the table's row, or what was discovered.
+        blocks: names of the decoder blocks, in order.
+        discovered: whether the architecture is not in the table.
+        memory: what a pass over it may take; None: what is free then.
+    """
+
+    memory: Budget | None = None
+
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, untie: bool = False) -> None:
+        allocator.tune()
+        self.source, self.device, self.dtype = source, device, dtype
+        # Ties are undone: both ends are loaded when they are needed.
+        self._model = build_on_meta(source, tied=False)
+        self._materialize_buffers()
+        names = expert_names(self._model)
+        fused = take_experts_apart(self._model, names)
+        self.family: Family = family_of(source.config.model_type, self._model)
+        self.discovered = source.config.model_type not in FAMILIES
+        self._block_list: nn.ModuleList = self._model.get_submodule(self.family.blocks)
+        self.blocks = [f"{self.family.blocks}.{i}" for i in range(len(self._block_list))]
+        self.weights: Weights = bind(source, self._model, fused, names, untie)
+        self._check_tensors()
+        self._arguments: list[list[Arguments]] = []
+        self._stages: dict[tuple[str, ...], Stages] = {}
+        self._capture: Capture | None = None
+        self._last_hidden: torch.Tensor | None = None
+        self._ahead: ReadAhead[dict[str, torch.Tensor]] | None = None
+        self._in_tuple = False
+
+    # -- what is in it -----------------------------------------------------------------------------------------------
+
+    def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(published module name, (out, in)) of every Linear of the blocks, in the order of blocks and stages."""
+        for index, block in enumerate(self._block_list):
+            for name in self.family.linears(block):
+                yield self.published(index, name), shape_of(block.get_submodule(name))
+
+    def published(self, index: int, name: str) -> str:
+        """The published name of the module `name` of block `index`."""
+        return self.weights.module(f"{self.blocks[index]}.{name}")
+
+    def known_stages(self) -> list[Stages]:
+        """Stages of every block as far as they are known from headers: a discovered family's Linears stand alone."""
+        if self.family.stages is not None:
+            return [self.family.stages_in(block) for block in self._block_list]
+        return [tuple((name,) for name in self.family.linears(block)) for block in self._block_list]
+
+    def stages(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> Stages:
+        """The stages of a loaded block: the table's, or those that a forward of one batch shows."""
+        if self.family.stages is not None:
+            return self.family.stages_in(block)
+        names = tuple(self.family.linears(block))
+        if names not in self._stages:  # blocks with the same Linears have the same forward
+            self._stages[names] = discover_stages(block, names, lambda: self.call(index, block, batch, hidden))
+        return self._stages[names]
+
+    # -- a pass over the model ---------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        batches: list[torch.Tensor],
+        advance: Callable[[int], None] = lambda n: None,
+        place: Place = "device",
+    ) -> HiddenStates:
+        """Hidden states that enter the first block, [batch, seq, hidden] in the stream's dtype, per batch of token ids.
+
+        Also captures the blocks' other arguments of every batch; what is equal in all of them is kept once. `place` is
+        where the hidden states wait. Of the embedding only the rows of these tokens are read.
+        """
+        hidden = HiddenStates(self.device, place)
+        self._arguments = []
+        if not batches:
+            return hidden
+        with self._outside(), self._rows_of(torch.cat([ids.reshape(-1) for ids in batches])), self._stand_ins():
+            for ids in batches:
+                capture = self._run_with_stand_ins(ids.to(self.device))
+                assert capture.hidden is not None
+                hidden.append(capture.hidden)
+                self._arguments.append(share_equal(capture.arguments, self._arguments[:1]))
+                advance(1)
+        self._capture = None
+        return hidden
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks may hand on something beside hidden states, so that none can be left out; after `embed`."""
+        return bool(self._arguments) and hands_on(self._arguments[0])
+
+    @property
+    def budget(self) -> Budget:
+        """What a pass over it may take now."""
+        return free_budget(self.device) if self.memory is None else self.memory
+
+    @property
+    def first_block(self) -> nn.Module:
+        """The first block as it is between uses: shapes only, on the meta device."""
+        return self._block_list[0]
+
+    def block_shapes(self) -> Iterator[nn.Module]:
+        """Every block as it is between uses."""
+        yield from self._block_list
+
+    @contextmanager
+    def reading_ahead(self, wanted: bool = True) -> Iterator[None]:
+        """While inside, and if wanted, a thread reads the next block while one is worked; blocks are taken in order."""
+        if not wanted:
+            yield
+            return
+        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device), len(self._block_list))
+        try:
+            yield
+        finally:
+            ahead, self._ahead = self._ahead, None
+            ahead.close()
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights; let go on exit."""
+        block = self._block_list[index]
+        self._fill(block, index, self._stored_block(index) if self._ahead is None else self._ahead.take(index))
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    def call(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run a loaded block on the hidden states [batch, seq, hidden] of batch number `batch`; same shape out."""
+        args, kwargs = self._arguments[batch][index]
+        output = block(hidden, *args, **kwargs)
+        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Load what follows the blocks; yields hidden [batch, seq, hidden] -> logits float32 [batch, seq, vocab].
+
+        The model's own forward runs with stand-ins for the blocks, so norms, caps and scalings are its own.
+        """
+        with self._outside(self._model.get_output_embeddings()), self._stand_ins():
+            yield self._logits
+        self._last_hidden = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    @contextmanager
+    def head_rows(self, start: int, stop: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """As `head`, of some rows of the vocabulary only: logits float32 [batch, seq, stop - start].
+
+        Whatever the model does to logits it must do to each by itself, as scaling and capping do.
+        """
+        output = self._model.get_output_embeddings()
+        whole = dict(output.named_parameters(recurse=False))
+        prefix = self._name_of(output)
+        with self._outside(), self._stand_ins():
+            for key in whole:
+                rows = self._cast(f"{prefix}.{key}", self._read_rows(f"{prefix}.{key}", start, stop))
+                output.register_parameter(key, nn.Parameter(rows, requires_grad=False))
+            try:
+                yield self._logits
+            finally:
+                for key, parameter in whole.items():
+                    output.register_parameter(key, parameter)
+        self._last_hidden = None
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        width = self._model.get_input_embeddings().weight.shape[1]
+        self._last_hidden = hidden
+        nothing = hidden.new_zeros(*hidden.shape[-3:-1], width)  # the last stand-in puts `hidden` in its place
+        output: torch.Tensor = self._model(inputs_embeds=nothing, use_cache=False).logits
+        return output.float()
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def whole(self, advance: Callable[[int], None] = lambda n: None) -> PreTrainedModel:
+        """The model with all of its weights; a tensor that is tied in the source is in memory once.
+
+        The stream's last use: its blocks do not go back to the meta device. `advance` counts published tensors.
+        """
+        held: dict[str, nn.Parameter] = {}
+        for prefix, module in self._model.named_modules():
+            for key, _ in list(module.named_parameters(recurse=False)):
+                name = f"{prefix}.{key}" if prefix else key
+                published = self.weights.names[name]
+                if published not in held:
+                    held[published] = nn.Parameter(self.read(name), requires_grad=False)
+                    advance(1)
+                module.register_parameter(key, held[published])
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_meta:  # a persistent buffer: stored with the weights
+                    setattr(module, key, self.read(f"{prefix}.{key}" if prefix else key))
+        model: PreTrainedModel = self._model
+        return model
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor for the model's parameter `name`, on the device, in the stream's dtype.
+
+        Raises:
+            NumericError: a value that the stream's dtype cannot hold.
+        """
+        return self._cast(name, self.weights.read(self.weights.names[name]))
+
+    def _cast(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """What was read for the parameter `name`, on the device, in the stream's dtype. Raises NumericError."""
+        cast = stored.to(self.device).to(self.dtype)
+        if self.dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
+            published = self.weights.names[name]
+            raise NumericError(f"{published}: not finite in float16; use --dtype float32 or bfloat16")
+        return cast
+
+    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.weights.read_rows(self.weights.names[name], start, stop)
+
+    def _stored_block(self, index: int) -> dict[str, torch.Tensor]:
+        """A block's tensors by their names in it, as the source gives them; a thread may call this."""
+        block, prefix, known = self._block_list[index], self.blocks[index], self.weights.names
+        names = [name for name, _ in block.named_parameters()]
+        names += [name for name, _ in block.named_buffers() if f"{prefix}.{name}" in known]  # persistent ones
+        return {name: self.weights.read(known[f"{prefix}.{name}"]) for name in names}
+
+    def _fill(self, block: nn.Module, index: int, stored: dict[str, torch.Tensor]) -> None:
+        """Give a block its tensors; each stored one is let go as soon as it is cast."""
+        parameters = {name for name, _ in block.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name in list(stored):
+            cast = self._cast(f"{self.blocks[index]}.{name}", stored.pop(name))
+            tensors[name] = nn.Parameter(cast, requires_grad=False) if name in parameters else cast
+        block.load_state_dict(tensors, strict=False, assign=True)
+
+    def _name_of(self, wanted: nn.Module) -> str:
+        names = (name for name, module in self._model.named_modules() if module is wanted)
+        return str(next(names))
+
+    @contextmanager
+    def _rows_of(self, ids: torch.Tensor) -> Iterator[None]:
+        """Give the input embedding the rows of these tokens; while inside, it finds a token's row among them."""
+        embedding = self._model.get_input_embeddings()
+        whole, padding = embedding.weight, getattr(embedding, "padding_idx", None)
+        known = ids.unique().cpu()
+        held = torch.empty((len(known), whole.shape[1]), dtype=self.dtype, device=self.device)
+        name = f"{self._name_of(embedding)}.weight"
+        at = 0
+        for start, stop, rows in _runs(known.tolist(), max(1, _RUN_BYTES // max(1, 4 * whole.shape[1]))):
+            found = self._read_rows(name, start, stop)[torch.tensor(rows) - start]
+            held[at : at + len(rows)] = self._cast(name, found)
+            at += len(rows)
+        known, own = known.to(self.device), embedding.forward
+
+        def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return own(torch.searchsorted(known, ids.contiguous()), *args, **kwargs)
+
+        embedding.weight = nn.Parameter(held, requires_grad=False)
+        embedding.padding_idx = None  # it only says which row is not trained, and must be one of these
+        embedding.forward = forward
+        try:
+            yield
+        finally:
+            del embedding.forward
+            embedding.weight, embedding.padding_idx = whole, padding
+
+    @contextmanager
+    def _outside(self, output: nn.Module | None = None) -> Iterator[None]:
+        """Load every parameter outside the blocks but the embeddings; of these only `output`, if it is given."""
+        inside = set(self._block_list.parameters())
+        ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        skip = {own for end in ends if end is not output for own in end.parameters()}
+        loaded = []
+        for prefix, module in list(self._model.named_modules()):
+            own = dict(module.named_parameters(recurse=False))
+            if own and not (set(own.values()) & (inside | skip)):
+                loaded.append((module, list(own)))
+                for name in own:
+                    full = f"{prefix}.{name}" if prefix else name
+                    module.register_parameter(name, nn.Parameter(self.read(full), requires_grad=False))
+        try:
+            yield
+        finally:
+            for module, names in loaded:
+                for name in names:
+                    meta = module.get_parameter(name).to("meta")
+                    module.register_parameter(name, nn.Parameter(meta, requires_grad=False))
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def _run_with_stand_ins(self, ids: torch.Tensor) -> Capture:
+        """Run the model without its blocks. Some classes take a block's output for a tuple: they lose a dimension."""
+        capture = self._capture = Capture()
+        try:
+            states = self._model.base_model(input_ids=ids, use_cache=False)[0]
+        except Exception as error:  # whatever a model raises that does more between its blocks than hand on states
+            if not self.discovered:
+                raise
+            kind = self.source.config.model_type
+            raise SourceError(
+                f"{self.source.label}: architecture {kind} cannot be run block by block: {first_line(error)}"
+            ) from error
+        if states.dim() == 3 or self._in_tuple:
+            return capture
+        self._in_tuple = True
+        return self._run_with_stand_ins(ids)
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[None]:
+        """Give every block a forward that hands its hidden states on unchanged and notes the other arguments."""
+        last = len(self._block_list) - 1
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self._capture is not None:
+                    if index == 0:
+                        self._capture.hidden = hidden_states
+                    self._capture.arguments.append((args, kwargs))
+                if index == last and self._last_hidden is not None:
+                    hidden_states = self._last_hidden
+                return (hidden_states, None) if self._in_tuple else hidden_states
+
+            return forward
+
+        for index, block in enumerate(self._block_list):
+            block.forward = stand_in(index)
+        try:
+            yield
+        finally:
+            for block in self._block_list:
+                del block.forward
+
+    def _materialize_buffers(self) -> None:
+        """Compute the buffers that are not stored (rotary frequencies and the like) with the model's own code.
+
+        They are filled with NaN first: one that the model's initialisation leaves alone is found, not used.
+        """
+        for name, module in self._model.named_modules():
+            made = []
+            for key in module._non_persistent_buffers_set:
+                buffer = module._buffers.get(key)
+                if buffer is not None and buffer.is_meta:
+                    empty = torch.empty_like(buffer, device=self.device)
+                    module._buffers[key] = empty.fill_(torch.nan) if empty.is_floating_point() else empty.zero_()
+                    made.append(key)
+            if made:
+                _owner(self._model, name)._init_weights(module)
+            for key in made:
+                if bool(torch.isnan(module._buffers[key]).any()):
+                    raise SourceError(f"{self.source.label}: buffer {name}.{key} cannot be computed from the config")
+
+    def _check_tensors(self) -> None:
+        """Every parameter must be in the source with the shape the config asks for."""
+        for name, parameter in self._model.named_parameters():
+            if name not in self.weights.names:
+                raise SourceError(f"{self.source.path}: tensor {name} is missing")
+            stored = self.weights.tensors[self.weights.names[name]]
+            if stored.shape != tuple(parameter.shape):
+                raise SourceError(
+                    f"{self.source.path}: {self.weights.names[name]} has shape {list(stored.shape)}, "
+                    f"but the config asks for {list(parameter.shape)}"
+                )
+
+
+def _runs(rows: list[int], most: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(start, stop, rows in it) of pieces of at most `most` rows that hold the given ones, which ascend."""
+    run: list[int] = []
+    for row in rows:
+        if run and (row - run[-1] > _GAP or row - run[0] >= most):
+            yield run[0], run[-1] + 1, run
+            run = []
+        run.append(row)
+    if run:
+        yield run[0], run[-1] + 1, run
+
+
+def _owner(model: Any, name: str) -> Any:
+    """The model that initialises the module `name`: the innermost of transformers' models around it."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+    return next(module for module in around if isinstance(module, PreTrainedModel))
+
+
+def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
+    """Replace every fused experts module of the model; returns what was replaced, by name."""
+    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    for name, module in fused.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, take_apart(module, names))
+    return fused
+
+
+def build_on_meta(source: Source, tied: bool = True) -> Any:
+    """The model class of the config, without weights; with `tied` False its embeddings are apart, whatever it says.
+
+    Raises:
+        SourceError: the class does not like the config.
+    """
+    config = type(source.config).from_dict(source.config.to_dict())
+    if not tied:
+        config.tie_word_embeddings = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    factory: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = factory.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever a model class raises on a config it does not like
+        raise SourceError(f"{source.path}: cannot build a {config.model_type} model: {first_line(error)}") from error
+    return model.eval()

@@ -1,0 +1,116 @@
+"""A whole model in memory, from any source: for whoever generates, which a stream of blocks is too slow for."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from quantkit.blocks.stream import ModelStream
+from quantkit.containers.source import Source, first_line
+from quantkit.errors import SourceError
+from quantkit.progress import SILENT, Progress
+
+# transformers loads a GPTQ folder through optimum, on GPTQModel's kernels.
+_KERNEL_PACKAGES = ("gptqmodel", "optimum")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can generate.
+
+    Attributes:
+        model: in eval mode, on one device.
+        kernels: what multiplies quantized weights, such as "TorchLinear" of GPTQModel; None where all are dequantized.
+    """
+
+    model: PreTrainedModel
+    kernels: str | None
+
+
+def load_model(
+    source: Source, device: torch.device, dtype: torch.dtype, progress: Progress = SILENT
+) -> PreTrainedModel:
+    """The model of any source with all of its weights, dequantized, as `ModelStream` computes it: the same logits.
+
+    Args:
+        source: any: a folder, a GGUF or ggjt file, a GPTQ checkpoint, a base with its delta.
+        device: where it is to be.
+        dtype: of its weights and its arithmetic.
+        progress: receives a bar.
+
+    Raises:
+        SourceError: a tensor is missing or has another shape than the config asks for.
+        NumericError: a value that `dtype` cannot hold.
+    """
+    return fill(ModelStream(source, device, dtype), progress)
+
+
+def load_on_kernels(stream: ModelStream, trust_remote_code: bool = False, progress: Progress = SILENT) -> Loaded:
+    """The stream's model: a GPTQ folder on GPTQModel's kernels where those are installed and take it, else dequantized.
+
+    Which of the two happened is noted. Raises as `load_model` does.
+    """
+    if stream.source.kind != "gptq":
+        return Loaded(fill(stream, progress), None)
+    missing = [package for package in _KERNEL_PACKAGES if find_spec(package) is None]
+    if missing:
+        progress.note(f"{stream.source.label}: dequantized; kernels need {' and '.join(missing)} installed")
+        return Loaded(fill(stream, progress), None)
+    try:
+        model = _on_kernels(stream, trust_remote_code)
+    except Exception as error:  # whatever a kernel raises on bits, groups, widths or machines it does not take
+        progress.warn(f"{stream.source.label}: dequantized, for GPTQModel does not run it: {first_line(error)}")
+        return Loaded(fill(stream, progress), None)
+    kernels = _kernels(model)
+    progress.note(f"{stream.source.label}: runs on GPTQModel's kernels ({kernels})")
+    return Loaded(model, kernels)
+
+
+def fill(stream: ModelStream, progress: Progress = SILENT) -> PreTrainedModel:
+    """The stream's model, whole, with the generation config that came with it. Raises as `load_model` does."""
+    with progress.phase("loading", len(set(stream.weights.names.values()))) as advance:
+        model = stream.whole(advance)
+    model.generation_config = generation_config(stream.source)
+    return model
+
+
+def generation_config(source: Source) -> GenerationConfig:
+    """What the model's folder says about generating, or else its config. Raises SourceError."""
+    if not (source.path / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(source.config)
+    try:
+        return GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    except Exception as error:  # whatever it raises on values it does not like
+        raise SourceError(f"{source.path / 'generation_config.json'}: {first_line(error)}") from error
+
+
+def _on_kernels(stream: ModelStream, trust_remote_code: bool) -> PreTrainedModel:
+    factory: Any = AutoModelForCausalLM
+    with redirect_stdout(sys.stderr):  # which GPTQModel talks to
+        model = factory.from_pretrained(
+            stream.source.path,
+            device_map=str(stream.device),
+            dtype=stream.dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+        if not _kernels(model):
+            raise SourceError("none of its Linears came out quantized")
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=stream.device)
+        with torch.inference_mode():  # a kernel that is built, or fails, at its first use does so now
+            if not bool(torch.isfinite(model(input_ids=ids).logits).all()):
+                raise SourceError("its logits are not finite")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _kernels(model: PreTrainedModel) -> str:
+    """Class names of the Linears that hold codes."""
+    held = {type(module).__name__ for module in model.modules() if getattr(module, "qweight", None) is not None}
+    return ", ".join(sorted(held))

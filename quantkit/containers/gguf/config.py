@@ -1,0 +1,296 @@
+"""The config that a GGUF file's keys amount to, with the few tensors that say what the keys do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from quantkit.containers.gguf.architectures import (
+    ARCHITECTURES,
+    BLOCK,
+    OUTSIDE,
+    Architecture,
+)
+from quantkit.errors import SourceError
+
+Array = np.ndarray[Any, Any]
+
+_FIELDS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_TOKENS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "padding_token_id",
+}
+# Keys that change what a model computes and that no row of the table can say.
+_NOT_READ = (
+    "expert_count",
+    "attention.temperature_scale",
+    "rope.scaling.yarn_log_multiplier",
+    "logit_scale",
+    "embedding_scale",
+    "residual_scale",
+)
+
+_LARGEST = 2**31  # what llama.cpp counts with
+
+# Llama 3's scaling is stored as one factor a frequency. These three have been the same in every model so far.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_YARN_KEYS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+
+
+class Keys:
+    """A file's keys by name, those of the architecture without its prefix."""
+
+    def __init__(self, architecture: str, values: Callable[[str], Any]) -> None:
+        self.architecture = architecture
+        self.values = values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of ``<architecture>.<key>``: a float32 as the shortest decimal that it stands for, and one value
+        for an array of equal ones."""
+        value = self.values(f"{self.architecture}.{key}")
+        if isinstance(value, list) and value and not isinstance(value[0], bool) and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, float):
+            return float(str(np.float32(value)))
+        return default if value is None else value
+
+    def number(self, key: str, default: Any = None, whole: bool = False) -> Any:
+        """The same, of a key that holds a number, not below 0; raises SourceError where it holds something else."""
+        value = self.get(key, default)
+        if isinstance(value, list) and value:
+            raise SourceError(f"{self.architecture}.{key} differs between layers; such models cannot be read")
+        counts = type(value) is int and 0 <= value < _LARGEST
+        measures = type(value) is float and 0 <= value < math.inf and not whole
+        if value is not None and not counts and not measures:
+            raise SourceError(f"{self.architecture}.{key} is {str(value)[:40]!r}, no number that a model can have")
+        return value
+
+    def require(self, key: str, whole: bool = False) -> Any:
+        """The same; raises SourceError where it is missing or 0, too."""
+        value = self.number(key, whole=whole)
+        if value is None:
+            raise SourceError(f"key {self.architecture}.{key} is missing; convert the model again")
+        if not value:
+            raise SourceError(f"{self.architecture}.{key} is 0; convert the model again")
+        return value
+
+
+def make_config(keys: Keys, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]) -> PretrainedConfig:
+    """The config of a file.
+
+    Args:
+        keys: the file's keys.
+        shapes: its tensors, GGUF name -> [rows, columns] or [length].
+        read: float32 values of a tensor, for those that the config holds.
+
+    Raises:
+        SourceError: a key is missing or says what cannot be read.
+    """
+    architecture = ARCHITECTURES[keys.architecture]
+    for key in _NOT_READ:
+        if keys.get(key) and key not in architecture.fields:
+            raise SourceError(f"{keys.architecture}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
+    if "token_embd.weight" not in shapes:
+        raise SourceError("tensor token_embd.weight is missing")
+    blocks = _check_blocks(keys, shapes)
+    settings = {ours: keys.require(key, whole=ours != "rms_norm_eps") for key, ours in _FIELDS.items()}
+    settings |= _further(keys, architecture)
+    settings |= architecture.means
+    settings["num_key_value_heads"] = _key_value_heads(keys, settings["num_attention_heads"])
+    settings["vocab_size"] = shapes["token_embd.weight"][0]
+    settings |= {ours: token_id(keys.values, key, settings["vocab_size"]) for ours, key in _TOKENS.items()}
+    settings["tie_word_embeddings"] = "output.weight" not in shapes
+    for name, flag in architecture.flags.items():
+        settings[flag] = f"blk.0.{name}" in shapes
+    window = keys.number("attention.sliding_window", whole=True) or None  # 0 says that there is none
+    model_type = architecture.windowed_type if window and architecture.windowed_type else architecture.model_type
+    config_class = CONFIG_MAPPING[model_type]
+    width = settings["hidden_size"] // settings["num_attention_heads"]
+    head = keys.number("attention.key_length", width, whole=True)
+    _check_shapes(architecture, settings, head, shapes)
+    if hasattr(config_class, "head_dim") or head != width:
+        settings["head_dim"] = head
+    if model_type in ("mistral", "phi3") or window:
+        settings["sliding_window"] = window
+    if architecture.window_pattern:
+        settings["layer_types"] = list(_layer_types(keys, architecture, window, blocks))
+        settings["query_pre_attn_scalar"] = width if blocks in architecture.wide_models else head
+    rope = _rope_parameters(keys, head, shapes, read)
+    settings["rope_parameters"] = _by_layer_type(keys, rope) if architecture.local_rope else rope
+    config: PretrainedConfig = config_class(**settings)
+    return config
+
+
+def _further(keys: Keys, architecture: Architecture) -> dict[str, Any]:
+    """The architecture's own fields; how many experts there are must be said."""
+    if "expert_count" in architecture.fields:
+        return {ours: keys.require(key, whole=True) for key, ours in architecture.fields.items()}
+    return {ours: keys.number(key) for key, ours in architecture.fields.items() if keys.get(key) is not None}
+
+
+def token_id(values: Callable[[str], Any], key: str, vocabulary: int) -> int | None:
+    """The id that ``tokenizer.ggml.<key>`` names, if it names one; raises SourceError for what is no token's."""
+    number = values(f"tokenizer.ggml.{key}")
+    if number is None:
+        return None
+    if type(number) is not int or not 0 <= number < vocabulary:
+        raise SourceError(f"tokenizer.ggml.{key} is {str(number)[:40]!r}, but there are {vocabulary} tokens")
+    return number
+
+
+def _check_blocks(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The number of blocks, which must be that of the blocks that the file holds: whatever is made takes its time."""
+    count: int = keys.require("block_count", whole=True)
+    found = {int(block[1]) for block in map(BLOCK.match, shapes) if block}
+    if len(found) != count or max(found) != count - 1:
+        raise SourceError(f"{keys.architecture}.block_count is {count}, but the file holds {len(found)} blocks")
+    return count
+
+
+def _check_shapes(
+    architecture: Architecture, settings: Mapping[str, Any], head: int, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise SourceError where a tensor's shape is not the one that follows from the config's fields."""
+    width, inner, heads = settings["hidden_size"], settings["intermediate_size"], settings["num_attention_heads"]
+    queries, keys = heads * head, settings["num_key_value_heads"] * head
+    if head == 0 or head % 2 or heads % settings["num_key_value_heads"]:
+        raise SourceError(f"{heads} heads of {head} cannot share {keys} rows of keys; the file is broken")
+    wanted: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("token_embd", "output"), (settings["vocab_size"], width)),
+        **{"attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width)},
+        **{"attn_qkv": (queries + 2 * keys, width), "attn_output": (width, queries)},
+        **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head,)),
+        **dict.fromkeys(("ffn_gate", "ffn_up"), (inner, width)),
+        "ffn_down": (width, inner),
+    }
+    if "ffn_gate.weight" not in architecture.block:
+        wanted["ffn_up"] = (2 * inner, width)  # which holds the gate as well
+    if "num_experts" in settings:
+        experts, own, used = (settings[n] for n in ("num_experts", "moe_intermediate_size", "num_experts_per_tok"))
+        if used > experts:
+            raise SourceError(f"a token goes to {used} of {experts} experts; the file is broken")
+        wanted |= dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, own, width))
+        wanted |= {"ffn_gate_inp": (experts, width), "ffn_down_exps": (experts, width, own)}
+    for name, shape in shapes.items():
+        inside = BLOCK.sub("", name)
+        if name not in OUTSIDE and inside not in architecture.block:
+            continue
+        part, _, kind = inside.rpartition(".")
+        expected = wanted.get(part, (width,))
+        expected = expected[:1] if kind == "bias" else expected
+        if shape != expected:
+            raise SourceError(f"{name} has shape {list(shape)}, but the file's keys ask for {list(expected)}")
+
+
+def _key_value_heads(keys: Keys, heads: int) -> int:
+    key = "attention.head_count_kv"
+    return int(heads if keys.get(key) is None else keys.require(key, whole=True))
+
+
+def _layer_types(keys: Keys, architecture: Architecture, window: int | None, layers: int) -> Iterable[str]:
+    pattern = keys.get("attention.sliding_window_pattern", architecture.window_pattern)
+    if not (type(pattern) is int and pattern > 0) and not (isinstance(pattern, list) and len(pattern) == layers):
+        said = f"{keys.architecture}.attention.sliding_window_pattern"
+        raise SourceError(f"{said} is {str(pattern)[:40]!r}, which says nothing of {layers} layers")
+    for i in range(layers):
+        windowed = pattern[i] if isinstance(pattern, list) else bool((i + 1) % pattern)
+        yield "sliding_attention" if window and windowed else "full_attention"
+
+
+def _by_layer_type(keys: Keys, rope: dict[str, Any]) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+    return {"full_attention": rope, "sliding_attention": local}
+
+
+def _rope_parameters(
+    keys: Keys, head: int, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]
+) -> dict[str, Any]:
+    """For heads of width `head`."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
+    turned = keys.number("rope.dimension_count", head, whole=True)
+    if not rope["rope_theta"] or not 0 < turned <= head:
+        base = f"a base of {rope['rope_theta']}"
+        raise SourceError(f"{keys.architecture}.rope turns {turned} of {head} dimensions with {base}; no model does")
+    if turned < head:
+        rope["partial_rotary_factor"] = turned / head
+    if "rope_factors_long.weight" in shapes:
+        rope |= _longrope(keys, read)
+    elif "rope_freqs.weight" in shapes:
+        rope |= _llama3(rope["rope_theta"], read("rope_freqs.weight"))
+    else:
+        rope |= _scaling(keys)
+    return rope
+
+
+def _scaling(keys: Keys) -> dict[str, Any]:
+    kind = keys.get("rope.scaling.type", "none")
+    linear = keys.number("rope.scale_linear", 0.0)  # how files of 2023 say it
+    if kind == "none" and linear in (0.0, 1.0):
+        return {}
+    if kind in ("none", "linear"):
+        return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor") or linear}
+    if kind != "yarn":
+        raise SourceError(
+            f"{keys.architecture}.rope.scaling.type {str(kind)[:40]!r} cannot be read; known: linear, yarn"
+        )
+    scaling = {
+        "rope_type": "yarn",
+        "factor": keys.require("rope.scaling.factor"),
+        "original_max_position_embeddings": keys.require("rope.scaling.original_context_length"),
+    }
+    scaling |= {
+        ours: keys.number(f"rope.scaling.{key}") for key, ours in _YARN_KEYS.items() if keys.get(f"rope.scaling.{key}")
+    }
+    return scaling
+
+
+def _longrope(keys: Keys, read: Callable[[str], Array]) -> dict[str, Any]:
+    """Phi-3's two sets of factors; the attention factor only where it is not the one that follows from the lengths."""
+    original = keys.require("rope.scaling.original_context_length")
+    stretch = keys.require("context_length") / original
+    usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    stored = keys.number("rope.scaling.attn_factor", usual)
+    scaling: dict[str, Any] = {
+        "rope_type": "longrope",
+        "long_factor": _decimals(read("rope_factors_long.weight")),
+        "short_factor": _decimals(read("rope_factors_short.weight")),
+        "original_max_position_embeddings": original,
+    }
+    if not math.isclose(stored, usual, rel_tol=1e-5):
+        scaling["attention_factor"] = stored
+    return scaling
+
+
+def _llama3(theta: float, factors: Array) -> dict[str, Any]:
+    """The scaling whose factors these are, [head / 2] in float32."""
+    if bool((factors == 1).all()):
+        return {}
+    scaling: dict[str, Any] = {"rope_type": "llama3", "factor": float(str(np.float32(factors.max()))), **_LLAMA3}
+    if not np.allclose(llama3_factors(theta, scaling, len(factors)), factors, rtol=1e-4):
+        raise SourceError("rope_freqs.weight does not hold Llama 3's scaling; read the original folder instead")
+    return scaling
+
+
+def llama3_factors(theta: float, scaling: Mapping[str, Any], count: int) -> Array:
+    """What Llama 3's scaling divides each of `count` rotary frequencies by, float64 [count]."""
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi * theta ** (np.arange(count) / count))
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    factors: Array = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    return factors
+
+
+def _decimals(values: Array) -> list[float]:
+    return [float(str(value)) for value in values.astype(np.float32).ravel()]

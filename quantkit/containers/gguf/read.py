@@ -1,0 +1,252 @@
+"""A GGUF file: weights by way of gguf's dequantizers, config and tokenizer made from its keys."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from quantkit.containers.gguf.architectures import (
+    ARCHITECTURES,
+    BLOCK,
+    IN_CONFIG,
+    OUTSIDE,
+)
+from quantkit.containers.gguf.config import (
+    Array,
+    Keys,
+    make_config,
+    token_id,
+)
+from quantkit.containers.gguf.file import (
+    MAGIC,
+    Blocks,
+    GgufFile,
+    GgufTensor,
+)
+from quantkit.containers.gguf.tokenizer import make_tokenizer
+from quantkit.containers.hf.folder import copy_companions, publishable_config, stored_dtype
+from quantkit.containers.source import Source, TensorInfo, first_line
+from quantkit.errors import SourceError
+
+__all__ = ["MAGIC", "GgufSource", "unpermute_heads"]
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})$")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a published tensor is: a tensor of the file, or one expert's part of it."""
+
+    name: str
+    expert: int | None = None
+
+
+class GgufSource(Source):
+    """A GGUF file, or several that are parts of one model (``-00001-of-00003.gguf``: any of them names it).
+
+    Tensors have Hugging Face names and layout; quantized ones are given as float32.
+    """
+
+    kind = "gguf"
+
+    def __init__(self, path: Path, label: str | None = None) -> None:
+        self.path = path
+        self._parts = [GgufFile(part) for part in _parts(path)]
+        name = self._field("general.architecture")
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported; supported: {known}")
+        self._architecture = ARCHITECTURES[name]
+        self.label = label or model_stem(path)
+        self._check_parts()
+        self._holder = {name: part for part in self._parts for name in part.tensors}
+        self._check_count()
+        self.config = self._config(name)
+        self._stored = dict(self._names())
+        self.dtype = torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
+
+    @property
+    def from_gptq(self) -> bool:
+        """Whether the file says that matrices of it hold the codes of a GPTQ run."""
+        return self._field("quantkit.weights") is not None
+
+    def _field(self, key: str) -> Any:
+        return self._parts[0].keys.get(key)
+
+    def _tensor(self, stored: str) -> GgufTensor:
+        return self._holder[stored].tensors[stored]
+
+    def _check_parts(self) -> None:
+        """Each part must say that it is the one that its name says, and of one model with the first."""
+        architecture = self._field("general.architecture")
+        for number, part in enumerate(self._parts):
+            count, own = part.keys.get("split.count"), part.keys.get("split.no")
+            alone = len(self._parts) == 1 and count in (None, 0)
+            if not alone and (count != len(self._parts) or own != number):
+                raise SourceError(
+                    f"{part.path}: its keys call it part {_ordinal(own)} of {str(count)[:20]}, and its name part "
+                    f"{number + 1} of {len(self._parts)}; give the parts their published names"
+                )
+            if part.keys.get("general.architecture", architecture) != architecture:
+                raise SourceError(f"{part.path}: a part of another architecture than the first; download it again")
+
+    def _check_count(self) -> None:
+        stored = sum(len(part.tensors) for part in self._parts)
+        if stored != len(self._holder):
+            raise SourceError(f"{self.path}: two of its parts hold the same tensor; download them again")
+        expected = self._field("split.tensors.count")
+        if len(self._parts) > 1 and expected is not None and expected != stored:
+            raise SourceError(f"{self.path}: its parts hold {stored} tensors, not {str(expected)[:20]}")
+
+    def _config(self, architecture: str) -> PretrainedConfig:
+        shapes = {name: self._tensor(name).shape for name in self._holder}
+        try:
+            return make_config(Keys(architecture, self._field), shapes, lambda name: self._holder[name].values(name))
+        except SourceError as error:
+            raise SourceError(f"{self.path}: {error}") from error
+        except Exception as error:  # whatever a config class raises on values it does not like
+            raise SourceError(f"{self.path}: cannot make a config from its metadata: {first_line(error)}") from error
+
+    def _names(self) -> Iterator[tuple[str, _Stored]]:
+        """Hugging Face name and where it is stored, for every tensor of the file."""
+        for name in self._holder:
+            if name in IN_CONFIG:
+                continue
+            block = BLOCK.match(name)
+            ours = self._architecture.block.get(name[block.end() :]) if block else OUTSIDE.get(name)
+            if ours is None:
+                kind = self._field("general.architecture")
+                raise SourceError(f"{self.path}: tensor {name} is not one that a {kind} model is read with")
+            published = f"model.layers.{block[1]}.{ours}" if block else ours
+            if "*" not in published:
+                yield published, _Stored(name)
+                continue
+            for expert in range(self._tensor(name).shape[0]):
+                yield published.replace("*", str(expert)), _Stored(name, expert)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {name: self._info(stored) for name, stored in self._stored.items()}
+
+    def _info(self, stored: _Stored) -> TensorInfo:
+        tensor = self._tensor(stored.name)
+        if stored.expert is None:
+            return TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes)
+        return TensorInfo(tensor.shape[1:], tensor.kind.name, tensor.bytes // tensor.shape[0])
+
+    def read(self, name: str) -> torch.Tensor:
+        stored, heads = self._stored[name], self._turned_heads(name)
+        values = self._holder[stored.name].values(stored.name, stored.expert)
+        values = unpermute_heads(values, heads) if heads else values
+        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stored = self._stored[name]
+        if self._turned_heads(name) or len(self.tensors[name].shape) < 2:
+            return self.read(name)[start:stop]
+        values = self._holder[stored.name].values(stored.name, stored.expert, slice(start, stop))
+        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
+
+    def blocks(self, name: str) -> Blocks:
+        """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
+
+        Rows are in the order that `read` gives them.
+
+        Raises:
+            SourceError: what is stored is not what `read` gives: norms that have 1 added, quantized vectors whose
+                values lie in another order.
+        """
+        stored = self._stored[name]
+        kind, rows = self._holder[stored.name].blocks(stored.name, stored.expert)
+        heads, length = self._turned_heads(name), self.tensors[name].shape[0]
+        if self._offset(name) or (heads and rows.size % length):
+            raise SourceError(f"{self.path}: the bytes of {name} are not the published tensor's; read its values")
+        return kind, unpermute_heads(rows.reshape(length, -1), heads).reshape(rows.shape) if heads else rows
+
+    def _turned_heads(self, name: str) -> int:
+        """How many heads share a tensor's rows, where they are in llama.cpp's order; else 0."""
+        if not self._architecture.permuted or ".self_attn." not in name:
+            return 0
+        heads: dict[str, int] = {
+            "q_proj": self.config.num_attention_heads,
+            "k_proj": self.config.num_key_value_heads,
+        }
+        return heads.get(name.split(".")[-2], 0)
+
+    def _offset(self, name: str) -> float:
+        """What was added to a tensor's values."""
+        return self._architecture.norm_offset if name.endswith("norm.weight") else 0.0
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return make_tokenizer(self._field, self._architecture, self.config.vocab_size)
+        except SourceError as error:
+            raise SourceError(f"{self.path}: {error}") from error
+        except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
+            raise SourceError(f"{self.path}: cannot make its tokenizer: {first_line(error)}") from error
+
+    def weight_files(self) -> Sequence[Path]:
+        return [part.path for part in self._parts]
+
+    def config_dict(self) -> dict[str, Any]:
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.model_type]
+        content = {**self.config.to_diff_dict(), "architectures": [architecture]}
+        if "expert_count" in self._architecture.fields:  # which transformers 5 calls num_local_experts
+            content["num_experts"] = self.config.num_experts
+        return publishable_config(content)
+
+    def copy_companions(self, folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer().save_pretrained(scratch)
+            copy_companions(Path(scratch), folder)
+        if not (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_model_config(self.config)
+            turn = token_id(self._field, "eot_token_id", self.config.vocab_size)
+            if turn not in (None, generation.eos_token_id):  # an answer of an instructed model ends here
+                generation.eos_token_id = [generation.eos_token_id, turn]
+            generation.save_pretrained(folder)
+
+
+def model_stem(path: Path) -> str:
+    """A file's name without its suffix, and without the number of a part."""
+    return _PART.sub("", path.stem)
+
+
+def unpermute_heads(values: Array, heads: int) -> Array:
+    """Undo llama.cpp's row order of Q and K, [rows, ...]: per head, halves are interleaved for its rotary."""
+    rows = values.shape[0]
+    return values.reshape(heads, rows // heads // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _ordinal(number: Any) -> str:
+    """A part's place for people, who count from 1."""
+    return str(number + 1 if type(number) is int else number)[:20]
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of the model that `path` is, or is a part of."""
+    part = _PART.search(path.stem)
+    if part is None:
+        return [path]
+    count = int(part[2])
+    if not 0 < int(part[1]) <= count:
+        raise SourceError(f"{path}: there is no part {int(part[1])} of {count}; give the parts their published names")
+    stem = path.stem[: part.start()]
+    files = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}{path.suffix}") for i in range(1, count + 1)]
+    for file in files:
+        if not file.is_file():
+            raise SourceError(f"{file}: this part of {stem} is missing; download it beside the others")
+    return files

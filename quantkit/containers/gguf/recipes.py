@@ -1,0 +1,397 @@
+"""llama.cpp's file types: which GGML type each tensor of a Q4_K_M gets, and what it falls back to.
+
+The rules are facts of llama-quantize (b11434), told as a table: a recipe has a type for what no rule names, types for
+the embedding and the output, and for each role of a matrix the rules of which the first that holds decides. A model
+whose embedding is its output has the embedding treated as an output.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import gguf
+from transformers import PretrainedConfig
+
+from quantkit.containers.gguf.tensors import GgufTensor
+from quantkit.errors import UsageError
+
+Kind = gguf.GGMLQuantizationType
+FileType = gguf.LlamaFileType
+FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor's type, and the one that it would have where its width were a multiple of that one's block."""
+
+    kind: Kind
+    wanted: Kind
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the rules ask of a model: its blocks, queries a key is shared by, experts, and whether it is one of 70B."""
+
+    blocks: int
+    shared_by: int
+    experts: int
+    is_70b: bool
+    importance: bool
+
+
+Condition = Callable[[int, _Model], bool]  # of a block's number
+
+
+def _always(block: int, model: _Model) -> bool:
+    return True
+
+
+def _first_eighth(block: int, model: _Model) -> bool:
+    return block < model.blocks // 8
+
+
+def _first_sixteenth(block: int, model: _Model) -> bool:
+    return block < model.blocks // 16
+
+
+def _middle(block: int, model: _Model) -> bool:
+    return model.blocks // 8 <= block < 7 * model.blocks // 8
+
+
+def _first_last_and_every_third(block: int, model: _Model) -> bool:
+    eighth = model.blocks // 8
+    return block < eighth or block >= 7 * model.blocks // 8 or (block - eighth) % 3 == 2
+
+
+def _first_2(block: int, model: _Model) -> bool:
+    return block < 2
+
+
+def _first_4(block: int, model: _Model) -> bool:
+    return block < 4
+
+
+def _much_shared(block: int, model: _Model) -> bool:
+    return model.shared_by >= 4
+
+
+def _much_shared_or_experts(block: int, model: _Model) -> bool:
+    return model.shared_by >= 4 or model.experts >= 4
+
+
+def _plain(block: int, model: _Model) -> bool:
+    return not model.importance
+
+
+def _plain_first_eighth(block: int, model: _Model) -> bool:
+    return not model.importance and _first_eighth(block, model)
+
+
+def _weighed_first_eighth(block: int, model: _Model) -> bool:
+    return model.importance and _first_eighth(block, model)
+
+
+def _eight_experts(block: int, model: _Model) -> bool:
+    return model.experts == 8
+
+
+def _first_eighth_or_of_eight_experts(block: int, model: _Model) -> bool:
+    return _first_eighth(block, model) or (model.experts == 8 and _first_last_and_every_third(block, model))
+
+
+Rules = tuple[tuple[Condition, Kind], ...]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A file type.
+
+    Attributes:
+        file_type: llama.cpp's number of it.
+        base: of every matrix that no rule names.
+        rules: by role.
+        embedding: of an embedding that is not the output too; None for the base.
+        output: of the output; None for the base.
+        lifts: whether values (`attn_v`) of a model of 70B, and keys and values beside eight experts, get more bits.
+    """
+
+    file_type: FileType
+    base: Kind
+    rules: Mapping[str, Rules] = field(default_factory=dict)
+    embedding: Kind | None = None
+    output: Kind | None = Kind.Q6_K
+    lifts: bool = True
+
+
+def _always_is(kind: Kind) -> Rules:
+    return ((_always, kind),)
+
+
+def _below_3_bits(file_type: FileType, base: Kind, low: Kind, attention_output: Kind | None = None) -> _Recipe:
+    """The smallest types: `low` for what suffers most."""
+    plain_output = _always_is(attention_output) if attention_output is not None else ()
+    rules: dict[str, Rules] = {
+        "attn_v": ((_much_shared_or_experts, Kind.Q4_K), (_always, low)),
+        "attn_k": ((_eight_experts, Kind.Q4_K),),
+        "ffn_down": ((_first_eighth, low),),
+        "attn_output": ((_eight_experts, Kind.Q5_K), *plain_output),
+    }
+    return _Recipe(file_type, base, rules, embedding=low, output=Kind.Q5_K, lifts=False)
+
+
+_MORE_TO_Q6: Rules = ((_first_last_and_every_third, Kind.Q6_K),)
+_SHARED_TO_Q4: Rules = ((_much_shared, Kind.Q4_K),)
+_OF_EXPERTS: Rules = ((_eight_experts, Kind.Q5_K),)
+_IQ4: dict[str, Rules] = {
+    "attn_v": ((_much_shared, Kind.Q5_K),),
+    "ffn_down": ((_plain_first_eighth, Kind.Q5_K),),
+    "attn_output": _OF_EXPERTS,
+}
+
+_RECIPES = {
+    "f32": _Recipe(FileType.ALL_F32, Kind.F32, output=None, lifts=False),
+    "f16": _Recipe(FileType.MOSTLY_F16, Kind.F16, output=None, lifts=False),
+    "bf16": _Recipe(FileType.MOSTLY_BF16, Kind.BF16, output=None, lifts=False),
+    "q4_0": _Recipe(FileType.MOSTLY_Q4_0, Kind.Q4_0, {"ffn_down": ((_weighed_first_eighth, Kind.Q4_1),)}),
+    "q4_1": _Recipe(FileType.MOSTLY_Q4_1, Kind.Q4_1),
+    "q5_0": _Recipe(FileType.MOSTLY_Q5_0, Kind.Q5_0, {"ffn_down": ((_weighed_first_eighth, Kind.Q5_1),)}),
+    "q5_1": _Recipe(FileType.MOSTLY_Q5_1, Kind.Q5_1),
+    "q8_0": _Recipe(FileType.MOSTLY_Q8_0, Kind.Q8_0, output=None),
+    "q2_k": _Recipe(
+        FileType.MOSTLY_Q2_K,
+        Kind.Q2_K,
+        {
+            "attn_v": (*_SHARED_TO_Q4, (_always, Kind.Q3_K)),
+            "ffn_down": _always_is(Kind.Q3_K),
+            "attn_output": (*_OF_EXPERTS, (_always, Kind.Q3_K)),
+        },
+    ),
+    "q2_k_s": _Recipe(
+        FileType.MOSTLY_Q2_K_S, Kind.Q2_K, {"attn_v": _SHARED_TO_Q4, "ffn_down": ((_first_eighth, Kind.Q4_K),)}
+    ),
+    # Names of mixtures there (q4_k is q4_k_m), of the type itself here: what a GPTQ run writes in one type.
+    "q3_k": _Recipe(FileType.MOSTLY_Q3_K_S, Kind.Q3_K, lifts=False),
+    "q4_k": _Recipe(FileType.MOSTLY_Q4_K_S, Kind.Q4_K, lifts=False),
+    "q5_k": _Recipe(FileType.MOSTLY_Q5_K_S, Kind.Q5_K, lifts=False),
+    "q3_k_s": _Recipe(FileType.MOSTLY_Q3_K_S, Kind.Q3_K, {"attn_output": _OF_EXPERTS}),
+    "q3_k_m": _Recipe(
+        FileType.MOSTLY_Q3_K_M,
+        Kind.Q3_K,
+        {
+            "attn_v": ((_first_2, Kind.Q5_K), (_always, Kind.Q4_K)),
+            "ffn_down": ((_first_sixteenth, Kind.Q5_K), (_always, Kind.Q4_K)),
+            "attn_output": (*_OF_EXPERTS, (_always, Kind.Q4_K)),
+        },
+    ),
+    "q3_k_l": _Recipe(
+        FileType.MOSTLY_Q3_K_L,
+        Kind.Q3_K,
+        {
+            "attn_v": _always_is(Kind.Q5_K),
+            "ffn_down": _always_is(Kind.Q5_K),
+            "attn_output": ((_eight_experts, Kind.Q3_K), (_always, Kind.Q5_K)),
+        },
+    ),
+    "q4_k_s": _Recipe(
+        FileType.MOSTLY_Q4_K_S,
+        Kind.Q4_K,
+        {"attn_v": ((_first_4, Kind.Q5_K),), "ffn_down": ((_first_eighth, Kind.Q5_K),), "attn_output": _OF_EXPERTS},
+    ),
+    "q4_k_m": _Recipe(
+        FileType.MOSTLY_Q4_K_M,
+        Kind.Q4_K,
+        {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6, "attn_output": _OF_EXPERTS},
+    ),
+    "q5_k_s": _Recipe(FileType.MOSTLY_Q5_K_S, Kind.Q5_K),
+    "q5_k_m": _Recipe(FileType.MOSTLY_Q5_K_M, Kind.Q5_K, {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6}),
+    "q6_k": _Recipe(FileType.MOSTLY_Q6_K, Kind.Q6_K),
+    "iq1_s": _below_3_bits(FileType.MOSTLY_IQ1_S, Kind.IQ1_S, Kind.Q2_K, Kind.IQ2_XXS),
+    "iq1_m": _below_3_bits(FileType.MOSTLY_IQ1_M, Kind.IQ1_M, Kind.Q2_K, Kind.IQ2_XXS),
+    "iq2_xxs": _below_3_bits(FileType.MOSTLY_IQ2_XXS, Kind.IQ2_XXS, Kind.Q2_K),
+    "iq2_xs": _below_3_bits(FileType.MOSTLY_IQ2_XS, Kind.IQ2_XS, Kind.Q2_K),
+    "iq2_s": _below_3_bits(FileType.MOSTLY_IQ2_S, Kind.IQ2_XS, Kind.IQ3_S, Kind.IQ3_S),
+    "iq2_m": _below_3_bits(FileType.MOSTLY_IQ2_M, Kind.IQ2_S, Kind.IQ3_S, Kind.IQ3_S),
+    "iq3_xxs": _Recipe(
+        FileType.MOSTLY_IQ3_XXS,
+        Kind.IQ3_XXS,
+        {
+            "attn_v": (*_SHARED_TO_Q4, (_plain, Kind.IQ3_S)),
+            "attn_k": _always_is(Kind.IQ2_S),
+            "attn_q": _always_is(Kind.IQ2_S),
+            "ffn_down": ((_plain_first_eighth, Kind.Q4_K), (_plain, Kind.Q3_K)),
+            "attn_output": (*_OF_EXPERTS, (_always, Kind.IQ3_S)),
+        },
+        embedding=Kind.IQ3_S,
+        output=Kind.Q5_K,
+    ),
+    "iq3_xs": _Recipe(
+        FileType.MOSTLY_IQ3_XS,
+        Kind.IQ3_S,
+        {
+            "attn_v": _SHARED_TO_Q4,
+            "attn_k": _always_is(Kind.IQ3_XXS),
+            "attn_q": _always_is(Kind.IQ3_XXS),
+            "attn_output": _OF_EXPERTS,
+            "ffn_gate": ((_middle, Kind.IQ3_XXS),),
+            "ffn_up": ((_middle, Kind.IQ3_XXS),),
+        },
+    ),
+    "iq3_s": _Recipe(FileType.MOSTLY_IQ3_S, Kind.IQ3_S, {"attn_v": _SHARED_TO_Q4, "attn_output": _OF_EXPERTS}),
+    "iq3_m": _Recipe(
+        FileType.MOSTLY_IQ3_M,
+        Kind.IQ3_S,
+        {
+            "attn_v": _always_is(Kind.Q4_K),
+            "ffn_down": ((_first_eighth_or_of_eight_experts, Kind.Q4_K),),
+            "attn_output": (*_OF_EXPERTS, (_always, Kind.Q4_K)),
+        },
+    ),
+    "iq4_nl": _Recipe(FileType.MOSTLY_IQ4_NL, Kind.IQ4_NL, _IQ4),
+    "iq4_xs": _Recipe(FileType.MOSTLY_IQ4_XS, Kind.IQ4_XS, _IQ4),
+    "tq1_0": _Recipe(FileType.MOSTLY_TQ1_0, Kind.TQ1_0, embedding=Kind.Q4_K),
+    "tq2_0": _Recipe(FileType.MOSTLY_TQ2_0, Kind.TQ2_0, embedding=Kind.Q4_K),
+}
+RECIPES: tuple[str, ...] = tuple(_RECIPES)
+"""Names of all recipes, as `--type` takes them."""
+
+# What a matrix becomes whose width is no multiple of 256; where it is none of 32 either, F16.
+_SMALLER_BLOCKS = {
+    **dict.fromkeys((Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S), Kind.IQ4_NL),
+    **dict.fromkeys((Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_XS), Kind.IQ4_NL),
+    **dict.fromkeys((Kind.Q2_K, Kind.Q3_K, Kind.TQ1_0, Kind.TQ2_0), Kind.Q4_0),
+    Kind.Q4_K: Kind.Q5_0,
+    Kind.Q5_K: Kind.Q5_1,
+    Kind.Q6_K: Kind.Q8_0,
+}
+_NEEDS_IMPORTANCE = (Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS)
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+_ROLE = re.compile(r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_qkv|attn_output|ffn_up|ffn_gate|ffn_down)(_exps)?\.weight$")
+
+
+def base_kind(name: str) -> Kind:
+    """The type of most matrices of a recipe: Q4_K of "q4_k_m"."""
+    return _RECIPES[name].base
+
+
+def parse_kind(option: str, value: str) -> Kind | None:
+    """The GGML type that an option names; None for auto. Raises UsageError."""
+    known = {base_kind(name).name.lower(): base_kind(name) for name in RECIPES}
+    if value not in ("auto", *known):
+        raise UsageError(f"--{option} {value}: choose auto, {', '.join(known)}")
+    return known.get(value)
+
+
+def file_type(name: str) -> FileType:
+    """What `general.file_type` says of a recipe."""
+    return _RECIPES[name].file_type
+
+
+def recipe_of(
+    kinds: Sequence[Kind], plan: Sequence[GgufTensor], config: PretrainedConfig, architecture: str
+) -> str | None:
+    """The recipe that gives these types to the tensors of a plan, else the plainest for the type of most matrices.
+
+    None where there is none: llama.cpp has types that are part of no recipe here.
+    """
+    plain = sorted(RECIPES, key=lambda name: len(_RECIPES[name].rules))
+    for name in plain:
+        for importance in (False, True):
+            planned = tensor_kinds(name, plan, config, architecture, importance=importance)
+            if all(tensor.kind == kind for tensor, kind in zip(planned, kinds, strict=True)):  # most differ early
+                return name
+    matrices = (kind for kind, tensor in zip(kinds, plan, strict=True) if not tensor.always_f32)
+    main = Counter(matrices).most_common(1)[0][0]
+    return next((name for name in plain if base_kind(name) == main), None)
+
+
+def tensor_kinds(
+    name: str,
+    plan: Sequence[GgufTensor],
+    config: PretrainedConfig,
+    architecture: str,
+    *,
+    pure: bool = False,
+    embedding: Kind | None = None,
+    output: Kind | None = None,
+    importance: bool = False,
+) -> Iterator[Planned]:
+    """The type of every tensor of a plan, in its order.
+
+    Args:
+        name: one of `RECIPES`.
+        plan: all tensors of the file: without an output, the embedding is the output too.
+        config: says how many blocks, heads and experts there are.
+        architecture: `general.architecture`.
+        pure: one type for all matrices.
+        embedding, output: of these two, instead of the recipe's. Of a tied embedding the first that is given counts.
+        importance: whether there is an importance matrix: some recipes then take a smaller type.
+    """
+    recipe = _RECIPES[name]
+    model = _model(config, architecture, importance)
+    tied = all(tensor.name != OUTPUT for tensor in plan)
+
+    def wanted(tensor: GgufTensor) -> Kind:
+        if tensor.always_f32:
+            return Kind.F32
+        is_output = tensor.name == OUTPUT or (tied and tensor.name == EMBEDDING)
+        asked = (embedding if tensor.name == EMBEDDING else None, output if is_output else None)
+        own = next((kind for kind in asked if kind is not None), None)
+        if own is not None:
+            return own
+        if pure:
+            return recipe.base
+        if is_output:
+            return _of_output(recipe, tensor.shape[-1])
+        if tensor.name == EMBEDDING:
+            return recipe.base if recipe.embedding is None else recipe.embedding
+        return _of_block(recipe, model, tensor.name)
+
+    for tensor in plan:
+        kind = wanted(tensor)
+        yield Planned(fitting(kind, tensor.shape[-1]), kind)
+
+
+def fitting(kind: Kind, width: int) -> Kind:
+    """`kind`, or where its blocks do not divide a width, the type that llama.cpp takes instead."""
+    if width % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = _SMALLER_BLOCKS.get(kind, kind)
+    return Kind.F16 if width % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def needs_importance(name: str | None, tensor: str, kind: Kind) -> bool:
+    """Whether llama.cpp refuses to round a tensor to this type without an importance matrix, in a file of a recipe."""
+    if tensor in (EMBEDDING, OUTPUT):
+        return False
+    return kind in _NEEDS_IMPORTANCE or (kind == Kind.Q2_K and name == "q2_k_s")
+
+
+def _model(config: PretrainedConfig, architecture: str, importance: bool) -> _Model:
+    blocks, heads = config.num_hidden_layers, config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    # llama.cpp tells by the number of blocks, and only of these two architectures.
+    is_70b = blocks == 80 and (architecture == "qwen2" or (architecture == "llama" and keys != heads))
+    return _Model(blocks, heads // keys, getattr(config, "num_experts", None) or 0, is_70b, importance)
+
+
+def _of_output(recipe: _Recipe, width: int) -> Kind:
+    if recipe.output is None or recipe.base in FLOATS:
+        return recipe.base
+    return Kind.Q8_0 if width % gguf.GGML_QUANT_SIZES[recipe.base][0] else recipe.output
+
+
+def _of_block(recipe: _Recipe, model: _Model, name: str) -> Kind:
+    found = _ROLE.match(name)
+    if found is None:
+        return recipe.base
+    block, role = int(found[1]), "attn_v" if found[2] == "attn_qkv" else found[2]
+    if recipe.lifts and model.experts == 8 and role in ("attn_k", "attn_v"):
+        return Kind.Q8_0
+    rules = recipe.rules.get(role, ())
+    kind = next((kind for holds, kind in rules if holds(block, model)), recipe.base)
+    # Eight heads share one value there, so it costs little.
+    if recipe.lifts and model.is_70b and role == "attn_v" and kind in (Kind.Q3_K, Kind.Q4_K):
+        return Kind.Q5_K
+    return kind

@@ -1,0 +1,322 @@
+"""Which GGML type every tensor of a file gets, and what makes its data.
+
+Codes of a GPTQ checkpoint and blocks of a GGML file go into it as they are wherever it has them in that type; all else
+is rounded from its values, a tile of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quantkit.codes import libggml
+from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
+from quantkit.containers.ggjt.read import GgjtSource
+from quantkit.containers.gguf import GgufTensor, architecture_of
+from quantkit.containers.gguf.read import GgufSource
+from quantkit.containers.gguf.recipes import (
+    EMBEDDING,
+    FLOATS,
+    OUTPUT,
+    Planned,
+    base_kind,
+    fitting,
+    needs_importance,
+    tensor_kinds,
+)
+from quantkit.containers.gptq.read import GptqSource
+from quantkit.containers.imatrix.read import Imatrix
+from quantkit.containers.published import Weights
+from quantkit.containers.source import Source
+from quantkit.errors import NumericError, UsageError
+
+Kind = gguf.GGMLQuantizationType
+Fidelity = Literal["exact", "bounded", "requantized", "rounded"]
+"""A matrix's numbers in the file: the source's own codes or blocks; those but for a minimum rounded once more; rounded
+after a rounding; or rounded (if at all) for the first time."""
+
+# Types that gguf-py rounds to, as ggml itself does, to the bit. It knows no importance.
+_WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
+# Stored as they were trained or published: rounding them is the first.
+_UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
+_AS_IT_IS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+_VALUES_A_TILE = 1 << 22
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tensor's type in the file, and what makes its data from a published tensor.
+
+    Attributes:
+        kind: its type.
+        fidelity: None for vectors.
+        encode: rows in their published order, uint8 [rows, bytes of a row]; a vector's values float32 [length].
+        fell_back: whether its width does not suit the type that it would have otherwise.
+    """
+
+    kind: Kind
+    fidelity: Fidelity | None
+    encode: Callable[[GgufTensor, str], Array]
+    fell_back: bool = False
+
+
+@dataclass(frozen=True)
+class TypeOptions:
+    """What is asked for.
+
+    Attributes:
+        recipe: one of `ggml_recipes.RECIPES`; None for the smallest type that keeps codes and blocks as they are, and
+            the source's own precision for the rest.
+        pure: the recipe's main type for every matrix.
+        embedding, output: of these two matrices, whatever the recipe says.
+        requantize: what has been rounded may be rounded again.
+        imatrix: how much each column's error counts.
+    """
+
+    recipe: str | None = None
+    pure: bool = False
+    embedding: Kind | None = None
+    output: Kind | None = None
+    requantize: bool = False
+    imatrix: Imatrix | None = None
+
+
+class Chooser:
+    """Decides the type of every tensor of a file."""
+
+    def __init__(
+        self, source: Source, weights: Weights, options: TypeOptions, allowed: Collection[Kind] = tuple(Kind)
+    ) -> None:
+        """
+        Args:
+            source, weights: the model.
+            options: what is asked for.
+            allowed: what the file can hold.
+        """
+        self._source, self._weights, self._options, self._allowed = source, weights, options, allowed
+        self._own = Kind.BF16 if source.dtype == torch.bfloat16 and Kind.BF16 in allowed else Kind.F16
+        self._modules = frozenset(source.quantized_names()) if isinstance(source, GptqSource) else frozenset()
+        self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
+
+    @classmethod
+    def of_run(cls, source: Source, weights: Weights) -> Chooser:
+        """For what a run writes beside its own codes."""
+        return cls(source, weights, TypeOptions(requantize=True))
+
+    def choose(self, plan: Sequence[GgufTensor]) -> list[Choice]:
+        """A choice for each tensor.
+
+        Raises:
+            UsageError: a type that would round twice, that the file has no place for, or that needs an importance.
+            SourceError: an importance matrix of another model.
+            MissingPackageError: a type that only ggml itself rounds to.
+        """
+        asked = self._asked(plan)
+        return [self._choose(*pair, asked) for pair in zip(plan, self._planned(plan, asked), strict=True)]
+
+    def of_kind(self, tensor: GgufTensor, kind: Kind | None) -> Choice:
+        """A tensor in the type that its caller wants; None for what it is stored in. Raises as `choose` does."""
+        if tensor.always_f32:
+            return Choice(Kind.F32, None, self._values(Kind.F32))
+        return self._as_stored(tensor) if kind is None else self._of_plan(tensor, _fitted(tensor, kind))
+
+    def _asked(self, plan: Sequence[GgufTensor]) -> dict[str, Kind]:
+        """Types that the embedding and the output are asked to have by an option of their own."""
+        embedding, output = self._options.embedding, self._options.output
+        if embedding is None and all(tensor.name != OUTPUT for tensor in plan):
+            embedding = output
+        ends = {EMBEDDING: embedding, OUTPUT: output}
+        return {name: kind for name, kind in ends.items() if kind is not None}
+
+    def _planned(self, plan: Sequence[GgufTensor], asked: Mapping[str, Kind]) -> list[Planned | None]:
+        """What every tensor is to be; None for what the source has it in."""
+        options = self._options
+        if options.recipe is None:
+            return [_fitted(tensor, asked[tensor.name]) if tensor.name in asked else None for tensor in plan]
+        found = tensor_kinds(
+            options.recipe,
+            plan,
+            self._source.config,
+            architecture_of(self._source),
+            pure=options.pure,
+            embedding=options.embedding,
+            output=options.output,
+            importance=options.imatrix is not None,
+        )
+        # GPTQ left these in full precision; so they stay.
+        kept = {EMBEDDING, OUTPUT}.difference(asked) if self._modules and not options.pure else set()
+        return [None if tensor.name in kept else planned for tensor, planned in zip(plan, found, strict=True)]
+
+    def _choose(self, tensor: GgufTensor, planned: Planned | None, asked: Mapping[str, Kind]) -> Choice:
+        if tensor.always_f32:
+            return Choice(Kind.F32, None, self._values(Kind.F32))
+        linears = self._linears(tensor)
+        if linears:
+            recipe = self._options.recipe
+            kind = asked.get(tensor.name, None if recipe is None else base_kind(recipe))
+            return self._of_codes(tensor, linears, kind, planned)
+        return self._as_stored(tensor) if planned is None else self._of_plan(tensor, planned)
+
+    def _of_codes(
+        self, tensor: GgufTensor, linears: Mapping[str, str], kind: Kind | None, planned: Planned | None
+    ) -> Choice:
+        """A tensor of GPTQ codes, in the type that is asked for or the smallest that is exact."""
+        found = {n: fidelity for n, fidelity in self._common(linears).items() if Kind.__members__[n] in self._allowed}
+        if kind is None:
+            exact = next((name for name, fidelity in found.items() if fidelity == "exact"), None)
+            if exact is None:
+                raise UsageError(
+                    f"{tensor.name}: no type holds its codes exactly; name a --type, one that comes near "
+                    f"({_shown(found)}) or any with --requantize"
+                )
+            return Choice(Kind.__members__[exact], "exact", self._codes(linears, exact))
+        if kind.name in found:
+            return Choice(kind, found[kind.name], self._codes(linears, kind.name))
+        if kind in FLOATS or self._options.requantize:
+            return self._of_plan(tensor, planned or _fitted(tensor, kind))
+        raise UsageError(
+            f"{tensor.name}: {kind.name} would round GPTQ's codes again; what holds them: {_shown(found)}. "
+            "--requantize does it all the same"
+        )
+
+    def _as_stored(self, tensor: GgufTensor) -> Choice:
+        """A tensor in what the source has it in."""
+        stored = self._stored_kind(tensor)
+        if stored is None or (stored in FLOATS and stored not in self._allowed):
+            return Choice(self._own, "rounded", self._values(self._own))
+        self._check_allowed(tensor, stored)
+        return Choice(stored, "exact", self._blocks)
+
+    def _of_plan(self, tensor: GgufTensor, planned: Planned) -> Choice:
+        """A tensor in a type that may have to be rounded to."""
+        kind, fell_back = planned.kind, planned.kind != planned.wanted
+        self._check_allowed(tensor, kind)
+        if kind == self._stored_kind(tensor):
+            return Choice(kind, "exact", self._blocks, fell_back)
+        if kind in FLOATS:
+            return Choice(kind, "rounded", self._values(kind), fell_back)
+        twice = any(name in self._rounded for name in tensor.sources)
+        if twice and not self._options.requantize:
+            stored = self._weights.tensors[tensor.sources[0]].stored_as
+            raise UsageError(
+                f"{tensor.name}: {kind.name} would round it again ({stored} in the source); "
+                "--requantize does it all the same"
+            )
+        encode = self._values(kind, self._importance(tensor, kind))
+        return Choice(kind, "requantized" if twice else "rounded", encode, fell_back)
+
+    def _check_allowed(self, tensor: GgufTensor, kind: Kind) -> None:
+        if kind not in self._allowed:
+            held = ", ".join(kind.name for kind in self._allowed)
+            raise UsageError(f"{tensor.name}: {kind.name} has no place in this file; it holds {held}")
+
+    def _importance(self, tensor: GgufTensor, kind: Kind) -> Array | None:
+        """float32 [experts or 1, columns]; None without. Sees to it that there is what rounds to the type."""
+        imatrix = self._options.imatrix
+        found = None if imatrix is None else imatrix.importance(tensor.name, tensor.shape)
+        if found is None and kind in _WITHOUT_LIBRARY:
+            return None
+        needed = libggml.needs_importance(kind) or needs_importance(self._options.recipe, tensor.name, kind)
+        if found is None and needed:
+            where = "--imatrix names one" if imatrix is None else f"{imatrix.path.name} has nothing for it"
+            raise UsageError(f"{tensor.name}: {kind.name} needs an importance matrix; {where}")
+        return found
+
+    def _stored_kind(self, tensor: GgufTensor) -> Kind | None:
+        """The type of a tensor whose bytes a GGML file has; None for other sources."""
+        if not isinstance(self._source, GgufSource | GgjtSource) or tensor.offset:
+            return None
+        kinds = {self._weights.tensors[name].stored_as for name in tensor.sources}
+        whole = all(self._weights.stored(name) for name in tensor.sources)
+        return Kind.__members__[kinds.pop()] if len(kinds) == 1 and whole else None
+
+    def _linears(self, tensor: GgufTensor) -> dict[str, str]:
+        """Published name -> the GPTQ source's module, where all of the tensor is codes."""
+        modules = {name: (self._weights.stored(name) or "").removesuffix(".weight") for name in tensor.sources}
+        return modules if self._modules.issuperset(modules.values()) else {}
+
+    def _common(self, linears: Mapping[str, str]) -> dict[str, Fidelity]:
+        """Types that hold the codes of all parts, the smallest first, whatever the codes are."""
+        assert isinstance(self._source, GptqSource)
+        common: dict[str, Fidelity] | None = None
+        for module in linears.values():
+            bits, zeros = self._source.bits(module), self._source.read_zeros(module)
+            expected = expected_reencodings(bits, zeros, self._source.read_groups(module))
+            types: dict[str, Fidelity] = {found.type: found.fidelity for found in expected}
+            common = types if common is None else {name: fid for name, fid in common.items() if name in types}
+        return common or {}
+
+    def _codes(self, linears: Mapping[str, str], name: str) -> Callable[[GgufTensor, str], Array]:
+        source = self._source
+        assert isinstance(source, GptqSource)
+
+        def encode(_: GgufTensor, published: str) -> Array:
+            module = linears[published]
+            if name == "Q4_0" and source.bits(module) == 4:  # which it holds where all zeros are 8 only
+                return q4_0_rows(source.read_words(module), source.read_scales(module), source.read_groups(module))
+            return reencode(source.read_codes(module), name)
+
+        return encode
+
+    def _blocks(self, _: GgufTensor, published: str) -> Array:
+        stored = self._weights.stored(published)
+        assert isinstance(self._source, GgufSource | GgjtSource) and stored is not None
+        return self._source.blocks(stored)[1]
+
+    def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
+        def encode(tensor: GgufTensor, published: str) -> Array:
+            values = self._weights.read(published)
+            if _AS_IT_IS.get(values.dtype) == kind and values.ndim == 2 and not tensor.offset:
+                return _unchanged(values, published)
+            if values.ndim == 1:
+                return _checked(tensor.values(values), kind, published)
+            own = None if importance is None else importance[tensor.sources.index(published)]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            packed = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
+            step = max(1, _VALUES_A_TILE // values.shape[1])
+            for start in range(0, len(packed), step):
+                tile = _checked(tensor.values(values[start : start + step]), kind, published)
+                packed[start : start + step] = _packed(tile, kind, own)
+            return packed
+
+        return encode
+
+
+def _fitted(tensor: GgufTensor, kind: Kind) -> Planned:
+    return Planned(fitting(kind, tensor.shape[-1]), kind)
+
+
+def _unchanged(values: torch.Tensor, published: str) -> Array:
+    """The bytes of a matrix whose type is the file's, uint8 [rows, bytes of a row]."""
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
+        raise NumericError(f"{published}: a value is not finite")
+    octets: Array = values.contiguous().view(torch.uint8).numpy()
+    return octets
+
+
+def _checked(values: Array, kind: Kind, published: str) -> Array:
+    wide = kind in (Kind.F32, Kind.BF16)
+    most = float(np.finfo(np.float32 if wide else np.float16).max)
+    if not (values.min(initial=0) >= -most and values.max(initial=0) <= most):  # nor where they are NaN
+        why = "a value is not finite" if wide else "a value is beyond float16; use --type bf16 or f32"
+        raise NumericError(f"{published}: {why}")
+    return values
+
+
+def _packed(values: Array, kind: Kind, importance: Array | None) -> Array:
+    """float32 [rows, columns] as uint8 [rows, bytes of a row]."""
+    if kind not in FLOATS and (importance is not None or kind not in _WITHOUT_LIBRARY or libggml.available()):
+        return libggml.quantize(values, kind, importance)
+    packed: Array = gguf.quants.quantize(values, kind)
+    return np.ascontiguousarray(packed).view(np.uint8)
+
+
+def _shown(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({fidelity})" for name, fidelity in found.items()) or "none"

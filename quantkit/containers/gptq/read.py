@@ -1,0 +1,180 @@
+"""A GPTQ checkpoint as a source: codes for whoever wants them, dequantized weights for everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.codes import (
+    PACKABLE_BITS,
+    QuantizedLinear,
+    contiguous_groups,
+    unpack,
+)
+from quantkit.containers.hf.folder import FolderSource, stored_dtype
+from quantkit.containers.source import TensorInfo, read_json
+from quantkit.errors import SourceError
+
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """What a folder says about its quantization: in config.json, or before 2024 in quantize_config.json; {} if nothing.
+
+    Raises:
+        SourceError: neither is readable.
+    """
+    found: Any = read_json(folder / "config.json").get("quantization_config")
+    if found is None and (folder / "quantize_config.json").is_file():
+        found = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
+    return found if isinstance(found, dict) else {} if found is None else {"quant_method": found}
+
+
+class GptqSource(FolderSource):
+    """A folder in the GPTQ layout, v1 or v2, at 2, 3, 4 or 8 bits. `read` gives them dequantized."""
+
+    kind = "gptq"
+    quantization: dict[str, Any]
+
+    def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
+        super().__init__(folder, label, trust_remote_code)
+        self.quantization = quantization_of(folder)
+        self._checked("bits", PACKABLE_BITS)
+        self.checkpoint_format = self._checked("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+        writers = (self.quantization.get("meta") or {}).get("quantizer") or []
+        names = [writers] if isinstance(writers, str) else writers
+        self._by_gptqmodel = any(str(name).startswith("gptqmodel") for name in names)
+        self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
+        self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
+        for module in self._modules:
+            self._check_shapes(module)
+
+    def _checked(self, key: str, known: tuple[Any, ...], default: Any = None) -> Any:
+        value = self.quantization.get(key, default)
+        if value not in known:
+            raise SourceError(
+                f"{self.path / 'config.json'}: {key} {value!r} is not one of {', '.join(map(str, known))}"
+            )
+        return value
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The dequantized names: a Linear's parts appear as one weight."""
+        shown = {n: i for n, i in self.stored.tensors.items() if n.rsplit(".", 1)[-1] not in _PARTS}
+        for module in self._modules:
+            rows, columns = self.stored.tensors[f"{module}.qweight"].shape[1], self._columns(module)
+            size = sum(self.stored.tensors[f"{module}.{part}"].bytes for part in self._parts(module))
+            shown[f"{module}.weight"] = TensorInfo((rows, columns), f"GPTQ{self.bits(module)}", size)
+        return shown
+
+    def quantized_names(self) -> Iterable[str]:
+        """Module names of the quantized Linears."""
+        return self._modules
+
+    def read(self, name: str) -> torch.Tensor:
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and f"{module}.qweight" in self.stored.tensors:
+            scales, group = self._read_scales(module).T, self.read_groups(module).long()
+            steps = self._unpacked(module).float() - self.read_zeros(module).float()[:, group]
+            return steps * scales[:, group]
+        return self.stored.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name in self.stored.tensors:
+            return self.stored.read_rows(name, start, stop)
+        return self.read(name)[start:stop]
+
+    def read_codes(self, module: str) -> QuantizedLinear:
+        """Codes of one Linear, exactly as they were written.
+
+        Raises:
+            SourceError: its scales are not float16 numbers, so its codes cannot be taken as they are.
+        """
+        codes, scales, zeros = self._unpacked(module), self.read_scales(module), self.read_zeros(module)
+        return QuantizedLinear(codes, scales.T.contiguous(), zeros, self.read_groups(module), self.bits(module))
+
+    def read_words(self, module: str) -> torch.Tensor:
+        """Packed codes of one Linear, int32 [in * bits / 32, out]."""
+        return self.stored.read(f"{module}.qweight")
+
+    def read_scales(self, module: str) -> torch.Tensor:
+        """Scales of one Linear, float16 [groups, out]. Raises SourceError where they are more than float16 numbers."""
+        stored = self._read_scales(module)
+        scales = stored.half()
+        if not torch.equal(scales.float(), stored):
+            raise SourceError(
+                f"{self.path}: {module}.scales hold more than float16; its codes cannot be taken as they are"
+            )
+        return scales
+
+    def _read_scales(self, module: str) -> torch.Tensor:
+        """float32 [groups, out]."""
+        return self.stored.read(f"{module}.scales").float()
+
+    def _unpacked(self, module: str) -> torch.Tensor:
+        return unpack(self.read_words(module), self.bits(module)).T.contiguous()
+
+    def read_zeros(self, module: str) -> torch.Tensor:
+        """Zeros of one Linear, uint8 [out, groups]. Where v1 stores a zero of 0, its writer's own reading counts."""
+        bits, words = self.bits(module), self.stored.read(f"{module}.qzeros")
+        if self.checkpoint_format == "gptq_v2":
+            return unpack(words, bits, axis=1).T.contiguous()
+        if self._by_gptqmodel and bits != 3:  # it subtracts and adds whole words, so fields borrow and carry
+            ones = sum(1 << shift for shift in range(0, 32, bits))
+            return unpack(words + ones, bits, axis=1).T.contiguous()
+        zeros = unpack(words, bits, axis=1) + 1
+        if bits != 3 or self._by_gptqmodel:  # as AutoGPTQ's qlinear_cuda_old.py, which masks all but 3 bits
+            zeros = zeros & (2**bits - 1)
+        return zeros.T.contiguous()
+
+    def read_groups(self, module: str) -> torch.Tensor:
+        """Group of each column of one Linear, int32 [in]."""
+        stored = f"{module}.g_idx" in self.stored.tensors
+        return self.stored.read(f"{module}.g_idx").int() if stored else self._in_order(module)
+
+    def bits(self, module: str) -> int:
+        """Bits of a module's codes, from its shapes: per-module overrides need not be understood."""
+        zeros, rows = (
+            self.stored.tensors[f"{module}.qzeros"].shape[1],
+            self.stored.tensors[f"{module}.qweight"].shape[1],
+        )
+        return zeros * 32 // rows
+
+    def _columns(self, module: str) -> int:
+        return self.stored.tensors[f"{module}.qweight"].shape[0] * 32 // self.bits(module)
+
+    def _in_order(self, module: str) -> torch.Tensor:
+        """Groups in the order of the columns, for a checkpoint that leaves g_idx out."""
+        columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
+        if groups == 1:
+            return contiguous_groups(columns, -1)
+        sizes = [self.quantization.get("group_size"), *_GROUP_SIZES]  # the first may be overridden for this module
+        size = next((s for s in sizes if isinstance(s, int) and s > 0 and -(-columns // s) == groups), None)
+        if size is None or self.quantization.get("desc_act"):
+            raise SourceError(f"{self.path}: {module} has no g_idx, so which group a column is in cannot be told")
+        return contiguous_groups(columns, size)
+
+    def _parts(self, module: str) -> list[str]:
+        return [part for part in _PARTS if f"{module}.{part}" in self.stored.tensors]
+
+    def _check_shapes(self, module: str) -> None:
+        shapes = {}
+        for part in _PARTS:
+            info = self.stored.tensors.get(f"{module}.{part}")
+            if info is not None:
+                shapes[part] = info.shape
+            elif part != "g_idx":
+                raise SourceError(f"{self.path}: {module} has qweight but no {part}")
+        groups, rows = shapes["scales"][0], shapes["qweight"][1]
+        bits = self.bits(module)
+        if bits not in PACKABLE_BITS:
+            raise SourceError(f"{self.path}: {module}.qzeros is {shapes['qzeros']} for {rows} rows: not a GPTQ layout")
+        wanted = {"qzeros": (groups, rows * bits // 32), "scales": (groups, rows), "g_idx": (self._columns(module),)}
+        for part, shape in wanted.items():
+            if part in shapes and shapes[part] != shape:
+                raise SourceError(f"{self.path}: {module}.{part} is {shapes[part]}, but qweight asks for {shape}")

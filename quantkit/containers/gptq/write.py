@@ -1,0 +1,222 @@
+"""The GPTQ container: Hugging Face folder with qweight, qzeros, scales and g_idx per Linear.
+
+Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.containers.gptq.read.GptqSource` is the reader.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.codes import (
+    PACKABLE_BITS,
+    Codes,
+    QuantizedLinear,
+    pack,
+    packing_multiple,
+)
+from quantkit.codes.plan import Plan
+from quantkit.containers.gptq.read import GptqSource
+from quantkit.containers.hf.tensorfile import TensorPlan, tensor_bytes
+from quantkit.containers.hf.write import ShardedWriter
+from quantkit.containers.published import Weights
+from quantkit.containers.source import Source
+from quantkit.errors import NumericError, OutputError, UsageError
+from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
+from quantkit.runs.atomic import write_json
+from quantkit.version import __version__
+
+# What GPTQModel 7.7, transformers, vLLM or AutoGPTQ can load; a group of the whole row is -1.
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Where codes of the widths that this container lacks can go instead (GGML block types).
+_ELSEWHERE = {
+    5: "GGUF or ggjt as Q5_0 (symmetric) or Q5_1",
+    6: "GGUF as Q6_K",
+    7: "GGUF as Q8_0, whose 8 bits hold them",
+}
+
+
+def check(linears: Plan) -> None:
+    """Refuse what this container cannot hold, before any work.
+
+    Raises:
+        UsageError: bits, group size or a Linear's shape has no place in the layout.
+    """
+    for spec in {linear.spec for linear in linears.values()}:
+        if spec.bits not in PACKABLE_BITS:
+            raise UsageError(
+                f"--bits {spec.bits}: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "
+                f"{spec.bits}-bit codes fit into {_ELSEWHERE[spec.bits]}"
+            )
+        if spec.group_size != -1 and spec.group_size not in GROUP_SIZES:
+            known = ", ".join(map(str, GROUP_SIZES))
+            raise UsageError(
+                f"--group-size {spec.group_size}: GPTQ readers load groups of {known}, or -1 for whole rows"
+            )
+    for name, linear in linears.items():
+        multiple = packing_multiple(linear.spec.bits)
+        rows, columns = linear.shape
+        if rows % multiple or columns % multiple:
+            raise UsageError(
+                f"{name} is {rows} x {columns}: {linear.spec.bits}-bit packing needs multiples of {multiple}; "
+                "choose other --bits, or leave it out with --exclude"
+            )
+
+
+def plan(source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
+    """Every tensor that the checkpoint will hold, in the source's order."""
+    tensors = []
+    for name, info in weights.tensors.items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in linears:
+            (rows, columns), bits, groups = linears[module].shape, linears[module].spec.bits, linears[module].groups
+            tensors += [
+                TensorPlan(f"{module}.qweight", torch.int32, (columns * bits // 32, rows)),
+                TensorPlan(f"{module}.qzeros", torch.int32, (groups, rows * bits // 32)),
+                TensorPlan(f"{module}.scales", torch.float16, (groups, rows)),
+                TensorPlan(f"{module}.g_idx", torch.int32, (columns,)),
+            ]
+        else:
+            tensors.append(TensorPlan(name, _kept_dtype(source, info.stored_as), info.shape))
+    return tensors
+
+
+def quantization_config(
+    spec: QuantSpec, checkpoint_format: CheckpointFormat, modules: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """``quantization_config`` of config.json; quantize_config.json holds the same.
+
+    Args:
+        spec: what most Linears are quantized to, and the patterns of those that are not.
+        checkpoint_format: v1 or v2.
+        modules: names within a block of the quantized Linears, by stage.
+    """
+    content: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "sym": spec.sym,
+        "desc_act": spec.act_order == "dynamic",
+        "static_groups": spec.act_order == "static",
+        "true_sequential": True,
+        "damp_percent": spec.damp,
+        "lm_head": False,
+        "checkpoint_format": checkpoint_format,
+        "modules_in_block_to_quantize": [list(stage) for stage in modules],
+        "meta": {"quantizer": [f"quantkit:{__version__}"]},
+    }
+    dynamic = _dynamic(spec)
+    return {**content, "dynamic": dynamic} if dynamic else content
+
+
+def _dynamic(spec: QuantSpec) -> dict[str, dict[str, Any]]:
+    """GPTQModel's per-module rules, the first that matches a module's name counting: ``-:`` leaves it as it is."""
+    rules: dict[str, dict[str, Any]] = {f"-:^{pattern_regex(pattern)}$": {} for pattern in spec.exclude}
+    if spec.include:
+        rules[f"-:^(?!(?:{'|'.join(pattern_regex(pattern) for pattern in spec.include)})$)"] = {}
+    return rules | {f"+:^{pattern_regex(pattern)}$": override.changes() for pattern, override in spec.overrides}
+
+
+class GptqWriter:
+    """Writes one checkpoint into a folder that is not yet the finished output.
+
+    Order of use: `add_linear` for every Linear, `add_others`, `finish`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Source,
+        weights: Weights,
+        linears: Plan,
+        quantization: dict[str, Any],
+        max_shard_bytes: int,
+    ) -> None:
+        self.folder, self.source = folder, source
+        self._weights, self._linears, self._quantization = weights, linears, quantization
+        self._tensors = ShardedWriter(folder, plan(source, weights, linears), max_shard_bytes)
+        self._checksums: dict[str, int] = {}
+
+    def __enter__(self) -> GptqWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tensors.close()
+
+    def add_linear(self, module: str, linear: Codes) -> None:
+        """Pack and write one Linear's codes; a bias goes with the other tensors."""
+        assert isinstance(linear, QuantizedLinear)
+        assert linear.shape == self._linears[module].shape
+        assert linear.bits == self._linears[module].spec.bits
+        zeros = linear.zeros.cpu().T
+        if self._quantization["checkpoint_format"] == "gptq":
+            zeros = zeros - 1  # v1 stores zero - 1; zeros are at least 1, so no field borrows from its neighbour
+        self._tensors.write(f"{module}.qweight", pack(linear.codes.cpu().T.contiguous(), linear.bits))
+        self._tensors.write(f"{module}.qzeros", pack(zeros, linear.bits, axis=1))
+        self._tensors.write(f"{module}.scales", linear.scales.cpu().T.contiguous())
+        self._tensors.write(f"{module}.g_idx", linear.group.cpu())
+        self._checksums[module] = _checksum(linear)
+
+    def add_others(self) -> None:
+        """Copy every tensor that is not quantized, float ones in the source's publishing dtype."""
+        for name in self._weights.tensors:
+            if not (name.endswith(".weight") and name.removesuffix(".weight") in self._linears):
+                self._tensors.write(name, kept_tensor(self.source, self._weights, name))
+
+    def finish(self) -> None:
+        """Write configs and tokenizer, then read every Linear back and compare its codes.
+
+        Raises:
+            OutputError: what was read back is not what was written.
+        """
+        self._tensors.finish()
+        dtype = str(self.source.dtype).removeprefix("torch.")
+        config = {k: v for k, v in self.source.config_dict().items() if k not in ("dtype", "torch_dtype")}
+        # transformers 5 reads dtype, transformers 4 torch_dtype.
+        if self._weights.untied:
+            config["tie_word_embeddings"] = False
+        config |= {"dtype": dtype, "torch_dtype": dtype, "quantization_config": self._quantization}
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / "quantize_config.json", self._quantization)
+        self.source.copy_companions(self.folder)
+        self._read_back()
+
+    def _read_back(self) -> None:
+        reader = GptqSource(self.folder)
+        for module, checksum in self._checksums.items():
+            if _checksum(reader.read_codes(module)) != checksum:
+                raise OutputError(f"{module}: other codes were read back than were written; the disk may be failing")
+
+
+def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
+    """A tensor that stays as it is, in the dtype it is published in.
+
+    Raises:
+        NumericError: a value that is not finite there.
+    """
+    tensor = weights.read(name)
+    dtype = _kept_dtype(source, weights.tensors[name].stored_as)
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
+        held = str(dtype).removeprefix("torch.")
+        raise NumericError(f"{name}: a value is beyond {held}; convert the model to bfloat16")
+    return cast
+
+
+def _kept_dtype(source: Source, stored_as: str) -> torch.dtype:
+    integers = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+    return integers.get(stored_as, source.dtype)
+
+
+def _checksum(linear: QuantizedLinear) -> int:
+    value = 0
+    for part in (linear.codes, linear.scales, linear.zeros, linear.group):
+        value = zlib.crc32(tensor_bytes(part), value)
+    return value

@@ -1,0 +1,209 @@
+"""A local Hugging Face folder: config.json, one or many weight files, and what lies beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from quantkit.containers.hf.pickled import PickledFiles
+from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
+from quantkit.containers.source import Source, TensorInfo, first_line, read_json
+from quantkit.errors import SourceError
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
+# Keys that libraries write into JSON companions and that hold the path a model was loaded from.
+LOCAL_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "_model_name_or_path",
+        "name_or_path",
+        "tokenizer_file",
+        "vocab_file",
+        "is_local",
+        "local_files_only",
+    }
+)
+
+
+class FolderSource(Source):
+    """What every Hugging Face folder has, however its weights are stored."""
+
+    def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
+        self.path = folder
+        self.label = label or folder.resolve().name
+        self._trust_remote_code = trust_remote_code
+        self.config = load_config(folder, trust_remote_code)
+        self.stored = open_weights(folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path, self._trust_remote_code)
+
+    def weight_files(self) -> Sequence[Path]:
+        return self.stored.shards()
+
+    def config_dict(self) -> dict[str, Any]:
+        config = publishable_config(read_json(self.path / "config.json"))
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+
+    def copy_companions(self, folder: Path) -> None:
+        copy_companions(self.path, folder)
+
+
+class HfSource(FolderSource):
+    """A Hugging Face folder of full-precision weights."""
+
+    kind = "hf"
+
+    def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
+        super().__init__(folder, label, trust_remote_code)
+        self.dtype = stored_dtype(self.stored.tensors)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.stored.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.stored.read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.stored.read_rows(name, start, stop)
+
+
+def open_weights(folder: Path) -> WeightFiles:
+    """The folder's weights: safetensors where there are any, else pytorch_model.bin. Raises SourceError."""
+    if not SafetensorsFiles.present(folder) and PickledFiles.present(folder):
+        return PickledFiles(folder)
+    return SafetensorsFiles(folder)
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The folder's config. Raises SourceError."""
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder}: no model here (it has no config.json)")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type is None:
+        raise SourceError(f"{folder / 'config.json'}: has no model_type, so this is no transformers model")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a config class raises on values it does not like
+        if model_type not in CONFIG_MAPPING and not trust_remote_code:
+            _refuse_code(folder / "config.json", error)
+        raise SourceError(f"{folder / 'config.json'}: {first_line(error)}") from error
+    return config
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Raises SourceError."""
+    if "gguf_file" not in options and not trust_remote_code:
+        _check_vocabulary(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+        if not trust_remote_code:
+            _refuse_code(folder / "tokenizer_config.json", error)
+        raise SourceError(f"{folder}: cannot load its tokenizer: {first_line(error)}") from error
+    return tokenizer
+
+
+def _check_vocabulary(folder: Path) -> None:
+    """Refuse a folder without a vocabulary: for some model types transformers makes up one of a few tokens."""
+    names = [path.name for path in folder.iterdir()]
+    if not any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names):
+        raise SourceError(
+            f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made from"
+        )
+    if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & set(names):
+        raise SourceError(f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing")
+
+
+def _refuse_code(path: Path, error: Exception) -> None:
+    """Where a JSON file asks for code of its own, that is what has failed. Raises SourceError."""
+    classes = read_json(path).get("auto_map") if path.is_file() else None
+    if classes:
+        files = sorted({f"{module}.py" for module in re.findall(r"(\w+)\.\w+", json.dumps(classes))})
+        raise SourceError(
+            f"{path}: asks for code that comes with the model ({', '.join(files)}), which was not run; read it, then "
+            "give --trust-remote-code"
+        ) from error
+
+
+def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """float16 or bfloat16 as most bytes of the float tensors are stored; float16 for float32 sources."""
+    sizes = {"F16": 0, "BF16": 0}
+    for info in tensors.values():
+        if info.stored_as in sizes:
+            sizes[info.stored_as] += info.bytes
+    return torch.bfloat16 if sizes["BF16"] > sizes["F16"] else torch.float16
+
+
+def publishable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without local paths, that readers before transformers 5 understand too.
+
+    transformers 5 keeps all about rotary embeddings in rope_parameters; transformers 4 reads keys beside it, and takes
+    its defaults without a word where they are missing.
+    """
+    cleaned = {key: value for key, value in config.items() if key not in LOCAL_KEYS}
+    rope = cleaned.get("rope_parameters")
+    if isinstance(rope, dict) and {"full_attention", "sliding_attention"} <= rope.keys():  # Gemma 3
+        cleaned.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
+        rope = rope["full_attention"]
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return cleaned
+    cleaned.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        cleaned.setdefault("rope_scaling", scaling)
+    if "partial_rotary_factor" in rope:
+        cleaned.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    if cleaned.get("model_type") == "gpt_neox":  # which has names of its own for two of them
+        cleaned.setdefault("rotary_emb_base", rope["rope_theta"])
+        cleaned.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
+    return cleaned
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation config, chat template and licence; JSON files lose keys that hold local paths."""
+    for name in COMPANIONS:
+        path = source / name
+        if not path.is_file():
+            continue
+        if name in ("tokenizer_config.json", "generation_config.json"):
+            content = {key: value for key, value in read_json(path).items() if key not in LOCAL_KEYS}
+            if content.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 does not know this name
+                content["tokenizer_class"] = "PreTrainedTokenizerFast"
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(path, folder / name)
+    for path in sorted((source / "additional_chat_templates").glob("*.jinja")):
+        target = folder / "additional_chat_templates"
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.name)

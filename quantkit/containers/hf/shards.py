@@ -1,0 +1,181 @@
+"""The weight files of a Hugging Face folder: which there are, what each holds, and one tensor at a time out of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from quantkit.containers.hf.header import read_header
+from quantkit.containers.source import TensorInfo, read_json
+from quantkit.errors import SourceError
+
+# By safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class WeightFiles(ABC):
+    """The tensors of one file or of an index's shards, known from the headers of all files.
+
+    Headers are read at once: a broken file shows before any work.
+
+    Raises:
+        SourceError: no file, one that is missing or broken, one tensor in two files, or an index that names files
+            outside the folder or tensors that its files do not hold.
+    """
+
+    index_name: ClassVar[str]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shard_of: dict[str, Path] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards():
+            for name, info in self._header(shard).items():
+                if name in self.shard_of:
+                    raise SourceError(f"{shard}: {name} is also in {self.shard_of[name].name}")
+                self.shard_of[name] = shard
+                self.tensors[name] = info
+        if not self.tensors:
+            raise SourceError(f"{folder}: its weight files hold no tensor")
+        self._check_index()
+
+    def shards(self) -> list[Path]:
+        """The files in order. Raises SourceError where there are none or one is missing."""
+        indexed = (self.folder / self.index_name).is_file()
+        names = sorted(set(self._index().values())) if indexed else self.unindexed(self.folder)
+        if not names:
+            raise SourceError(f"{self.folder}: no weights here (no safetensors file, no pytorch_model.bin)")
+        for name in names:
+            if Path(name).name != name:
+                raise SourceError(f"{self.folder / self.index_name}: names a shard outside the folder: {name}")
+            if not (self.folder / name).is_file():
+                raise SourceError(f"{self.folder}: shard {name} is missing; download the folder again")
+        return [self.folder / name for name in names]
+
+    @classmethod
+    def present(cls, folder: Path) -> bool:
+        """Whether the folder has weights of this kind."""
+        return (folder / cls.index_name).is_file() or bool(cls.unindexed(folder))
+
+    @staticmethod
+    @abstractmethod
+    def unindexed(folder: Path) -> list[str]:
+        """Names of the files that count where there is no index."""
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """The stored tensor, on the CPU; one of 8-bit floats as float16, which holds each of them exactly.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a stored tensor, as `read` gives them."""
+        return self.read(name)[start:stop]
+
+    @abstractmethod
+    def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
+        """What a file holds."""
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / self.index_name
+        weight_map = read_json(path).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(shard, str) for shard in names):
+            raise SourceError(f"{path}: has no weight_map from tensor names to file names")
+        return dict(weight_map or {})
+
+    def _check_index(self) -> None:
+        if (self.folder / self.index_name).is_file():
+            for name, shard in self._index().items():
+                if name not in self.tensors:
+                    raise SourceError(f"{self.folder / shard}: the index says it holds {name}, but it does not")
+
+
+class SafetensorsFiles(WeightFiles):
+    """`model.safetensors`, its shards, or whatever safetensors files there are."""
+
+    index_name = "model.safetensors.index.json"
+
+    def __init__(self, folder: Path) -> None:
+        self._starts: dict[str, int] = {}
+        super().__init__(folder)
+
+    @staticmethod
+    def unindexed(folder: Path) -> list[str]:
+        single = "model.safetensors"
+        return [single] if (folder / single).is_file() else _names(folder.glob("*.safetensors"))
+
+    def read(self, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        return self._values(name, info.shape, self._starts[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        info = self.tensors[name]
+        row = info.bytes // info.shape[0]
+        return self._values(name, (stop - start, *info.shape[1:]), self._starts[name] + start * row)
+
+    def _values(self, name: str, shape: tuple[int, ...], start: int) -> torch.Tensor:
+        shard = self.shard_of[name]
+        # Memory of its own: what a mapped file gives is read through page faults, and copied after all.
+        tensor = torch.empty(shape, dtype=DTYPES[self.tensors[name].stored_as])
+        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            with shard.open("rb", buffering=0) as file:
+                file.seek(start)
+                while rest and (found := file.readinto(rest)):  # at most 2 GB at once
+                    rest = rest[found:]
+        except OSError as error:
+            raise SourceError(f"{shard}: cannot read {name}: {error}") from error
+        if rest:
+            raise SourceError(f"{shard}: cannot read {name}: the file has become shorter")
+        return widened(tensor)
+
+    def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
+        try:
+            header = read_header(shard)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{shard}: broken or cut short ({error}); download it again") from error
+        self._starts.update({name: stored.start for name, stored in header.items()})
+        return {name: tensor_info(shard, name, stored.shape, stored.dtype) for name, stored in header.items()}
+
+
+def tensor_info(shard: Path, name: str, shape: Iterable[int], stored_as: str) -> TensorInfo:
+    """A header's entry. Raises SourceError for a type that is not read."""
+    if stored_as not in DTYPES:
+        raise SourceError(f"{shard}: {name} is stored as {stored_as}; read are {', '.join(DTYPES)}")
+    size = torch.Size(shape)
+    return TensorInfo(tuple(size), stored_as, DTYPES[stored_as].itemsize * size.numel())
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as float16, since torch computes nothing with them; anything else as it is.
+
+    float16 lacks the range of exponents (F8_E8M0), so those become float32.
+    """
+    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return tensor.half()
+    return tensor.float() if tensor.dtype == torch.float8_e8m0fnu else tensor
+
+
+def _names(paths: Iterable[Path]) -> list[str]:
+    return sorted(path.name for path in paths)

@@ -1,0 +1,84 @@
+"""A sharded safetensors file set, written tensor by tensor.
+
+The library's own ``save_file`` wants all tensors of a file at once; here the whole layout is planned from shapes, so
+that a model's worth of tensors never has to be in memory, sizes are known before the work, and tensors may come in
+any order. Format: https://github.com/huggingface/safetensors, section "Format".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from quantkit.containers.hf.tensorfile import TensorPlan, header, tensor_bytes
+from quantkit.errors import OutputError
+from quantkit.runs.atomic import write_json
+
+
+class ShardedWriter:
+    """Writes the planned tensors, each exactly once, into one or many shards of at most `max_shard_bytes`.
+
+    Use: `write` every tensor, then `finish`. Files have their final names from the start, so the folder must be one
+    that nobody takes for finished (`quantkit.runs.atomic.staged_folder`).
+    """
+
+    def __init__(self, folder: Path, plan: Sequence[TensorPlan], max_shard_bytes: int) -> None:
+        self.folder = folder
+        shards = _split(plan, max_shard_bytes)
+        if len(shards) == 1:
+            self.names = ["model.safetensors"]
+        else:
+            self.names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        self._pending = {tensor.name: tensor for tensor in plan}
+        self._place: dict[str, tuple[int, int]] = {}
+        self._files: list[BinaryIO] = []
+        for number, shard in enumerate(shards):
+            head, offsets = header(shard)
+            file = (folder / self.names[number]).open("wb")
+            self._files.append(file)
+            file.write(head)
+            self._place.update({name: (number, len(head) + start) for name, start in offsets.items()})
+        self._total = sum(tensor.bytes for tensor in plan)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a planned tensor; dtype and shape must be the plan's."""
+        planned = self._pending.pop(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), name
+        number, offset = self._place[name]
+        self._files[number].seek(offset)
+        self._files[number].write(tensor_bytes(tensor))
+
+    def finish(self) -> None:
+        """Close the shards and write the index where there are several.
+
+        Raises:
+            OutputError: a planned tensor was never written.
+        """
+        if self._pending:
+            missing = next(iter(self._pending))
+            raise OutputError(f"{len(self._pending)} planned tensors were not written, such as {missing}")
+        self.close()
+        if len(self.names) > 1:
+            weight_map = {name: self.names[number] for name, (number, _) in self._place.items()}
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.folder / "model.safetensors.index.json", index)
+
+    def close(self) -> None:
+        """Close the files without checking anything."""
+        for file in self._files:
+            file.close()
+
+
+def _split(plan: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
+    shards: list[list[TensorPlan]] = [[]]
+    size = 0
+    for tensor in plan:
+        if shards[-1] and size + tensor.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+    return shards

@@ -1,0 +1,9 @@
+"""lm-evaluation-harness with quantkit's models in it: ``python -m quantkit.harness``, `register` for programs."""
+
+from quantkit.verbs.eval.__main__ import main
+from quantkit.verbs.eval.register import NAME, register
+
+__all__ = ["NAME", "register"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What a GPU does otherwise than a CPU: the column loop as one Triton program for each tile of rows (`columns`),
+half-precision products for Hessians (`gram`), the factorization beside other work (`streams`).
+
+Triton is imported when the first kernel is asked for, and where it is missing torch does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from quantkit.quantize import loops
+
+ColumnKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+"""`columns.quantize_columns`."""
+
+
+def column_kernel(device: torch.device) -> ColumnKernel | None:
+    """The kernel for weights on `device`; None where torch's own loop has to do: on a CPU, or without Triton."""
+    if device.type != "cuda" or not _has_triton():
+        return None
+    from quantkit.quantize.kernels.columns import quantize_columns
+
+    return quantize_columns
+
+
+def shortfall(device: torch.device) -> str | None:
+    """What a run on `device` does without, and what to do about it, in one line; None where nothing is missing."""
+    if device.type == "cuda" and not _has_triton():
+        return "Triton is missing, so torch quantizes the columns: slower; pip install 'quantkit[gpu]'"
+    if device.type == "cpu" and not loops.available():
+        return "Numba is missing, so torch quantizes the columns: slower; pip install 'quantkit[cpu]'"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,292 @@
+"""Where the blocks of a run land, so that a killed one goes on: every block's codes, and hidden states now and then.
+
+    blocks/00012.safetensors                codes of block 12
+    blocks/00012.json                       their checksum and statistics: written last, it makes the block landed
+    hidden/00012/batch-00003.safetensors    what enters block 12
+    hidden/00012/done.json                  checksums of the batches: written last
+
+Codes are handed to the writer of the output by the same thread that lands them, beside the work on the next block.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import torch
+
+from quantkit.blocks.states import HiddenStates
+from quantkit.codes import Codes
+from quantkit.codes.parts import put_together, take_apart
+from quantkit.containers.hf.tensorfile import read_tensors, write_tensors
+from quantkit.containers.source import file_sha256
+from quantkit.errors import UsageError
+from quantkit.progress import SILENT, Progress
+from quantkit.quantize.stagework import LayerStatistics
+from quantkit.runs.atomic import read_sealed, sync, write_sealed
+from quantkit.runs.ranks import ALONE, Ranks
+
+BLOCKS, HIDDEN = "blocks", "hidden"
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_KEPT_STATES = 2
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
+
+    seconds: float | None = None
+    blocks: int | None = None
+
+    def due(self, since: float, blocks: int) -> bool:
+        """Whether they are, that long and that many blocks after the last time."""
+        if self.blocks is not None:
+            return blocks >= self.blocks
+        return self.seconds is not None and since >= self.seconds
+
+
+def parse_every(text: str) -> Every:
+    """``10m`` (or s, h), a number of blocks such as ``4``, or ``off``. Raises UsageError."""
+    if text == "off":
+        return Every()
+    found = re.fullmatch(r"(\d+)([smh]?)", text)
+    if found is None or int(found[1]) == 0:
+        raise UsageError(f"--checkpoint-every {text}: give minutes such as 10m, a number of blocks such as 4, or off")
+    number = int(found[1])
+    return Every(seconds=number * _UNITS[found[2]]) if found[2] else Every(blocks=number)
+
+
+@dataclass(frozen=True)
+class Landed:
+    """What an earlier run left: its first blocks, and maybe the hidden states that enter one of them.
+
+    Attributes:
+        folder: of the unfinished run.
+        blocks: how many landed, from the first.
+        start: the block whose hidden states are kept, at most `blocks`; 0 without any.
+    """
+
+    folder: Path
+    blocks: int = 0
+    start: int = 0
+
+    def linears(self, index: int, device: torch.device | None = None) -> Iterator[tuple[str, Codes]]:
+        """(published name, codes) of the Linears of a landed block, on a device."""
+        path = self.folder / BLOCKS / f"{index:05d}"
+        tensors = read_tensors(path.with_suffix(".safetensors"))
+        for entry in _sealed(path.with_suffix(".json"))["linears"]:
+            name = str(entry["name"])
+            own = {key.rpartition(".")[2]: part for key, part in tensors.items() if key.rpartition(".")[0] == name}
+            yield name, put_together(own, entry["fields"], device)
+
+    def statistics(self, index: int) -> list[LayerStatistics]:
+        """Of the Linears of a landed block, in order."""
+        entries = _sealed(self.folder / BLOCKS / f"{index:05d}.json")["linears"]
+        return [LayerStatistics(**entry["statistics"]) for entry in entries]
+
+    def restore(self, hidden: HiddenStates, first: int, batches: int) -> int:
+        """Put the kept hidden states in the place of those of the first block; returns the block that they enter.
+
+        `hidden` has some of so many batches, from number `first` on.
+        """
+        folder = self.folder / HIDDEN / f"{self.start:05d}"
+        if not self.start or len(_sealed(folder / "done.json")["batches"]) != batches:
+            return 0
+        for i in range(len(hidden)):
+            hidden[i] = read_tensors(_batch_file(folder, first + i))["hidden"].to(hidden[i].device)
+        return self.start
+
+
+NOTHING = Landed(Path())
+"""What the first run finds."""
+
+
+def find_landed(folder: Path, total: int, progress: Progress = SILENT) -> Landed:
+    """What of an unfinished run of `total` blocks is whole, by its checksums; everything else is removed."""
+    blocks = 0
+    while blocks < total and _block_is_whole(folder / BLOCKS / f"{blocks:05d}"):
+        blocks += 1
+    if (folder / BLOCKS / f"{blocks:05d}.json").exists():
+        progress.warn(f"block {blocks + 1} of the unfinished run is damaged: it and what follows are made anew")
+    for path in sorted((folder / BLOCKS).glob("*")):  # of each block first what makes it landed
+        if not path.stem.isdecimal() or int(path.stem) >= blocks:
+            path.unlink()
+    start = 0
+    for states in sorted((folder / HIDDEN).glob("*")):
+        if int(states.name) <= blocks and _states_are_whole(states):
+            start = int(states.name)
+        else:
+            if (states / "done.json").exists() and int(states.name) <= blocks:
+                progress.warn(f"hidden states kept before block {int(states.name) + 1} are damaged: not used")
+            _drop_states(states)
+    return Landed(folder, blocks, start)
+
+
+class Lander:
+    """Lands blocks while the next one is worked on, and hands their codes on, in order.
+
+    Use as a context: on exit all that was handed over is on the disk. An error of its thread is raised by the next
+    call, at the latest on exit.
+
+    Args:
+        folder: of the unfinished run.
+        order: names of all Linears that are quantized: a block's are landed in this order.
+        add: receives every Linear of a block that has landed, on the lander's thread.
+        every: how often hidden states are kept.
+        ranks: the first one lands; every one keeps the hidden states that it has.
+        since: blocks of earlier runs after the last hidden states that were kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        order: Sequence[str],
+        add: Callable[[str, Codes], None],
+        every: Every,
+        ranks: Ranks = ALONE,
+        since: int = 0,
+    ) -> None:
+        self._folder, self._add, self._every, self._ranks = folder, add, every, ranks
+        self._order = {name: number for number, name in enumerate(order)}
+        self._block: list[tuple[str, Codes, LayerStatistics]] = []
+        self._queue: Queue[tuple[int, list[tuple[str, Codes, LayerStatistics]]] | None] = Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._kept, self._since = time.monotonic(), since
+        self._thread = Thread(target=self._land_all, name="lander", daemon=True)
+        self.statistics: list[LayerStatistics] = []
+
+    def __enter__(self) -> Lander:
+        if self._ranks.first:
+            for part in (BLOCKS, HIDDEN):
+                (self._folder / part).mkdir(exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if kind is None:
+            self._check()
+
+    def take(self, name: str, linear: Codes, statistics: LayerStatistics) -> None:
+        """Take one Linear of the block in hand."""
+        self._check()
+        if self._ranks.first:
+            self._block.append((name, linear, statistics))
+
+    def land(self, index: int, hidden: HiddenStates | None) -> None:
+        """The block in hand is complete, and `hidden` has left it; None where hidden states alone do not tell all."""
+        self._check()
+        block, self._block = sorted(self._block, key=lambda part: self._order[part[0]]), []
+        self.statistics += [statistics for _, _, statistics in block]
+        if self._ranks.first:
+            self._queue.put((index, block))
+        self._since += 1
+        if hidden is not None and self._ranks.from_first(self._due):
+            keep_states(self._folder / HIDDEN / f"{index + 1:05d}", hidden, self._ranks)
+            self._kept, self._since = time.monotonic(), 0
+
+    def _due(self) -> bool:
+        """Whether hidden states are to be kept now. All blocks before them are on the disk then."""
+        due = self._every.due(time.monotonic() - self._kept, self._since)
+        if due:
+            self._queue.join()  # states without the blocks before them would be of no use
+            self._check()
+        return due
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _land_all(self) -> None:
+        with torch.inference_mode():
+            while (item := self._queue.get()) is not None:
+                try:
+                    if self._error is None:
+                        self._land(*item)
+                except BaseException as error:  # whatever it is, the main thread is to raise it
+                    self._error = error
+                del item  # codes are not to be held while waiting
+                self._queue.task_done()
+
+    def _land(self, index: int, block: list[tuple[str, Codes, LayerStatistics]]) -> None:
+        land_block(self._folder / BLOCKS / f"{index:05d}", block)
+        for name, linear, _ in block:
+            self._add(name, linear)
+
+
+def land_block(path: Path, block: Sequence[tuple[str, Codes, LayerStatistics]]) -> None:
+    """Write a block's codes and statistics: whole at any later moment, or not there."""
+    tensors: dict[str, torch.Tensor] = {}
+    entries = []
+    for name, linear, statistics in block:
+        parts, fields = take_apart(linear)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        entries.append({"name": name, "fields": fields, "statistics": asdict(statistics)})
+    checksum = write_tensors(path.with_suffix(".safetensors"), tensors)
+    write_sealed(path.with_suffix(".json"), {"sha256": checksum, "linears": entries})
+    sync(path.parent)
+
+
+def keep_states(folder: Path, hidden: HiddenStates, ranks: Ranks = ALONE) -> None:
+    """Write what enters a block into a folder of its own; of those beside it the latest one stays.
+
+    All ranks call it, each with its part of the batches; the folder is on a file system that they share.
+    """
+    ranks.from_first(lambda: _make_room(folder))
+    first = sum(ranks.gather(len(hidden))[: ranks.rank])
+    folder.mkdir(parents=True, exist_ok=True)  # where another machine does not see it yet
+    own = [write_tensors(_batch_file(folder, first + i), {"hidden": hidden[i]}) for i in range(len(hidden))]
+    sums = [checksum for part in ranks.gather(own) for checksum in part]
+    if ranks.first:
+        write_sealed(folder / "done.json", {"batches": sums})
+        sync(folder)
+        sync(folder.parent)
+
+
+def _make_room(folder: Path) -> None:
+    others = sorted(path for path in folder.parent.glob("*") if path != folder)
+    for old in [folder, *others[: 1 - _KEPT_STATES]]:
+        _drop_states(old)
+    folder.mkdir(parents=True)
+
+
+def _drop_states(folder: Path) -> None:
+    (folder / "done.json").unlink(missing_ok=True)  # first, so that what a kill leaves of them does not look damaged
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _batch_file(folder: Path, batch: int) -> Path:
+    return folder / f"batch-{batch:05d}.safetensors"
+
+
+def _sealed(path: Path) -> dict[str, Any]:
+    found = read_sealed(path)
+    assert found is not None, path  # `find_landed` has looked at it
+    return found
+
+
+def _block_is_whole(path: Path) -> bool:
+    entry = read_sealed(path.with_suffix(".json"))
+    return entry is not None and _is_whole(path.with_suffix(".safetensors"), entry["sha256"])
+
+
+def _states_are_whole(folder: Path) -> bool:
+    done = read_sealed(folder / "done.json")
+    if done is None:
+        return False
+    return all(_is_whole(_batch_file(folder, batch), checksum) for batch, checksum in enumerate(done["batches"]))
+
+
+def _is_whole(path: Path, checksum: str) -> bool:
+    try:
+        return file_sha256(path) == checksum
+    except OSError:  # not there, or no longer readable
+        return False

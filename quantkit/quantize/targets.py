@@ -1,0 +1,239 @@
+"""What a gptq run writes its codes into: a GPTQ checkpoint, or a GGUF file.
+
+Making a target decides what every Linear is quantized to, and refuses what its container cannot hold, from headers
+alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, get_args
+
+from quantkit.blocks.stream import ModelStream
+from quantkit.codes import Codes, GgmlLinear
+from quantkit.codes.plan import LinearPlan, Plan
+from quantkit.containers import gguf as gguf_files
+from quantkit.containers.gguf.recipes import (
+    RECIPES,
+    base_kind,
+    file_type,
+    fitting,
+    tensor_kinds,
+)
+from quantkit.containers.gguf.types import Choice, Chooser, Kind
+from quantkit.containers.gptq import write as checkpoint
+from quantkit.containers.hf.tensorfile import TensorPlan
+from quantkit.errors import UsageError
+from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
+from quantkit.quantize.plan import modules_in_block, on_grid_of, plan_linears
+
+
+def gptq_type(recipe: str) -> str:
+    """The type of most Linears of a recipe that GPTQ can run on.
+
+    Raises:
+        UsageError: no recipe, or one of types that only plain rounding goes to.
+    """
+    known = [name for name in RECIPES if base_kind(name).name in get_args(GgmlType)]
+    if recipe not in known:
+        rounded = f"; `quantkit ggml --type {recipe}` rounds to it" if recipe in RECIPES else ""
+        raise UsageError(f"--ggml {recipe}: GPTQ goes to {', '.join(known)}{rounded}")
+    return str(base_kind(recipe).name)
+
+
+class CodesWriter(Protocol):
+    """Order of use: `add_linear` for every Linear of the plan, `add_others`, `finish`."""
+
+    def add_linear(self, module: str, linear: Codes) -> None:
+        """Write one Linear's codes."""
+
+    def add_others(self) -> None:
+        """Write everything that is not quantized."""
+
+    def finish(self) -> None:
+        """Write what remains and read the codes back. Raises OutputError."""
+
+
+class Target(Protocol):
+    """Where codes go.
+
+    Attributes:
+        plan: what every Linear is quantized to.
+        bytes: of all tensors.
+        quantized_bytes: of the quantized Linears, with scales and minima or zeros.
+    """
+
+    plan: Plan
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def quantized_bytes(self) -> int: ...
+
+    def check_kept(self, name: str) -> None:
+        """Refuse a tensor that is not quantized and cannot be written. Raises NumericError."""
+
+    def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
+        """Write into a folder that is not yet the finished output."""
+
+    def model_in(self, folder: Path) -> Path:
+        """What a reader opens of a finished output."""
+
+
+class CheckpointTarget:
+    """A folder in the GPTQ layout."""
+
+    def __init__(self, stream: ModelStream, spec: QuantSpec, format: CheckpointFormat, max_shard_bytes: int) -> None:
+        """
+        Raises:
+            UsageError: a pattern that no Linear matches, or what the layout has no place for.
+        """
+        self._source, self._weights, self._max_shard_bytes = stream.source, stream.weights, max_shard_bytes
+        self.plan = plan_linears(stream, spec)
+        checkpoint.check(self.plan)
+        self._quantization = checkpoint.quantization_config(spec, format, modules_in_block(stream, self.plan))
+        self._tensors: list[TensorPlan] = checkpoint.plan(self._source, self._weights, self.plan)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self._tensors)
+
+    @property
+    def quantized_bytes(self) -> int:
+        parts = [tensor.name.rpartition(".") for tensor in self._tensors]
+        inside = [module in self.plan and part != "bias" for module, _, part in parts]
+        return sum(tensor.bytes for tensor, quantized in zip(self._tensors, inside, strict=True) if quantized)
+
+    def check_kept(self, name: str) -> None:
+        checkpoint.kept_tensor(self._source, self._weights, name)
+
+    def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
+        return checkpoint.GptqWriter(
+            folder, self._source, self._weights, self.plan, self._quantization, self._max_shard_bytes
+        )
+
+    def model_in(self, folder: Path) -> Path:
+        return folder
+
+
+@dataclass(frozen=True)
+class GgufForm:
+    """What a GGUF file of a run is to be.
+
+    Attributes:
+        recipe: one of `writers.ggml_recipes.RECIPES`.
+        name: of the file.
+        embedding, output: types of these two matrices; None for the recipe's.
+        pre: name of the pre-tokenizer, where the ids do not tell it.
+    """
+
+    recipe: str
+    name: str
+    embedding: Kind | None = None
+    output: Kind | None = None
+    pre: str | None = None
+
+
+class GgufTarget:
+    """A folder with a GGUF file. Its matrices have the types of a recipe, on whose grids the Linears are quantized.
+
+    Attributes:
+        fallback: matrices that the type meant for them does not divide, and the type they get.
+        limits: where llama.cpp's result drifts from the model's.
+    """
+
+    def __init__(self, stream: ModelStream, spec: QuantSpec, form: GgufForm) -> None:
+        """
+        Raises:
+            UsageError: a pattern that no Linear matches, an override that a GGUF file has no place for.
+            SourceError: a model that a GGUF file cannot hold.
+        """
+        source, weights = stream.source, stream.weights
+        self._name, self._architecture = form.name, gguf_files.architecture_of(source)
+        self.limits = gguf_files.limits(source)
+        origin = gguf_files.origin(from_gptq=True)
+        self._keys = gguf_files.header(source, file_type(form.recipe), pre=form.pre, provenance=origin)
+        tensors = gguf_files.plan(source, weights)
+        planned = tensor_kinds(
+            *(form.recipe, tensors, source.config, self._architecture), embedding=form.embedding, output=form.output
+        )
+        asked = plan_linears(stream, spec)
+        linears = {name for name, _ in stream.linears()}
+        chooser = Chooser.of_run(source, weights)
+        kinds: dict[str, Kind] = {}
+        self._typed: list[tuple[gguf_files.GgufTensor, Kind]] = []
+        self._others: list[tuple[gguf_files.GgufTensor, Choice]] = []
+        self.fallback: dict[str, str] = {}
+        for tensor, found in zip(tensors, planned, strict=True):
+            modules = [name.removesuffix(".weight") for name in tensor.sources]
+            coded = bool(modules) and linears.issuperset(modules)
+            wanted = _wanted(tensor, [asked.get(module) for module in modules], found.wanted) if coded else found.wanted
+            kind = None if wanted is None else fitting(wanted, tensor.shape[-1])
+            if kind is not None and kind != wanted:
+                self.fallback[tensor.name] = kind.name
+            if coded and kind is not None and kind.name in get_args(GgmlType):
+                kinds |= dict.fromkeys(modules, kind)
+            else:
+                choice = chooser.of_kind(tensor, kind)
+                self._others.append((tensor, choice))
+                kind = choice.kind
+            self._typed.append((tensor, kind))
+        self.plan: Plan = {
+            name: LinearPlan(linear.shape, linear.spec.model_copy(update=on_grid_of(kinds[name].name)))
+            for name, linear in asked.items()
+            if name in kinds
+        }
+
+    @property
+    def bytes(self) -> int:
+        return sum(gguf_files.packed_bytes(tensor, kind) for tensor, kind in self._typed)
+
+    @property
+    def quantized_bytes(self) -> int:
+        return self.bytes - sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in self._others)
+
+    def check_kept(self, name: str) -> None:
+        for tensor, choice in self._others:
+            if choice.kind == Kind.F16 and name in tensor.sources:  # of what is read anyway, what can be beyond it
+                choice.encode(tensor, name)
+
+    def model_in(self, folder: Path) -> Path:
+        return folder / self._name
+
+    @contextmanager
+    def writer(self, folder: Path) -> Iterator[CodesWriter]:
+        with gguf_files.GgufWriter(self.model_in(folder), self._architecture, self._keys, self._typed) as writer:
+            yield _GgufCodesWriter(writer, self._others)
+
+
+def _wanted(tensor: gguf_files.GgufTensor, linears: Sequence[LinearPlan | None], recipe: Kind) -> Kind | None:
+    """The type that a tensor made of Linears is to have; None where they stay as they are."""
+    asked = {None if linear is None else linear.spec.ggml or recipe.name for linear in linears}
+    if len(asked) > 1:
+        raise UsageError(
+            f"{tensor.name} holds {len(linears)} modules of the model in one type; --include, --exclude and --override "
+            "must treat them alike"
+        )
+    name = asked.pop()
+    return None if name is None else Kind.__members__[name]
+
+
+class _GgufCodesWriter:
+    def __init__(self, writer: gguf_files.GgufWriter, others: Sequence[tuple[gguf_files.GgufTensor, Choice]]) -> None:
+        self._writer, self._others = writer, others
+
+    def add_linear(self, module: str, linear: Codes) -> None:
+        assert isinstance(linear, GgmlLinear)
+        self._writer.write(f"{module}.weight", linear.pack())
+
+    def add_others(self) -> None:
+        for tensor, choice in self._others:
+            for published in tensor.sources:
+                self._writer.write(published, choice.encode(tensor, published))
+
+    def finish(self) -> None:
+        self._writer.finish()

@@ -1,0 +1,66 @@
+"""Where a result comes from, for the record beside it: hashes and versions, never a local path."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from quantkit.containers.source import Source, file_sha256
+from quantkit.errors import SourceError
+from quantkit.version import __version__
+
+CHECKSUMS = "SHA256SUMS"
+"""The file that repeats checksums as `sha256sum --check` reads them."""
+
+_COMPANIONS = (".json", ".jinja", ".txt", ".model", ".py")
+
+
+def origin(source: Source) -> dict[str, Any]:
+    """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions."""
+    return {
+        "source": _identity(source),
+        "versions": {
+            "quantkit": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def companions(source: Source) -> dict[str, Any]:
+    """SHA-256 of what lies beside a source's weights and decides a result too: config, tokenizer, templates, code.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    if len(source.parts) > 1:
+        return {role: companions(part) for role, part in source.parts.items()}
+    files = sorted(source.path.iterdir()) if source.path.is_dir() else []
+    return {path.name: _sha256(path) for path in files if path.suffix in _COMPANIONS and path.is_file()}
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder that is written, by name: the record's `files`, which `verify` compares."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """Name, kind and hashes; of a pair those of both."""
+    if len(source.parts) > 1:
+        named = {role: _identity(part) for role, part in source.parts.items()}
+        return {"model": source.label, "kind": source.kind, **source.choices, **named}
+    hashes = {path.name: _sha256(path) for path in source.weight_files()}
+    return {"model": source.label, "kind": source.kind, "sha256": hashes}
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error

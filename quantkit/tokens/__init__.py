@@ -1,0 +1,47 @@
+"""Calibration and evaluation text: instruction data or plain text into a token matrix."""
+
+from __future__ import annotations
+
+from quantkit.tokens.datasets import KNOWN_NAMES
+from quantkit.tokens.mixtures import (
+    Mixture,
+    load_calibration,
+    parse_mixture,
+    shown_license,
+)
+from quantkit.tokens.overlap import TextIndex
+from quantkit.tokens.readers import Dataset, load_dataset
+from quantkit.tokens.records import Record, Turn, parse_record
+from quantkit.tokens.templates import render, resolve
+from quantkit.tokens.windows import (
+    Part,
+    Provenance,
+    TokenMatrix,
+    draw,
+    token_hash,
+    window_text,
+    windows_in_order,
+)
+
+__all__ = [
+    "KNOWN_NAMES",
+    "Dataset",
+    "Mixture",
+    "Part",
+    "Provenance",
+    "Record",
+    "TextIndex",
+    "TokenMatrix",
+    "Turn",
+    "draw",
+    "load_calibration",
+    "load_dataset",
+    "parse_mixture",
+    "parse_record",
+    "render",
+    "resolve",
+    "shown_license",
+    "token_hash",
+    "window_text",
+    "windows_in_order",
+]

@@ -1,0 +1,203 @@
+"""Data sets into records: JSON, JSON lines, parquet and plain text, from a file, a known name or the Hub."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from quantkit.errors import CalibrationError, MissingPackageError, UsageError
+from quantkit.progress import SILENT, Progress
+from quantkit.tokens.datasets import (
+    HELD_OUT,
+    SAMPLE,
+    Source,
+    find_source,
+    read_bundled,
+)
+from quantkit.tokens.records import Record, parse_record
+
+_PIECE_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records in file order.
+
+    `name` is the file's name, a known name or the Hub id (`@revision` where one was asked for), never a local folder.
+    `sha256` is over the bytes of the file, or of its shards one after the other. `text` is the whole file as one
+    string where it is plain text (`records` then holds it in pieces), else None. `first`: no more than so many records
+    were read, from the beginning.
+    """
+
+    name: str
+    sha256: str
+    records: tuple[Record, ...]
+    license: str | None = None
+    text: str | None = None
+    first: int | None = None
+
+
+def load_dataset(spec: str, progress: Progress = SILENT) -> Dataset:
+    """Load the data that `spec` names: an existing local file, a known name, or a Hub data set, tried in this order.
+
+    - A local file is read by its suffix: `.json`, `.jsonl`, `.parquet`, and anything else as plain text; with `.gz`
+      after it, unpacked.
+    - Known names are `KNOWN_NAMES`; `NAME:FILE` reads a local copy as the set of that name, with its licence.
+    - On the Hub, `owner/name` takes the only data file there is, `owner/name:path` the one named;
+      `owner/name@revision` and `owner/name@revision:path` take them from a branch, tag or commit.
+
+    Records with empty text are left out and counted in a note. Raises `UsageError` where nothing has that name,
+    `CalibrationError` where the content cannot be read, `MissingPackageError` for parquet without pyarrow.
+    """
+    if os.path.isfile(spec):
+        return read_source(Source(Path(spec).name, ((Path(spec).name, Path(spec)),), None), progress)
+    if spec in (SAMPLE, HELD_OUT):
+        bundled = read_bundled()
+        dataset = read_source(bundled.source, progress)
+        wanted = spec == HELD_OUT
+        records = tuple(record for record in dataset.records if (record.id in bundled.held_out) == wanted)
+        return replace(dataset, name=spec, records=records)
+    if os.path.isdir(spec):
+        raise UsageError(f"{spec} is a folder: give one file")
+    return read_source(find_source(spec), progress)
+
+
+def read_source(source: Source, progress: Progress = SILENT) -> Dataset:
+    """Read the files of a source; raises as `load_dataset` does."""
+    digest = hashlib.sha256()
+    records: list[Record] = []
+    text = None
+    for name, path in source.files:
+        try:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+                file.seek(0)
+                found, text = _read_file(name, file, source, len(records))
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise CalibrationError(f"{name}: not a readable gzip file: {error}") from None
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        records += found
+    kept = tuple(record for record in records if not record.is_empty)
+    if not kept:
+        raise CalibrationError(f"{source.name}: no record with text in it")
+    if len(kept) < len(records):
+        progress.note(f"{source.name}: left out {len(records) - len(kept)} of {len(records)} records: empty text")
+    return Dataset(source.name, digest.hexdigest(), kept, source.license, text, source.first)
+
+
+def _read_file(name: str, file: BinaryIO, source: Source, index: int) -> tuple[list[Record], str | None]:
+    """The records of a file, numbered from `index`, and its text where it is one text."""
+    suffixes = name.lower()
+    if suffixes.endswith(".gz"):
+        suffixes = suffixes.removesuffix(".gz")
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if not any(chunk.strip() for chunk in iter(lambda: file.read(1 << 16), b"")):
+        raise CalibrationError(f"{name}: the file is empty")
+    file.seek(0)
+    reader = _READERS.get(Path(suffixes).suffix)
+    if reader is None:
+        text = _decode(name, file.read())
+        return _cut_text(text), text
+    rows = enumerate(islice(reader(name, file), source.first), index)
+    records = [parse_record(raw, number, name) for number, raw in rows]
+    if not source.joined:
+        return records, None
+    lines = [record.text for record in records if record.text is not None]
+    if len(lines) < len(records):
+        raise CalibrationError(f"{name}: {source.name} is lines under the key 'text', which not every record has")
+    text = "\n\n".join(lines)
+    return _cut_text(text), text
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise CalibrationError(f"{name}: line {line} is not UTF-8: save the file as UTF-8") from None
+
+
+def _read_json(name: str, file: BinaryIO) -> Iterable[object]:
+    lines = _is_json_lines(file)
+    file.seek(0)
+    if lines:
+        return _read_json_lines(name, file)
+    try:
+        value = json.loads(_decode(name, file.read()))
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{name}: line {error.lineno} is not JSON: {error.msg}") from None
+    if isinstance(value, dict):
+        value = value.get("data", [value])
+    if not isinstance(value, list):
+        raise CalibrationError(f'{name}: expected a list of records, {{"data": [...]}}, or one record a line')
+    return value
+
+
+def _is_json_lines(file: BinaryIO) -> bool:
+    """Whether the first line is an object by itself and another line follows."""
+    lines = (line for line in file if line.strip())
+    first, second = next(lines, b""), next(lines, b"")
+    try:
+        return bool(second) and isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except ValueError:
+        return False
+
+
+def _read_json_lines(name: str, file: BinaryIO) -> Iterator[object]:
+    # A line of a binary file ends at a newline only: a JSON string may hold U+2028 and its like as they are.
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise CalibrationError(f"{name}: line {number} is not UTF-8: save the file as UTF-8") from None
+        except json.JSONDecodeError as error:
+            raise CalibrationError(f"{name}: line {number} is not JSON: {error.msg}") from None
+
+
+def _read_parquet(name: str, file: BinaryIO) -> Iterable[object]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingPackageError("pyarrow", "hub", f"reading {name}") from None
+    try:
+        rows: list[object] = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise CalibrationError(f"{name}: not a readable parquet file: {first_line}") from None
+    return rows
+
+
+_READERS: dict[str, Callable[[str, BinaryIO], Iterable[object]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+
+def _cut_text(text: str) -> list[Record]:
+    """Cut at blank lines into pieces of at least 4,000 characters; the last may be shorter."""
+    pieces: list[str] = []
+    paragraphs: list[str] = []
+    size = 0
+    for paragraph in re.split(r"\n(?:[ \t\r]*\n)+", text.strip()):
+        paragraphs.append(paragraph)
+        size += len(paragraph) + 2
+        if size - 2 >= _PIECE_CHARACTERS:
+            pieces.append("\n\n".join(paragraphs))
+            paragraphs, size = [], 0
+    if paragraphs:
+        pieces.append("\n\n".join(paragraphs))
+    return [Record(f"#{index}", text=piece) for index, piece in enumerate(pieces)]

@@ -1,0 +1,173 @@
+"""Evaluation text: a name or a file into windows of tokens and the positions that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from quantkit.errors import CalibrationError, UsageError
+from quantkit.evaluate.scores import Windows
+from quantkit.options import EvaluationSpec
+from quantkit.progress import SILENT, Progress
+from quantkit.tokens import (
+    Dataset,
+    Provenance,
+    TextIndex,
+    TokenMatrix,
+    load_dataset,
+    window_text,
+    windows_in_order,
+)
+from quantkit.tokens.datasets import Source, download
+from quantkit.tokens.readers import read_source
+
+WIKITEXT2 = "wikitext2"
+_WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
+_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Windows, and what they were made of. `name` is what reports call the text."""
+
+    name: str
+    windows: Windows
+    provenance: Provenance
+
+
+def default_seq_len(text: str) -> int:
+    """Tokens a window where the user names none: 2048 for the papers' WikiText-2 protocol, else 512."""
+    return 2048 if _is_wikitext2(text) else 512
+
+
+def evaluation_text(
+    spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
+) -> EvaluationText:
+    """Read and window the text that `spec` names.
+
+    ``wikitext2`` is the protocol of the GPTQ paper and its successors: the raw test split, records joined with blank
+    lines, tokenized as one string, cut into windows, no overlap. ``wikitext2:FILE`` reads a local copy (Parquet, or
+    text that is already joined). Instruction data (a known name, .json, .jsonl, .parquet) is rendered with the
+    template, record after record; any other file is plain text.
+
+    Raises:
+        CalibrationError: text that cannot be read, or is shorter than one window.
+    """
+    # With overlapping windows the text is first cut at the stride, then put together again.
+    # (At least 2, so that a window's own BOS leaves room for a token.)
+    cut = spec.seq_len if spec.stride is None else max(spec.stride, 2)
+    matrix = _token_matrix(spec, cut, tokenizer, progress)
+    tokens = matrix.tokens
+    first_scored = torch.ones(tokens.shape[0], dtype=torch.int64)
+    if spec.stride is not None:
+        tokens, first_scored = _overlapping(matrix, spec.seq_len, spec.stride)
+    return EvaluationText(_shown_name(spec.text), Windows(tokens, first_scored), matrix.provenance)
+
+
+def common_text(
+    tokenizers: Sequence[tuple[str, PreTrainedTokenizerBase]], spec: EvaluationSpec, progress: Progress = SILENT
+) -> EvaluationText:
+    """The text for several models, each with its label; the first one's tokenizer and chat template make it.
+
+    Raises:
+        UsageError: another one's tokenizer makes other tokens of the same text.
+        CalibrationError: as `evaluation_text`.
+    """
+    (first, own), *others = tokenizers
+    text = evaluation_text(spec, own, progress)
+    for label, tokenizer in others:
+        # A ggjt file has no place for a chat template, and converters change it: it decides no model's numbers.
+        rendering = copy(tokenizer)
+        rendering.chat_template = own.chat_template
+        if evaluation_text(spec, rendering).provenance.tokens_sha256 != text.provenance.tokens_sha256:
+            raise UsageError(
+                f"{label} and {first} tokenize the text differently: their perplexities cannot be compared"
+            )
+    return text
+
+
+def text_index(text: str) -> TextIndex:
+    """The text that `--text` names, for telling which calibration records occur in it.
+
+    Raises:
+        UsageError: nothing has that name.
+        CalibrationError: text that cannot be read.
+    """
+    content = _read(text, SILENT)
+    return TextIndex.of(content) if isinstance(content, Dataset) else TextIndex(_shown_name(text), [content])
+
+
+def _token_matrix(
+    spec: EvaluationSpec, seq_len: int, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> TokenMatrix:
+    content = _read(spec.text, progress)
+    if isinstance(content, Dataset):
+        return windows_in_order(
+            content, seq_len=seq_len, template=spec.template, tokenizer=tokenizer, progress=progress
+        )
+    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=_is_wikitext2(spec.text))
+
+
+def _read(text: str, progress: Progress) -> Dataset | str:
+    """Records, or one plain text."""
+    if _is_wikitext2(text):
+        return _wikitext2(text)
+    path = Path(text)
+    if path.is_file() and path.suffix.lower() not in _DATASET_SUFFIXES:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    return load_dataset(text, progress)
+
+
+def _overlapping(matrix: TokenMatrix, seq_len: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of seq_len that start `stride` tokens apart; each scores only tokens that no earlier window scored."""
+    has_bos = matrix.provenance.bos == "window"
+    stream = matrix.tokens[:, int(has_bos) :].reshape(-1)
+    width = seq_len - int(has_bos)
+    if stream.numel() < width:
+        raise CalibrationError(
+            f"{matrix.provenance.dataset} is too short: {stream.numel()} tokens, {seq_len} needed for one window"
+        )
+    windows = stream.unfold(0, width, stride)
+    if has_bos:
+        windows = torch.cat([matrix.tokens[:1, :1].expand(windows.shape[0], 1), windows], dim=1)
+    first_scored = torch.full((windows.shape[0],), seq_len - stride, dtype=torch.int64)
+    first_scored[0] = 1
+    return windows.contiguous(), first_scored
+
+
+def _shown_name(text: str) -> str:
+    """What reports call the text: a name as it is, a file without its folder."""
+    if _is_wikitext2(text):
+        return WIKITEXT2
+    return Path(text).name if Path(text).is_file() else text
+
+
+def _is_wikitext2(text: str) -> bool:
+    return text == WIKITEXT2 or text.startswith(f"{WIKITEXT2}:")
+
+
+def _wikitext2(text: str) -> str:
+    local = text.partition(":")[2]
+    path = Path(local) if local else _download_wikitext2()
+    if path.suffix == ".parquet":
+        source = Source(WIKITEXT2, ((path.name, path),), None, joined=True)
+        return read_source(source).text or ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{path}: cannot be read as WikiText-2: {error}") from error
+
+
+def _download_wikitext2() -> Path:
+    try:
+        return download(*_WIKITEXT2_TEST)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}, as --text {WIKITEXT2}:FILE") from error

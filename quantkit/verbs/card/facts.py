@@ -1,0 +1,179 @@
+"""What is known of the models in a folder: from their headers, and from what quantkit noted beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit.containers.describe import describe
+from quantkit.containers.ggjt.read import MAGICS as GGJT_MAGICS
+from quantkit.containers.gguf.file import GgufFile
+from quantkit.containers.gguf.read import MAGIC, model_stem
+from quantkit.containers.source import Source, file_sha256, read_json
+from quantkit.errors import SourceError, UsageError
+from quantkit.runs.atomic import REPORT_NAME
+from quantkit.sources import open_source
+from quantkit.verbs.verify.programs import Facts, Load, programs
+
+KV_TOKENS = 2048
+"""Tokens whose keys and values are counted into the memory needed."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder's model or one of its files, as a card's templates see it.
+
+    Attributes:
+        name: of the file, its first part or the folder.
+        branch: where it lies in the repository.
+        kind: "gptq", "hf", "fp8", "gguf" or "ggjt".
+        files: SHA-256 by name of all files that hold its weights.
+        bytes: of these files.
+        memory_bytes: of its tensors, and of keys and values of `kv_tokens` tokens in float16; None where the config
+            does not say how large these are.
+        bits, group_size, sym, desc_act: of a GPTQ checkpoint.
+        act_order, damp: of the run that quantized it; None where nothing says so.
+        calibration: provenance of that run's text.
+        loads: every program's answer to whether it loads this.
+        record: quantkit.json, where it is of these files; else {}.
+    """
+
+    name: str
+    branch: str
+    kind: str
+    architecture: str
+    scheme: str
+    files: Mapping[str, str]
+    bytes: int
+    bits_per_weight: float
+    memory_bytes: int | None
+    kv_tokens: int
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+    act_order: str | None = None
+    damp: float | None = None
+    calibration: Mapping[str, Any] | None = None
+    loads: tuple[Load, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+def models_in(folder: Path, branch: str) -> list[Model]:
+    """The models of a folder: that of its config.json, and every GGUF and ggjt file, of split ones the first part.
+
+    Raises:
+        UsageError: no model there.
+        SourceError: one that cannot be read, or another one than quantkit.json says.
+    """
+    found = [open_source(folder)] if (folder / "config.json").is_file() else []
+    found += [open_source(path) for path in _model_files(folder)]
+    if not found:
+        raise UsageError(f"{folder}: no model here, so there is nothing to write a card of")
+    record = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+    return [_model(source, branch, record, alone=len(found) == 1) for source in found]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        with path.open("rb") as opened:
+            magic = opened.read(4)
+        if magic == MAGIC or magic in GGJT_MAGICS:
+            files.setdefault(model_stem(path), path)
+    return list(files.values())
+
+
+def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) -> Model:
+    paths = [Path(path) for path in source.weight_files()]
+    files = {path.name: file_sha256(path) for path in paths}
+    own = record if _is_of(record, files, source, alone) else {}
+    if "variants" in own:  # a release's folder: a record for each file
+        own = own["variants"].get(paths[0].name) or {}
+    keys = GgufFile(paths[0]).keys if source.kind == "gguf" else {}
+    seen = describe(source)
+    memory, tokens = _memory(source, seen.bytes)
+    return Model(
+        name=paths[0].name if source.path.is_file() else source.label,
+        branch=branch,
+        kind=source.kind,
+        architecture=seen.architecture,
+        scheme=_scheme(source, keys, seen.scheme),
+        files=files,
+        bytes=sum(path.stat().st_size for path in paths),
+        bits_per_weight=seen.bits_per_weight,
+        memory_bytes=memory,
+        kv_tokens=tokens,
+        loads=tuple(programs(_program_facts(source, keys, len(paths)))),
+        record=own,
+        keys={key: value for key, value in keys.items() if key.startswith(("general.", "quantkit."))},
+        **_settings(source, own),
+    )
+
+
+def _is_of(record: Mapping[str, Any], files: Mapping[str, str], source: Source, alone: bool) -> bool:
+    """Whether a folder's record is about these files. Raises SourceError where it is of others of the same names."""
+    noted = record.get("files")
+    if not isinstance(noted, dict):  # quantkit before it noted them: of the only model there
+        return bool(record) and alone
+    wrong = next((name for name, sha256 in files.items() if noted.get(name, sha256) != sha256), None)
+    if wrong:
+        raise SourceError(
+            f"{wrong} is another file than {REPORT_NAME} says, which was written with it; `quantkit verify` says more"
+        )
+    return all(name in noted for name in files)
+
+
+def _settings(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model was quantized, as far as it says so itself or its record does."""
+    recipe: Mapping[str, Any] = record.get("recipe") or {}
+    found: dict[str, Any] = {}
+    label = source.quantization
+    if label is not None:
+        found = {key: label.get(key) for key in ("bits", "group_size", "sym", "desc_act")}
+        found["damp"] = label.get("damp_percent")
+    if "act_order" in recipe:
+        found |= {"act_order": recipe["act_order"], "damp": recipe.get("damp", found.get("damp"))}
+    calibration = record.get("calibration")
+    return found | ({"calibration": calibration} if isinstance(calibration, dict) else {})
+
+
+def _scheme(source: Source, keys: Mapping[str, Any], described: str) -> str:
+    """A short name of how the weights are stored."""
+    import gguf
+
+    known = {int(kind): kind.name for kind in gguf.LlamaFileType if kind != gguf.LlamaFileType.GUESSED}
+    if name := known.get(keys.get("general.file_type", -1)):
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return described.removeprefix(f"{source.kind}: mostly ")
+
+
+def _memory(source: Source, weights: int) -> tuple[int | None, int]:
+    """Bytes of weights with keys and values, and of how many tokens; 2 bytes each, key and value per layer and head."""
+    config = source.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    longest = getattr(config, "max_position_embeddings", None) or KV_TOKENS
+    tokens = min(KV_TOKENS, longest)
+    if not (heads and layers and hidden and getattr(config, "num_attention_heads", None)):
+        return None, tokens
+    width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    return weights + 2 * 2 * layers * heads * width * tokens, tokens
+
+
+def _program_facts(source: Source, keys: Mapping[str, Any], parts: int) -> Facts:
+    content = read_json(source.path / "config.json") if source.path.is_dir() else {}
+    return Facts(
+        source.kind,
+        source.config,
+        content,
+        source.tensors,
+        source.quantization or {},
+        (source.path / "quantize_config.json").is_file(),
+        vocabulary=str(keys.get("tokenizer.ggml.model", "")),
+        architecture=str(keys.get("general.architecture", "")),
+        parts=parts,
+    )

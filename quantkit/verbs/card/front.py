@@ -1,0 +1,186 @@
+"""A card's front matter: what the Hub reads, and finds the model by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from quantkit.errors import SourceError, UsageError
+from quantkit.verbs.card.facts import Model
+from quantkit.verbs.card.measured import Loss, Measurements, Tasks
+
+MARK = "<!-- Written by quantkit card. -->"
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_QUANTIZED = ("gptq", "gguf", "ggjt")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
+_KL_ARGS = ("median", "p90", "p99", "p999", "max")
+
+
+@dataclass(frozen=True)
+class Original:
+    """The card of the model that this one was made from: its front matter, and its text."""
+
+    data: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+def read_original(path: Path) -> Original:
+    """A card from its file, or from the README.md of a folder.
+
+    Raises:
+        UsageError: no card there, or one of quantkit's.
+        SourceError: front matter that is no YAML.
+    """
+    place = path / "README.md" if path.is_dir() else path
+    if not place.is_file():
+        raise UsageError(f"--original {path}: no card there (a README.md)")
+    try:
+        content = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{place}: cannot be read: {error}") from error
+    if MARK in content:
+        raise UsageError(f"--original {place}: quantkit wrote this card; give that of the model it was made from")
+    found = re.match(r"\ufeff?---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)", content.replace("\r\n", "\n"), re.DOTALL)
+    if not found:
+        return Original({}, content.strip())
+    try:
+        data = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        raise SourceError(f"{place}: its front matter is no YAML: {' '.join(str(error).split())}") from None
+    text = content.replace("\r\n", "\n")[found.end() :].strip()
+    return Original(data if isinstance(data, dict) else {}, text)
+
+
+def licence_of(original: Original, models: Sequence[Model], given: str | None) -> dict[str, Any]:
+    """The keys about the licence: the source's, as its card or a GGUF file says; else the one that is given.
+
+    Raises:
+        UsageError: another one is given than the source has.
+    """
+    said = {model.keys["general.license"] for model in models if isinstance(model.keys.get("general.license"), str)}
+    inherited = original.data.get("license") or (said.pop() if len(said) == 1 else None)
+    if inherited is None:
+        return {} if given is None else {"license": given}
+    if given is not None and given != inherited:
+        raise UsageError(f"--licence {given}: the model it was made from is under {inherited}, which this one inherits")
+    found = {key: original.data[key] for key in _INHERITED[1:3] if key in original.data}
+    return {"license": inherited, **found}
+
+
+def bases_of(model: Model, given: Sequence[str]) -> tuple[list[str], str | None]:
+    """Repositories of the models that one was made from, and how ("quantized", "merge"), as far as its record says."""
+    source = model.record.get("source") or {}
+    pair = source.get("kind") == "delta"
+    parts = [source[role] for role in ("base", "delta") if role in source] if pair else [source]
+    names = [str(part.get("model", "")).partition("@")[0] for part in parts]
+    relation = "quantized" if model.kind in _QUANTIZED else "merge" if pair else None
+    return list(given) or [name for name in names if _REPOSITORY.fullmatch(name)], relation
+
+
+def front_matter(
+    models: Sequence[Model],
+    measured: Sequence[Measurements],
+    names: Sequence[str],
+    *,
+    original: Original,
+    licence: Mapping[str, Any],
+    bases: Sequence[str],
+    relation: str | None,
+    quantized_by: str | None,
+) -> str:
+    """The YAML, without its lines of dashes. `names` are the models' in `model-index`."""
+    kinds = list(dict.fromkeys(model.kind for model in models))
+    index = []
+    for found, name in zip(measured, names, strict=True):
+        if results := _results(found):
+            index += eval_results_to_model_index(name, results)
+    data: dict[str, Any] = {
+        **licence,
+        "language": original.data.get("language"),
+        "library_name": "gguf" if kinds == ["gguf"] else None if kinds == ["ggjt"] else "transformers",
+        "pipeline_tag": original.data.get("pipeline_tag", "text-generation"),
+        "base_model": bases[0] if len(bases) == 1 else list(bases) or None,
+        "base_model_relation": relation if bases else None,
+        "tags": _tags(models),
+        "inference": False,
+        "quantized_by": quantized_by,
+        "model-index": index or None,
+    }
+    card = ModelCardData(**{key: value for key, value in data.items() if key != "model-index"})
+    if index:
+        card["model-index"] = index
+    return str(card.to_yaml(original_order=[key for key in data if key in card]))
+
+
+def _tags(models: Sequence[Model]) -> list[str]:
+    kinds = {"gptq": "gptq", "gguf": "gguf", "ggjt": "ggml"}
+    tags = [kinds[model.kind] for model in models if model.kind in kinds]
+    tags += [f"{model.bits}-bit" for model in models if model.bits]
+    return [*dict.fromkeys([*(["quantized"] if tags else []), *tags]), "quantkit"]
+
+
+def _results(found: Measurements) -> list[EvalResult]:
+    results = [result for loss in found.losses for result in _loss_results(loss)]
+    return results + [result for tasks in found.tasks for result in _task_results(tasks)]
+
+
+def _loss_results(loss: Loss) -> list[EvalResult]:
+    args = {key: getattr(loss, key) for key in ("tokens", "seq_len", "stride", "tokens_sha256")}
+    settings = {key: value for key, value in args.items() if value is not None}
+
+    def result(kind: str, value: float, name: str | None = None, **details: Any) -> EvalResult:
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type=loss.text,
+            dataset_name=loss.text,
+            dataset_args=settings,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+            metric_args=details,
+        )
+
+    against: dict[str, Any] = {"reference": loss.reference}
+    rows = [result("perplexity", loss.perplexity, stderr=loss.stderr)]
+    if loss.delta_ln_ppl is not None:
+        spread = {} if loss.delta_ln_ppl_stderr is None else {"stderr": loss.delta_ln_ppl_stderr}
+        rows.append(result("delta_ln_perplexity", loss.delta_ln_ppl, "change of log perplexity", **against, **spread))
+    if loss.kl_divergence is not None:
+        rest = {key: loss.kl_divergence[key] for key in _KL_ARGS if key in loss.kl_divergence}
+        mean = loss.kl_divergence["mean"]
+        rows.append(result("kl_divergence", mean, "mean KL divergence in nats", **against, **rest))
+    if loss.top1_agreement is not None:
+        rows.append(result("top1_agreement", loss.top1_agreement, "same most likely token", **against))
+    return rows
+
+
+def _task_results(tasks: Tasks) -> list[EvalResult]:
+    results = []
+    for task in tasks.tasks:
+        args = {"num_few_shot": task.get("fewshot"), "limit": tasks.limit}
+        spread = task.get("stderr")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text generation",
+                dataset_type=task.get("dataset") or task["task"],
+                dataset_name=task["name"],
+                dataset_config=task["task"],
+                dataset_split=task.get("split"),
+                dataset_args={key: value for key, value in args.items() if value is not None},
+                metric_type=task["metric"],
+                metric_value=task["value"],
+                metric_args=None if spread is None else {"stderr": spread},
+                source_name=tasks.harness,
+                source_url=_HARNESS,
+            )
+        )
+    return results

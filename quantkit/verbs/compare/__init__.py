@@ -1,0 +1,347 @@
+"""compare: a family of variants and their reference, measured in one pass and written down for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from quantkit.blocks.open import note_source, open_stream
+from quantkit.blocks.stream import ModelStream
+from quantkit.cli import console
+from quantkit.containers.describe import describe
+from quantkit.containers.source import Source
+from quantkit.errors import UsageError
+from quantkit.evaluate.scores import Scores, score_texts
+from quantkit.evaluate.statistics import summarize
+from quantkit.options import (
+    HELDOUT,
+    ComputeDtype,
+    EvaluationSpec,
+    TemplateName,
+    make,
+    parse_size,
+)
+from quantkit.progress import SILENT, Progress, size
+from quantkit.runs.atomic import (
+    REPORT_NAME,
+    absolute,
+    check_outside,
+    staged_folder,
+    write_json,
+)
+from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.record import origin
+from quantkit.tokens.calibration import check_tokens
+from quantkit.tokens.text import EvaluationText, common_text, default_seq_len
+from quantkit.verbs.compare.chooser import (
+    Choice,
+    Limits,
+    choose,
+    pareto,
+)
+from quantkit.verbs.compare.pages import write_pages
+from quantkit.verbs.compare.plots import Drawn, draw
+from quantkit.verbs.compare.rows import (
+    ComparedModel,
+    TextFacts,
+    TextResult,
+    decode_worst,
+)
+from quantkit.version import __version__
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """What `compare` found and wrote.
+
+    Attributes:
+        out: the folder it wrote.
+        reference: label of the model that the others are compared with.
+        models: the reference first, then the variants as they were given.
+        choice: the variant to take; None where none was asked for, or none keeps to the limits.
+        unmet: in that last case, which one comes nearest.
+    """
+
+    out: Path
+    reference: str
+    texts: list[TextFacts]
+    models: list[ComparedModel]
+    choice: Choice | None
+    unmet: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints, and that report.json holds."""
+        return {
+            "quantkit": __version__,
+            "reference": self.reference,
+            "texts": [text.as_dict() for text in self.texts],
+            "models": [model.as_dict() for model in self.models],
+            "choice": None if self.choice is None else self.choice.as_dict(),
+            "unmet": self.unmet,
+        }
+
+
+def compare(
+    reference: str | Path,
+    variants: Sequence[str | Path],
+    *,
+    out: str | Path,
+    texts: Sequence[str] | None = None,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    template: TemplateName = "auto",
+    device: str = "auto",
+    dtype: ComputeDtype = "auto",
+    memory: str | int | None = None,
+    budget: str | int | None = None,
+    max_kl: float | None = None,
+    plots: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
+) -> CompareReport:
+    """Compare variants with the model they were made from, and write a report with plots.
+
+    All models run block by block on the same batches of all texts, so a family is compared in the memory of one block
+    and of the hidden states.
+
+    Args:
+        reference: what the variants are compared with: a folder, GGUF or ggjt file, or Hub id.
+        variants: the same, one or more, in any mixture of kinds.
+        out: folder to write: report.json, report.md, report.html, and accuracy-size, layers and kl as PNG and SVG.
+        texts: each as in `perplexity`; None: its default.
+        seq_len: tokens a window, of every text; None: 2048 for wikitext2, else 512.
+        stride: start windows this many tokens apart and score only what is new; None: no overlap.
+        budget: name the variant to take that has at most this size on disk, such as "4GB", or bytes.
+        max_kl: name the variant to take that has at most this mean KL divergence, in nats. `chooser.choose` says how
+            the two go together.
+        plots: draw them, where matplotlib is installed.
+        template, device, dtype, memory, revision, trust_remote_code, force, progress, ranks: as in `gptq`.
+
+    Raises:
+        UsageError: options out of range, a model or a text named twice, models with different tokenizers, an output in
+            the way.
+        QuantkitError: a model or a text cannot be read, or the disk failed; nothing is left at `out`.
+    """
+    place, limits = absolute(out), Limits(_bytes(budget), max_kl)
+    specs = _specs((HELDOUT,) if texts is None else texts, seq_len, stride, template)
+    if not variants:
+        raise UsageError("name at least one variant to compare with the reference")
+    progress = ranks.reporting(progress)
+    names = (reference, *variants)
+    streams = [
+        open_stream(name, ranks.device(device), dtype, revision, trust_remote_code, memory=memory) for name in names
+    ]
+    sources = [stream.source for stream in streams]
+    _label_apart(sources)
+    for source in sources:
+        if ranks.first:
+            check_outside(place, source, force)
+        note_source(source, progress)
+    windows = ranks.from_first(lambda: _windows(sources, specs, progress))
+    scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
+
+    def written() -> CompareReport:
+        origins = _origins(sources, progress)
+        models = _models(sources, windows, scores, origins)
+        choice, unmet = choose(models[1:], limits)
+        report = CompareReport(place, models[0].model, _facts(windows, specs, scores), models, choice, unmet)
+        figures = _figures(models, scores, progress) if plots else {}
+        with staged_folder(place) as folder:
+            write_json(folder / "report.json", report.as_dict())
+            write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins))
+            for name, content in figures.items():
+                (folder / name).write_bytes(content)
+            write_pages(folder, report.as_dict(), figures)
+        return report
+
+    return ranks.from_first(written)
+
+
+# -- parts of the flow -----------------------------------------------------------------------------------------------
+
+
+def _bytes(budget: str | int | None) -> int | None:
+    try:
+        return None if budget is None else parse_size(budget)
+    except UsageError:
+        raise UsageError(f"--budget {budget}: give a size such as 4GB or 500MB") from None
+
+
+def _specs(
+    texts: Sequence[str], seq_len: int | None, stride: int | None, template: TemplateName
+) -> list[EvaluationSpec]:
+    if not texts:
+        raise UsageError("name at least one text to compare on")
+    return [
+        make(
+            EvaluationSpec,
+            text=text,
+            seq_len=default_seq_len(text) if seq_len is None else seq_len,
+            stride=stride,
+            template=template,
+        )
+        for text in texts
+    ]
+
+
+def _label_apart(sources: Sequence[Source]) -> None:
+    """Give models of the same name distinct labels: with the file's suffix, else with the name of the folder above.
+
+    Raises:
+        UsageError: a model is named twice, or those names do not tell two apart.
+    """
+    paths = [source.path.resolve() for source in sources]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise UsageError(f"{sources[paths.index(twice[0])].label} is named twice; compare each model once")
+    forms: tuple[Callable[[Source], str], ...] = (
+        lambda source: source.label,
+        lambda source: source.path.resolve().name,
+        lambda source: f"{source.path.resolve().parent.name}/{source.label}",
+        lambda source: f"{source.path.resolve().parent.name}/{source.path.resolve().name}",
+    )
+    counts = Counter(source.label for source in sources)
+    alike = [source for source in sources if counts[source.label] > 1]
+    others = {source.label for source in sources if counts[source.label] == 1}
+    for form in forms:
+        labels = {form(source) for source in alike}
+        if len(labels) == len(alike) and not labels & others:
+            break
+    else:
+        raise UsageError(f"two models are called {forms[-1](alike[0])}; rename a file or the folder it is in")
+    for source in alike:
+        source.label = form(source)
+
+
+def _windows(sources: Sequence[Source], specs: Sequence[EvaluationSpec], progress: Progress) -> list[EvaluationText]:
+    tokenizers = [(source.label, source.tokenizer()) for source in sources]
+    texts = [common_text(tokenizers, spec, progress) for spec in specs]
+    for name, count in Counter(text.name for text in texts).items():
+        if count > 1:
+            raise UsageError(f"two texts are called {name}; name each text once, and give files different names")
+    for text in texts:
+        for source in sources:
+            check_tokens(text.windows.tokens, source)
+    return texts
+
+
+def _facts(texts: Sequence[EvaluationText], specs: Sequence[EvaluationSpec], scores: Scores) -> list[TextFacts]:
+    return [
+        TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
+        for text, spec, rows in zip(texts, specs, scores.texts, strict=True)
+    ]
+
+
+def _origins(sources: Sequence[Source], progress: Progress) -> list[dict[str, Any]]:
+    origins = []
+    with progress.phase("hashing", len(sources)) as advance:
+        for source in sources:
+            origins.append(origin(source))
+            advance(1)
+    return origins
+
+
+def _models(
+    sources: Sequence[Source], texts: Sequence[EvaluationText], scores: Scores, origins: Sequence[dict[str, Any]]
+) -> list[ComparedModel]:
+    labels = [source.label for source in sources]
+    tokenizer = sources[0].tokenizer()
+    results: list[dict[str, TextResult]] = [{} for _ in sources]
+    for text, rows in zip(texts, scores.texts, strict=True):
+        windows = text.windows.tokens.tolist()
+        for result, numbers, row in zip(results, summarize(labels, rows), rows, strict=True):
+            result[text.name] = TextResult(numbers, decode_worst(row.worst, windows, tokenizer))
+    models = []
+    for number, source in enumerate(sources):
+        found = describe(source)
+        models.append(
+            ComparedModel(
+                model=source.label,
+                kind=source.kind,
+                scheme=found.scheme,
+                reference=number == 0,
+                bytes=sum(path.stat().st_size for path in source.weight_files()),
+                bits_per_weight=found.bits_per_weight,
+                files=origins[number]["source"]["sha256"],
+                pareto=False,
+                texts=results[number],
+                layers=scores.layers[number],
+            )
+        )
+    return [replace(model, pareto=best) for model, best in zip(models, pareto(models), strict=True)]
+
+
+def _figures(models: Sequence[ComparedModel], scores: Scores, progress: Progress) -> dict[str, bytes]:
+    """The plots' files; none without matplotlib."""
+    if find_spec("matplotlib") is None:
+        progress.note("no plots: they need matplotlib (pip install 'quantkit[plots]'); --no-plots leaves out this line")
+        return {}
+
+    def drawn(number: int, model: ComparedModel) -> Drawn:
+        found = [rows[number].kl for rows in scores.texts]
+        kl = torch.cat([torch.zeros(0) if values is None else values for values in found]).numpy()
+        return Drawn(model.model, model.bytes, model.mean_kl, model.pareto, model.layers, kl)
+
+    reference, *variants = (drawn(number, model) for number, model in enumerate(models))
+    return draw(reference, variants)
+
+
+def _record(
+    report: CompareReport, texts: Sequence[EvaluationText], stream: ModelStream, origins: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """quantkit.json: everything that decided the result, and nothing that differs between equal runs."""
+    windows = [{"seq_len": text.seq_len, "stride": text.stride} for text in report.texts]
+    return {
+        "recipe": {
+            "dtype": str(stream.dtype).removeprefix("torch."),
+            "device": stream.device.type,
+            "texts": [
+                {"name": text.name, **text.provenance.model_dump(mode="json"), **cut}
+                for text, cut in zip(texts, windows, strict=True)
+            ],
+        },
+        "sources": [found["source"] for found in origins],
+        "versions": origins[0]["versions"],
+    }
+
+
+def print_compare(report: CompareReport) -> None:
+    # A table wider than an unknown terminal must not be folded into nothing.
+    wide = Console(highlight=False, emoji=False, width=None if console.results.is_terminal else 160)
+    for text in report.texts:
+        console.results.print(f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}", markup=False)
+        table = Table()
+        table.add_column("model", overflow="fold")
+        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        table.add_column("front", justify="center")
+        for model in report.models:
+            table.add_row(model.model, *_cells(model, text.name), "*" if model.pareto else "")
+        wide.print(table)
+    if report.choice is not None:
+        console.results.print(f"take {report.choice.model}: {report.choice.why}", markup=False)
+    console.results.print(f"report: {report.out / 'report.html'}", markup=False)
+
+
+def _cells(model: ComparedModel, text: str) -> list[str]:
+    numbers = model.texts[text].numbers
+    cells = [size(model.bytes), f"{model.bits_per_weight:.2f}"]
+    cells += [f"{numbers.perplexity:.3f}", f"{numbers.stderr:.3f}"]
+    kl = numbers.kl_divergence
+    if kl is None:
+        return [*cells, *[""] * 7]
+    cells += [f"{numbers.delta_ln_ppl:+.4f}", f"{numbers.delta_ln_ppl_stderr:.4f}"]
+    cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
+    return [*cells, f"{100 * (numbers.top1_agreement or 0):.1f} %"]

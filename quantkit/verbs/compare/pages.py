@@ -1,0 +1,83 @@
+"""A comparison as pages for people: Markdown, and one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from quantkit.progress import significant, size
+from quantkit.verbs.compare.plots import INK, PAPER, RULE
+
+_CAPTIONS = {
+    "accuracy-size": "Further down is nearer to the reference, further left is smaller. Where a model is on the Pareto "
+    "front, no other is both as small and as near.",
+    "layers": "How far a block's output is from the reference's, squared and relative to its size, mean over tokens.",
+    "kl": "For each divergence, the share of tokens that diverge more. Further left is better; the right end is the "
+    "worst token.",
+}
+_THEMED = {INK: "var(--ink)", RULE: "var(--rule)", PAPER: "var(--paper)"}
+
+
+def write_pages(folder: Path, report: Mapping[str, Any], figures: Mapping[str, bytes]) -> None:
+    """Write report.md and report.html for the object that report.json holds.
+
+    Args:
+        figures: the plots' files by name, as `plots.draw` gives them; those that are there are shown.
+    """
+    environment = Environment(
+        loader=PackageLoader("quantkit.verbs.compare"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"size": size, "number": number, "cell": _cell, "code": _code, "visible": visible}
+    shown = [
+        {"name": name, "caption": caption, "svg": _inline(name, figures[f"{name}.svg"].decode(), caption)}
+        for name, caption in _CAPTIONS.items()
+        if f"{name}.svg" in figures
+    ]
+    for suffix in ("md", "html"):
+        page = environment.get_template(f"report.{suffix}.j2").render(**report, figures=shown)
+        (folder / f"report.{suffix}").write_text(page, encoding="utf-8")
+
+
+def number(value: float) -> str:
+    """Four decimals; of what is smaller than that shows, two digits."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else significant(value, 2)
+
+
+def visible(text: str) -> str:
+    """A token's text with its white space and control characters shown."""
+    shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "(nothing)"
+    return "".join(letter if letter.isprintable() else "�" for letter in shown)
+
+
+def _cell(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Code in a cell of a Markdown table: between more backticks than it holds."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text or ' '}`"
+
+
+def _inline(name: str, svg: str, caption: str) -> Markup:
+    """An SVG file as part of a page: as wide as there is room, in the page's colours, its ids its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for colour, themed in _THEMED.items():
+        svg = svg.replace(colour, themed)
+    return Markup(svg.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(caption), 1))

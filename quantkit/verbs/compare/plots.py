@@ -1,0 +1,252 @@
+"""Plots of a comparison, with matplotlib (extra `plots`): the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantkit.verbs.compare.labels import place_labels
+
+INK, RULE, PAPER = "#1f2328", "#d8dee4", "#ffffff"
+"""Of text and axes, of the grid, of the ground: the only colours that depend on light and dark."""
+
+# Apart in hue, and of a middling lightness: legible on white and on black.
+_COLOURS = (
+    *("#2f7fc1", "#d9721e", "#2f9e62", "#d4504f", "#9067c6"),
+    *("#9c6b45", "#d165a3", "#7f8890", "#a09a22", "#1fa3b5"),
+)
+_STYLES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "D", "^")
+_WIDTH, _HEIGHT = 5.2, 3.8  # inches; narrow, for text that is still read on a phone
+_SETTINGS: Any = {
+    "text.parse_math": False,
+    "svg.hashsalt": "quantkit",
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.5,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+_LONGEST = 34  # letters of a label
+_LEAST_KL = 1e-6  # nats; below it lies the noise of float32 arithmetic
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What plots show of a model.
+
+    Attributes:
+        mean_kl: in nats, the mean over texts.
+        pareto: whether it is on the Pareto front.
+        layers: as in `compare.Scores`.
+        kl: float [tokens], divergences of the tokens of all texts.
+    """
+
+    label: str
+    bytes: int
+    mean_kl: float
+    pareto: bool
+    layers: list[float] | None
+    kl: NDArray[Any]
+
+
+def draw(reference: Drawn, variants: Sequence[Drawn]) -> dict[str, bytes]:
+    """The plots as files, by name: accuracy-size, layers and kl, each as PNG and as SVG."""
+    import matplotlib
+
+    names = short_names([variant.label for variant in variants])
+    files = {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcParams.update(_SETTINGS)
+        for name, plot in (("accuracy-size", _accuracy_size), ("layers", _layers), ("kl", _kl)):
+            figure = plot(reference, variants, names)
+            # No date and no version: equal runs give equal bytes.
+            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=suffix, dpi=200, metadata=metadata)
+                files[f"{name}.{suffix}"] = buffer.getvalue()
+    return files
+
+
+def short_names(labels: Sequence[str]) -> list[str]:
+    """Labels without what all begin with, cut in the middle where they are still long; each stays distinct."""
+    start = _shared(labels) if len(labels) > 1 else 0
+    names = [label[start:] for label in labels]
+    short = [name if len(name) <= _LONGEST else f"{name[:16]}…{name[-16:]}" for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+def _shared(labels: Sequence[str]) -> int:
+    """Letters up to the last mark of what all labels begin with; every label goes on behind it."""
+    shared = 0
+    for at in range(1, min(map(len, labels))):
+        if len({label[:at] for label in labels}) == 1 and labels[0][at - 1] in "-_./":
+            shared = at
+    return shared
+
+
+# -- accuracy against size -------------------------------------------------------------------------------------------
+
+
+def _accuracy_size(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
+    figure, axes = _figure("Accuracy against size")
+    unit, factor = _unit(max(reference.bytes, *(variant.bytes for variant in variants)))
+    least, is_log = _y_axis(axes, [variant.mean_kl for variant in variants])
+    points = [(variant.bytes / factor, max(variant.mean_kl, least)) for variant in variants]
+    front = sorted(point for point, variant in zip(points, variants, strict=True) if variant.pareto)
+    axes.axvline(reference.bytes / factor, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="size of the reference")
+    if front:
+        axes.plot(*zip(*front, strict=True), color=INK, linewidth=1, zorder=2, label="Pareto front")
+    markers = []
+    for number, (point, variant) in enumerate(zip(points, variants, strict=True)):
+        colour, marker = _COLOURS[number % 10], _MARKERS[number // 10 % 4]
+        face = colour if variant.pareto else PAPER
+        look = {"color": colour, "markersize": 7, "markerfacecolor": face, "markeredgewidth": 1.6, "zorder": 3}
+        markers += axes.plot(*point, marker, linestyle="", **look)
+    if any(not variant.pareto for variant in variants):
+        axes.plot([], [], "o", color=INK, markersize=6, markerfacecolor=PAPER, label="not on the front")
+    axes.set_xlabel(f"size of the weight files ({unit})")
+    axes.set_ylabel("mean KL divergence (nats per token)")
+    axes.margins(x=0.12)
+    _plain_ticks(axes.yaxis) if is_log else axes.set_ylim(bottom=0)
+    _legend(figure)
+    shown = [
+        name if variant.mean_kl > _LEAST_KL else f"{name} (no divergence)"
+        for name, variant in zip(names, variants, strict=True)
+    ]
+    if not place_labels(figure, axes, points, shown, front, reference.bytes / factor):
+        for drawn, name in zip(markers, shown, strict=True):
+            drawn.set_label(name)
+        figure.legends.clear()
+        figure.set_layout_engine("constrained")
+        _legend(figure)
+    return figure
+
+
+def _y_axis(axes: Any, values: Sequence[float]) -> tuple[float, bool]:
+    """Make the axis of divergences logarithmic where there are any; returns the least value drawn and whether it is."""
+    positive = [value for value in values if value > _LEAST_KL]
+    if not positive:
+        axes.set_ylim(0, _LEAST_KL)
+        return 0.0, False
+    axes.set_yscale("log")
+    least = min(positive) / 10 if len(positive) < len(values) else min(positive)
+    axes.set_ylim(least / 1.8, max(positive) * 1.8)
+    return least, True
+
+
+def _unit(size: int) -> tuple[str, float]:
+    """Powers of ten, as the Hub shows them."""
+    return next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0)) if size >= f or f == 1.0)
+
+
+# -- by layer, and by token ------------------------------------------------------------------------------------------
+
+
+def _layers(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
+    figure, axes = _figure("Error by layer")
+    for number, (variant, name) in enumerate(zip(variants, names, strict=True)):
+        if variant.layers is not None:
+            values = np.where(np.array(variant.layers) > 0, variant.layers, np.nan)
+            marker = "." if len(values) < 80 else ""
+            label = name if any(variant.layers) else f"{name} (no error)"
+            axes.plot(range(len(values)), values, **_line(number), marker=marker, markersize=4, label=label)
+    axes.set_xlabel("decoder block")
+    axes.set_ylabel("relative squared error of its output")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if any(any(variant.layers or []) for variant in variants):
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+    else:
+        _nothing(axes, "no error in any block, or no blocks to compare")
+    _legend(figure)
+    return figure
+
+
+def _kl(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
+    figure, axes = _figure("Distribution of KL divergence")
+    for number, (variant, name) in enumerate(zip(variants, names, strict=True)):
+        values, shares = _exceeded(variant.kl)
+        axes.plot(values, shares, **_line(number), label=name if len(values) else f"{name} (no divergence)")
+    axes.set_xlabel("KL divergence at a token (nats)")
+    axes.set_ylabel("share of tokens that diverge more")
+    if any((variant.kl > _LEAST_KL).any() for variant in variants):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(left=_LEAST_KL)
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis, _percent)
+    else:
+        _nothing(axes, "no token diverges")
+    _legend(figure)
+    return figure
+
+
+def _exceeded(kl: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Divergences and the share of tokens above each: some hundred points, evenly spread on logarithmic axes."""
+    ordered = np.sort(kl)[::-1]
+    ranks = np.unique(np.geomspace(1, len(ordered), 300).astype(int))
+    values = ordered[ranks - 1]
+    keep = values > _LEAST_KL
+    return values[keep], ranks[keep] / len(ordered)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+# -- what they share -------------------------------------------------------------------------------------------------
+
+
+def _figure(title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot(facecolor=PAPER)
+    axes.set_title(title)
+    axes.grid(True)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {"color": _COLOURS[number % 10], "linestyle": _STYLES[number // 10 % 4], "linewidth": 1.6}
+
+
+def _legend(figure: Any) -> None:
+    """Below the axes, which keep their height."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if not handles:
+        return
+    longest = max(map(len, labels))
+    columns = 1 if longest > 28 else 2 if longest > 21 else 3
+    figure.set_figheight(_HEIGHT + 0.19 * -(-len(handles) // columns))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6)
+
+
+def _plain_ticks(axis: Any, text: Callable[[float], str] = "{:g}".format) -> None:
+    """Ticks of a logarithmic axis as plain numbers; within two decades also between the powers of ten."""
+    low, high = axis.get_view_interval()
+    between = ("1", "2", "5") if high < 100 * low else ()
+    axis.set_major_formatter(lambda value, position: text(value))
+    axis.set_minor_formatter(lambda value, position: text(value) if f"{value:e}"[0] in between else "")
+
+
+def _nothing(axes: Any, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")

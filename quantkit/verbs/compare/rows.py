@@ -1,0 +1,113 @@
+"""What a comparison says of each model, and how it is written down."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from quantkit.evaluate.statistics import ModelResult
+from quantkit.evaluate.worst import Likely, WorstPosition
+
+_CONTEXT = 16  # tokens that are shown before a position
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """A text that models are compared on.
+
+    Attributes:
+        tokens: how many were scored.
+        stride: None: windows do not overlap.
+        tokens_sha256: of all windows' ids.
+    """
+
+    name: str
+    tokens: int
+    seq_len: int
+    stride: int | None
+    tokens_sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """One model on one text: its numbers, and the positions with the worst divergence, decoded."""
+
+    numbers: ModelResult
+    worst: tuple[dict[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = self.numbers.as_dict()
+        del numbers["model"]
+        return {**numbers, "worst": list(self.worst)}
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """One model of a comparison.
+
+    Attributes:
+        model: what reports call it; no two models have the same.
+        kind: "hf", "gptq", "gguf" or "ggjt".
+        scheme: how the weights are stored, in a few words.
+        bytes: of the weight files on disk.
+        bits_per_weight: bytes of all tensors over all weights, times 8.
+        files: SHA-256 of each weight file, by name.
+        pareto: no other model is both as small and as close to the reference, and better in one of the two.
+        texts: by the text's name.
+        layers: as in `compare.Scores`.
+    """
+
+    model: str
+    kind: str
+    scheme: str
+    reference: bool
+    bytes: int
+    bits_per_weight: float
+    files: dict[str, str]
+    pareto: bool
+    texts: dict[str, TextResult]
+    layers: list[float] | None
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL divergence from the reference in nats, the mean over texts; 0 for the reference itself."""
+        found = [result.numbers.kl_divergence for result in self.texts.values()]
+        return fmean(0.0 if kl is None else kl.mean for kl in found)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "texts": {name: result.as_dict() for name, result in self.texts.items()}}
+
+
+def decode_worst(
+    worst: tuple[WorstPosition, ...], windows: list[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], ...]:
+    """Positions as reports show them: with the text before, the token to be predicted, and what was expected.
+
+    Args:
+        windows: token ids of the text's windows.
+    """
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def likely(tokens: Likely) -> list[dict[str, Any]]:
+        return [{"token": text([number]), "probability": probability} for number, probability in tokens]
+
+    return tuple(
+        {
+            "window": at.window,
+            "position": at.position,
+            "kl": at.kl,
+            "context": text(windows[at.window][max(0, at.position - _CONTEXT) : at.position]),
+            "target": text([at.target]),
+            "reference_top": likely(at.reference),
+            "top": likely(at.model),
+        }
+        for at in worst
+    )

@@ -1,0 +1,124 @@
+"""The verb `convert`: any model that can be read, as a Hugging Face folder of safetensors in one float type."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantkit.blocks.folder import plan_folder, write_folder
+from quantkit.blocks.open import DTYPES, note_source
+from quantkit.cli import console
+from quantkit.containers.source import Source
+from quantkit.errors import (
+    UsageError,
+)
+from quantkit.options import ComputeDtype, parse_size
+from quantkit.progress import SILENT, Progress, size
+from quantkit.runs.atomic import (
+    REPORT_NAME,
+    absolute,
+    check_output,
+    staged_folder,
+    write_json,
+)
+from quantkit.runs.record import checksums, origin
+from quantkit.sources import open_source, variant_name
+
+if TYPE_CHECKING:
+    from quantkit.verbs.merge import MergeReport
+
+
+_SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert` made, or with `dry_run` would make.
+
+    Attributes:
+        dtype: of the weights, such as "float16".
+        tensors: how many.
+        bytes: of all tensors.
+    """
+
+    out: Path
+    dtype: str
+    tensors: int
+    bytes: int
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**vars(self), "out": str(self.out)}
+
+
+def convert(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: ComputeDtype = "auto",
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> ConvertReport:
+    """Write a model as a folder of safetensors: quantized ones dequantized, under the names that transformers reads.
+
+    One tensor at a time is in memory. Every tensor is read back and compared before the folder takes its name.
+
+    Args:
+        model: folder, GGUF or ggjt file, or Hub id.
+        out: folder to write; None names it after the model.
+        dtype: of the weights; "auto" keeps bfloat16, and is float16 for everything else.
+        max_shard_size: of a weight file, such as "5GB", or bytes.
+        revision: of a Hub id.
+        trust_remote_code: let transformers run code from the model's folder.
+        dry_run: read headers only and report sizes; write nothing.
+        force: replace an existing output.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: options out of range, an output in the way.
+        NumericError: names a tensor with a value that is not finite, or that the type cannot hold.
+        QuantkitError: the model or the disk failed; nothing is left at `out`.
+    """
+    started = time.perf_counter()
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
+    shard_bytes = parse_size(max_shard_size)
+    source = open_source(model, revision, trust_remote_code)
+    note_source(source, progress)
+    held = DTYPES.get(dtype, source.dtype)
+    target = _output(out, source, held)
+    check_output(target, source.path, force)
+    plan = plan_folder(source, held)
+    report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
+    if dry_run:
+        return report
+    with staged_folder(target) as folder:
+        write_folder(folder, plan, shard_bytes, progress)
+        record = {"recipe": {"dtype": plan.dtype_name}, **origin(source), "files": checksums(folder)}
+        write_json(folder / REPORT_NAME, record)
+    return replace(report, seconds=time.perf_counter() - started, dry_run=False)
+
+
+def _output(out: str | Path | None, source: Source, dtype: torch.dtype) -> Path:
+    if out is not None:
+        return absolute(out)
+    return Path.cwd() / f"{variant_name(source.label)}-{_SUFFIXES[dtype]}"
+
+
+def print_convert(report: ConvertReport | MergeReport) -> None:
+    verb = "would write" if report.dry_run else "wrote"
+    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
+    console.results.print(
+        f"{verb} {report.out}\n{report.tensors} tensors in {report.dtype}, {size(report.bytes)}{took}",
+        markup=False,
+    )

@@ -1,0 +1,150 @@
+"""diff: what a tuned model changed of its base, as a delta that merge adds again."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.blocks.folder import plan_folder, write_folder
+from quantkit.blocks.open import DTYPES, note_source
+from quantkit.blocks.pair import DeltaSource, DiffSource
+from quantkit.cli import console
+from quantkit.options import ComputeDtype, Vocabulary, parse_size
+from quantkit.progress import SILENT, Progress
+from quantkit.runs.atomic import (
+    absolute,
+    check_outside,
+    staged_folder,
+)
+from quantkit.sources import open_source
+from quantkit.verbs.convert import print_convert
+from quantkit.verbs.merge import (
+    _SLICE,
+    MergeReport,
+    _check_options,
+    _check_sum,
+    _finish,
+    _open,
+    _stored_dtype,
+    _Sum,
+)
+
+
+@dataclass(frozen=True)
+class DiffReport(MergeReport):
+    """What `diff` made, or with `dry_run` would make.
+
+    Attributes:
+        sum: what `merge` gives: a recipient's `expect_sum`.
+        values: how many the tuned model has.
+        differing: how many of them merging gives back otherwise, in the tuned model's own type.
+        largest_error: of them, in float32 before they are cast.
+    """
+
+    values: int = 0
+    differing: int | None = None
+    largest_error: float | None = None
+
+
+def diff(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    vocab: Vocabulary = "auto",
+    dtype: ComputeDtype = "auto",
+    expect_sum: float | None = None,
+    max_shard_size: str | int = "5GB",
+    base_revision: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> DiffReport:
+    """Write what a tuned model changed of its base, as a folder that `merge` adds to the base again.
+
+    The written delta is merged again and compared with the tuned model before the folder takes its name: the report
+    says how many values come back otherwise, and by how much at most. In float32 they all come back where tuned and
+    base are stored in 16 bits, but for a value that is thousands of times smaller than what it was; in 16 bits a value
+    that changed by more than itself can be off, by at most half a unit in the last place of the change.
+
+    Args:
+        base: folder, GGUF file or Hub id of full precision.
+        tuned: the same, of the model made from it.
+        out: folder to write.
+        vocab: what rows of vocabulary that the base lacks count as, as in `merge`; "auto" is "delta".
+        dtype: of the differences; "auto" is float32.
+        expect_sum: what all values of the merged model must add up to, as in `merge`.
+        max_shard_size, base_revision, revision, trust_remote_code, dry_run, force, progress: as in `merge`.
+
+    Raises:
+        UsageError, SourceError, NumericError, QuantkitError: as in `merge`.
+    """
+    started = time.perf_counter()
+    _check_options(vocab, dtype, expect_sum)
+    shard_bytes = parse_size(max_shard_size)
+    sources = _open(base, tuned, base_revision, revision, trust_remote_code)
+    source = DiffSource(*sources, vocab)
+    note_source(source, progress)
+    target = absolute(out)
+    check_outside(target, source, force)
+    plan = plan_folder(source, DTYPES["float32" if dtype == "auto" else dtype])
+    values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
+    report = DiffReport(
+        target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True, values=values
+    )
+    if dry_run:
+        return report
+    with staged_folder(target) as folder:
+        write_folder(folder, plan, shard_bytes, progress)
+        found = _merge_again(folder, source, progress)
+        _check_sum(found["sum"], expect_sum)
+        noted = {"vocab": source.vocab, "tuned_dtype": _stored_dtype(source.other), **found}
+        _finish(folder, plan, {"delta": noted})
+    if found["differing"]:
+        advice = "; --dtype float32 loses least" if plan.dtype_name != "float32" else ""
+        progress.note(
+            f"{found['differing']} of {values} values come back otherwise, by {found['largest_error']:.2g}{advice}"
+        )
+    return replace(report, **found, seconds=time.perf_counter() - started, dry_run=False)
+
+
+def _merge_again(folder: Path, source: DiffSource, progress: Progress) -> dict[str, Any]:
+    """What comes of the written delta on its base, beside the tuned model: sum, values that differ, largest error."""
+    merged = DeltaSource(source.base, open_source(folder), source.vocab or "delta")
+    total, differing, largest = _Sum(), 0, 0.0
+    with progress.phase("merging again", len(merged.tensors)) as advance:
+        for name in merged.tensors:
+            values = merged.read(name)
+            total.add(values)
+            count, error = _compare(values, source.stored(name))
+            differing, largest = differing + count, max(largest, error)
+            del values  # before the next one is read
+            advance(1)
+    return {"sum": total.rounded, "differing": differing, "largest_error": largest}
+
+
+def _compare(values: torch.Tensor, wanted: torch.Tensor) -> tuple[int, float]:
+    """How many values differ once they have the type of what is wanted, and the largest difference before."""
+    count, error = 0, 0.0
+    for got, tuned in zip(values.reshape(-1).split(_SLICE), wanted.reshape(-1).split(_SLICE), strict=True):
+        count += int((got.to(tuned.dtype) != tuned).sum())
+        error = max(error, float((got - tuned.float()).abs().max()))
+    return count, error
+
+
+def print_diff(report: DiffReport) -> None:
+    print_convert(report)
+    if report.sum is not None:
+        back = "all" if not report.differing else f"all but {report.differing}"
+        console.results.print(
+            f"merging gives {back} of {report.values} values back, off by {report.largest_error:.2g} at most before "
+            f"rounding\nto check a merge: --expect-sum {report.sum:.4f}",
+            markup=False,
+        )

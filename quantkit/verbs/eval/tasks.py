@@ -1,0 +1,188 @@
+"""Tasks of lm-evaluation-harness: found by name, loaded with their data, run, and their numbers taken out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.containers.source import first_line
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.verbs.eval.suites import Measure
+
+_SEED = 1234  # the harness's own choice, which decides on the examples before a question
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One number.
+
+    Attributes:
+        task: the harness's name.
+        name: what people call it.
+        dataset: its id on the Hub; None for local data.
+        split: whose questions were asked.
+        fewshot: examples before each question; None where parts of the task differ.
+        metric: with the filter's name after a comma, where there is one.
+        value: as the harness gives it, a fraction for accuracies.
+        stderr: standard error; None where it has none.
+        questions: how many were asked.
+    """
+
+    task: str
+    name: str
+    dataset: str | None
+    split: str | None
+    fewshot: int | None
+    metric: str
+    value: float
+    stderr: float | None
+    questions: int
+
+
+def load_tasks(names: Sequence[str], measures: Sequence[Measure], folder: Path | None) -> dict[str, Any]:
+    """The harness's tasks of a suite and by name, with their data; `folder` holds more of them, or others of a name.
+
+    Files that tasks in `folder` name are looked for there.
+
+    Raises:
+        UsageError: no task of a name.
+        QuantkitError: data that cannot be had.
+    """
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    built_in = Path(lm_eval.tasks.__file__).parent
+    places = [built_in / measure.folder for measure in measures] + ([folder] if folder else [])
+    wanted = [measure.task for measure in measures] + list(names)
+    with _quiet():
+        manager = TaskManager(include_path=places, include_defaults=False)
+        if any(name not in manager.all_tasks for name in wanted):  # the index of all tasks takes a while
+            manager = TaskManager(include_path=folder)
+    for name in wanted:
+        if name not in manager.all_tasks:
+            raise UsageError(f"--task {name}: no such task{_similar(name, manager.all_tasks)}")
+    try:
+        with _quiet(), chdir(folder or Path.cwd()):
+            loaded: dict[str, Any] = dict(manager.load(wanted))
+    except Exception as error:  # whatever the harness and its data library raise on a task's file or data
+        raise QuantkitError(
+            f"the data of {', '.join(wanted)} cannot be had: {first_line(error)}\n"
+            "tasks take their data sets from the Hugging Face Hub, or from files that they name"
+        ) from error
+    return loaded
+
+
+def set_fewshot(loaded: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+    """Set how many examples tasks are asked with, by the name of a task or group; others keep what they say."""
+    for name, count in counts.items():
+        for task in _leaves(loaded, name):
+            loaded["tasks"][task].set_config(key="num_fewshot", value=count)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+
+
+def run_tasks(lm: Any, loaded: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """The harness's results.
+
+    Raises:
+        UsageError: a task that runs code that the model writes, which is not done here.
+        QuantkitError: the harness failed, as it does where a task has fewer examples than are to be shown.
+    """
+    from lm_eval.evaluator import evaluate
+
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UsageError(f"--task {name} runs code that the model writes; use python -m quantkit.harness for it")
+    try:
+        with _quiet():
+            results: dict[str, Any] = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)
+    except QuantkitError:
+        raise
+    except Exception as error:  # of the harness or of a task's own code
+        raise QuantkitError(f"the harness failed: {type(error).__name__}: {first_line(error)}") from error
+    return results
+
+
+def measured(results: Mapping[str, Any], loaded: Mapping[str, Any], measure: Measure) -> TaskResult:
+    """The number of a suite. Raises QuantkitError where the harness has none of that name."""
+    return _result(results, loaded, measure.task, measure.key, measure.title, measure.metric)
+
+
+def every_number(results: Mapping[str, Any], loaded: Mapping[str, Any], name: str) -> list[TaskResult]:
+    """All numbers of a task or group; a group that puts none together has those of its tasks."""
+    found = results["results"].get(name, {})
+    keys = [key for key, value in found.items() if _is_number(key, value)]
+    if not keys and name not in loaded["tasks"]:
+        return [number for task in _leaves(loaded, name) for number in every_number(results, loaded, task)]
+    return [_result(results, loaded, name, key, name, key.removesuffix(",none")) for key in keys]
+
+
+def _is_number(key: str, value: Any) -> bool:
+    metric, comma, _ = key.partition(",")
+    return bool(comma) and not metric.endswith("_stderr") and isinstance(value, (int, float))
+
+
+def _result(
+    results: Mapping[str, Any], loaded: Mapping[str, Any], task: str, key: str, title: str, metric: str
+) -> TaskResult:
+    found = results["results"].get(task, {})
+    if key not in found:
+        raise QuantkitError(f"{task}: the harness gives no {key}, but {', '.join(found) or 'nothing'}")
+    kind, _, chosen = key.partition(",")
+    stderr = found.get(f"{kind}_stderr,{chosen}")
+    leaves = _leaves(loaded, task)
+    config = loaded["tasks"][leaves[0]].config
+    counts = {loaded["tasks"][leaf].get_config("num_fewshot") for leaf in leaves}
+    return TaskResult(
+        task=task,
+        name=title,
+        dataset=_hub_id(config.dataset_path),
+        split=config.test_split or config.validation_split,
+        fewshot=counts.pop() if len(counts) == 1 else None,
+        metric=metric,
+        value=float(found[key]),
+        stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+        questions=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+    )
+
+
+def _leaves(loaded: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks of a group, or the task itself, or those that have the name as their tag."""
+    if name in loaded["tasks"]:
+        return [name]
+    if name in loaded["groups"]:
+        return [task.task_name for task in loaded["groups"][name].get_all_tasks()]
+    tagged = [task for task, held in loaded["tasks"].items() if name in _tags(held)]
+    return tagged or list(loaded["tasks"])
+
+
+def _tags(task: Any) -> list[str]:
+    tags = getattr(task.config, "tag", None) or []
+    return [tags] if isinstance(tags, str) else list(tags)
+
+
+def _hub_id(dataset: str | None) -> str | None:
+    """A data set's id, of owner and name; not a path, nor a kind of file."""
+    return (
+        dataset if dataset and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not Path(dataset).exists() else None
+    )
+
+
+def _similar(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3)
+    return f"; near it are {', '.join(near)}" if near else "; `lm_eval ls tasks` lists them"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard output is for results: what the harness prints goes to standard error."""
+    with redirect_stdout(sys.stderr):
+        yield

@@ -1,0 +1,220 @@
+"""The verb `generate`: a file of prompts in, a file of answers out, line by line."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantkit.blocks.open import named, note_source, open_stream
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.whole import load_on_kernels
+from quantkit.cli import console
+from quantkit.errors import UsageError
+from quantkit.options import ComputeDtype, TemplateName, make
+from quantkit.progress import SILENT, Progress
+from quantkit.runs.atomic import absolute
+from quantkit.runs.record import origin
+from quantkit.verbs.generate.answers import (
+    appending,
+    begun,
+    check_answers,
+    line_of,
+)
+from quantkit.verbs.generate.decoding import Answer, DecodingSpec, Request
+from quantkit.verbs.generate.prompts import Prompt, read_prompts, with_system
+from quantkit.verbs.generate.speaker import Speaker
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """What `generate` did, or with `dry_run` would do.
+
+    Attributes:
+        out: the file of answers.
+        template: what "auto" turned out to be.
+        kernels: what multiplied quantized weights; None where they were dequantized, or nothing was left to do.
+        prompts: how many.
+        resumed: how many had their answers before.
+        finished: answers of this run by what ended them, "eos" or "length".
+        prompt_tokens, output_tokens: of this run's answers, summed; of a dry run the prompts' alone.
+        longest_prompt: in tokens.
+    """
+
+    out: Path
+    template: str
+    kernels: str | None
+    prompts: int
+    resumed: int
+    finished: dict[str, int]
+    prompt_tokens: int
+    output_tokens: int
+    longest_prompt: int
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**vars(self), "out": str(self.out)}
+
+
+def generate(
+    model: str | Path | None = None,
+    *,
+    prompts: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
+    template: TemplateName = "auto",
+    system: str | None = None,
+    batch_size: int = 8,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    top_k: int = 40,
+    num_beams: int = 1,
+    max_new_tokens: int = 2048,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: ComputeDtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> GenerateReport:
+    """Answer every prompt of a file. Each batch of answers is on the disk before the next is begun.
+
+    A line of `out` is its prompt's line with `id`, `output`, `finish_reason` ("eos", or "length" where the room ended),
+    `prompt_tokens` and `output_tokens`; lines are in the order of the prompts. Beside it, `OUT.quantkit.json` says how
+    they were made. Randomness is each prompt's own, from `seed` and its id.
+
+    Args:
+        model: folder, GGUF or ggjt file, or Hub id; a GPTQ folder runs on GPTQModel's kernels where that is installed.
+        prompts: JSON lines; `answers.prompts.read_prompts` says which fields.
+        out: file to write.
+        base, delta: instead of `model`, a pair that is added as `merge` would.
+        template: how a prompt is put to the model; "none" puts it as it is.
+        system: system message for prompts that bring none; in place of a template's own.
+        batch_size: prompts at a time.
+        greedy: take the likeliest token instead of drawing one.
+        temperature, top_p, top_k, repetition_penalty: shape what is drawn from; `top_k` 0 keeps all tokens.
+        num_beams: beams of transformers' search; more than one takes one prompt at a time.
+        max_new_tokens: of an answer; less where the model's context has no room for them.
+        seed: decides what is drawn.
+        device, dtype: where and how to compute.
+        revision: of a Hub id.
+        trust_remote_code: let transformers run code from the model's folder.
+        resume: go on with an `out` of the same settings and prompts; prompts may have been added at the end.
+        dry_run: read and check the prompts and the model's headers; write nothing.
+        force: replace an existing `out`.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: options out of range, an output in the way, or one that cannot be gone on with.
+        CalibrationError: names the line of a prompt that cannot be read, rendered or fitted in.
+        QuantkitError: the model or the disk failed; what was answered stays.
+    """
+    started = time.perf_counter()
+    spec = make(
+        DecodingSpec,
+        greedy=greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: at least 1")
+    target, asked = absolute(out), Path(prompts).expanduser()
+    check_answers(target, asked, resume, force)
+    wanted = with_system(read_prompts(asked), system)
+    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code)
+    note_source(stream.source, progress)
+    speaker = Speaker.of(stream.source, template, spec)
+    progress.note(f"{stream.source.label}: prompts by template {speaker.template}")
+    requests = speaker.requests(wanted)
+    _note_room(requests, speaker, progress)
+    longest = max(len(request.ids) for request in requests)
+    report = GenerateReport(target, speaker.template, None, len(wanted), 0, {}, 0, 0, longest, dry_run=dry_run)
+    if dry_run:
+        return replace(report, prompt_tokens=sum(len(request.ids) for request in requests))
+    settings = {"recipe": _recipe(speaker, stream, system), **origin(stream.source)}
+    done = begun(target, settings, wanted) if resume and target.exists() else 0
+    if resume and done == len(wanted):
+        return replace(report, resumed=done, seconds=time.perf_counter() - started)
+    loaded = load_on_kernels(stream, trust_remote_code, progress)
+    settings["recipe"]["kernels"] = loaded.kernels
+    if done:
+        begun(target, settings, wanted)
+    answers: list[Answer] = []
+    with appending(target, settings, done) as file, progress.phase("answering", len(wanted) - done) as advance:
+        # The batches are those of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
+        for start in range(done - done % batch_size, len(wanted), batch_size):
+            batch = slice(start, start + batch_size)
+            found = speaker.answer(loaded.model, requests[batch])
+            lines = [_line(speaker, *row) for row in zip(wanted[batch], requests[batch], found, strict=True)]
+            fresh = max(done - start, 0)
+            file.write(lines[fresh:])
+            answers += found[fresh:]
+            advance(len(found) - fresh)
+    return replace(
+        report,
+        kernels=loaded.kernels,
+        resumed=done,
+        finished=dict(sorted(Counter(answer.finish for answer in answers).items())),
+        prompt_tokens=sum(len(request.ids) for request in requests[done:]),
+        output_tokens=sum(len(answer.ids) for answer in answers),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _recipe(speaker: Speaker, stream: ModelStream, system: str | None) -> dict[str, Any]:
+    """What decides the answers, beside model and prompts. A batch's size decides on nothing but rounding."""
+    return {
+        "template": speaker.template,
+        "system": system,
+        **speaker.spec.model_dump(),
+        "device": stream.device.type,
+        "dtype": str(stream.dtype).removeprefix("torch."),
+    }
+
+
+def _line(speaker: Speaker, prompt: Prompt, request: Request, answer: Answer) -> dict[str, Any]:
+    return line_of(prompt, speaker.text(answer.ids, prompt.record), answer.finish, len(request.ids), len(answer.ids))
+
+
+def _note_room(requests: Sequence[Request], speaker: Speaker, progress: Progress) -> None:
+    short = [request.room for request in requests if request.room < speaker.spec.max_new_tokens]
+    if short:
+        progress.note(
+            f"{len(short)} of {len(requests)} prompts leave less room than {speaker.spec.max_new_tokens} tokens in the "
+            f"model's {speaker.context}: their answers end after {min(short)} tokens at the earliest"
+        )
+
+
+def print_generate(report: GenerateReport) -> None:
+    if report.dry_run:
+        console.results.print(
+            f"would answer {report.prompts} prompts of {report.prompt_tokens} tokens, {report.longest_prompt} at "
+            f"most, by template {report.template}, into {report.out}",
+            markup=False,
+        )
+        return
+    answered = sum(report.finished.values())
+    before = f", {report.resumed} were there before" if report.resumed else ""
+    cut = report.finished.get("length", 0)
+    ended = f"; {cut} ended for want of room" if cut else ""
+    console.results.print(
+        f"wrote {report.out}\n{answered} answers{before}{ended}\n"
+        f"{report.output_tokens} tokens in {report.seconds:.0f} s",
+        markup=False,
+    )

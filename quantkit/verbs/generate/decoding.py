@@ -1,0 +1,252 @@
+"""Token ids into answers, in batches, with randomness that belongs to a prompt and not to its batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from quantkit.errors import NumericError
+from quantkit.options import Spec
+
+
+class DecodingSpec(Spec):
+    """How an answer is drawn from a model; the defaults are those of WizardLM's decoding script.
+
+    `greedy` takes the likeliest token and leaves temperature, top_p, top_k and seed without meaning. `top_k` 0 keeps
+    all tokens.
+    """
+
+    greedy: bool = False
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    top_k: int = Field(40, ge=0)
+    num_beams: int = Field(1, ge=1)
+    max_new_tokens: int = Field(2048, ge=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_finite(self) -> DecodingSpec:
+        if self.temperature == float("inf") or self.repetition_penalty == float("inf"):
+            raise ValueError("temperature and repetition_penalty must be finite")
+        return self
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be answered: token ids, the most new ones there is room for, and what names its randomness."""
+
+    ids: Sequence[int]
+    room: int
+    key: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """New token ids without the one that ended them; `finish` is "eos" or, out of room, "length"."""
+
+    ids: list[int]
+    finish: str
+
+
+def own_seed(seed: int, key: str) -> int:
+    """The seed of one prompt's randomness, from the run's and what names the prompt."""
+    digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    spec: DecodingSpec,
+    stops: Sequence[int],
+    each: Callable[[list[int]], None] | None = None,
+) -> list[Answer]:
+    """Answer requests in one batch, padded at the left and masked there; several beams take one request at a time.
+
+    A request's answer depends on the batch it is in only through the rounding of float arithmetic, which differs with
+    a batch's shape: where two tokens are all but equally likely, the other one may be taken.
+
+    Args:
+        model: whole, on one device.
+        requests: no more than memory holds at a time.
+        spec: how to draw.
+        stops: ids that end an answer.
+        each: is called with the new ids of every step, of a single request without beams. May raise to stop.
+
+    Raises:
+        NumericError: the model's logits are not finite.
+    """
+    if spec.num_beams > 1:
+        return [_beams(model, request, spec, stops) for request in requests]
+    # Those with less room go apart: a row that has ended is computed until all have, and must not leave its context.
+    apart: dict[int, list[int]] = {}
+    for place, request in enumerate(requests):
+        apart.setdefault(request.room, []).append(place)
+    found: dict[int, Answer] = {}
+    for room, places in apart.items():
+        rows = _rows(model, [requests[place] for place in places], spec, stops, room, each)
+        found |= zip(places, (_answer(row, stops) for row in rows), strict=True)
+    return [found[place] for place in range(len(requests))]
+
+
+def _rows(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    spec: DecodingSpec,
+    stops: Sequence[int],
+    room: int,
+    each: Callable[[list[int]], None] | None,
+) -> list[list[int]]:
+    """New ids of requests that have the same room."""
+    ids, mask = _padded(requests, model.device)
+    config = _config(spec, stops, room)
+    with _generation_config(model, config):
+        out = _generate(model)(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=_processors(requests, spec),
+            streamer=None if each is None else _Watch(each),
+        )
+    rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return rows
+
+
+def _beams(model: PreTrainedModel, request: Request, spec: DecodingSpec, stops: Sequence[int]) -> Answer:
+    """transformers' own beam search, whose draws come from the global generator: it is lent a seed, and put back."""
+    config = _config(spec, stops, request.room)
+    ids, mask = _padded([request], model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    processors = LogitsProcessorList([_Finite()])
+    if spec.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(spec.repetition_penalty))
+    with torch.random.fork_rng(devices=devices), _generation_config(model, config):
+        torch.manual_seed(own_seed(spec.seed, request.key))
+        out = _generate(model)(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+        )
+    return _answer(out[0, ids.shape[1] :].tolist(), stops)
+
+
+def _generate(model: Any) -> Callable[..., torch.Tensor]:
+    """transformers' loop. A PreTrainedModel is not typed as one that has it."""
+    method: Callable[..., torch.Tensor] = model.generate
+    return method
+
+
+def _answer(row: list[int], stops: Sequence[int]) -> Answer:
+    end = next((place for place, token in enumerate(row) if token in stops), None)
+    return Answer(row, "length") if end is None else Answer(row[:end], "eos")
+
+
+def _padded(requests: Sequence[Request], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int64 [batch, longest] and their mask; what fills a row up is its own first token, which is masked."""
+    longest = max(len(request.ids) for request in requests)
+    rows = [[request.ids[0]] * (longest - len(request.ids)) + list(request.ids) for request in requests]
+    masks = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
+    return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+
+
+def _config(spec: DecodingSpec, stops: Sequence[int], room: int) -> GenerationConfig:
+    """Every choice that is not ours to leave open; sampling without beams is done by `_Draw`."""
+    drawn = {} if spec.num_beams == 1 or spec.greedy else {"temperature": spec.temperature, "top_p": spec.top_p}
+    if drawn:
+        drawn["top_k"] = spec.top_k
+    return GenerationConfig(
+        max_new_tokens=room,
+        num_beams=spec.num_beams,
+        do_sample=bool(drawn),
+        eos_token_id=list(stops) or None,
+        pad_token_id=stops[0] if stops else 0,
+        use_cache=True,
+        **drawn,
+    )
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """The model's own defaults out of the way: transformers takes from them whatever a config leaves open."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _processors(requests: Sequence[Request], spec: DecodingSpec) -> LogitsProcessorList:
+    """In transformers' order: the penalty, temperature, top-k, top-p; then the draw itself."""
+    found: list[Any] = [_Finite()]
+    if spec.repetition_penalty != 1:
+        # What fills a row up is its own first token, so the filling is not penalised on top.
+        found.append(RepetitionPenaltyLogitsProcessor(spec.repetition_penalty))
+    if not spec.greedy:
+        if spec.temperature != 1:
+            found.append(TemperatureLogitsWarper(spec.temperature))
+        if spec.top_k:
+            found.append(TopKLogitsWarper(spec.top_k))
+        if spec.top_p < 1:
+            found.append(TopPLogitsWarper(spec.top_p))
+        found.append(_Draw([own_seed(spec.seed, request.key) for request in requests]))
+    return LogitsProcessorList(found)
+
+
+class _Finite(LogitsProcessor):
+    """Refuses logits that are no numbers, before anything is made of them."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool(torch.isnan(scores).any()):
+            raise NumericError("the model's logits are not finite; try --dtype float32")
+        return scores
+
+
+class _Draw(LogitsProcessor):
+    """Draws each row's token with a generator of its own, by one number a step, and leaves only that one to take.
+
+    Numbers come from the CPU's generator on every device, and tokens are counted through in the order of their ids.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        numbers = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in self._generators]
+        below = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+        wanted = torch.stack(numbers).to(scores.device) * below[:, -1:]
+        # The first token whose sum exceeds the number; never one that adds nothing.
+        drawn = torch.searchsorted(below, wanted, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class _Watch(BaseStreamer):
+    """Hands on new ids as they come; the first that transformers gives is the prompt."""
+
+    def __init__(self, each: Callable[[list[int]], None]) -> None:
+        self._each, self._begun = each, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._begun:
+            self._each(value.flatten().tolist())
+        self._begun = True
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,176 @@
+"""A file of prompts, JSON lines, into the token ids that a model goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from quantkit.containers.source import first_line
+from quantkit.errors import CalibrationError, UsageError
+from quantkit.options import TemplateName
+from quantkit.tokens.records import Record, Turn, parse_record
+from quantkit.tokens.templates import render
+
+_CONVERSATIONS = ("messages", "conversations")
+# Fields that an answer may stand in already, beside the prompt's: there it is a reference, not part of the prompt.
+_ANSWERED = {"instruction": "output", "prompt": "response"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a file of prompts.
+
+    Attributes:
+        id: its field `id` or `idx`, or else its place among the prompts, counted from 0.
+        given: the line's fields.
+        record: the conversation that ends where the answer begins, or plain text to go on with.
+        where: file and line, for messages.
+    """
+
+    id: Any
+    given: Mapping[str, Any]
+    record: Record
+    where: str
+
+    @property
+    def key(self) -> str:
+        """The id as text, in which 1 and "1" differ."""
+        return json.dumps(self.id, ensure_ascii=False, sort_keys=True)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file of JSON lines.
+
+    A line has `Instruction`, `instruction` (with or without `input`), `prompt` or `text`, or a conversation under
+    `messages` or `conversations` whose turns are role and content, or from and value. Where a conversation ends with
+    an answer, that one is left out and asked for again.
+
+    Raises:
+        UsageError: no such file.
+        CalibrationError: names the line that is not JSON, has nothing to answer, or an id that another line has.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    for number, raw in _lines(path):
+        prompt = _prompt(raw, len(prompts), f"{path.name}: line {number}")
+        if prompt.key in seen:
+            raise CalibrationError(f"{prompt.where}: its id {prompt.key} is also that of {seen[prompt.key]}")
+        seen[prompt.key] = f"line {number}"
+        prompts.append(prompt)
+    if not prompts:
+        raise CalibrationError(f"{path.name}: no prompt in it")
+    return prompts
+
+
+def with_system(prompts: Sequence[Prompt], system: str | None) -> list[Prompt]:
+    """The prompts, with a system message for those that bring none."""
+    if system is None:
+        return list(prompts)
+    return [
+        prompt
+        if prompt.record.system or prompt.record.turns is None
+        else replace(prompt, record=replace(prompt.record, system=system))
+        for prompt in prompts
+    ]
+
+
+def prompt_text(record: Record, template: TemplateName, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The record as the text that the answer follows; template `none` adds nothing at its end.
+
+    Raises `CalibrationError` where the chat template refuses the record.
+    """
+    text = render(record, template, tokenizer)
+    return text.removesuffix("\n\n") if template == "none" else text
+
+
+def prompt_ids(text: str, template: TemplateName, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt: with the BOS that the tokenizer adds by itself, but after a chat template, whose own
+    text has all that is wanted."""
+    ids: list[int] = tokenizer(text, add_special_tokens=template != "chat", verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return ids[:-1] if template != "chat" and ids[-1:] == [eos] and not text.endswith(str(tokenizer.eos_token)) else ids
+
+
+def stop_ids(declared: Any, template: TemplateName, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the EOS ids of model and tokenizer, and the token that ends a turn in the chat template.
+
+    `declared` is the model's eos_token_id: an id, several or None.
+    """
+    ids = {declared} if isinstance(declared, int) else set(declared or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    if template == "chat":
+        ids |= _turn_end(tokenizer)
+    return sorted(ids)
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special token that a chat template writes right after an answer, where it writes one."""
+    mark = "the answer"
+    turns = (Turn("user", "a question"), Turn("assistant", mark))
+    try:
+        _, found, after = render(Record("stop", turns=turns), "chat", tokenizer).rpartition(mark)
+    except CalibrationError:
+        return set()
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return set(ids[:1]) & special
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, value) of every line that is not blank."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UsageError(f"--prompts {path} cannot be read: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), parse_constant=_no_number)
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeDecodeError:
+                raise CalibrationError(f"{path.name}: line {number} is not UTF-8: save the file as UTF-8") from None
+            except UnicodeEncodeError:
+                raise CalibrationError(f"{path.name}: line {number} has half of a surrogate pair in it") from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", None) or first_line(error)
+                raise CalibrationError(f"{path.name}: line {number} is not JSON: {reason}") from None
+            yield number, value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _prompt(raw: Any, index: int, where: str) -> Prompt:
+    if not isinstance(raw, dict):
+        raise CalibrationError(f"{where}: not an object but {type(raw).__name__}; one object a line is wanted")
+    record = parse_record(_unanswered(raw), index, where)
+    if record.turns is not None and record.turns and record.turns[-1].role == "assistant":
+        record = replace(record, turns=record.turns[:-1])
+    if record.is_empty or (record.turns is not None and record.turns[-1].role != "user"):
+        raise CalibrationError(f"{where}: nothing to answer in it; a conversation must end with the user's turn")
+    given = next((raw[key] for key in ("id", "idx") if raw.get(key) is not None), index)
+    return Prompt(given, raw, record, where)
+
+
+def _unanswered(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The line as a record that calibration data would have: with an empty answer where its layout has one."""
+    for key in _CONVERSATIONS:
+        if isinstance(raw.get(key), list) and all(isinstance(message, dict) for message in raw[key]):
+            return {**raw, "messages": [_message(message) for message in raw[key]]}
+    for prompt, answer in _ANSWERED.items():
+        if prompt in raw:
+            return {**raw, answer: ""}
+    return dict(raw)
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {"role": message.get("role", message.get("from")), "content": message.get("content", message.get("value"))}

@@ -1,0 +1,105 @@
+"""A loaded model with all that turns a conversation into an answer's text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantkit.blocks.whole import generation_config
+from quantkit.containers.source import Source
+from quantkit.errors import CalibrationError
+from quantkit.options import TemplateName
+from quantkit.tokens.calibration import check_tokens
+from quantkit.tokens.records import Record
+from quantkit.tokens.templates import resolve
+from quantkit.verbs.generate.decoding import (
+    Answer,
+    DecodingSpec,
+    Request,
+    decode,
+)
+from quantkit.verbs.generate.prompts import (
+    Prompt,
+    prompt_ids,
+    prompt_text,
+    stop_ids,
+)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """What a source's tokenizer, template and limits make of prompts; the model itself comes later.
+
+    Attributes:
+        template: what "auto" turned out to be.
+        stops: ids that end an answer.
+        context: the most tokens, prompt and answer together; None where the model names no limit.
+    """
+
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    template: TemplateName
+    stops: list[int]
+    context: int | None
+    spec: DecodingSpec
+
+    @classmethod
+    def of(cls, source: Source, template: TemplateName, spec: DecodingSpec) -> Speaker:
+        """Raises `UsageError` where the template is `chat` and the tokenizer has none, `SourceError` without one."""
+        tokenizer = source.tokenizer()
+        chosen = resolve(template, tokenizer)
+        declared = (generation_config(source).eos_token_id, source.config.get_text_config().eos_token_id)
+        stops = sorted({stop for ids in declared for stop in stop_ids(ids, chosen, tokenizer)})
+        context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+        return cls(source, tokenizer, chosen, stops, context, spec)
+
+    def request(self, record: Record, key: str, where: str) -> Request:
+        """The record's token ids and the room for an answer.
+
+        Raises:
+            CalibrationError: names a prompt that fills the model's context by itself, or that the template refuses.
+            SourceError: the tokenizer gives ids that the model does not embed.
+        """
+        template = self._template(record)
+        ids = prompt_ids(prompt_text(record, template, self.tokenizer), template, self.tokenizer)
+        if not ids:
+            raise CalibrationError(f"{where}: no token in its prompt")
+        check_tokens(torch.tensor(ids), self.source)
+        room = self.spec.max_new_tokens
+        if self.context is not None:
+            if len(ids) >= self.context:
+                raise CalibrationError(
+                    f"{where}: its prompt has {len(ids)} tokens, which leaves no room for an answer: "
+                    f"{self.source.label} reads {self.context} in all; shorten it or leave it out"
+                )
+            room = min(room, self.context - len(ids))
+        return Request(ids, room, key)
+
+    def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
+        """Those of all prompts; raises as `request` does."""
+        return [self.request(prompt.record, prompt.key, prompt.where) for prompt in prompts]
+
+    def answer(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        each: Callable[[list[int]], None] | None = None,
+    ) -> list[Answer]:
+        """Answers of one batch; see `decode`."""
+        return decode(model, requests, self.spec, self.stops, each)
+
+    def text(self, ids: Sequence[int], record: Record) -> str:
+        """The text of an answer to the record, from its own ids alone: nothing is looked for in it, nothing cut out.
+
+        White space at its ends belongs to the templates, but where none was used.
+        """
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return text if self._template(record) == "none" else re.sub(r"\A\s+|\s+\Z", "", text)
+
+    def _template(self, record: Record) -> TemplateName:
+        """Plain text is gone on with as it is."""
+        return "none" if record.turns is None else self.template

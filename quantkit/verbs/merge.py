@@ -1,0 +1,218 @@
+"""The verbs `merge` and `diff`: base + delta as a folder, and what a tuned model changed of its base as a delta."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from quantkit.blocks.folder import FolderPlan, plan_folder, write_folder
+from quantkit.blocks.open import DTYPES, note_source
+from quantkit.blocks.pair import DeltaSource
+from quantkit.cli import console
+from quantkit.containers.hf.shards import DTYPES as STORED
+from quantkit.containers.source import Source, file_sha256
+from quantkit.errors import NumericError, UsageError
+from quantkit.options import ComputeDtype, Vocabulary, parse_size
+from quantkit.progress import SILENT, Progress
+from quantkit.runs.atomic import (
+    REPORT_NAME,
+    absolute,
+    check_outside,
+    staged_folder,
+    write_json,
+)
+from quantkit.runs.record import CHECKSUMS, checksums, origin
+from quantkit.sources import open_source
+from quantkit.verbs.convert import print_convert
+
+# A sum in float64 beside one in float32 by another program, as published sums are.
+_ABSOLUTE, _RELATIVE = 0.01, 1e-6
+_SLICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` made, or with `dry_run` would make.
+
+    Attributes:
+        dtype: of the weights, such as "float16".
+        vocab: convention for rows of vocabulary that the base lacks; None where it lacks none.
+        tensors: how many.
+        bytes: of all tensors.
+        sum: of all values, in float32 before they are cast; None of a dry run.
+    """
+
+    out: Path
+    dtype: str
+    vocab: str | None
+    tensors: int
+    bytes: int
+    sum: float | None = None
+    seconds: float = 0.0
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**vars(self), "out": str(self.out)}
+
+
+def merge(
+    base: str | Path,
+    delta: str | Path,
+    out: str | Path,
+    *,
+    vocab: Vocabulary = "auto",
+    dtype: ComputeDtype = "auto",
+    expect_sum: float | None = None,
+    max_shard_size: str | int = "5GB",
+    base_revision: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> MergeReport:
+    """Add a delta to the base it was made from: the tuned model, as a Hugging Face folder of safetensors.
+
+    One tensor of each is in memory, and one of the result. Config, tokenizer and generation config are the delta's.
+
+    Args:
+        base: folder, GGUF file or Hub id of full precision.
+        delta: the same; of `diff`, of Alpaca's or WizardLM's script, or of FastChat's.
+        out: folder to write.
+        vocab: what rows of vocabulary that the base lacks count as: "mean" the mean of its rows (Alpaca, WizardLM),
+            "delta" nothing, so that they are the delta's (FastChat, `diff`). "auto" finds out, and notes why.
+        dtype: of the weights; "auto" is that of the tuned model where `diff` noted it, else the delta's.
+        expect_sum: what all values must add up to, within 0.01 and a millionth; rotary frequencies count where both
+            store them. Without it the sum that `diff` noted is compared, and another one is a warning.
+        max_shard_size: of a weight file, such as "5GB", or bytes.
+        base_revision, revision: of Hub ids, base and delta.
+        trust_remote_code: let transformers run code from the models' folders.
+        dry_run: read headers only and report sizes; write nothing.
+        force: replace an existing output.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: options out of range, an output in the way.
+        SourceError: the two are not of one model; names what differs, before anything is written.
+        NumericError: names a tensor with a value that the type cannot hold; or another sum than expected.
+        QuantkitError: the models or the disk failed; nothing is left at `out`.
+    """
+    started = time.perf_counter()
+    _check_options(vocab, dtype, expect_sum)
+    shard_bytes = parse_size(max_shard_size)
+    sources = _open(base, delta, base_revision, revision, trust_remote_code)
+    source = DeltaSource(*sources, vocab)
+    note_source(source, progress)
+    held = DTYPES[_tuned_dtype(source) if dtype == "auto" else dtype]
+    target = absolute(out)
+    check_outside(target, source, force)
+    plan = plan_folder(source, held)
+    report = MergeReport(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True)
+    if dry_run:
+        return report
+    total = _Sum()
+    with staged_folder(target) as folder:
+        write_folder(folder, plan, shard_bytes, progress, total.add)
+        for frequencies in source.rotary():
+            total.add(frequencies)
+        _check_sum(total.rounded, expect_sum)
+        if expect_sum is None:
+            _warn_of_sum(total.rounded, source, progress)
+        _finish(folder, plan, {"sum": total.rounded})
+    return replace(report, sum=total.rounded, seconds=time.perf_counter() - started, dry_run=False)
+
+
+# -- parts of the two ------------------------------------------------------------------------------------------------
+
+
+class _Sum:
+    """Of tensors' values, in float64, slice by slice."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+
+    def add(self, values: torch.Tensor) -> None:
+        for part in values.reshape(-1).split(_SLICE):
+            self._total += float(part.sum(dtype=torch.float64))
+
+    @property
+    def rounded(self) -> float:
+        return round(self._total, 4)
+
+
+def _check_options(vocab: str, dtype: str, expect_sum: float | None) -> None:
+    if vocab not in get_args(Vocabulary):
+        raise UsageError(f"--vocab {vocab}: choose {', '.join(get_args(Vocabulary))}")
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
+    if expect_sum is not None and not math.isfinite(expect_sum):
+        raise UsageError(f"--expect-sum {expect_sum}: give a number")
+
+
+def _open(
+    base: str | Path, other: str | Path, base_revision: str | None, revision: str | None, trust_remote_code: bool
+) -> tuple[Source, Source]:
+    if Path(base).exists() and base_revision is not None:
+        raise UsageError(f"--base-revision is for Hub ids; {base} is a local path")
+    return open_source(base, base_revision, trust_remote_code), open_source(other, revision, trust_remote_code)
+
+
+def _tuned_dtype(source: DeltaSource) -> str:
+    noted = source.record.get("tuned_dtype")
+    return noted if isinstance(noted, str) and noted in DTYPES else _stored_dtype(source.other)
+
+
+def _stored_dtype(source: Source) -> str:
+    """What most bytes of the float tensors are stored in; float32 for wider ones."""
+    sizes = Counter[str]()
+    for info in source.tensors.values():
+        held = STORED.get(info.stored_as, torch.float32)
+        if held.is_floating_point:
+            sizes[str(held).removeprefix("torch.")] += info.bytes
+    found = sizes.most_common(1)[0][0] if sizes else "float32"
+    return found if found in DTYPES else "float32"
+
+
+def _check_sum(found: float, expected: float | None) -> None:
+    if expected is not None and not _agree(found, expected):
+        raise NumericError(
+            f"all values add up to {found:.4f}, not to {expected:.4f}: another base or delta, or --vocab"
+        )
+
+
+def _agree(found: float, expected: float) -> bool:
+    return abs(found - expected) <= _ABSOLUTE + _RELATIVE * abs(expected)
+
+
+def _warn_of_sum(found: float, source: DeltaSource, progress: Progress) -> None:
+    """Where `diff` noted what merging gives, something else means another base."""
+    noted = source.record.get("sum")
+    same_rows = source.vocab == source.record.get("vocab")
+    if isinstance(noted, int | float) and same_rows and not _agree(found, noted):
+        progress.warn(
+            f"all values add up to {found:.4f}, the delta's {REPORT_NAME} says {noted:.4f}: is BASE another one?"
+        )
+
+
+def _finish(folder: Path, plan: FolderPlan, found: Mapping[str, Any]) -> None:
+    """The record, and SHA-256 of every file, in it and as `sha256sum --check` reads them."""
+    sums = checksums(folder)
+    record = {"recipe": {"dtype": plan.dtype_name}, **origin(plan.source), **found}
+    write_json(folder / REPORT_NAME, {**record, "files": sums})
+    sums[REPORT_NAME] = file_sha256(folder / REPORT_NAME)
+    lines = [f"{checksum}  {name}\n" for name, checksum in sorted(sums.items())]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def print_merge(report: MergeReport) -> None:
+    print_convert(report)
+    if report.sum is not None:
+        console.results.print(f"all values add up to {report.sum:.4f}", markup=False)

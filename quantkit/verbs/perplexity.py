@@ -1,0 +1,139 @@
+"""Perplexity of models and files on disk, and how far they are from a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from quantkit.blocks.open import note_source, open_stream
+from quantkit.blocks.stream import ModelStream
+from quantkit.cli import console
+from quantkit.errors import UsageError
+from quantkit.evaluate.scores import score
+from quantkit.evaluate.statistics import ModelResult, summarize
+from quantkit.options import (
+    HELDOUT,
+    ComputeDtype,
+    EvaluationSpec,
+    TemplateName,
+    make,
+)
+from quantkit.progress import SILENT, Progress
+from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.tokens.calibration import check_tokens
+from quantkit.tokens.text import common_text, default_seq_len
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """A text and every model's row on it."""
+
+    text: str
+    seq_len: int
+    stride: int | None
+    tokens: int
+    results: list[ModelResult]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> PerplexityReport:
+        """What `as_dict` made."""
+        return cls(**{**content, "results": [ModelResult.of(row) for row in content["results"]]})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "text": self.text,
+            "seq_len": self.seq_len,
+            "stride": self.stride,
+            "tokens": self.tokens,
+            "results": [result.as_dict() for result in self.results],
+        }
+
+
+def perplexity(
+    models: list[str | Path],
+    *,
+    against: str | Path | None = None,
+    text: str = HELDOUT,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    template: TemplateName = "auto",
+    device: str = "auto",
+    dtype: ComputeDtype = "auto",
+    memory: str | int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+    ranks: Ranks = ALONE,
+) -> PerplexityReport:
+    """Perplexity of models on disk, and their divergence from a reference.
+
+    All models run block by block on the same batches; an 8-billion model is evaluated in the memory of one block.
+
+    Args:
+        models: folders, GGUF files or Hub ids.
+        against: reference for KL divergence, agreement and paired differences; its row comes first.
+        text: a data set name, ``wikitext2``, ``wikitext2:FILE`` or a file; default: the bundled held-out records.
+        seq_len: tokens a window; None: 2048 for wikitext2, else 512.
+        stride: start windows this many tokens apart and score only what is new; None: no overlap.
+        template, device, dtype, memory, revision, trust_remote_code, progress, ranks: as in `gptq`.
+
+    Raises:
+        UsageError: options out of range, or models with different tokenizers.
+        QuantkitError: a model or the text cannot be read.
+    """
+    length = default_seq_len(text) if seq_len is None else seq_len
+    spec = make(EvaluationSpec, text=text, seq_len=length, stride=stride, template=template)
+    names = ([] if against is None else [against]) + list(models)
+    if not names:
+        raise UsageError("name at least one model")
+    progress = ranks.reporting(progress)
+    streams = [
+        open_stream(name, ranks.device(device), dtype, revision, trust_remote_code, memory=memory) for name in names
+    ]
+    return evaluate_streams(streams, spec, against is not None, progress, ranks)
+
+
+def evaluate_streams(
+    streams: list[ModelStream], spec: EvaluationSpec, against: bool, progress: Progress, ranks: Ranks
+) -> PerplexityReport:
+    """Score open models on the text of `spec`; with `against` the first is the reference of the others."""
+    tokenizers = [(stream.source.label, stream.source.tokenizer()) for stream in streams]
+    text = ranks.from_first(lambda: common_text(tokenizers, spec, progress))
+    for stream in streams:
+        note_source(stream.source, progress)
+        check_tokens(text.windows.tokens, stream.source)
+    scores = score(streams, text.windows, against, progress, ranks)
+    labels = [stream.source.label for stream in streams]
+    return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))
+
+
+def print_perplexity(report: PerplexityReport) -> None:
+    console.results.print(f"{report.text}: {report.tokens} tokens in windows of {report.seq_len}", markup=False)
+    table = Table()
+    compared = any(result.kl_divergence for result in report.results)
+    heads = ["perplexity", "±"]
+    if compared:
+        heads += ["Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1"]
+    table.add_column("model", overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for result in report.results:
+        table.add_row(result.model, *_cells(result, compared))
+    console.table(table)
+
+
+def _cells(result: ModelResult, compared: bool) -> list[str]:
+    cells = [f"{result.perplexity:.3f}", f"{result.stderr:.3f}"]
+    kl = result.kl_divergence
+    if compared and kl is None:
+        cells += [""] * 7
+    elif kl is not None:
+        cells += [f"{result.delta_ln_ppl:+.4f}", f"{result.delta_ln_ppl_stderr:.4f}"]
+        cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
+        cells += [f"{100 * (result.top1_agreement or 0):.1f} %"]
+    return cells

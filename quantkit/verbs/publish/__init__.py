@@ -1,0 +1,197 @@
+"""The verb `publish`: a folder into a repository on the Hub, or into a branch of one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantkit.cli import console
+from quantkit.errors import OutputError, UsageError
+from quantkit.progress import SILENT, Progress, size
+from quantkit.runs.atomic import absolute
+from quantkit.verbs.publish.files import (
+    Change,
+    LocalFile,
+    compare,
+    local_files,
+)
+from quantkit.verbs.publish.remote import Remote, RemoteState, check_token
+from quantkit.version import __version__
+
+_BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$))[\w][\w./-]*(?<![./])")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What `publish` did, or with `dry_run` would do.
+
+    Attributes:
+        repo: owner/name.
+        private: whether only the owner sees it.
+        created: whether the repository is new.
+        changes: every file of the folder and of the branch, and what happens to it.
+        bytes: of the files that are new or changed.
+        commit: that holds them now; None of a dry run.
+    """
+
+    repo: str
+    branch: str
+    private: bool
+    created: bool
+    changes: list[Change]
+    bytes: int
+    commit: str | None = None
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return asdict(self)
+
+
+def publish(
+    folder: str | Path,
+    repo: str,
+    *,
+    branch: str | None = None,
+    public: bool = False,
+    only: Sequence[str] | None = None,
+    delete: bool = False,
+    message: str | None = None,
+    verify: bool = True,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> PublishReport:
+    """Make a branch of a model repository hold what a folder holds, through the Hub's own client.
+
+    Only files that differ from the branch's are sent, as one commit; where none does there is no commit. Files that
+    arrived before a failure are not sent again by the next call. The token is the Hub client's: HF_TOKEN, or that of
+    `hf auth login`.
+
+    Args:
+        folder: what to publish, but hidden files and other litter.
+        repo: owner/name, or a name of one's own; created where there is none.
+        branch: created where there is none, from the repository's first commit; None: main. "auto" names it after the
+            folder's GPTQ settings, such as gptq-4bit-32g-actorder_True.
+        public: make a new repository public; one that exists stays what it is.
+        only: patterns of paths in the folder; files that match none are left out.
+        delete: remove from the branch what the folder lacks.
+        message: of the commit.
+        verify: refuse a folder in which `quantkit.verify` finds problems.
+        dry_run: look and compare, change nothing; verifying then generates no text.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: no such folder, a pattern without files, a name that the Hub does not accept.
+        OutputError: problems in the folder, no token or the wrong one, or the Hub cannot be reached; says whether the
+            same command goes on.
+    """
+    root = absolute(folder)
+    files = local_files(root, only or ())
+    target = branch_of(root) if branch == "auto" else branch or "main"
+    if not _BRANCH.fullmatch(target):
+        raise UsageError(f"--branch {target}: not a name for a branch")
+    check_token()
+    remote = Remote(repo, target, progress)
+    state = remote.persist(remote.look)
+    _say(remote.repo, state, public, progress)
+    if "README.md" not in files and "README.md" not in state.files:
+        progress.warn(f"{folder} has no README.md: `quantkit card` writes one")
+    if verify:
+        _verify(root, not dry_run, progress)
+    report = _report(remote, state, public, compare(files, state.files, delete))
+    if dry_run:
+        return report
+    text = message or f"Upload with quantkit {__version__}"
+    commit = remote.persist(lambda: _attempt(remote, files, public, delete, text))
+    return replace(report, commit=commit, dry_run=False)
+
+
+def branch_of(folder: Path) -> str:
+    """The name of a GPTQ variant's branch, as repositories of 2023 had them.
+
+    Raises:
+        UsageError: no GPTQ folder.
+    """
+    from quantkit.containers.gptq.read import quantization_of
+
+    found = quantization_of(folder) if (folder / "config.json").is_file() else {}
+    if found.get("quant_method") != "gptq":
+        raise UsageError("--branch auto names branches after GPTQ settings, and this is no GPTQ folder: name one")
+    return branch_name(found.get("bits"), found.get("group_size"), bool(found.get("desc_act")))
+
+
+def branch_name(bits: object, group_size: object, desc_act: bool) -> str:
+    """The same from its settings: gptq-4bit-32g-actorder_True."""
+    return f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
+
+
+def _attempt(remote: Remote, files: dict[str, LocalFile], public: bool, delete: bool, message: str) -> str:
+    """Bring the branch to the folder's state from wherever it is, and look whether it got there; its commit."""
+    state = remote.look()
+    if state.head is None:
+        remote.create(state, public)
+        state = remote.look()
+    changes = compare(files, state.files, delete)
+    added = {change.path: files[change.path] for change in changes if change.state in ("new", "changed")}
+    deleted = [change.path for change in changes if change.state == "deleted"]
+    if not added and not deleted:
+        return str(state.head)
+    commit = remote.commit(added, deleted, message, state.head)
+    after = compare(files, remote.look().files, delete)
+    lost = [change.path for change in after if change.state in ("new", "changed")]
+    if lost:
+        raise OutputError(f"{remote.repo}: the Hub did not take {', '.join(lost[:_SHOWN])}; is there a .gitignore?")
+    return commit
+
+
+def _say(repo: str, state: RemoteState, public: bool, progress: Progress) -> None:
+    """Whether a repository is public is nothing to find out afterwards."""
+    if state.private is None:
+        progress.note(f"{repo} is new, and will be {'public' if public else 'private (--public makes it public)'}")
+    elif state.private and public:
+        progress.warn(f"{repo} is private and stays so: make it public in its settings on the Hub")
+    elif not state.private and not public:
+        progress.warn(f"{repo} is public already: everybody will see what is uploaded")
+
+
+def _verify(folder: Path, generate: bool, progress: Progress) -> None:
+    from quantkit.verbs.verify import verify
+
+    problems = verify(folder, generate=generate, progress=progress).problems
+    if problems:
+        more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        listed = "; ".join(problems[:_SHOWN])
+        raise OutputError(f"not published, `quantkit verify` finds: {listed}{more}\n--no-verify publishes it as it is")
+
+
+def _report(remote: Remote, state: RemoteState, public: bool, changes: list[Change]) -> PublishReport:
+    return PublishReport(
+        remote.repo,
+        remote.branch,
+        not public if state.private is None else state.private,
+        state.private is None,
+        changes,
+        sum(change.bytes for change in changes if change.state in ("new", "changed")),
+        dry_run=True,
+    )
+
+
+def print_publish(report: PublishReport) -> None:
+    where = f"{report.repo}, branch {report.branch}"
+    seen = ("private" if report.private else "public") + (", new" if report.created else "")
+    acted = [change for change in report.changes if change.state != "same" and not change.path.startswith(".")]
+    sent = sum(change.state in ("new", "changed") for change in acted)
+    deleted = sum(change.state == "deleted" for change in acted)
+    if not sent and not deleted:
+        console.results.print(f"{where} ({seen}): nothing to send", markup=False)
+        return
+    counts = [f"{sent} file{'' if sent == 1 else 's'}", f"delete {deleted}" if report.dry_run else f"deleted {deleted}"]
+    verb = "would send" if report.dry_run else "sent"
+    console.results.print(f"{verb} {' and '.join(counts if deleted else counts[:1])} to {where} ({seen})", markup=False)
+    for change in acted:
+        console.results.print(f"{change.state:<8} {size(change.bytes):>9}  {change.path}", markup=False)
+    console.results.print(f"{size(report.bytes)} to send" if report.dry_run else f"commit {report.commit}")

@@ -1,0 +1,220 @@
+"""The verb `release`: from one recipe to a family of variants, measured, described, verified and published."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.table import Table
+
+from quantkit.blocks.open import Pair, open_model
+from quantkit.blocks.pair import PairSource as PairSource
+from quantkit.cli import console
+from quantkit.containers.source import Source
+from quantkit.errors import UsageError
+from quantkit.progress import SILENT, Progress, duration, size
+from quantkit.runs.atomic import absolute
+from quantkit.runs.unfinished import folder_of
+from quantkit.verbs.card.front import MARK
+from quantkit.verbs.release.family import Family
+from quantkit.verbs.release.forecast import Forecast, Forecaster
+from quantkit.verbs.release.ledger import Ledger, locked
+from quantkit.verbs.release.recipe import Recipe, load_recipe
+from quantkit.verbs.release.steps import (
+    Outcome,
+    Setting,
+    Step,
+    run_steps,
+)
+from quantkit.verbs.release.variants import (
+    Calibration,
+    Workshop,
+    model_of,
+    step_name,
+)
+
+
+@dataclass(frozen=True)
+class ReleaseReport:
+    """What `release` did, or with `dry_run` would do.
+
+    Attributes:
+        out: the release's folder.
+        forecasts: of its parts; of a dry run only.
+        outcomes: how every step went; none of a dry run.
+    """
+
+    out: Path
+    forecasts: list[Forecast] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    dry_run: bool = False
+
+    @property
+    def failures(self) -> list[Outcome]:
+        """Steps that failed, and those that were skipped for it; what is optional is no failure."""
+        lost = {outcome.step for outcome in self.outcomes if outcome.status == "failed"}
+        skipped = [outcome for outcome in self.outcomes if outcome.status == "skipped"]
+        return [outcome for outcome in self.outcomes if outcome.step in lost] + (skipped if lost else [])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def release(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    publishing: bool = True,
+    trust_remote_code: bool = False,
+    dry_run: bool = False,
+    debug: bool = False,
+    progress: Progress = SILENT,
+) -> ReleaseReport:
+    """Make a family of variants as a recipe says: full precision, quantized, compared, described, verified, published.
+
+    Steps whose inputs have not changed are not done again, so a release that was killed goes on where it was. A
+    variant that cannot be made is told, and the others are made.
+
+    Args:
+        recipe: a YAML file, or what `recipe.load_recipe` makes of one.
+        out: folder of the release; None: the recipe's name with ``-release`` at its end.
+        publishing: do what the recipe says of it.
+        trust_remote_code: let transformers run code from the source's folder.
+        dry_run: read headers only; report sizes, memory and time, and write nothing.
+        debug: report the traceback of a step that fails.
+        progress: receives bars, notes and warnings.
+
+    Raises:
+        UsageError: a recipe that does not fit, or a folder that another release works in.
+        QuantkitError: the source or the calibration data cannot be read.
+    """
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    place = absolute(out) if out is not None else Path.cwd() / f"{plan.name}-release"
+    source = _open(plan, trust_remote_code)
+    _check_place(place, source)
+    forecasts = _forecast(plan, source, trust_remote_code, dry_run)
+    if dry_run:
+        return ReleaseReport(place, forecasts, dry_run=True)
+    refused = {forecast.name: forecast.refused for forecast in forecasts if forecast.refused is not None}
+    makeable = [variant for variant in plan.variants if step_name(variant) not in refused]
+    lost = [
+        _refusal(step_name(v), refused[step_name(v)], v.optional, progress) for v in plan.variants if v not in makeable
+    ]
+    with locked(place):
+        ledger = Ledger(place)
+        calibration = Calibration(plan, source, progress)
+        setting = Setting(place, ledger, trust_remote_code, progress)
+        workshop = Workshop(plan, setting, makeable, calibration, _hashes(source, ledger))
+        family = Family(plan, setting, workshop.places, plan.card.original or _original(source))
+        if plan.publish is not None and publishing:
+            family.add_publishing(plan.publish)
+        _drop_stale(place, workshop.steps)
+        outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, debug)
+    return ReleaseReport(place, [], lost + outcomes)
+
+
+def _open(recipe: Recipe, trust_remote_code: bool) -> Source:
+    given = recipe.source
+    if given.base is not None and given.delta is not None:
+        return open_model(Pair(given.base, given.delta), given.revision, trust_remote_code)
+    return open_model(model_of(recipe), given.revision, trust_remote_code)
+
+
+def _check_place(out: Path, source: Source) -> None:
+    """Refuse a folder that holds the source, lies in it, or is no release's. Raises UsageError."""
+    for part in source.parts.values():
+        origin, target = part.path.resolve(), out.resolve()
+        if origin == target or origin in target.parents or target in origin.parents:
+            raise UsageError(f"--out {out} and the source {part.path} lie in each other; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / ".release").is_dir():
+        raise UsageError(f"--out {out} holds something that is no release; choose another folder")
+
+
+def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
+    """Remove what unfinished runs left of variants that the recipe no longer has."""
+    goes_on = {folder_of(step.out) for step in steps}
+    for place in (out, out / ".release" / "files"):
+        for left in set(place.glob(".*.unfinished")) - goes_on:
+            shutil.rmtree(left)
+
+
+def _forecast(recipe: Recipe, source: Source, trust_remote_code: bool, whole: bool) -> list[Forecast]:
+    with TemporaryDirectory() as folder:
+        asked = Forecaster(recipe, source, Path(folder), trust_remote_code)
+        parts = [asked.reference(), *(asked.variant(variant) for variant in recipe.variants)]
+        made = sum(part.refused is None for part in parts)
+        return [*parts, asked.comparison(made)] if whole else parts
+
+
+def _refusal(name: str, why: str, optional: bool, progress: Progress) -> Outcome:
+    if optional:
+        progress.note(f"{name} is not made: {why}")
+    else:
+        progress.warn(f"{name} cannot be made: {why}")
+    return Outcome(name, "refused" if optional else "failed", why)
+
+
+def _original(source: Source) -> str | None:
+    """The card of the source, of a pair of its delta, where there is one that quantkit did not write."""
+    path = source.path / "README.md"
+    return str(path) if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace") else None
+
+
+def _hashes(source: Source, ledger: Ledger) -> Mapping[str, Any]:
+    """Of every file that the source is read from."""
+    return {role: ledger.tree(part.path) for role, part in source.parts.items()}
+
+
+_COLOURS = {"done": "green", "unchanged": "dim", "failed": "red", "refused": "yellow", "skipped": "red"}
+
+
+def print_release(report: ReleaseReport) -> None:
+    if report.dry_run:
+        _print_plan(report)
+        return
+    width = max(len(outcome.step) for outcome in report.outcomes)
+    for outcome in report.outcomes:
+        why = "" if outcome.why is None else f"  {outcome.why}"
+        line = f"{outcome.step:<{width}}  {outcome.status:<9}{why}"
+        console.results.print(line.rstrip(), markup=False, style=_COLOURS[outcome.status])
+    console.results.print(f"{report.out}: {_sum(report)}", markup=False)
+
+
+def _print_plan(report: ReleaseReport) -> None:
+    console.results.print(f"would make {report.out}", markup=False)
+    table = Table()
+    table.add_column("part", no_wrap=True)
+    for head in ("size", "memory", "time"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for part in report.forecasts:
+        table.add_row(part.name, *_numbers(part))
+    console.table(table)
+    for part in report.forecasts:
+        if part.refused is not None:
+            console.results.print(f"{part.name} cannot be made: {part.refused}", markup=False)
+    made = [part for part in report.forecasts if part.refused is None]
+    console.results.print(
+        f"in all {size(sum(part.bytes for part in made))}, "
+        f"{size(max(part.memory_bytes for part in made))} of memory beyond torch itself, "
+        f"about {duration(sum(part.seconds for part in made))} (from this machine's rate now)"
+    )
+
+
+def _numbers(part: Forecast) -> list[str]:
+    if part.refused is not None:
+        return ["", "", ""]
+    written = size(part.bytes) if part.bytes else ""
+    return [written, size(part.memory_bytes), duration(part.seconds)]
+
+
+def _sum(report: ReleaseReport) -> str:
+    if report.failures:
+        return f"{len(report.failures)} steps failed; the same command does what is missing"
+    return "complete"

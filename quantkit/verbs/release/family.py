@@ -1,0 +1,167 @@
+"""The steps that come when the files are there: compared, tried on tasks, described, verified, published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import QuantkitError, UsageError
+from quantkit.runs.atomic import write_json
+from quantkit.verbs.card import card
+from quantkit.verbs.compare import compare
+from quantkit.verbs.eval import eval as run_tasks
+from quantkit.verbs.publish import publish
+from quantkit.verbs.release.recipe import PublishingRecipe, Recipe
+from quantkit.verbs.release.steps import Setting, Step
+from quantkit.verbs.release.variants import REFERENCE, Made, Place
+from quantkit.verbs.verify import verify
+
+COMPARE = "compare"
+
+
+class Family:
+    """The steps after a recipe's files.
+
+    Attributes:
+        steps: in an order in which they can be done.
+    """
+
+    def __init__(self, recipe: Recipe, setting: Setting, places: list[Place], original: str | None) -> None:
+        """
+        Args:
+            recipe: the release's.
+            setting: where and how.
+            places: the folders of its files, the full-precision one first.
+            original: the source's card.
+        """
+        self._recipe, self._out, self._places, self._original = recipe, setting.out, places, original
+        self._ledger, self._progress, self._common = setting.ledger, setting.progress, setting.common
+        self._models = [(place, model) for place in places for model in place.models]
+        self._made_by = tuple(dict.fromkeys(step for place, model in self._models for step in (model.step, place.step)))
+        self.report = setting.out / "report"
+        self.steps: list[Step] = [self._comparison()]
+        self._evals = {model.step: self._add_eval(place, model) for place, model in self._models if self._tries}
+        for place in places:
+            self._add_card(place)
+            self._add_verification(place)
+
+    @property
+    def _tries(self) -> bool:
+        return self._recipe.evaluation.runs_tasks
+
+    def add_publishing(self, where: PublishingRecipe) -> None:
+        """One step for each repository's branch; branches besides main come after it, which they start from."""
+        for place in sorted(self._places, key=lambda place: place.branch != "main"):
+            if self._goes_out(place):
+                self._add_publication(place, where)
+
+    def _goes_out(self, place: Place) -> bool:
+        return place.step != REFERENCE or self._recipe.source.publish
+
+    def _comparison(self) -> Step:
+        judging = self._recipe.evaluation
+
+        def run(done: frozenset[str]) -> None:
+            variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]
+            if not variants:
+                raise UsageError("no variant was made")
+            reference = self._places[0].folder
+            texts = {"texts": judging.texts, "seq_len": judging.seq_len}
+            compare(reference, variants, out=self.report, **texts, **self._common)  # type: ignore[arg-type]
+
+        read = self._ledger.read_by(judging.texts)
+        options = {"seq_len": judging.seq_len, "texts": list(judging.texts), "read": read}
+        return Step(COMPARE, self.report, run, options, (REFERENCE,), self._made_by)
+
+    def _add_eval(self, place: Place, model: Made) -> str:
+        judging = self._recipe.evaluation
+        out = self._out / "evals" / f"{model.path.name}.json"
+        options = {**judging.model_dump(include={"suite", "tasks_dir", "limit"}), "task": list(judging.tasks)}
+
+        def run(_: frozenset[str]) -> None:
+            run_tasks(model.opened, out=out, **options, force=True, **self._common)
+
+        name = f"eval {model.path.name}"
+        decides = {**options, "read": self._ledger.read_by([judging.tasks_dir])}
+        self.steps.append(Step(name, out, run, decides, (model.step, place.step)))
+        return name
+
+    def _add_card(self, place: Place) -> None:
+        evals = {self._evals[model.step]: model.path.name for model in place.models} if self._tries else {}
+        options = {
+            **self._recipe.card.model_dump(mode="json", exclude={"original"}),
+            "siblings": self._siblings(place),
+            "repo": self._repo(place),
+            "branch": place.branch,
+        }
+        others = self._branches_beside(place)
+
+        def run(done: frozenset[str]) -> None:
+            card(
+                place.folder,
+                reports=[self.report / "report.json"] if COMPARE in done else [],
+                evals=[self._out / "evals" / f"{file}.json" for step, file in evals.items() if step in done],
+                branches={other.branch: other.folder for other in others if other.step in done},
+                original=self._original,
+                **options,
+                force=True,
+                progress=self._progress,
+            )
+
+        wants = (COMPARE, *evals, *(other.step for other in others))
+        out = place.folder / "README.md"
+        decides = {**options, "read": self._ledger.read_by([self._recipe.card.template, self._original])}
+        self.steps.append(Step(self._card_of(place), out, run, decides, (place.step,), wants, adds=True))
+
+    def _add_verification(self, place: Place) -> None:
+        def run(out: Path) -> None:
+            report = verify(place.folder, generate=False, progress=self._progress)
+            if report.problems:
+                more = f" (and {len(report.problems) - 1} more: quantkit verify)" if len(report.problems) > 1 else ""
+                raise QuantkitError(f"{report.problems[0]}{more}")
+            write_json(out, {"problems": []})
+
+        self._add_receipt(f"verify {place.folder.name}", run, {}, (place.step, self._card_of(place)))
+
+    def _add_publication(self, place: Place, where: PublishingRecipe) -> None:
+        repo = f"{where.owner}/{place.repo}"
+
+        def run(out: Path) -> None:
+            to: dict[str, Any] = {"branch": place.branch, "public": where.public}
+            made = publish(place.folder, repo, **to, verify=False, progress=self._progress)
+            write_json(out, {"repo": repo, "branch": place.branch, "commit": made.commit})
+
+        options = {"repo": repo, "branch": place.branch, "public": where.public}
+        needs = (place.step, self._card_of(place), f"verify {place.folder.name}")
+        self._add_receipt(f"publish {repo} {place.branch}", run, options, needs)
+
+    def _add_receipt(
+        self, name: str, run: Callable[[Path], None], options: dict[str, Any], needs: tuple[str, ...]
+    ) -> None:
+        """A step that leaves nothing in the release but a note that it is done."""
+        out = self._out / ".release" / "done" / f"{name.replace('/', '-').replace(' ', '-')}.json"
+
+        def noted(_: frozenset[str]) -> None:
+            out.parent.mkdir(exist_ok=True)
+            run(out)
+
+        self.steps.append(Step(name, out, noted, options, needs))
+
+    def _card_of(self, place: Place) -> str:
+        return f"card {place.folder.name}"
+
+    def _repo(self, place: Place) -> str | None:
+        where = self._recipe.publish
+        return None if where is None else f"{where.owner}/{place.repo}"
+
+    def _branches_beside(self, place: Place) -> list[Place]:
+        """What the card on a repository's main tells of besides."""
+        beside = [other for other in self._places if other.repo == place.repo and other is not place]
+        return beside if place.branch == "main" else []
+
+    def _siblings(self, place: Place) -> list[str]:
+        """The other repositories of the family, where it has an owner."""
+        told = [other for other in self._places if other.repo != place.repo and self._goes_out(other)]
+        names = (self._repo(other) for other in told)
+        return list(dict.fromkeys(name for name in names if name is not None))

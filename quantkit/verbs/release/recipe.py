@@ -1,0 +1,285 @@
+"""The recipe of a release: a YAML file that says what is made of which model, how it is judged and where it goes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from quantkit.errors import UsageError
+from quantkit.options import (
+    HELDOUT,
+    ActOrder,
+    CalibrationSpec,
+    CheckpointFormat,
+    ComputeDtype,
+    Override,
+    Spec,
+    Vocabulary,
+    make,
+)
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+# As the Hub has them: no two dots or dashes in a row, none at an end.
+_REPOSITORY = r"^[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*(?<![.-])$"
+
+
+class SourceRecipe(Spec):
+    """The model that all is made of: one name, or a base and a delta; nothing of both is SmolLM2 of its package.
+
+    Paths are looked for beside the recipe first.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+    delta: str | None = None
+    vocab: Vocabulary = "auto"
+    expect_sum: float | None = None
+    dtype: ComputeDtype = "auto"
+    """Of the full-precision folder, which everything else is made from and compared with."""
+    repo: str | None = None
+    publish: bool = True
+    max_shard_size: str = "5GB"
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> Self:
+        if (self.base is None) != (self.delta is None):
+            raise ValueError("base and delta belong together: a model is their sum")
+        if self.base is not None and self.model is not None:
+            raise ValueError("give model, or base and delta")
+        return self
+
+
+class VariantRecipe(Spec):
+    """What all kinds of variants have. `optional`: one that cannot be made is told, and counts as no failure."""
+
+    repo: str | None = None
+    optional: bool = False
+
+
+class GptqVariant(VariantRecipe):
+    """A GPTQ checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
+
+    kind: Literal["gptq"]
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    act_order: ActOrder = "static"
+    damp: float = 0.1
+    format: CheckpointFormat = "gptq"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    override: dict[str, Override] = Field(default_factory=dict)
+    untie: bool = False
+    max_shard_size: str = "5GB"
+    branch: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What tells it from others of the release, as a part of names."""
+        group = "rows" if self.group_size == -1 else f"{self.group_size}g"
+        return f"{self.bits}bit-{group}" + ("-actorder" if self.act_order == "dynamic" else "")
+
+
+class FileVariant(VariantRecipe):
+    """A file for llama.cpp. `method`: GPTQ on the type's grid where it has one ("auto"), or plain rounding by ggml."""
+
+    type: str
+    method: Literal["auto", "gptq", "round"] = "auto"
+
+    @field_validator("type")
+    @classmethod
+    def _in_small_letters(cls, value: str) -> str:
+        return value.lower()
+
+    @property
+    def title(self) -> str:
+        """What tells it from others of its kind, as a part of names."""
+        return self.type.upper()
+
+
+class GgufVariant(FileVariant):
+    """A GGUF file. `imatrix`: where it is rounded, weigh columns by an importance matrix of the calibration tokens."""
+
+    kind: Literal["gguf"]
+    imatrix: bool = False
+    embedding_type: str = "auto"
+    output_type: str = "auto"
+    pre: str | None = None
+    split_max_size: str | None = None
+
+
+class GgjtVariant(FileVariant):
+    """A file of the "GGML" of 2023."""
+
+    kind: Literal["ggjt"]
+
+
+AnyVariant = GptqVariant | GgufVariant | GgjtVariant
+
+
+class JudgingRecipe(Spec):
+    """What variants are compared on, and which tasks of lm-evaluation-harness they do.
+
+    `seq_len` None: 2048 for wikitext2, else 512. `tasks` go beside those of `suite`; `limit` is for trials.
+    """
+
+    texts: tuple[str, ...] = (HELDOUT,)
+    seq_len: int | None = Field(None, ge=8)
+    suite: str | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_dir: str | None = None
+    limit: int | None = Field(None, ge=1)
+
+    @field_validator("texts")
+    @classmethod
+    def _check_texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one text")
+        return value
+
+    @property
+    def runs_tasks(self) -> bool:
+        return self.suite is not None or bool(self.tasks)
+
+
+class CardRecipe(Spec):
+    """What model cards say that no file tells."""
+
+    template: str = "default"
+    licence: str | None = None
+    prompt_template: str | None = None
+    base_model: tuple[str, ...] = ()
+    original: str | None = None
+    """The card that goes on below, and whose licence is inherited; None: the source's, if it is a folder with one."""
+
+
+class PublishingRecipe(Spec):
+    """Where the family goes: repositories of `owner`, private unless `public`."""
+
+    owner: str
+    public: bool = False
+
+    @field_validator("owner")
+    @classmethod
+    def _check_owner(cls, value: str) -> str:
+        return _repository(value)
+
+
+class Recipe(Spec):
+    """A release: a name, a source and variants; the rest has defaults.
+
+    Raises (through `load_recipe`):
+        UsageError: names the key that does not fit.
+    """
+
+    name: str = Field(pattern=f"^{_NAME}$")
+    source: SourceRecipe = Field(default_factory=SourceRecipe)
+    calibration: CalibrationSpec = Field(default_factory=lambda: make(CalibrationSpec))
+    variants: tuple[Annotated[AnyVariant, Field(discriminator="kind")], ...]
+    evaluation: JudgingRecipe = Field(default_factory=lambda: make(JudgingRecipe))
+    card: CardRecipe = Field(default_factory=CardRecipe)
+    publish: PublishingRecipe | None = None
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> Self:
+        if not self.variants:
+            raise ValueError("variants: name at least one")
+        for what in (self.source, *self.variants):
+            if what.repo is not None:
+                _repository(what.repo)
+        counts = Counter((self.repo_of(variant), variant.kind, variant.title) for variant in self.variants)
+        (repo, kind, title), times = counts.most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"variants: {times} of them are {kind} {title} in {repo}; give one another repo")
+        kinds: dict[str, str] = {self.reference_repo: "fp16"}
+        for variant in self.variants:
+            if kinds.setdefault(self.repo_of(variant), variant.kind) != variant.kind:
+                raise ValueError(f"repo {self.repo_of(variant)} is for one kind of files, not for two")
+        return self
+
+    @property
+    def reference_repo(self) -> str:
+        """Name of the full-precision repository."""
+        return self.source.repo or f"{self.name}-HF"
+
+    def repo_of(self, variant: AnyVariant) -> str:
+        """Name of a variant's repository, without its owner."""
+        return variant.repo or f"{self.name}-{ {'gptq': 'GPTQ', 'gguf': 'GGUF', 'ggjt': 'GGML'}[variant.kind] }"
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; local paths in it become absolute where they are found beside it.
+
+    Raises:
+        UsageError: no such file, no YAML, or a key that does not fit.
+    """
+    place = Path(path).expanduser()
+    try:
+        content = yaml.load(place.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: a recipe is a mapping with name, source and variants")
+    try:
+        return make(Recipe, **_located(content, place.resolve().parent))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except TypeError:  # keys that are no strings
+        raise UsageError(f"{path}: keys are names, such as source and variants") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own loader keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key, times in Counter(map(str, keys)).items() if times > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# Where a recipe names files: (section, key).
+_PATHS = (
+    ("source", "model"),
+    ("source", "base"),
+    ("source", "delta"),
+    ("calibration", "data"),
+    ("evaluation", "texts"),
+    ("evaluation", "tasks_dir"),
+    ("card", "template"),
+    ("card", "original"),
+)
+
+
+def _located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe with the paths that exist beside it made absolute."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(one) for one in value]
+        path = folder / Path(value).expanduser() if isinstance(value, str) else None
+        return str(path) if path is not None and path.exists() else value
+
+    located = dict(content)
+    for section, key in _PATHS:
+        part = located.get(section)
+        if isinstance(part, dict) and part.get(key):
+            located[section] = {**part, key: found(part[key])}
+    return located
+
+
+def _repository(name: str) -> str:
+
+    if re.fullmatch(_REPOSITORY, name) is None or len(name) > 96:
+        raise ValueError(f"{name!r} is no name that the Hub takes (letters, digits, and single . _ - between them)")
+    return name

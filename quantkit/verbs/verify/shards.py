@@ -1,0 +1,332 @@
+"""The weight files of a folder as they lie there: headers, index, checksums. Everything wrong is found, not the first.
+
+`quantkit.containers.hf.shards` reads the same files for work, and stops at the first fault.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantkit.containers.hf.shards import DTYPES, SafetensorsFiles, widened
+from quantkit.containers.source import TensorInfo, file_sha256, read_json
+from quantkit.progress import Progress
+from quantkit.runs.atomic import REPORT_NAME
+from quantkit.runs.record import CHECKSUMS
+from quantkit.verbs.verify.findings import Findings, listed
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_FIELDS = {"dtype", "shape", "data_offsets"}
+# What transformers 4 accepts; it refuses files that say something else, or nothing.
+_FORMATS = ("pt", "tf", "flax", "mlx")
+_LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_AGAIN = "the file is damaged, download it again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored tensor; `start` and `stop` count bytes from the start of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.shape, self.dtype, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one file's header says, as far as it can be believed, and what is wrong with it."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every stored tensor of a folder.
+
+    Attributes:
+        entries: by name.
+        lost: tensors that the index puts into files that are missing or broken.
+        metadata: ``__metadata__`` of every file, by file name.
+    """
+
+    entries: Mapping[str, Entry]
+    lost: frozenset[str]
+    metadata: Mapping[str, Mapping[str, str]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, 8-bit floats widened; nothing of it where it is lost."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return torch.empty(0)
+        dtype = DTYPES[entry.dtype]
+        if entry.start == entry.stop:
+            return torch.empty(entry.shape, dtype=dtype)
+        raw = np.fromfile(entry.file, np.uint8, entry.stop - entry.start, offset=entry.start)
+        return widened(torch.from_numpy(raw).view(dtype).reshape(entry.shape))
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, every rule of the format checked (safetensors' README, section "Format")."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            return Header(problems=(f"{path.name}: its header would be {length} bytes of a file of {size}; {_AGAIN}",))
+        raw = file.read(length)
+    repeated: list[str] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in found]
+        repeated.extend(
+            sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        )
+        return dict(found)
+
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        return Header(problems=(f"{path.name}: its header is no JSON ({error}); {_AGAIN}",))
+    if not isinstance(content, dict) or not raw.startswith(b"{"):
+        return Header(problems=(f"{path.name}: its header is no JSON object; {_AGAIN}",))
+    problems = [f"{path.name}: its header has {name!r} twice; {_AGAIN}" for name in repeated]
+    metadata = _metadata(path, content.pop("__metadata__", None), problems)
+    entries = {}
+    for name, value in content.items():
+        entry = _entry(path, value, 8 + length)
+        if isinstance(entry, str):
+            problems.append(f"{path.name}: {name}: {entry}; {_AGAIN}")
+        else:
+            entries[name] = entry
+    if not problems:
+        problems += _gaps(path, entries, 8 + length, size)
+    return Header(entries, metadata, tuple(problems))
+
+
+def check_weights(folder: Path, found: Findings) -> Table:
+    """The folder's safetensors files and their index."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / SafetensorsFiles.index_name
+    weight_map, total = _read_index(index, found) if index.is_file() else ({}, None)
+    wanted = sorted(set(weight_map.values()))
+    if weight_map:
+        files = [folder / name for name in wanted if (folder / name).is_file()]
+        _check_listing(folder, weight_map, found)
+    else:
+        _check_unindexed(files, found, missing=not index.is_file())
+    headers: dict[str, Header] = {}
+    for path in files:
+        with found.guard(path.name):
+            headers[path.name] = read_header(path)
+            for text in headers[path.name].problems:
+                found.problem(text)
+    entries = _join(headers, found)
+    sound = {name for name, header in headers.items() if not header.problems}
+    lost = {name for name, file in weight_map.items() if file not in sound and name not in entries}
+    _check_index(weight_map, headers, sound, found)
+    if total is not None and sound == set(wanted):
+        held = sum(entry.stop - entry.start for entry in entries.values())
+        if total != held:
+            found.problem(
+                f"{index.name}: total_size is {total}, but the shards hold {held} bytes; write the index anew"
+            )
+    return Table(entries, frozenset(lost), {name: header.metadata for name, header in headers.items()})
+
+
+def check_checksums(folder: Path, names: set[str] | None, found: Findings, progress: Progress) -> bool:
+    """Compare files with the SHA-256 sums recorded beside them: of `names` only, or of all. Whether there were any."""
+    recorded = _recorded(folder, found)
+    if names is not None:
+        recorded = {name: sums for name, sums in recorded.items() if name in names}
+    if not recorded:
+        return False
+    with progress.phase("checksums", len(recorded)) as advance:
+        for name, sums in recorded.items():
+            with found.guard(name):
+                _compare(folder, name, sums, found)
+            advance(1)
+    return True
+
+
+# -- headers ---------------------------------------------------------------------------------------------------------
+
+
+def _metadata(path: Path, metadata: Any, problems: list[str]) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append(
+            f"{path.name}: its header has no __metadata__ of strings, so transformers 4 refuses it; {_AGAIN}"
+        )
+        return {}
+    if metadata.get("format") not in _FORMATS:
+        said = repr(metadata.get("format"))
+        problems.append(f"{path.name}: the format in its __metadata__ is {said}, not 'pt': transformers 4 refuses it")
+    return metadata
+
+
+def _entry(path: Path, value: Any, data: int) -> Entry | str:
+    """A header's entry, or what is wrong with it."""
+    if not isinstance(value, dict) or set(value) != _FIELDS:
+        return "its entry is not of dtype, shape and data_offsets"
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in DTYPES:
+        return f"stored as {dtype!r}; read are {', '.join(DTYPES)}"
+    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
+        return f"shape {shape} or place {offsets} are no whole numbers"
+    start, stop = offsets
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if stop - start != size:
+        return f"shape {shape} of {dtype} takes {size} bytes, its place has {stop - start}"
+    return Entry(path, dtype, tuple(shape), data + start, data + stop)
+
+
+def _is_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _gaps(path: Path, entries: Mapping[str, Entry], at: int, size: int) -> list[str]:
+    """Tensors must follow each other without gap or overlap, to the end of the file."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != at:
+            return [f"{path.name}: {name} begins at byte {entry.start}, the tensor before it ends at {at}; {_AGAIN}"]
+        at = entry.stop
+    return [] if at == size else [f"{path.name}: it has {size} bytes, its tensors end at {at}; {_AGAIN}"]
+
+
+def _join(headers: Mapping[str, Header], found: Findings) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for file, header in headers.items():
+        for name, entry in header.entries.items():
+            if header.problems and entry.stop > entry.file.stat().st_size:
+                continue
+            if name in entries:
+                found.problem(f"{file}: {name} is also in {entries[name].file.name}; write the folder anew")
+            entries.setdefault(name, entry)
+    if headers and not entries and not any(header.problems for header in headers.values()):
+        found.problem("its weight files hold no tensor; download them again")
+    return entries
+
+
+# -- index -----------------------------------------------------------------------------------------------------------
+
+
+def _read_index(path: Path, found: Findings) -> tuple[dict[str, str], int | None]:
+    content: dict[str, Any] = {}
+    with found.guard(path.name):
+        content = read_json(path)
+        weight_map = content.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            found.problem(f"{path.name}: has no weight_map from tensor names to file names; download it again")
+            content = {}
+    metadata = content.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if content and type(total) is not int:
+        found.problem(f"{path.name}: its metadata has no total_size that is a number; write the index anew")
+        total = None
+    return content.get("weight_map", {}), total
+
+
+def _check_listing(folder: Path, weight_map: Mapping[str, str], found: Findings) -> None:
+    """Shards the index names against the files that are there."""
+    for name in sorted(set(weight_map.values())):
+        held = sum(file == name for file in weight_map.values())
+        if Path(name).name != name:
+            found.problem(
+                f"{SafetensorsFiles.index_name}: names a shard outside the folder: {name}; write the index anew"
+            )
+        elif not (folder / name).is_file():
+            found.problem(f"shard {name} is missing, with {held} tensors; download it")
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name in weight_map.values():
+            continue
+        if _PART.search(path.name) or path.name == "model.safetensors":
+            found.problem(
+                f"{path.name} is not in {SafetensorsFiles.index_name}: remove the file, or write the index anew"
+            )
+        else:
+            found.note(f"{path.name} is no shard of the index and is not looked at")
+
+
+def _check_unindexed(files: list[Path], found: Findings, missing: bool) -> None:
+    parts = [match for path in files if (match := _PART.search(path.name))]
+    if parts and missing:
+        found.problem(f"{SafetensorsFiles.index_name} is missing beside {len(parts)} shards; download it")
+    for count in {int(match[2]) for match in parts}:
+        there = {int(match[1]) for match in parts if int(match[2]) == count}
+        absent = [f"{number:05d}-of-{count:05d}" for number in range(1, count + 1) if number not in there]
+        if absent:
+            found.problem(f"shards are missing: {listed(absent)}; download them")
+    if files and not parts and "model.safetensors" not in {path.name for path in files}:
+        found.note(
+            f"transformers and vLLM look for model.safetensors; the weights are in {listed([f.name for f in files])}"
+        )
+
+
+def _check_index(
+    weight_map: Mapping[str, str], headers: Mapping[str, Header], sound: set[str], found: Findings
+) -> None:
+    """The index against the shards' own headers."""
+    if not weight_map:
+        return
+    holder = {name: file for file, header in headers.items() for name in header.entries}
+    wrong = [name for name, file in weight_map.items() if file in sound and name not in headers[file].entries]
+    for name in (name for name in wrong if name in holder):
+        found.problem(
+            f"{SafetensorsFiles.index_name}: puts {name} into {weight_map[name]}, it is in {holder[name]}; "
+            "write the index anew"
+        )
+    if gone := [name for name in wrong if name not in holder]:
+        found.problem(f"{SafetensorsFiles.index_name}: lists what no shard holds: {listed(gone)}; write the index anew")
+    if unlisted := [name for name in holder if name not in weight_map]:
+        found.problem(f"{SafetensorsFiles.index_name}: does not list {listed(unlisted)}; write the index anew")
+
+
+# -- checksums -------------------------------------------------------------------------------------------------------
+
+
+def _recorded(folder: Path, found: Findings) -> dict[str, dict[str, str]]:
+    """File name -> SHA-256 by the file that records it."""
+    sums: dict[str, dict[str, str]] = {}
+    if (folder / REPORT_NAME).is_file():
+        with found.guard(REPORT_NAME):
+            files = read_json(folder / REPORT_NAME).get("files")
+            for name, checksum in (files if isinstance(files, dict) else {}).items():
+                sums.setdefault(name, {})[REPORT_NAME] = str(checksum)
+    if (folder / CHECKSUMS).is_file():
+        with found.guard(CHECKSUMS):
+            for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+                checksum, _, name = line.partition(" ")
+                sums.setdefault(name.lstrip(" *"), {})[CHECKSUMS] = checksum
+    return sums
+
+
+def _compare(folder: Path, name: str, sums: Mapping[str, str], found: Findings) -> None:
+    path = folder / name
+    by = " and ".join(sums)
+    if Path(name).is_absolute() or ".." in Path(name).parts:  # files of the Hub's cache are links to elsewhere
+        found.problem(f"{by}: records a file outside the folder: {name}; write the record anew")
+        return
+    if not path.is_file():
+        found.problem(f"{name} is missing, which {by} records; download it")
+        return
+    actual = file_sha256(path)
+    wrong = [record for record, checksum in sums.items() if checksum.lower() != actual]
+    if wrong:
+        found.problem(
+            f"{name} is not the file that was written: its SHA-256 is not that in {' and '.join(wrong)}; "
+            "download it again"
+        )

@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
 from huggingface_hub import constants
+from support.hub_server import HubServer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 

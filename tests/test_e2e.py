@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from smollm2 import gemma_gguf, smollm2_checkpoint, smollm2_gguf
+from support.smollm2 import gemma_gguf, smollm2_checkpoint, smollm2_gguf
 
 import quantkit
 from quantkit.cli.app import main

@@ -1,0 +1,179 @@
+"""Packing: round trips, literal words, and the zeros of a v1 checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from support.streamed import open_writer
+
+from quantkit.codes import (
+    PACKABLE_BITS,
+    QuantizedLinear,
+    contiguous_groups,
+    pack,
+    packing_multiple,
+    unpack,
+)
+from quantkit.containers.gptq.read import GptqSource
+from quantkit.options import QuantSpec
+
+
+def int32(word: int) -> int:
+    """The int32 whose bits are those of `word`."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def words_of(codes: list[int], bits: int) -> list[int]:
+    """Codes as one number, little end first, cut into 32-bit words: what the layout means, in plain integers."""
+    number = sum(code << (bits * place) for place, code in enumerate(codes))
+    return [int32((number >> shift) & 0xFFFFFFFF) for shift in range(0, bits * len(codes), 32)]
+
+
+@st.composite
+def matrices(draw: Any) -> tuple[int, int, torch.Tensor]:
+    bits, axis = draw(st.sampled_from(PACKABLE_BITS)), draw(st.sampled_from((0, 1)))
+    n, m = draw(st.integers(1, 4)) * packing_multiple(bits), draw(st.integers(1, 9))
+    codes = draw(st.binary(min_size=n * m, max_size=n * m))
+    matrix = torch.frombuffer(bytearray(codes), dtype=torch.uint8).reshape(n, m) & (2**bits - 1)
+    return bits, axis, matrix if axis == 0 else matrix.T
+
+
+@settings(deadline=None, max_examples=200)
+@given(matrices())
+def test_unpack_undoes_pack(case: tuple[int, int, torch.Tensor]) -> None:
+    bits, axis, codes = case
+    words = pack(codes, bits, axis)
+    packed = list(codes.shape)
+    packed[axis] = packed[axis] * bits // 32
+    assert words.dtype == torch.int32
+    assert list(words.shape) == packed
+    assert torch.equal(unpack(words, bits, axis), codes)
+
+
+@settings(deadline=None, max_examples=100)
+@given(matrices())
+def test_words_are_the_codes_little_end_first(case: tuple[int, int, torch.Tensor]) -> None:
+    bits, axis, codes = case
+    lines = codes.T.tolist() if axis == 0 else codes.tolist()
+    words = pack(codes, bits, axis)
+    assert (words.T if axis == 0 else words).tolist() == [words_of(line, bits) for line in lines]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from(PACKABLE_BITS), st.lists(st.integers(-(2**31), 2**31 - 1), min_size=24, max_size=24))
+def test_pack_undoes_unpack(bits: int, words: list[int]) -> None:
+    """Every word is the pack of some codes: no bit is lost or read twice."""
+    matrix = torch.tensor(words, dtype=torch.int32).reshape(12, 2)
+    assert torch.equal(pack(unpack(matrix, bits), bits), matrix)
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "words"),
+    [
+        (2, [0, 1, 2, 3] * 4, [0xE4E4E4E4]),
+        (2, [2] * 16, [0xAAAAAAAA]),
+        (4, [0, 1, 2, 3, 4, 5, 6, 7], [0x76543210]),
+        (4, [15, 0, 0, 0, 0, 0, 0, 8], [0x8000000F]),
+        (4, [1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0], [0x00000001, 0x00000020]),
+        (8, [1, 2, 3, 255], [0xFF030201]),
+        # Octal 76543210 is 0xFAC688; four of them are 96 bits.
+        (3, [0, 1, 2, 3, 4, 5, 6, 7] * 4, [0x88FAC688, 0xC688FAC6, 0xFAC688FA]),
+        # The two codes that straddle words: 10 (two bits below, one above) and 21 (one below, two above).
+        (3, [7 if i == 10 else 0 for i in range(32)], [0xC0000000, 0x00000001, 0]),
+        (3, [7 if i == 21 else 0 for i in range(32)], [0, 0x80000000, 0x00000003]),
+        (3, [0] * 31 + [4], [0, 0, 0x80000000]),
+    ],
+)
+def test_literal_words(bits: int, codes: list[int], words: list[int]) -> None:
+    expected = [int32(word) for word in words]
+    line = torch.tensor(codes, dtype=torch.uint8)
+    assert pack(line[:, None], bits).flatten().tolist() == expected
+    assert pack(line[None], bits, axis=1).flatten().tolist() == expected
+    assert unpack(torch.tensor(expected, dtype=torch.int32)[:, None], bits).flatten().tolist() == codes
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 6, 7, 16])
+def test_widths_without_a_layout_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"not {bits}$"):
+        pack(torch.zeros(32, 1, dtype=torch.uint8), bits)
+    with pytest.raises(ValueError, match=f"not {bits}$"):
+        unpack(torch.zeros(3, 1, dtype=torch.int32), bits)
+
+
+@pytest.mark.parametrize(("bits", "n"), [(2, 8), (3, 16), (3, 33), (4, 12), (8, 6)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_codes_that_do_not_fill_words_are_refused(bits: int, n: int, axis: int) -> None:
+    codes = torch.zeros(n, 5, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"multiple of {packing_multiple(bits)} codes, not {n}"):
+        pack(codes if axis == 0 else codes.T, bits, axis)
+
+
+def test_three_bit_words_come_in_threes() -> None:
+    with pytest.raises(ValueError, match="units of 3 words, not 4"):
+        unpack(torch.zeros(4, 1, dtype=torch.int32), 3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "group_size", "groups"),
+    [(8, 4, [0, 0, 0, 0, 1, 1, 1, 1]), (6, 4, [0, 0, 0, 0, 1, 1]), (3, -1, [0, 0, 0]), (3, 8, [0, 0, 0])],
+)
+def test_contiguous_groups(columns: int, group_size: int, groups: list[int]) -> None:
+    group = contiguous_groups(columns, group_size)
+    assert group.dtype == torch.int32
+    assert group.tolist() == groups
+
+
+def test_dequantize_follows_the_formula() -> None:
+    linear = QuantizedLinear(
+        codes=torch.tensor([[0, 15, 3, 4]], dtype=torch.uint8),
+        scales=torch.tensor([[0.5, -0.25]], dtype=torch.float16),
+        zeros=torch.tensor([[8, 3]], dtype=torch.uint8),
+        group=torch.tensor([0, 1, 1, 0], dtype=torch.int32),
+        bits=4,
+    )
+    assert linear.dequantize().tolist() == [[-4.0, -3.0, 0.0, -2.0]]
+    first, second = QuantizedLinear(
+        linear.codes.repeat(3, 1), linear.scales.repeat(3, 1), linear.zeros.repeat(3, 1), linear.group, 4
+    ).split([1, 2])
+    assert (first.shape, second.shape) == ((1, 4), (2, 4))
+    assert torch.equal(second.dequantize(), linear.dequantize().repeat(2, 1))
+
+
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_v1_zeros_of_every_value_survive_at_every_position(bits: int, make_model: MakeModel, tmp_path: Path) -> None:
+    """v1 stores zero - 1; a field that borrowed from its neighbour would corrupt it."""
+    writer, plan = open_writer(tmp_path, make_model("llama"), QuantSpec(bits=bits, group_size=16, sym=False))
+    per_word, top = packing_multiple(bits), 2**bits - 1
+    given, seen, turn = {}, set(), [0] * per_word
+    for module, (rows, columns) in ((name, linear.shape) for name, linear in plan.items()):
+        zeros = torch.empty(rows, columns // 16, dtype=torch.uint8)
+        for row in range(rows):
+            position = row % per_word
+            for group in range(zeros.shape[1]):
+                # Neighbours get different values: each position counts from a start of its own.
+                zeros[row, group] = 1 + (turn[position] + 5 * position) % top
+                turn[position] += 1
+                seen.add((position, int(zeros[row, group])))
+        codes = torch.randint(0, top + 1, (rows, columns), dtype=torch.uint8)
+        scales = torch.full(zeros.shape, 0.5, dtype=torch.float16)
+        given[module] = QuantizedLinear(codes, scales, zeros, contiguous_groups(columns, 16), bits)
+    assert seen == {(position, value) for position in range(per_word) for value in range(1, top + 1)}
+
+    with writer:
+        for module, linear in given.items():
+            writer.add_linear(module, linear)
+        writer.add_others()
+        writer.finish()
+    reader = GptqSource(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as stored:
+        for module, linear in given.items():
+            assert torch.equal(reader.read_codes(module).zeros, linear.zeros)
+            fields = (linear.zeros.int() - 1).T.tolist()
+            assert stored.get_tensor(f"{module}.qzeros").tolist() == [words_of(line, bits) for line in fields]

@@ -1,0 +1,431 @@
+"""What runs on a GPU, as far as a CPU can show it: the column kernel under Triton's interpreter and its compiled code,
+half-precision products, the order of streams. The tests marked `gpu` are the rest, for a machine that has one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel, Recorder
+from support.problems import problem
+from support.streamed import open_stream
+
+import quantkit
+from quantkit.blocks.workers import uploaded
+from quantkit.options import QuantSpec
+from quantkit.quantize import kernels
+from quantkit.quantize.gptq import quantize
+from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
+from quantkit.quantize.kernels import gram, streams
+from quantkit.quantize.plan import plan_linears
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs.gptq import note_plan
+
+needs_triton = pytest.mark.skipif(not kernels._has_triton(), reason="Triton is not installed: pip install triton")
+
+Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
+
+
+def reference(W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int) -> Any:
+    """Codes uint8 and errors float32 [columns, out]: GPTQ, algorithm 1, one column after the other, in plain torch."""
+    W = W + minimum
+    codes, Err = torch.empty(W.shape, dtype=torch.uint8), torch.empty_like(W)
+    for j in range(W.shape[0]):
+        s = scale[j]
+        inverse = torch.where(s == 0, 0.0, 1.0 / s)
+        q = torch.round(W[j] * inverse).clamp(0, top)
+        codes[j] = q.to(torch.uint8)
+        Err[j] = (W[j] - q * s) / U[j, j]
+        W[j + 1 :] -= U[j, j + 1 :, None] * Err[j]
+    return codes, Err
+
+
+def block(rows: int, columns: int, bits: int, minimum: str, dead: tuple[int, ...] = ()) -> Block:
+    """A block with the factor of a Hessian of correlated inputs. `minimum`: of "sym", "asym" or "ggml" grids."""
+    W, H = problem(rows, columns, seed=1000 * bits + rows + columns, dead=dead)
+    factor = factorize(H, column_order(H, False), 0.01)
+    assert factor is not None
+    generator = torch.Generator().manual_seed(bits)
+    top = 2**bits - 1
+    scale = (0.3 / top) * (0.5 + torch.rand(columns, rows, generator=generator))
+    if minimum == "sym":  # scales of both signs, as the search finds them
+        scale = torch.where(torch.rand(scale.shape, generator=generator) < 0.3, -scale, scale)
+        return W.T.contiguous(), factor.U, scale, scale * 2 ** (bits - 1), top
+    if minimum == "asym":
+        return (
+            W.T.contiguous(),
+            factor.U,
+            scale,
+            scale * torch.randint(1, top + 1, scale.shape, generator=generator),
+            top,
+        )
+    return W.T.contiguous(), factor.U, scale, 0.15 * torch.randn(scale.shape, generator=generator), top
+
+
+def blocks() -> dict[str, Block]:
+    """Problems by name: every width and kind of grid, ragged shapes, and what may be odd about a column."""
+    found, generator = {}, torch.Generator().manual_seed(0)
+    shapes = [(29, 128), (33, 20), (31, 17), (64, 1), (1, 9), (32, 33), (5, 16)]
+    for bits in range(2, 9):
+        for number, kind in enumerate(("sym", "asym", "ggml")):
+            rows, columns = shapes[(3 * bits + number) % len(shapes)]
+            found[f"{bits} bits, {kind}, {rows} x {columns}"] = block(rows, columns, bits, kind)
+    found["dead columns"] = block(20, 48, 4, "sym", dead=(0, 7, 47))
+    W, U, scale, minimum, top = block(20, 48, 4, "asym")
+    found["scales of zero"] = (
+        W,
+        U,
+        torch.where(torch.rand(scale.shape, generator=generator) < 0.2, 0.0, scale),
+        minimum,
+        top,
+    )
+    W, U, scale, minimum, top = block(20, 70, 4, "sym")
+    found["a block of a larger factor"] = W[20:60], U[20:60, 20:60], scale[20:60], minimum[20:60], top
+    found["one scale for all columns"] = W, U, scale[:1].expand(70, -1), minimum[:1].expand(70, -1), top
+    # Every weight lies halfway between two codes, and no error reaches the next column.
+    halves = torch.arange(-6, 40).repeat(20, 1) / 2
+    found["ties"] = halves, torch.eye(20), torch.ones(20, 46), torch.zeros(20, 46), 15
+    found["far outside"] = (
+        1e30 * torch.randn(20, 46, generator=generator),
+        torch.eye(20),
+        torch.full((20, 46), 2.0**-24),
+        torch.zeros(20, 46),
+        15,
+    )
+    return found
+
+
+BLOCKS = blocks()
+LAYERS: dict[str, tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]] = {
+    "4 bits": ((40, 150), (), {"bits": 4, "group_size": 64}),
+    "3 bits, asymmetric": ((24, 40), (), {"bits": 3, "group_size": 32, "sym": False}),
+    "8 bits, dynamic order": ((16, 144), (), {"bits": 8, "group_size": 136, "act_order": "dynamic"}),
+    "2 bits, natural order": ((20, 64), (), {"bits": 2, "group_size": -1, "act_order": "off"}),
+    "dead columns": ((16, 70), (0, 5, 69), {"bits": 4, "group_size": 32}),
+    "Q4_1": ((16, 64), (), {"bits": 4, "group_size": 32, "sym": False, "ggml": "Q4_1"}),
+    "Q4_K": ((16, 256), (), {"bits": 4, "group_size": 32, "sym": False, "ggml": "Q4_K"}),
+}
+
+
+def layer(name: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    (rows, columns), dead, spec = LAYERS[name]
+    return *problem(rows, columns, seed=3, dead=dead), spec
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the kernel makes of every problem under Triton's interpreter."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    torch.save({"block": BLOCKS, "layer": {name: layer(name) for name in LAYERS}}, folder / "problems.pt")
+    script = Path(__file__).parents[1] / "support" / "interpret_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "problems.pt"), str(folder / "answers.pt")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers: dict[str, dict[str, Any]] = torch.load(folder / "answers.pt")
+    return answers
+
+
+# -- the column kernel -----------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_kernel_is_the_column_by_column_loop_bit_for_bit(interpreted: dict[str, dict[str, Any]], name: str) -> None:
+    codes, Err = interpreted["block"][name]
+    expected_codes, expected_err = reference(*BLOCKS[name])
+
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(Err, expected_err)
+
+
+def test_the_problems_are_not_trivial() -> None:
+    """Codes of all kinds occur, and errors that are fed on change them."""
+    for name, (W, U, scale, minimum, top) in BLOCKS.items():
+        codes, _ = reference(W, U, scale, minimum, top)
+        alone, _ = reference(W, U.diagonal().diag(), scale, minimum, top)
+        if W.numel() > 80 and name not in ("ties", "far outside"):
+            assert len(codes.unique()) >= min(top, 8), name
+            assert not torch.equal(codes, alone), name
+
+
+@needs_triton
+def test_halves_are_rounded_to_even(interpreted: dict[str, dict[str, Any]]) -> None:
+    codes, Err = interpreted["block"]["ties"]
+
+    assert codes[3, :20].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6]
+    assert Err[3, 6:20].tolist() == [0, 0.5, 0, -0.5, 0, 0.5, 0, -0.5, 0, 0.5, 0, -0.5, 0, 0.5]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_through_the_kernel_is_the_cpus(interpreted: dict[str, dict[str, Any]], name: str) -> None:
+    """The CPU gathers a column's errors as one product, so sums differ in their last bits and codes near a tie may."""
+    codes, loss = interpreted["layer"][name]
+    W, H, spec = layer(name)
+    expected = quantize(W, H, QuantSpec(**spec))
+
+    assert float((codes == expected.linear.codes).float().mean()) > 0.999
+    assert float(loss.sum()) == pytest.approx(float(expected.loss.sum()), rel=1e-3)
+
+
+# -- what the compiler makes of it -----------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize(("capability", "columns"), [(80, 128), (90, 128), (90, 16), (100, 128)])
+def test_the_kernel_compiles_for_gpus_without_spills_or_fused_products(
+    capability: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton has its own assembler: no GPU is needed to see the code and its registers."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
+    from quantkit.quantize.kernels import columns as module
+
+    kernel = module._quantize_tile
+    pointers = dict.fromkeys(("W", "U", "S", "M", "Err"), "*fp32") | {"Codes": "*u8"}
+    known = pointers | {"top": "fp32", "ROWS": "constexpr", "COLUMNS": "constexpr"}
+    signature = {name: known.get(name, "i32") for name in kernel.arg_names}
+    source = compiler.ASTSource(kernel, signature, constexprs={"ROWS": module._ROWS, "COLUMNS": columns})
+    target = backends.GPUTarget("cuda", capability, 32)
+    built = compiler.compile(source, target=target, options=module._OPTIONS)
+
+    ptx = built.asm["ptx"]
+    assert set(re.findall(r"div\.\w+", ptx)) == {"div.rn"}
+    assert not re.search(r"\bfma\.", ptx)
+    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
+    tool = Path(sys.modules["triton"].__file__ or "").parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton has no cuobjdump to ask for registers")
+    usage = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
+    assert (int(stack), int(local)) == (0, 0)
+    assert int(registers) <= 128  # at least four programs on a multiprocessor
+
+
+# -- half-precision products -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed_addmm() -> Iterator[list[torch.dtype]]:
+    """Gives the CPU the product that CUDA has, half precision added up in float32; yields the operands' dtypes."""
+    seen: list[torch.dtype] = []
+
+    def addmm(
+        total: torch.Tensor, x: torch.Tensor, y: torch.Tensor, out_dtype: torch.dtype, *, out: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        assert out_dtype == total.dtype == torch.float32
+        assert out.data_ptr() == total.data_ptr()
+        seen.append(x.dtype)
+        return out.copy_(total + x.float() @ y.float())
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    gram._adds_up_in_float32.cache_clear()
+    yield seen
+    library._destroy()
+    gram._adds_up_in_float32.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype], dtype: torch.dtype) -> None:
+    """Columns enough for several products, which no tile divides; numbers whose squares float16 could not hold."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(400.0 * torch.randn(2, 9, 411, generator=generator)).to(dtype) for _ in range(3)]
+    hessian = HessianAccumulator(411, torch.device("cpu"))
+    for x in batches:
+        hessian.add(x)
+
+    X = torch.cat([x.reshape(-1, 411) for x in batches]).double()
+    torch.testing.assert_close(hessian.mean("layer"), (X.T @ X / len(X)).float(), rtol=1e-5, atol=1.0)
+    assert len(mixed_addmm) > 1 + 3
+    assert set(mixed_addmm) == {dtype}
+
+
+def test_where_torch_has_no_such_product_it_is_one_of_float32() -> None:
+    x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    assert gram.operand(x).dtype == torch.float32
+    assert gram.operand(x.double()).dtype == torch.float32
+    whole, half = HessianAccumulator(40, x.device), HessianAccumulator(40, x.device)
+    whole.add(x.float())
+    half.add(x)
+    assert torch.equal(whole.mean("layer"), half.mean("layer"))
+
+
+# -- streams, and what is said ---------------------------------------------------------------------------------------
+
+
+class FakeStream:
+    """Notes what would be queued."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self._name, self._log = name, log
+
+    def record_event(self) -> str:
+        self._log.append(f"{self._name} records")
+        return f"event of {self._name}"
+
+    def wait_event(self, event: str) -> None:
+        self._log.append(f"{self._name} waits for {event}")
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self._log.append(f"{self._name} waits for {other._name}")
+
+    def __enter__(self) -> None:
+        self._log.append(f"on {self._name}")
+
+    def __exit__(self, *_: object) -> None:
+        self._log.append(f"off {self._name}")
+
+
+def test_work_beside_waits_for_its_inputs_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    main, side = FakeStream("main", log), FakeStream("side", log)
+    monkeypatch.setattr(streams, "_side_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+
+    beside = streams.Beside(torch.device("cuda"))
+    log.append("main's work")
+    with pytest.raises(ValueError, match="damaged"), beside:
+        raise ValueError("damaged")  # left in order all the same
+
+    work = ["main records", "main's work", "side waits for event of main", "on side", "off side", "main waits for side"]
+    assert log == work
+
+
+def test_on_a_cpu_work_beside_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", None)
+    with streams.Beside(torch.device("cpu")):
+        pass
+
+
+def test_a_gpu_without_triton_is_said_in_one_line(
+    make_model: MakeModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_stream(make_model())
+    plan = plan_linears(stream, QuantSpec(group_size=32))
+    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    note_plan(stream, plan, recorder)
+    assert recorder.notes == []  # a CPU never asks for it
+
+    stream.device = torch.device("cuda")
+    note_plan(stream, plan, recorder)
+    assert recorder.notes == ["Triton is missing, so torch quantizes the columns: slower; pip install 'quantkit[gpu]'"]
+    assert kernels.column_kernel(stream.device) is None
+
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    assert kernels.shortfall(stream.device) is None
+    assert kernels.column_kernel(torch.device("cpu")) is None
+
+
+def test_what_a_cpu_computes_with_is_not_uploaded() -> None:
+    stored = {"weight": torch.ones(3)}
+    assert uploaded(stored, torch.device("cpu")) is stored
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    benchmark = runpy.run_path(str(folder / "gpu.py"))
+    options = "--shape llama-3-8b --device cpu --layers 2 --samples 2 --seq-len 32 --width 128 --group-size 32 --phases"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options.split(), "--out", str(tmp_path / "result.json")])
+    benchmark["main"]()
+
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["layers"], found["tokens"], found["kernel"]) == (2, 64, False)
+    # q and o are 128 x 128, k and v 64 x 128 (two heads share one), gate and up 448 x 128, down 128 x 448.
+    linears = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 448 * 128)
+    assert found["operations"]["forwards"] == 2 * 64 * linears + 2 * 4 * 64 * 16 * 128
+    assert found["operations"]["hessians"] == 2 * 64 * (3 * 128**2 + 448**2)
+    assert found["operations"]["columns"] == 2 * ((2 * 128 + 2 * 64 + 2 * 448) * 128**2 + 128 * 448**2)
+    assert found["over_floor"] == pytest.approx(found["seconds"] / sum(found["floor"].values()))
+    timed = found["phases"]
+    assert {"hessians", "factors", "grids", "columns", "forwards and the rest"} < timed.keys()
+    assert all(seconds > 0 for seconds in timed.values())
+    assert timed.pop("all") == pytest.approx(sum(timed.values()))
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+@pytest.mark.gpu
+@on_gpu
+@needs_triton
+def test_gpu_kernel_is_the_column_by_column_loop_bit_for_bit() -> None:
+    for name, (W, U, scale, minimum, top) in BLOCKS.items():
+        codes = torch.full(W.shape, 99, dtype=torch.uint8, device="cuda")
+        kernel = kernels.column_kernel(codes.device)
+        assert kernel is not None
+        Err = kernel(W.cuda(), U.cuda().contiguous(), scale.cuda(), minimum.cuda(), top, codes)
+
+        expected_codes, expected_err = reference(W, U, scale, minimum, top)
+        assert torch.equal(codes.cpu(), expected_codes), name
+        assert torch.equal(Err.cpu(), expected_err), name
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("with_triton", [True, False], ids=["triton", "torch"])
+def test_gpu_layer_is_the_cpus(with_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_triton:
+        monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    for name in LAYERS:
+        W, H, spec = layer(name)
+        found, expected = quantize(W.cuda(), H.cuda(), QuantSpec(**spec)), quantize(W, H, QuantSpec(**spec))
+
+        assert float((found.linear.codes.cpu() == expected.linear.codes).float().mean()) > 0.999, name
+        assert float(found.loss.sum()) == pytest.approx(float(expected.loss.sum()), rel=1e-3), name
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gpu_hessian_of_half_precision_activations(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 700, 264, generator=torch.Generator().manual_seed(0)).to(dtype)
+    hessian = HessianAccumulator(264, torch.device("cuda"))
+    for batch in x:
+        hessian.add(batch.cuda())
+
+    X = x.reshape(-1, 264).double()
+    torch.testing.assert_close(hessian.mean("layer").cpu(), (X.T @ X / len(X)).float(), rtol=1e-4, atol=1e-4)
+    assert gram.operand(x[0].cuda()).dtype == dtype  # the pinned torch has the product
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_run_is_about_the_cpus(make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, dtype: Any) -> None:
+    """Prefetched blocks, paused forwards, kernel, container and evaluation, all on the GPU."""
+    perplexity = {}
+    for device in ("cpu", "cuda"):
+        report = quantkit.gptq(
+            make_model(),
+            tmp_path / device,
+            group_size=32,
+            calibration=tiny_tokens,
+            device=device,
+            dtype="float32" if device == "cpu" else dtype,
+        )
+        assert report.evaluation is not None
+        perplexity[device] = report.evaluation.results[-1].perplexity
+    assert perplexity["cuda"] == pytest.approx(perplexity["cpu"], rel=0.01)

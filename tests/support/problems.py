@@ -1,0 +1,44 @@
+"""Weights with a Hessian, and GPTQ as the paper has it, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def problem(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [rows, columns] and the Hessian of correlated inputs of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    W = 0.1 * torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    X = torch.randn(4 * columns, columns, generator=generator) @ mixing
+    X *= torch.exp(0.7 * torch.randn(columns, generator=generator))
+    X[:, list(dead)] = 0.0
+    return W, X.T @ X / X.shape[0]
+
+
+def naive_gptq(
+    W: np.ndarray, H: np.ndarray, perm: np.ndarray, damp: float, scale: np.ndarray, zero: np.ndarray, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """GPTQ, algorithm 1, without blocks: float64, one column after the other, the inverse taken as such.
+
+    Returns codes [out, in] and the weights [out, in] as each column stood when its turn came.
+    """
+    W = W.astype(np.float64).copy()
+    columns = W.shape[1]
+    damped = H.astype(np.float64)[np.ix_(perm, perm)]
+    damped += damp * np.mean(np.diag(damped)) * np.eye(columns)
+    Hinv = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper
+    codes = np.zeros(W.shape, dtype=np.int64)
+    W = W[:, perm]
+    seen = W.copy()
+    for k in range(columns):
+        i = perm[k]
+        seen[:, k] = W[:, k]
+        q = np.clip(np.round(W[:, k] / scale[:, i] + zero[:, i]), 0, 2**bits - 1)
+        codes[:, i] = q
+        error = (W[:, k] - scale[:, i] * (q - zero[:, i])) / Hinv[k, k]
+        W[:, k:] -= np.outer(error, Hinv[k, k:])
+    natural = np.empty_like(seen)
+    natural[:, perm] = seen
+    return codes, natural

@@ -1,0 +1,647 @@
+"""card: what it says is what files and reports give, each fact for the file whose hash it names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import MakeModel, Recorder
+from huggingface_hub import ModelCard
+from support.wizard import wizard
+
+from quantkit.cli import app as cli
+from quantkit.errors import SourceError, UsageError
+from quantkit.tokens.templates import STYLES
+from quantkit.verbs import compare as comparing
+from quantkit.verbs import gptq as pipeline
+from quantkit.verbs import merge as merging
+from quantkit.verbs.card import CardReport, card
+from quantkit.verbs.card.render import render
+from quantkit.verbs.ggml import ggml
+
+REPO = "someone/tiny-GPTQ"
+TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
+ORIGINAL = """---
+license: apache-2.0
+license_link: LICENSE
+language:
+- en
+- fr
+tags:
+- secret-tag
+---
+# Tiny, the original
+
+It says: {{ not_a_variable }}.
+"""
+PNG = b"\x89PNG not really"
+
+
+@pytest.fixture(scope="session")
+def made(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPTQ folder, evaluated, as `gptq` leaves it."""
+    work = tmp_path_factory.mktemp("card")
+    records = [{"instruction": TEXT[i:], "output": TEXT * 2} for i in range(12)]
+    (work / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (work / "text.txt").write_text(" ".join(reversed(TEXT.split())) * 40)
+    pipeline.gptq(
+        make_model("llama", num_key_value_heads=4),
+        work / "tiny-GPTQ",
+        bits=4,
+        group_size=32,
+        damp=0.05,
+        calibration=str(work / "data.jsonl"),
+        text=str(work / "text.txt"),
+        samples=2,
+        seq_len=32,
+    )
+    return work / "tiny-GPTQ"
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "tiny-GPTQ"))
+
+
+@pytest.fixture
+def files(made: Path, tmp_path: Path) -> Path:
+    """A folder of two GGUF files of different models, without anything beside them."""
+    ggml(made, tmp_path / "files" / "tiny.Q4_0.gguf", pre="smollm")
+    ggml(made, tmp_path / "files" / "tiny.F16.gguf", type="f16", requantize=True, pre="smollm")
+    return tmp_path / "files"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def row(name: str, file: Path, perplexity: float, kl: float | None) -> dict[str, Any]:
+    """A model in a report, of a file that may be called otherwise there."""
+    values = {"mean": kl, "median": 0.01, "p90": 0.2, "p99": 0.5, "p999": 0.7, "max": 1.5}
+    scores = {
+        "perplexity": perplexity,
+        "stderr": 0.25,
+        "delta_ln_ppl": None if kl is None else 0.0123456789012345,
+        "delta_ln_ppl_stderr": None if kl is None else 0.0012,
+        "kl_divergence": None if kl is None else values,
+        "top1_agreement": None if kl is None else 0.9375,
+        "worst": [],
+    }
+    return {
+        "model": name,
+        "reference": kl is None,
+        "files": {"called-otherwise.bin": sha256(file)},
+        "texts": {"wikitext2": scores},
+    }
+
+
+def report(place: Path, *rows: dict[str, Any], plots: tuple[str, ...] = ()) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    texts = [{"name": "wikitext2", "tokens": 4096, "seq_len": 2048, "stride": None, "tokens_sha256": "ab" * 32}]
+    (place / "report.json").write_text(
+        json.dumps({"quantkit": "0.1.0", "reference": "tiny-fp16", "texts": texts, "models": rows, "choice": None})
+    )
+    for name in plots:
+        (place / name).write_bytes(PNG + name.encode())
+    return place / "report.json"
+
+
+def evaluated(place: Path, file: Path, limit: int | None = None) -> Path:
+    task = {
+        "task": "arc_challenge",
+        "name": "AI2 Reasoning Challenge (25-Shot)",
+        "dataset": "allenai/ai2_arc",
+        "split": "test",
+        "fewshot": 25,
+        "metric": "acc_norm",
+        "value": 0.5725255972696246,
+        "stderr": 0.0144568322948011,
+    }
+    content = {
+        "quantkit": "0.1.0",
+        "model": "x",
+        "files": {"w": sha256(file)},
+        "harness": {"name": "lm-evaluation-harness", "version": "0.4.9"},
+        "suite": "open-llm-leaderboard",
+        "limit": limit,
+        "tasks": [task],
+        "average": 0.5725255972696246,
+    }
+    place.write_text(json.dumps(content))
+    return place
+
+
+def write(folder: Path, **options: Any) -> tuple[CardReport, dict[str, Any], str]:
+    """The report, the front matter, and the text below it."""
+    made = card(folder, **options)
+    content = (folder / "README.md").read_text(encoding="utf-8")
+    loaded = ModelCard(content)
+    assert loaded.data.to_dict()["inference"] is False
+    _, head, body = content.split("---\n", 2)
+    return made, yaml.safe_load(head), body
+
+
+# -- from the folder alone -------------------------------------------------------------------------------------------
+
+
+def test_a_gptq_folder_says_what_its_run_noted(folder: Path, recorder: Recorder) -> None:
+    record = json.loads((folder / "quantkit.json").read_text())
+    made, head, body = write(folder, repo=REPO, licence="mit", base_model=["someone/tiny"], progress=recorder)
+    assert head["license"] == "mit"
+    assert (head["base_model"], head["base_model_relation"]) == ("someone/tiny", "quantized")
+    assert head["tags"] == ["quantized", "gptq", "4-bit", "quantkit"]
+    assert head["library_name"] == "transformers"
+    assert recorder.warnings == []
+    line = next(line for line in body.splitlines() if line.startswith("| `main` | 4-bit symmetric"))
+    assert line.endswith("| 32 | static | false | 0.05 |")
+    assert sha256(folder / "model.safetensors") in body
+    for value in (*record["source"]["sha256"].values(), record["calibration"]["tokens_sha256"]):
+        assert value in body
+    assert record["calibration"]["dataset_sha256"] in body
+    assert "2 windows of 32 tokens" in body
+    assert f"quantkit {record['versions']['quantkit']}, torch {record['versions']['torch']}" in body
+    # The run's own comparison with its source, to the last digit.
+    own = record["evaluation"]["results"][1]
+    (model,) = head["model-index"]
+    (text,) = model["results"]
+    values = {metric["type"]: metric["value"] for metric in text["metrics"]}
+    assert values == {
+        "perplexity": own["perplexity"],
+        "delta_ln_perplexity": own["delta_ln_ppl"],
+        "kl_divergence": own["kl_divergence"]["mean"],
+        "top1_agreement": own["top1_agreement"],
+    }
+    assert model["name"] == "tiny-GPTQ"
+    assert made.evaluated == ["tiny-GPTQ"]
+    assert "against tiny-llama" in body
+
+
+def test_memory_is_tensors_and_keys_and_values(folder: Path) -> None:
+    from quantkit.verbs.card.facts import models_in
+
+    (model,) = models_in(folder, "main")
+    config = json.loads((folder / "config.json").read_text())
+    tokens = min(2048, config["max_position_embeddings"])
+    width = config["hidden_size"] // config["num_attention_heads"]
+    cache = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width * tokens
+    from quantkit.verbs.inspect import inspect
+
+    assert model.memory_bytes == inspect(folder).bytes + cache
+    assert model.kv_tokens == tokens
+
+
+def test_what_nobody_measured_is_left_out(folder: Path, recorder: Recorder) -> None:
+    record = json.loads((folder / "quantkit.json").read_text())
+    (folder / "quantkit.json").write_text(json.dumps({**record, "evaluation": None}))
+    made, head, body = write(folder, progress=recorder)
+    assert "model-index" not in head
+    assert "license" not in head
+    assert "base_model" not in head
+    assert "base_model_relation" not in head
+    assert "quantized_by" not in head
+    for word in ("erplexity", "KL", "What it costs", "Tasks", "other forms", "Original model card"):
+        assert word not in body
+    assert len(made.missing) == len(recorder.warnings) == 3
+    assert any("licence" in warning for warning in recorder.warnings)
+
+
+def test_a_folder_without_quantkit_json_states_no_run(folder: Path) -> None:
+    (folder / "quantkit.json").unlink()
+    _, head, body = write(folder)
+    assert "model-index" not in head
+    assert "calibrat" not in body
+    assert "| 32 |  | false | 0.05 |" in body
+
+
+def test_a_record_of_other_weights_is_refused(folder: Path) -> None:
+    record = json.loads((folder / "quantkit.json").read_text())
+    record["files"] = {**record.get("files", {}), "model.safetensors": "0" * 64}
+    (folder / "quantkit.json").write_text(json.dumps(record))
+    with pytest.raises(SourceError, match=r"model\.safetensors is another file than quantkit\.json says"):
+        card(folder)
+    assert not (folder / "README.md").exists()
+
+
+def test_a_merged_model(make_model: MakeModel, tmp_path: Path) -> None:
+    merging.diff(make_model("llama"), make_model("llama", seed=1), tmp_path / "delta")
+    merging.merge(make_model("llama"), tmp_path / "delta", tmp_path / "out")
+    made, head, body = write(tmp_path / "out", base_model=["a/base", "b/delta"])
+    assert head["base_model"] == ["a/base", "b/delta"]
+    assert head["base_model_relation"] == "merge"
+    assert head["tags"] == ["quantkit"]
+    record = json.loads((tmp_path / "out" / "quantkit.json").read_text())
+    for role in ("base", "delta"):
+        assert next(iter(record["source"][role]["sha256"].values())) in body
+    assert made.models == ["out"]
+
+
+def test_gguf_files_and_who_loads_them(files: Path) -> None:
+    _, head, body = write(files, repo="someone/tiny-GGUF")
+    assert head["library_name"] == "gguf"
+    assert head["tags"] == ["quantized", "gguf", "quantkit"]
+    assert "base_model_relation" not in head
+    assert "| `tiny.Q4_0.gguf` | Q4_0 |" in body
+    assert "| `tiny.F16.gguf` | F16 |" in body
+    assert 'Llama.from_pretrained("someone/tiny-GGUF", filename="tiny.F16.gguf")' in body
+    assert "weights: GPTQ codes" in body
+    for other in ("GPTQModel", "AutoGPTQ", "ExLlama**", "gptqmodel"):
+        assert other not in body
+    # Of a byte-level vocabulary, which programs of 2023 do not read.
+    assert "ctransformers" not in body
+
+
+def test_a_ggjt_file(tmp_path: Path) -> None:
+    base, _, delta = wizard(tmp_path)
+    ggml(base=base, delta=delta, out=tmp_path / "out" / "wizard.ggmlv3.q4_0.bin", type="q4_0", container="ggjt")
+    _, head, body = write(tmp_path / "out", repo="someone/wizard-GGML", base_model=["someone/wizard"])
+    assert head["tags"] == ["quantized", "ggml", "quantkit"]
+    assert head["base_model_relation"] == "quantized"
+    assert "library_name" not in head
+    assert "| `wizard.ggmlv3.q4_0.bin` | Q4_0 |" in body
+    assert 'model_file="wizard.ggmlv3.q4_0.bin", model_type="llama"' in body
+    assert "llama.cpp" not in body
+    assert "text-generation-webui" not in body
+
+
+@pytest.mark.parametrize(
+    ("config", "program", "loads"),
+    [
+        ({"checkpoint_format": "gptq_v2"}, "AutoGPTQ", False),
+        ({}, "AutoGPTQ", True),
+        ({"sym": False}, "vLLM", False),
+        ({}, "vLLM", True),
+    ],
+)
+def test_only_programs_that_load_it_are_named(folder: Path, config: dict[str, Any], program: str, loads: bool) -> None:
+    for name in ("config.json", "quantize_config.json"):
+        content = json.loads((folder / name).read_text())
+        (content.get("quantization_config") or content).update(config)
+        (folder / name).write_text(json.dumps(content))
+    _, _, body = write(folder, repo=REPO)
+    assert (f"**{program}**" in body) == loads
+
+
+def test_code_names_the_branch(folder: Path) -> None:
+    _, _, body = write(folder, repo=REPO, branch="gptq-4bit-32g-actorder_False")
+    assert f'from_pretrained("{REPO}", revision="gptq-4bit-32g-actorder_False", device_map="auto")' in body
+    assert f"vllm serve {REPO} --revision gptq-4bit-32g-actorder_False" in body
+
+
+# -- reports ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_counts_for_the_file_with_its_hash(files: Path, tmp_path: Path) -> None:
+    """Names in the report are of other files; only hashes say which is which."""
+    rows = (
+        row("tiny.F16.gguf", files / "tiny.Q4_0.gguf", 12.345678901234567, 0.0987654321098765),
+        row("tiny.Q4_0.gguf", files / "tiny.F16.gguf", 11.5, None),
+    )
+    made, head, body = write(files, repo="someone/tiny-GGUF", reports=[report(tmp_path / "r", *rows)])
+    assert made.evaluated == ["tiny.F16.gguf", "tiny.Q4_0.gguf"]
+    assert [model["name"] for model in head["model-index"]] == ["tiny-GGUF/tiny.F16.gguf", "tiny-GGUF/tiny.Q4_0.gguf"]
+    (text,) = head["model-index"][1]["results"]
+    metrics = {metric["type"]: metric for metric in text["metrics"]}
+    assert metrics["perplexity"]["value"] == 12.345678901234567
+    assert metrics["perplexity"]["args"] == {"stderr": 0.25}
+    assert metrics["kl_divergence"]["value"] == 0.0987654321098765
+    assert metrics["kl_divergence"]["args"]["p999"] == 0.7
+    assert metrics["delta_ln_perplexity"]["value"] == 0.0123456789012345
+    assert text["dataset"]["args"] == {"tokens": 4096, "seq_len": 2048, "tokens_sha256": "ab" * 32}
+    assert [metric["type"] for metric in head["model-index"][0]["results"][0]["metrics"]] == ["perplexity"]
+    line = "| `tiny.Q4_0.gguf` | 12.346 | 0.25 | +0.0123 | 0.0012 | 0.0988 | 0.0100 | 0.500 | 1.50 | 93.8 % |"
+    assert line in body.splitlines()
+    assert "On `wikitext2` (4096 tokens scored, windows of 2048), against tiny-fp16:" in body
+
+
+def test_a_report_as_compare_writes_it(folder: Path, made: Path, make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("llama", num_key_value_heads=4)
+    text = str(made.parent / "text.txt")
+    comparing.compare(source, [folder], out=tmp_path / "r", texts=[text], seq_len=64, plots=False)
+    told = json.loads((tmp_path / "r" / "report.json").read_text())["models"][1]
+    _, head, _ = write(folder, reports=[tmp_path / "r" / "report.json"])
+    metrics = head["model-index"][0]["results"][0]["metrics"]
+    (scores,) = told["texts"].values()
+    found = {metric["type"]: metric["value"] for metric in metrics}
+    assert found["kl_divergence"] == scores["kl_divergence"]["mean"]
+    assert found["perplexity"] == scores["perplexity"]
+
+
+def test_a_report_of_other_files_is_an_error(files: Path, folder: Path, tmp_path: Path) -> None:
+    other = report(tmp_path / "r", row("tiny.Q4_0.gguf", folder / "config.json", 12, 0.1))
+    with pytest.raises(UsageError, match=r"report\.json: is of none of these files \(tiny\.F16\.gguf, tiny\.Q4"):
+        card(files, reports=[other])
+    with pytest.raises(UsageError, match="is of none of these files"):
+        card(files, evals=[evaluated(tmp_path / "e.json", folder / "config.json")])
+    assert not (files / "README.md").exists()
+
+
+def test_a_report_that_is_none(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"x\.json: not a report\.json of `quantkit compare`"):
+        card(files, reports=[tmp_path / "x.json"])
+    with pytest.raises(UsageError, match=r"x\.json: not results of `quantkit eval`"):
+        card(files, evals=[tmp_path / "x.json"])
+    with pytest.raises(UsageError, match="no such file"):
+        card(files, reports=[tmp_path / "no.json"])
+
+
+def test_harness_results_are_exact(folder: Path, tmp_path: Path) -> None:
+    results = evaluated(tmp_path / "e.json", folder / "model.safetensors", limit=10)
+    _, head, body = write(folder, evals=[results])
+    found = head["model-index"][0]["results"][-1]
+    assert found["dataset"] == {
+        "name": "AI2 Reasoning Challenge (25-Shot)",
+        "type": "allenai/ai2_arc",
+        "config": "arc_challenge",
+        "split": "test",
+        "args": {"num_few_shot": 25, "limit": 10},
+    }
+    (metric,) = found["metrics"]
+    assert metric["value"] == 0.5725255972696246
+    assert metric["args"] == {"stderr": 0.0144568322948011}
+    assert "| AI2 Reasoning Challenge (25-Shot) | acc_norm | 0.5725 | 0.014 |" in body
+    assert "| average | | 0.5725 | |" in body
+    assert "on the first 10 records of each task only" in body
+
+
+def test_plots_are_copied_and_linked(folder: Path, tmp_path: Path) -> None:
+    place = report(
+        tmp_path / "r",
+        row("x", folder / "model.safetensors", 12, 0.1),
+        plots=("accuracy-size.png", "kl.png", "other.png"),
+    )
+    made, _, body = write(folder, reports=[place])
+    assert made.plots == ["accuracy-size.png", "kl.png"]
+    assert (folder / "kl.png").read_bytes() == PNG + b"kl.png"
+    assert "![KL divergence against size](accuracy-size.png)" in body
+    assert not (folder / "other.png").exists()
+    (folder / "README.md").unlink()
+    (folder / "kl.png").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"kl\.png already exists and is another plot"):
+        card(folder, reports=[place])
+    assert (folder / "kl.png").read_bytes() == b"mine"
+
+
+def test_branches_are_rows_with_facts_of_their_own(
+    folder: Path, made: Path, tmp_path: Path, make_model: MakeModel
+) -> None:
+    eight = tmp_path / "eight"
+    pipeline.gptq(
+        make_model("llama", num_key_value_heads=4),
+        eight,
+        bits=8,
+        group_size=-1,
+        calibration=str(made.parent / "data.jsonl"),
+        samples=2,
+        seq_len=32,
+        evaluate=False,
+    )
+    place = report(tmp_path / "r", row("x", eight / "model.safetensors", 12, 0.001))
+    _, head, body = write(folder, repo=REPO, branches={"gptq-8bit--1g": eight}, reports=[place])
+    assert "| `gptq-8bit--1g` | 8-bit symmetric |" in body
+    assert "| whole rows | static | false | 0.1 |" in body
+    assert [model["name"] for model in head["model-index"]] == ["tiny-GPTQ/main", "tiny-GPTQ/gptq-8bit--1g"]
+    assert head["tags"] == ["quantized", "gptq", "4-bit", "8-bit", "quantkit"]
+
+
+# -- licence, the original card, other repositories ------------------------------------------------------------------
+
+
+def test_licence_and_language_come_from_the_original_card(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(ORIGINAL)
+    made, head, body = write(folder, original=tmp_path / "README.md", siblings=["someone/tiny-GGML", "a/b=What it is"])
+    assert made.licence == "apache-2.0"
+    assert (head["license"], head["license_link"], head["language"]) == ("apache-2.0", "LICENSE", ["en", "fr"])
+    assert "secret-tag" not in head["tags"]
+    assert body.endswith("# Tiny, the original\n\nIt says: {{ not_a_variable }}.\n")
+    assert (
+        "- [someone/tiny-GGML](https://huggingface.co/someone/tiny-GGML): GGML (ggjt) files, for programs of 2023"
+        in body
+    )
+    assert "- [a/b](https://huggingface.co/a/b): What it is" in body
+    with pytest.raises(UsageError, match=r"--licence mit: .* under apache-2\.0, which this one inherits"):
+        card(folder, original=tmp_path / "README.md", licence="mit", force=True)
+
+
+def test_licence_of_a_gguf_file(made: Path, tmp_path: Path) -> None:
+    source = tmp_path / "tiny"
+    shutil.copytree(made, source)
+    (source / "README.md").write_text(ORIGINAL)
+    ggml(source, tmp_path / "files" / "tiny.gguf", pre="smollm")
+    _, head, _ = write(tmp_path / "files")
+    assert head["license"] == "apache-2.0"
+
+
+def test_an_original_beside_other_weights_is_refused(folder: Path, make_model: MakeModel, tmp_path: Path) -> None:
+    for seed, right in ((0, True), (5, False)):
+        place = tmp_path / f"source{seed}"
+        shutil.copytree(make_model("llama", num_key_value_heads=4, seed=seed), place)
+        (place / "README.md").write_text(ORIGINAL)
+        if right:
+            assert card(folder, original=place).licence == "apache-2.0"
+        else:
+            with pytest.raises(UsageError, match=r"was made from another model\.safetensors than lies there"):
+                card(folder, original=place, force=True)
+
+
+def test_a_card_that_is_there_is_not_lost(folder: Path) -> None:
+    (folder / "README.md").write_text(ORIGINAL)
+    with pytest.raises(
+        UsageError, match=r"README\.md already exists; --force replaces it; --original .* keeps it below"
+    ):
+        card(folder)
+    assert (folder / "README.md").read_text() == ORIGINAL
+    _, head, body = write(folder, original=folder / "README.md")
+    assert head["license"] == "apache-2.0"
+    assert "# Tiny, the original" in body
+    with pytest.raises(UsageError, match=r"README\.md already exists; --force replaces it$"):
+        card(folder)
+    with pytest.raises(UsageError, match="quantkit wrote this card"):
+        card(folder, original=folder, force=True)
+    _, _, body = write(folder, force=True)
+    assert "Tiny, the original" not in body
+
+
+def test_front_matter_that_is_no_yaml(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(SourceError, match=r"README\.md: its front matter is no YAML"):
+        card(folder, original=tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UsageError, match="no card there"):
+        card(folder, original=tmp_path / "other")
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_templates(folder: Path, made: Path) -> None:
+    _, _, body = write(folder)
+    assert "<|im_start|>user\n{prompt}<|im_end|>" in body
+    _, _, body = write(folder, prompt_template="vicuna", force=True)
+    assert f"{STYLES['vicuna'].system} USER: {{prompt}} ASSISTANT:" in body
+    assert "<|im_start|>user" not in body
+    _, _, body = write(folder, prompt_template="none", force=True)
+    assert "Prompt template" not in body
+    (folder / "chat_template.jinja").unlink()
+    _, _, body = write(folder, force=True)  # that of the calibration text, which was drawn with the chat template
+    assert "Prompt template" not in body
+    record = json.loads((folder / "quantkit.json").read_text())
+    record["calibration"]["template"] = "vicuna"
+    (folder / "quantkit.json").write_text(json.dumps(record))
+    _, _, body = write(folder, force=True)
+    assert "`vicuna`, the form that the calibration text has:" in body
+    with pytest.raises(UsageError, match="the tokenizer has no chat template"):
+        card(folder, prompt_template="chat", force=True)
+    with pytest.raises(UsageError, match="--prompt-template chatml: choose auto, none, chat, alpaca"):
+        card(folder, prompt_template="chatml", force=True)
+
+
+# -- templates -------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_of_2023(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(ORIGINAL)
+    _, _, body = write(
+        folder,
+        template="thebloke-2023",
+        repo=REPO,
+        base_model=["someone/tiny"],
+        siblings=["someone/tiny-GGML"],
+        original=tmp_path / "README.md",
+        prompt_template="vicuna",
+    )
+    heads = [line for line in body.splitlines() if line.startswith("#")]
+    wanted = [
+        "# tiny-GPTQ",
+        "## Description",
+        "## Repositories available",
+        "## Prompt template: vicuna",
+        "## Provided files, and GPTQ parameters",
+        "## How to use it with transformers",
+        "# Original model card: tiny",
+    ]
+    assert [head for head in heads if head in wanted] == wanted
+    kl = json.loads((folder / "quantkit.json").read_text())["evaluation"]["results"][1]["kl_divergence"]["mean"]
+    line = next(
+        line for line in body.splitlines() if line.startswith("| main | 4 | 32 | No | 0.05 | data.jsonl | 32 |")
+    )
+    assert float(line.split("|")[9]) == pytest.approx(kl, rel=0.01)
+    assert "\ntransformers (with gptqmodel and optimum):\n" in body
+
+
+def test_tables_are_whole(files: Path, folder: Path, tmp_path: Path) -> None:
+    """Every row has the columns of its head, in both layouts."""
+    for template in ("default", "thebloke-2023"):
+        for place in (files, folder):
+            weights = place / ("tiny.Q4_0.gguf" if place == files else "model.safetensors")
+            found = report(tmp_path / "r", row("x", weights, 12, 0.1))
+            _, _, body = write(place, template=template, reports=[found], force=True)
+            for table in re.findall(r"(?:^\|.*\n)+", body, re.MULTILINE):
+                assert len({line.count("|") - line.count("\\|") for line in table.splitlines()}) == 1, table
+            assert "\n\n\n" not in body.partition("## Loading")[0]
+
+
+def test_a_template_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "mine.md.j2"
+    place.write_text(
+        "{{ title }}: {% for model in models %}{{ model.bits }} bits, {{ model.bytes | size }}{% endfor %}\n"
+    )
+    _, _, body = write(folder, template=str(place), repo=REPO)
+    assert re.search(r"\ntiny-GPTQ: 4 bits, [\d.]+ kB\n$", body)
+
+
+def test_numbers_keep_their_digits() -> None:
+    template = (
+        "{{ 0.2 | number(3) }} {{ 39.18 | number(5) }} {{ 123456.7 | number(3) }} {{ 1e-7 | number(2, sign=True) }}"
+    )
+    assert render(template, "x", {}) == "0.200 39.180 123457 +1.0e-07"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("fine\n{{ modles }}\n", 2, "'modles' is undefined"),
+        ("fine\n\n{% if %}\n", 3, "Expected an expression"),
+        ("{{ title.__class__.__mro__ }}\n", 1, "unsafe"),
+        ("a\nb\n{{ 1 / 0 }}\n", 3, "division by zero"),
+    ],
+)
+def test_an_error_in_a_template_names_its_line(folder: Path, tmp_path: Path, text: str, line: int, why: str) -> None:
+    place = tmp_path / "mine.md.j2"
+    place.write_text(text)
+    with pytest.raises(UsageError, match=rf"mine\.md\.j2, line {line}: .*{why}"):
+        card(folder, template=str(place))
+    assert not (folder / "README.md").exists()
+
+
+def test_a_template_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--template nice: choose default, thebloke-2023, or name a file"):
+        card(folder, template="nice")
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["default", "thebloke-2023"])
+def test_equal_facts_give_equal_bytes_without_paths(folder: Path, tmp_path: Path, template: str) -> None:
+    place = report(tmp_path / "r", row("x", folder / "model.safetensors", 12, 0.1), plots=("kl.png",))
+    other = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "tiny-GPTQ"))
+    contents = []
+    for where in (folder, other):
+        write(where, template=template, reports=[place])
+        contents.append((where / "README.md").read_bytes())
+    assert contents[0] == contents[1]
+    assert str(tmp_path).encode() not in contents[0]
+    assert b"/tmp" not in contents[0]
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        card(tmp_path / "nothing")
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(UsageError, match="no model here"):
+        card(tmp_path)
+
+
+def test_the_command(
+    folder: Path,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    place = report(tmp_path / "r", row("x", folder / "model.safetensors", 12, 0.1))
+    arguments = ["card", folder, "--report", place, "--repo", REPO, "--licence", "mit", "--sibling", "a/b"]
+    code, out, err = run(*arguments, "--with-branch", f"other={made}", "--quantized-by", "someone", "--json")
+    assert code == 0
+    assert json.loads(out)["models"] == ["tiny-GPTQ", "tiny-GPTQ"]
+    assert "the card does not say which model it was made from" in err
+    assert "quantized_by: someone" in (folder / "README.md").read_text()
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert "--force replaces it" in err
+    code, out, err = run(*arguments, "--force")
+    assert code == 0
+    assert "1 of 1 measured" in out
+    assert run(*arguments, "--with-branch", "other")[0] == 2
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of a command."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main([*map(str, arguments)])
+        return (int(exit.value.code or 0), *capsys.readouterr())
+
+    return call

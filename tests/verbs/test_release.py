@@ -1,0 +1,356 @@
+"""release: the model case from a base and a delta to published repositories, and what happens when it is disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel, Recorder
+from huggingface_hub import snapshot_download
+from support.recipes import HEAD, SMALL, TEXT, write_recipe
+from support.wizard import stored, wizard
+
+import quantkit
+from quantkit.cli import app as cli
+from quantkit.errors import UsageError
+from quantkit.sources import open_source
+from quantkit.verbs.release import ReleaseReport
+from quantkit.verbs.release.ledger import locked
+
+WIZARD = f"""
+name: Tiny-Wizard
+source: {{base: llama, delta: wizard-delta, vocab: mean, dtype: float16}}
+{HEAD}
+variants:
+  - {{kind: gptq, bits: 4, group_size: 32}}
+  - {{kind: gptq, bits: 8, group_size: 32}}
+  - {{kind: ggjt, type: q4_0}}
+  - {{kind: ggjt, type: q5_0}}
+  - {{kind: ggjt, type: q8_0}}
+  - {{kind: gguf, type: q4_0}}
+card: {{licence: other, prompt_template: vicuna}}
+publish: {{owner: someone}}
+"""
+
+
+def statuses(report: ReleaseReport) -> dict[str, str]:
+    return {outcome.step: outcome.status for outcome in report.outcomes}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a release but its own notes."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name not in ("ledger.json", "lock")
+    }
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base, delta, tuned model and recipe."""
+    folder = tmp_path_factory.mktemp("wizard")
+    wizard(folder)
+    write_recipe(folder, WIZARD)
+    return folder
+
+
+def test_the_wizardlm_recipe_from_base_and_delta_to_the_hub_and_back(
+    case: Path,
+    hub_client: None,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    report = quantkit.release(case / "recipe.yaml", out)
+    assert set(statuses(report).values()) == {"done"}, report.outcomes
+    merged = stored(out / "Tiny-Wizard")
+    tuned = stored(case / "wizard")
+    assert merged.keys() == tuned.keys()
+    assert all(torch.equal(merged[name], tuned[name].half()) for name in tuned)
+    # The files of one type hold the codes of one run.
+    codes = open_source(out / "Tiny-Wizard-GGUF" / "Tiny-Wizard-Q4_0.gguf")
+    ggjt = open_source(out / "Tiny-Wizard-GGML" / "Tiny-Wizard.ggmlv3.q4_0.bin")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(codes.read(name), ggjt.read(name))
+    cards = {repo: (out / folder / "README.md").read_text() for repo, folder in REPOS.items()}
+    for repo, card in cards.items():
+        for other in REPOS.keys() - {repo}:
+            assert f"someone/{other}" in card, (repo, other)
+    for repo, folder in REPOS.items():
+        back = Path(snapshot_download(f"someone/{repo}", token=True, local_dir=tmp_path / "back" / repo))
+        for path in (out / folder).rglob("*"):
+            assert (back / path.relative_to(out / folder)).read_bytes() == path.read_bytes(), path
+        assert quantkit.verify(back, generate=False).problems == []
+    second = snapshot_download(
+        "someone/Tiny-Wizard-GPTQ", revision="gptq-8bit-32g-actorder_False", local_dir=tmp_path / "second"
+    )
+    assert open_source(second).kind == "gptq"
+    models = [
+        tmp_path / "back" / "Tiny-Wizard-GPTQ",
+        tmp_path / "back" / "Tiny-Wizard-GGML" / "Tiny-Wizard.ggmlv3.q8_0.bin",
+        tmp_path / "back" / "Tiny-Wizard-GGUF" / "Tiny-Wizard-Q4_0.gguf",
+    ]
+    compared = quantkit.compare(
+        tmp_path / "back" / "Tiny-Wizard-HF",
+        models,
+        out=tmp_path / "report",
+        texts=[str(case / "text.txt")],
+        seq_len=64,
+    )
+    found = json.loads((out / "report" / "report.json").read_text())
+    before = {model["bytes"]: model["texts"]["text.txt"]["perplexity"] for model in found["models"]}
+    for model in compared.as_dict()["models"]:
+        assert model["texts"]["text.txt"]["perplexity"] == pytest.approx(before[model["bytes"]], rel=1e-6)
+    ggml = out / "Tiny-Wizard-GGML"
+    quantkit.card(ggml, template="thebloke-2023", force=True)
+    card = (ggml / "README.md").read_text()
+    assert card.count("calibration tokens, SHA-256") == 1  # of all three files
+    for file in ggml.glob("*.bin"):
+        assert f"\n* `{file.name}`, SHA-256 `{hashlib.sha256(file.read_bytes()).hexdigest()}`\n" in card
+
+
+REPOS = {
+    "Tiny-Wizard-HF": "Tiny-Wizard",
+    "Tiny-Wizard-GPTQ": "Tiny-Wizard-GPTQ-4bit-32g",
+    "Tiny-Wizard-GGML": "Tiny-Wizard-GGML",
+    "Tiny-Wizard-GGUF": "Tiny-Wizard-GGUF",
+}
+
+
+@pytest.fixture
+def small(make_model: MakeModel, tmp_path: Path) -> Path:
+    """A recipe of a model with grouped keys and a byte-level vocabulary, which ggjt has no place for."""
+    shutil.copytree(make_model("llama"), tmp_path / "model")
+    return write_recipe(tmp_path, SMALL)
+
+
+def test_what_is_done_is_not_done_again(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = statuses(quantkit.release(small, out))
+    assert first.pop("ggjt Q4_0") == "refused"
+    assert set(first.values()) == {"done"}, first
+    before, times = contents(out), {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = statuses(quantkit.release(small, out))
+    assert again.pop("ggjt Q4_0") == "refused"
+    assert set(again.values()) == {"unchanged"}
+    assert contents(out) == before
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == times
+
+    # Another variant's bits: that one, and what tells of it.
+    small.write_text(SMALL.replace("bits: 4", "bits: 8"))
+    changed = statuses(quantkit.release(small, out))
+    assert (changed["fp16"], changed["codes Q8_0 pre gpt-2"], changed["folder Tiny-GGUF"]) == ("unchanged",) * 3
+    assert (changed["gptq 8bit-32g"], changed["compare"], changed["card Tiny-GGUF"]) == ("done",) * 3
+    assert (out / "Tiny-GGUF" / "Tiny-Q8_0.gguf").read_bytes() == before["Tiny-GGUF/Tiny-Q8_0.gguf"]
+
+    # A file that was spoilt is made again, and nothing else is.
+    weights = out / "Tiny-GPTQ-8bit-32g" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    mended = statuses(quantkit.release(small, out))
+    assert weights.read_bytes() == whole
+    assert (mended["gptq 8bit-32g"], mended["fp16"], mended["compare"]) == ("done", "unchanged", "unchanged")
+
+
+def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantkit.release(small, out)
+    small.write_text(SMALL.replace("samples: 4", "samples: 5"))
+    calibrated = statuses(quantkit.release(small, out))
+    assert calibrated["fp16"] == "unchanged"
+    assert (calibrated["gptq 4bit-32g"], calibrated["codes Q8_0 pre gpt-2"]) == ("done", "done")
+    (tmp_path / "text.txt").write_text(TEXT.replace("river", "mountain"))
+    judged = statuses(quantkit.release(small, out))
+    assert (judged["fp16"], judged["compare"]) == ("unchanged", "done")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rope_theta": 20000.0}))
+    assert statuses(quantkit.release(small, out))["fp16"] == "done"
+
+
+def test_a_variant_that_fails_does_not_take_the_others_along(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from quantkit.verbs.release import variants
+
+    real: Callable[..., Any] = variants.gptq
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        if options.get("bits") == 4:
+            raise ValueError("out of luck")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(variants, "gptq", broken)
+    out = tmp_path / "out"
+    report = quantkit.release(small, out)
+    found = statuses(report)
+    assert (found["gptq 4bit-32g"], found["card Tiny-GPTQ-4bit-32g"]) == ("failed", "skipped")
+    assert (found["codes Q8_0 pre gpt-2"], found["compare"], found["verify Tiny-GGUF"]) == ("done",) * 3
+    assert report.outcomes[-1].why != ""
+    assert {outcome.step for outcome in report.failures} == {
+        "gptq 4bit-32g",
+        "card Tiny-GPTQ-4bit-32g",
+        "verify Tiny-GPTQ-4bit-32g",
+    }
+    assert not (out / "Tiny-GPTQ-4bit-32g").exists()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["release", str(small), "--out", str(out), "-q"])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "ValueError: out of luck" in said
+    assert "steps failed; the same command does what is missing" in said
+    monkeypatch.setattr(variants, "gptq", real)
+    mended = statuses(quantkit.release(small, out))
+    assert (mended["gptq 4bit-32g"], mended["codes Q8_0 pre gpt-2"], mended["compare"]) == ("done", "unchanged", "done")
+
+
+def test_what_cannot_be_made_is_said_before_the_work(small: Path, tmp_path: Path, recorder: Recorder) -> None:
+    small.write_text(SMALL.replace("optional: true", "optional: false").replace("bits: 4", "bits: 5"))
+    report = quantkit.release(small, tmp_path / "out", progress=recorder)
+    found = {outcome.step: outcome for outcome in report.outcomes}
+    assert (found["gptq 5bit-32g"].status, found["ggjt Q4_0"].status) == ("failed", "failed")
+    assert "a GPTQ checkpoint holds 2, 3, 4 or 8 bits" in (found["gptq 5bit-32g"].why or "")
+    assert "2 keys and values, which a ggjt file cannot say" in (found["ggjt Q4_0"].why or "")
+    assert found["verify Tiny-GGUF"].status == "done"
+    assert any("ggjt Q4_0 cannot be made" in text for text in recorder.warnings)
+    assert len(report.failures) == 2
+
+
+def test_a_dry_run_tells_what_will_be_and_writes_nothing(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["release", str(small), "--out", str(tmp_path / "out"), "--dry-run", "--json"])
+    assert ended.value.code == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert contents(tmp_path) == before
+    parts = {part["name"]: part for part in plan["forecasts"]}
+    assert list(parts) == ["fp16", "gptq 4bit-32g", "gguf Q8_0", "ggjt Q4_0", "compare"]
+    assert "cannot say" in parts["ggjt Q4_0"]["refused"]
+    quantkit.release(small, tmp_path / "out")
+    for part, folder in (("fp16", "Tiny"), ("gptq 4bit-32g", "Tiny-GPTQ-4bit-32g")):
+        assert parts[part]["bytes"] == sum(
+            t.numel() * t.element_size() for t in stored(tmp_path / "out" / folder).values()
+        )
+        assert parts[part]["memory_bytes"] > 0
+    assert all(part["seconds"] > 0 for part in parts.values() if part["refused"] is None)
+    with pytest.raises(SystemExit):
+        cli.main(["release", str(small), "--out", str(tmp_path / "out"), "--dry-run"])
+    table = capsys.readouterr().out
+    assert "ggjt Q4_0 cannot be made: " in table
+    assert "in all " in table
+
+
+def test_folders_that_are_not_a_releases(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("dear")
+    with pytest.raises(UsageError, match="holds something that is no release"):
+        quantkit.release(small, tmp_path / "other")
+    with pytest.raises(UsageError, match="lie in each other"):
+        quantkit.release(small, tmp_path / "model" / "out")
+    with pytest.raises(UsageError, match="is a file"):
+        quantkit.release(small, small)
+    with locked(tmp_path / "out"), pytest.raises(UsageError, match="another release runs in"):
+        quantkit.release(small, tmp_path / "out")
+
+
+def test_what_a_killed_release_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    """A card replaces several files of a finished folder at once: its staging lies in that folder."""
+    left = [tmp_path / place / ".README.md.x1.partial" for place in (".", "Tiny-GGUF", ".release", ".release/files")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("half")
+    (tmp_path / "Tiny-GGUF" / "notes.partial").write_text("mine")
+    with locked(tmp_path):
+        assert not any(folder.exists() for folder in left)
+        assert (tmp_path / "Tiny-GGUF" / "notes.partial").exists()
+
+
+def test_what_somebody_put_where_a_variant_goes_is_kept(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".release").mkdir(parents=True)
+    (out / "Tiny-GPTQ-4bit-32g").mkdir()
+    (out / "Tiny-GPTQ-4bit-32g" / "notes.txt").write_text("mine")
+    found = statuses(quantkit.release(small, out))
+    assert (found["gptq 4bit-32g"], found["codes Q8_0 pre gpt-2"]) == ("failed", "done")
+    assert (out / "Tiny-GPTQ-4bit-32g" / "notes.txt").read_text() == "mine"
+
+
+KILLED = r"""
+import os, random, signal, sys, time
+from pathlib import Path
+
+import quantkit
+from quantkit.releasing import release
+
+recipe, out, rounds, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+chance = random.Random(seed)
+
+
+def start(place):
+    child = os.fork()
+    if child == 0:
+        os._exit(1 if release(recipe, place).failures else 0)
+    return child
+
+
+began = time.monotonic()
+assert os.waitpid(start(out / "whole"), 0)[1] == 0
+whole = time.monotonic() - began
+kills = 0
+while kills < rounds:
+    place = out / f"killed-{kills}"
+    while kills < rounds:
+        child = start(place)
+        time.sleep(chance.uniform(0, whole))
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    else:
+        assert os.waitpid(start(place), 0)[1] == 0
+print(kills)
+"""
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    """Twenty kills: of each release as many as come before it is done; resumed in between and to the end."""
+    (tmp_path / "runs").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(small), str(tmp_path / "runs"), "20", "7"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "20"
+    whole = contents(tmp_path / "runs" / "whole")
+    assert "report/report.html" in whole
+    released = [path for path in (tmp_path / "runs").iterdir() if path.name != "whole"]
+    assert released
+    for place in released:
+        found = contents(place)
+        assert found.keys() == whole.keys(), place
+        assert [name for name in whole if found[name] != whole[name]] == [], place
+    assert not list((tmp_path / "runs").rglob("*.partial"))
+
+
+def test_a_source_that_stays_at_home_is_no_sibling(small: Path, tmp_path: Path) -> None:
+    text = SMALL.replace("{model: model}", "{model: model, publish: false}") + "publish: {owner: someone}\n"
+    small.write_text(text)
+    found = statuses(quantkit.release(small, tmp_path / "out", publishing=False))
+    assert not [step for step in found if step.startswith("publish")]
+    card = (tmp_path / "out" / "Tiny-GGUF" / "README.md").read_text()
+    assert "someone/Tiny-GPTQ" in card
+    assert "Tiny-HF" not in card

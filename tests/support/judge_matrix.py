@@ -14,9 +14,9 @@ _HEAD = """\
 # What the judges say
 
 Written by `make judges-matrix` from tests/judges/test_judges.py; not by hand. Tiny random models (two blocks, widths 64
-and 96) stand for their families. A cell is the largest difference of logits, in float32 on the CPU, between quantkit's own
-reader and the judge, over two sequences of 24 random tokens; the standard deviation of those logits stands beside it.
-A number in brackets is a reason, listed below, why there is no difference to give.
+and 96) stand for their families. A cell is the largest difference of logits, in float32 on the CPU, between quantkit's
+own reader and the judge, over two sequences of 24 random tokens; the standard deviation of those logits stands beside
+it. A number in brackets is a reason, listed below, why there is no difference to give.
 
 {judges}
 """

@@ -23,6 +23,7 @@ from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AutoHfQuantizer
 
+import quantkit
 from quantkit.containers.hf import pickled
 from quantkit.containers.hf.folder import open_weights
 from quantkit.containers.hf.fp8 import Fp8Source, dequantize
@@ -32,7 +33,6 @@ from quantkit.errors import SourceError
 from quantkit.options import QuantSpec
 from quantkit.quantize.targets import CheckpointTarget
 from quantkit.sources import open_source
-from quantkit.verbs import gptq as pipeline
 from quantkit.verbs.gptq import check_finite
 from quantkit.verbs.inspect import inspect
 
@@ -119,7 +119,7 @@ def test_a_bin_folder_quantizes_to_the_same_bytes(make_model: MakeModel, tmp_pat
     written = []
     for name, source in (("a", model), ("b", folder)):
         out = tmp_path / name
-        pipeline.gptq(source, out, calibration="evol-instruct-sample", samples=2, seq_len=16, evaluate=False)
+        quantkit.gptq(source, out, calibration="evol-instruct-sample", samples=2, seq_len=16, evaluate=False)
         written.append((out / "model.safetensors").read_bytes())
     assert written[0] == written[1]
 
@@ -132,7 +132,7 @@ def test_safetensors_are_preferred_to_a_bin_beside_them(make_model: MakeModel, t
 
 def test_a_gptq_checkpoint_in_a_bin_has_the_same_codes(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pipeline.gptq(make_model("llama"), out, calibration="evol-instruct-sample", samples=2, seq_len=16, evaluate=False)
+    quantkit.gptq(make_model("llama"), out, calibration="evol-instruct-sample", samples=2, seq_len=16, evaluate=False)
     folder = without_weights(out, tmp_path / "bin")
     save_zip(stored(out), folder / "gptq_model-4bit-128g.bin")
     wanted, source = open_source(out), open_source(folder)
@@ -415,7 +415,7 @@ def test_an_fp8_folder_gives_what_transformers_dequantizes(make_model: MakeModel
 def test_an_fp8_folder_is_quantized_to_4_bits(make_model: MakeModel, tmp_path: Path) -> None:
     folder = fp8_folder(make_model("qwen3", dtype="float32"), tmp_path / "model")
     out = tmp_path / "out"
-    pipeline.gptq(folder, out, calibration="evol-instruct-sample", samples=4, seq_len=32, bits=8, evaluate=False)
+    quantkit.gptq(folder, out, calibration="evol-instruct-sample", samples=4, seq_len=32, bits=8, evaluate=False)
     config = json.loads((out / "config.json").read_text())
     assert (config["quantization_config"]["quant_method"], config["dtype"]) == ("gptq", "bfloat16")
     source, written = open_source(folder), open_source(out)

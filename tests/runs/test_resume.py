@@ -51,7 +51,7 @@ from quantkit.runs.unfinished import (
     folder_of,
     working,
 )
-from quantkit.verbs import gptq as pipeline
+from quantkit.verbs.gptq import GptqReport
 
 BLOCKS = 6
 TOKENS = token_matrix(12, 32)
@@ -120,7 +120,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def run(model: Path, out: Path, **options: Any) -> pipeline.GptqReport:
+def run(model: Path, out: Path, **options: Any) -> GptqReport:
     return quantkit.gptq(model, out, **{**OPTIONS, **options})
 
 
@@ -836,7 +836,7 @@ def gptq(place, **options_of_start):
 
 
 def library(place):  # the same, without a command line and a text to draw from
-    pipeline.gptq(
+    quantkit.gptq(
         model, place, calibration=tokens, group_size=32, evaluate=False, resume=True, checkpoint_every="2"
     )
     sys.exit()

@@ -19,12 +19,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from support.hub_server import HubServer
 
+import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import SourceError
 from quantkit.sources import hub, open_source
-from quantkit.verbs import gptq as pipeline
-from quantkit.verbs import merge as merging
-from quantkit.verbs import samples as drawing
 
 NORM = "model.norm.weight"
 RECORDS = [
@@ -164,7 +162,7 @@ def test_a_gptq_repository_with_its_file_names_of_2023(
     server: HubServer, make_model: MakeModel, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    pipeline.gptq(make_model("llama"), out, calibration="evol-instruct-sample", samples=2, seq_len=16, evaluate=False)
+    quantkit.gptq(make_model("llama"), out, calibration="evol-instruct-sample", samples=2, seq_len=16, evaluate=False)
     (out / "model.safetensors").rename(out / "gptq_model-4bit-128g.safetensors")
     server.commit("someone/tiny-GPTQ", out, branch="gptq-4bit-128g")
     source = open_source("someone/tiny-GPTQ", "gptq-4bit-128g")
@@ -175,16 +173,16 @@ def test_a_gptq_repository_with_its_file_names_of_2023(
 @pytest.mark.usefixtures("client")
 def test_a_base_and_a_delta_by_their_revisions(server: HubServer, make_model: MakeModel, tmp_path: Path) -> None:
     base, tuned = make_model("llama"), with_norm(make_model("llama"), tmp_path / "tuned", 2)
-    merging.diff(base, tuned, tmp_path / "delta")
+    quantkit.diff(base, tuned, tmp_path / "delta")
     server.commit("someone/tiny", make_model("qwen2"))
     server.commit("someone/tiny", base, branch="base")
     server.commit("someone/tiny", tmp_path / "delta", branch="delta")
     tiny = "someone/tiny"
-    report = merging.merge(tiny, tiny, tmp_path / "out", base_revision="base", revision="delta")
+    report = quantkit.merge(tiny, tiny, tmp_path / "out", base_revision="base", revision="delta")
     assert report.dtype == "float16"  # which the delta's quantkit.json says, and it alone
     assert torch.equal(open_source(tmp_path / "out").read(NORM), open_source(tuned).read(NORM))
     with pytest.raises(SourceError, match=r"no such revision of it: check --revision"):
-        merging.merge(tiny, tiny, tmp_path / "no", base_revision="nothing", revision="delta")
+        quantkit.merge(tiny, tiny, tmp_path / "no", base_revision="nothing", revision="delta")
 
 
 # -- offline -----------------------------------------------------------------------------------------------------------
@@ -331,7 +329,7 @@ def test_a_data_set_by_id_and_revision(make_model: MakeModel, data: tuple[str, s
     drawn = {}
     for revision in ("", "@main", "@v1", f"@{data[0]}"):
         name = f"someone/data{revision}{file}"
-        drawn[revision] = drawing.samples(make_model("llama"), calibration=name, samples=8, seq_len=64)
+        drawn[revision] = quantkit.samples(make_model("llama"), calibration=name, samples=8, seq_len=64)
     for revision, report in drawn.items():
         found = numbers(report)
         assert found

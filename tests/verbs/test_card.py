@@ -16,12 +16,10 @@ from conftest import MakeModel, Recorder
 from huggingface_hub import ModelCard
 from support.wizard import wizard
 
+import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import SourceError, UsageError
 from quantkit.tokens.templates import STYLES
-from quantkit.verbs import compare as comparing
-from quantkit.verbs import gptq as pipeline
-from quantkit.verbs import merge as merging
 from quantkit.verbs.card import CardReport, card
 from quantkit.verbs.card.render import render
 from quantkit.verbs.ggml import ggml
@@ -51,7 +49,7 @@ def made(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
     records = [{"instruction": TEXT[i:], "output": TEXT * 2} for i in range(12)]
     (work / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (work / "text.txt").write_text(" ".join(reversed(TEXT.split())) * 40)
-    pipeline.gptq(
+    quantkit.gptq(
         make_model("llama", num_key_value_heads=4),
         work / "tiny-GPTQ",
         bits=4,
@@ -230,8 +228,8 @@ def test_a_record_of_other_weights_is_refused(folder: Path) -> None:
 
 
 def test_a_merged_model(make_model: MakeModel, tmp_path: Path) -> None:
-    merging.diff(make_model("llama"), make_model("llama", seed=1), tmp_path / "delta")
-    merging.merge(make_model("llama"), tmp_path / "delta", tmp_path / "out")
+    quantkit.diff(make_model("llama"), make_model("llama", seed=1), tmp_path / "delta")
+    quantkit.merge(make_model("llama"), tmp_path / "delta", tmp_path / "out")
     made, head, body = write(tmp_path / "out", base_model=["a/base", "b/delta"])
     assert head["base_model"] == ["a/base", "b/delta"]
     assert head["base_model_relation"] == "merge"
@@ -323,7 +321,7 @@ def test_a_report_counts_for_the_file_with_its_hash(files: Path, tmp_path: Path)
 def test_a_report_as_compare_writes_it(folder: Path, made: Path, make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model("llama", num_key_value_heads=4)
     text = str(made.parent / "text.txt")
-    comparing.compare(source, [folder], out=tmp_path / "r", texts=[text], seq_len=64, plots=False)
+    quantkit.compare(source, [folder], out=tmp_path / "r", texts=[text], seq_len=64, plots=False)
     told = json.loads((tmp_path / "r" / "report.json").read_text())["models"][1]
     _, head, _ = write(folder, reports=[tmp_path / "r" / "report.json"])
     metrics = head["model-index"][0]["results"][0]["metrics"]
@@ -393,7 +391,7 @@ def test_branches_are_rows_with_facts_of_their_own(
     folder: Path, made: Path, tmp_path: Path, make_model: MakeModel
 ) -> None:
     eight = tmp_path / "eight"
-    pipeline.gptq(
+    quantkit.gptq(
         make_model("llama", num_key_value_heads=4),
         eight,
         bits=8,

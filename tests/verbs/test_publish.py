@@ -16,11 +16,10 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from support.hub_server import HubServer
 from support.hub_uploads import ATTRIBUTES
 
+import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import OutputError, QuantkitError, UsageError
 from quantkit.tokens import TokenMatrix
-from quantkit.verbs import gptq as pipeline
-from quantkit.verbs import verify as verification
 from quantkit.verbs.card import card
 from quantkit.verbs.publish import PublishReport, branch_of, publish
 
@@ -408,14 +407,14 @@ def test_a_run_described_verified_published_and_pulled_back(
     server: HubServer, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:
     out = tmp_path / "tiny-GPTQ"
-    pipeline.gptq(make_model("llama"), out, group_size=32, calibration=tiny_tokens, evaluate=False)
+    quantkit.gptq(make_model("llama"), out, group_size=32, calibration=tiny_tokens, evaluate=False)
     card(out, repo=REPO, licence="mit", base_model=["someone/tiny"])
     publish(out, REPO)
     got = Path(snapshot_download(REPO))
     assert {p.name: p.read_bytes() for p in got.iterdir() if p.name != ATTRIBUTES} == {
         p.name: p.read_bytes() for p in out.iterdir()
     }
-    assert verification.verify(got, generate=False).problems == []
+    assert quantkit.verify(got, generate=False).problems == []
     (out / "tokenizer.json").unlink()
     assert "not published, `quantkit verify` finds" in refused(out, verify=True)
 

@@ -510,10 +510,10 @@ import torch
 import transformers.models.llama.modeling_llama
 
 import quantkit
-import quantkit.evaluating, quantkit.export, quantkit.merging, quantkit.pipeline
-from quantkit.calibration import TokenMatrix
-from quantkit.config import QuantSpec
-from quantkit.quant.gptq import quantize
+import quantkit.verbs.perplexity, quantkit.verbs.ggml, quantkit.verbs.merge, quantkit.verbs.gptq
+from quantkit.tokens import TokenMatrix
+from quantkit.options import QuantSpec
+from quantkit.quantize.gptq import quantize
 
 # Loads the compiler of its loops, and has the library of matrix products take its buffers.
 quantize(torch.rand(512, 1024), torch.eye(1024), QuantSpec(group_size=128))

@@ -496,11 +496,11 @@ def test_stopped_while_evaluating_only_that_is_done(
         run(model, out, progress=Stopped(1, phase="evaluating"), **options)
     assert json.loads((out / "quantkit.json").read_text())["evaluation"] is None
     assert not folder_of(out).exists()
-    monkeypatch.setattr(pipeline, "quantize_blocks", None)
+    monkeypatch.setattr("quantkit.verbs.gptq.quantize_blocks", None)
     again = run(model, out, resume=True, **options)
     assert again.evaluation == first.evaluation
     assert contents(out.parent) == contents(tmp_path / "whole")
-    monkeypatch.setattr(pipeline, "_evaluate_written", None)
+    monkeypatch.setattr("quantkit.verbs.gptq._evaluate_written", None)
     assert run(model, out, resume=True, **options).evaluation == first.evaluation  # as it was noted
 
 
@@ -801,8 +801,9 @@ import gc, hashlib, os, random, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import torch
-from quantkit import cli, pipeline
-from quantkit.calibration import TokenMatrix
+import quantkit
+from quantkit import cli
+from quantkit.tokens import TokenMatrix
 
 tokens = TokenMatrix.of(torch.randint(4, 300, (12, 32), generator=torch.Generator().manual_seed(0)), "random")
 model, data, out, seed = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])

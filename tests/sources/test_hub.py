@@ -379,7 +379,7 @@ def test_a_data_set_whose_download_breaks_off(client: Client, samples: Callable[
 # -- whole processes ---------------------------------------------------------------------------------------------------
 
 
-def quantkit(client: Client, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(client: Client, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command with the environment variables that a user sets."""
     variables = {
         **os.environ,
@@ -389,23 +389,23 @@ def quantkit(client: Client, *arguments: str, **environment: str) -> subprocess.
         "PYTHONPATH": os.pathsep.join(sys.path),
         **environment,
     }
-    command = [sys.executable, "-m", "quantkit", *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    words = [sys.executable, "-m", "quantkit", *arguments]
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_command_downloads_by_revision_and_then_works_offline(client: Client, repository: tuple[str, str]) -> None:
     arguments = ["inspect", "someone/tiny", "--revision", "v1", "--json"]
-    online = quantkit(client, *arguments)
+    online = command(client, *arguments)
     assert (online.returncode, online.stderr) == (0, "")
     assert json.loads(online.stdout)["model"] == "someone/tiny@v1"
     client.server.stop()
-    offline = quantkit(client, *arguments, HF_HUB_OFFLINE="1")
+    offline = command(client, *arguments, HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout, offline.stderr) == (0, online.stdout, "")
 
 
 def test_the_command_says_in_one_line_that_the_network_went_away(client: Client, repository: tuple[str, str]) -> None:
     client.server.cut("model.safetensors", after=1000, times=None)
-    broken = quantkit(client, "inspect", "someone/tiny")
+    broken = command(client, "inspect", "someone/tiny")
     assert (broken.returncode, broken.stdout, broken.stderr.count("\n")) == (1, "", 1), broken.stderr
     assert broken.stderr.startswith("error: someone/tiny: not a local path, and the Hub did not give all of it")
 

@@ -290,7 +290,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 
 import quantkit
-from quantkit.releasing import release
+from quantkit.verbs.release import release
 
 recipe, out, rounds, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 chance = random.Random(seed)

@@ -21,7 +21,7 @@ from quantkit.containers.source import file_sha256
 from quantkit.errors import MissingPackageError, QuantkitError, UsageError
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
-from quantkit.verbs.eval import register as harness
+from quantkit import harness
 from quantkit.verbs.eval.suites import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
@@ -396,7 +396,7 @@ def test_the_harnesss_own_command_line_knows_quantkit(
             timeout=300,
         )
 
-    done = command("-m", "quantkit.verbs.eval.register")
+    done = command("-m", "quantkit.harness")
     assert done.returncode == 0, done.stderr[-2000:]
     (written,) = (tmp_path / "out").rglob("results*.json")
     results = json.loads(written.read_text())["results"]

@@ -446,7 +446,8 @@ def test_two_tensors_and_one_result_are_in_memory(
     base = make_model("llama", dtype="float32", num_hidden_layers=6)
     tuned = changed(base, tmp_path / "tuned", tune)
     monkeypatch.setattr(module, "_SLICE", 256)
-    monkeypatch.setattr("quantkit.verbs.merge._SLICE", 256)
+    for verb_module in ("merge", "diff"):
+        monkeypatch.setattr(f"quantkit.verbs.{verb_module}._SLICE", 256)
     largest = max(tensor.nbytes for tensor in stored(base).values())
     whole = sum(tensor.nbytes for tensor in stored(base).values())
     for verb, other, out in ((quantkit.diff, tuned, "delta"), (quantkit.merge, tmp_path / "delta", "out")):

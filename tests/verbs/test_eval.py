@@ -16,12 +16,12 @@ import torch
 from conftest import MakeModel, Recorder
 
 import quantkit
+from quantkit import harness
 from quantkit.cli import app as cli
 from quantkit.containers.source import file_sha256
 from quantkit.errors import MissingPackageError, QuantkitError, UsageError
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
-from quantkit import harness
 from quantkit.verbs.eval.suites import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")

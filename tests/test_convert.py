@@ -20,6 +20,7 @@ from gguf_models import sentencepiece, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from streamed import open_stream, streamed_logits
+from support.tolerance import forward
 from test_ggjt import LLAMA, tiny, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,7 +56,8 @@ def our_logits(model: Path) -> torch.Tensor:
 
 
 def assert_same_model(out: Path, model: Path) -> None:
-    assert torch.allclose(loaded_logits(out), our_logits(model), atol=2e-5, rtol=1e-4)
+    expected = our_logits(model)
+    torch.testing.assert_close(loaded_logits(out), expected, **forward(expected))
 
 
 def changed(model: Path, copy: Path, change: Change) -> Path:

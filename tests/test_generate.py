@@ -22,6 +22,7 @@ from conftest import EXPERTS, SIZES, SPECIAL, MakeModel, Recorder, token_matrix
 from gguf_models import sentencepiece, write_model
 from judge_env import GPTQMODEL, judge_python
 from streamed import open_stream, streamed_logits
+from support.tolerance import forward
 from test_ggjt import LLAMA, tiny, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -68,7 +69,7 @@ def logits_of(source: Source) -> torch.Tensor:
 
 def assert_same_as_stream(model: Path) -> None:
     expected = streamed_logits(open_stream(model), [IDS])[0]
-    assert torch.allclose(logits_of(open_source(model)), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits_of(open_source(model)), expected, **forward(expected))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,8 @@ def test_a_base_and_its_delta(make_model: MakeModel, tmp_path: Path) -> None:
     base, tuned = make_model("llama", dtype="float32"), make_model("llama", dtype="float32", seed=1)
     quantkit.diff(base, tuned, tmp_path / "delta")
     pair = DeltaSource(open_source(base), open_source(tmp_path / "delta"))
-    assert torch.allclose(logits_of(pair), logits_of(open_source(tuned)), atol=2e-5)
+    expected = logits_of(open_source(tuned))
+    torch.testing.assert_close(logits_of(pair), expected, **forward(expected))
 
 
 def test_tied_embeddings_are_in_memory_once(make_model: MakeModel) -> None:

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from support.tolerance import summed
 from test_quant import naive_gptq, problem
 
 from quantkit.codes import GgmlLinear, QuantizedLinear
@@ -16,6 +17,8 @@ from quantkit.config import QuantSpec
 from quantkit.errors import NumericError
 from quantkit.quant.ggml_grid import fit_ggml_grid
 from quantkit.quant.gptq import GptqResult, quantize
+
+pytestmark = pytest.mark.numerics
 
 SUPER = tuple(SUPER_BLOCK_TYPES)
 NAMES = (*BLOCK_TYPES, *SUPER)
@@ -48,7 +51,8 @@ def test_what_ggml_reads_is_what_was_optimised(name: str) -> None:
     W, H = problem(12, 512, seed=1)
     result = quantize(W, H, spec(name, 0.05))
     linear = on_grid(result)
-    torch.testing.assert_close(stored_values(linear), linear.dequantize(), rtol=1e-6, atol=1e-7)
+    # A step, its multiple and a minimum, subtracted: both may be about as large as the largest weight.
+    torch.testing.assert_close(stored_values(linear), linear.dequantize(), **summed(4, scale=2 * float(W.abs().max())))
     error = (W - linear.dequantize()).double()
     assert torch.allclose(result.loss, ((error @ H.double()) * error).sum(dim=1), rtol=1e-3)
     assert float(result.loss.sum()) < float(result.rtn_loss.sum())

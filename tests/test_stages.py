@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, random_model
 from streamed import open_stream, streamed_logits
+from support.tolerance import forward
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -59,7 +60,7 @@ def test_streamed_logits_are_the_full_models(
             expected = full(input_ids=ids).logits
         assert logits.shape == (*ids.shape, 320)
         assert float(expected.std()) > 0.5
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, expected, **forward(expected))
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,8 @@ def test_what_a_config_changes_reaches_the_blocks(
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tiny_tokens.tokens[:2]
     with torch.inference_mode():
-        torch.testing.assert_close(
-            streamed_logits(open_stream(folder), [ids])[0], full(input_ids=ids).logits, rtol=0, atol=1e-5
-        )
+        expected = full(input_ids=ids).logits
+    torch.testing.assert_close(streamed_logits(open_stream(folder), [ids])[0], expected, **forward(expected))
 
 
 def test_stream_of_a_gguf_file_is_its_dequantized_model(tiny_gguf: Path, tiny_tokens: TokenMatrix) -> None:
@@ -104,7 +104,7 @@ def test_stream_of_a_gguf_file_is_its_dequantized_model(tiny_gguf: Path, tiny_to
     with torch.inference_mode():
         expected = full(input_ids=ids).logits
     logits = streamed_logits(ModelStream(source, CPU, torch.float32), [ids])[0]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, expected, **forward(expected))
 
 
 def test_gguf_weights_are_the_models_within_their_quantization(tiny_gguf: Path, make_model: MakeModel) -> None:

@@ -99,6 +99,7 @@ def model_of(report: CompareReport, label: str) -> ComparedModel:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 def test_numbers_are_those_of_whole_models(family: dict[str, Path], texts: list[Path], report: CompareReport) -> None:
     """The arithmetic is float32 on both sides, in another order: perplexities agree to its rounding, far within their
     standard error."""
@@ -123,6 +124,7 @@ def test_numbers_are_those_of_whole_models(family: dict[str, Path], texts: list[
         assert next(t for t in report.texts if t.name == text.name).tokens == kl.size
 
 
+@pytest.mark.numerics
 def test_layers_are_relative_errors_of_the_blocks_outputs(
     family: dict[str, Path], texts: list[Path], report: CompareReport
 ) -> None:
@@ -140,6 +142,7 @@ def test_layers_are_relative_errors_of_the_blocks_outputs(
     assert expected[0] != pytest.approx(expected[1], rel=0.05)
 
 
+@pytest.mark.numerics
 def test_worst_positions_are_those_of_whole_logits(
     family: dict[str, Path], texts: list[Path], report: CompareReport
 ) -> None:

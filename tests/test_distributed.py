@@ -411,6 +411,7 @@ def test_batches_are_shared_out_once_each(count: int) -> None:
             assert shares[0]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("count", [1, 5, 16, 37])
 def test_a_hessian_has_the_same_bits_for_any_number(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
@@ -439,6 +440,7 @@ def test_a_hessian_has_the_same_bits_for_any_number(count: int) -> None:
     assert_mean_product(H, seen_by_all)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "spec", [QuantSpec(bits=4, group_size=32), QuantSpec(bits=3, group_size=-1, sym=False, act_order="dynamic")]
 )

@@ -98,6 +98,7 @@ def run(model: Path, prompts: Path, out: Path, **options: Any) -> GenerateReport
 # -- a whole model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "phi3", *EXPERTS])
 def test_a_whole_model_has_the_streams_logits(family: str, make_model: MakeModel) -> None:
     assert_same_as_stream(make_model(family, dtype="float32"))

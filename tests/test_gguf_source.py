@@ -129,6 +129,7 @@ def write(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
 # -- weights and config -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_weights_config_and_logits_are_the_models_own(

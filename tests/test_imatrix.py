@@ -130,6 +130,7 @@ DAT = dat(
 # -- what is collected -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("case", CASES)
 def test_sums_and_counts_are_those_of_transformers_own_model(case: str, make_model: MakeModel, tmp_path: Path) -> None:
     tokens = token_matrix(12, 32)
@@ -142,6 +143,7 @@ def test_sums_and_counts_are_those_of_transformers_own_model(case: str, make_mod
         np.testing.assert_allclose(found[0], sums, **of_squares(tokens, sums), err_msg=name)
 
 
+@pytest.mark.numerics
 def test_windows_in_several_batches_have_the_sums_of_one(make_model: MakeModel, tmp_path: Path) -> None:
     tokens = token_matrix(40, 128)  # more than one batch holds
     out = made(make_model, tokens, tmp_path / "out.gguf")
@@ -220,6 +222,7 @@ def test_the_files_keys_are_llama_cpps_and_name_no_path(make_model: MakeModel, t
     assert kinds["imatrix.datasets"] == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
 
 
+@pytest.mark.numerics
 def test_the_reader_gives_the_means_that_were_written(make_model: MakeModel, tmp_path: Path) -> None:
     tokens = token_matrix(12, 32)
     read = read_imatrix(made(make_model, tokens, tmp_path / "out.gguf", "qwen3moe"))

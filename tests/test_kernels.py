@@ -31,8 +31,6 @@ from quantkit.quant.hessian import HessianAccumulator, column_order, factorize
 from quantkit.quant.kernels import gram, streams
 from quantkit.quant.plan import plan_linears
 
-pytestmark = pytest.mark.numerics
-
 needs_triton = pytest.mark.skipif(not kernels._has_triton(), reason="Triton is not installed: pip install triton")
 
 Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
@@ -243,6 +241,7 @@ def mixed_addmm() -> Iterator[list[torch.dtype]]:
     gram._adds_up_in_float32.cache_clear()
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype], dtype: torch.dtype) -> None:
     """Columns enough for several products, which no tile divides; numbers whose squares float16 could not hold."""
@@ -257,6 +256,7 @@ def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype
     assert set(mixed_addmm) == {dtype}
 
 
+@pytest.mark.numerics
 def test_where_torch_has_no_such_product_it_is_one_of_float32() -> None:
     x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
 

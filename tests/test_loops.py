@@ -102,9 +102,9 @@ def test_sums_of_the_grid_search_are_torchs(size: int, rows: int, bits: int) -> 
 @pytest.mark.parametrize("rows", [1, 16, 100, 1000])
 def test_the_result_does_not_depend_on_the_number_of_threads(rows: int, threads: None) -> None:
     found = []
+    W, U, scale, minimum, top = block(64, rows, 4)  # made by matrix products, which do
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
-        W, U, scale, minimum, top = block(64, rows, 4)
         codes = torch.empty(W.shape, dtype=torch.uint8)
         errors = loops.quantize_columns(W, U, scale, minimum, top, codes)
         sums = loops.weighted_errors(W[None], torch.ones(1, 64), scale[:1, None], minimum[:1, None], top)

@@ -304,6 +304,7 @@ def test_runs_of_rows_hold_what_is_needed_and_little_else() -> None:
     assert list(_runs([], 2)) == []
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
 def test_an_embedding_of_few_rows_gives_the_whole_ones_states(family: str, make_model: MakeModel) -> None:
     stream = open_stream(make_model(family))
@@ -331,6 +332,7 @@ def of_log_probabilities(scores: Scores) -> dict[str, float]:
     return summed(64 + 320, scale=max(float(model.nll.max()) for text in scores.texts for model in text))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 @pytest.mark.parametrize("rows", [7, 100, 320])
 def test_slices_of_the_vocabulary_score_like_the_whole(
@@ -358,6 +360,7 @@ def test_slices_of_the_vocabulary_score_like_the_whole(
             assert [p for _, p in two.model] == pytest.approx([p for _, p in one.model], rel=allowed["atol"])
 
 
+@pytest.mark.numerics
 def test_without_a_reference_slices_are_each_models_own(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [make_model("llama")]
     whole, sliced = (scored(folders, False, r, monkeypatch) for r in (None, 64))

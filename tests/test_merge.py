@@ -143,6 +143,7 @@ def test_the_sum_is_off_by_the_rounding_of_the_difference_alone(
         assert held == torch.float32 or torch.equal(again.to(held)[near], tuned[near])
 
 
+@pytest.mark.numerics
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(1, 4), st.booleans(), st.sampled_from([1, -1]))
 @settings(max_examples=60, deadline=None)
 def test_slices_do_not_show(rows: int, more: int, columns: int, mean: bool, sign: int) -> None:
@@ -197,6 +198,7 @@ def test_auto_finds_the_convention_of_another_programs_delta(
     assert not torch.equal(stored(tmp_path / "other")[EMBEDDING][-1], stored(padded)[EMBEDDING][-1])
 
 
+@pytest.mark.numerics
 def test_alpacas_script_by_hand(base: Path, padded: Path, tmp_path: Path) -> None:
     """The published recipe, written down once more with transformers: resize, mean of the rows, add everything."""
     delta = changed(padded, tmp_path / "delta", lambda tensors: tune(tensors, 2))

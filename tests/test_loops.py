@@ -58,7 +58,8 @@ def test_columns_are_quantized_as_torch_does(columns: int, rows: int, bits: int)
     # (Higham, Accuracy and Stability of Numerical Algorithms, theorem 8.5).
     summands = U.T.abs() @ expected_errors.abs() + W.abs() + minimum.abs() + (codes * scale).abs()
     size = torch.linalg.inv(U.T).abs() @ summands
-    torch.testing.assert_close((errors / size)[:, same], (expected_errors / size)[:, same], **summed(columns + 3, scale=1))
+    ours, theirs = (errors / size)[:, same], (expected_errors / size)[:, same]
+    torch.testing.assert_close(ours, theirs, **summed(columns + 3, scale=1))
 
 
 def test_errors_are_fed_into_later_columns() -> None:

@@ -1,7 +1,7 @@
 """How far apart two computations of one number may lie that only add up in another order, which the processor decides.
 
 A library picks its loops by the processor: how wide they are, how many partial sums they keep, whether a product and a
-sum are one instruction. A tolerance that was seen to hold on one machine says nothing about the next, so it is computed.
+sum are one instruction. A tolerance that held on one machine says nothing about the next, so it is computed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def forward(logits: torch.Tensor) -> dict[str, float]:
 
 
 def assert_mean_product(H: torch.Tensor, x: torch.Tensor) -> None:
-    """H float32 [in, in] is the mean of x x^T over the rows of activations x [tokens, in], to the rounding of each sum."""
+    """H float32 [in, in] is the mean of x x^T over activations x [tokens, in], to the rounding of each entry's sum."""
     x = x.double()
     size = x.T.abs() @ x.abs() / len(x)
     torch.testing.assert_close(H.double() / size, x.T @ x / len(x) / size, **summed(len(x) + 2, scale=1))

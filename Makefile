@@ -18,7 +18,7 @@ GEMMA := $(VENV)/gemma-3-270m-q4_k_m.gguf
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-gemma test judges test-judges judges-matrix lint types clean
+.PHONY: help demo demo-gemma test test-numerics judges test-judges judges-matrix lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -31,7 +31,18 @@ demo-gemma: $(DEMO) $(GEMMA)  ## the same with Gemma-3-270M
 	$(BIN)/quantkit gptq $(GEMMA) --bits 4 --force
 
 test: $(TEST) $(SMOLLM2) $(GEMMA)  ## all tests but those that need the judges
-	$(BIN)/python -m pytest -m "not judges" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not judges" --durations=25 $(PYTEST_ARGS)
+
+# What keeps MKL, torch's own loops and Numba's from newer instructions; MKL minds the first on Intel's processors only.
+# After all at once each alone, for what is compared between them.
+OLD_PROCESSOR := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic
+
+test-numerics: $(TEST)  ## the arithmetic, as a processor without newer instructions does it
+	env $(OLD_PROCESSOR) $(BIN)/python -m pytest -m numerics $(PYTEST_ARGS)
+	@set -e; for variable in $(OLD_PROCESSOR); do \
+		echo "env $$variable $(BIN)/python -m pytest -m numerics -k 'test_loops or test_processor'"; \
+		env "$$variable" $(BIN)/python -m pytest -m numerics -k "test_loops or test_processor" $(PYTEST_ARGS); \
+	done
 
 judges:  ## build GPTQModel, AutoGPTQ, llama.cpp and ctransformers, which our files are checked with; a browser for pages
 	@PYTHON="$(PYTHON)" .ci/judges.sh

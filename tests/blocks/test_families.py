@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.families import DISCOVERED
 from support.streamed import greedy, open_stream, streamed_logits
+from support.tolerance import forward
 from transformers import AutoModelForCausalLM
 
 import quantkit
@@ -113,9 +114,8 @@ def test_transformers_writes_on_as_our_reader_does(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
     ids = IDS[:1]
     with torch.inference_mode():
-        torch.testing.assert_close(
-            streamed_logits(open_stream(tmp_path / "gptq"), [ids])[0], model(ids).logits, rtol=1e-4, atol=1e-4
-        )
+        expected = model(ids).logits
+    torch.testing.assert_close(streamed_logits(open_stream(tmp_path / "gptq"), [ids])[0], expected, **forward(expected))
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     ours = greedy(tmp_path / "gptq", ids[0].tolist(), 8)
     assert written[0, ids.shape[1] :].tolist() == ours[: written.shape[1] - ids.shape[1]]
@@ -138,7 +138,8 @@ def test_blocks_without_experts_may_stand_beside_those_with(
     folder = make_model("qwen3_moe", mlp_only_layers=[0], dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        torch.testing.assert_close(streamed_logits(open_stream(folder), [IDS])[0], model(IDS).logits)
+        expected = model(IDS).logits
+    torch.testing.assert_close(streamed_logits(open_stream(folder), [IDS])[0], expected, **forward(expected))
     report = quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, **OPTIONS)
     names = [layer.name for layer in report.layers]
     assert "model.layers.0.mlp.gate_proj" in names
@@ -239,7 +240,7 @@ def test_a_head_that_is_stored_beside_its_equal_is_published_once(
     assert "lm_head.weight" not in load_file(tmp_path / "equal-out" / "model.safetensors")
     assert "lm_head.weight" in load_file(tmp_path / "other-out" / "model.safetensors")
     same, twice = (streamed_logits(open_stream(tmp_path / name), [IDS])[0] for name in ("equal", "other"))
-    torch.testing.assert_close(twice, 2 * same)
+    torch.testing.assert_close(twice, 2 * same, **forward(twice))
 
 
 # -- discovery -------------------------------------------------------------------------------------------------------
@@ -255,7 +256,8 @@ def test_a_family_outside_the_table_is_discovered(
     batches = [IDS, token_matrix(2, 24, seed=6).tokens]
     with torch.inference_mode():
         for ours, ids in zip(streamed_logits(open_stream(folder), batches), batches, strict=True):
-            torch.testing.assert_close(ours, model(ids).logits, rtol=1e-4, atol=1e-4)
+            expected = model(ids).logits
+            torch.testing.assert_close(ours, expected, **forward(expected))
 
     report = quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, progress=recorder, **OPTIONS)
     assert any(f"{family} is not in the table" in note for note in recorder.notes)

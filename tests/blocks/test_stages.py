@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, random_model
 from support.streamed import open_stream, streamed_logits
+from support.tolerance import forward
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -42,6 +43,7 @@ STAGES = FAMILIES_TABLE["llama"].stages or ()
 # -- the stream ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_streamed_logits_are_the_full_models(
@@ -59,9 +61,10 @@ def test_streamed_logits_are_the_full_models(
             expected = full(input_ids=ids).logits
         assert logits.shape == (*ids.shape, 320)
         assert float(expected.std()) > 0.5
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, expected, **forward(expected))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -91,11 +94,11 @@ def test_what_a_config_changes_reaches_the_blocks(
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = tiny_tokens.tokens[:2]
     with torch.inference_mode():
-        torch.testing.assert_close(
-            streamed_logits(open_stream(folder), [ids])[0], full(input_ids=ids).logits, rtol=0, atol=1e-5
-        )
+        expected = full(input_ids=ids).logits
+    torch.testing.assert_close(streamed_logits(open_stream(folder), [ids])[0], expected, **forward(expected))
 
 
+@pytest.mark.numerics
 def test_stream_of_a_gguf_file_is_its_dequantized_model(tiny_gguf: Path, tiny_tokens: TokenMatrix) -> None:
     source = open_source(tiny_gguf)
     full = random_model("llama", tied=False, dtype=torch.float32, seed=1)
@@ -104,7 +107,7 @@ def test_stream_of_a_gguf_file_is_its_dequantized_model(tiny_gguf: Path, tiny_to
     with torch.inference_mode():
         expected = full(input_ids=ids).logits
     logits = streamed_logits(ModelStream(source, CPU, torch.float32), [ids])[0]
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, expected, **forward(expected))
 
 
 def test_gguf_weights_are_the_models_within_their_quantization(tiny_gguf: Path, make_model: MakeModel) -> None:
@@ -214,6 +217,7 @@ def staged(
     return codes, hidden, calls, inputs
 
 
+@pytest.mark.numerics
 @torch.inference_mode()
 @pytest.mark.parametrize("run", [run_paused, run_replayed])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -379,6 +383,7 @@ def quantized(
     return codes, layers
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", *EXPERTS])
 def test_without_memory_stages_are_replayed_with_the_same_result(
     family: str, make_model: MakeModel, tiny_tokens: TokenMatrix
@@ -399,6 +404,7 @@ def test_without_memory_stages_are_replayed_with_the_same_result(
         assert (one.name, one.loss, one.rtn_loss, one.damp) == (other.name, other.loss, other.rtn_loss, other.damp)
 
 
+@pytest.mark.numerics
 def test_codes_of_a_whole_pass_are_the_sequential_loops(make_model: MakeModel, tiny_tokens: TokenMatrix) -> None:
     folder = make_model("llama")
     codes, layers = quantized(open_stream(folder), tiny_tokens.tokens, 10**12, Recorder())

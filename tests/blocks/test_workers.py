@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -175,6 +175,17 @@ def test_an_error_in_one_of_them_lets_everything_go(run: Callable[..., None]) ->
     assert not block.a._forward_pre_hooks
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch, so that every worker has as many: the library that multiplies may add up otherwise in more of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.numerics
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
 def test_codes_do_not_depend_on_their_number_nor_on_memory(

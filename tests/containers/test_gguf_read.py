@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.gguf_models import Quantization, byte_level, sentencepiece, write_model
 from support.streamed import streamed_logits
+from support.tolerance import forward
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -130,6 +131,7 @@ def write(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
 # -- weights and config -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_weights_config_and_logits_are_the_models_own(
@@ -153,7 +155,8 @@ def test_weights_config_and_logits_are_the_models_own(
         theirs.pop("head_dim")  # the tests' own; these configs have none
     assert ours == theirs
     logits = streamed_logits(ModelStream(source, CPU, torch.float32), [tiny_tokens.tokens[:2]])[0]
-    torch.testing.assert_close(logits, logits_of(model, tiny_tokens.tokens[:2]), rtol=0, atol=2e-5)
+    expected = logits_of(model, tiny_tokens.tokens[:2])
+    torch.testing.assert_close(logits, expected, **forward(expected))
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
@@ -204,7 +207,8 @@ def test_a_mistral_is_a_llama_unless_it_has_a_window(window: int | None, write: 
     source = open_source(path)
     assert source.config.model_type == ("mistral" if window else "llama")
     logits = streamed_logits(ModelStream(source, CPU, torch.float32), [tiny_tokens.tokens[:2]])[0]
-    torch.testing.assert_close(logits, logits_of(model, tiny_tokens.tokens[:2]), rtol=0, atol=2e-5)
+    expected = logits_of(model, tiny_tokens.tokens[:2])
+    torch.testing.assert_close(logits, expected, **forward(expected))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.problems import naive_gptq, problem
+from support.tolerance import assert_mean_product
 
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.errors import NumericError
@@ -20,6 +21,8 @@ from quantkit.quantize.gptq import (
 )
 from quantkit.quantize.grid import fit_grid, minmax_grid
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
+
+pytestmark = pytest.mark.numerics
 
 
 def exact_loss(W: torch.Tensor, linear: QuantizedLinear, H: torch.Tensor) -> np.ndarray:
@@ -344,11 +347,11 @@ def test_accumulated_hessian_is_the_mean_outer_product(columns: int, dtype: torc
     for batch in batches:
         accumulator.add(batch)
     H = accumulator.mean("layer")
-    X = torch.cat([batch.reshape(-1, columns) for batch in batches]).double()
+    X = torch.cat([batch.reshape(-1, columns) for batch in batches])
     assert accumulator.tokens == len(X) == 30
     assert H.dtype == torch.float32
     assert torch.equal(H, H.T)
-    np.testing.assert_allclose(H.numpy(), (X.T @ X / len(X)).numpy(), rtol=1e-5, atol=1e-6)
+    assert_mean_product(H, X)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])

@@ -22,13 +22,13 @@ import torch
 from conftest import MakeModel
 from safetensors.torch import load_file
 from support.forked_ranks import ForkedRanks, Outcome, Request
+from support.tolerance import assert_mean_product, summed
 
 from quantkit.codes.parts import take_apart
 from quantkit.errors import UsageError
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT
 from quantkit.quantize.blockwise import _BATCH_TOKENS
-from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.sharing import Sharing, pack_upper, unpack_upper
 from quantkit.runs import ranks as parallel
 from quantkit.runs import watch
@@ -412,15 +412,13 @@ def test_batches_are_shared_out_once_each(count: int) -> None:
             assert shares[0]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("count", [1, 5, 16, 37])
 def test_a_hessian_has_the_same_bits_for_any_number(count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     # The third batch is an expert's that nothing was routed to.
     batches = [torch.randn(0 if i == 2 else 24 + i, 40, generator=generator) * 10**i**0.5 for i in range(count)]
-    exact = sum(x.double().T @ x.double() for x in batches) / sum(len(x) for x in batches)
-    plain = HessianAccumulator(40, torch.device("cpu"))
-    for x in batches:
-        plain.add(x)
+    seen_by_all = torch.cat(batches)
 
     def reduced(ranks: Ranks, deterministic: bool) -> tuple[torch.Tensor, int]:
         sharing = Sharing(ranks, deterministic)
@@ -430,19 +428,20 @@ def test_a_hessian_has_the_same_bits_for_any_number(count: int) -> None:
         return total.mean("x"), total.tokens
 
     [(one, tokens)] = together(1, lambda ranks: reduced(ranks, True))
-    assert tokens == sum(len(x) for x in batches)
-    torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
+    assert tokens == len(seen_by_all)
+    assert_mean_product(one, seen_by_all)
     for size in (2, 3, 4, 5, 8, 16, 19):
         for H, seen in together(size, lambda ranks: reduced(ranks, True)):
             assert torch.equal(H, one), size
             assert seen == tokens
         for H, seen in together(size, lambda ranks: reduced(ranks, False)):
-            torch.testing.assert_close(H, one, rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+            assert_mean_product(H, seen_by_all)
             assert seen == tokens
     [(H, _)] = together(1, lambda ranks: reduced(ranks, False))
-    torch.testing.assert_close(H, plain.mean("x"), rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+    assert_mean_product(H, seen_by_all)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     "spec", [QuantSpec(bits=4, group_size=32), QuantSpec(bits=3, group_size=-1, sym=False, act_order="dynamic")]
 )
@@ -451,6 +450,8 @@ def test_rows_have_the_same_codes_for_any_number(spec: QuantSpec, monkeypatch: p
     generator = torch.Generator().manual_seed(0)
     W, x = torch.randn(22, 64, generator=generator), torch.randn(300, 64, generator=generator)
     H = x.T @ x / len(x)
+    # How much larger than a loss the absolute sum of its terms e_i H_ij e_j can be.
+    cancelled = float(torch.linalg.matrix_norm(H.abs(), 2) / torch.linalg.eigvalsh(H)[0])
 
     def result(ranks: Ranks, deterministic: bool) -> list[torch.Tensor]:
         found = Sharing(ranks, deterministic).quantize(W, H, spec)
@@ -461,11 +462,15 @@ def test_rows_have_the_same_codes_for_any_number(spec: QuantSpec, monkeypatch: p
         assert one[0].shape == (22, 64)
         for size in (2, 3, 30):  # the last: more than there are rows
             for found in together(size, lambda ranks, d=deterministic: result(ranks, d)):
-                for ours, theirs in zip(found, one, strict=True):
-                    if deterministic:
-                        assert torch.equal(ours, theirs), size
-                    else:
-                        assert (ours != theirs).float().mean() < 0.01 or torch.allclose(ours, theirs)
+                if deterministic:
+                    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, one, strict=True)), size
+                    continue
+                *parts, loss, rtn_loss = zip(found, one, strict=True)
+                assert all((ours != theirs).float().mean() < 0.01 for ours, theirs in parts), size
+                same = (found[0] == one[0]).all(dim=1)  # a code beyond a tie makes its row's loss another one
+                for ours, theirs in (loss, rtn_loss):
+                    allowed = summed(2 * 64, scale=cancelled * float(theirs.max()))
+                    torch.testing.assert_close(ours[same], theirs[same], **allowed)
 
 
 def test_what_is_sent_of_a_symmetric_matrix() -> None:

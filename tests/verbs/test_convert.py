@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.streamed import open_stream, streamed_logits
+from support.tolerance import forward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
@@ -61,7 +62,8 @@ def our_logits(model: Path) -> torch.Tensor:
 
 
 def assert_same_model(out: Path, model: Path) -> None:
-    assert torch.allclose(loaded_logits(out), our_logits(model), atol=2e-5, rtol=1e-4)
+    expected = our_logits(model)
+    torch.testing.assert_close(loaded_logits(out), expected, **forward(expected))
 
 
 def changed(model: Path, copy: Path, change: Change) -> Path:

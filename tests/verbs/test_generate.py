@@ -23,6 +23,7 @@ from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.judge_env import GPTQMODEL, judge_python
 from support.streamed import open_stream, streamed_logits
+from support.tolerance import forward
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import quantkit
@@ -87,7 +88,7 @@ def logits_of(source: Source) -> torch.Tensor:
 
 def assert_same_as_stream(model: Path) -> None:
     expected = streamed_logits(open_stream(model), [IDS])[0]
-    assert torch.allclose(logits_of(open_source(model)), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits_of(open_source(model)), expected, **forward(expected))
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,7 @@ def run(model: Path, prompts: Path, out: Path, **options: Any) -> GenerateReport
 # -- a whole model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "phi3", *EXPERTS])
 def test_a_whole_model_has_the_streams_logits(family: str, make_model: MakeModel) -> None:
     assert_same_as_stream(make_model(family, dtype="float32"))
@@ -144,7 +146,8 @@ def test_a_base_and_its_delta(make_model: MakeModel, tmp_path: Path) -> None:
     base, tuned = make_model("llama", dtype="float32"), make_model("llama", dtype="float32", seed=1)
     quantkit.diff(base, tuned, tmp_path / "delta")
     pair = DeltaSource(open_source(base), open_source(tmp_path / "delta"))
-    assert torch.allclose(logits_of(pair), logits_of(open_source(tuned)), atol=2e-5)
+    expected = logits_of(open_source(tuned))
+    torch.testing.assert_close(logits_of(pair), expected, **forward(expected))
 
 
 def test_tied_embeddings_are_in_memory_once(make_model: MakeModel) -> None:

@@ -17,6 +17,7 @@ from support.ggjt_models import LLAMA, tiny
 from support.gguf_models import WIDE, sentencepiece, types_of, write_model
 from support.imatrix_files import random_imatrix
 from support.streamed import open_stream, streamed_logits
+from support.tolerance import forward
 
 import quantkit
 from quantkit.codes import libggml
@@ -82,7 +83,7 @@ def test_the_files_weights_are_the_checkpoints_to_the_bit(
             seen += 1
     assert seen == 14
     ours = [streamed_logits(open_stream(path), [IDS])[0] for path in (folder, tmp_path / "out.gguf")]
-    torch.testing.assert_close(ours[0], ours[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours[0], ours[1], **forward(ours[1]))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "phi3", "gemma3_text"])
@@ -98,7 +99,7 @@ def test_other_families(family: str, make_model: MakeModel, tiny_tokens: TokenMa
         assert stored["blk.0.ffn_gate_exps.weight"] == "Q4_0"
         return
     ours = [streamed_logits(open_stream(path), [IDS])[0] for path in (folder, tmp_path / "out.gguf")]
-    torch.testing.assert_close(ours[0], ours[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours[0], ours[1], **forward(ours[1]))
 
 
 def test_bits_may_differ_between_modules(make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_bits_may_differ_between_modules(make_model: MakeModel, tiny_tokens: Tok
     stored = types_of(tmp_path / "out.gguf")
     assert (stored["blk.1.ffn_down.weight"], stored["blk.1.ffn_up.weight"]) == ("Q8_0", "Q4_0")
     ours = [streamed_logits(open_stream(path), [IDS])[0] for path in (folder, tmp_path / "out.gguf")]
-    torch.testing.assert_close(ours[0], ours[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours[0], ours[1], **forward(ours[1]))
 
 
 def test_asymmetric_codes_go_into_the_smaller_type_where_that_is_asked_for(

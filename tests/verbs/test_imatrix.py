@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.imatrix_files import CASES, tiny
+from support.tolerance import longest_path, summed
 from transformers import AutoModelForCausalLM
 
 import quantkit
@@ -89,6 +90,12 @@ def squares(inputs: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def of_squares(tokens: TokenMatrix, sums: np.ndarray) -> dict[str, float]:
+    """Tolerances of sums over all tokens beside float64's: that only one side is rounded makes up for the squares."""
+    windows, length = tokens.tokens.shape
+    return summed(windows * length + longest_path(length), scale=float(sums.mean()))
+
+
 def stored_rows(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A file's sums and counts as `reference` has them; llama.cpp stores a single row as a vector."""
     stored = GgufFile(path)
@@ -115,6 +122,7 @@ DAT = dat(
 # -- what is collected -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("case", CASES)
 def test_sums_and_counts_are_those_of_transformers_own_model(case: str, make_model: MakeModel, tmp_path: Path) -> None:
     tokens = token_matrix(12, 32)
@@ -124,9 +132,10 @@ def test_sums_and_counts_are_those_of_transformers_own_model(case: str, make_mod
     for name, (sums, counts) in expected.items():
         found = stored_rows(out, name)
         np.testing.assert_array_equal(found[1], counts, err_msg=name)
-        np.testing.assert_allclose(found[0], sums, rtol=2e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(found[0], sums, **of_squares(tokens, sums), err_msg=name)
 
 
+@pytest.mark.numerics
 def test_windows_in_several_batches_have_the_sums_of_one(make_model: MakeModel, tmp_path: Path) -> None:
     tokens = token_matrix(40, 128)  # more than one batch holds
     out = made(make_model, tokens, tmp_path / "out.gguf")
@@ -134,7 +143,7 @@ def test_windows_in_several_batches_have_the_sums_of_one(make_model: MakeModel, 
         assert counts == 40 * 128
         found = stored_rows(out, name)
         np.testing.assert_array_equal(found[1], counts, err_msg=name)
-        np.testing.assert_allclose(found[0], sums, rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(found[0], sums, **of_squares(tokens, sums), err_msg=name)
 
 
 def test_an_expert_without_a_token_is_counted_and_said(
@@ -205,6 +214,7 @@ def test_the_files_keys_are_llama_cpps_and_name_no_path(make_model: MakeModel, t
     assert kinds["imatrix.datasets"] == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
 
 
+@pytest.mark.numerics
 def test_the_reader_gives_the_means_that_were_written(make_model: MakeModel, tmp_path: Path) -> None:
     tokens = token_matrix(12, 32)
     read = read_imatrix(made(make_model, tokens, tmp_path / "out.gguf", "qwen3moe"))
@@ -212,7 +222,7 @@ def test_the_reader_gives_the_means_that_were_written(make_model: MakeModel, tmp
     assert (read.datasets, read.chunks, set(read.names)) == (("random",), 12, set(expected))
     for name, (sums, counts) in expected.items():
         mean = read.importance(name, (len(sums), 7, sums.shape[1]) if len(sums) > 1 else (7, sums.shape[1]))
-        np.testing.assert_allclose(mean, sums / counts, rtol=2e-5, err_msg=name)
+        np.testing.assert_allclose(mean, sums / counts, **of_squares(tokens, sums / counts), err_msg=name)
         assert mean.dtype == np.float32
 
 

@@ -116,6 +116,7 @@ def ids_of(folder: Path, text: str) -> list[int]:
 # -- perplexity ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("seq_len", [16, 33, 300])  # 300: more positions than are scored at a time
 def test_perplexity_is_transformers(seq_len: int, base: Path, text: Path) -> None:
     windows = cut(ids_of(base, text.read_text()), seq_len)
@@ -254,6 +255,7 @@ def test_a_model_against_itself(base: Path, text: Path) -> None:
     assert (second.perplexity, second.stderr) == (first.perplexity, first.stderr)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("seq_len", [32, 300])
 def test_divergence_is_that_of_whole_logits(seq_len: int, base: Path, perturbed: Path, text: Path) -> None:
     windows = cut(ids_of(base, text.read_text()), seq_len)
@@ -279,6 +281,7 @@ def test_divergence_is_that_of_whole_logits(seq_len: int, base: Path, perturbed:
     assert row.delta_ln_ppl_stderr < row.stderr / row.perplexity
 
 
+@pytest.mark.numerics
 def test_each_models_row_is_what_it_is_alone(base: Path, perturbed: Path, make_model: MakeModel, text: Path) -> None:
     """Models of other depth and family beside it change nothing; only what is compared has a divergence."""
     other = make_model("qwen3", dtype="float32", num_hidden_layers=3)
@@ -341,6 +344,7 @@ def scores(nll: list[float], kl: list[float] | None = None, agrees: list[float] 
     return TokenScores(torch.tensor(nll), as_tensor(kl), as_tensor(agrees))
 
 
+@pytest.mark.numerics
 def test_statistics_by_hand() -> None:
     reference = scores([1.0, 2.0, 3.0, 2.0])
     variant = scores([1.5, 2.0, 4.0, 2.5], [0.1, 0.0, 0.4, 0.2], [1.0, 1.0, 0.0, 1.0])

@@ -18,7 +18,7 @@ GEMMA := $(VENV)/gemma-3-270m-q4_k_m.gguf
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-gemma test judges test-judges judges-matrix lint types clean
+.PHONY: help demo demo-gemma test check judges test-judges judges-matrix lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ demo-gemma: $(DEMO) $(GEMMA)  ## the same with Gemma-3-270M
 
 test: $(TEST) $(SMOLLM2) $(GEMMA)  ## all tests but those that need the judges
 	$(BIN)/python -m pytest -m "not judges" $(PYTEST_ARGS)
+
+check: $(TEST)  ## ruff and the tests marked fast: less than two minutes
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m fast $(PYTEST_ARGS)
 
 judges:  ## build GPTQModel, AutoGPTQ, llama.cpp and ctransformers, which our files are checked with; a browser for pages
 	@PYTHON="$(PYTHON)" .ci/judges.sh

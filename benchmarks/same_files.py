@@ -31,9 +31,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 BASE = "7a99149"
 SHOWN = 6  # differences of a case
 
-# Nothing that is written holds a wall time or a date; what is printed does.
+# Keys that hold a wall time, in what is printed; and in the one file that has any: paths and times of changes.
 TIMES = frozenset({"seconds"})
-_ENDED = re.compile(r" in \d+\.\d s$", re.MULTILINE)  # of a phase, on stderr
+TIMES_IN_FILES = {"ledger.json": frozenset({"files"})}
+_TIME = re.compile(r"\b\d+(\.\d)? s\b")
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -53,15 +54,22 @@ class Step:
         arguments: of the command line.
         processes: more than one: started by torchrun.
         killed_at: SIGKILL comes as soon as this path is there.
+        refused: exit code where it is to fail.
     """
 
     arguments: tuple[str, ...]
     processes: int = 1
     killed_at: str | None = None
+    refused: int = 0
+
+    @property
+    def code(self) -> int:
+        """How it ends."""
+        return self.refused if self.killed_at is None else -signal.SIGKILL
 
 
-def step(line: str, processes: int = 1, killed_at: str | None = None) -> Step:
-    return Step(tuple(line.split()), processes, killed_at)
+def step(line: str, **options: Any) -> Step:
+    return Step(tuple(line.split()), **options)
 
 
 DRAWN = "--calibration data.jsonl --samples 8 --seq-len 64"
@@ -76,7 +84,7 @@ CASES: dict[str, tuple[Step, ...]] = {
     "gptq-options": (
         step(f"gptq llama --out out --group-size -1 --format gptq_v2 --max-shard-size 50KB --exclude *.o_proj {GPTQ}"),
         step(f"gptq llama --out dry --dry-run {GPTQ}"),
-        step(f"gptq llama --out out --bits 5 {GPTQ}"),
+        step(f"gptq llama --out five --bits 5 {GPTQ}", refused=2),
     ),
     "gptq-mixtral": (step(f"gptq mixtral --out out --group-size 32 {GPTQ}"),),
     "gptq-mixtral-3bit-asym": (
@@ -104,7 +112,7 @@ CASES: dict[str, tuple[Step, ...]] = {
         step("diff wizard-base wizard --out delta --json"),
         step("merge wizard-base delta --out merged --json"),
         step("merge wizard-base wizard-delta --out again --max-shard-size 50KB --json"),
-        step("merge wizard-base llama --out wrong"),
+        step("merge wizard-base llama --out wrong", refused=1),
     ),
     "convert": (
         QUANTIZED,
@@ -171,7 +179,8 @@ def main() -> None:
         work = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="same-files-")))
         make_inputs(work / "inputs")
         sides = [
-            stack.enter_context(Side.of(path, work / name)) for name, path in zip(("base", "head"), checkouts, strict=True)
+            stack.enter_context(Side.of(path, work / name))
+            for name, path in zip(("base", "head"), checkouts, strict=True)
         ]
         pool = stack.enter_context(ThreadPoolExecutor(len(sides)))
         different = 0
@@ -207,40 +216,51 @@ class Outcome:
 
 
 def differences(case: str, outcomes: list[list[Outcome]], folders: list[Path]) -> list[str]:
-    """What differs between two sides: a command's code, stdout or stderr, and files by name."""
+    """What differs between two sides: a command's stdout or stderr, and files by name; and how it ended, if not as it
+    should."""
     found = []
-    for number, (one, other) in enumerate(zip(*outcomes, strict=True), start=1):
-        verb = CASES[case][number - 1].arguments[0]
-        for part, normal in (("code", lambda code: code), ("out", without_times), ("err", without_times)):
-            if normal(getattr(one, part)) != normal(getattr(other, part)):
-                found.append(f"{part} of command {number} ({verb})")
+    for number, (todo, one, other) in enumerate(zip(CASES[case], *outcomes, strict=True), start=1):
+        name = f"command {number} ({todo.arguments[0]})"
+        for side, outcome in (("base", one), ("head", other)):
+            if outcome.code != todo.code:
+                found.append(f"{name} of {side} ended with {outcome.code}: {outcome.err[-300:].strip()}")
+        if todo.killed_at is None:
+            found += [
+                f"std{part} of {name}" for part in ("out", "err") if differ(getattr(one, part), getattr(other, part))
+            ]
     one, other = (contents(folder) for folder in folders)
     return found + [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+
+
+def differ(one: str, other: str) -> bool:
+    return without_times(one) != without_times(other)
 
 
 def without_times(text: str) -> str:
     """What was printed, without how long it took."""
     try:
-        return json.dumps(_stripped(json.loads(text)))
+        return json.dumps(without(json.loads(text), TIMES))
     except ValueError:
-        return _ENDED.sub("", text)
+        return _TIME.sub("some time", text)
 
 
-def _stripped(content: Any) -> Any:
+def without(content: Any, keys: frozenset[str]) -> Any:
+    """A JSON value without these keys of any object in it."""
     if isinstance(content, dict):
-        return {key: _stripped(value) for key, value in content.items() if key not in TIMES}
-    return [_stripped(value) for value in content] if isinstance(content, list) else content
+        return {key: without(value, keys) for key, value in content.items() if key not in keys}
+    return [without(value, keys) for value in content] if isinstance(content, list) else content
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder but the inputs, which are links."""
-    inputs = [path for path in folder.iterdir() if path.is_symlink()]
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in files
-        if not any(above in path.parents for above in inputs)
-    }
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    return {path.relative_to(folder).as_posix(): content(path) for path in files}
+
+
+def content(path: Path) -> bytes:
+    data = path.read_bytes()
+    keys = TIMES_IN_FILES.get(path.name)
+    return data if keys is None else json.dumps(without(json.loads(data), keys)).encode()
 
 
 # -- what is run -----------------------------------------------------------------------------------------------------
@@ -285,7 +305,9 @@ class Side:
         folder.mkdir(parents=True)
         for path in inputs.iterdir():
             (folder / path.name).symlink_to(path.resolve())
-        return [self._shared(todo, folder) if todo.processes > 1 else self._forked(todo, folder) for todo in CASES[case]]
+        return [
+            self._shared(todo, folder) if todo.processes > 1 else self._forked(todo, folder) for todo in CASES[case]
+        ]
 
     def _forked(self, todo: Step, folder: Path) -> Outcome:
         stdin, stdout = self._server.stdin, self._server.stdout
@@ -294,17 +316,12 @@ class Side:
         request = {"arguments": todo.arguments, "folder": str(folder), "killed_at": todo.killed_at}
         stdin.write(json.dumps(request) + "\n")
         stdin.flush()
-        outcome = Outcome.of(json.loads(stdout.readline()), folder)
-        if todo.killed_at is not None and outcome.code != -signal.SIGKILL:
-            raise SystemExit(f"{' '.join(todo.arguments)}: ended with {outcome.code} before it was killed\n{outcome.err}")
-        return outcome
+        return Outcome.of(json.loads(stdout.readline()), folder)
 
     def _shared(self, todo: Step, folder: Path) -> Outcome:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(todo.processes), "-m", "quantkit", *todo.arguments]
         done = subprocess.run(command, cwd=folder, env=self._env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(todo.arguments)}: failed\n{done.stderr}")
         return Outcome.of({"code": done.returncode, "out": done.stdout, "err": done.stderr}, folder)
 
 
@@ -317,6 +334,9 @@ def environment(code: Path) -> dict[str, str]:
 
 def serve(code: Path) -> None:
     """Run a request a line, and answer with its outcome a line."""
+    import matplotlib.pyplot  # noqa: F401  # both take long, and are imported late
+    import numba  # noqa: F401
+
     import quantkit
 
     if Path(quantkit.__file__).resolve().parents[1] != code.resolve():

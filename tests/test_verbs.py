@@ -14,7 +14,6 @@ from hub_server import HubServer
 from wizard import changed, stored, tune
 
 import quantkit
-from quantkit.codes import QuantizedLinear
 from quantkit.comparing import CompareReport
 from quantkit.evaluating import PerplexityReport
 from quantkit.importance import ImatrixReport

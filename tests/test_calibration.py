@@ -38,6 +38,8 @@ from quantkit.calibration import (
 from quantkit.config import CalibrationSpec, TemplateName
 from quantkit.errors import CalibrationError, MissingPackageError, UsageError
 
+pytestmark = pytest.mark.fast
+
 REPOSITORY = Path(__file__).parents[1]
 MANIFEST = REPOSITORY / "calibration" / "manifest.json"
 needs_bundled = pytest.mark.skipif(not MANIFEST.exists(), reason="calibration/manifest.json is not in this checkout")

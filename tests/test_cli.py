@@ -25,6 +25,8 @@ from quantkit import cli, interrupts
 from quantkit.config import CalibrationSpec
 from quantkit.watch import RankError
 
+pytestmark = pytest.mark.fast
+
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[1]
 VERBS = (

@@ -17,6 +17,8 @@ from quantkit.codes import PACKABLE_BITS, QuantizedLinear, contiguous_groups, pa
 from quantkit.config import QuantSpec
 from quantkit.sources.gptq import GptqSource
 
+pytestmark = pytest.mark.fast
+
 
 def int32(word: int) -> int:
     """The int32 whose bits are those of `word`."""

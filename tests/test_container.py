@@ -35,6 +35,8 @@ from quantkit.tensorfile import TensorPlan
 from quantkit.writers.gptq import check
 from quantkit.writers.safetensors import ShardedWriter
 
+pytestmark = pytest.mark.fast
+
 LINEARS = [name for stage in FAMILIES_TABLE["llama"].stages or () for name in stage]
 OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False}
 

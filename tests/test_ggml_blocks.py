@@ -13,6 +13,8 @@ from quantkit.codes import QuantizedLinear, contiguous_groups, pack
 from quantkit.codes.ggml import BLOCK_TYPES, SUPER_BLOCK_TYPES, pack_blocks, pack_super_blocks
 from quantkit.codes.reencode import Reencoding, expected_reencodings, q4_0_rows, reencode, reencodings
 
+pytestmark = pytest.mark.fast
+
 
 def dequantize(name: str, rows: np.ndarray) -> np.ndarray:
     return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name])

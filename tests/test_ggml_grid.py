@@ -17,6 +17,8 @@ from quantkit.errors import NumericError
 from quantkit.quant.ggml_grid import fit_ggml_grid
 from quantkit.quant.gptq import GptqResult, quantize
 
+pytestmark = pytest.mark.fast
+
 SUPER = tuple(SUPER_BLOCK_TYPES)
 NAMES = (*BLOCK_TYPES, *SUPER)
 

@@ -11,7 +11,10 @@ from quantkit.config import QuantSpec
 from quantkit.quant import gptq, grid, loops
 from quantkit.quant.hessian import HessianAccumulator, column_order, factorize
 
-pytestmark = pytest.mark.skipif(not loops.available(), reason="Numba is not installed (pip install 'quantkit[cpu]')")
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(not loops.available(), reason="Numba is not installed (pip install 'quantkit[cpu]')"),
+]
 
 SHAPES = [(1, 1), (3, 17), (128, 300), (31, 257), (128, 1000)]
 

@@ -15,6 +15,8 @@ from quantkit.quant.gptq import column_importance, quantize, round_to_nearest, r
 from quantkit.quant.grid import fit_grid, minmax_grid
 from quantkit.quant.hessian import HessianAccumulator, column_order, factorize
 
+pytestmark = pytest.mark.fast
+
 
 def problem(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight [rows, columns] and the Hessian of correlated inputs of very different sizes."""

@@ -18,7 +18,7 @@ GEMMA := $(VENV)/gemma-3-270m-q4_k_m.gguf
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-gemma test test-numerics judges test-judges judges-matrix lint types clean
+.PHONY: help demo demo-gemma test check test-numerics judges test-judges judges-matrix lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,10 @@ test-numerics: $(TEST)  ## the arithmetic, as a processor without newer instruct
 		echo "env $$variable $(BIN)/python -m pytest -m numerics -k 'test_loops or test_processor'"; \
 		env "$$variable" $(BIN)/python -m pytest -m numerics -k "test_loops or test_processor" $(PYTEST_ARGS); \
 	done
+
+check: $(TEST)  ## ruff and the tests marked fast: less than two minutes
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m fast $(PYTEST_ARGS)
 
 judges:  ## build GPTQModel, AutoGPTQ, llama.cpp and ctransformers, which our files are checked with; a browser for pages
 	@PYTHON="$(PYTHON)" .ci/judges.sh

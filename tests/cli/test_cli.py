@@ -26,6 +26,8 @@ from quantkit.errors import note_interrupt
 from quantkit.options import CalibrationSpec
 from quantkit.runs.watch import RankError
 
+pytestmark = pytest.mark.fast
+
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[2]
 VERBS = (

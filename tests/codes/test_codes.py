@@ -24,6 +24,8 @@ from quantkit.codes import (
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.options import QuantSpec
 
+pytestmark = pytest.mark.fast
+
 
 def int32(word: int) -> int:
     """The int32 whose bits are those of `word`."""

@@ -24,6 +24,8 @@ from quantkit.codes.reencode import (
     reencodings,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def dequantize(name: str, rows: np.ndarray) -> np.ndarray:
     return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name])

@@ -20,6 +20,8 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 
+pytestmark = pytest.mark.fast
+
 Kind = gguf.GGMLQuantizationType
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 ENDS = ("token_embd.weight", "output.weight")

@@ -36,6 +36,8 @@ from quantkit.quantize.plan import plan_linears
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 
+pytestmark = pytest.mark.fast
+
 LINEARS = [name for stage in FAMILIES_TABLE["llama"].stages or () for name in stage]
 OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False}
 

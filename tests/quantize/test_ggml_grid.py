@@ -25,6 +25,8 @@ from quantkit.quantize.gptq import GptqResult, quantize
 
 pytestmark = pytest.mark.numerics
 
+pytestmark = pytest.mark.fast
+
 SUPER = tuple(SUPER_BLOCK_TYPES)
 NAMES = (*BLOCK_TYPES, *SUPER)
 

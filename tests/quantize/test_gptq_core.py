@@ -22,7 +22,7 @@ from quantkit.quantize.gptq import (
 from quantkit.quantize.grid import fit_grid, minmax_grid
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, pytest.mark.fast]
 
 
 def exact_loss(W: torch.Tensor, linear: QuantizedLinear, H: torch.Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from quantkit.quantize.hessian import HessianAccumulator, column_order, factoriz
 
 pytestmark = [
     pytest.mark.numerics,
+    pytest.mark.fast,
     pytest.mark.skipif(not loops.available(), reason="Numba is not installed (pip install 'quantkit[cpu]')"),
 ]
 

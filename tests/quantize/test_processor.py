@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+
 from quantkit.quantize import loops
 
 pytestmark = pytest.mark.numerics

@@ -12,6 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from quantkit.errors import SourceError, UsageError
 from quantkit.sources import hub, open_source, variant_name
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def asked(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:

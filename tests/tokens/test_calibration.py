@@ -38,6 +38,8 @@ from quantkit.tokens import (
     windows_in_order,
 )
 
+pytestmark = pytest.mark.fast
+
 REPOSITORY = Path(__file__).parents[2]
 MANIFEST = REPOSITORY / "calibration" / "manifest.json"
 needs_bundled = pytest.mark.skipif(not MANIFEST.exists(), reason="calibration/manifest.json is not in this checkout")

@@ -9,6 +9,8 @@ import pytest
 from quantkit.errors import UsageError
 from quantkit.verbs.release.recipe import GgufVariant, GptqVariant, load_recipe
 
+pytestmark = pytest.mark.fast
+
 GPTQ = "variants: [{kind: gptq}]"
 
 

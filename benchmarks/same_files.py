@@ -92,9 +92,9 @@ CASES: dict[str, tuple[Step, ...]] = {
     ),
     "gptq-delta": (step(f"gptq --base wizard-base --delta wizard-delta --out out --group-size 32 {GPTQ}"),),
     "gptq-ggml": (
-        step(f"gptq wide --out out.gguf --ggml q4_k_m --pre gpt-2 {GPTQ}"),
-        step(f"gptq wide --out q5.gguf --ggml q5_0 --pre gpt-2 {GPTQ}"),
-        step("inspect out.gguf --tensors"),
+        step(f"gptq wide --out out --ggml q4_k_m --pre gpt-2 {GPTQ}"),
+        step(f"gptq wide --out q5 --ggml q5_0 --pre gpt-2 {GPTQ}"),
+        step("inspect out/wide-GPTQ-Q4_K_M.gguf --tensors"),
     ),
     "ggml": (
         QUANTIZED,
@@ -102,10 +102,11 @@ CASES: dict[str, tuple[Step, ...]] = {
         step("ggml llama --out f16.gguf --type f16 --pre gpt-2 --json"),
         step("ggml llama --out q8_0.gguf --type q8_0 --pre gpt-2"),
         step("ggml wide --out q4_k_m.gguf --type q4_k_m --pre gpt-2 --json"),
-        step("ggml mixtral --out parts.gguf --type q4_0 --split-max-size 100KB --pre gpt-2 --json"),
+        step("ggml experts --out parts.gguf --type q4_0 --split-max-size 100KB --pre gpt-2 --json"),
         step("ggml wizard --out wizard.ggmlv3.q4_0.bin --container ggjt --type q4_0 --json"),
+        step("ggml q8_0.gguf --out twice.gguf --type q4_0", refused=2),
         step("ggml wizard.ggmlv3.q4_0.bin --out back.gguf --json"),
-        step("ggml q8_0.gguf --out again.gguf --type q4_0 --json"),
+        step("ggml q8_0.gguf --out again.gguf --type q4_0 --requantize --json"),
         step("inspect kept.gguf --json"),
     ),
     "merge": (
@@ -123,7 +124,7 @@ CASES: dict[str, tuple[Step, ...]] = {
     ),
     "imatrix": (
         step(f"imatrix wide --out wide.imatrix.gguf {DRAWN} --device cpu --json"),
-        step(f"imatrix mixtral --out mixtral.imatrix.gguf {DRAWN} --device cpu"),
+        step(f"imatrix experts --out experts.imatrix.gguf {DRAWN} --device cpu"),
         step("ggml wide --out q3_k_m.gguf --type q3_k_m --imatrix wide.imatrix.gguf --pre gpt-2 --json"),
     ),
     "killed": (
@@ -141,7 +142,7 @@ CASES: dict[str, tuple[Step, ...]] = {
         step("perplexity llama q8_0.gguf --text text.txt --seq-len 64 --stride 32 --device cpu"),
         step("compare llama out q8_0.gguf --out report --text text.txt --seq-len 64 --device cpu --json"),
         step("compare llama out --out plain --text text.txt --seq-len 64 --no-plots --budget 1GB --device cpu"),
-        step("card out --report report --licence mit --repo someone/tiny-GPTQ --json"),
+        step("card out --report report/report.json --licence mit --repo someone/tiny-GPTQ --json"),
         step("verify out --device cpu --json"),
         step("verify q8_0.gguf --device cpu"),
         step("inspect out --json"),
@@ -392,11 +393,13 @@ def make_inputs(folder: Path) -> None:
     shapes: dict[str, dict[str, Any]] = {
         "llama": {},
         "mixtral": {},
+        "experts": {"norm_topk_prob": True},
         "deep": {"num_hidden_layers": 24},
         "wide": {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64},
     }
+    families = {"mixtral": "mixtral", "experts": "qwen3_moe"}  # the second of these has a place in GGUF files
     for name, sizes in shapes.items():
-        random_model("mixtral" if name == "mixtral" else "llama", sizes).save_pretrained(folder / name)
+        random_model(families.get(name, "llama"), sizes).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / ".wizard").mkdir()
     base, tuned, delta = wizard(folder / ".wizard")

@@ -34,15 +34,13 @@ test: $(TEST) $(SMOLLM2) $(GEMMA)  ## all tests but those that need the judges
 	$(BIN)/python -m pytest -m "not judges" --durations=25 $(PYTEST_ARGS)
 
 # What keeps MKL, torch's own loops and Numba's from newer instructions; MKL minds the first on Intel's processors only.
-# After all at once each alone, for what is compared between them.
+# After all at once each alone, for the loops that are compared with torch's.
 OLD_PROCESSOR := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic
 
 test-numerics: $(TEST)  ## the arithmetic, as a processor without newer instructions does it
 	env $(OLD_PROCESSOR) $(BIN)/python -m pytest -m numerics $(PYTEST_ARGS)
-	@set -e; for variable in $(OLD_PROCESSOR); do \
-		echo "env $$variable $(BIN)/python -m pytest -m numerics -k 'test_loops or test_processor'"; \
-		env "$$variable" $(BIN)/python -m pytest -m numerics -k "test_loops or test_processor" $(PYTEST_ARGS); \
-	done
+	set -e; alone=$$(find tests -name test_loops.py -o -name test_processor.py); \
+	for variable in $(OLD_PROCESSOR); do env $$variable $(BIN)/python -m pytest -m numerics $(PYTEST_ARGS) $$alone; done
 
 check: $(TEST)  ## ruff and the tests marked fast: less than two minutes
 	$(BIN)/ruff check .

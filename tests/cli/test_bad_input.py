@@ -882,11 +882,11 @@ def fail_on_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     write = ShardedWriter.write
     written: list[str] = []
 
-    def limited(self: ShardedWriter, name: str, tensor: torch.Tensor) -> None:
+    def limited(self: ShardedWriter, name: str, *tensors: torch.Tensor) -> None:
         written.append(name)
         if len(written) == number:
             disk_full()
-        write(self, name, tensor)
+        write(self, name, *tensors)
 
     monkeypatch.setattr(ShardedWriter, "write", limited)
 

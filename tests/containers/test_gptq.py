@@ -593,7 +593,9 @@ def test_a_disk_that_changes_a_bit_is_noticed(part: str, make_model: MakeModel, 
             byte = file.read(1)[0]
             file.seek(at)
             file.write(bytes([byte ^ 1]))
-        with pytest.raises(OutputError, match=r"^model\.layers\.0\.mlp\.up_proj: .*read back"):
+        with pytest.raises(
+            OutputError, match=rf"^model\.safetensors: model\.layers\.0\.mlp\.up_proj\.{part}: .*read back"
+        ):
             writer.finish()
 
 

@@ -256,7 +256,7 @@ def test_values_that_come_back_otherwise_are_named(
 
     original = conversion.open_weights
     monkeypatch.setattr(conversion, "open_weights", damaged)
-    with pytest.raises(OutputError, match=rf"{UP}: other values were read back than were written"):
+    with pytest.raises(OutputError, match=rf"{UP}: other data was read back than were written"):
         quantkit.convert(make_model("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

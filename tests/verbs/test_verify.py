@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.codes import pack, unpack
-from quantkit.errors import UsageError
+from quantkit.containers.hf.header import examine_header
+from quantkit.errors import SourceError, UsageError
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.verify import Verified, verify
 from quantkit.verbs.verify.companions import check_strings
 from quantkit.verbs.verify.findings import Findings
-from quantkit.verbs.verify.shards import read_header
+from quantkit.verbs.verify.shards import check_weights
 from quantkit.verbs.verify.tensor_parallel import Linear, tensor_parallel
 
 Edit = Callable[[dict[str, Any]], None]
@@ -196,16 +197,17 @@ def test_every_flipped_bit_of_a_header_shows(checkpoint: Path, tmp_path: Path) -
     save_file(tensors, path, {"format": "pt"})
     data = path.read_bytes()
     length = 8 + int.from_bytes(data[:8], "little")
-    sound = read_header(path)
+    sound = examine_header(path)
     assert sound.problems == ()
     assert sound.entries.keys() == tensors.keys()
     for bit in range(length * 8):
         spoiled = bytearray(data)
         spoiled[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bytes(spoiled))
-        header = read_header(path)
+        found = Findings(tmp_path)
+        table = check_weights(tmp_path, found)
         # A bit of a tensor's name makes another sound name, which the model has no place for.
-        assert header.problems or header.entries.keys() != tensors.keys(), (bit, spoiled[:length])
+        assert found.problems or table.entries.keys() != tensors.keys(), (bit, spoiled[:length])
 
 
 def test_tensors_that_share_a_place(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_tensors_that_share_a_place(tmp_path: Path) -> None:
     save_file({"a": torch.ones(4, 4), "b": torch.ones(4, 4), "c": torch.ones(4, 4)}, path, {"format": "pt"})
     data = path.read_bytes()
     path.write_bytes(data.replace(b'"data_offsets":[64,128]', b'"data_offsets":[000,64]'.replace(b"000", b"  0")))
-    (text,) = read_header(path).problems
+    (text,) = examine_header(path).problems
     assert "begins at byte" in text
 
 
@@ -222,7 +224,44 @@ def test_a_key_twice_in_a_header(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, path, {"format": "pt"})
     path.write_bytes(path.read_bytes().replace(b'"b":', b'"a":'))
-    assert "its header has 'a' twice" in read_header(path).problems[0]
+    assert "its header has 'a' twice" in examine_header(path).problems[0]
+
+
+def spoil_header(path: Path, edit: Callable[[bytes], bytes]) -> None:
+    """Change a header's text and its length, not the data behind it."""
+    raw = path.read_bytes()
+    stop = 8 + int.from_bytes(raw[:8], "little")
+    text = edit(raw[8:stop])
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[stop:])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda text: b" \n\t" + text, lambda text: text.replace(b'"dtype":', b'"crc":[1,{}],"dtype":')],
+    ids=["white space before it", "one more key in every entry"],
+)
+def test_headers_that_safetensors_reads_are_sound(
+    edit: Callable[[bytes], bytes], make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    spoil_header(folder / "model.safetensors", edit)
+    assert problems(folder) == []
+
+
+def test_a_type_that_is_not_read_is_no_damage(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    edit_tensors(folder, lambda tensors: tensors.update(phase=torch.ones(4, dtype=torch.complex64)))
+    (model,) = verify(folder, generate=False, device="cpu").models
+    assert model.problems == ()
+    assert "values stored as C64 are not looked at: phase" in model.notes
+
+
+def test_an_offset_of_minus_zero_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    spoil_header(folder / "model.safetensors", lambda text: text.replace(b'"data_offsets":[0,', b'"data_offsets":[-0,'))
+    assert any("place [-0.0, " in text for text in problems(folder))
+    with pytest.raises(SourceError, match=r"place \[-0\.0, "):
+        quantkit.convert(folder, tmp_path / "converted")
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 8, 9, 30, 60, 61, 77, 100, 124, 150, 199, 256, 300, 411])

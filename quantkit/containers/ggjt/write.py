@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +35,8 @@ from quantkit.containers.ggjt.read import (
     names_of,
     rebuilt_tokenizer,
 )
+from quantkit.containers.gguf.file_bytes import FileBytes
+from quantkit.containers.readback import ReadBack
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import (
     NumericError,
@@ -227,13 +228,17 @@ class GgjtWriter:
     ) -> None:
         assert len(vocabulary) == config.vocab_size
         self._pending = {tensor.name for tensor in tensors}
-        self._offset: dict[str, int] = {}
-        self._file = path.open("wb")
-        self._file.write(_header(config, vocabulary, tensors))
+        self._path, self._file = path, path.open("wb")
+        self._read_back = ReadBack()
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._heads: dict[str, tuple[int, bytes]] = {}
+        header = _header(config, vocabulary, tensors)
+        self._write("its header", 0, header)
+        at = len(header)
         for tensor in tensors:
-            self._file.write(_head(tensor, self._file.tell()))
-            self._offset[tensor.name] = self._file.tell()
-            self._file.seek(tensor.bytes, os.SEEK_CUR)
+            head = _head(tensor, at)
+            self._heads[tensor.name] = at, head
+            at += len(head) + tensor.bytes
 
     def __enter__(self) -> GgjtWriter:
         return self
@@ -254,18 +259,26 @@ class GgjtWriter:
         self._pending.remove(tensor.name)
         rows = _encoded(tensor, values)
         assert rows.nbytes == tensor.bytes, tensor.name
-        self._file.seek(self._offset[tensor.name])
-        self._file.write(_in_rotary_order(rows, tensor.heads).tobytes())
+        at, head = self._heads[tensor.name]
+        self._write(tensor.name, at, head, _in_rotary_order(rows, tensor.heads).tobytes())
 
     def finish(self) -> None:
-        """Close the file.
+        """Close the file and read it back.
 
         Raises:
-            OutputError: a planned tensor was never written.
+            OutputError: a planned tensor was never written, or other data was read back than was written.
         """
         if self._pending:
             raise OutputError(f"{len(self._pending)} planned tensors were not written, such as {min(self._pending)}")
         self._file.close()
+        stored = FileBytes(self._path)
+        self._read_back.compare(lambda _, name: stored.pieces(*self._spans[name]))
+
+    def _write(self, name: str, at: int, *content: bytes) -> None:
+        self._file.seek(at)
+        self._file.writelines(content)
+        self._spans[name] = at, at + sum(map(len, content))
+        self._read_back.wrote(self._path, name, *content)
 
 
 def _refuse(source: Source, why: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 _WINDOW = 1 << 16
+_PIECE = 1 << 20
 
 
 class FileBytes:
@@ -39,6 +41,17 @@ class FileBytes:
         if rest:
             raise OSError("the file has become shorter")
         return found
+
+    def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The same bytes one piece after the other, each valid until the next one; fewer where the file has become
+        shorter. Raises OSError.
+        """
+        piece = memoryview(bytearray(min(_PIECE, stop - start)))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while start < stop and (count := file.readinto(piece[: stop - start])):
+                yield piece[:count]
+                start += count
 
     def window(self, start: int, size: int) -> tuple[bytes, int]:
         """At least `size` bytes from `start`, and where the first of them is in the file: for a header's small parts.

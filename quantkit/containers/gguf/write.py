@@ -7,9 +7,7 @@ of them is in memory.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,14 +15,15 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from quantkit.containers.gguf.file_bytes import FileBytes
 from quantkit.containers.gguf.head import pack_head, padded
 from quantkit.containers.gguf.tensors import Array, GgufTensor
+from quantkit.containers.readback import ReadBack
 from quantkit.errors import OutputError, UsageError
 
 Typed = tuple[GgufTensor, GGMLQuantizationType]
 
 _PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-_BYTES_A_READ = 1 << 20
 
 
 def packed_bytes(tensor: GgufTensor, kind: GGMLQuantizationType) -> int:
@@ -80,7 +79,8 @@ class GgufWriter:
         self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
         self._pending = set(self._parts)
         self._place: dict[str, tuple[int, int]] = {}
-        self._checksums: dict[tuple[int, int, int], tuple[str, int]] = {}
+        self._read_back = ReadBack()
+        self._spans: dict[tuple[Path, str], tuple[int, int]] = {}
         self._files: list[BinaryIO] = []
         first = {"general.architecture": architecture, **keys, "general.size_label": _size_label(tensors)}
         try:
@@ -122,9 +122,8 @@ class GgufWriter:
         if self._pending:
             raise OutputError(f"{len(self._pending)} planned tensors were not written, such as {min(self._pending)}")
         self._close()
-        for number, path in enumerate(self.paths):
-            with path.open("rb", buffering=0) as file:
-                self._read_back(number, file)
+        files = {path: FileBytes(path) for path in self.paths}
+        self._read_back.compare(lambda path, name: files[path].pieces(*self._spans[path, name]))
 
     def _open_part(self, number: int, keys: Mapping[str, Any], tensors: Sequence[Typed], parts: int) -> None:
         """Write a part's head, and give its file the final size."""
@@ -149,25 +148,14 @@ class GgufWriter:
         assert data.nbytes == share, (tensor.name, data.shape)
         number, start = self._place[tensor.name]
         content = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-        self._write(number, start + part * share, content, tensor.name)
+        name = tensor.name if len(tensor.sources) < 2 else f"{tensor.name}, part {part}"
+        self._write(number, start + part * share, content, name)
 
     def _write(self, number: int, at: int, content: bytes | memoryview, name: str) -> None:
         self._files[number].seek(at)
         self._files[number].write(content)
-        self._checksums[number, at, len(content)] = name, zlib.crc32(content)
-
-    def _read_back(self, number: int, file: FileIO) -> None:
-        piece = memoryview(bytearray(_BYTES_A_READ))
-        for (part, at, size), (name, written) in self._checksums.items():
-            if part != number:
-                continue
-            file.seek(at)
-            left, checksum = size, 0
-            while left and (found := file.readinto(piece[:left])):
-                checksum = zlib.crc32(piece[:found], checksum)
-                left -= found
-            if left or checksum != written:
-                raise OutputError(f"{name}: other data was read back than was written; the disk may be failing")
+        self._read_back.wrote(self.paths[number], name, content)
+        self._spans[self.paths[number], name] = at, at + len(content)
 
     def _close(self) -> None:
         for file in self._files:

@@ -80,7 +80,7 @@ class GptqSource(FolderSource):
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and f"{module}.qweight" in self.stored.tensors:
             scales, group = self._read_scales(module).T, self.read_groups(module).long()
-            steps = self._unpacked(module).float() - self.read_zeros(module).float()[:, group]
+            steps = self.read_unpacked(module).float() - self.read_zeros(module).float()[:, group]
             return steps * scales[:, group]
         return self.stored.read(name)
 
@@ -95,7 +95,7 @@ class GptqSource(FolderSource):
         Raises:
             SourceError: its scales are not float16 numbers, so its codes cannot be taken as they are.
         """
-        codes, scales, zeros = self._unpacked(module), self.read_scales(module), self.read_zeros(module)
+        codes, scales, zeros = self.read_unpacked(module), self.read_scales(module), self.read_zeros(module)
         return QuantizedLinear(codes, scales.T.contiguous(), zeros, self.read_groups(module), self.bits(module))
 
     def read_words(self, module: str) -> torch.Tensor:
@@ -116,7 +116,8 @@ class GptqSource(FolderSource):
         """float32 [groups, out]."""
         return self.stored.read(f"{module}.scales").float()
 
-    def _unpacked(self, module: str) -> torch.Tensor:
+    def read_unpacked(self, module: str) -> torch.Tensor:
+        """Codes of one Linear, uint8 [out, in]."""
         return unpack(self.read_words(module), self.bits(module)).T.contiguous()
 
     def read_zeros(self, module: str) -> torch.Tensor:

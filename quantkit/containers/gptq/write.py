@@ -5,7 +5,6 @@ Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.containers.gptq.read.G
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from quantkit.codes import (
 )
 from quantkit.codes.plan import Plan
 from quantkit.containers.gptq.read import GptqSource
-from quantkit.containers.hf.tensorfile import TensorPlan, tensor_bytes
+from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
-from quantkit.errors import NumericError, OutputError, UsageError
+from quantkit.errors import NumericError, UsageError
 from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.runs.atomic import write_json
 from quantkit.version import __version__
@@ -140,7 +139,6 @@ class GptqWriter:
         self.folder, self.source = folder, source
         self._weights, self._linears, self._quantization = weights, linears, quantization
         self._tensors = ShardedWriter(folder, plan(source, weights, linears), max_shard_bytes)
-        self._checksums: dict[str, int] = {}
 
     def __enter__(self) -> GptqWriter:
         return self
@@ -156,11 +154,10 @@ class GptqWriter:
         zeros = linear.zeros.cpu().T
         if self._quantization["checkpoint_format"] == "gptq":
             zeros = zeros - 1  # v1 stores zero - 1; zeros are at least 1, so no field borrows from its neighbour
-        self._tensors.write(f"{module}.qweight", pack(linear.codes.cpu().T.contiguous(), linear.bits))
-        self._tensors.write(f"{module}.qzeros", pack(zeros, linear.bits, axis=1))
+        self._tensors.write(f"{module}.qweight", pack(linear.codes.cpu().T.contiguous(), linear.bits), linear.codes)
+        self._tensors.write(f"{module}.qzeros", pack(zeros, linear.bits, axis=1), linear.zeros)
         self._tensors.write(f"{module}.scales", linear.scales.cpu().T.contiguous())
         self._tensors.write(f"{module}.g_idx", linear.group.cpu())
-        self._checksums[module] = _checksum(linear)
 
     def add_others(self) -> None:
         """Copy every tensor that is not quantized, float ones in the source's publishing dtype."""
@@ -169,7 +166,7 @@ class GptqWriter:
                 self._tensors.write(name, kept_tensor(self.source, self._weights, name))
 
     def finish(self) -> None:
-        """Write configs and tokenizer, then read every Linear back and compare its codes.
+        """Write configs and tokenizer, then read every tensor back and compare it: of Linears their codes and zeros.
 
         Raises:
             OutputError: what was read back is not what was written.
@@ -184,13 +181,14 @@ class GptqWriter:
         write_json(self.folder / "config.json", config)
         write_json(self.folder / "quantize_config.json", self._quantization)
         self.source.copy_companions(self.folder)
-        self._read_back()
-
-    def _read_back(self) -> None:
         reader = GptqSource(self.folder)
-        for module, checksum in self._checksums.items():
-            if _checksum(reader.read_codes(module)) != checksum:
-                raise OutputError(f"{module}: other codes were read back than were written; the disk may be failing")
+        self._tensors.read_back(lambda name: self._meaning(reader, name))
+
+    def _meaning(self, reader: GptqSource, name: str) -> torch.Tensor:
+        """A stored tensor, unpacked where it holds codes or zeros."""
+        module, _, part = name.rpartition(".")
+        unpacked = {"qweight": reader.read_unpacked, "qzeros": reader.read_zeros} if module in self._linears else {}
+        return unpacked[part](module) if part in unpacked else reader.stored.read(name)
 
 
 def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
@@ -213,10 +211,3 @@ def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
 def _kept_dtype(source: Source, stored_as: str) -> torch.dtype:
     integers = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
     return integers.get(stored_as, source.dtype)
-
-
-def _checksum(linear: QuantizedLinear) -> int:
-    value = 0
-    for part in (linear.codes, linear.scales, linear.zeros, linear.group):
-        value = zlib.crc32(tensor_bytes(part), value)
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from quantkit.containers.hf.header import read_header
+from quantkit.containers.hf.header import Stored, read_header
 from quantkit.containers.source import TensorInfo, read_json
 from quantkit.errors import SourceError
 
@@ -29,6 +30,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LARGEST = 2**63 - 1  # for torch, of a side and of a stride; an empty tensor's may be larger in a file
 
 
 class WeightFiles(ABC):
@@ -117,7 +119,7 @@ class SafetensorsFiles(WeightFiles):
     index_name = "model.safetensors.index.json"
 
     def __init__(self, folder: Path) -> None:
-        self._starts: dict[str, int] = {}
+        self._stored: dict[str, Stored] = {}
         super().__init__(folder)
 
     @staticmethod
@@ -126,45 +128,48 @@ class SafetensorsFiles(WeightFiles):
         return [single] if (folder / single).is_file() else _names(folder.glob("*.safetensors"))
 
     def read(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
-        return self._values(name, info.shape, self._starts[name])
+        return read_stored(self.shard_of[name], name, self._stored[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        info = self.tensors[name]
-        row = info.bytes // info.shape[0]
-        return self._values(name, (stop - start, *info.shape[1:]), self._starts[name] + start * row)
-
-    def _values(self, name: str, shape: tuple[int, ...], start: int) -> torch.Tensor:
-        shard = self.shard_of[name]
-        # Memory of its own: what a mapped file gives is read through page faults, and copied after all.
-        tensor = torch.empty(shape, dtype=DTYPES[self.tensors[name].stored_as])
-        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with shard.open("rb", buffering=0) as file:
-                file.seek(start)
-                while rest and (found := file.readinto(rest)):  # at most 2 GB at once
-                    rest = rest[found:]
-        except OSError as error:
-            raise SourceError(f"{shard}: cannot read {name}: {error}") from error
-        if rest:
-            raise SourceError(f"{shard}: cannot read {name}: the file has become shorter")
-        return widened(tensor)
+        whole = self._stored[name]
+        row = whole.bytes // whole.shape[0]
+        place = whole.start + start * row, whole.start + stop * row
+        return read_stored(self.shard_of[name], name, Stored(whole.dtype, (stop - start, *whole.shape[1:]), *place))
 
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
         try:
             header = read_header(shard)
         except (OSError, ValueError) as error:
             raise SourceError(f"{shard}: broken or cut short ({error}); download it again") from error
-        self._starts.update({name: stored.start for name, stored in header.items()})
+        self._stored.update(header)
         return {name: tensor_info(shard, name, stored.shape, stored.dtype) for name, stored in header.items()}
+
+
+def read_stored(shard: Path, name: str, stored: Stored) -> torch.Tensor:
+    """A tensor of a safetensors file, of one of `DTYPES`, as `WeightFiles.read` gives it. Raises SourceError."""
+    if math.prod(side or 1 for side in stored.shape) > _LARGEST:
+        raise SourceError(f"{shard}: {name} has shape {list(stored.shape)}, which no tensor can have")
+    # Memory of its own: what a mapped file gives is read through page faults, and copied after all.
+    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with shard.open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            while rest and (found := file.readinto(rest)):  # at most 2 GB at once
+                rest = rest[found:]
+    except OSError as error:
+        raise SourceError(f"{shard}: cannot read {name}: {error}") from error
+    if rest:
+        raise SourceError(f"{shard}: cannot read {name}: the file has become shorter")
+    return widened(tensor)
 
 
 def tensor_info(shard: Path, name: str, shape: Iterable[int], stored_as: str) -> TensorInfo:
     """A header's entry. Raises SourceError for a type that is not read."""
     if stored_as not in DTYPES:
         raise SourceError(f"{shard}: {name} is stored as {stored_as}; read are {', '.join(DTYPES)}")
-    size = torch.Size(shape)
-    return TensorInfo(tuple(size), stored_as, DTYPES[stored_as].itemsize * size.numel())
+    sides = tuple(shape)
+    return TensorInfo(sides, stored_as, DTYPES[stored_as].itemsize * math.prod(sides))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,14 @@ any order. Format: https://github.com/huggingface/safetensors, section "Format".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from quantkit.containers.hf.tensorfile import TensorPlan, header, tensor_bytes
+from quantkit.containers.readback import ReadBack
 from quantkit.errors import OutputError
 from quantkit.runs.atomic import write_json
 
@@ -21,8 +22,8 @@ from quantkit.runs.atomic import write_json
 class ShardedWriter:
     """Writes the planned tensors, each exactly once, into one or many shards of at most `max_shard_bytes`.
 
-    Use: `write` every tensor, then `finish`. Files have their final names from the start, so the folder must be one
-    that nobody takes for finished (`quantkit.runs.atomic.staged_folder`).
+    Use: `write` every tensor, then `finish`, then `read_back`. Files have their final names from the start, so the
+    folder must be one that nobody takes for finished (`quantkit.runs.atomic.staged_folder`).
     """
 
     def __init__(self, folder: Path, plan: Sequence[TensorPlan], max_shard_bytes: int) -> None:
@@ -41,15 +42,25 @@ class ShardedWriter:
             self._files.append(file)
             file.write(head)
             self._place.update({name: (number, len(head) + start) for name, start in offsets.items()})
+        self._read_back = ReadBack()
         self._total = sum(tensor.bytes for tensor in plan)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a planned tensor; dtype and shape must be the plan's."""
+    def write(self, name: str, tensor: torch.Tensor, meaning: torch.Tensor | None = None) -> None:
+        """Write a planned tensor.
+
+        Args:
+            name: in the plan.
+            tensor: of the plan's dtype and shape.
+            meaning: what a reader makes of it, where that is not the tensor itself.
+        """
         planned = self._pending.pop(name)
         assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), name
         number, offset = self._place[name]
         self._files[number].seek(offset)
-        self._files[number].write(tensor_bytes(tensor))
+        content = tensor_bytes(tensor)
+        self._files[number].write(content)
+        understood = content if meaning is None else tensor_bytes(meaning)
+        self._read_back.wrote(self.folder / self.names[number], name, understood)
 
     def finish(self) -> None:
         """Close the shards and write the index where there are several.
@@ -65,6 +76,20 @@ class ShardedWriter:
             weight_map = {name: self.names[number] for name, (number, _) in self._place.items()}
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.folder / "model.safetensors.index.json", index)
+
+    def read_back(
+        self, read: Callable[[str], torch.Tensor], advance: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Compare every tensor with what a reader of the finished files gives.
+
+        Args:
+            read: a tensor by its name, or its meaning where `write` was told one.
+            advance: is told of each tensor.
+
+        Raises:
+            OutputError: names the file and the tensor that were read back otherwise.
+        """
+        self._read_back.compare(lambda _, name: [tensor_bytes(read(name))], advance)
 
     def close(self) -> None:
         """Close the files without checking anything."""

@@ -12,7 +12,7 @@ from gguf import GGUFWriter
 
 from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.imatrix.read import COUNTS, SUMS, Array
-from quantkit.errors import OutputError
+from quantkit.containers.readback import ReadBack
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,10 @@ def write_imatrix(
         single = len(entry.sums) == 1  # which ggml stores without the dimension of 1
         tensors[name + SUMS] = entry.sums[0] if single else entry.sums
         tensors[name + COUNTS] = entry.counts[0] if single else entry.counts
+    read_back = ReadBack()
     for name, values in tensors.items():
         file.add_tensor(name, values)
+        read_back.wrote(path, name, values)
     try:
         file.write_header_to_file()
         file.write_kv_data_to_file()
@@ -79,6 +81,4 @@ def write_imatrix(
     finally:
         file.close()
     stored = GgufFile(path)
-    for name, values in tensors.items():
-        if not np.array_equal(stored.values(name), values):
-            raise OutputError(f"{name}: other data was read back than was written; the disk may be failing")
+    read_back.compare(lambda _, name: [stored.values(name)])

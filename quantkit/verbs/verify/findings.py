@@ -25,10 +25,12 @@ class Findings:
         self.root = root
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self._said: set[str] = set()
 
     def problem(self, text: str) -> None:
         """Note a fault: what it is of, what it is, what to do."""
-        if text not in self.problems:
+        if text not in self._said:
+            self._said.add(text)
             self.problems.append(text)
 
     def note(self, text: str) -> None:

@@ -1,58 +1,30 @@
-"""The weight files of a folder as they lie there: headers, index, checksums. Everything wrong is found, not the first.
+"""The weight files of a folder as they lie there: index and checksums. Everything wrong is found, not the first.
 
 `quantkit.containers.hf.shards` reads the same files for work, and stops at the first fault.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from quantkit.containers.hf.shards import DTYPES, SafetensorsFiles, widened
-from quantkit.containers.source import TensorInfo, file_sha256, read_json
+from quantkit.containers.hf.header import Header, Stored, examine_header
+from quantkit.containers.hf.shards import DTYPES, SafetensorsFiles, read_stored
+from quantkit.containers.source import file_sha256, read_json
 from quantkit.progress import Progress
 from quantkit.runs.atomic import REPORT_NAME
 from quantkit.runs.record import CHECKSUMS
 from quantkit.verbs.verify.findings import Findings, listed
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-_FIELDS = {"dtype", "shape", "data_offsets"}
 # What transformers 4 accepts; it refuses files that say something else, or nothing.
 _FORMATS = ("pt", "tf", "flax", "mlx")
-_LARGEST_HEADER = 100_000_000  # safetensors' own limit
-_AGAIN = "the file is damaged, download it again"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A stored tensor; `start` and `stop` count bytes from the start of the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def info(self) -> TensorInfo:
-        return TensorInfo(self.shape, self.dtype, self.stop - self.start)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What one file's header says, as far as it can be believed, and what is wrong with it."""
-
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,59 +35,20 @@ class Table:
         entries: by name.
         lost: tensors that the index puts into files that are missing or broken.
         metadata: ``__metadata__`` of every file, by file name.
+        files: where each tensor is, by its name.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, Stored]
     lost: frozenset[str]
     metadata: Mapping[str, Mapping[str, str]]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU, 8-bit floats widened; nothing of it where it is lost."""
+        """The tensor, on the CPU, 8-bit floats widened; nothing of one that is lost, or of a type that is not read."""
         entry = self.entries.get(name)
-        if entry is None:
+        if entry is None or entry.dtype not in DTYPES:
             return torch.empty(0)
-        dtype = DTYPES[entry.dtype]
-        if entry.start == entry.stop:
-            return torch.empty(entry.shape, dtype=dtype)
-        raw = np.fromfile(entry.file, np.uint8, entry.stop - entry.start, offset=entry.start)
-        return widened(torch.from_numpy(raw).view(dtype).reshape(entry.shape))
-
-
-def read_header(path: Path) -> Header:
-    """The header of a safetensors file, every rule of the format checked (safetensors' README, section "Format")."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            return Header(problems=(f"{path.name}: its header would be {length} bytes of a file of {size}; {_AGAIN}",))
-        raw = file.read(length)
-    repeated: list[str] = []
-
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in found]
-        repeated.extend(
-            sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        )
-        return dict(found)
-
-    try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        return Header(problems=(f"{path.name}: its header is no JSON ({error}); {_AGAIN}",))
-    if not isinstance(content, dict) or not raw.startswith(b"{"):
-        return Header(problems=(f"{path.name}: its header is no JSON object; {_AGAIN}",))
-    problems = [f"{path.name}: its header has {name!r} twice; {_AGAIN}" for name in repeated]
-    metadata = _metadata(path, content.pop("__metadata__", None), problems)
-    entries = {}
-    for name, value in content.items():
-        entry = _entry(path, value, 8 + length)
-        if isinstance(entry, str):
-            problems.append(f"{path.name}: {name}: {entry}; {_AGAIN}")
-        else:
-            entries[name] = entry
-    if not problems:
-        problems += _gaps(path, entries, 8 + length, size)
-    return Header(entries, metadata, tuple(problems))
+        return read_stored(self.files[name], name, entry)
 
 
 def check_weights(folder: Path, found: Findings) -> Table:
@@ -132,20 +65,25 @@ def check_weights(folder: Path, found: Findings) -> Table:
     headers: dict[str, Header] = {}
     for path in files:
         with found.guard(path.name):
-            headers[path.name] = read_header(path)
+            headers[path.name] = examine_header(path)
             for text in headers[path.name].problems:
-                found.problem(text)
-    entries = _join(headers, found)
+                found.problem(f"{path.name}: {text}; download it again")
+            _check_format(path.name, headers[path.name].metadata, found)
+    entries, holder = _join(headers, found)
+    if unread := [name for name, entry in entries.items() if entry.dtype not in DTYPES]:
+        kinds = ", ".join(sorted({entries[name].dtype for name in unread}))
+        found.note(f"values stored as {kinds} are not looked at: {listed(unread)}")
     sound = {name for name, header in headers.items() if not header.problems}
     lost = {name for name, file in weight_map.items() if file not in sound and name not in entries}
     _check_index(weight_map, headers, sound, found)
     if total is not None and sound == set(wanted):
-        held = sum(entry.stop - entry.start for entry in entries.values())
+        held = sum(entry.bytes for entry in entries.values())
         if total != held:
             found.problem(
                 f"{index.name}: total_size is {total}, but the shards hold {held} bytes; write the index anew"
             )
-    return Table(entries, frozenset(lost), {name: header.metadata for name, header in headers.items()})
+    metadata = {name: header.metadata or {} for name, header in headers.items()}
+    return Table(entries, frozenset(lost), metadata, {name: folder / file for name, file in holder.items()})
 
 
 def check_checksums(folder: Path, names: set[str] | None, found: Findings, progress: Progress) -> bool:
@@ -166,59 +104,30 @@ def check_checksums(folder: Path, names: set[str] | None, found: Findings, progr
 # -- headers ---------------------------------------------------------------------------------------------------------
 
 
-def _metadata(path: Path, metadata: Any, problems: list[str]) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        problems.append(
-            f"{path.name}: its header has no __metadata__ of strings, so transformers 4 refuses it; {_AGAIN}"
-        )
-        return {}
-    if metadata.get("format") not in _FORMATS:
+def _check_format(file: str, metadata: Mapping[str, str] | None, found: Findings) -> None:
+    """What transformers 4 asks of ``__metadata__``; None where nothing of it can be read."""
+    if metadata == {}:
+        found.problem(f"{file}: its header has no __metadata__, so transformers 4 refuses it; write it anew")
+    elif metadata is not None and metadata.get("format") not in _FORMATS:
         said = repr(metadata.get("format"))
-        problems.append(f"{path.name}: the format in its __metadata__ is {said}, not 'pt': transformers 4 refuses it")
-    return metadata
+        found.problem(f"{file}: the format in its __metadata__ is {said}, not 'pt': transformers 4 refuses it")
 
 
-def _entry(path: Path, value: Any, data: int) -> Entry | str:
-    """A header's entry, or what is wrong with it."""
-    if not isinstance(value, dict) or set(value) != _FIELDS:
-        return "its entry is not of dtype, shape and data_offsets"
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
-        return f"stored as {dtype!r}; read are {', '.join(DTYPES)}"
-    if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
-        return f"shape {shape} or place {offsets} are no whole numbers"
-    start, stop = offsets
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    if stop - start != size:
-        return f"shape {shape} of {dtype} takes {size} bytes, its place has {stop - start}"
-    return Entry(path, dtype, tuple(shape), data + start, data + stop)
-
-
-def _is_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-
-def _gaps(path: Path, entries: Mapping[str, Entry], at: int, size: int) -> list[str]:
-    """Tensors must follow each other without gap or overlap, to the end of the file."""
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != at:
-            return [f"{path.name}: {name} begins at byte {entry.start}, the tensor before it ends at {at}; {_AGAIN}"]
-        at = entry.stop
-    return [] if at == size else [f"{path.name}: it has {size} bytes, its tensors end at {at}; {_AGAIN}"]
-
-
-def _join(headers: Mapping[str, Header], found: Findings) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
+def _join(headers: Mapping[str, Header], found: Findings) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Every tensor, and the name of the file that it is in."""
+    entries: dict[str, Stored] = {}
+    holder: dict[str, str] = {}
     for file, header in headers.items():
         for name, entry in header.entries.items():
-            if header.problems and entry.stop > entry.file.stat().st_size:
+            if entry.stop > header.size:
                 continue
             if name in entries:
-                found.problem(f"{file}: {name} is also in {entries[name].file.name}; write the folder anew")
+                found.problem(f"{file}: {name} is also in {holder[name]}; write the folder anew")
             entries.setdefault(name, entry)
+            holder.setdefault(name, file)
     if headers and not entries and not any(header.problems for header in headers.values()):
         found.problem("its weight files hold no tensor; download them again")
-    return entries
+    return entries, holder
 
 
 # -- index -----------------------------------------------------------------------------------------------------------
@@ -242,8 +151,7 @@ def _read_index(path: Path, found: Findings) -> tuple[dict[str, str], int | None
 
 def _check_listing(folder: Path, weight_map: Mapping[str, str], found: Findings) -> None:
     """Shards the index names against the files that are there."""
-    for name in sorted(set(weight_map.values())):
-        held = sum(file == name for file in weight_map.values())
+    for name, held in sorted(Counter(weight_map.values()).items()):
         if Path(name).name != name:
             found.problem(
                 f"{SafetensorsFiles.index_name}: names a shard outside the folder: {name}; write the index anew"

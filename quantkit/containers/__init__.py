@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from quantkit.errors import UsageError
 from quantkit.options import ActOrder, QuantSpec
 
 _PROGRAMS = "quantkit.verbs.verify.programs"
@@ -270,8 +271,11 @@ def of_file(path: Path) -> Container | None:
 
 
 def of_format(name: str) -> Container:
-    """The container that `--format` names a version of."""
-    return next(row for row in CONTAINERS.values() if name in row.formats)
+    """The container that `--format` names a version of. Raises UsageError."""
+    known = {format: row for row in CONTAINERS.values() for format in row.formats}
+    if name not in known:
+        raise UsageError(f"--format {name}: choose {', '.join(known)}")
+    return known[name]
 
 
 def misfit(row: Container, specs: Collection[QuantSpec]) -> str | None:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 import quantkit
 from quantkit.codes import PACKABLE_BITS, Codes, QuantizedLinear, contiguous_groups
 from quantkit.codes.plan import Plan
-from quantkit.containers import CONTAINERS, Container, Holds, Loads, Shown, files, folders, load, misfit
+from quantkit.containers import CONTAINERS, Container, Holds, Loads, Shown, files, folders, load, misfit, of_format
 from quantkit.containers.ggjt.read import MAGICS
 from quantkit.containers.ggjt.write import FILE_TYPES
 from quantkit.containers.gguf.file import MAGIC
@@ -129,6 +129,12 @@ def test_what_the_rows_say_they_hold_is_what_is_written() -> None:
 )
 def test_a_spec_that_does_not_fit_is_told_in_one_line(kind: str, spec: dict[str, Any], line: str | None) -> None:
     assert misfit(CONTAINERS[kind], [QuantSpec(**spec)]) == line
+
+
+def test_a_format_of_no_container_is_refused() -> None:
+    assert of_format("gptq_v2") is CONTAINERS["gptq"]
+    with pytest.raises(UsageError, match="--format awq: choose gptq, gptq_v2"):
+        of_format("awq")
 
 
 # -- a container of its own ------------------------------------------------------------------------------------------

@@ -133,8 +133,8 @@ def test_a_spec_that_does_not_fit_is_told_in_one_line(kind: str, spec: dict[str,
 
 def test_a_format_of_no_container_is_refused() -> None:
     assert of_format("gptq_v2") is CONTAINERS["gptq"]
-    with pytest.raises(UsageError, match="--format awq: choose gptq, gptq_v2"):
-        of_format("awq")
+    with pytest.raises(UsageError, match="--format toy: choose gptq, gptq_v2"):
+        of_format("toy")
 
 
 # -- a container of its own ------------------------------------------------------------------------------------------
@@ -356,5 +356,5 @@ def test_what_it_does_not_hold_is_refused(make_model: MakeModel) -> None:
 
 def test_without_its_row_it_is_not_known(toy: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(CONTAINERS, "toy")
-    with pytest.raises(SourceError, match="quantized with 'toy'; full-precision, gptq and fp8 folders can be read"):
+    with pytest.raises(SourceError, match=r"quantized with 'toy'; full-precision, .* and fp8 folders can be read"):
         open_source(toy[0])

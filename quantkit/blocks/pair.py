@@ -137,7 +137,7 @@ class PairSource(Source):
             swapped = f"; are {base} and {other} swapped?" if self.sign > 0 else ""
             raise SourceError(f"{base} {self.base.path} is itself a delta, by its {REPORT_NAME}{swapped}")
         for role, source in zip(self.roles, (self.base, self.other), strict=True):
-            if source.kind == "gptq":
+            if source.codes is not None:
                 raise SourceError(f"{role} {source.label} is quantized; give the full-precision model")
 
     def _pair(self) -> dict[str, str]:

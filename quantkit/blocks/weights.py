@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,11 +148,11 @@ def _info(source: Source, place: Place) -> TensorInfo:
     if place.below is not None:
         below = source.tensors[place.below]
         shape = (stored.shape[0] + below.shape[0], *stored.shape[1:])
-        return TensorInfo(shape, stored.stored_as, stored.bytes + below.bytes)
+        return replace(stored, shape=shape, bytes=stored.bytes + below.bytes)
     shape = stored.shape[1:] if place.expert is not None else stored.shape
     if place.transposed:
         shape = shape[::-1]
     if place.part is not None:
         shape = (shape[0] // 2, *shape[1:])
     whole, share = torch.Size(stored.shape).numel(), torch.Size(shape).numel()
-    return TensorInfo(shape, stored.stored_as, stored.bytes * share // max(whole, 1))
+    return replace(stored, shape=shape, bytes=stored.bytes * share // max(whole, 1))

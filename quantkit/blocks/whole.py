@@ -12,12 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from quantkit.blocks.stream import ModelStream
+from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source, first_line
 from quantkit.errors import SourceError
 from quantkit.progress import SILENT, Progress
-
-# transformers loads a GPTQ folder through optimum, on GPTQModel's kernels.
-_KERNEL_PACKAGES = ("gptqmodel", "optimum")
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,14 @@ def load_model(
 
 
 def load_on_kernels(stream: ModelStream, trust_remote_code: bool = False, progress: Progress = SILENT) -> Loaded:
-    """The stream's model: a GPTQ folder on GPTQModel's kernels where those are installed and take it, else dequantized.
+    """The stream's model: codes on GPTQModel's kernels where those are installed and take it, else dequantized.
 
     Which of the two happened is noted. Raises as `load_model` does.
     """
-    if stream.source.kind != "gptq":
+    container = CONTAINERS.get(stream.source.kind)
+    if container is None or not container.kernels:
         return Loaded(fill(stream, progress), None)
-    missing = [package for package in _KERNEL_PACKAGES if find_spec(package) is None]
+    missing = [package for package in container.kernels if find_spec(package) is None]
     if missing:
         progress.note(f"{stream.source.label}: dequantized; kernels need {' and '.join(missing)} installed")
         return Loaded(fill(stream, progress), None)

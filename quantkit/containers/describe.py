@@ -48,7 +48,7 @@ def describe(source: Source) -> Inspection:
         model=source.label,
         kind=source.kind,
         architecture=str(source.config.model_type),
-        scheme=_scheme(source.kind, types, source.quantization),
+        scheme=source.scheme or f"{source.kind}: mostly {types.most_common(1)[0][0]}",
         parameters=parameters,
         bits_per_weight=8 * size / parameters,
         bytes=size,
@@ -66,13 +66,3 @@ def _count(info: TensorInfo) -> int:
     for size in info.shape:
         count *= size
     return count
-
-
-def _scheme(kind: str, types: Counter[str], quantization: dict[str, Any] | None) -> str:
-    if quantization is not None:
-        symmetry = "symmetric" if quantization.get("sym") else "asymmetric"
-        order = "act-order" if quantization.get("desc_act") else "groups in order"
-        group = quantization.get("group_size")
-        version = quantization.get("checkpoint_format", "gptq")
-        return f"GPTQ {quantization.get('bits')}-bit {symmetry}, group {group}, {order}, format {version}"
-    return f"{kind}: mostly {types.most_common(1)[0][0]}"

@@ -4,25 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from quantkit.codes import QuantizedLinear
 from quantkit.errors import SourceError
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor, known from its header: `stored_as` is the format's name for the type, `bytes` the size there."""
+    """A stored tensor, known from its header.
+
+    `stored_as` is the format's name for the type, `bytes` the size there, `bits` of a code where a module's codes are
+    packed; 0 for all others.
+    """
 
     shape: tuple[int, ...]
     stored_as: str
     bytes: int
+    bits: int = 0
+
+
+class HoldsCodes(Protocol):
+    """A source whose Linears are codes, each with a zero for every group: what takes them as they are asks this."""
+
+    def quantized_names(self) -> Iterable[str]:
+        """Module names of the quantized Linears."""
+
+    def bits(self, module: str) -> int:
+        """Bits of a module's codes."""
+
+    def read_codes(self, module: str) -> QuantizedLinear:
+        """Codes of one Linear, exactly as they were written. Raises SourceError where scales are no float16 numbers."""
+
+    def read_words(self, module: str) -> torch.Tensor | None:
+        """Codes packed along the columns, int32 [in * bits / 32, out]; None where they are packed otherwise."""
+
+    def read_scales(self, module: str) -> torch.Tensor:
+        """Scales of one Linear, float16 [groups, out]. Raises SourceError as `read_codes` does."""
+
+    def read_zeros(self, module: str) -> torch.Tensor:
+        """Zeros of one Linear, uint8 [out, groups]."""
+
+    def read_groups(self, module: str) -> torch.Tensor:
+        """Group of each column of one Linear, int32 [in]."""
+
+
+class HoldsBlocks(Protocol):
+    """A source whose tensors are of GGML's types."""
+
+    def blocks(self, name: str) -> tuple[Any, npt.NDArray[np.uint8]]:
+        """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row."""
 
 
 class Source(Protocol):
@@ -30,7 +70,7 @@ class Source(Protocol):
 
     Attributes:
         label: what to call the model in reports: a folder's, file's or repository's name, never a local path.
-        kind: "hf", "gguf", "ggjt" or "gptq".
+        kind: name of its container in `quantkit.containers.CONTAINERS`; of a pair "delta" or "diff".
         path: the folder or file that is read.
         config: the model's configuration, without any quantization.
         dtype: dtype of the tensors that are not quantized, as published variants should keep it.
@@ -54,6 +94,36 @@ class Source(Protocol):
     def parts(self) -> Mapping[str, Source]:
         """What it is read from, by role: itself as "model"; of a base and a delta those two."""
         return {"model": self}
+
+    @property
+    def codes(self) -> HoldsCodes | None:
+        """Its Linears' codes; None where it has none that can be taken as they are."""
+        return None
+
+    @property
+    def ggml(self) -> HoldsBlocks | None:
+        """Its tensors as blocks of GGML's types; None where they are not."""
+        return None
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Keys of a file that has its own, such as GGUF's; of others none."""
+        return {}
+
+    @property
+    def from_gptq(self) -> bool:
+        """Whether matrices of it hold the codes of a GPTQ run."""
+        return False
+
+    @property
+    def scheme(self) -> str | None:
+        """How its weights are stored, in a few words; None: as the types of its tensors say."""
+        return None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What it says of its codes: bits, group_size, sym, desc_act and damp, as far as it does."""
+        return {}
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

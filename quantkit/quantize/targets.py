@@ -1,4 +1,4 @@
-"""What a gptq run writes its codes into: a GPTQ checkpoint, or a GGUF file.
+"""What a gptq run writes its codes into: a checkpoint, in the layout that its container's row names, or a GGUF file.
 
 Making a target decides what every Linear is quantized to, and refuses what its container cannot hold, from headers
 alone.
@@ -10,12 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Any, Protocol, get_args
+
+import torch
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, GgmlLinear
 from quantkit.codes.plan import LinearPlan, Plan
 from quantkit.containers import gguf as gguf_files
+from quantkit.containers import load, of_format
 from quantkit.containers.gguf.recipes import (
     RECIPES,
     base_kind,
@@ -24,8 +27,9 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.gguf.types import Choice, Chooser, Kind
-from quantkit.containers.gptq import write as checkpoint
 from quantkit.containers.hf.tensorfile import TensorPlan
+from quantkit.containers.published import Weights
+from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
 from quantkit.quantize.plan import modules_in_block, on_grid_of, plan_linears
@@ -84,8 +88,37 @@ class Target(Protocol):
         """What a reader opens of a finished output."""
 
 
+class Layout(Protocol):
+    """The module that writes a checkpoint's container, which its row names."""
+
+    def check(self, linears: Plan) -> None:
+        """Refuse what the container cannot hold, by its row and by shapes. Raises UsageError."""
+
+    def quantization_config(
+        self, spec: QuantSpec, checkpoint_format: CheckpointFormat, modules: Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
+        """The quantization that config.json says."""
+
+    def plan(self, source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
+        """Every tensor that the checkpoint will hold, in the source's order."""
+
+    def kept_tensor(self, source: Source, weights: Weights, name: str) -> torch.Tensor:
+        """A tensor that stays as it is, in the dtype it is published in. Raises NumericError."""
+
+    def writer(
+        self,
+        folder: Path,
+        source: Source,
+        weights: Weights,
+        linears: Plan,
+        quantization: dict[str, Any],
+        max_shard_bytes: int,
+    ) -> AbstractContextManager[CodesWriter]:
+        """Write into a folder that is not yet the finished output."""
+
+
 class CheckpointTarget:
-    """A folder in the GPTQ layout."""
+    """A folder of packed Linears, in the layout of the container that has the format."""
 
     def __init__(self, stream: ModelStream, spec: QuantSpec, format: CheckpointFormat, max_shard_bytes: int) -> None:
         """
@@ -94,9 +127,10 @@ class CheckpointTarget:
         """
         self._source, self._weights, self._max_shard_bytes = stream.source, stream.weights, max_shard_bytes
         self.plan = plan_linears(stream, spec)
-        checkpoint.check(self.plan)
-        self._quantization = checkpoint.quantization_config(spec, format, modules_in_block(stream, self.plan))
-        self._tensors: list[TensorPlan] = checkpoint.plan(self._source, self._weights, self.plan)
+        self._layout: Layout = load(of_format(format).writes)
+        self._layout.check(self.plan)
+        self._quantization = self._layout.quantization_config(spec, format, modules_in_block(stream, self.plan))
+        self._tensors = self._layout.plan(self._source, self._weights, self.plan)
 
     @property
     def bytes(self) -> int:
@@ -109,10 +143,10 @@ class CheckpointTarget:
         return sum(tensor.bytes for tensor, quantized in zip(self._tensors, inside, strict=True) if quantized)
 
     def check_kept(self, name: str) -> None:
-        checkpoint.kept_tensor(self._source, self._weights, name)
+        self._layout.kept_tensor(self._source, self._weights, name)
 
     def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
-        return checkpoint.GptqWriter(
+        return self._layout.writer(
             folder, self._source, self._weights, self.plan, self._quantization, self._max_shard_bytes
         )
 

@@ -6,12 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from quantkit.containers.ggjt.read import MAGICS as GGJT_MAGICS
-from quantkit.containers.ggjt.read import GgjtSource
-from quantkit.containers.gguf.read import MAGIC, GgufSource
-from quantkit.containers.gptq.read import GptqSource, quantization_of
-from quantkit.containers.hf.folder import HfSource
-from quantkit.containers.hf.fp8 import Fp8Source
+from quantkit.containers import files, folders, load, of_file, of_folder
+from quantkit.containers.hf.folder import quantization_of
 from quantkit.containers.source import Source
 from quantkit.containers.source import TensorInfo as TensorInfo
 from quantkit.containers.source import file_sha256 as file_sha256
@@ -62,25 +58,24 @@ def variant_name(label: str) -> str:
 
 def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> Source:
     if not (folder / "config.json").is_file():
-        files = sorted(path.name for path in folder.glob("*.gguf"))
-        hint = f"; it holds GGUF files, name one of them: {', '.join(files)}" if files else ""
+        names = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f"; it holds GGUF files, name one of them: {', '.join(names)}" if names else ""
         raise SourceError(f"{folder}: no model here (it has no config.json){hint}")
     quantization = quantization_of(folder)
-    if not quantization:
-        return HfSource(folder, label, trust_remote_code)
-    method = quantization.get("quant_method")
-    if method == "gptq":
-        return GptqSource(folder, label, trust_remote_code)
-    if method == "fp8":
-        return Fp8Source(folder, label, trust_remote_code)
-    raise SourceError(f"{folder}: quantized with {method!r}; full-precision, gptq and fp8 folders can be read")
+    container = of_folder(quantization)
+    if container is None:
+        *first, last = (row.word for row in folders())
+        method = quantization.get("quant_method")
+        raise SourceError(f"{folder}: quantized with {method!r}; {', '.join(first)} and {last} folders can be read")
+    source: Source = load(container.opens)(folder, label, trust_remote_code)
+    return source
 
 
 def _open_file(path: Path) -> Source:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == MAGIC:
-        return GgufSource(path)
-    if magic in GGJT_MAGICS:
-        return GgjtSource(path)
-    raise SourceError(f"{path}: neither a GGUF file nor a folder nor a ggjt file; give the model's folder")
+    container = of_file(path)
+    if container is None:
+        first, *others = (row.one for row in files())
+        known = " nor ".join((first, "a folder", *others))
+        raise SourceError(f"{path}: neither {known}; give the model's folder")
+    source: Source = load(container.opens)(path)
+    return source

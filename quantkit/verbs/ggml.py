@@ -18,9 +18,9 @@ import torch
 from quantkit.blocks.open import named, note_source, open_model
 from quantkit.blocks.stream import ModelStream
 from quantkit.cli import console
+from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
-from quantkit.containers.gguf.read import GgufSource
 from quantkit.containers.gguf.recipes import (
     RECIPES,
     file_type,
@@ -34,7 +34,6 @@ from quantkit.containers.gguf.types import (
     Kind,
     TypeOptions,
 )
-from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.imatrix.read import Imatrix, read_imatrix
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
@@ -144,29 +143,31 @@ def ggml(
     if container not in get_args(Container):
         raise UsageError(f"--container {container}: choose {', '.join(get_args(Container))}")
     asked = _type_options(type, embedding_type, output_type, pure, requantize, imatrix)
-    # Files of that time were of one type.
-    options = replace(asked, pure=True) if container == "ggjt" else asked
+    row = CONTAINERS[container]
+    holds = row.holds
+    assert holds is not None
+    options = asked if holds.mixed else replace(asked, pure=True)
     split = 0 if split_max_size is None else parse_size(split_max_size)
-    if container == "ggjt" and (split or pre):
+    if not row.metadata and (split or pre):
         raise UsageError("--split-max-size and --pre are for GGUF files")
     with _uncollected():
         source = open_model(named(model, base, delta), revision, trust_remote_code)
         note_source(source, progress)
-        if container == "ggjt":
-            ggjt.check(source, progress)
+        if row.admits:
+            load(row.admits)(source, progress)
         weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
-        allowed = tuple(Kind) if container == "gguf" else tuple(ggjt.FILE_TYPES)
+        allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
         plan = gguf_files.plan(source, weights)
         chosen = list(zip(plan, Chooser(source, weights, options, allowed).choose(plan), strict=True))
         kinds = [choice.kind for _, choice in chosen]
         recipe = options.recipe
         if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
             recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
-        target = _output(out, source, recipe, container)
+        target = _output(out, source, recipe, row.suffix)
         check_other_file(target, source, force)
         report = _sizes(target, chosen, progress)
-        job = _Job(target, source, weights, chosen, split, progress)
-        write = job.plan_gguf(recipe, pre, options.imatrix) if container == "gguf" else job.plan_ggjt()
+        job = Job(target, source, weights, chosen, split, progress, recipe, pre, options.imatrix)
+        write: Callable[[], Path] = load(row.writes)(job)
     if dry_run:
         return report
     first = write()
@@ -191,8 +192,8 @@ Chosen = Sequence[tuple[gguf_files.GgufTensor, Choice]]
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A file to write. Planning does all that can fail before the work; what it returns does the work."""
+class Job:
+    """A file to write. Planning it does all that can fail before the work; what that returns does the work."""
 
     target: Path
     source: Source
@@ -200,56 +201,64 @@ class _Job:
     chosen: Chosen
     split_max_bytes: int
     progress: Progress
+    recipe: str | None
+    pre: str | None
+    imatrix: Imatrix | None
 
-    def plan_gguf(self, recipe: str | None, pre: str | None, imatrix: Imatrix | None) -> Callable[[], Path]:
-        origin = gguf_files.origin(from_gptq=_holds_codes(self.source, self.chosen))
-        number = gguf.LlamaFileType.GUESSED if recipe is None else file_type(recipe)
-        keys = gguf_files.header(self.source, number, pre=pre, provenance={**origin, **_imatrix_keys(imatrix)})
-        architecture = gguf_files.architecture_of(self.source)
-        typed = [(tensor, choice.kind) for tensor, choice in self.chosen]
-        for text in gguf_files.limits(self.source):
-            self.progress.warn(text)
 
-        def write() -> Path:
-            with staged_files(self.target) as folder:
-                path = folder / self.target.name
-                with gguf_files.GgufWriter(path, architecture, keys, typed, self.split_max_bytes) as writer:
-                    with self.progress.phase("writing", len(self.chosen)) as advance:
-                        for tensor, choice in self.chosen:
-                            for published in tensor.sources:
-                                writer.write(published, choice.encode(tensor, published))
-                            advance(1)
-                    writer.finish()
-                return self.target.parent / writer.paths[0].name
+def plan_gguf(job: Job) -> Callable[[], Path]:
+    """What writes a GGUF file, or its parts; it returns the first. Raises QuantkitError where it cannot be made."""
+    source, chosen = job.source, job.chosen
+    origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
+    number = gguf.LlamaFileType.GUESSED if job.recipe is None else file_type(job.recipe)
+    keys = gguf_files.header(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
+    architecture = gguf_files.architecture_of(source)
+    typed = [(tensor, choice.kind) for tensor, choice in chosen]
+    for text in gguf_files.limits(source):
+        job.progress.warn(text)
 
-        return write
-
-    def plan_ggjt(self) -> Callable[[], Path]:
-        config = self.source.config
-        vocabulary = ggjt.make_vocabulary(self.source.tokenizer(), config.vocab_size, self.progress)
-        made = {tensor.sources[0]: (tensor, choice) for tensor, choice in self.chosen if tensor.sources}
-        kinds = {published: choice.kind for published, (_, choice) in made.items()}
-        tensors = ggjt.plan(config, self.weights.tensors, kinds)
-
-        def write() -> Path:
-            with (
-                staged_files(self.target) as folder,
-                ggjt.GgjtWriter(folder / self.target.name, config, vocabulary, tensors) as writer,
-            ):
-                with self.progress.phase("writing", len(tensors)) as advance:
-                    for tensor in tensors:
-                        planned, choice = made[tensor.published]
-                        writer.write(tensor, choice.encode(planned, tensor.published))
+    def write() -> Path:
+        with staged_files(job.target) as folder:
+            path = folder / job.target.name
+            with gguf_files.GgufWriter(path, architecture, keys, typed, job.split_max_bytes) as writer:
+                with job.progress.phase("writing", len(chosen)) as advance:
+                    for tensor, choice in chosen:
+                        for published in tensor.sources:
+                            writer.write(published, choice.encode(tensor, published))
                         advance(1)
                 writer.finish()
-            return self.target
+            return job.target.parent / writer.paths[0].name
 
-        return write
+    return write
+
+
+def plan_ggjt(job: Job) -> Callable[[], Path]:
+    """What writes a ggjt file. Raises QuantkitError where it cannot be made."""
+    config = job.source.config
+    vocabulary = ggjt.make_vocabulary(job.source.tokenizer(), config.vocab_size, job.progress)
+    made = {tensor.sources[0]: (tensor, choice) for tensor, choice in job.chosen if tensor.sources}
+    kinds = {published: choice.kind for published, (_, choice) in made.items()}
+    tensors = ggjt.plan(config, job.weights.tensors, kinds)
+
+    def write() -> Path:
+        with (
+            staged_files(job.target) as folder,
+            ggjt.GgjtWriter(folder / job.target.name, config, vocabulary, tensors) as writer,
+        ):
+            with job.progress.phase("writing", len(tensors)) as advance:
+                for tensor in tensors:
+                    planned, choice = made[tensor.published]
+                    writer.write(tensor, choice.encode(planned, tensor.published))
+                    advance(1)
+            writer.finish()
+        return job.target
+
+    return write
 
 
 def _holds_codes(source: Source, chosen: Chosen) -> bool:
     kept = any(choice.fidelity in ("exact", "bounded") for _, choice in chosen)
-    return kept and (isinstance(source, GptqSource) or (isinstance(source, GgufSource) and source.from_gptq))
+    return kept and source.from_gptq
 
 
 def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
@@ -294,11 +303,11 @@ def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if value}
 
 
-def _output(out: str | Path | None, source: Source, recipe: str | None, container: Container) -> Path:
+def _output(out: str | Path | None, source: Source, recipe: str | None, suffix: str) -> Path:
     if out is not None:
         return absolute(out)
     name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
-    return Path.cwd() / f"{name}.{'gguf' if container == 'gguf' else 'ggjt.bin'}"
+    return Path.cwd() / f"{name}{suffix}"
 
 
 def print_ggml(report: GgmlReport) -> None:

@@ -18,8 +18,8 @@ from quantkit.blocks.open import model_or_default, note_source, open_stream, pai
 from quantkit.blocks.stream import ModelStream
 from quantkit.cli import console
 from quantkit.codes.plan import Plan
+from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.gguf.recipes import parse_kind
-from quantkit.containers.gptq import write as container
 from quantkit.containers.source import Source
 from quantkit.errors import (
     Interrupted,
@@ -240,10 +240,10 @@ def gptq(
     if ggml is None:
         target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
     else:
-        form = GgufForm(ggml, f"{_variant(source, spec, ggml)}.gguf", ends[0], ends[1], pre)
+        form = GgufForm(ggml, f"{_variant(source, spec, ggml, format)}.gguf", ends[0], ends[1], pre)
         target = _gguf_target(stream, spec, form, progress)
     note_plan(stream, target.plan, progress)
-    place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml)
+    place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml, format)
     if ranks.first:
         check_unfinished(place, resume, force)
         check_outside(place, source, force or resume)
@@ -327,11 +327,11 @@ def _refuse_ggml_options(**options: str | None) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
 
 
-def _variant(source: Source, spec: QuantSpec, ggml: str | None) -> str:
-    """What the output is called, after the names that GPTQ repositories are published under."""
-    name = f"{variant_name(source.label)}-GPTQ"
+def _variant(source: Source, spec: QuantSpec, ggml: str | None, format: CheckpointFormat) -> str:
+    """What the output is called, after the names that such repositories are published under."""
     if ggml is not None:
-        return f"{name}-{ggml.upper()}"
+        return f"{variant_name(source.label)}-GPTQ-{ggml.upper()}"
+    name = f"{variant_name(source.label)}-{of_format(format).shown.short}"
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
     order = "-actorder" if spec.act_order == "dynamic" else ""
     return f"{name}-{spec.bits}bit-{group}{order}"
@@ -494,11 +494,12 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
             "some Linears that read the same input differ in precision: vLLM and SGLang fuse q, k and v, and gate and "
             "up, and need one precision for each"
         )
+    sizes = {size for row in CONTAINERS.values() if row.formats and row.holds for size in row.holds.group_sizes}
     for group in sorted({linear.spec.group_size for linear in plan.values()} - {-1}):
         widths = sorted({linear.shape[1] for linear in plan.values() if linear.spec.group_size == group})
         short = [str(width) for width in widths if width % group]
         if short:
-            fits = [g for g in container.GROUP_SIZES if g <= group and all(width % g == 0 for width in widths)]
+            fits = [g for g in sizes if 0 < g <= group and all(width % g == 0 for width in widths)]
             advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them"
             progress.note(f"widths {', '.join(short)} are no multiple of {group}: their last group is short; {advice}")
 

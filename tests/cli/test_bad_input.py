@@ -281,8 +281,8 @@ def bert(model: Path) -> list[str]:
 
 
 def other_quantization(model: Path) -> list[str]:
-    edit_config(model, quantization_config={"quant_method": "awq", "bits": 4})
-    return [model.name, "awq"]
+    edit_config(model, quantization_config={"quant_method": "mxfp4", "bits": 4})
+    return [model.name, "mxfp4"]
 
 
 def quantization_is_no_object(model: Path) -> list[str]:

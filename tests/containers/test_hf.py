@@ -497,11 +497,11 @@ def test_a_block_size_that_is_none(make_model: MakeModel, tmp_path: Path, size: 
         open_source(folder)
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "compressed-tensors", "mxfp4", "fbgemm_fp8", None])
+@pytest.mark.parametrize("method", ["bitsandbytes", "mxfp4", "fbgemm_fp8", "", None])
 def test_other_quantizations_are_refused_by_name(make_model: MakeModel, tmp_path: Path, method: str | None) -> None:
     folder = shutil.copytree(make_model("llama"), tmp_path / "model")
     edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(SourceError, match=f"quantized with {method!r}; full-precision, gptq and fp8 folders") as error:
+    with pytest.raises(SourceError, match=f"quantized with {method!r}; full-precision, ") as error:
         open_source(folder)
     assert "\n" not in str(error.value)
 

@@ -62,7 +62,7 @@ calibration: {{data: text.txt}}
         ("name: ../a\n" + GPTQ, "name: String should match"),
         ("name: a\nvariants: []", "variants: name at least one"),
         ("name: a\nvariants: [{kind: gptq, bitts: 4}]", "variants: 0: gptq: bitts: Extra inputs"),
-        ("name: a\nvariants: [{kind: awq}]", "'awq' found using 'kind' does not match"),
+        ("name: a\nvariants: [{kind: exl3}]", "'exl3' found using 'kind' does not match"),
         ("name: a\nvariants: [{kind: gguf}]", "variants: 0: gguf: type: Field required"),
         ("name: a\nvariants: [{kind: gptq}, {kind: gptq}]", "2 of them are gptq 4bit-128g in a-GPTQ"),
         ("name: a\nvariants: [{kind: gptq}, {kind: gguf, type: q4_0, repo: a-GPTQ}]", "repo a-GPTQ is for one kind"),

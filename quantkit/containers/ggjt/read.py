@@ -21,7 +21,7 @@ from quantkit.containers.gguf.file import Blocks, GgufFile, GgufTensor
 from quantkit.containers.gguf.read import unpermute_heads
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.folder import copy_companions, publishable_config, stored_dtype
-from quantkit.containers.source import Source, TensorInfo, first_line
+from quantkit.containers.source import HoldsBlocks, Source, TensorInfo, first_line
 from quantkit.errors import SourceError
 
 Kind = gguf.GGMLQuantizationType
@@ -164,6 +164,10 @@ class GgjtSource(Source):
         self.config: PretrainedConfig = self._config()
         self._check_shapes()
         self.dtype = stored_dtype(self.tensors)
+
+    @property
+    def ggml(self) -> HoldsBlocks:
+        return self
 
     def _names(self) -> dict[str, str]:
         """`names_of` the header's layers, which must be the names of the file's tensors."""

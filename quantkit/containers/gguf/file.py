@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -251,3 +252,8 @@ class GgufFile:
         start = self._at
         self._at += size
         return header[start - base : self._at - base]
+
+
+def read_keys(path: Path) -> Mapping[str, Any]:
+    """The metadata of one file. Raises SourceError."""
+    return GgufFile(path).keys

@@ -14,8 +14,6 @@ import gguf
 from transformers import PretrainedConfig
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES
-from quantkit.containers.gguf.file import GgufFile
-from quantkit.containers.gguf.read import GgufSource
 from quantkit.containers.gguf.vocabulary import vocabulary
 from quantkit.containers.gguf.writable import (
     GEMMA,
@@ -143,9 +141,9 @@ def _attention(config: PretrainedConfig, architecture: str) -> Keys:
 
 def _origin(source: Source) -> Keys:
     """What is known of where the model comes from: of a GGUF file its own words, of a folder those of its card."""
-    if isinstance(source, GgufSource):
-        stored = GgufFile(source.weight_files()[0]).keys
-        return {key: value for key, value in stored.items() if key.startswith("general.") and not _OWN.match(key)}
+    if source.metadata:
+        said = source.metadata.items()
+        return {key: value for key, value in said if key.startswith("general.") and not _OWN.match(key)}
     try:
         card = gguf.Metadata.load_model_card(source.path)
     except Exception:  # of people's cards some are no YAML, which is no reason to write no file

@@ -34,7 +34,7 @@ from quantkit.containers.gguf.file import (
 )
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.folder import copy_companions, publishable_config, stored_dtype
-from quantkit.containers.source import Source, TensorInfo, first_line
+from quantkit.containers.source import HoldsBlocks, Source, TensorInfo, first_line
 from quantkit.errors import SourceError
 
 __all__ = ["MAGIC", "GgufSource", "unpermute_heads"]
@@ -75,8 +75,15 @@ class GgufSource(Source):
         self.dtype = torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
 
     @property
+    def ggml(self) -> HoldsBlocks:
+        return self
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._parts[0].keys
+
+    @property
     def from_gptq(self) -> bool:
-        """Whether the file says that matrices of it hold the codes of a GPTQ run."""
         return self._field("quantkit.weights") is not None
 
     def _field(self, key: str) -> Any:

@@ -17,9 +17,7 @@ import torch
 
 from quantkit.codes import libggml
 from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
-from quantkit.containers.ggjt.read import GgjtSource
 from quantkit.containers.gguf import GgufTensor, architecture_of
-from quantkit.containers.gguf.read import GgufSource
 from quantkit.containers.gguf.recipes import (
     EMBEDDING,
     FLOATS,
@@ -30,7 +28,6 @@ from quantkit.containers.gguf.recipes import (
     needs_importance,
     tensor_kinds,
 )
-from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.imatrix.read import Imatrix
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
@@ -102,7 +99,7 @@ class Chooser:
         """
         self._source, self._weights, self._options, self._allowed = source, weights, options, allowed
         self._own = Kind.BF16 if source.dtype == torch.bfloat16 and Kind.BF16 in allowed else Kind.F16
-        self._modules = frozenset(source.quantized_names()) if isinstance(source, GptqSource) else frozenset()
+        self._modules = frozenset[str]() if source.codes is None else frozenset(source.codes.quantized_names())
         self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
 
     @classmethod
@@ -231,44 +228,47 @@ class Chooser:
 
     def _stored_kind(self, tensor: GgufTensor) -> Kind | None:
         """The type of a tensor whose bytes a GGML file has; None for other sources."""
-        if not isinstance(self._source, GgufSource | GgjtSource) or tensor.offset:
+        if self._source.ggml is None or tensor.offset:
             return None
         kinds = {self._weights.tensors[name].stored_as for name in tensor.sources}
         whole = all(self._weights.stored(name) for name in tensor.sources)
         return Kind.__members__[kinds.pop()] if len(kinds) == 1 and whole else None
 
     def _linears(self, tensor: GgufTensor) -> dict[str, str]:
-        """Published name -> the GPTQ source's module, where all of the tensor is codes."""
+        """Published name -> the source's module, where all of the tensor is codes."""
         modules = {name: (self._weights.stored(name) or "").removesuffix(".weight") for name in tensor.sources}
         return modules if self._modules.issuperset(modules.values()) else {}
 
     def _common(self, linears: Mapping[str, str]) -> dict[str, Fidelity]:
         """Types that hold the codes of all parts, the smallest first, whatever the codes are."""
-        assert isinstance(self._source, GptqSource)
+        source = self._source.codes
+        assert source is not None
         common: dict[str, Fidelity] | None = None
         for module in linears.values():
-            bits, zeros = self._source.bits(module), self._source.read_zeros(module)
-            expected = expected_reencodings(bits, zeros, self._source.read_groups(module))
+            bits, zeros = source.bits(module), source.read_zeros(module)
+            expected = expected_reencodings(bits, zeros, source.read_groups(module))
             types: dict[str, Fidelity] = {found.type: found.fidelity for found in expected}
             common = types if common is None else {name: fid for name, fid in common.items() if name in types}
         return common or {}
 
     def _codes(self, linears: Mapping[str, str], name: str) -> Callable[[GgufTensor, str], Array]:
-        source = self._source
-        assert isinstance(source, GptqSource)
+        source = self._source.codes
+        assert source is not None
 
         def encode(_: GgufTensor, published: str) -> Array:
             module = linears[published]
             if name == "Q4_0" and source.bits(module) == 4:  # which it holds where all zeros are 8 only
-                return q4_0_rows(source.read_words(module), source.read_scales(module), source.read_groups(module))
+                words = source.read_words(module)
+                if words is not None:
+                    return q4_0_rows(words, source.read_scales(module), source.read_groups(module))
             return reencode(source.read_codes(module), name)
 
         return encode
 
     def _blocks(self, _: GgufTensor, published: str) -> Array:
         stored = self._weights.stored(published)
-        assert isinstance(self._source, GgufSource | GgjtSource) and stored is not None
-        return self._source.blocks(stored)[1]
+        assert self._source.ggml is not None and stored is not None
+        return self._source.ggml.blocks(stored)[1]
 
     def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
         def encode(tensor: GgufTensor, published: str) -> Array:

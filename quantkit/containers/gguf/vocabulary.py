@@ -14,9 +14,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES, PROBE
-from quantkit.containers.gguf.read import GgufSource
 from quantkit.containers.gguf.sentencepiece import Piece, read_pieces, scores_from_merges
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
@@ -50,7 +48,7 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
         raise UsageError(
             f"--pre {pre}: llama.cpp knows no pre-tokenizer of this name; known: {', '.join(sorted(NAMES))}"
         )
-    if isinstance(source, GgufSource):
+    if source.metadata:
         return _stored(source, pre)
     tokenizer: Any = source.tokenizer()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -74,10 +72,9 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
     return {**{f"tokenizer.ggml.{key}": value for key, value in keys.items()}, **_templates(tokenizer.chat_template)}
 
 
-def _stored(source: GgufSource, pre: str | None) -> dict[str, Any]:
+def _stored(source: Source, pre: str | None) -> dict[str, Any]:
     """A GGUF file's own keys. Raises SourceError where they do not say how text is cut."""
-    stored = GgufFile(source.weight_files()[0]).keys
-    keys = {key: value for key, value in stored.items() if key.startswith("tokenizer.")}
+    keys = {key: value for key, value in source.metadata.items() if key.startswith("tokenizer.")}
     said = keys.get("tokenizer.ggml.pre")
     if keys.get("tokenizer.ggml.model") != "gpt2":
         _refuse_pre(source, pre)

@@ -15,24 +15,12 @@ from quantkit.codes import (
     contiguous_groups,
     unpack,
 )
-from quantkit.containers.hf.folder import FolderSource, stored_dtype
-from quantkit.containers.source import TensorInfo, read_json
+from quantkit.containers.hf.folder import FolderSource, quantization_of, stored_dtype
+from quantkit.containers.source import HoldsCodes, TensorInfo
 from quantkit.errors import SourceError
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-
-
-def quantization_of(folder: Path) -> dict[str, Any]:
-    """What a folder says about its quantization: in config.json, or before 2024 in quantize_config.json; {} if nothing.
-
-    Raises:
-        SourceError: neither is readable.
-    """
-    found: Any = read_json(folder / "config.json").get("quantization_config")
-    if found is None and (folder / "quantize_config.json").is_file():
-        found = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
-    return found if isinstance(found, dict) else {} if found is None else {"quant_method": found}
 
 
 class GptqSource(FolderSource):
@@ -62,6 +50,27 @@ class GptqSource(FolderSource):
             )
         return value
 
+    @property
+    def codes(self) -> HoldsCodes:
+        return self
+
+    @property
+    def from_gptq(self) -> bool:
+        return True
+
+    @property
+    def scheme(self) -> str:
+        label = self.quantization
+        symmetry = "symmetric" if label.get("sym") else "asymmetric"
+        order = "act-order" if label.get("desc_act") else "groups in order"
+        codes = f"GPTQ {label.get('bits')}-bit {symmetry}, group {label.get('group_size')}"
+        return f"{codes}, {order}, format {label.get('checkpoint_format', 'gptq')}"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        said = {key: self.quantization.get(key) for key in ("bits", "group_size", "sym", "desc_act")}
+        return {**said, "damp": self.quantization.get("damp_percent")}
+
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The dequantized names: a Linear's parts appear as one weight."""
@@ -69,7 +78,8 @@ class GptqSource(FolderSource):
         for module in self._modules:
             rows, columns = self.stored.tensors[f"{module}.qweight"].shape[1], self._columns(module)
             size = sum(self.stored.tensors[f"{module}.{part}"].bytes for part in self._parts(module))
-            shown[f"{module}.weight"] = TensorInfo((rows, columns), f"GPTQ{self.bits(module)}", size)
+            bits = self.bits(module)
+            shown[f"{module}.weight"] = TensorInfo((rows, columns), f"GPTQ{bits}", size, bits)
         return shown
 
     def quantized_names(self) -> Iterable[str]:

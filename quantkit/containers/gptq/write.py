@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from quantkit.codes import (
-    PACKABLE_BITS,
     Codes,
     QuantizedLinear,
     pack,
     packing_multiple,
 )
 from quantkit.codes.plan import Plan
+from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
@@ -29,15 +29,7 @@ from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.runs.atomic import write_json
 from quantkit.version import __version__
 
-# What GPTQModel 7.7, transformers, vLLM or AutoGPTQ can load; a group of the whole row is -1.
-GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Where codes of the widths that this container lacks can go instead (GGML block types).
-_ELSEWHERE = {
-    5: "GGUF or ggjt as Q5_0 (symmetric) or Q5_1",
-    6: "GGUF as Q6_K",
-    7: "GGUF as Q8_0, whose 8 bits hold them",
-}
 
 
 def check(linears: Plan) -> None:
@@ -46,17 +38,9 @@ def check(linears: Plan) -> None:
     Raises:
         UsageError: bits, group size or a Linear's shape has no place in the layout.
     """
-    for spec in {linear.spec for linear in linears.values()}:
-        if spec.bits not in PACKABLE_BITS:
-            raise UsageError(
-                f"--bits {spec.bits}: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "
-                f"{spec.bits}-bit codes fit into {_ELSEWHERE[spec.bits]}"
-            )
-        if spec.group_size != -1 and spec.group_size not in GROUP_SIZES:
-            known = ", ".join(map(str, GROUP_SIZES))
-            raise UsageError(
-                f"--group-size {spec.group_size}: GPTQ readers load groups of {known}, or -1 for whole rows"
-            )
+    refusal = misfit(CONTAINERS["gptq"], {linear.spec for linear in linears.values()})
+    if refusal is not None:
+        raise UsageError(refusal)
     for name, linear in linears.items():
         multiple = packing_multiple(linear.spec.bits)
         rows, columns = linear.shape
@@ -189,6 +173,10 @@ class GptqWriter:
         module, _, part = name.rpartition(".")
         unpacked = {"qweight": reader.read_unpacked, "qzeros": reader.read_zeros} if module in self._linears else {}
         return unpacked[part](module) if part in unpacked else reader.stored.read(name)
+
+
+# By the name that `quantkit.quantize.targets.Layout` has for every container's.
+writer = GptqWriter
 
 
 def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:

@@ -103,6 +103,18 @@ def open_weights(folder: Path) -> WeightFiles:
     return SafetensorsFiles(folder)
 
 
+def quantization_of(folder: Path) -> dict[str, Any]:
+    """What a folder says about its quantization: in config.json, or before 2024 in quantize_config.json; {} if nothing.
+
+    Raises:
+        SourceError: neither is readable.
+    """
+    found: Any = read_json(folder / "config.json").get("quantization_config")
+    if found is None and (folder / "quantize_config.json").is_file():
+        found = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
+    return found if isinstance(found, dict) else {} if found is None else {"quant_method": found}
+
+
 def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The folder's config. Raises SourceError."""
     if not (folder / "config.json").is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.cli import console
+from quantkit.containers import CONTAINERS
 from quantkit.containers.source import file_sha256
 from quantkit.errors import OutputError, UsageError
 from quantkit.progress import SILENT, Progress
@@ -235,19 +236,14 @@ def _index_names(models: Sequence[Model], title: str) -> list[str]:
     """What each model is called in model-index: the repository, and where it holds several the branch or file too."""
     if len(models) == 1:
         return [title]
-    return [f"{title}/{m.name if m.kind in ('gguf', 'ggjt') else m.branch}" for m in models]
+    return [f"{title}/{m.name if m.is_file else m.branch}" for m in models]
 
 
 def _sibling(text: str) -> dict[str, str]:
     """A repository, and what it is: as the user says, or as its name tells."""
     name, _, said = text.partition("=")
-    endings = {
-        "-GPTQ": "GPTQ checkpoints, for GPUs",
-        "-GGUF": "GGUF files, for llama.cpp",
-        "-GGML": "GGML (ggjt) files, for programs of 2023",
-        "-HF": "full precision, for transformers",
-        "-fp16": "full precision, for transformers",
-    }
+    shown = [row.shown for row in CONTAINERS.values()]
+    endings = {f"-{ending}": one.purpose for one in shown for ending in one.endings}
     return {"repo": name.strip(), "what": said.strip() or next((w for e, w in endings.items() if name.endswith(e)), "")}
 
 

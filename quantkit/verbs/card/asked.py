@@ -66,7 +66,7 @@ def _calibrated_on(calibration: Mapping[str, Any]) -> str | None:
 def _chat(folder: Path, models: Sequence[Model]) -> Prompt | None:
     """The tokenizer's own template, where it has one that a single question can be put into."""
     first = models[0]
-    place = folder if first.kind not in ("gguf", "ggjt") else folder / first.name
+    place = folder / first.name if first.is_file else folder
     try:
         tokenizer = open_source(place).tokenizer()
         if not tokenizer.chat_template:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit.containers import CONTAINERS, of_file
 from quantkit.containers.describe import describe
-from quantkit.containers.ggjt.read import MAGICS as GGJT_MAGICS
-from quantkit.containers.gguf.file import GgufFile
-from quantkit.containers.gguf.read import MAGIC, model_stem
+from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.source import Source, file_sha256, read_json
 from quantkit.errors import SourceError, UsageError
 from quantkit.runs.atomic import REPORT_NAME
@@ -28,7 +27,9 @@ class Model:
     Attributes:
         name: of the file, its first part or the folder.
         branch: where it lies in the repository.
-        kind: "gptq", "hf", "fp8", "gguf" or "ggjt".
+        kind: name of its container.
+        form, short: what the container is called, in the plural and in a list of formats.
+        is_file: whether it is one; else it is the folder.
         files: SHA-256 by name of all files that hold its weights.
         bytes: of these files.
         memory_bytes: of its tensors, and of keys and values of `kv_tokens` tokens in float16; None where the config
@@ -43,6 +44,9 @@ class Model:
     name: str
     branch: str
     kind: str
+    form: str
+    short: str
+    is_file: bool
     architecture: str
     scheme: str
     files: Mapping[str, str]
@@ -80,9 +84,7 @@ def models_in(folder: Path, branch: str) -> list[Model]:
 def _model_files(folder: Path) -> list[Path]:
     files: dict[str, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        with path.open("rb") as opened:
-            magic = opened.read(4)
-        if magic == MAGIC or magic in GGJT_MAGICS:
+        if of_file(path):
             files.setdefault(model_stem(path), path)
     return list(files.values())
 
@@ -93,13 +95,16 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
     own = record if _is_of(record, files, source, alone) else {}
     if "variants" in own:  # a release's folder: a record for each file
         own = own["variants"].get(paths[0].name) or {}
-    keys = GgufFile(paths[0]).keys if source.kind == "gguf" else {}
+    keys, shown = source.metadata, CONTAINERS[source.kind].shown
     seen = describe(source)
     memory, tokens = _memory(source, seen.bytes)
     return Model(
         name=paths[0].name if source.path.is_file() else source.label,
         branch=branch,
         kind=source.kind,
+        form=shown.form,
+        short=shown.short,
+        is_file=source.path.is_file(),
         architecture=seen.architecture,
         scheme=_scheme(source, keys, seen.scheme),
         files=files,
@@ -130,11 +135,7 @@ def _is_of(record: Mapping[str, Any], files: Mapping[str, str], source: Source, 
 def _settings(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
     """How the model was quantized, as far as it says so itself or its record does."""
     recipe: Mapping[str, Any] = record.get("recipe") or {}
-    found: dict[str, Any] = {}
-    label = source.quantization
-    if label is not None:
-        found = {key: label.get(key) for key in ("bits", "group_size", "sym", "desc_act")}
-        found["damp"] = label.get("damp_percent")
+    found = dict(source.settings)
     if "act_order" in recipe:
         found |= {"act_order": recipe["act_order"], "damp": recipe.get("damp", found.get("damp"))}
     calibration = record.get("calibration")

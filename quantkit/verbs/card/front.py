@@ -12,13 +12,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from quantkit.containers import CONTAINERS
 from quantkit.errors import SourceError, UsageError
 from quantkit.verbs.card.facts import Model
 from quantkit.verbs.card.measured import Loss, Measurements, Tasks
 
 MARK = "<!-- Written by quantkit card. -->"
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_QUANTIZED = ("gptq", "gguf", "ggjt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 _KL_ARGS = ("median", "p90", "p99", "p999", "max")
@@ -81,7 +81,7 @@ def bases_of(model: Model, given: Sequence[str]) -> tuple[list[str], str | None]
     pair = source.get("kind") == "delta"
     parts = [source[role] for role in ("base", "delta") if role in source] if pair else [source]
     names = [str(part.get("model", "")).partition("@")[0] for part in parts]
-    relation = "quantized" if model.kind in _QUANTIZED else "merge" if pair else None
+    relation = "quantized" if CONTAINERS[model.kind].quantized else "merge" if pair else None
     return list(given) or [name for name in names if _REPOSITORY.fullmatch(name)], relation
 
 
@@ -105,7 +105,7 @@ def front_matter(
     data: dict[str, Any] = {
         **licence,
         "language": original.data.get("language"),
-        "library_name": "gguf" if kinds == ["gguf"] else None if kinds == ["ggjt"] else "transformers",
+        "library_name": CONTAINERS[kinds[0]].shown.library if len(kinds) == 1 else "transformers",
         "pipeline_tag": original.data.get("pipeline_tag", "text-generation"),
         "base_model": bases[0] if len(bases) == 1 else list(bases) or None,
         "base_model_relation": relation if bases else None,
@@ -121,8 +121,7 @@ def front_matter(
 
 
 def _tags(models: Sequence[Model]) -> list[str]:
-    kinds = {"gptq": "gptq", "gguf": "gguf", "ggjt": "ggml"}
-    tags = [kinds[model.kind] for model in models if model.kind in kinds]
+    tags = [model.short.lower() for model in models if CONTAINERS[model.kind].quantized]
     tags += [f"{model.bits}-bit" for model in models if model.bits]
     return [*dict.fromkeys([*(["quantized"] if tags else []), *tags]), "quantkit"]
 

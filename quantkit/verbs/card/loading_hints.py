@@ -42,7 +42,7 @@ class _Place:
 
 
 def _transformers(place: _Place) -> str:
-    file = f', gguf_file="{place.file}"' if place.model.kind == "gguf" else ""
+    file = f', gguf_file="{place.file}"' if place.model.is_file else ""
     return f'''from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{place.repo}"{place.revision}{file})
@@ -59,7 +59,7 @@ print(model.tokenizer.decode(model.generate("The sea is")[0]))'''
 
 
 def _vllm(place: _Place) -> str:
-    if place.model.kind == "gguf":
+    if place.model.is_file:
         return (
             f"hf download {place.repo} {place.file} --local-dir .\nvllm serve ./{place.file} --tokenizer {place.source}"
         )
@@ -111,7 +111,7 @@ print(model("The sea is", max_new_tokens=50))'''
 
 def _webui(place: _Place) -> str:
     branch = "" if place.model.branch == "main" else f" --branch {place.model.branch}"
-    file = f" --specific-file {place.file}" if place.model.kind == "gguf" else ""
+    file = f" --specific-file {place.file}" if place.model.is_file else ""
     return f"python download-model.py {place.repo}{branch}{file}"
 
 

@@ -53,7 +53,7 @@ class ComparedModel:
 
     Attributes:
         model: what reports call it; no two models have the same.
-        kind: "hf", "gptq", "gguf" or "ggjt".
+        kind: name of its container.
         scheme: how the weights are stored, in a few words.
         bytes: of the weight files on disk.
         bits_per_weight: bytes of all tensors over all weights, times 8.

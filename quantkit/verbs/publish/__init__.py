@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.cli import console
+from quantkit.containers import of_folder
 from quantkit.errors import OutputError, UsageError
 from quantkit.progress import SILENT, Progress, size
 from quantkit.runs.atomic import absolute
@@ -116,17 +117,18 @@ def branch_of(folder: Path) -> str:
     Raises:
         UsageError: no GPTQ folder.
     """
-    from quantkit.containers.gptq.read import quantization_of
+    from quantkit.containers.hf.folder import quantization_of
 
     found = quantization_of(folder) if (folder / "config.json").is_file() else {}
-    if found.get("quant_method") != "gptq":
+    container = of_folder(found)
+    if container is None or container.recipe != "checkpoint":
         raise UsageError("--branch auto names branches after GPTQ settings, and this is no GPTQ folder: name one")
-    return branch_name(found.get("bits"), found.get("group_size"), bool(found.get("desc_act")))
+    return branch_name(found.get("bits"), found.get("group_size"), bool(found.get("desc_act")), container.name)
 
 
-def branch_name(bits: object, group_size: object, desc_act: bool) -> str:
+def branch_name(bits: object, group_size: object, desc_act: bool, kind: str) -> str:
     """The same from its settings: gptq-4bit-32g-actorder_True."""
-    return f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
+    return f"{kind}-{bits}bit-{group_size}g-actorder_{desc_act}"
 
 
 def _attempt(remote: Remote, files: dict[str, LocalFile], public: bool, delete: bool, message: str) -> str:

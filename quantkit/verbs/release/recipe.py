@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from quantkit.containers import CONTAINERS
 from quantkit.errors import UsageError
 from quantkit.options import (
     HELDOUT,
@@ -22,6 +23,11 @@ from quantkit.options import (
     Vocabulary,
     make,
 )
+
+if TYPE_CHECKING:
+    CheckpointKind = str
+else:
+    CheckpointKind = Literal[tuple(row.name for row in CONTAINERS.values() if row.recipe == "checkpoint")]
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # As the Hub has them: no two dots or dashes in a row, none at an end.
@@ -64,9 +70,9 @@ class VariantRecipe(Spec):
 
 
 class GptqVariant(VariantRecipe):
-    """A GPTQ checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
+    """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
 
-    kind: Literal["gptq"]
+    kind: CheckpointKind
     bits: int = 4
     group_size: int = 128
     sym: bool = True
@@ -207,11 +213,11 @@ class Recipe(Spec):
     @property
     def reference_repo(self) -> str:
         """Name of the full-precision repository."""
-        return self.source.repo or f"{self.name}-HF"
+        return self.source.repo or f"{self.name}-{CONTAINERS['hf'].shown.endings[0]}"
 
     def repo_of(self, variant: AnyVariant) -> str:
         """Name of a variant's repository, without its owner."""
-        return variant.repo or f"{self.name}-{ {'gptq': 'GPTQ', 'gguf': 'GGUF', 'ggjt': 'GGML'}[variant.kind] }"
+        return variant.repo or f"{self.name}-{CONTAINERS[variant.kind].shown.endings[0]}"
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source, read_json
 from quantkit.errors import UsageError
 from quantkit.progress import Progress
@@ -158,7 +159,8 @@ class Workshop:
     def _add_checkpoint(self, variant: GptqVariant) -> None:
         name, repo = step_name(variant), self._recipe.repo_of(variant)
         taken = {place.branch for place in self.places if place.repo == repo}
-        named = branch_name(variant.bits, variant.group_size, variant.act_order == "dynamic")
+        settings = variant.bits, variant.group_size, variant.act_order == "dynamic"
+        named = branch_name(*settings, variant.kind)
         branch = variant.branch or (named if taken else "main")
         if branch in taken:
             raise UsageError(f"two variants of {repo} go to its branch {branch}; give one another branch or repo")
@@ -166,7 +168,7 @@ class Workshop:
         options = gptq_options(variant)
         run = partial(self._quantize, folder, options)
         self._add_calibrated(Step(name, folder, run, options, (REFERENCE,), optional=variant.optional))
-        self.places.append(Place(name, "gptq", folder, repo, branch, (Made(name, folder, folder),)))
+        self.places.append(Place(name, variant.kind, folder, repo, branch, (Made(name, folder, folder),)))
 
     def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str]) -> None:
         given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
@@ -203,7 +205,8 @@ class Workshop:
     def _add_file(self, variant: GgufVariant | GgjtVariant, folder: Path) -> Made:
         name, by_gptq = step_name(variant), runs_gptq(variant)
         ggjt = isinstance(variant, GgjtVariant)
-        file = f"{self._recipe.name}.ggmlv3.{variant.type}.bin" if ggjt else f"{self._recipe.name}-{variant.title}.gguf"
+        pattern = CONTAINERS[variant.kind].file
+        file = pattern.format(name=self._recipe.name, type=variant.type, title=variant.title)
         ends = {} if isinstance(variant, GgjtVariant) else gguf_ends(variant)
         split = None if isinstance(variant, GgjtVariant) else variant.split_max_size
         model, needs = self.reference, [REFERENCE]
@@ -268,7 +271,12 @@ def step_name(variant: AnyVariant) -> str:
 def gptq_options(variant: GptqVariant) -> dict[str, Any]:
     """The arguments of `gptq` for a checkpoint."""
     fields = variant.model_dump(mode="json", exclude={"kind", "repo", "optional", "override", "branch"})
-    return {**fields, "override": {pattern: changes.changes() for pattern, changes in variant.override.items()}}
+    formats = CONTAINERS[variant.kind].formats
+    return {
+        **fields,
+        "format": variant.format if variant.format in formats else formats[0],
+        "override": {pattern: changes.changes() for pattern, changes in variant.override.items()},
+    }
 
 
 def gguf_ends(variant: GgufVariant) -> dict[str, Any]:

@@ -11,12 +11,9 @@ from transformers import PretrainedConfig
 
 from quantkit.blocks.open import resolve_device
 from quantkit.cli import console
-from quantkit.containers.ggjt.read import MAGICS as GGJT_MAGICS
-from quantkit.containers.ggjt.read import GgjtSource
-from quantkit.containers.gguf.file import GgufFile
-from quantkit.containers.gguf.read import MAGIC, GgufSource, model_stem
-from quantkit.containers.gptq.read import quantization_of
-from quantkit.containers.hf.folder import load_config, load_tokenizer
+from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
+from quantkit.containers.gguf.read import model_stem
+from quantkit.containers.hf.folder import load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo, read_json
@@ -26,19 +23,13 @@ from quantkit.runs.atomic import REPORT_NAME, absolute
 from quantkit.sources import open_source
 from quantkit.verbs.verify.behaviour import check_behaviour
 from quantkit.verbs.verify.companions import (
-    check_copies,
     check_folder_paths,
     check_ids,
     check_metadata_paths,
     check_tokenizer,
 )
 from quantkit.verbs.verify.findings import Findings
-from quantkit.verbs.verify.gptq import (
-    LOST,
-    PARTS,
-    check_label,
-    check_packed,
-)
+from quantkit.verbs.verify.gptq import LOST
 from quantkit.verbs.verify.programs import Facts, Load, programs
 from quantkit.verbs.verify.shards import Table, check_checksums, check_weights
 from quantkit.verbs.verify.tensors import Held, check_model, check_values
@@ -50,7 +41,7 @@ class Verified:
 
     Attributes:
         name: of the folder or file.
-        kind: "hf", "gptq", "fp8", "gguf" or "ggjt".
+        kind: name of its container.
         problems: what is wrong, a line each, with what to do.
         notes: what is worth knowing and not wrong.
         loads: each program's answer; empty where the config or tensors cannot be read.
@@ -118,9 +109,9 @@ def verify(
     name = place.name
     if place.is_file():
         return VerifyReport(name, (run.file(place, place.parent),))
-    files = _model_files(place)
-    models = [run.file(file, None) for file in files]
-    if (place / "config.json").is_file() or not files:
+    inside = _model_files(place)
+    models = [run.file(file, None) for file in inside]
+    if (place / "config.json").is_file() or not inside:
         return VerifyReport(name, (run.folder(place), *models))
     found = Findings(place)
     check_checksums(place, None, found, progress)
@@ -159,22 +150,22 @@ class _Run:
         label: dict[str, Any] = {}
         with found.guard("config.json"):
             label = quantization_of(folder) if content else {}
-        kind = {"gptq": "gptq", "fp8": "fp8"}.get(str(label.get("quant_method")), "hf")
-        tensors, delta = self._tensors(folder, kind, table, label, config, found)
+        container = of_folder(label) or CONTAINERS["hf"]
+        tensors, delta = self._tensors(folder, container, table, label, config, found)
         if config is not None:
             self._tokenizer(folder, config, found)
         loads: list[Load] = []
         if config is not None and tensors:
             with found.guard("programs"):
                 copies = (folder / "quantize_config.json").is_file()
-                loads = programs(Facts(kind, config, content, tensors, label, copies))
+                loads = programs(Facts(container.name, config, content, tensors, label, copies))
         sentence = None if delta else self._behave(folder, found)
-        return _verified(folder.name, kind, found, loads, sentence)
+        return _verified(folder.name, container.name, found, loads, sentence)
 
     def _tensors(
         self,
         folder: Path,
-        kind: str,
+        container: Container,
         table: Table,
         label: Mapping[str, Any],
         config: PretrainedConfig | None,
@@ -184,19 +175,15 @@ class _Run:
         names: Mapping[str, TensorInfo] = {name: entry.info for name, entry in table.entries.items()}
         tensors: Mapping[str, TensorInfo] = {**names, **dict.fromkeys(table.lost, LOST)}
         read, delta = table.read, False
-        if kind == "gptq":
-            with found.guard("quantize_config.json"):
-                check_copies(folder, read_json(folder / "config.json"), found)
-            if table.entries and check_label(label, found):
-                tensors = check_packed(table, label, found, self.progress)
-            names = {name: info for name, info in names.items() if name.rpartition(".")[2] not in PARTS}
-        elif kind == "fp8" or (config is not None and not table.entries and PickledFiles.present(folder)):
+        if container.checks:
+            tensors, names = load(container.checks)(folder, table, label, found, self.progress)
+        elif container.method or (config is not None and not table.entries and PickledFiles.present(folder)):
             with found.guard("weights"):
                 source = open_source(folder)
                 tensors, names, read = source.tensors, source.tensors, source.read
         if config is not None and tensors:
             with found.guard("config.json"):
-                check_model(Held(folder, folder.name, kind, config, tensors, read), found)
+                check_model(Held(folder, folder.name, container.name, config, tensors, read), found)
         with found.guard(REPORT_NAME):
             record = _record(folder)
             delta = isinstance(record.get("delta"), dict)
@@ -215,36 +202,38 @@ class _Run:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def file(self, path: Path, beside: Path | None) -> Verified:
-        """A GGUF or ggjt file; checksums recorded in the folder `beside` are compared."""
+        """A file of any container; checksums recorded in the folder `beside` are compared."""
         found = Findings(path.parent)
-        with path.open("rb") as opened:
-            magic = opened.read(4)
-        kind = "gguf" if magic == MAGIC or path.suffix == ".gguf" else "ggjt"
-        if magic != MAGIC and magic not in GGJT_MAGICS:
-            found.problem(
-                f"{path.name}: begins with {magic!r}: no GGUF or ggjt file, or a damaged one; download it again"
-            )
+        held = of_file(path)
+        # What neither name nor content tells is taken for the oldest kind, whose files had any name.
+        container = _named_like(path) or held or CONTAINERS["ggjt"]
+        kind = container.name
+        if held is None:
+            with path.open("rb") as opened:
+                magic = opened.read(4)
+            known = " or ".join(row.word for row in files())
+            found.problem(f"{path.name}: begins with {magic!r}: no {known} file, or a damaged one; download it again")
             return _verified(path.name, kind, found, [], None)
-        source: GgufSource | GgjtSource | None = None
+        source: Source | None = None
         with found.guard(path.name):
-            source = GgufSource(path) if kind == "gguf" else GgjtSource(path)
-        files = _parts_there(path) if source is None else [Path(part) for part in source.weight_files()]
+            source = load(container.opens)(path)
+        parts = _parts_there(path) if source is None else [Path(part) for part in source.weight_files()]
         if beside is not None:
             with found.guard("checksums"):
-                check_checksums(beside, {part.name for part in files}, found, self.progress)
+                check_checksums(beside, {part.name for part in parts}, found, self.progress)
         keys: Mapping[str, Any] = {}
-        for part in files if kind == "gguf" else []:
+        for part in parts if container.metadata else []:
             with found.guard(part.name):
-                own = GgufFile(part).keys
+                own = load(container.metadata)(part)
                 check_metadata_paths(part.name, own, found)
                 keys = keys or own
         if source is None:
             return _verified(path.name, kind, found, [], None)
-        loads, sentence = self._file_model(source, keys, len(files), found)
+        loads, sentence = self._file_model(source, keys, len(parts), found)
         return _verified(path.name, kind, found, loads, sentence)
 
     def _file_model(
-        self, source: GgufSource | GgjtSource, keys: Mapping[str, Any], parts: int, found: Findings
+        self, source: Source, keys: Mapping[str, Any], parts: int, found: Findings
     ) -> tuple[list[Load], str | None]:
         with found.guard("metadata"):
             held = Held(source.path, source.label, source.kind, source.config, source.tensors, source.read)
@@ -321,16 +310,19 @@ def _parts_there(path: Path) -> list[Path]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """GGUF and ggjt files of a folder, of split ones the first part that is there."""
-    files: dict[str, Path] = {}
+    """Files of a folder that hold a model, of split ones the first part that is there."""
+    found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.suffix == ".safetensors":
             continue
-        with path.open("rb") as opened:
-            magic = opened.read(4)
-        if magic == MAGIC or magic in GGJT_MAGICS or path.suffix == ".gguf":
-            files.setdefault(model_stem(path) + path.suffix, path)
-    return list(files.values())
+        if of_file(path) or _named_like(path):
+            found.setdefault(model_stem(path) + path.suffix, path)
+    return list(found.values())
+
+
+def _named_like(path: Path) -> Container | None:
+    """The container that a file's suffix is of; it may be damaged."""
+    return next((row for row in files() if path.suffix and row.suffix == path.suffix), None)
 
 
 def _verified(name: str, kind: str, found: Findings, loads: list[Load], sentence: str | None) -> Verified:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from quantkit.codes import PACKABLE_BITS, contiguous_groups, unpack
-from quantkit.containers.source import TensorInfo
+from quantkit.containers.source import TensorInfo, read_json
 from quantkit.progress import Progress
+from quantkit.verbs.verify.companions import check_copies
 from quantkit.verbs.verify.findings import Findings, listed
 from quantkit.verbs.verify.shards import Table
 
@@ -61,6 +63,19 @@ class _Zeros:
     means: list[float] = field(default_factory=list)
 
 
+def check(
+    folder: Path, table: Table, quantization: Mapping[str, Any], found: Findings, progress: Progress
+) -> tuple[Mapping[str, TensorInfo], Mapping[str, TensorInfo]]:
+    """A folder's label and packed Linears; returns its tensors as a model sees them, and those stored as numbers."""
+    stored: Mapping[str, TensorInfo] = {name: entry.info for name, entry in table.entries.items()}
+    tensors = {**stored, **dict.fromkeys(table.lost, LOST)}
+    with found.guard("quantize_config.json"):
+        check_copies(folder, read_json(folder / "config.json"), found)
+    if table.entries and check_label(quantization, found):
+        tensors = check_packed(table, quantization, found, progress)
+    return tensors, {name: info for name, info in stored.items() if name.rpartition(".")[2] not in PARTS}
+
+
 def label_of(module: str, quantization: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The label of one module: GPTQModel's `dynamic` rules over the rest; None where they leave it as it is."""
     for pattern, changes in (quantization.get("dynamic") or {}).items():
@@ -100,7 +115,7 @@ def check_packed(
                 if layout is not None:
                     packed = sum(table.entries[f"{module}.{part}"].info.bytes for part in parts)
                     size = (layout.rows, layout.columns)
-                    shown[f"{module}.weight"] = TensorInfo(size, f"GPTQ{layout.bits}", packed)
+                    shown[f"{module}.weight"] = TensorInfo(size, f"GPTQ{layout.bits}", packed, layout.bits)
                     _check_values(layout, parts, table, quantization, zeros, found)
             advance(1)
     if not modules:

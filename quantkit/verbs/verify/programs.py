@@ -6,13 +6,14 @@ Nothing is loaded here; what a program reads is known from its code, or was meas
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from quantkit.blocks.families import FAMILIES
+from quantkit.containers import CONTAINERS, load
 from quantkit.containers.source import TensorInfo
 from quantkit.verbs.verify.gptq import label_of
 from quantkit.verbs.verify.tensor_parallel import Linear, tensor_parallel
@@ -38,8 +39,6 @@ _CTRANSFORMERS_TYPES = {
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 }
 _GGJT_TYPES = {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
-_READS_GPTQ = "it reads GPTQ folders"
-_READS_GGUF = "it reads GGUF files: quantkit ggml makes one of this"
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Facts:
     """What decides who loads a model.
 
     Attributes:
-        kind: "hf", "gptq", "fp8", "gguf" or "ggjt".
+        kind: name of its container, whose row has the programs that load it.
         content: config.json as it is; {} of a file.
         tensors: as the model sees them.
         label: quantization_config; {} where there is none.
@@ -95,13 +94,11 @@ class Facts:
             if not name.endswith(".weight") or len(info.shape) != 2 or 0 in info.shape or "embed" in name:
                 continue
             module = name.removesuffix(".weight")
-            packed = info.stored_as.startswith("GPTQ")
-            bits = int(info.stored_as[4:]) if packed else 0
-            if packed:
+            if info.bits:
                 group = int((label_of(module, self.label) or self.label).get("group_size", -1))
             else:
-                group = _block(info.stored_as) if self.kind == "gguf" else -1
-            found.append(Linear(module, info.shape[0], info.shape[1], bits, group))
+                group = _block(info.stored_as)
+            found.append(Linear(module, info.shape[0], info.shape[1], info.bits, group))
         return found
 
 
@@ -109,24 +106,25 @@ def _block(stored_as: str) -> int:
     """Columns that a GGML type's block has; -1 for plain numbers."""
     import gguf
 
-    columns = int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[stored_as]][0])
+    kind = gguf.GGMLQuantizationType.__members__.get(stored_as)
+    columns = 1 if kind is None else int(gguf.GGML_QUANT_SIZES[kind][0])
     return columns if columns > 1 else -1
 
 
 def programs(facts: Facts) -> list[Load]:
     """Every program with its answer."""
-    return [_LOADS[facts.kind](program, facts) for program in PROGRAMS]
+    return [_answer(program, facts) for program in PROGRAMS]
 
 
 # -- GPTQ folders ----------------------------------------------------------------------------------------------------
 
 
-def _transformers(facts: Facts) -> Iterator[str]:
+def transformers(facts: Facts) -> Iterator[str]:
     if facts.family in _TRANSFORMERS_NOT:
         yield _TRANSFORMERS_NOT[facts.family]
 
 
-def _gptqmodel(facts: Facts) -> Iterator[str]:
+def gptqmodel(facts: Facts) -> Iterator[str]:
     if facts.family in _GPTQMODEL_NOT:
         yield _GPTQMODEL_NOT[facts.family]
     writers = (facts.label.get("meta") or {}).get("quantizer") or []
@@ -135,10 +133,9 @@ def _gptqmodel(facts: Facts) -> Iterator[str]:
         yield "of asymmetric files that others wrote it takes gptq_v2 only: --format gptq_v2"
 
 
-def _vllm(facts: Facts) -> Iterator[str]:
+def vllm(facts: Facts) -> Iterator[str]:
     packed = [linear for linear in facts.linears if linear.bits]
-    if facts.family not in FAMILIES:
-        yield f"whether it has a class for {facts.family} is not known here"
+    yield from unknown_family(facts)
     if not facts.label.get("sym"):
         yield "its kernels take symmetric codes only: --sym"
     if odd := sorted({linear.bits for linear in packed} - {4, 8}):
@@ -165,7 +162,7 @@ def _parted(facts: Facts) -> Iterator[str]:
                 return
 
 
-def _autogptq(facts: Facts) -> Iterator[str]:
+def autogptq(facts: Facts) -> Iterator[str]:
     if facts.family not in _AUTOGPTQ:
         yield f"it has no class for {facts.family}, or runs beside transformers 4 only, which has none"
     if _is_v2(facts):
@@ -191,7 +188,7 @@ def _rotary(facts: Facts) -> Iterator[str]:
         yield f"transformers 4 finds no rope_theta at the top of config.json and takes 10000, not {base:g}"
 
 
-def _exllama(facts: Facts) -> Iterator[str]:
+def exllama(facts: Facts) -> Iterator[str]:
     yield from _four_bits(facts)
     if facts.family != "llama":
         yield f"it runs Llamas only, not {facts.family}"
@@ -199,7 +196,7 @@ def _exllama(facts: Facts) -> Iterator[str]:
     yield from _rotary(facts)
 
 
-def _exllama2(facts: Facts) -> Iterator[str]:
+def exllama2(facts: Facts) -> Iterator[str]:
     yield from _four_bits(facts)
     if facts.family not in _EXLLAMA2:
         yield f"it has no architecture {facts.family}"
@@ -220,57 +217,23 @@ def _is_v2(facts: Facts) -> bool:
     return bool(facts.label.get("checkpoint_format") == "gptq_v2")
 
 
-_GPTQ: dict[str, tuple[Callable[[Facts], Iterator[str]], str]] = {
-    "transformers": (_transformers, "with gptqmodel and optimum"),
-    "GPTQModel": (_gptqmodel, ""),
-    "vLLM": (_vllm, "with its marlin or exllama kernels"),
-    "AutoGPTQ": (_autogptq, "0.7.1, with transformers 4"),
-    "ExLlama": (_exllama, ""),
-    "ExLlamaV2": (_exllama2, ""),
-}
-
-
-def _gptq(program: str, facts: Facts) -> Load:
-    if program not in _GPTQ:
-        return Load(program, False, _READS_GGUF)
-    reasons, needs = _GPTQ[program]
-    return _answer(program, list(reasons(facts)), needs, facts)
-
-
 # -- other folders, and files ----------------------------------------------------------------------------------------
 
 
-def _folder(program: str, facts: Facts) -> Load:
-    if program in ("llama.cpp", "ctransformers"):
-        return Load(program, False, _READS_GGUF)
-    if program in ("transformers", "vLLM"):
-        unknown = program == "vLLM" and facts.family not in FAMILIES
-        reasons = [f"whether it has a class for {facts.family} is not known here"] if unknown else []
-        return _answer(program, reasons, "", facts)
-    if program == "ExLlamaV2" and facts.kind == "hf":
-        return _answer(program, list(_exllama2(facts)), "in float16", facts)
-    return Load(program, False, f"{_READS_GPTQ}: quantkit gptq makes one of this")
+def unknown_family(facts: Facts) -> Iterator[str]:
+    """What stands against a program whose classes are not all known."""
+    if facts.family not in FAMILIES:
+        yield f"whether it has a class for {facts.family} is not known here"
 
 
-def _gguf(program: str, facts: Facts) -> Load:
-    if program == "llama.cpp":
-        return _answer(program, list(_llama_cpp(facts)), "", facts)
-    if program == "ctransformers":
-        return _answer(program, list(_ctransformers(facts)), "0.2.27", facts)
-    if program in ("transformers", "vLLM"):
-        needs = "dequantized, with gguf_file=" if program == "transformers" else "needs --tokenizer of the source model"
-        return _answer(program, list(_by_transformers(facts)), needs, facts)
-    return Load(program, False, _READS_GPTQ)
-
-
-def _llama_cpp(facts: Facts) -> Iterator[str]:
+def llama_cpp(facts: Facts) -> Iterator[str]:
     import gguf
 
     if facts.architecture not in gguf.MODEL_ARCH_NAMES.values():
         yield f"it has no architecture {facts.architecture}"
 
 
-def _ctransformers(facts: Facts) -> Iterator[str]:
+def ctransformers(facts: Facts) -> Iterator[str]:
     if facts.architecture != "llama" or facts.vocabulary != "llama":
         found = f"{facts.architecture} with {facts.vocabulary}"
         yield f"of GGUF files it reads Llamas with a SentencePiece vocabulary, not {found}"
@@ -280,7 +243,7 @@ def _ctransformers(facts: Facts) -> Iterator[str]:
         yield "it reads one file: llama-gguf-split --merge"
 
 
-def _by_transformers(facts: Facts) -> Iterator[str]:
+def gguf_by_transformers(facts: Facts) -> Iterator[str]:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     name = facts.architecture
@@ -290,24 +253,23 @@ def _by_transformers(facts: Facts) -> Iterator[str]:
         yield "it reads one file: llama-gguf-split --merge"
 
 
-def _ggjt(program: str, facts: Facts) -> Load:
-    if program == "ctransformers":
-        odd = sorted({info.stored_as for info in facts.tensors.values()} - _GGJT_TYPES)
-        reasons = [f"types {', '.join(odd)} were not measured in ggjt files"] if odd else []
-        return _answer(program, reasons, "0.2.27", facts)
-    if program == "llama.cpp":
-        return Load(program, False, "since August 2023 it reads GGUF only; of June and July 2023 it reads this")
-    return Load(program, False, "it reads no ggjt files")
+def ggjt_by_ctransformers(facts: Facts) -> Iterator[str]:
+    if odd := sorted({info.stored_as for info in facts.tensors.values()} - _GGJT_TYPES):
+        yield f"types {', '.join(odd)} were not measured in ggjt files"
 
 
-def _answer(program: str, reasons: list[str], needs: str, facts: Facts) -> Load:
+def _answer(program: str, facts: Facts) -> Load:
+    container = CONTAINERS[facts.kind]
+    known = container.loads.get(program)
+    if known is None:
+        return Load(program, False, container.refused.get(program, container.refused.get("", "")))
+    reasons = list(load(known.unless)(facts)) if known.unless else []
     if reasons:
         return Load(program, False, "; ".join(reasons))
     if program != "vLLM":
-        return Load(program, True, needs)
+        return Load(program, True, known.needs)
     sizes, limits = tensor_parallel(facts.config, facts.linears, bool(facts.label.get("desc_act")))
-    return Load(program, True, needs, sizes, limits)
+    return Load(program, True, known.needs, sizes, limits)
 
 
-_LOADS = {"gptq": _gptq, "hf": _folder, "fp8": _folder, "gguf": _gguf, "ggjt": _ggjt}
 PROGRAMS = ("transformers", "vLLM", "GPTQModel", "AutoGPTQ", "ExLlama", "ExLlamaV2", "llama.cpp", "ctransformers")

@@ -94,18 +94,23 @@ def row(name: str, file: Path, perplexity: float, kl: float | None) -> dict[str,
     }
     return {
         "model": name,
+        "kind": "gguf",
+        "scheme": "mostly Q4_0",
         "reference": kl is None,
+        "bytes": 1000,
+        "bits_per_weight": 4.5,
         "files": {"called-otherwise.bin": sha256(file)},
+        "pareto": False,
         "texts": {"wikitext2": scores},
+        "layers": None,
     }
 
 
 def report(place: Path, *rows: dict[str, Any], plots: tuple[str, ...] = ()) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     texts = [{"name": "wikitext2", "tokens": 4096, "seq_len": 2048, "stride": None, "tokens_sha256": "ab" * 32}]
-    (place / "report.json").write_text(
-        json.dumps({"quantkit": "0.1.0", "reference": "tiny-fp16", "texts": texts, "models": rows, "choice": None})
-    )
+    content = {"quantkit": "0.1.0", "reference": "tiny-fp16", "texts": texts, "models": rows}
+    (place / "report.json").write_text(json.dumps({**content, "choice": None, "unmet": None}))
     for name in plots:
         (place / name).write_bytes(PNG + name.encode())
     return place / "report.json"
@@ -121,14 +126,17 @@ def evaluated(place: Path, file: Path, limit: int | None = None) -> Path:
         "metric": "acc_norm",
         "value": 0.5725255972696246,
         "stderr": 0.0144568322948011,
+        "questions": 1172,
     }
     content = {
         "quantkit": "0.1.0",
         "model": "x",
         "files": {"w": sha256(file)},
         "harness": {"name": "lm-evaluation-harness", "version": "0.4.9"},
+        "kernels": None,
         "suite": "open-llm-leaderboard",
         "limit": limit,
+        "partial": limit is not None,
         "tasks": [task],
         "average": 0.5725255972696246,
     }

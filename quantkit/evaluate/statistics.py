@@ -60,8 +60,13 @@ class ModelResult(Numbers, _Named):  # in this order the name is the first field
     """One model's row: its name, and its numbers."""
 
 
-def summarize(scores: list[TokenScores]) -> list[Numbers]:
-    """Numbers per model. Scores that hold a divergence are compared with the first model's."""
+def summarize(labels: list[str], scores: list[TokenScores]) -> list[ModelResult]:
+    """A row per model."""
+    return [ModelResult(model=label, **vars(row)) for label, row in zip(labels, numbers_of(scores), strict=True)]
+
+
+def numbers_of(scores: list[TokenScores]) -> list[Numbers]:
+    """The same without names. Scores that hold a divergence are compared with the first model's."""
     rows = []
     for score in scores:
         nll = score.nll.double()

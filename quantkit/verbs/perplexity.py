@@ -99,11 +99,8 @@ def evaluate_streams(
         note_source(stream.source, progress)
         check_tokens(text.windows.tokens, stream.source)
     scores = score(streams, text.windows, against, progress, ranks)
-    results = [
-        ModelResult(model=stream.source.label, **vars(numbers))
-        for stream, numbers in zip(streams, summarize(scores), strict=True)
-    ]
-    return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), results)
+    labels = [stream.source.label for stream in streams]
+    return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))
 
 
 def _cells(result: ModelResult, compared: bool) -> list[str]:

@@ -358,6 +358,20 @@ def test_a_report_that_is_none(files: Path, tmp_path: Path) -> None:
         card(files, reports=[tmp_path / "no.json"])
 
 
+def test_what_is_wrong_in_a_report_is_named(folder: Path, tmp_path: Path) -> None:
+    of_it = row("tiny", folder / "model.safetensors", 12, 0.1)
+    of_it["texts"]["wikitext2"]["perplexity"] = "12"
+    wrong = report(tmp_path / "r", of_it)
+    message = r"report\.json: not a .*: models\[0\]\.texts\.wikitext2\.perplexity is '12', not of type float$"
+    with pytest.raises(UsageError, match=message):
+        card(folder, reports=[wrong], force=True)
+    record = json.loads((folder / "quantkit.json").read_text())
+    del record["evaluation"]["results"][0]["stderr"]
+    (folder / "quantkit.json").write_text(json.dumps(record))
+    with pytest.raises(SourceError, match=r"quantkit\.json of tiny.*: evaluation: results\[0\]\.stderr is missing$"):
+        card(folder, force=True)
+
+
 def test_harness_results_are_exact(folder: Path, tmp_path: Path) -> None:
     results = evaluated(tmp_path / "e.json", folder / "model.safetensors", limit=10)
     _, head, body = write(folder, evals=[results])

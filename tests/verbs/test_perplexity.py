@@ -344,7 +344,7 @@ def scores(nll: list[float], kl: list[float] | None = None, agrees: list[float] 
 def test_statistics_by_hand() -> None:
     reference = scores([1.0, 2.0, 3.0, 2.0])
     variant = scores([1.5, 2.0, 4.0, 2.5], [0.1, 0.0, 0.4, 0.2], [1.0, 1.0, 0.0, 1.0])
-    first, second = summarize([reference, variant])
+    first, second = summarize(["reference", "variant"], [reference, variant])
     assert first.perplexity == pytest.approx(math.exp(2.0))
     # Squared deviations 1, 0, 1, 0 over n - 1 = 3; four tokens.
     assert first.stderr == pytest.approx(math.exp(2.0) * math.sqrt(2 / 3 / 4))
@@ -360,7 +360,7 @@ def test_statistics_by_hand() -> None:
 
 
 def test_a_single_token_has_no_spread() -> None:
-    [row] = summarize([scores([2.0])])
+    [row] = summarize(["one"], [scores([2.0])])
     assert (row.perplexity, row.stderr) == (pytest.approx(math.exp(2.0)), 0.0)
 
 

@@ -17,7 +17,7 @@ from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
-from quantkit.evaluate.statistics import summarize
+from quantkit.evaluate.statistics import numbers_of
 from quantkit.options import (
     HELDOUT,
     ComputeDtype,
@@ -263,7 +263,7 @@ def _models(
     results: list[dict[str, TextResult]] = [{} for _ in sources]
     for text, rows in zip(texts, scores.texts, strict=True):
         windows = text.windows.tokens.tolist()
-        for result, numbers, row in zip(results, summarize(rows), rows, strict=True):
+        for result, numbers, row in zip(results, numbers_of(rows), rows, strict=True):
             result[text.name] = TextResult(**vars(numbers), worst=decode_worst(row.worst, windows, tokenizer))
     models = []
     for number, source in enumerate(sources):

@@ -75,7 +75,6 @@ def compare(
 ) -> None:
     """Compare variants with the model they come from: size, accuracy, the worst tokens; as a report with plots."""
     from quantkit.verbs.compare import compare as compare_models
-    from quantkit.verbs.compare import print_compare
 
     bars = console.Bars(quiet)
     with joined(device, progress=bars) as ranks:
@@ -101,7 +100,7 @@ def compare(
         )
     if not ranks.first:
         return
-    console.print_json(report.as_dict()) if json else print_compare(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
     if report.unmet is not None:
         console.log.print(report.unmet, markup=False, style="red")
         raise typer.Exit(1)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from quantkit.progress import Advance
+from quantkit.report import Line, Rule, Shown, Table
 
 _LINE_SECONDS = 15.0
 
@@ -96,6 +97,31 @@ def print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
-def table(content: Table) -> None:
-    """A table on stdout; one that is wider than an unknown terminal must not be folded into nothing."""
-    Console(highlight=False, emoji=False, width=None if results.is_terminal else 140).print(content)
+def show(lines: Iterable[Shown]) -> None:
+    """What a report says, on stdout."""
+    for line in lines:
+        match line:
+            case str():
+                results.print(line, markup=False)
+            case Line():
+                results.print(line.text, markup=False, style=line.style)
+            case Rule():
+                results.rule(line.title, align="left")
+            case Table():
+                _print_table(line)
+
+
+def _print_table(table: Table) -> None:
+    """One that is wider than an unknown terminal must not be folded into nothing."""
+    drawn = RichTable()
+    for column in table.columns:
+        drawn.add_column(
+            column.head,
+            justify=column.justify,
+            overflow=column.overflow or "ellipsis",
+            no_wrap=column.overflow is None,
+        )
+    for row in table.rows:
+        drawn.add_row(*row)
+    width = None if results.is_terminal else table.width
+    Console(highlight=False, markup=False, emoji=False, width=width).print(drawn)

@@ -78,7 +78,6 @@ def ggml(
 ) -> None:
     """Write a model as a GGUF file for llama.cpp; codes of a GPTQ checkpoint go into it as they are."""
     from quantkit.verbs.ggml import ggml as write_ggml
-    from quantkit.verbs.ggml import print_ggml
 
     report = write_ggml(
         model,
@@ -100,7 +99,7 @@ def ggml(
         force=force,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_ggml(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
 
 
 def imatrix(
@@ -128,7 +127,6 @@ def imatrix(
 ) -> None:
     """Write an importance matrix for llama.cpp: how much each input column matters on calibration text."""
     from quantkit.verbs.imatrix import imatrix as write_imatrix
-    from quantkit.verbs.imatrix import print_imatrix
 
     report = write_imatrix(
         model,
@@ -149,4 +147,4 @@ def imatrix(
         force=force,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_imatrix(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())

@@ -43,7 +43,6 @@ def convert(
 ) -> None:
     """Write a model as a Hugging Face folder of safetensors; a quantized one is dequantized."""
     from quantkit.verbs.convert import convert as convert_model
-    from quantkit.verbs.convert import print_convert
 
     report = convert_model(
         model,
@@ -56,7 +55,7 @@ def convert(
         force=force,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_convert(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
 
 
 def merge(
@@ -88,7 +87,6 @@ def merge(
 ) -> None:
     """Add a delta to the base it was made from, tensor by tensor, into a Hugging Face folder of the tuned model."""
     from quantkit.verbs.merge import merge as add
-    from quantkit.verbs.merge import print_merge
 
     report = add(
         base,
@@ -105,7 +103,7 @@ def merge(
         force=force,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_merge(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
 
 
 def diff(
@@ -140,7 +138,6 @@ def diff(
 ) -> None:
     """Write what a tuned model changed of its base: a delta, which merge adds to the base again."""
     from quantkit.verbs.diff import diff as subtract
-    from quantkit.verbs.diff import print_diff
 
     report = subtract(
         base,
@@ -157,7 +154,7 @@ def diff(
         force=force,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_diff(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
 
 
 def inspect(
@@ -170,7 +167,6 @@ def inspect(
 ) -> None:
     """Show what a model is made of: scheme, sizes, bits per weight, tensors. Reads headers only."""
     from quantkit.verbs.inspect import inspect as inspect_model
-    from quantkit.verbs.inspect import print_inspection
 
     found = inspect_model(model, revision=revision, trust_remote_code=trust_remote_code)
-    console.print_json(found.as_dict()) if json else print_inspection(found, tensors)
+    console.print_json(found.as_dict()) if json else console.show(found.lines(tensors))

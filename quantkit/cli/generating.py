@@ -72,7 +72,6 @@ def generate(
 ) -> None:
     """Answer the prompts of a file, in batches, into a file that a killed run goes on with."""
     from quantkit.verbs.generate import generate as answer_all
-    from quantkit.verbs.generate import print_generate
 
     try:
         report = answer_all(
@@ -103,7 +102,7 @@ def generate(
         )
     except KeyboardInterrupt:
         raise OutputError(f"interrupted; --resume goes on with the answers that are in {out}") from None
-    console.print_json(report.as_dict()) if json else print_generate(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
 
 
 def chat(

@@ -61,7 +61,6 @@ def eval(
 ) -> None:
     """Measure a model on tasks of lm-evaluation-harness, such as those of the Open LLM Leaderboard."""
     from quantkit.verbs import eval as verb
-    from quantkit.verbs.eval import print_eval
 
     report = verb.eval(
         model,
@@ -81,4 +80,4 @@ def eval(
         force=force,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_eval(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())

@@ -48,7 +48,6 @@ def perplexity(
 ) -> None:
     """Measure perplexity with its standard error, and divergence from a reference."""
     from quantkit.verbs import perplexity as evaluating
-    from quantkit.verbs.perplexity import print_perplexity
 
     bars = console.Bars(quiet)
     with joined(device, progress=bars) as ranks:
@@ -68,4 +67,4 @@ def perplexity(
             ranks=ranks,
         )
     if ranks.first:
-        console.print_json(report.as_dict()) if json else print_perplexity(report)
+        console.print_json(report.as_dict()) if json else console.show(report.lines())

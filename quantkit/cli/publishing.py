@@ -73,7 +73,6 @@ def card(
 ) -> None:
     """Write a folder's model card, README.md, of measured facts only."""
     from quantkit.verbs.card import card as write_card
-    from quantkit.verbs.card import print_card
 
     made = write_card(
         folder,
@@ -92,7 +91,7 @@ def card(
         force=force,
         progress=console.Bars(quiet),
     )
-    console.print_json(made.as_dict()) if json else print_card(made)
+    console.print_json(made.as_dict()) if json else console.show(made.lines())
 
 
 def _named_folder(text: str) -> tuple[str, Path]:
@@ -133,7 +132,6 @@ def publish(
     debug: Debug = False,
 ) -> None:
     """Upload a folder to the Hugging Face Hub: only what differs, in one commit, by the Hub client's own token."""
-    from quantkit.verbs.publish import print_publish
     from quantkit.verbs.publish import publish as upload
 
     report = upload(
@@ -148,4 +146,4 @@ def publish(
         dry_run=dry_run,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_publish(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())

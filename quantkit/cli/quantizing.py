@@ -128,7 +128,6 @@ def gptq(
 ) -> None:
     """Quantize a model with GPTQ into a folder that transformers, vLLM and others load, or into a GGUF file."""
     from quantkit.verbs import gptq as pipeline
-    from quantkit.verbs.gptq import print_gptq
 
     bars = console.Bars(quiet)
     with joined(device, REMEDY, bars) as ranks:
@@ -173,7 +172,7 @@ def gptq(
             ranks=ranks,
         )
     if ranks.first:
-        console.print_json(report.as_dict()) if json else print_gptq(report)
+        console.print_json(report.as_dict()) if json else console.show(report.lines())
 
 
 def samples(
@@ -194,7 +193,6 @@ def samples(
 ) -> None:
     """Draw and show the text that a gptq run with the same options would calibrate on."""
     from quantkit.verbs import samples as drawing
-    from quantkit.verbs.samples import print_samples
 
     report = drawing.samples(
         model,
@@ -209,4 +207,4 @@ def samples(
         trust_remote_code=trust_remote_code,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_samples(report, show)
+    console.print_json(report.as_dict()) if json else console.show(report.lines(show))

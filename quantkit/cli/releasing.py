@@ -33,7 +33,6 @@ def release(
     debug: Debug = False,
 ) -> None:
     """Make, compare, describe, verify and publish a family of variants; what is done already is not done again."""
-    from quantkit.verbs.release import print_release
     from quantkit.verbs.release import release as run_release
 
     report = run_release(
@@ -45,6 +44,6 @@ def release(
         debug=debug,
         progress=console.Bars(quiet),
     )
-    console.print_json(report.as_dict()) if json else print_release(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
     if report.failures:
         raise typer.Exit(1)

@@ -30,10 +30,9 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Look at a folder or file as a downloader would: list what is wrong (exit code 1), and which programs load it."""
-    from quantkit.verbs.verify import print_verify
     from quantkit.verbs.verify import verify as verify_model
 
     report = verify_model(path, generate=generate, device=device, progress=console.Bars(quiet))
-    console.print_json(report.as_dict()) if json else print_verify(report)
+    console.print_json(report.as_dict()) if json else console.show(report.lines())
     if report.problems:
         raise typer.Exit(1)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit.containers.source import Source, TensorInfo
+from quantkit.progress import size
+from quantkit.report import Report
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Report):
     """What `inspect` found.
 
     Attributes:
@@ -33,16 +36,27 @@ class Inspection:
     quantization: dict[str, Any] | None
     tensors: list[dict[str, Any]]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return asdict(self)
+    def lines(self, tensors: bool = False) -> Iterator[str]:
+        """With `tensors` one for each too."""
+        kinds = ", ".join(f"{count} {name}" for name, count in self.types.items())
+        yield f"{self.model}: {self.architecture}, {self.scheme}"
+        yield (
+            f"{self.parameters / 1e6:.1f} M weights in {size(self.bytes)}, {self.bits_per_weight:.2f} bits per weight"
+        )
+        yield f"tensors: {kinds}"
+        if tensors:
+            # Not a table: on a narrow screen it would cut names off.
+            width = max(len(tensor["name"]) for tensor in self.tensors)
+            for tensor in self.tensors:
+                shape = " x ".join(map(str, tensor["shape"]))
+                yield f"{tensor['name']:<{width}}  {shape:<16}  {tensor['type']:<6}  {size(tensor['bytes'])}"
 
 
 def describe(source: Source) -> Inspection:
     """The same of a model that is open."""
     tensors = source.tensors
     parameters = sum(_count(info) for info in tensors.values())
-    size = sum(info.bytes for info in tensors.values())
+    held = sum(info.bytes for info in tensors.values())
     types = Counter(info.stored_as for info in tensors.values())
     return Inspection(
         model=source.label,
@@ -50,8 +64,8 @@ def describe(source: Source) -> Inspection:
         architecture=str(source.config.model_type),
         scheme=source.scheme or f"{source.kind}: mostly {types.most_common(1)[0][0]}",
         parameters=parameters,
-        bits_per_weight=8 * size / parameters,
-        bytes=size,
+        bits_per_weight=8 * held / parameters,
+        bytes=held,
         types=dict(types),
         quantization=source.quantization,
         tensors=[
@@ -63,6 +77,6 @@ def describe(source: Source) -> Inspection:
 
 def _count(info: TensorInfo) -> int:
     count = 1
-    for size in info.shape:
-        count *= size
+    for length in info.shape:
+        count *= length
     return count

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from quantkit.evaluate.scores import TokenScores
+from quantkit.report import Report
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class KlDivergence:
 
 
 @dataclass(frozen=True)
-class ModelResult:
-    """One model's row. What compares with a reference is None for the reference itself, and without one.
+class Numbers(Report):
+    """How a model does on a text. What compares with a reference is None for the reference itself, and without one.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood.
@@ -43,7 +42,6 @@ class ModelResult:
         delta_ln_ppl_stderr: its standard error from the paired differences, much smaller than that of either one.
     """
 
-    model: str
     perplexity: float
     stderr: float
     kl_divergence: KlDivergence | None
@@ -51,30 +49,36 @@ class ModelResult:
     delta_ln_ppl: float | None
     delta_ln_ppl_stderr: float | None
 
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> ModelResult:
-        """What `as_dict` made."""
-        held = content["kl_divergence"]
-        return cls(**{**content, "kl_divergence": None if held is None else KlDivergence(**held)})
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+@dataclass(frozen=True)
+class _Named(Report):
+    model: str
+
+
+@dataclass(frozen=True)
+class ModelResult(Numbers, _Named):  # in this order the name is the first field
+    """One model's row: its name, and its numbers."""
 
 
 def summarize(labels: list[str], scores: list[TokenScores]) -> list[ModelResult]:
-    """A row per model. Scores that hold a divergence are compared with the first model's."""
+    """A row per model."""
+    return [ModelResult(model=label, **vars(row)) for label, row in zip(labels, numbers_of(scores), strict=True)]
+
+
+def numbers_of(scores: list[TokenScores]) -> list[Numbers]:
+    """The same without names. Scores that hold a divergence are compared with the first model's."""
     rows = []
-    for label, score in zip(labels, scores, strict=True):
+    for score in scores:
         nll = score.nll.double()
         perplexity = math.exp(float(nll.mean()))
         stderr = perplexity * _stderr(nll)
         if score.kl is None or score.agrees is None:
-            rows.append(ModelResult(label, perplexity, stderr, None, None, None, None))
+            rows.append(Numbers(perplexity, stderr, None, None, None, None))
             continue
         difference = nll - scores[0].nll.double()
         agreement = float(score.agrees.mean())
         delta, delta_stderr = float(difference.mean()), _stderr(difference)
-        rows.append(ModelResult(label, perplexity, stderr, KlDivergence.of(score.kl), agreement, delta, delta_stderr))
+        rows.append(Numbers(perplexity, stderr, KlDivergence.of(score.kl), agreement, delta, delta_stderr))
     return rows
 
 

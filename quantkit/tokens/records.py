@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from quantkit.errors import CalibrationError
+from quantkit.report import called
 
 Role = Literal["user", "assistant"]
 
@@ -18,7 +19,7 @@ class Turn:
     """What one side of a conversation said."""
 
     role: Role
-    text: str
+    text: str = field(metadata=called("content"))
 
 
 @dataclass(frozen=True)

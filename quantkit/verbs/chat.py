@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PreTrainedModel
 
@@ -13,6 +13,7 @@ from quantkit.blocks.whole import load_on_kernels
 from quantkit.errors import CalibrationError
 from quantkit.options import ComputeDtype, TemplateName, make
 from quantkit.progress import SILENT, Progress
+from quantkit.report import Report
 from quantkit.tokens.records import Record, Turn
 from quantkit.verbs.generate.decoding import DecodingSpec
 from quantkit.verbs.generate.speaker import Speaker
@@ -37,18 +38,13 @@ class Person(Protocol):
 
 
 @dataclass(frozen=True)
-class ChatReport:
+class ChatReport(Report):
     """What was said since the last reset."""
 
     model: str
     template: str
     system: str | None
     turns: tuple[Turn, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in self.turns]
-        return {**vars(self), "turns": messages}
 
 
 def chat(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quantkit.blocks.folder import plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
-from quantkit.cli import console
 from quantkit.containers.source import Source
 from quantkit.errors import (
     UsageError,
 )
 from quantkit.options import ComputeDtype, parse_size
 from quantkit.progress import SILENT, Progress, size
+from quantkit.report import Report
 from quantkit.runs.atomic import (
     REPORT_NAME,
     absolute,
@@ -28,15 +28,11 @@ from quantkit.runs.atomic import (
 from quantkit.runs.record import checksums, origin
 from quantkit.sources import open_source, variant_name
 
-if TYPE_CHECKING:
-    from quantkit.verbs.merge import MergeReport
-
-
 _SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 
 
 @dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Report):
     """What `convert` made, or with `dry_run` would make.
 
     Attributes:
@@ -52,9 +48,10 @@ class ConvertReport:
     seconds: float = 0.0
     dry_run: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**vars(self), "out": str(self.out)}
+    def lines(self) -> Iterator[str]:
+        took = "" if self.dry_run else f", in {self.seconds:.0f} s"
+        yield f"{'would write' if self.dry_run else 'wrote'} {self.out}"
+        yield f"{self.tensors} tensors in {self.dtype}, {size(self.bytes)}{took}"
 
 
 def convert(
@@ -113,12 +110,3 @@ def _output(out: str | Path | None, source: Source, dtype: torch.dtype) -> Path:
     if out is not None:
         return absolute(out)
     return Path.cwd() / f"{variant_name(source.label)}-{_SUFFIXES[dtype]}"
-
-
-def print_convert(report: ConvertReport | MergeReport) -> None:
-    verb = "would write" if report.dry_run else "wrote"
-    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
-    console.results.print(
-        f"{verb} {report.out}\n{report.tensors} tensors in {report.dtype}, {size(report.bytes)}{took}",
-        markup=False,
-    )

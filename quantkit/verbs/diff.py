@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from quantkit.blocks.folder import plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.blocks.pair import DeltaSource, DiffSource
-from quantkit.cli import console
 from quantkit.options import ComputeDtype, Vocabulary, parse_size
 from quantkit.progress import SILENT, Progress
 from quantkit.runs.atomic import (
@@ -22,7 +22,6 @@ from quantkit.runs.atomic import (
     staged_folder,
 )
 from quantkit.sources import open_source
-from quantkit.verbs.convert import print_convert
 from quantkit.verbs.merge import (
     _SLICE,
     MergeReport,
@@ -49,6 +48,16 @@ class DiffReport(MergeReport):
     values: int = 0
     differing: int | None = None
     largest_error: float | None = None
+
+    def lines(self) -> Iterator[str]:
+        yield from self._folder_lines()
+        if self.sum is not None:
+            back = "all" if not self.differing else f"all but {self.differing}"
+            yield (
+                f"merging gives {back} of {self.values} values back, off by {self.largest_error:.2g} at most before "
+                "rounding"
+            )
+            yield f"to check a merge: --expect-sum {self.sum:.4f}"
 
 
 def diff(
@@ -137,14 +146,3 @@ def _compare(values: torch.Tensor, wanted: torch.Tensor) -> tuple[int, float]:
         count += int((got.to(tuned.dtype) != tuned).sum())
         error = max(error, float((got - tuned.float()).abs().max()))
     return count, error
-
-
-def print_diff(report: DiffReport) -> None:
-    print_convert(report)
-    if report.sum is not None:
-        back = "all" if not report.differing else f"all but {report.differing}"
-        console.results.print(
-            f"merging gives {back} of {report.values} values back, off by {report.largest_error:.2g} at most before "
-            f"rounding\nto check a merge: --expect-sum {report.sum:.4f}",
-            markup=False,
-        )

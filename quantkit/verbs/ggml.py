@@ -17,7 +17,6 @@ import torch
 
 from quantkit.blocks.open import named, note_source, open_model
 from quantkit.blocks.stream import ModelStream
-from quantkit.cli import console
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
@@ -40,6 +39,7 @@ from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import parse_size
 from quantkit.progress import SILENT, Progress, size
+from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.verbs.gptq import note_fallback
@@ -57,7 +57,7 @@ class GgmlTensor:
 
 
 @dataclass(frozen=True)
-class GgmlReport:
+class GgmlReport(Report):
     """What `ggml` made, or with `dry_run` would make.
 
     Attributes:
@@ -79,9 +79,12 @@ class GgmlReport:
         counts = Counter(tensor.fidelity for tensor in self.tensors if tensor.fidelity is not None)
         object.__setattr__(self, "fidelity", dict(counts))
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**vars(self), "out": str(self.out), "tensors": [vars(tensor) for tensor in self.tensors]}
+    def lines(self) -> Iterator[str]:
+        took = "" if self.dry_run else f", in {self.seconds:.0f} s"
+        types = Counter(tensor.type for tensor in self.tensors)
+        yield f"{'would write' if self.dry_run else 'wrote'} {self.out}"
+        yield f"{size(self.bytes)}{took}: {', '.join(f'{count} {name}' for name, count in types.most_common())}"
+        yield f"matrices: {', '.join(f'{count} {fidelity}' for fidelity, count in self.fidelity.items())}"
 
 
 def ggml(
@@ -308,12 +311,3 @@ def _output(out: str | Path | None, source: Source, recipe: str | None, suffix: 
         return absolute(out)
     name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
     return Path.cwd() / f"{name}{suffix}"
-
-
-def print_ggml(report: GgmlReport) -> None:
-    verb = "would write" if report.dry_run else "wrote"
-    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
-    counts = ", ".join(f"{count} {fidelity}" for fidelity, count in report.fidelity.items())
-    types = Counter(tensor.type for tensor in report.tensors)
-    held = ", ".join(f"{count} {name}" for name, count in types.most_common())
-    console.results.print(f"{verb} {report.out}\n{size(report.bytes)}{took}: {held}\nmatrices: {counts}", markup=False)

@@ -6,7 +6,7 @@ import csv
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
-from quantkit.cli import console
 from quantkit.codes.plan import Plan
 from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.gguf.recipes import parse_kind
@@ -61,6 +60,7 @@ from quantkit.quantize.targets import (
     Target,
     gptq_type,
 )
+from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import checksums, companions, origin
@@ -75,17 +75,17 @@ from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.calibration import calibration_windows, check_tokens
 from quantkit.tokens.text import default_seq_len
-from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams, print_perplexity
+from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
 
 
 @dataclass(frozen=True)
-class GptqReport:
+class GptqReport(Report):
     """What `gptq` made, or with `dry_run` would make (then `layers` is empty).
 
     Attributes:
-        spec: of most Linears.
-        ggml: type of the GGUF file; None for a checkpoint.
         model: what to open: the folder of a checkpoint, the file in it.
+        ggml: type of the GGUF file; None for a checkpoint.
+        bits, group_size, sym, act_order: of most Linears.
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
         memory_bytes: estimate of the peak beyond what importing torch takes.
@@ -93,9 +93,12 @@ class GptqReport:
     """
 
     out: Path
-    spec: QuantSpec
-    ggml: str | None
     model: Path
+    ggml: str | None
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: ActOrder
     bits_per_weight: float
     bytes: int
     memory_bytes: int
@@ -105,25 +108,19 @@ class GptqReport:
     seconds: float = 0.0
     dry_run: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {
-            "out": str(self.out),
-            "model": str(self.model),
-            "ggml": self.ggml,
-            "bits": self.spec.bits,
-            "group_size": self.spec.group_size,
-            "sym": self.spec.sym,
-            "act_order": self.spec.act_order,
-            "bits_per_weight": self.bits_per_weight,
-            "bytes": self.bytes,
-            "memory_bytes": self.memory_bytes,
-            "memory_remark": self.memory_remark,
-            "layers": [vars(layer) for layer in self.layers],
-            "evaluation": None if self.evaluation is None else self.evaluation.as_dict(),
-            "seconds": self.seconds,
-            "dry_run": self.dry_run,
-        }
+    def lines(self) -> Iterator[Shown]:
+        symmetry = "symmetric" if self.sym else "asymmetric"
+        grid = f"{self.bits}-bit {symmetry}, group {self.group_size}" if self.ggml is None else self.ggml.upper()
+        yield f"{'would write' if self.dry_run else 'wrote'} {self.model}"
+        yield (f"{grid}, act-order {self.act_order}: {self.bits_per_weight:.2f} bits per weight, {size(self.bytes)}")
+        if self.dry_run:
+            yield f"peak memory about {size(self.memory_bytes)} beyond torch itself"
+            if self.memory_remark is not None:
+                yield self.memory_remark
+            return
+        yield f"{len(self.layers)} layers in quant_log.csv; {self.seconds:.0f} s in all"
+        if self.evaluation is not None:
+            yield from self.evaluation.lines()
 
 
 def gptq(
@@ -344,9 +341,12 @@ def _sizes(
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
         out=out,
-        spec=spec,
-        ggml=ggml,
         model=target.model_in(out),
+        ggml=ggml,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        sym=spec.sym,
+        act_order=spec.act_order,
         bits_per_weight=8 * target.quantized_bytes / weights,
         bytes=target.bytes,
         memory_bytes=memory.needed,
@@ -555,23 +555,3 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     if tensor.is_floating_point() and math.isfinite(float(tensor.sum(dtype=torch.float32))):
         return True
     return bool(torch.isfinite(tensor).all())
-
-
-def print_gptq(report: GptqReport) -> None:
-    spec = report.spec
-    symmetry = "symmetric" if spec.sym else "asymmetric"
-    verb = "would write" if report.dry_run else "wrote"
-    grid = f"{spec.bits}-bit {symmetry}, group {spec.group_size}" if report.ggml is None else report.ggml.upper()
-    console.results.print(
-        f"{verb} {report.model}\n{grid}, act-order {spec.act_order}: "
-        f"{report.bits_per_weight:.2f} bits per weight, {size(report.bytes)}",
-        markup=False,
-    )
-    if report.dry_run:
-        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")
-        if report.memory_remark is not None:
-            console.results.print(report.memory_remark, markup=False)
-        return
-    console.results.print(f"{len(report.layers)} layers in quant_log.csv; {report.seconds:.0f} s in all")
-    if report.evaluation is not None:
-        print_perplexity(report.evaluation)

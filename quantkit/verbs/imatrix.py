@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
-from quantkit.cli import console
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.imatrix.write import Entry, write_imatrix
 from quantkit.containers.source import Source
@@ -23,6 +21,7 @@ from quantkit.options import (
 )
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.squares import InputSquares, collect_squares, memory_plan
+from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.tokens import TokenMatrix
@@ -31,7 +30,7 @@ from quantkit.version import __version__
 
 
 @dataclass(frozen=True)
-class ImatrixReport:
+class ImatrixReport(Report):
     """What `imatrix` made, or with `dry_run` would make.
 
     Attributes:
@@ -52,9 +51,14 @@ class ImatrixReport:
     seconds: float = 0.0
     dry_run: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**vars(self), "out": str(self.out)}
+    def lines(self) -> Iterator[str]:
+        took = "" if self.dry_run else f", in {self.seconds:.0f} s"
+        yield f"{'would write' if self.dry_run else 'wrote'} {self.out}"
+        yield (
+            f"{self.entries} tensors over {self.chunks} windows of {self.chunk_size} tokens, {size(self.bytes)}{took}"
+        )
+        if self.dry_run:
+            yield f"peak memory about {size(self.memory_bytes)} beyond torch itself"
 
 
 def imatrix(
@@ -164,15 +168,3 @@ def _unseen(entries: Mapping[str, Entry], progress: Progress) -> dict[str, int]:
 
 def _output(out: str | Path | None, source: Source) -> Path:
     return Path.cwd() / f"{variant_name(source.label)}.imatrix.gguf" if out is None else absolute(out)
-
-
-def print_imatrix(report: ImatrixReport) -> None:
-    verb = "would write" if report.dry_run else "wrote"
-    took = "" if report.dry_run else f", in {report.seconds:.0f} s"
-    console.results.print(
-        f"{verb} {report.out}\n{report.entries} tensors over {report.chunks} windows of {report.chunk_size} tokens, "
-        f"{size(report.bytes)}{took}",
-        markup=False,
-    )
-    if report.dry_run:
-        console.results.print(f"peak memory about {size(report.memory_bytes)} beyond torch itself")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,12 +15,12 @@ import torch
 from quantkit.blocks.folder import FolderPlan, plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.blocks.pair import DeltaSource
-from quantkit.cli import console
 from quantkit.containers.hf.shards import DTYPES as STORED
 from quantkit.containers.source import Source, file_sha256
 from quantkit.errors import NumericError, UsageError
 from quantkit.options import ComputeDtype, Vocabulary, parse_size
 from quantkit.progress import SILENT, Progress
+from quantkit.report import Report
 from quantkit.runs.atomic import (
     REPORT_NAME,
     absolute,
@@ -30,7 +30,7 @@ from quantkit.runs.atomic import (
 )
 from quantkit.runs.record import CHECKSUMS, checksums, origin
 from quantkit.sources import open_source
-from quantkit.verbs.convert import print_convert
+from quantkit.verbs.convert import ConvertReport
 
 # A sum in float64 beside one in float32 by another program, as published sums are.
 _ABSOLUTE, _RELATIVE = 0.01, 1e-6
@@ -38,7 +38,7 @@ _SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """What `merge` made, or with `dry_run` would make.
 
     Attributes:
@@ -58,9 +58,13 @@ class MergeReport:
     seconds: float = 0.0
     dry_run: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**vars(self), "out": str(self.out)}
+    def lines(self) -> Iterator[str]:
+        yield from self._folder_lines()
+        if self.sum is not None:
+            yield f"all values add up to {self.sum:.4f}"
+
+    def _folder_lines(self) -> Iterator[str]:
+        return ConvertReport(self.out, self.dtype, self.tensors, self.bytes, self.seconds, self.dry_run).lines()
 
 
 def merge(
@@ -210,9 +214,3 @@ def _finish(folder: Path, plan: FolderPlan, found: Mapping[str, Any]) -> None:
     sums[REPORT_NAME] = file_sha256(folder / REPORT_NAME)
     lines = [f"{checksum}  {name}\n" for name, checksum in sorted(sums.items())]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def print_merge(report: MergeReport) -> None:
-    print_convert(report)
-    if report.sum is not None:
-        console.results.print(f"all values add up to {report.sum:.4f}", markup=False)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
 
 from quantkit.blocks.open import note_source, open_stream
 from quantkit.blocks.stream import ModelStream
-from quantkit.cli import console
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
 from quantkit.evaluate.statistics import ModelResult, summarize
@@ -23,13 +19,14 @@ from quantkit.options import (
     make,
 )
 from quantkit.progress import SILENT, Progress
+from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.tokens.calibration import check_tokens
 from quantkit.tokens.text import common_text, default_seq_len
 
 
 @dataclass(frozen=True)
-class PerplexityReport:
+class PerplexityReport(Report):
     """A text and every model's row on it."""
 
     text: str
@@ -38,20 +35,14 @@ class PerplexityReport:
     tokens: int
     results: list[ModelResult]
 
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> PerplexityReport:
-        """What `as_dict` made."""
-        return cls(**{**content, "results": [ModelResult.of(row) for row in content["results"]]})
-
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {
-            "text": self.text,
-            "seq_len": self.seq_len,
-            "stride": self.stride,
-            "tokens": self.tokens,
-            "results": [result.as_dict() for result in self.results],
-        }
+    def lines(self) -> Iterator[Shown]:
+        yield f"{self.text}: {self.tokens} tokens in windows of {self.seq_len}"
+        compared = any(result.kl_divergence for result in self.results)
+        heads = ["perplexity", "±"]
+        if compared:
+            heads += ["Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1"]
+        columns = [Column("model", "left", overflow="fold"), *map(Column, heads)]
+        yield Table(columns, [[result.model, *_cells(result, compared)] for result in self.results])
 
 
 def perplexity(
@@ -110,21 +101,6 @@ def evaluate_streams(
     scores = score(streams, text.windows, against, progress, ranks)
     labels = [stream.source.label for stream in streams]
     return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))
-
-
-def print_perplexity(report: PerplexityReport) -> None:
-    console.results.print(f"{report.text}: {report.tokens} tokens in windows of {report.seq_len}", markup=False)
-    table = Table()
-    compared = any(result.kl_divergence for result in report.results)
-    heads = ["perplexity", "±"]
-    if compared:
-        heads += ["Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1"]
-    table.add_column("model", overflow="fold")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    for result in report.results:
-        table.add_row(result.model, *_cells(result, compared))
-    console.table(table)
 
 
 def _cells(result: ModelResult, compared: bool) -> list[str]:

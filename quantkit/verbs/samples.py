@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.blocks.open import model_or_default, open_model
-from quantkit.cli import console
 from quantkit.options import (
     HELDOUT,
     CalibrationSpec,
@@ -15,13 +15,14 @@ from quantkit.options import (
     make,
 )
 from quantkit.progress import SILENT, Progress
-from quantkit.tokens import TokenMatrix
+from quantkit.report import Report, Rule, Shown
+from quantkit.tokens import TokenMatrix, shown_license
 from quantkit.tokens.calibration import calibration_windows
 
 
 @dataclass(frozen=True)
-class SamplesReport:
-    """What a run would calibrate on."""
+class SamplesReport(Report):
+    """What a run would calibrate on. It is not read back: its JSON says where the tokens come from, and lacks them."""
 
     matrix: TokenMatrix
     windows: list[str]
@@ -29,6 +30,24 @@ class SamplesReport:
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         return {**self.matrix.provenance.model_dump(mode="json"), "windows": self.windows}
+
+    def lines(self, show: int = 1) -> Iterator[Shown]:
+        """With the first `show` windows."""
+        facts = self.matrix.provenance
+        parts = facts.parts or (facts,)
+        for part in parts:
+            dropped = f", {part.dropped} records left out that are also in the evaluation text" if part.dropped else ""
+            yield (
+                f"{part.samples} windows of {facts.seq_len} tokens from {len(part.records)} records of {part.dataset} "
+                f"({shown_license(part.license)}, sha256 {part.dataset_sha256[:12]}){dropped}"
+            )
+        yield f"template {facts.template}, seed {facts.seed}"
+        yield f"tokens sha256 {facts.tokens_sha256}"
+        for part in parts:
+            yield f"records: {', '.join(part.records)}"
+        for number, window in enumerate(self.windows[:show]):
+            yield Rule(f"window {number}")
+            yield window
 
 
 def samples(
@@ -56,21 +75,3 @@ def samples(
     tokenizer = source.tokenizer()
     matrix = calibration_windows(calibration, spec, source, text if evaluate else None, progress)
     return SamplesReport(matrix, [str(tokenizer.decode(row)) for row in matrix.tokens.tolist()])
-
-
-def print_samples(report: SamplesReport, show: int) -> None:
-    from quantkit.tokens import shown_license
-
-    facts = report.matrix.provenance
-    sets = [
-        f"{part.samples} windows of {facts.seq_len} tokens from {len(part.records)} records of {part.dataset} "
-        f"({shown_license(part.license)}, sha256 {part.dataset_sha256[:12]})"
-        + (f", {part.dropped} records left out that are also in the evaluation text" if part.dropped else "")
-        for part in facts.parts or (facts,)
-    ]
-    drawn = [f"template {facts.template}, seed {facts.seed}", f"tokens sha256 {facts.tokens_sha256}"]
-    names = [f"records: {', '.join(part.records)}" for part in facts.parts or (facts,)]
-    console.results.print("\n".join([*sets, *drawn, *names]), markup=False)
-    for number, window in enumerate(report.windows[:show]):
-        console.results.rule(f"window {number}", align="left")
-        console.results.print(window, markup=False)

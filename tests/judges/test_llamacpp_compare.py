@@ -86,7 +86,7 @@ def compare_with_theirs(
         template="none", device="cpu", dtype="float32", plots=False,
     )  # fmt: skip
     assert tokens().shape == (count, WINDOW)
-    ours, base = (report.models[number].texts["text.md"].numbers for number in (1, 0))
+    ours, base = (report.models[number].texts["text.md"] for number in (1, 0))
     float32 = llamacpp.to_f32(variant, tmp_path / "float32.gguf")
     theirs = their_numbers(tmp_path / "reference.gguf", float32, text, count, tmp_path)
     assert ours.kl_divergence is not None

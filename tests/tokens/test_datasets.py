@@ -625,15 +625,10 @@ def test_a_run_without_evaluation_leaves_nothing_out(
     assert not (tmp_path / "b").exists()
 
 
-def test_samples_shows_the_sets_and_their_licences(
-    two_sets: Callable[[str], list[str]], make_model: MakeModel, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from quantkit.verbs.samples import print_samples
-
+def test_samples_shows_the_sets_and_their_licences(two_sets: Callable[[str], list[str]], make_model: MakeModel) -> None:
     model = make_model("llama")
     report = quantkit.samples(model, calibration="alpaca:fox.jsonl:1,dog.jsonl:1", samples=4, seq_len=32)
-    print_samples(report, 0)
-    lines = capsys.readouterr().out.splitlines()
+    lines = list(report.lines(show=0))
     assert lines[0].startswith("2 windows of 32 tokens from ")
     assert "of alpaca:fox.jsonl (licence cc-by-nc-4.0, sha256 " in lines[0]
     assert "of dog.jsonl (no licence stated, sha256 " in lines[1]

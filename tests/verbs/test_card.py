@@ -94,18 +94,23 @@ def row(name: str, file: Path, perplexity: float, kl: float | None) -> dict[str,
     }
     return {
         "model": name,
+        "kind": "gguf",
+        "scheme": "mostly Q4_0",
         "reference": kl is None,
+        "bytes": 1000,
+        "bits_per_weight": 4.5,
         "files": {"called-otherwise.bin": sha256(file)},
+        "pareto": False,
         "texts": {"wikitext2": scores},
+        "layers": None,
     }
 
 
 def report(place: Path, *rows: dict[str, Any], plots: tuple[str, ...] = ()) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     texts = [{"name": "wikitext2", "tokens": 4096, "seq_len": 2048, "stride": None, "tokens_sha256": "ab" * 32}]
-    (place / "report.json").write_text(
-        json.dumps({"quantkit": "0.1.0", "reference": "tiny-fp16", "texts": texts, "models": rows, "choice": None})
-    )
+    content = {"quantkit": "0.1.0", "reference": "tiny-fp16", "texts": texts, "models": rows}
+    (place / "report.json").write_text(json.dumps({**content, "choice": None, "unmet": None}))
     for name in plots:
         (place / name).write_bytes(PNG + name.encode())
     return place / "report.json"
@@ -121,14 +126,17 @@ def evaluated(place: Path, file: Path, limit: int | None = None) -> Path:
         "metric": "acc_norm",
         "value": 0.5725255972696246,
         "stderr": 0.0144568322948011,
+        "questions": 1172,
     }
     content = {
         "quantkit": "0.1.0",
         "model": "x",
         "files": {"w": sha256(file)},
         "harness": {"name": "lm-evaluation-harness", "version": "0.4.9"},
+        "kernels": None,
         "suite": "open-llm-leaderboard",
         "limit": limit,
+        "partial": limit is not None,
         "tasks": [task],
         "average": 0.5725255972696246,
     }
@@ -348,6 +356,20 @@ def test_a_report_that_is_none(files: Path, tmp_path: Path) -> None:
         card(files, evals=[tmp_path / "x.json"])
     with pytest.raises(UsageError, match="no such file"):
         card(files, reports=[tmp_path / "no.json"])
+
+
+def test_what_is_wrong_in_a_report_is_named(folder: Path, tmp_path: Path) -> None:
+    of_it = row("tiny", folder / "model.safetensors", 12, 0.1)
+    of_it["texts"]["wikitext2"]["perplexity"] = "12"
+    wrong = report(tmp_path / "r", of_it)
+    message = r"report\.json: not a .*: models\[0\]\.texts\.wikitext2\.perplexity is '12', not of type float$"
+    with pytest.raises(UsageError, match=message):
+        card(folder, reports=[wrong], force=True)
+    record = json.loads((folder / "quantkit.json").read_text())
+    del record["evaluation"]["results"][0]["stderr"]
+    (folder / "quantkit.json").write_text(json.dumps(record))
+    with pytest.raises(SourceError, match=r"quantkit\.json of tiny.*: evaluation: results\[0\]\.stderr is missing$"):
+        card(folder, force=True)
 
 
 def test_harness_results_are_exact(folder: Path, tmp_path: Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.cli import console
 from quantkit.containers import CONTAINERS
 from quantkit.containers.source import file_sha256
 from quantkit.errors import OutputError, UsageError
 from quantkit.progress import SILENT, Progress
+from quantkit.report import Report
 from quantkit.runs.atomic import absolute, staged_files
 from quantkit.verbs.card.asked import prompt_of
 from quantkit.verbs.card.facts import Model, models_in
@@ -39,7 +39,7 @@ _PLOTS = {
 
 
 @dataclass(frozen=True)
-class CardReport:
+class CardReport(Report):
     """What `card` wrote.
 
     Attributes:
@@ -59,9 +59,10 @@ class CardReport:
     plots: list[str]
     missing: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**asdict(self), "out": str(self.out)}
+    def lines(self) -> Iterator[str]:
+        plots = f", {len(self.plots)} plots" if self.plots else ""
+        yield f"wrote {self.out}"
+        yield f"{', '.join(self.models)}: {len(self.evaluated)} of {len(self.models)} measured{plots}"
 
 
 def card(
@@ -274,9 +275,3 @@ def _write(root: Path, text: str, reports: Sequence[str | Path], plots: Sequence
             if folder is None or not (folder / name).is_file():
                 raise OutputError(f"{name} has gone while the card was made")
             shutil.copyfile(folder / name, staging / name)
-
-
-def print_card(report: CardReport) -> None:
-    measured = f"{len(report.evaluated)} of {len(report.models)} measured"
-    plots = f", {len(report.plots)} plots" if report.plots else ""
-    console.results.print(f"wrote {report.out}\n{', '.join(report.models)}: {measured}{plots}", markup=False)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantkit.containers.source import read_json
-from quantkit.errors import UsageError
+from quantkit.errors import SourceError, UsageError
+from quantkit.evaluate.statistics import Numbers
+from quantkit.report import Report, ReportError
+from quantkit.runs.atomic import REPORT_NAME
 from quantkit.verbs.card.facts import Model
+from quantkit.verbs.compare import CompareReport
+from quantkit.verbs.compare.rows import ComparedModel
+from quantkit.verbs.eval import EvalResults
+from quantkit.verbs.perplexity import PerplexityReport
+
+_Written = TypeVar("_Written", bound=Report)
 
 
 @dataclass(frozen=True)
@@ -60,84 +69,82 @@ def measurements(
 
     Raises:
         UsageError: a report that is none, or that is of none of the models.
+        SourceError: a record with another evaluation than runs end with.
     """
     losses: list[list[Loss]] = [[] for _ in models]
     tasks: list[list[Tasks]] = [[] for _ in models]
     for path in reports:
-        content = _read(path, ("models", "texts"), "a report.json of `quantkit compare`")
-        for index, row in _rows(content["models"], models, path):
-            losses[index] += _of_report(row, content)
+        report = _read(path, CompareReport, "a report.json of `quantkit compare`", out=Path(path).parent)
+        files = [compared.files for compared in report.models]
+        for index, row in _pairs(files, models, path):
+            losses[index] += _of_report(report.models[row], report)
     for path in evals:
-        content = _read(path, ("tasks", "files"), "results of `quantkit eval`")
-        for index, row in _rows([content], models, path):
-            tasks[index].append(_of_eval(row))
+        results = _read(path, EvalResults, "results of `quantkit eval`")
+        for index, _ in _pairs([results.files], models, path):
+            tasks[index].append(_of_eval(results))
     for model, found in zip(models, losses, strict=True):
         seen = {loss.text for loss in found}
-        found += [loss for loss in _of_record(model.record) if loss.text not in seen]
+        found += [loss for loss in _of_record(model) if loss.text not in seen]
     return [Measurements(tuple(a), tuple(b)) for a, b in zip(losses, tasks, strict=True)]
 
 
-def _read(path: str | Path, wanted: Sequence[str], what: str) -> dict[str, Any]:
+def _read(path: str | Path, kind: type[_Written], what: str, **left_out: Any) -> _Written:
     place = Path(path)
     if not place.is_file():
         raise UsageError(f"{path}: no such file; give {what}")
-    content = read_json(place)
-    if any(key not in content for key in wanted):
-        raise UsageError(f"{path}: not {what}")
-    return content
+    try:
+        return kind.of(read_json(place), **left_out)
+    except ReportError as error:
+        raise UsageError(f"{path}: not {what}: {error}") from None
 
 
-def _rows(rows: Sequence[Any], models: Sequence[Model], path: str | Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """Rows that are of a model, with its number: by the content of all its files, whatever they are called."""
+def _pairs(rows: Sequence[Mapping[str, str]], models: Sequence[Model], path: str | Path) -> list[tuple[int, int]]:
+    """Models, and the rows that are of them: by the content of all their files, whatever they are called."""
     found = []
-    for row in rows:
-        files = sorted((row.get("files") or {}).values())
-        found += [(i, row) for i, model in enumerate(models) if files and files == sorted(model.files.values())]
+    for number, row in enumerate(rows):
+        files = sorted(row.values())
+        found += [(i, number) for i, model in enumerate(models) if files and files == sorted(model.files.values())]
     if not found:
         names = ", ".join(model.name for model in models)
         raise UsageError(f"{path}: is of none of these files ({names}): no SHA-256 agrees; measure them anew")
     return found
 
 
-def _of_report(row: Mapping[str, Any], content: Mapping[str, Any]) -> list[Loss]:
-    texts = {text["name"]: text for text in content["texts"]}
-    reference = None if row.get("reference") else str(content.get("reference"))
-    return [_loss(scores, texts[name], name, reference) for name, scores in row["texts"].items()]
+def _of_report(row: ComparedModel, report: CompareReport) -> list[Loss]:
+    reference = None if row.reference else report.reference
+    return [
+        Loss(text.name, text.tokens, text.seq_len, text.stride, text.tokens_sha256, reference, **_numbers(scores))
+        for text in report.texts
+        if (scores := row.texts.get(text.name)) is not None
+    ]
 
 
-def _of_record(record: Mapping[str, Any]) -> list[Loss]:
+def _of_record(model: Model) -> list[Loss]:
     """The comparison with its source that the run ended with."""
-    evaluation = record.get("evaluation")
-    if not isinstance(evaluation, dict) or len(evaluation.get("results") or []) != 2:
+    evaluation = model.record.get("evaluation")
+    if evaluation is None:
         return []
-    source, own = evaluation["results"]
-    return [_loss(own, evaluation, evaluation["text"], source["model"])]
+    try:
+        found = PerplexityReport.of(evaluation)
+    except ReportError as error:
+        raise SourceError(f"{REPORT_NAME} of {model.name}: evaluation: {error}") from None
+    if len(found.results) != 2:
+        return []
+    source, own = found.results
+    text = found.text, found.tokens, found.seq_len, found.stride
+    return [Loss(*text, None, source.model, **_numbers(own))]
 
 
-def _loss(scores: Mapping[str, Any], text: Mapping[str, Any], name: str, reference: str | None) -> Loss:
-    compared = reference is not None
-    return Loss(
-        text=name,
-        tokens=text["tokens"],
-        seq_len=text["seq_len"],
-        stride=text.get("stride"),
-        tokens_sha256=text.get("tokens_sha256"),
-        reference=reference,
-        perplexity=scores["perplexity"],
-        stderr=scores["stderr"],
-        delta_ln_ppl=scores.get("delta_ln_ppl") if compared else None,
-        delta_ln_ppl_stderr=scores.get("delta_ln_ppl_stderr") if compared else None,
-        kl_divergence=scores.get("kl_divergence") if compared else None,
-        top1_agreement=scores.get("top1_agreement") if compared else None,
-    )
+def _numbers(scores: Numbers) -> dict[str, Any]:
+    held = scores.as_dict()
+    return {field.name: held[field.name] for field in fields(Numbers)}
 
 
-def _of_eval(content: Mapping[str, Any]) -> Tasks:
-    harness = content.get("harness") or {}
+def _of_eval(results: EvalResults) -> Tasks:
     return Tasks(
-        harness=f"{harness.get('name', 'lm-evaluation-harness')} {harness.get('version', '')}".strip(),
-        suite=content.get("suite"),
-        limit=content.get("limit"),
-        tasks=tuple(content["tasks"]),
-        average=content.get("average"),
+        harness=f"{results.harness.name} {results.harness.version}",
+        suite=results.suite,
+        limit=results.limit,
+        tasks=tuple(vars(task) for task in results.tasks),
+        average=results.average,
     )

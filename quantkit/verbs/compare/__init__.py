@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from quantkit.blocks.open import note_source, open_stream
 from quantkit.blocks.stream import ModelStream
-from quantkit.cli import console
 from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
-from quantkit.evaluate.statistics import summarize
+from quantkit.evaluate.statistics import numbers_of
 from quantkit.options import (
     HELDOUT,
     ComputeDtype,
@@ -30,6 +27,7 @@ from quantkit.options import (
     parse_size,
 )
 from quantkit.progress import SILENT, Progress, size
+from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import (
     REPORT_NAME,
     absolute,
@@ -59,34 +57,40 @@ from quantkit.version import __version__
 
 
 @dataclass(frozen=True)
-class CompareReport:
+class CompareReport(Report):
     """What `compare` found and wrote.
 
     Attributes:
-        out: the folder it wrote.
+        out: the folder it wrote, which its report.json does not name.
+        quantkit: its version.
         reference: label of the model that the others are compared with.
         models: the reference first, then the variants as they were given.
         choice: the variant to take; None where none was asked for, or none keeps to the limits.
         unmet: in that last case, which one comes nearest.
     """
 
-    out: Path
+    out: Path = field(metadata=LEFT_OUT)
+    quantkit: str = field(default=__version__, kw_only=True)
     reference: str
     texts: list[TextFacts]
     models: list[ComparedModel]
     choice: Choice | None
     unmet: str | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints, and that report.json holds."""
-        return {
-            "quantkit": __version__,
-            "reference": self.reference,
-            "texts": [text.as_dict() for text in self.texts],
-            "models": [model.as_dict() for model in self.models],
-            "choice": None if self.choice is None else self.choice.as_dict(),
-            "unmet": self.unmet,
-        }
+    def lines(self) -> Iterator[Shown]:
+        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
+        columns = [
+            Column("model", "left", overflow="fold"),
+            *map(Column, heads),
+            Column("front", "center", overflow="ellipsis"),
+        ]
+        for text in self.texts:
+            yield f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}"
+            rows = [[model.model, *_cells(model, text.name), "*" if model.pareto else ""] for model in self.models]
+            yield Table(columns, rows, width=160)
+        if self.choice is not None:
+            yield f"take {self.choice.model}: {self.choice.why}"
+        yield f"report: {self.out / 'report.html'}"
 
 
 def compare(
@@ -255,13 +259,12 @@ def _origins(sources: Sequence[Source], progress: Progress) -> list[dict[str, An
 def _models(
     sources: Sequence[Source], texts: Sequence[EvaluationText], scores: Scores, origins: Sequence[dict[str, Any]]
 ) -> list[ComparedModel]:
-    labels = [source.label for source in sources]
     tokenizer = sources[0].tokenizer()
     results: list[dict[str, TextResult]] = [{} for _ in sources]
     for text, rows in zip(texts, scores.texts, strict=True):
         windows = text.windows.tokens.tolist()
-        for result, numbers, row in zip(results, summarize(labels, rows), rows, strict=True):
-            result[text.name] = TextResult(numbers, decode_worst(row.worst, windows, tokenizer))
+        for result, numbers, row in zip(results, numbers_of(rows), rows, strict=True):
+            result[text.name] = TextResult(**vars(numbers), worst=decode_worst(row.worst, windows, tokenizer))
     models = []
     for number, source in enumerate(sources):
         found = describe(source)
@@ -316,27 +319,8 @@ def _record(
     }
 
 
-def print_compare(report: CompareReport) -> None:
-    # A table wider than an unknown terminal must not be folded into nothing.
-    wide = Console(highlight=False, emoji=False, width=None if console.results.is_terminal else 160)
-    for text in report.texts:
-        console.results.print(f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}", markup=False)
-        table = Table()
-        table.add_column("model", overflow="fold")
-        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
-        for head in heads:
-            table.add_column(head, justify="right", no_wrap=True)
-        table.add_column("front", justify="center")
-        for model in report.models:
-            table.add_row(model.model, *_cells(model, text.name), "*" if model.pareto else "")
-        wide.print(table)
-    if report.choice is not None:
-        console.results.print(f"take {report.choice.model}: {report.choice.why}", markup=False)
-    console.results.print(f"report: {report.out / 'report.html'}", markup=False)
-
-
 def _cells(model: ComparedModel, text: str) -> list[str]:
-    numbers = model.texts[text].numbers
+    numbers = model.texts[text]
     cells = [size(model.bytes), f"{model.bits_per_weight:.2f}"]
     cells += [f"{numbers.perplexity:.3f}", f"{numbers.stderr:.3f}"]
     kl = numbers.kl_divergence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 from quantkit.errors import UsageError
@@ -59,9 +59,6 @@ class Choice:
 
     model: str
     why: str
-
-    def as_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 def pareto(models: Sequence[Measured]) -> list[bool]:

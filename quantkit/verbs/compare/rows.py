@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from quantkit.evaluate.statistics import ModelResult
+from quantkit.evaluate.statistics import Numbers
 from quantkit.evaluate.worst import Likely, WorstPosition
 
 _CONTEXT = 16  # tokens that are shown before a position
@@ -30,21 +30,12 @@ class TextFacts:
     stride: int | None
     tokens_sha256: str
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class TextResult:
+class TextResult(Numbers):
     """One model on one text: its numbers, and the positions with the worst divergence, decoded."""
 
-    numbers: ModelResult
     worst: tuple[dict[str, Any], ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        numbers = self.numbers.as_dict()
-        del numbers["model"]
-        return {**numbers, "worst": list(self.worst)}
 
 
 @dataclass(frozen=True)
@@ -77,11 +68,8 @@ class ComparedModel:
     @property
     def mean_kl(self) -> float:
         """Mean KL divergence from the reference in nats, the mean over texts; 0 for the reference itself."""
-        found = [result.numbers.kl_divergence for result in self.texts.values()]
+        found = [result.kl_divergence for result in self.texts.values()]
         return fmean(0.0 if kl is None else kl.mean for kl in found)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "texts": {name: result.as_dict() for name, result in self.texts.items()}}
 
 
 def decode_worst(

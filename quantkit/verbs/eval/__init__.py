@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from quantkit.blocks.open import named, open_model
-from quantkit.cli import console
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import ComputeDtype
 from quantkit.progress import SILENT, Progress
+from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, write_json
 from quantkit.runs.record import origin
 from quantkit.verbs.eval.register import register
@@ -33,52 +32,55 @@ LEADERBOARD = "open-llm-leaderboard"
 
 
 @dataclass(frozen=True)
-class EvalReport:
-    """What `eval` found.
+class Harness(Report):
+    """The program whose tasks they are."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class EvalResults(Report):
+    """What the file of an `eval` holds: equal runs have equal ones.
 
     Attributes:
-        out: the file that holds it.
+        quantkit: its version.
         files: SHA-256 of the weight files, by name.
-        harness: the harness's version.
-        limit: so many questions of each task alone were asked; None: all.
         kernels: what multiplied quantized weights; None where they were dequantized.
+        limit: so many questions of each task alone were asked; None: all.
+        partial: whether that is so; then the numbers are not to be compared with anybody's.
         average: of the suite's numbers; None without one.
     """
 
-    out: Path
+    quantkit: str = field(default=__version__, kw_only=True)
     model: str
     files: dict[str, str]
-    harness: str
+    harness: Harness
+    kernels: str | None
     suite: str | None
     limit: int | None
-    kernels: str | None
+    partial: bool
     tasks: tuple[TaskResult, ...]
     average: float | None
+
+
+@dataclass(frozen=True)
+class EvalReport(EvalResults):
+    """What `eval` found, and the file that holds it."""
+
+    out: Path
     seconds: float
 
-    @property
-    def partial(self) -> bool:
-        """Whether the numbers are of a part of the questions, and so not to be compared with anybody's."""
-        return self.limit is not None
-
-    def record(self) -> dict[str, Any]:
-        """What the file holds: equal runs have equal ones."""
-        return {
-            "quantkit": __version__,
-            "model": self.model,
-            "files": self.files,
-            "harness": {"name": "lm-evaluation-harness", "version": self.harness},
-            "kernels": self.kernels,
-            "suite": self.suite,
-            "limit": self.limit,
-            "partial": self.partial,
-            "tasks": [asdict(task) for task in self.tasks],
-            "average": self.average,
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**self.record(), "out": str(self.out), "seconds": self.seconds}
+    def lines(self) -> Iterator[str]:
+        asked = f", the first {self.limit} questions of each task only" if self.partial else ""
+        yield f"{self.model}{asked}"
+        width = max((len(task.name) for task in self.tasks), default=0)
+        for task in self.tasks:
+            error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
+            yield f"{task.name:<{width}}  {task.metric:<12}  {task.value:.4f}{error}"
+        if self.average is not None:
+            yield f"{'average':<{width}}  {'':<12}  {self.average:.4f}"
+        yield f"wrote {self.out}"
 
 
 def eval(
@@ -160,20 +162,20 @@ def eval(
     results = run_tasks(lm, loaded, limit)
     scores = [measured(results, loaded, measure) for measure in measures]
     named_ones = [number for name in task for number in every_number(results, loaded, name)]
-    report = EvalReport(
-        out=target,
+    found = EvalResults(
         model=source.label,
         files=_files(source),
-        harness=version("lm_eval"),
+        harness=Harness("lm-evaluation-harness", version("lm_eval")),
+        kernels=lm.kernels,
         suite=suite,
         limit=limit,
-        kernels=lm.kernels,
+        partial=limit is not None,
         tasks=(*scores, *named_ones),
         average=sum(score.value for score in scores) / len(scores) if scores else None,
-        seconds=time.perf_counter() - started,
     )
+    report = EvalReport(**vars(found), out=target, seconds=time.perf_counter() - started)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, report.record())
+    write_json(target, found.as_dict())
     return report
 
 
@@ -202,15 +204,3 @@ def _files(source: Source) -> dict[str, str]:
         return found
     parts = ((role, identity[role]) for role in ("base", "delta"))
     return {f"{role}/{name}": digest for role, part in parts for name, digest in part["sha256"].items()}
-
-
-def print_eval(report: EvalReport) -> None:
-    asked = f", the first {report.limit} questions of each task only" if report.partial else ""
-    console.results.print(f"{report.model}{asked}", markup=False)
-    width = max((len(task.name) for task in report.tasks), default=0)
-    for task in report.tasks:
-        error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
-        console.results.print(f"{task.name:<{width}}  {task.metric:<12}  {task.value:.4f}{error}", markup=False)
-    if report.average is not None:
-        console.results.print(f"{'average':<{width}}  {'':<12}  {report.average:.4f}", markup=False)
-    console.results.print(f"wrote {report.out}", markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_on_kernels
-from quantkit.cli import console
 from quantkit.errors import UsageError
 from quantkit.options import ComputeDtype, TemplateName, make
 from quantkit.progress import SILENT, Progress
+from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.runs.record import origin
 from quantkit.verbs.generate.answers import (
@@ -30,7 +30,7 @@ from quantkit.verbs.generate.speaker import Speaker
 
 
 @dataclass(frozen=True)
-class GenerateReport:
+class GenerateReport(Report):
     """What `generate` did, or with `dry_run` would do.
 
     Attributes:
@@ -56,9 +56,19 @@ class GenerateReport:
     seconds: float = 0.0
     dry_run: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**vars(self), "out": str(self.out)}
+    def lines(self) -> Iterator[str]:
+        if self.dry_run:
+            yield (
+                f"would answer {self.prompts} prompts of {self.prompt_tokens} tokens, {self.longest_prompt} at most, "
+                f"by template {self.template}, into {self.out}"
+            )
+            return
+        before = f", {self.resumed} were there before" if self.resumed else ""
+        cut = self.finished.get("length", 0)
+        ended = f"; {cut} ended for want of room" if cut else ""
+        yield f"wrote {self.out}"
+        yield f"{sum(self.finished.values())} answers{before}{ended}"
+        yield f"{self.output_tokens} tokens in {self.seconds:.0f} s"
 
 
 def generate(
@@ -199,22 +209,3 @@ def _note_room(requests: Sequence[Request], speaker: Speaker, progress: Progress
             f"{len(short)} of {len(requests)} prompts leave less room than {speaker.spec.max_new_tokens} tokens in the "
             f"model's {speaker.context}: their answers end after {min(short)} tokens at the earliest"
         )
-
-
-def print_generate(report: GenerateReport) -> None:
-    if report.dry_run:
-        console.results.print(
-            f"would answer {report.prompts} prompts of {report.prompt_tokens} tokens, {report.longest_prompt} at "
-            f"most, by template {report.template}, into {report.out}",
-            markup=False,
-        )
-        return
-    answered = sum(report.finished.values())
-    before = f", {report.resumed} were there before" if report.resumed else ""
-    cut = report.finished.get("length", 0)
-    ended = f"; {cut} ended for want of room" if cut else ""
-    console.results.print(
-        f"wrote {report.out}\n{answered} answers{before}{ended}\n"
-        f"{report.output_tokens} tokens in {report.seconds:.0f} s",
-        markup=False,
-    )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from quantkit.cli import console
 from quantkit.containers import of_folder
 from quantkit.errors import OutputError, UsageError
 from quantkit.progress import SILENT, Progress, size
+from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.verbs.publish.files import (
     Change,
@@ -27,7 +26,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class PublishReport:
+class PublishReport(Report):
     """What `publish` did, or with `dry_run` would do.
 
     Attributes:
@@ -48,9 +47,22 @@ class PublishReport:
     commit: str | None = None
     dry_run: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return asdict(self)
+    def lines(self) -> Iterator[str]:
+        where = f"{self.repo}, branch {self.branch}"
+        seen = ("private" if self.private else "public") + (", new" if self.created else "")
+        acted = [change for change in self.changes if change.state != "same" and not change.path.startswith(".")]
+        sent = sum(change.state in ("new", "changed") for change in acted)
+        deleted = sum(change.state == "deleted" for change in acted)
+        if not sent and not deleted:
+            yield f"{where} ({seen}): nothing to send"
+            return
+        counts = [f"{sent} file{'' if sent == 1 else 's'}"]
+        if deleted:
+            counts.append(f"delete {deleted}" if self.dry_run else f"deleted {deleted}")
+        yield f"{'would send' if self.dry_run else 'sent'} {' and '.join(counts)} to {where} ({seen})"
+        for change in acted:
+            yield f"{change.state:<8} {size(change.bytes):>9}  {change.path}"
+        yield f"{size(self.bytes)} to send" if self.dry_run else f"commit {self.commit}"
 
 
 def publish(
@@ -180,20 +192,3 @@ def _report(remote: Remote, state: RemoteState, public: bool, changes: list[Chan
         sum(change.bytes for change in changes if change.state in ("new", "changed")),
         dry_run=True,
     )
-
-
-def print_publish(report: PublishReport) -> None:
-    where = f"{report.repo}, branch {report.branch}"
-    seen = ("private" if report.private else "public") + (", new" if report.created else "")
-    acted = [change for change in report.changes if change.state != "same" and not change.path.startswith(".")]
-    sent = sum(change.state in ("new", "changed") for change in acted)
-    deleted = sum(change.state == "deleted" for change in acted)
-    if not sent and not deleted:
-        console.results.print(f"{where} ({seen}): nothing to send", markup=False)
-        return
-    counts = [f"{sent} file{'' if sent == 1 else 's'}", f"delete {deleted}" if report.dry_run else f"deleted {deleted}"]
-    verb = "would send" if report.dry_run else "sent"
-    console.results.print(f"{verb} {' and '.join(counts if deleted else counts[:1])} to {where} ({seen})", markup=False)
-    for change in acted:
-        console.results.print(f"{change.state:<8} {size(change.bytes):>9}  {change.path}", markup=False)
-    console.results.print(f"{size(report.bytes)} to send" if report.dry_run else f"commit {report.commit}")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-from rich.table import Table
+from typing import Any, Final
 
 from quantkit.blocks.open import Pair, open_model
 from quantkit.blocks.pair import PairSource as PairSource
-from quantkit.cli import console
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.progress import SILENT, Progress, duration, size
+from quantkit.report import Column, Line, Report, Shown, Table
 from quantkit.runs.atomic import absolute
 from quantkit.runs.unfinished import folder_of
 from quantkit.verbs.card.front import MARK
@@ -37,9 +35,11 @@ from quantkit.verbs.release.variants import (
     step_name,
 )
 
+_STYLES: Final = {"done": "green", "unchanged": "dim", "failed": "red", "refused": "yellow", "skipped": "red"}
+
 
 @dataclass(frozen=True)
-class ReleaseReport:
+class ReleaseReport(Report):
     """What `release` did, or with `dry_run` would do.
 
     Attributes:
@@ -60,9 +60,31 @@ class ReleaseReport:
         skipped = [outcome for outcome in self.outcomes if outcome.status == "skipped"]
         return [outcome for outcome in self.outcomes if outcome.step in lost] + (skipped if lost else [])
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**asdict(self), "out": str(self.out)}
+    def lines(self) -> Iterator[Shown]:
+        if self.dry_run:
+            yield from self._planned()
+            return
+        width = max(len(outcome.step) for outcome in self.outcomes)
+        for outcome in self.outcomes:
+            why = "" if outcome.why is None else f"  {outcome.why}"
+            line = f"{outcome.step:<{width}}  {outcome.status:<9}{why}"
+            yield Line(line.rstrip(), _STYLES[outcome.status])
+        failed = f"{len(self.failures)} steps failed; the same command does what is missing"
+        yield f"{self.out}: {failed if self.failures else 'complete'}"
+
+    def _planned(self) -> Iterator[Shown]:
+        yield f"would make {self.out}"
+        columns = [Column("part", "left"), Column("size"), Column("memory"), Column("time")]
+        yield Table(columns, [[part.name, *_numbers(part)] for part in self.forecasts])
+        for part in self.forecasts:
+            if part.refused is not None:
+                yield f"{part.name} cannot be made: {part.refused}"
+        made = [part for part in self.forecasts if part.refused is None]
+        yield (
+            f"in all {size(sum(part.bytes for part in made))}, "
+            f"{size(max(part.memory_bytes for part in made))} of memory beyond torch itself, "
+            f"about {duration(sum(part.seconds for part in made))} (from this machine's rate now)"
+        )
 
 
 def release(
@@ -172,49 +194,8 @@ def _hashes(source: Source, ledger: Ledger) -> Mapping[str, Any]:
     return {role: ledger.tree(part.path) for role, part in source.parts.items()}
 
 
-_COLOURS = {"done": "green", "unchanged": "dim", "failed": "red", "refused": "yellow", "skipped": "red"}
-
-
-def print_release(report: ReleaseReport) -> None:
-    if report.dry_run:
-        _print_plan(report)
-        return
-    width = max(len(outcome.step) for outcome in report.outcomes)
-    for outcome in report.outcomes:
-        why = "" if outcome.why is None else f"  {outcome.why}"
-        line = f"{outcome.step:<{width}}  {outcome.status:<9}{why}"
-        console.results.print(line.rstrip(), markup=False, style=_COLOURS[outcome.status])
-    console.results.print(f"{report.out}: {_sum(report)}", markup=False)
-
-
-def _print_plan(report: ReleaseReport) -> None:
-    console.results.print(f"would make {report.out}", markup=False)
-    table = Table()
-    table.add_column("part", no_wrap=True)
-    for head in ("size", "memory", "time"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for part in report.forecasts:
-        table.add_row(part.name, *_numbers(part))
-    console.table(table)
-    for part in report.forecasts:
-        if part.refused is not None:
-            console.results.print(f"{part.name} cannot be made: {part.refused}", markup=False)
-    made = [part for part in report.forecasts if part.refused is None]
-    console.results.print(
-        f"in all {size(sum(part.bytes for part in made))}, "
-        f"{size(max(part.memory_bytes for part in made))} of memory beyond torch itself, "
-        f"about {duration(sum(part.seconds for part in made))} (from this machine's rate now)"
-    )
-
-
 def _numbers(part: Forecast) -> list[str]:
     if part.refused is not None:
         return ["", "", ""]
     written = size(part.bytes) if part.bytes else ""
     return [written, size(part.memory_bytes), duration(part.seconds)]
-
-
-def _sum(report: ReleaseReport) -> str:
-    if report.failures:
-        return f"{len(report.failures)} steps failed; the same command does what is missing"
-    return "complete"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from quantkit.blocks.open import resolve_device
-from quantkit.cli import console
 from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.hf.folder import load_config, load_tokenizer, quantization_of
@@ -19,6 +18,7 @@ from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo, read_json
 from quantkit.errors import UsageError
 from quantkit.progress import SILENT, Progress
+from quantkit.report import LEFT_OUT, Report
 from quantkit.runs.atomic import REPORT_NAME, absolute
 from quantkit.sources import open_source
 from quantkit.verbs.verify.behaviour import check_behaviour
@@ -36,7 +36,7 @@ from quantkit.verbs.verify.tensors import Held, check_model, check_values
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verified(Report):
     """One model: a folder, a file, or a file with its parts.
 
     Attributes:
@@ -55,35 +55,50 @@ class Verified:
     loads: tuple[Load, ...] = ()
     sentence: str | None = None
 
+    def lines(self) -> Iterator[str]:
+        yield f"{self.name} ({self.kind})"
+        for text in self.problems:
+            yield f"  problem: {text}"
+        for text in self.notes:
+            yield f"  note: {text}"
+        width = max((len(program.program) for program in self.loads), default=0)
+        for program in self.loads:
+            yield f"  {_load_line(program, width)}"
+        if self.sentence is not None:
+            yield f"  it writes: {' '.join(self.sentence.split())}"
+
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """What `verify` found.
 
     Attributes:
         path: name of the folder or file.
+        ok: whether there are no problems.
+        problems: all of them; with several models each begins with its name.
         models: one, or each file of a folder of GGUF or ggjt files.
         folder_problems: of such a folder as a whole.
     """
 
     path: str
+    ok: bool = field(init=False)
+    problems: list[str] = field(init=False)
     models: tuple[Verified, ...]
-    folder_problems: tuple[str, ...] = ()
+    folder_problems: tuple[str, ...] = field(default=(), metadata=LEFT_OUT)
 
-    @property
-    def problems(self) -> list[str]:
-        """All of them; with several models each begins with its name."""
+    def __post_init__(self) -> None:
         several = len(self.models) > 1
         own = [f"{model.name}: {text}" if several else text for model in self.models for text in model.problems]
-        return [*self.folder_problems, *own]
+        object.__setattr__(self, "problems", [*self.folder_problems, *own])
+        object.__setattr__(self, "ok", not self.problems)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        models = [
-            {**vars(model), "loads": [{**vars(load), "limits": dict(load.limits)} for load in model.loads]}
-            for model in self.models
-        ]
-        return {"path": self.path, "ok": not self.problems, "problems": self.problems, "models": models}
+    def lines(self) -> Iterator[str]:
+        for text in self.folder_problems:
+            yield f"problem: {text}"
+        for model in self.models:
+            yield from model.lines()
+        count = len(self.problems)
+        yield "no problems" if not count else f"{count} problem{'s' * (count > 1)}"
 
 
 def verify(
@@ -327,26 +342,6 @@ def _named_like(path: Path) -> Container | None:
 
 def _verified(name: str, kind: str, found: Findings, loads: list[Load], sentence: str | None) -> Verified:
     return Verified(name, kind, tuple(found.problems), tuple(found.notes), tuple(loads), sentence)
-
-
-def print_verify(report: VerifyReport) -> None:
-    for text in report.folder_problems:
-        console.results.print(f"problem: {text}", markup=False)
-    for model in report.models:
-        _print_model(model)
-    count = len(report.problems)
-    console.results.print("no problems" if not count else f"{count} problem{'s' * (count > 1)}", markup=False)
-
-
-def _print_model(model: Verified) -> None:
-    console.results.print(f"{model.name} ({model.kind})", markup=False)
-    lines = [f"problem: {text}" for text in model.problems] + [f"note: {text}" for text in model.notes]
-    width = max((len(load.program) for load in model.loads), default=0)
-    lines += [_load_line(load, width) for load in model.loads]
-    if model.sentence is not None:
-        lines.append(f"it writes: {' '.join(model.sentence.split())}")
-    for line in lines:
-        console.results.print(f"  {line}", markup=False)
 
 
 def _load_line(load: Load, width: int) -> str:

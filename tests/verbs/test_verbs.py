@@ -145,7 +145,7 @@ def test_perplexity_is_what_gptq_found(family: Family) -> None:
 
 def test_compare_measures_every_variant(family: Family) -> None:
     _, folder, file = family.report.models
-    result = folder.texts["text.txt"].numbers
+    result = folder.texts["text.txt"]
     assert result.kl_divergence is not None
     assert 0 < result.kl_divergence.mean < 1
     assert file.texts["text.txt"].numbers.perplexity == pytest.approx(result.perplexity, rel=1e-3)

@@ -148,7 +148,7 @@ def test_compare_measures_every_variant(family: Family) -> None:
     result = folder.texts["text.txt"]
     assert result.kl_divergence is not None
     assert 0 < result.kl_divergence.mean < 1
-    assert file.texts["text.txt"].numbers.perplexity == pytest.approx(result.perplexity, rel=1e-3)
+    assert file.texts["text.txt"].perplexity == pytest.approx(result.perplexity, rel=1e-3)
 
 
 def test_eval_answers_a_task(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source
 from quantkit.evaluate.scores import Windows
 from quantkit.options import QuantSpec
-from quantkit.quantize.gptq import round_to_nearest
 from quantkit.quantize.plan import modules_in_block, plan_linears
+from quantkit.quantize.rounding import round_to_nearest
 from quantkit.runs.atomic import staged_folder, write_json
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix

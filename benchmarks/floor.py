@@ -37,7 +37,7 @@ import quantkit
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import worker_count
 from quantkit.options import QuantSpec
-from quantkit.quantize import gptq, stagework
+from quantkit.quantize import gptq, rounding, stagework
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.sources import open_source
 
@@ -158,11 +158,11 @@ def stopwatch(probe: Probe) -> Iterator[Counter[str]]:
     spent: Counter[str] = Counter()
     parts = (
         ("quantizing", stagework.StageWork, "quantize"),
-        ("  plain rounding", gptq, "round_to_nearest"),
-        ("  losses", gptq, "row_losses"),
+        ("  plain rounding", rounding, "round_to_nearest"),
+        ("  losses", rounding, "row_losses"),
         ("  factors", gptq, "factorize"),
-        ("  grids", gptq, "fit_grid"),
-        ("  columns", gptq, "_on_frozen_grid"),
+        ("  grids and columns", gptq, "quantize"),
+        ("    grids", gptq, "fit"),
         ("capturing", ModelStream, "embed"),
     )
     with ExitStack() as stack:

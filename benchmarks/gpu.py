@@ -39,6 +39,7 @@ from quantkit.options import QuantSpec
 from quantkit.quantize import gptq, kernels
 from quantkit.quantize.blockwise import quantize_blocks
 from quantkit.quantize.hessian import HessianAccumulator
+from quantkit.quantize.kernels import plain
 from quantkit.quantize.plan import plan_linears
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -89,7 +90,7 @@ def main() -> None:
         "layers": len(ModelStream(source, device, dtype).blocks),
         "tokens": tokens.numel(),
         "dtype": str(dtype).removeprefix("torch."),
-        "kernel": kernels.column_kernel(device) is not None,
+        "kernel": device.type == "cuda" and kernels.column_loop(device) is not plain.quantize_columns,
         "seconds": seconds,
         "floor_seconds": sum(floor.values()),
         "over_floor": seconds / sum(floor.values()),
@@ -141,25 +142,25 @@ def quantize(source: RandomLlama, device: torch.device, tokens: torch.Tensor, sp
 _PHASES: dict[str, list[tuple[Any, str]]] = {
     "capturing": [(ModelStream, "embed")],
     "weights": [(ModelStream, "_fill")],
-    "hessians": [(HessianAccumulator, "add"), (HessianAccumulator, "mean")],
+    "hessians": [(HessianAccumulator, "add"), (HessianAccumulator, "finish")],
     "factors": [(gptq, "factorize")],
-    "grids": [(gptq, "fit_grid")],
-    "columns": [(gptq._ColumnLoop, "block")],
-    "plain rounding and losses": [(gptq, "round_to_nearest"), (gptq, "row_losses")],
+    "grids": [(gptq, "fit"), (gptq, "fit_grid")],
+    "columns": [(gptq, "quantize")],
+    "plain rounding and losses": [(gptq, "rounding_loss"), (gptq, "row_losses")],
 }
 
 
 def phases(source: RandomLlama, device: torch.device, tokens: torch.Tensor, spec: QuantSpec) -> dict[str, float]:
-    """Seconds by phase, each waited for; what is in none of them is the forwards."""
+    """Seconds by phase without those inside it, each waited for; what is in none of them is the forwards."""
     spent: dict[str, float] = defaultdict(float)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
             _wait(device)
-            start = time.perf_counter()
+            start, before = time.perf_counter(), sum(spent.values())
             result = function(*args, **options)
             _wait(device)
-            spent[name] += time.perf_counter() - start
+            spent[name] += time.perf_counter() - start - (sum(spent.values()) - before)
             return result
 
         return run

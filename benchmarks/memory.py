@@ -32,7 +32,7 @@ from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.options import QuantSpec, make
 from quantkit.progress import Silent
-from quantkit.quantize.gptq import quantize
+from quantkit.quantize.gptq import solve
 from quantkit.runs.atomic import staged_folder, write_json
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix
@@ -222,7 +222,7 @@ def warm_up() -> None:
         "quantkit.verbs.merge",
     ):
         importlib.import_module(module)
-    quantize(torch.ones(64, 256), torch.eye(256), make(QuantSpec, group_size=32))  # Numba, and LAPACK's threads
+    solve([torch.ones(64, 256)], torch.eye(256), make(QuantSpec, group_size=32))  # Numba, and LAPACK's threads
 
 
 def status() -> dict[str, int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantkit.errors import UsageError
 
 ActOrder = Literal["static", "dynamic", "off"]
+MethodName = Literal["gptq", "round"]
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -19,6 +21,21 @@ Vocabulary = Literal["auto", "mean", "delta"]
 """What a base's missing rows of vocabulary count as, beside a delta: the mean of its rows, or nothing."""
 
 S = TypeVar("S", bound="Spec")
+
+
+class MethodRow(NamedTuple):
+    """`module` is a `quantize.methods.Method`, named as text. GGUF files are called after `label`; a checkpoint is of
+    GPTQ's format by any method, and its name ends in `suffix`."""
+
+    module: str
+    label: str
+    suffix: str
+
+
+METHODS: Mapping[MethodName, MethodRow] = {
+    "gptq": MethodRow("quantkit.quantize.gptq", "GPTQ", ""),
+    "round": MethodRow("quantkit.quantize.rounding", "RTN", "-rtn"),
+}
 
 HELDOUT = "evol-instruct-sample:heldout"
 """The text that variants are compared on unless another is named."""
@@ -57,6 +74,7 @@ class Override(Spec):
 class QuantSpec(Spec):
     """How weights become codes.
 
+    `method` chooses the codes: a key of `METHODS`.
     `damp` is the fraction of the mean Hessian diagonal that is added to the diagonal (GPTQ, section 3.3).
     `ggml`: codes lie on the grid of this type, whose bits, groups and symmetry the other fields then repeat; None: on
     that of GPTQ checkpoints, a float16 scale and a whole zero per group.
@@ -65,6 +83,7 @@ class QuantSpec(Spec):
     and no `exclude` pattern; the first override that matches applies.
     """
 
+    method: MethodName = "gptq"
     bits: int = Field(4, ge=2, le=8)
     group_size: int = 128
     sym: bool = True
@@ -76,7 +95,9 @@ class QuantSpec(Spec):
     overrides: tuple[tuple[str, Override], ...] = ()
 
     @model_validator(mode="after")
-    def _check_group_size(self) -> Self:
+    def _check(self) -> Self:
+        if self.method == "round" and self.act_order == "dynamic":
+            raise ValueError("act_order dynamic lets groups follow GPTQ's order, and method round has none")
         if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 8):
             raise ValueError(
                 f"group_size must be -1 (one group a row) or a positive multiple of 8, not {self.group_size}"

@@ -9,6 +9,11 @@ from typing import Annotated
 import typer
 
 
+class Method(StrEnum):
+    gptq = "gptq"
+    round = "round"
+
+
 class Order(StrEnum):
     static = "static"
     dynamic = "dynamic"

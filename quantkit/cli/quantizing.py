@@ -24,6 +24,7 @@ from quantkit.cli.options import (
     Json,
     MaxShardSize,
     Memory,
+    Method,
     Model,
     Order,
     OutFolder,
@@ -49,6 +50,9 @@ def gptq(
     out: OutFolder = None,
     base: BaseOption = None,
     delta: DeltaOption = None,
+    method: Annotated[
+        Method, typer.Option(help="round: each weight to the nearest code, for comparison.")
+    ] = Method.gptq,
     bits: Annotated[
         int | None, typer.Option(help="2, 3, 4 or 8; default 4, or what --ggml has.", show_default=False)
     ] = None,
@@ -136,6 +140,7 @@ def gptq(
             out,
             base=base,
             delta=delta,
+            method=method.value,
             bits=bits,
             group_size=group_size,
             sym=sym,

@@ -14,6 +14,7 @@ from quantkit.codes.ggml import (
     pack_super_blocks,
     type_of,
 )
+from quantkit.codes.linear import contiguous_groups
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,25 @@ class GgmlGrid:
         """What the type is made of."""
         return type_of(self.type)
 
-    def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, minimum) of every column, float32 [out, in] each: a code q stands for ``scale * q - minimum``."""
-        scale, minimum = self.steps_of_groups()
-        return scale.repeat_interleave(self.kind.group, dim=1), minimum.repeat_interleave(self.kind.group, dim=1)
+    @property
+    def bits(self) -> int:
+        """Codes are in 0 .. 2**bits - 1."""
+        return self.kind.bits
 
-    def steps_of_groups(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, minimum) of every ``kind.group`` columns, float32 [out, in / group] each."""
+    @property
+    def group(self) -> torch.Tensor:
+        """int32 [in]: which columns share a scale."""
+        return contiguous_groups(self.d.shape[1] * self.kind.columns, self.kind.group)
+
+    def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, minimum), float32 [out, groups] each: a code q stands for ``scale * q - minimum``."""
         scale = self._units(self.d, self.sc)
         minimum = scale * 2 ** (self.kind.bits - 1) if self.dmin is None else self._units(self.dmin, self.m)
         return scale, minimum
+
+    def linear(self, codes: torch.Tensor) -> GgmlLinear:
+        """The weight that codes uint8 [out, in] stand for."""
+        return GgmlLinear(codes, self)
 
     def split(self, rows: list[int]) -> list[GgmlGrid]:
         """Cut a stack into its parts of `rows` output rows each."""
@@ -79,7 +89,7 @@ class GgmlLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight these codes stand for, [out, in]. Computed in float32 as ggml does, then cast."""
-        scale, minimum = self.grid.steps()
+        scale, minimum = (part.repeat_interleave(self.grid.kind.group, dim=1) for part in self.grid.steps())
         return (self.codes.float() * scale - minimum).to(dtype)
 
     def split(self, rows: list[int]) -> list[GgmlLinear]:

@@ -13,7 +13,7 @@ import torch
 from quantkit.codes.ggml import BlockType, SuperBlockType, type_of
 from quantkit.codes.ggml_linear import GgmlGrid
 from quantkit.errors import NumericError
-from quantkit.quantize.grid import fit_grid, stored
+from quantkit.quantize.gptq_grid import fit_grid, stored
 
 _TILE = 1 << 20  # weights searched at a time
 _SMALLEST = 2.0**-24  # smallest positive float16

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 
+from quantkit.codes import Codes
 from quantkit.errors import NumericError
 from quantkit.quantize.kernels import gram
+from quantkit.quantize.methods import Fallback
+from quantkit.runs.ranks import share_of
 
-_BLOCKS = 4
+_BLOCKS = 4  # of columns: the blocks of a symmetric matrix from each one's diagonal to the right are 5/8 of it
+_STRIPS = 8  # a symmetric matrix is sent as so many strips, each from its diagonal on: 9/16 of the bytes
 _DIRECT = 128  # columns of a triangular matrix that is inverted at once
 _TOKENS = 2048  # of one product: few enough to stay in the cache while all of its blocks are made
 _LEAF, _GPU_LEAF = 192, 1024  # columns of a symmetric product that is made as if it were none
@@ -21,7 +26,7 @@ class HessianAccumulator:
 
     The product is symmetric and only its upper triangle is made, by halves: 9/16 of the operations at 1536 columns.
     BLAS's own symmetric product has no name in torch; NumPy's reaches it, in threads that fight with torch's for the
-    processor (docs/speed.md).
+    processor (docs/speed.md). As `methods.Sums` describes them.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
@@ -38,26 +43,36 @@ class HessianAccumulator:
             _add_symmetric(self.sum, x, _GPU_LEAF)
         self.tokens += x.shape[0]
 
-    def mean(self, name: str) -> torch.Tensor:
+    def merge(self, other: Self) -> Self:
+        """These sums with another's added to them."""
+        self.sum.add_(other.sum)
+        self.tokens += other.tokens
+        return self
+
+    def packed(self) -> torch.Tensor:
+        """The upper triangle, and a little more, float32 [n]."""
+        return torch.cat([place.reshape(-1) for place in self._strips()])
+
+    def unpack(self, packed: torch.Tensor) -> None:
+        """Take what `packed` made; what lies below the triangle stays as it is."""
+        places = self._strips()
+        for place, part in zip(places, torch.split(packed, [place.numel() for place in places]), strict=True):
+            place.copy_(part.view(place.shape))
+
+    def finish(self, name: str) -> torch.Tensor:
         """H [in, in] float32.
 
         Raises:
             NumericError: an activation was not finite; `name` says whose input it was.
         """
-        return mean_of(self.sum, self.tokens, name)
+        check_squares(self.sum.diagonal(), name)
+        upper = torch.triu(self.sum).div_(max(self.tokens, 1))
+        return upper.add_(torch.triu(upper, diagonal=1).T)
 
-
-def mean_of(total: torch.Tensor, tokens: int, name: str) -> torch.Tensor:
-    """`HessianAccumulator.mean` of a sum [in, in] over so many tokens, of which the upper triangle counts."""
-    check_squares(total.diagonal(), name)
-    upper = torch.triu(total).div_(max(tokens, 1))
-    return upper.add_(torch.triu(upper, diagonal=1).T)
-
-
-def blocks_of_columns(columns: int) -> list[tuple[int, int]]:
-    """Four runs of columns: the blocks of a symmetric matrix from each one's diagonal to the right are 5/8 of it."""
-    edges = [round(columns * k / _BLOCKS) for k in range(_BLOCKS + 1)]
-    return [(start, stop) for start, stop in pairwise(edges) if start < stop]
+    def _strips(self) -> list[torch.Tensor]:
+        columns = self.sum.shape[0]
+        strips = (share_of(columns, k, _STRIPS) for k in range(_STRIPS))
+        return [self.sum[strip.start : strip.stop, strip.start :] for strip in strips if strip]
 
 
 def _add_symmetric(total: torch.Tensor, x: torch.Tensor, leaf: int) -> None:
@@ -71,6 +86,19 @@ def _add_symmetric(total: torch.Tensor, x: torch.Tensor, leaf: int) -> None:
     gram.add_product(total[:middle, middle:], left, right)
     _add_symmetric(total[:middle, :middle], left, leaf)
     _add_symmetric(total[middle:, middle:], right, leaf)
+
+
+def row_losses(W: torch.Tensor, linear: Codes, H: torch.Tensor) -> torch.Tensor:
+    """``(w - q) H (w - q)^T`` per row, float64 [out]. H is symmetric: products with its upper block triangle do."""
+    error = W - linear.dequantize().to(W.device)
+    losses = torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
+    edges = (round(W.shape[1] * k / _BLOCKS) for k in range(_BLOCKS + 1))
+    for start, stop in pairwise(edges):
+        left = error[:, start:stop]
+        twice = (left @ H[start:stop, start:]).mul_(error[:, start:])
+        twice[:, : stop - start] *= 0.5  # the diagonal block counts once, what lies right of it stands for both sides
+        losses += twice.sum(dim=1)
+    return losses * 2
 
 
 def check_squares(sums: torch.Tensor, name: str) -> None:
@@ -96,7 +124,7 @@ class InverseFactor:
     U: torch.Tensor
     perm: torch.Tensor
     damp: float
-    fallback: str
+    fallback: Fallback
 
 
 def column_order(H: torch.Tensor, act_order: bool) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""The Linears of one block: their Hessians while the block's forwards run, their codes when a stage is complete."""
+"""The Linears of one block: what is gathered of their inputs while the block's forwards run, and their codes when a
+stage is complete."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,8 +20,8 @@ from quantkit.codes.plan import Plan
 from quantkit.errors import NumericError
 from quantkit.options import QuantSpec
 from quantkit.progress import Progress
-from quantkit.quantize.gptq import Fallback
-from quantkit.quantize.sharing import HessianSum, Sharing
+from quantkit.quantize.methods import Fallback, Solved, method_of
+from quantkit.quantize.sharing import Gathering, Sharing
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ OnLinear = Callable[[str, Codes, LayerStatistics], None]
 
 
 class StageWork:
-    """Hessian and quantization of the stages of one block.
+    """Sums and codes of the stages of one block.
 
     On every rank the same stages are quantized in the same order, whether a sample of its own reached them or not.
     """
@@ -71,70 +73,65 @@ class StageWork:
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
         self._batches, self._sharing, self._workers = batches, sharing, workers
+        self._method = method_of(next(iter(plan.values())).spec.method)
+        assert not self._method.needs, "only a stage's own input is at hand"
         self._lock = threading.Lock()
-        self._hessians: dict[int, HessianSum] = {}
+        self._gatherings: dict[int, Gathering] = {}
         self._seconds = 0.0
 
     def observe(self, stage: int, batch: int, x: torch.Tensor) -> None:
         """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
         with self._lock:
-            if stage not in self._hessians:
-                self._hessians[stage] = self._sharing.hessian(x.shape[-1], x.device, self._batches)
-        self._hessians[stage].add(batch, x)
+            if stage not in self._gatherings:
+                self._gatherings[stage] = self._gathering(x.shape[-1], x.device)
+        self._gatherings[stage].add(batch, x)
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
             self._seconds += spent
 
     def quantize(self, stage: int) -> None:
+        """Codes of a stage whose input is gathered, Linears that are quantized alike as one stack."""
         start = time.perf_counter()
-        first = self._stages[stage][0]
-        hessian = self._hessians.pop(stage, None) or self._unseen(first)
-        H, tokens = hessian.mean(self._names[first]), hessian.tokens
-        del hessian  # as large as H, and the factor comes on top
+        modules = {name: self._block.get_submodule(name) for name in self._stages[stage]}
+        first, module = next(iter(modules.items()))
+        # Without one, no sample of this rank reached the stage.
+        gathering = self._gatherings.pop(stage, None) or self._gathering(shape_of(module)[1], weight_of(module).device)
+        gathered, tokens = gathering.finish(self._names[first])
+        del gathering  # its sums are as large as what is gathered, and what the method makes of that comes on top
         spent, self._seconds = self._seconds + time.perf_counter() - start, 0.0
         stacks: dict[QuantSpec, list[str]] = {}
-        for name in self._stages[stage]:
-            stacks.setdefault(self._plan[self._names[name]].spec, []).append(name)
-        for spec, names in stacks.items():
-            self._quantize_stack(names, spec, H, tokens, spent / len(stacks))
+        for linear in modules:
+            stacks.setdefault(self._plan[self._names[linear]].spec, []).append(linear)
+        for spec, linears in stacks.items():
+            start = time.perf_counter()
+            names, weights = [self._names[name] for name in linears], [weight_of(modules[name]) for name in linears]
+            try:
+                solved = self._sharing.solve(self._method, torch.cat(weights), gathered, spec)
+            except NumericError as error:
+                raise NumericError(f"{', '.join(names)}: {error}") from None
+            seconds = spent / len(stacks) + time.perf_counter() - start
+            self._hand_on(names, weights, solved, tokens, seconds)
 
-    def _unseen(self, linear: str) -> HessianSum:
-        """Of a stage that no sample of this rank reached."""
-        module = self._block.get_submodule(linear)
-        return self._sharing.hessian(shape_of(module)[1], weight_of(module).device, self._batches)
+    def _gathering(self, columns: int, device: torch.device) -> Gathering:
+        return self._sharing.gathering(partial(self._method.gathers, columns, device), self._batches)
 
-    def _quantize_stack(
-        self, linears: list[str], spec: QuantSpec, H: torch.Tensor, tokens: int, seconds: float
+    def _hand_on(
+        self, names: Sequence[str], weights: Sequence[torch.Tensor], solved: Solved, tokens: int, seconds: float
     ) -> None:
-        """Linears that read the same input and are quantized alike."""
-        start = time.perf_counter()
-        names = [self._names[linear] for linear in linears]
-        weights = [weight_of(self._block.get_submodule(linear)) for linear in linears]
+        """Put the codes of a stack in place of its weights [out, in], and give each Linear's to `on_linear`."""
         rows = [weight.shape[0] for weight in weights]
-        try:
-            result = self._sharing.quantize(torch.cat(weights), H, spec)
-        except NumericError as error:
-            raise NumericError(f"{', '.join(names)}: {error}") from None
-        seconds += time.perf_counter() - start
-        linears_of_stack: Sequence[Codes] = result.linear.split(rows)
-        parts = zip(
-            names,
-            weights,
-            linears_of_stack,
-            torch.split(result.loss, rows),
-            torch.split(result.rtn_loss, rows),
-            strict=True,
-        )
-        for name, weight, linear, loss, rtn_loss in parts:
+        linears: Sequence[Codes] = solved.linear.split(rows)
+        losses, rtn_losses = torch.split(solved.loss, rows), torch.split(solved.rtn_loss, rows)
+        for name, weight, linear, loss, rtn_loss in zip(names, weights, linears, losses, rtn_losses, strict=True):
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
             statistics = LayerStatistics(
-                name, float(loss.sum()), float(rtn_loss.sum()), result.damp, result.fallback, tokens, share
+                name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share
             )
             self._progress.detail(f"{name}  error {statistics.loss:.3g}, plain rounding {statistics.rtn_loss:.3g}")
-            if result.fallback and tokens:
-                self._progress.warn(f"{name}: {_FALLBACK_TEXT[result.fallback]}")
+            if solved.fallback and tokens:
+                self._progress.warn(f"{name}: {_FALLBACK_TEXT[solved.fallback]}")
             self._on_linear(name, linear, statistics)
 
 

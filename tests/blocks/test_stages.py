@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, random_model
+from support.problems import quantize
 from support.streamed import open_stream, streamed_logits
 from support.tolerance import forward
 from torch import nn
@@ -27,7 +28,6 @@ from quantkit.codes import QuantizedLinear
 from quantkit.errors import NumericError, SourceError
 from quantkit.options import QuantSpec
 from quantkit.quantize.blockwise import quantize_blocks
-from quantkit.quantize.gptq import quantize
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.plan import plan_linears
 from quantkit.quantize.stagework import LayerStatistics
@@ -172,7 +172,7 @@ def sequential(
                 for x in seen:
                     hessian.add(x)
                 stacked = torch.cat([linear.weight for linear in linears])
-                result = quantize(stacked, hessian.mean(stage[0]), SPEC).linear
+                result = quantize(stacked, hessian.finish(stage[0]), SPEC).linear
                 parts = result.split([linear.weight.shape[0] for linear in linears])
                 for linear, path, part in zip(linears, stage, parts, strict=True):
                     linear.weight.copy_(part.dequantize())
@@ -203,7 +203,7 @@ def staged(
 
             def finish(stage: int, block: nn.Module = block, name: str = name, hessians: Any = hessians) -> None:
                 linears = [block.get_submodule(path) for path in STAGES[stage]]
-                H = hessians[stage].mean("stage")
+                H = hessians[stage].finish("stage")
                 result = quantize(torch.cat([linear.weight for linear in linears]), H, SPEC).linear
                 parts = result.split([linear.weight.shape[0] for linear in linears])
                 for linear, path, part in zip(linears, STAGES[stage], parts, strict=True):

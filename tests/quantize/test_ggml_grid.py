@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from support.problems import naive_gptq, problem
+from support.problems import naive_gptq, problem, quantize
 from support.tolerance import summed
 
 from quantkit.codes import GgmlLinear, QuantizedLinear
@@ -21,11 +21,9 @@ from quantkit.codes.reencode import reencode
 from quantkit.errors import NumericError
 from quantkit.options import QuantSpec
 from quantkit.quantize.ggml_grid import fit_ggml_grid
-from quantkit.quantize.gptq import GptqResult, quantize
+from quantkit.quantize.methods import Solved
 
-pytestmark = pytest.mark.numerics
-
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.numerics, pytest.mark.fast]
 
 SUPER = tuple(SUPER_BLOCK_TYPES)
 NAMES = (*BLOCK_TYPES, *SUPER)
@@ -36,13 +34,19 @@ def spec(name: str, damp: float = 0.1) -> QuantSpec:
     return QuantSpec(bits=kind.bits, group_size=kind.group, sym=not kind.has_minimum, damp=damp, ggml=name)
 
 
-def on_grid(result: GptqResult) -> GgmlLinear:
+def on_grid(result: Solved) -> GgmlLinear:
     assert isinstance(result.linear, GgmlLinear)
     return result.linear
 
 
+def of_columns(grid: GgmlGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, minimum) of every column, float32 [out, in] each."""
+    scale, minimum = (part.repeat_interleave(grid.kind.group, dim=1) for part in grid.steps())
+    return scale, minimum
+
+
 def rounded(W: torch.Tensor, grid: GgmlGrid) -> torch.Tensor:
-    scale, minimum = grid.steps()
+    scale, minimum = of_columns(grid)
     inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
     codes = ((W + minimum) * inverse).round().clamp(0, 2**grid.kind.bits - 1)
     return codes * scale - minimum
@@ -80,7 +84,7 @@ def test_multiples_stay_within_the_bits_of_their_type(name: str) -> None:
 def test_codes_are_the_naive_float64_ones_on_the_frozen_grid(name: str) -> None:
     W, H = problem(16, 256, seed=2, dead=(3, 255))
     linear = on_grid(quantize(W, H, spec(name, 0.01)))
-    scale, minimum = (part.double().numpy() for part in linear.grid.steps())
+    scale, minimum = (part.double().numpy() for part in of_columns(linear.grid))
     assert (scale != 0).all()
     perm = np.argsort(-np.diag(H.numpy()), kind="stable")
     codes, _ = naive_gptq(W.numpy(), H.numpy(), perm, 0.01, scale, minimum / scale, type_of(name).bits)

@@ -7,20 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.problems import naive_gptq, problem
+from support.problems import naive_gptq, problem, quantize
 from support.tolerance import assert_mean_product
 
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.errors import NumericError
 from quantkit.options import QuantSpec
-from quantkit.quantize.gptq import (
-    column_importance,
-    quantize,
-    round_to_nearest,
-    row_losses,
-)
-from quantkit.quantize.grid import fit_grid, minmax_grid
-from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
+from quantkit.quantize.gptq_grid import fit_grid, minmax_grid
+from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize, row_losses
+from quantkit.quantize.rounding import round_to_nearest
 
 pytestmark = [pytest.mark.numerics, pytest.mark.fast]
 
@@ -88,7 +83,7 @@ def test_grids_on_the_way_are_fitted_to_the_weights_as_updated(act_order: str, c
     scale, zero = linear.scales.double().numpy()[:, group], linear.zeros.double().numpy()[:, group]
     factor = factorize(H, torch.from_numpy(perm), spec.damp)
     assert factor is not None
-    importance = column_importance(H, factor.damp)
+    importance = H.diagonal() + factor.damp * H.diagonal().mean()
     for number in range(1, linear.scales.shape[1]):
         members = perm[number * group_size : (number + 1) * group_size]
         before = perm[: number * group_size]
@@ -346,7 +341,7 @@ def test_accumulated_hessian_is_the_mean_outer_product(columns: int, dtype: torc
     batches.append(torch.randn(7, columns, generator=generator).to(dtype))
     for batch in batches:
         accumulator.add(batch)
-    H = accumulator.mean("layer")
+    H = accumulator.finish("layer")
     X = torch.cat([batch.reshape(-1, columns) for batch in batches])
     assert accumulator.tokens == len(X) == 30
     assert H.dtype == torch.float32
@@ -363,7 +358,7 @@ def test_an_activation_that_is_not_finite_names_its_layer(value: float, column: 
     accumulator.add(x)
     accumulator.add(torch.ones(3, 7))
     with pytest.raises(NumericError, match=r"^model\.layers\.3\.mlp\.down_proj: .*not finite"):
-        accumulator.mean("model.layers.3.mlp.down_proj")
+        accumulator.finish("model.layers.3.mlp.down_proj")
 
 
 def test_row_losses_of_exact_weights_are_zero() -> None:

@@ -16,17 +16,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Recorder
-from support.problems import problem
+from support.problems import problem, quantize
 from support.streamed import open_stream
 from support.tolerance import assert_mean_product
 
 import quantkit
 from quantkit.blocks.workers import uploaded
 from quantkit.options import QuantSpec
-from quantkit.quantize import kernels
-from quantkit.quantize.gptq import quantize
+from quantkit.quantize import kernels, loops
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
-from quantkit.quantize.kernels import gram, streams
+from quantkit.quantize.kernels import gram, plain, streams
 from quantkit.quantize.plan import plan_linears
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq import note_plan
@@ -251,7 +250,7 @@ def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype
     for x in batches:
         hessian.add(x)
 
-    assert_mean_product(hessian.mean("layer"), torch.cat([x.reshape(-1, 411) for x in batches]))
+    assert_mean_product(hessian.finish("layer"), torch.cat([x.reshape(-1, 411) for x in batches]))
     assert len(mixed_addmm) > 1 + 3
     assert set(mixed_addmm) == {dtype}
 
@@ -265,7 +264,7 @@ def test_where_torch_has_no_such_product_it_is_one_of_float32() -> None:
     whole, half = HessianAccumulator(40, x.device), HessianAccumulator(40, x.device)
     whole.add(x.float())
     half.add(x)
-    assert torch.equal(whole.mean("layer"), half.mean("layer"))
+    assert torch.equal(whole.finish("layer"), half.finish("layer"))
 
 
 # -- streams, and what is said ---------------------------------------------------------------------------------------
@@ -328,11 +327,11 @@ def test_a_gpu_without_triton_is_said_in_one_line(
     stream.device = torch.device("cuda")
     note_plan(stream, plan, recorder)
     assert recorder.notes == ["Triton is missing, so torch quantizes the columns: slower; pip install 'quantkit[gpu]'"]
-    assert kernels.column_kernel(stream.device) is None
+    assert kernels.column_loop(stream.device) is plain.quantize_columns
 
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
     assert kernels.shortfall(stream.device) is None
-    assert kernels.column_kernel(torch.device("cpu")) is None
+    assert kernels.column_loop(torch.device("cpu")) in (loops.quantize_columns, plain.quantize_columns)
 
 
 def test_what_a_cpu_computes_with_is_not_uploaded() -> None:
@@ -376,8 +375,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU h
 def test_gpu_kernel_is_the_column_by_column_loop_bit_for_bit() -> None:
     for name, (W, U, scale, minimum, top) in BLOCKS.items():
         codes = torch.full(W.shape, 99, dtype=torch.uint8, device="cuda")
-        kernel = kernels.column_kernel(codes.device)
-        assert kernel is not None
+        kernel = kernels.column_loop(codes.device)
+        assert kernel is not plain.quantize_columns
         Err = kernel(W.cuda(), U.cuda().contiguous(), scale.cuda(), minimum.cuda(), top, codes)
 
         expected_codes, expected_err = reference(W, U, scale, minimum, top)
@@ -408,7 +407,7 @@ def test_gpu_hessian_of_half_precision_activations(dtype: torch.dtype) -> None:
     for batch in x:
         hessian.add(batch.cuda())
 
-    assert_mean_product(hessian.mean("layer").cpu(), x.reshape(-1, 264))
+    assert_mean_product(hessian.finish("layer").cpu(), x.reshape(-1, 264))
     assert gram.operand(x[0].cuda()).dtype == dtype  # the pinned torch has the product
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.problems import quantize
 from support.tolerance import rounding, summed
 
 from quantkit.options import QuantSpec
-from quantkit.quantize import gptq, grid, loops
+from quantkit.quantize import gptq_grid, loops
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
+from quantkit.quantize.kernels import plain
 
 pytestmark = [
     pytest.mark.numerics,
@@ -51,7 +53,7 @@ def test_columns_are_quantized_as_torch_does(columns: int, rows: int, bits: int)
     W, U, scale, minimum, top = block(columns, rows, bits)
     codes, expected = (torch.full(W.shape, 99, dtype=torch.uint8) for _ in range(2))
     errors = loops.quantize_columns(W, U, scale, minimum, top, codes)
-    expected_errors = gptq._quantize_columns(W, U, scale, minimum, top, expected)
+    expected_errors = plain.quantize_columns(W, U, scale, minimum, top, expected)
     assert int(codes.max()) <= top
     assert float((codes == expected).float().mean()) > 0.999
     same = (codes == expected).all(dim=0)  # of a row that went another way all later columns differ
@@ -87,7 +89,7 @@ def test_sums_of_the_grid_search_are_torchs(size: int, rows: int, bits: int) -> 
     W, importance = torch.randn(3, size, rows, generator=generator), torch.rand(3, size, generator=generator)
     scales = torch.randn(5, 3, rows, generator=generator) * 0.1
     zeros = torch.randint(1, 2**bits, scales.shape, generator=generator).float()
-    top, reference = 2**bits - 1, grid._TorchSums(W)
+    top, reference = 2**bits - 1, gptq_grid._TorchSums(W)
     found = loops.weighted_errors(W, importance, scales, zeros, top)
     expected = reference.weighted_errors(W, importance, scales, zeros, top)
     # A sum of squares of one sign, each rounded four times; but an error is what is left of a weight and a value of the
@@ -130,9 +132,9 @@ def test_without_numba_torch_gives_the_same_codes(spec: QuantSpec, monkeypatch: 
     W = torch.randn(80, 160, generator=generator) * 0.05
     hessian = HessianAccumulator(160, torch.device("cpu"))
     hessian.add(torch.randn(640, 160, generator=generator) @ torch.randn(160, 160, generator=generator))
-    H = hessian.mean("layer")
-    compiled = gptq.quantize(W, H, spec)
+    H = hessian.finish("layer")
+    compiled = quantize(W, H, spec)
     monkeypatch.setattr(loops, "available", lambda: False)
-    plain = gptq.quantize(W, H, spec)
-    assert float((compiled.linear.codes == plain.linear.codes).float().mean()) > 0.995
-    torch.testing.assert_close(compiled.loss.sum(), plain.loss.sum(), rtol=1e-2, atol=0)
+    slower = quantize(W, H, spec)
+    assert float((compiled.linear.codes == slower.linear.codes).float().mean()) > 0.995
+    torch.testing.assert_close(compiled.loss.sum(), slower.loss.sum(), rtol=1e-2, atol=0)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from quantkit.codes.parts import take_apart
 from quantkit.errors import UsageError
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT
+from quantkit.quantize import gptq
 from quantkit.quantize.blockwise import _BATCH_TOKENS
-from quantkit.quantize.sharing import Sharing, pack_upper, unpack_upper
+from quantkit.quantize.hessian import HessianAccumulator
+from quantkit.quantize.sharing import Sharing
 from quantkit.runs import ranks as parallel
 from quantkit.runs import watch
 from quantkit.runs.ranks import Ranks, share_of
@@ -422,10 +425,10 @@ def test_a_hessian_has_the_same_bits_for_any_number(count: int) -> None:
 
     def reduced(ranks: Ranks, deterministic: bool) -> tuple[torch.Tensor, int]:
         sharing = Sharing(ranks, deterministic)
-        total = sharing.hessian(40, torch.device("cpu"), count)
+        total = sharing.gathering(partial(HessianAccumulator, 40, torch.device("cpu")), count)
         for i, number in enumerate(sharing.batches(count)):
             total.add(i, batches[number])
-        return total.mean("x"), total.tokens
+        return total.finish("x")
 
     [(one, tokens)] = together(1, lambda ranks: reduced(ranks, True))
     assert tokens == len(seen_by_all)
@@ -454,7 +457,7 @@ def test_rows_have_the_same_codes_for_any_number(spec: QuantSpec, monkeypatch: p
     cancelled = float(torch.linalg.matrix_norm(H.abs(), 2) / torch.linalg.eigvalsh(H)[0])
 
     def result(ranks: Ranks, deterministic: bool) -> list[torch.Tensor]:
-        found = Sharing(ranks, deterministic).quantize(W, H, spec)
+        found = Sharing(ranks, deterministic).solve(gptq, W, H, spec)
         return [*take_apart(found.linear)[0].values(), found.loss, found.rtn_loss]
 
     for deterministic in (True, False):
@@ -476,7 +479,10 @@ def test_rows_have_the_same_codes_for_any_number(spec: QuantSpec, monkeypatch: p
 def test_what_is_sent_of_a_symmetric_matrix() -> None:
     for size in (1, 5, 64):
         H = torch.randn(size, size)
-        packed, copy = pack_upper(H), torch.zeros(size, size)
-        assert torch.equal(unpack_upper(packed, copy).triu(), H.triu())
+        sums, copy = (HessianAccumulator(size, torch.device("cpu")) for _ in range(2))
+        sums.sum.copy_(H)
+        packed = sums.packed()
+        copy.unpack(packed)
+        assert torch.equal(copy.sum.triu(), H.triu())
         assert packed.numel() <= max(1, 0.6 * size**2) or size < 8
     assert [list(share_of(5, part, 3)) for part in range(3)] == [[0, 1], [2, 3], [4]]

@@ -18,7 +18,7 @@ from quantkit.quantize.kernels.columns import quantize_columns
 
 def main(problems: str, answers: str) -> None:
     given = torch.load(problems)
-    gptq.column_kernel = lambda device: quantize_columns  # type: ignore[attr-defined]
+    gptq.column_loop = lambda device: quantize_columns  # type: ignore[attr-defined]
     found = {
         "block": {name: _block(*arguments) for name, arguments in given["block"].items()},
         "layer": {name: _layer(*arguments) for name, arguments in given["layer"].items()},
@@ -36,7 +36,7 @@ def _block(
 
 
 def _layer(W: torch.Tensor, H: torch.Tensor, spec: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    result = gptq.quantize(W, H, QuantSpec(**spec))
+    [result] = gptq.solve([W], H, QuantSpec(**spec))
     return result.linear.codes, result.loss
 
 

@@ -1,9 +1,12 @@
-"""Weights with a Hessian, and GPTQ as the paper has it, in float64."""
+"""Weights with a Hessian, GPTQ of one, and GPTQ as the paper has it, in float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+
+from quantkit.options import QuantSpec
+from quantkit.quantize.methods import Solved, method_of
 
 
 def problem(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,6 +18,11 @@ def problem(rows: int, columns: int, seed: int = 0, dead: tuple[int, ...] = ()) 
     X *= torch.exp(0.7 * torch.randn(columns, generator=generator))
     X[:, list(dead)] = 0.0
     return W, X.T @ X / X.shape[0]
+
+
+def quantize(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> Solved:
+    """W [out, in] by the method of the spec, as one tile."""
+    return method_of(spec.method).solve([W], H, spec)[0]
 
 
 def naive_gptq(

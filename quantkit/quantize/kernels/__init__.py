@@ -1,7 +1,8 @@
 """What a GPU does otherwise than a CPU: the column loop as one Triton program for each tile of rows (`columns`),
 half-precision products for Hessians (`gram`), the factorization beside other work (`streams`).
 
-Triton is imported when the first kernel is asked for, and where it is missing torch does the work.
+Triton is imported when the first kernel is asked for. Where it is missing, or Numba on a CPU, torch does the work
+(`plain`).
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from importlib.util import find_spec
 import torch
 
 from quantkit.quantize import loops
+from quantkit.quantize.kernels import plain
 
-ColumnKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
-"""`columns.quantize_columns`."""
+ColumnLoop = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+"""`loops.quantize_columns`, which says what it takes and gives."""
 
 
-def column_kernel(device: torch.device) -> ColumnKernel | None:
-    """The kernel for weights on `device`; None where torch's own loop has to do: on a CPU, or without Triton."""
-    if device.type != "cuda" or not _has_triton():
-        return None
-    from quantkit.quantize.kernels.columns import quantize_columns
+def column_loop(device: torch.device) -> ColumnLoop:
+    """The loop over a block's columns for weights on `device`: Triton's, Numba's, or torch's own."""
+    if device.type == "cuda" and _has_triton():
+        from quantkit.quantize.kernels.columns import quantize_columns
 
-    return quantize_columns
+        return quantize_columns
+    return loops.quantize_columns if device.type == "cpu" and loops.available() else plain.quantize_columns
 
 
 def shortfall(device: torch.device) -> str | None:

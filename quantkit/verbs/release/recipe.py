@@ -14,10 +14,12 @@ from quantkit.containers import CONTAINERS
 from quantkit.errors import UsageError
 from quantkit.options import (
     HELDOUT,
+    METHODS,
     ActOrder,
     CalibrationSpec,
     CheckpointFormat,
     ComputeDtype,
+    MethodName,
     Override,
     Spec,
     Vocabulary,
@@ -73,6 +75,7 @@ class GptqVariant(VariantRecipe):
     """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
 
     kind: CheckpointKind
+    method: MethodName = "gptq"
     bits: int = 4
     group_size: int = 128
     sym: bool = True
@@ -90,7 +93,8 @@ class GptqVariant(VariantRecipe):
     def title(self) -> str:
         """What tells it from others of the release, as a part of names."""
         group = "rows" if self.group_size == -1 else f"{self.group_size}g"
-        return f"{self.bits}bit-{group}" + ("-actorder" if self.act_order == "dynamic" else "")
+        order = "-actorder" if self.act_order == "dynamic" else ""
+        return f"{self.bits}bit-{group}{order}{METHODS[self.method].suffix}"
 
 
 class FileVariant(VariantRecipe):

@@ -13,6 +13,7 @@ from typing import Any
 from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source, read_json
 from quantkit.errors import UsageError
+from quantkit.options import METHODS
 from quantkit.progress import Progress
 from quantkit.quantize.targets import gptq_type
 from quantkit.runs.atomic import REPORT_NAME, staged_folder, write_json
@@ -160,7 +161,7 @@ class Workshop:
         name, repo = step_name(variant), self._recipe.repo_of(variant)
         taken = {place.branch for place in self.places if place.repo == repo}
         settings = variant.bits, variant.group_size, variant.act_order == "dynamic"
-        named = branch_name(*settings, variant.kind)
+        named = branch_name(*settings, variant.kind) + METHODS[variant.method].suffix
         branch = variant.branch or (named if taken else "main")
         if branch in taken:
             raise UsageError(f"two variants of {repo} go to its branch {branch}; give one another branch or repo")
@@ -270,7 +271,8 @@ def step_name(variant: AnyVariant) -> str:
 
 def gptq_options(variant: GptqVariant) -> dict[str, Any]:
     """The arguments of `gptq` for a checkpoint."""
-    fields = variant.model_dump(mode="json", exclude={"kind", "repo", "optional", "override", "branch"})
+    unsaid = {"kind", "repo", "optional", "override", "branch"} | ({"method"} if variant.method == "gptq" else set())
+    fields = variant.model_dump(mode="json", exclude=unsaid)
     formats = CONTAINERS[variant.kind].formats
     return {
         **fields,

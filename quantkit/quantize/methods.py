@@ -1,0 +1,99 @@
+"""Methods: how the rows of a weight become codes. A method is a module that `Method` describes and a row of `METHODS`.
+
+What a module imports of the others of this room is its own affair: grids to choose codes on (`grid`), sums to gather
+(`hessian`), another method to begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, Protocol, Self, cast
+
+import torch
+
+from quantkit.codes import Codes
+from quantkit.options import METHODS, MethodName, QuantSpec
+
+Fallback = Literal["", "eigenvalues", "rounding"]
+Need = Literal["original", "weight"]
+"""Beside a stage's input x [..., in] as the quantized blocks before it give it: "original", what unquantized ones give,
+of x's shape and dtype; "weight", what each token counts, float32 [...]."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a method found for a stack of rows.
+
+    Attributes:
+        linear: codes and grid; on a GGML type's grid where the spec names one.
+        loss: float64 [out], ``(w - q) H (w - q)^T`` per row: mean squared error of that output over the tokens.
+        rtn_loss: float64 [out], the same for plain rounding (min-max grid of the same bits and groups).
+        damp: fraction of the mean diagonal that was added to H; 0 where nothing was.
+        fallback: "" or what had to be done instead of what the method does.
+    """
+
+    linear: Codes
+    loss: torch.Tensor
+    rtn_loss: torch.Tensor
+    damp: float = 0.0
+    fallback: Fallback = ""
+
+
+class Sums(Protocol):
+    """What is gathered of a stage's input: sums over tokens, which add up over batches and processes.
+
+    Attributes:
+        tokens: how many were added.
+    """
+
+    tokens: int
+
+    @property
+    def add(self) -> Callable[..., None]:
+        """``add(x, *beside)``: activations x [..., in] of any float dtype, and what the method needs beside."""
+
+    def merge(self, other: Self) -> Self:
+        """These sums with another's added to them, which may be used up."""
+
+    def packed(self) -> torch.Tensor:
+        """float32 [n]: the sums as they are sent, without the tokens. Packed sums add up as the sums do."""
+
+    def unpack(self, packed: torch.Tensor) -> None:
+        """Have the sums of such a tensor in place of one's own."""
+
+    def finish(self, name: str) -> Any:
+        """What `Method.solve` takes, the same bits on every process.
+
+        Raises:
+            NumericError: an activation was not finite; `name` says whose input it was.
+        """
+
+
+class Method(Protocol):
+    """A module that chooses codes."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What `Sums.add` takes beside x, in this order."""
+
+    def gathers(self, columns: int, device: torch.device) -> Sums:
+        """Sums over nothing yet, for a stage that reads so many columns. Linears that read the same share them."""
+
+    def solve(self, tiles: Sequence[torch.Tensor], gathered: Any, spec: QuantSpec) -> list[Solved]:
+        """Codes for stacks of rows that read the same input; what is found for one does not depend on the others.
+
+        Args:
+            tiles: [out, in] each, of any float dtype; finite.
+            gathered: of `Sums.finish`.
+            spec: bits, groups and symmetry, or a GGML type; order, damping.
+
+        Raises:
+            NumericError: a group's scale is beyond float16.
+        """
+
+
+def method_of(name: MethodName) -> Method:
+    """The module of a row."""
+    return cast(Method, import_module(METHODS[name].module))

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quantkit.containers.source import read_json
 from quantkit.errors import (
     Interrupted,
     NumericError,
@@ -40,6 +39,7 @@ from quantkit.runs.atomic import (
     take_place,
     write_sealed,
 )
+from quantkit.runs.files import read_json
 
 _SHOWN = 5  # differences; the first ones tell what happened
 _LONGEST = 40  # characters of a value that is shown

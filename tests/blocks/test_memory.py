@@ -36,9 +36,10 @@ from quantkit.blocks.workers import ReadAhead
 from quantkit.containers.gguf.file_bytes import FileBytes
 from quantkit.containers.hf.header import read_header
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.evaluate.scores import Scores, Windows, score_texts
+from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
+from quantkit.tokens.windows import Windows
 
 # -- hidden states ---------------------------------------------------------------------------------------------------
 

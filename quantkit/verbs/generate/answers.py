@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from quantkit.containers.source import read_json
 from quantkit.errors import OutputError, UsageError
 from quantkit.runs.atomic import sync, write_json
+from quantkit.runs.files import read_json
 from quantkit.verbs.generate.prompts import Prompt
 
 ANSWERED = ("output", "finish_reason", "prompt_tokens", "output_tokens")

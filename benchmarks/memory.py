@@ -28,12 +28,12 @@ import common
 import torch
 
 import quantkit
-from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.options import QuantSpec, make
 from quantkit.progress import Silent
 from quantkit.quantize.gptq import quantize
 from quantkit.runs.atomic import staged_folder, write_json
+from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix
 

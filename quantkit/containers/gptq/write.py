@@ -21,13 +21,13 @@ from quantkit.codes import (
 )
 from quantkit.codes.plan import Plan
 from quantkit.containers.gptq.read import GptqSource
-from quantkit.containers.hf.tensorfile import TensorPlan, tensor_bytes
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
 from quantkit.errors import NumericError, OutputError, UsageError
 from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.runs.atomic import write_json
+from quantkit.runs.tensorfile import TensorPlan, tensor_bytes
 from quantkit.version import __version__
 
 # What GPTQModel 7.7, transformers, vLLM or AutoGPTQ can load; a group of the whole row is -1.

@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 import torch
 
-from quantkit.containers.hf.tensorfile import TensorPlan, header, tensor_bytes
 from quantkit.errors import OutputError
 from quantkit.runs.atomic import write_json
+from quantkit.runs.tensorfile import TensorPlan, header, tensor_bytes
 
 
 class ShardedWriter:

@@ -15,7 +15,9 @@ from quantkit.errors import UsageError
 from quantkit.progress import Progress
 from quantkit.quantize.targets import gptq_type
 from quantkit.runs.atomic import REPORT_NAME, staged_folder, write_json
+from quantkit.runs.ledger import Ledger
 from quantkit.runs.record import checksums, origin
+from quantkit.runs.steps import Step
 from quantkit.runs.unfinished import ChangedError, folder_of
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import (
@@ -39,11 +41,25 @@ from quantkit.verbs.release.recipe import (
     GptqVariant,
     Recipe,
 )
-from quantkit.verbs.release.steps import Setting, Step
 
 REFERENCE = "fp16"
 """Name of the step that makes the full-precision folder."""
 IMATRIX = "imatrix"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a release works, and how: its folder, what it has done there, and what all verbs are told."""
+
+    out: Path
+    ledger: Ledger
+    trust_remote_code: bool
+    progress: Progress
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments of the verbs that open models."""
+        return {"trust_remote_code": self.trust_remote_code, "progress": self.progress}
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Subject:
 
 def main() -> None:
     args = _arguments()
+    quantkit.tune()
     args.work.mkdir(parents=True, exist_ok=True)
     llama512 = args.llama512 or args.work / "llama512"
     rows: dict[str, Any] = {}

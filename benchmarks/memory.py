@@ -171,6 +171,7 @@ def run_limited(args: argparse.Namespace) -> dict[str, Any]:
     before = status()
     most = before["VmSize"] + args.limit * 10**6
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    quantkit.tune()
     notes, started = Notes(), time.perf_counter()
     step_of(args, notes)()
     after = status()

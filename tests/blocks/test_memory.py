@@ -541,6 +541,7 @@ def run(step, to, limited):
             lines = Path("/proc/self/status").read_text().splitlines()
             now = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmSize"))
             resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
+        quantkit.tune()
         try:
             steps[step](to)
         except BaseException:

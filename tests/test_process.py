@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from support.recipes import SMALL, TEXT, write_recipe
 import quantkit
 from quantkit.blocks import allocator
 from quantkit.cli.app import main
+from quantkit.errors import OutputError
 
 VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "gptq": lambda model, at: quantkit.gptq(model, at / "gptq", samples=4, seq_len=32, group_size=32, evaluate=False),
@@ -42,7 +44,7 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "inspect": lambda model, at: quantkit.inspect(model),
     "verify": lambda model, at: quantkit.verify(at / "gptq"),
     "card": lambda model, at: quantkit.card(at / "gptq"),
-    "publish": lambda model, at: quantkit.publish(at / "gptq", "somebody/tiny", dry_run=True),
+    "publish": lambda model, at: refused(lambda: quantkit.publish(at / "gptq", "somebody/tiny")),
     "release": lambda model, at: quantkit.release(at / "recipe.yaml", at / "release"),
 }
 TASK = """task: tiny
@@ -54,6 +56,12 @@ doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{label}}"
 """
+
+
+def refused(call: Callable[[], Any]) -> None:
+    """A call that comes as far as the Hub, which it has no token for."""
+    with pytest.raises(OutputError, match="no token for the Hub"):
+        call()
 
 
 class Quiet:
@@ -147,12 +155,15 @@ def test_a_library_call_leaves_the_process_as_it_was(
 ) -> None:
     if verb == "eval":
         pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
+        import_module("lm_eval.evaluator")
+        import_module("quantkit.verbs.eval.model")
     monkeypatch.chdir(at)
+    monkeypatch.setattr("quantkit.verbs.publish.remote.get_token", lambda: None)
     assert getattr(quantkit, verb)  # imported: what libraries set when they are imported is theirs
     before = state()
     VERBS[verb](at / "model", at)
     after = state()
-    assert {key: value for key, value in after.items() if value != before[key]} == {}
+    assert {key: (before[key], value) for key, value in after.items() if value != before[key]} == {}
     assert glibc.settings == []
     assert capsys.readouterr().out == ""
 

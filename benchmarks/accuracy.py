@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=30720)
     parser.add_argument("--text", type=Path, default=common.DATA / "wiki.test.raw", help="text to judge on")
     args = parser.parse_args()
+    quantkit.tune()
 
     args.work.mkdir(parents=True, exist_ok=True)
     model = common.smollm2_folder(args.work)

@@ -18,13 +18,13 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.containers.gptq import write as container
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source
-from quantkit.evaluate.scores import Windows
 from quantkit.options import QuantSpec
 from quantkit.quantize.plan import modules_in_block, plan_linears
 from quantkit.quantize.rounding import round_to_nearest
 from quantkit.runs.atomic import staged_folder, write_json
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix
+from quantkit.tokens.windows import Windows
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PEERS = Path(__file__).parent / "peers"

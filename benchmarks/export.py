@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quantkit
+from quantkit.cli.process import settled
 from quantkit.options import QuantSpec
 
 SPEC = QuantSpec(bits=4, group_size=64)
@@ -52,7 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.once:
-        print("RESULT " + json.dumps(export_once(args.once, args.work / "export.gguf", args.cold)))
+        with settled(["ggml"]):  # as the command line sets its process
+            print("RESULT " + json.dumps(export_once(args.once, args.work / "export.gguf", args.cold)))
         return
 
     smollm2 = args.work / "export-smollm2"

@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--count-only", action="store_true", help="operations and rates, no run")
     args = parser.parse_args()
+    quantkit.tune()
     args.work.mkdir(parents=True, exist_ok=True)
     model = args.model or common.smollm2_folder(args.work)
     rounds = [measure(args, model) for _ in range(args.rounds)]

@@ -34,12 +34,13 @@ from gguf import GGUFReader
 
 import quantkit
 from quantkit.blocks.stream import ModelStream
-from quantkit.evaluate.scores import TokenScores, Windows, score
+from quantkit.evaluate.scores import TokenScores, score
 from quantkit.evaluate.statistics import summarize
 from quantkit.options import HELDOUT, EvaluationSpec
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix, window_text
 from quantkit.tokens.text import evaluation_text
+from quantkit.tokens.windows import Windows
 
 SEQ_LEN = 512
 PLAIN, IMATRIX, OWN, OURS = "llama.cpp", "llama.cpp, imatrix", "llama.cpp, imatrix, its own types", "quantkit"
@@ -65,6 +66,7 @@ class Subject:
 
 def main() -> None:
     args = _arguments()
+    quantkit.tune()
     args.work.mkdir(parents=True, exist_ok=True)
     llama512 = args.llama512 or args.work / "llama512"
     rows: dict[str, Any] = {}

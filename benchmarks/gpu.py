@@ -30,6 +30,7 @@ import common
 import torch
 from transformers import LlamaConfig
 
+from quantkit.blocks.allocator import tune
 from quantkit.blocks.budget import free_budget
 from quantkit.blocks.open import DTYPES, resolve_device
 from quantkit.blocks.stream import ModelStream
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--phases", action="store_true", help="run once more, phase by phase")
     parser.add_argument("--out", type=Path, help="also write the result here, as JSON")
     args = parser.parse_args()
+    tune()
     device = resolve_device(args.device)
     dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     source = RandomLlama(_config(args), dtype)

@@ -28,12 +28,12 @@ import common
 import torch
 
 import quantkit
-from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.options import QuantSpec, make
 from quantkit.progress import Silent
 from quantkit.quantize.gptq import solve
 from quantkit.runs.atomic import staged_folder, write_json
+from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix
 
@@ -171,6 +171,7 @@ def run_limited(args: argparse.Namespace) -> dict[str, Any]:
     before = status()
     most = before["VmSize"] + args.limit * 10**6
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    quantkit.tune()
     notes, started = Notes(), time.perf_counter()
     step_of(args, notes)()
     after = status()

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result here as JSON, and a plot beside it as SVG")
     parser.add_argument("--once", type=int, nargs=2, help="blocks and samples to run in this process (internal)")
     args = parser.parse_args()
+    quantkit.tune()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.once:
         print("RESULT " + json.dumps(run_once(args, *args.once)))

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--once", action="store_true", help="quantize once with quantkit in this process (internal)")
     args = parser.parse_args()
+    quantkit.tune()
     args.work.mkdir(parents=True, exist_ok=True)
     model = common.smollm2_folder(args.work)
     if args.once:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quantkit.blocks.allocator import tune
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.version import __version__
 
@@ -47,6 +48,7 @@ __all__ = [
     "publish",
     "release",
     "samples",
+    "tune",
     "verify",
 ]
 

@@ -56,6 +56,12 @@ def describe(error: BaseException) -> str:
     return _out_of_memory(error) or f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for a one-line report; the last where the first announces a list."""
+    lines = str(error).strip().split("\n")
+    return lines[-1 if lines[0].rstrip().endswith(":") else 0].strip() or type(error).__name__
+
+
 def _out_of_memory(error: BaseException) -> str:
     """A line where the system or torch had no memory to give; "" for other errors.
 

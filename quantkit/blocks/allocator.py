@@ -18,19 +18,26 @@ _LARGEST_WHILE_PAUSED = 4 * 2**20
 _SMALL = 128 * 2**10  # what comes from the heap still where address space is limited
 _KEPT = 512 * 2**20
 
+_tuned = False
 
-@cache
+
 def tune() -> None:
-    """Let glibc reuse what freed tensors held instead of handing it back to the kernel, which clears each page anew.
+    """Set this process's allocator for work with large tensors, as the command line does for its own; once is enough.
 
-    A block's forward on 4096 tokens took 100,000 page faults and an eighth of its processor time for them (SmolLM2,
+    A library does not do so unasked: the settings hold for the whole process and cannot be read, so not be put back.
+    Nothing that is computed depends on them.
+
+    glibc then reuses what freed tensors held instead of handing it back to the kernel, which clears each page anew: a
+    block's forward on 4096 tokens took 100,000 page faults and an eighth of its processor time for them (SmolLM2,
     2 cores). Where address space is limited (``ulimit -v``) the holes that this leaves would count, so there all but
     small tensors come straight from the kernel and return there: glibc asks for 96 bytes more to align a tensor than
     the hole of its like has, so that of tensors of one size (activations) its heap grows with every block.
     """
+    global _tuned
     libc = _glibc()
-    if libc is None:
+    if libc is None or _tuned:
         return
+    _tuned = True
     libc.mallopt(_ARENA_MAX, 1)  # what one thread frees another can use
     if _address_space_is_limited():
         libc.mallopt(_MMAP_THRESHOLD, _SMALL)
@@ -41,13 +48,13 @@ def tune() -> None:
 
 @contextmanager
 def large_apart() -> Iterator[None]:
-    """While inside, tensors of 4 MB and more come straight from the system and return there; for `tune`d processes.
+    """While inside, tensors of 4 MB and more come straight from the system and return there; in `tune`d processes only.
 
     Where some of a forward's tensors are kept and others of the same size let go, the heap gets holes that the next
     ones miss by the 96 bytes of their alignment: a seventh of the peak of SmolLM2's run. Small ones, which are many,
     stay in the heap.
     """
-    libc = None if _address_space_is_limited() else _glibc()
+    libc = _glibc() if _tuned and not _address_space_is_limited() else None
     if libc is None:
         yield
         return

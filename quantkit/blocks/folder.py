@@ -15,7 +15,6 @@ from quantkit.blocks.experts import ExpertNames
 from quantkit.blocks.stream import ModelStream, build_on_meta
 from quantkit.blocks.weights import bind
 from quantkit.containers.hf.folder import open_weights
-from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source, TensorInfo
@@ -27,6 +26,7 @@ from quantkit.progress import Progress
 from quantkit.runs.atomic import (
     write_json,
 )
+from quantkit.runs.tensorfile import TensorPlan
 
 # Masks and counters that some checkpoints store; everything else is a weight.
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}

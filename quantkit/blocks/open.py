@@ -79,7 +79,13 @@ def open_stream(
     Raises:
         UsageError: a device that is not there, float16 arithmetic on a CPU, or no size of memory.
     """
-    source = open_model(model, revision, trust_remote_code)
+    return stream_of(open_model(model, revision, trust_remote_code), device, dtype, untie, memory)
+
+
+def stream_of(
+    source: Source, device: str, dtype: ComputeDtype, untie: bool = False, memory: str | int | None = None
+) -> ModelStream:
+    """`open_stream` of a model that is open already."""
     place = resolve_device(device)
     if dtype == "float16" and place.type == "cpu":
         raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantkit.blocks import allocator
 from quantkit.blocks.arguments import (
     Arguments,
     Capture,
@@ -62,7 +61,6 @@ class ModelStream:
     memory: Budget | None = None
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, untie: bool = False) -> None:
-        allocator.tune()
         self.source, self.device, self.dtype = source, device, dtype
         # Ties are undone: both ends are loaded when they are needed.
         self._model = build_on_meta(source, tied=False)

@@ -22,6 +22,7 @@ from quantkit.cli.folders import (
 from quantkit.cli.generating import chat, generate
 from quantkit.cli.harness import eval
 from quantkit.cli.measuring import perplexity
+from quantkit.cli.process import settled
 from quantkit.cli.publishing import card, publish
 from quantkit.cli.quantizing import gptq, samples
 from quantkit.cli.releasing import release
@@ -89,7 +90,11 @@ def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         # Not app(): Typer would turn an interrupt into a silent exit of its own.
-        with heeded(arguments), command.make_context("quantkit", list(arguments)) as context:
+        with (
+            settled(arguments),
+            heeded(arguments),
+            command.make_context("quantkit", list(arguments)) as context,
+        ):
             command.invoke(context)
         return 0
     except typer.Exit as done:

@@ -13,6 +13,7 @@ from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
 from quantkit.errors import Interrupted, interrupt_came, note_interrupt
+from quantkit.runs.ranks import broken
 
 _SHOW_CURSOR = "\x1b[?25h"
 _SOON = 0.02  # seconds
@@ -30,6 +31,8 @@ def heeded(arguments: Sequence[str]) -> Iterator[None]:
     note_interrupt(False)
 
     def heed(number: int, frame: FrameType | None) -> None:
+        if broken():  # what is left is to tell why
+            return
         if interrupt_came():
             _end(number)
         note_interrupt()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.codes import QuantizedLinear
-from quantkit.errors import SourceError
+from quantkit.errors import first_line as first_line
+from quantkit.runs.files import file_sha256 as file_sha256
+from quantkit.runs.files import read_json as read_json
 
 
 @dataclass(frozen=True)
@@ -158,26 +158,3 @@ class Source(Protocol):
 
     def copy_companions(self, folder: Path) -> None:
         """Write what a published folder needs beside weights and config: tokenizer, generation config, template."""
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises SourceError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path}: holds no JSON object")
-    return content
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for a one-line report; the last where the first announces a list."""
-    lines = str(error).strip().split("\n")
-    return lines[-1 if lines[0].rstrip().endswith(":") else 0].strip() or type(error).__name__

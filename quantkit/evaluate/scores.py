@@ -19,26 +19,13 @@ from quantkit.evaluate.slices import Piece, SlicedHeads
 from quantkit.evaluate.worst import Worst, WorstPosition
 from quantkit.progress import SILENT, Advance, Progress
 from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.tokens.windows import Windows
 
 _CHUNK = 256  # positions whose logits are held at a time
 _BATCH_TOKENS = 1024
 
 Ratios = list[tuple[float, int]]
 """Per window a sum of ratios and how many they are."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Windows of a text and the positions in them that are scored.
-
-    Attributes:
-        tokens: int64 [windows, seq_len].
-        first_scored: int64 [windows]; position t >= first_scored is scored, as the prediction of token t from those
-            before it. Position 0 never is.
-    """
-
-    tokens: torch.Tensor
-    first_scored: torch.Tensor
 
 
 @dataclass(frozen=True)

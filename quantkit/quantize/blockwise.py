@@ -19,9 +19,9 @@ from quantkit.codes import Codes
 from quantkit.codes.parts import put_together, take_apart
 from quantkit.codes.plan import Plan
 from quantkit.progress import SILENT, Progress
-from quantkit.quantize.landing import NOTHING, Landed
 from quantkit.quantize.sharing import BY_ITSELF, Sharing
 from quantkit.quantize.stagework import OnLinear, StageWork
+from quantkit.runs.landing import NOTHING, Landed
 
 OnBlock = Callable[[int, HiddenStates | None], None]
 
@@ -123,7 +123,9 @@ def memory_plan(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
 
 
 def _landed_codes(landed: Landed, index: int, sharing: Sharing) -> list[tuple[str, Codes]]:
-    return sharing.ranks.from_first(lambda: list(landed.linears(index)))
+    return sharing.ranks.from_first(
+        lambda: [(linear.name, put_together(linear.tensors, linear.fields)) for linear in landed.linears(index)]
+    )
 
 
 def _found_stages(stream: ModelStream, index: int, block: nn.Module, hidden: HiddenStates, sharing: Sharing) -> Stages:

@@ -27,12 +27,12 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.gguf.types import Choice, Chooser, Kind
-from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
 from quantkit.quantize.plan import modules_in_block, on_grid_of, plan_linears
+from quantkit.runs.tensorfile import TensorPlan
 
 
 def gptq_type(recipe: str) -> str:

@@ -12,8 +12,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from quantkit.containers.source import Source
 from quantkit.errors import OutputError, UsageError
+from quantkit.runs.files import Origin
 
 REPORT_NAME = "quantkit.json"
 """The file that tells a folder which quantkit finished."""
@@ -224,13 +224,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_outside(out: Path, source: Source, force: bool) -> None:
+def check_outside(out: Path, source: Origin, force: bool) -> None:
     """Refuse an output that exists, or that touches what is read. Raises UsageError."""
     for part in source.parts.values():
         check_output(out, part.path, force)
 
 
-def check_other_file(out: Path, source: Source, force: bool) -> None:
+def check_other_file(out: Path, source: Origin, force: bool) -> None:
     """Refuse an output file that exists, or that is what is read. Raises UsageError."""
     for part in source.parts.values():
         check_file(out, part.path, force)

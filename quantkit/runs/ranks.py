@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from quantkit.errors import OutputError, UsageError
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.watch import RankError, Watch, ignore_signals
+from quantkit.runs.watch import RankError, Watch, ignore_signals, signals_put_back
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,8 @@ def joined(device: str = "auto", remedy: str = "start it again", progress: Progr
     """Meet the other processes that the environment tells of, for the length of the block.
 
     When one of them fails, is killed or no longer answers, all leave the block within a minute: one of them with an
-    error that says what happened, the others with a `RankError` that is `silent`.
+    error that says what happened, the others with a `RankError` that is `silent`. Meanwhile SIGINT and SIGTERM, which a
+    launcher sends to those that are left, are ignored; handlers are put back at the end of the block.
 
     Args:
         device: as in `gptq`; decides what they talk through (NCCL between GPUs, gloo otherwise).
@@ -161,17 +162,23 @@ def joined(device: str = "auto", remedy: str = "start it again", progress: Progr
     if world_size() == 1:
         yield ALONE
         return
-    ranks = _join(device, remedy, progress)
-    try:
-        yield ranks
-        ranks.from_first(lambda: None)  # nobody leaves while another may still fail
-    except BaseException as error:
-        global _broken, _muted
-        _broken = True
-        told = ranks.part(error)
-        _muted = isinstance(told, RankError) and told.silent
-        raise told from (error if told is not error else None)
-    ranks.leave()
+    with signals_put_back():
+        ranks = _join(device, remedy, progress)
+        try:
+            yield ranks
+            ranks.from_first(lambda: None)  # nobody leaves while another may still fail
+        except BaseException as error:
+            global _broken, _muted
+            _broken = True
+            told = ranks.part(error)
+            _muted = isinstance(told, RankError) and told.silent
+            raise told from (error if told is not error else None)
+        ranks.leave()
+
+
+def broken() -> bool:
+    """Whether processes that were joined have failed: this one then ends by itself, whatever signal comes."""
+    return _broken
 
 
 def exit_process(code: int) -> NoReturn:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import transformers
 
-from quantkit.containers.source import Source, file_sha256
 from quantkit.errors import SourceError
+from quantkit.runs.files import Origin, file_sha256
 from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"
@@ -19,7 +19,7 @@ CHECKSUMS = "SHA256SUMS"
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".py")
 
 
-def origin(source: Source) -> dict[str, Any]:
+def origin(source: Origin) -> dict[str, Any]:
     """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions."""
     return {
         "source": _identity(source),
@@ -32,7 +32,7 @@ def origin(source: Source) -> dict[str, Any]:
     }
 
 
-def companions(source: Source) -> dict[str, Any]:
+def companions(source: Origin) -> dict[str, Any]:
     """SHA-256 of what lies beside a source's weights and decides a result too: config, tokenizer, templates, code.
 
     Raises:
@@ -50,7 +50,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
-def _identity(source: Source) -> dict[str, Any]:
+def _identity(source: Origin) -> dict[str, Any]:
     """Name, kind and hashes; of a pair those of both."""
     if len(source.parts) > 1:
         named = {role: _identity(part) for role, part in source.parts.items()}

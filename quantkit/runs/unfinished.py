@@ -2,7 +2,7 @@
 
     .NAME.unfinished/lock        held while a run is at work
     .NAME.unfinished/run.json    what decides the result
-    .NAME.unfinished/blocks/     and hidden/: see `quant.landing`
+    .NAME.unfinished/blocks/     and hidden/: see `landing`
     .NAME.unfinished/staged/     the output in the making
     .NAME.unfinished/replaced/   an older output, while the new one takes its place
 
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quantkit.containers.source import read_json
 from quantkit.errors import (
     Interrupted,
     NumericError,
@@ -30,7 +29,6 @@ from quantkit.errors import (
     UsageError,
     interrupt_came,
 )
-from quantkit.quantize.landing import BLOCKS
 from quantkit.runs.atomic import (
     REPORT_NAME,
     cannot_write,
@@ -40,7 +38,9 @@ from quantkit.runs.atomic import (
     take_place,
     write_sealed,
 )
+from quantkit.runs.files import read_json
 
+BLOCKS, HIDDEN = "blocks", "hidden"
 _SHOWN = 5  # differences; the first ones tell what happened
 _LONGEST = 40  # characters of a value that is shown
 
@@ -222,7 +222,7 @@ def _goes_on(folder: Path, decides: Mapping[str, Any]) -> bool:
 def _sweep(run: Run) -> None:
     """Remove what a killed run left and nothing goes on with."""
     for path in run.folder.iterdir():
-        kept = ("lock", "run.json", BLOCKS, "hidden") if run.resumed else ("lock",)
+        kept = ("lock", "run.json", BLOCKS, HIDDEN) if run.resumed else ("lock",)
         if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -29,6 +29,7 @@ _STUCK = 15.0  # for a main thread to notice that the run has failed
 _HEARING = 10.0  # for the notes of those that leave
 _LINGER = 2.0
 _MISSES = 3  # beats that the store did not take
+_SENT = (signal.SIGINT, signal.SIGTERM)  # by launchers and people
 _STORE_GONE = "the place where the processes met is gone"
 
 
@@ -253,5 +254,18 @@ class Watch:
 def ignore_signals() -> None:
     """From here on this process ends by itself: a launcher that saw another one die sends SIGTERM."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SENT:
             signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def signals_put_back() -> Iterator[None]:
+    """Undo `ignore_signals` at the end."""
+    before = {number: signal.getsignal(number) for number in _SENT}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # one that is not Python's cannot be
+                    signal.signal(number, handler)

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.errors import CalibrationError, UsageError
-from quantkit.evaluate.scores import Windows
 from quantkit.options import EvaluationSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens import (
@@ -25,6 +24,7 @@ from quantkit.tokens import (
 )
 from quantkit.tokens.datasets import Source, download
 from quantkit.tokens.readers import read_source
+from quantkit.tokens.windows import Windows
 
 WIKITEXT2 = "wikitext2"
 _WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")

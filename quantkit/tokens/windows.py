@@ -104,6 +104,20 @@ class TokenMatrix:
         return cls(tokens.cpu(), provenance)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a text and the positions in them that are scored.
+
+    Attributes:
+        tokens: int64 [windows, seq_len].
+        first_scored: int64 [windows]; position t >= first_scored is scored, as the prediction of token t from those
+            before it. Position 0 never is.
+    """
+
+    tokens: torch.Tensor
+    first_scored: torch.Tensor
+
+
 def token_hash(tokens: torch.Tensor) -> str:
     """SHA-256 over the shape and then the token ids, each as little-endian int32."""
     digest = hashlib.sha256(np.asarray(tokens.shape, dtype="<i4").tobytes())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -153,42 +151,27 @@ def ggml(
     split = 0 if split_max_size is None else parse_size(split_max_size)
     if not row.metadata and (split or pre):
         raise UsageError("--split-max-size and --pre are for GGUF files")
-    with _uncollected():
-        source = open_model(named(model, base, delta), revision, trust_remote_code)
-        note_source(source, progress)
-        if row.admits:
-            load(row.admits)(source, progress)
-        weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
-        allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
-        plan = gguf_files.plan(source, weights)
-        chosen = list(zip(plan, Chooser(source, weights, options, allowed).choose(plan), strict=True))
-        kinds = [choice.kind for _, choice in chosen]
-        recipe = options.recipe
-        if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
-            recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
-        target = _output(out, source, recipe, row.suffix)
-        check_other_file(target, source, force)
-        report = _sizes(target, chosen, progress)
-        job = Job(target, source, weights, chosen, split, progress, recipe, pre, options.imatrix)
-        write: Callable[[], Path] = load(row.writes)(job)
+    source = open_model(named(model, base, delta), revision, trust_remote_code)
+    note_source(source, progress)
+    if row.admits:
+        load(row.admits)(source, progress)
+    weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
+    allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
+    plan = gguf_files.plan(source, weights)
+    chosen = list(zip(plan, Chooser(source, weights, options, allowed).choose(plan), strict=True))
+    kinds = [choice.kind for _, choice in chosen]
+    recipe = options.recipe
+    if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
+        recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
+    target = _output(out, source, recipe, row.suffix)
+    check_other_file(target, source, force)
+    report = _sizes(target, chosen, progress)
+    job = Job(target, source, weights, chosen, split, progress, recipe, pre, options.imatrix)
+    write: Callable[[], Path] = load(row.writes)(job)
     if dry_run:
         return report
     first = write()
     return replace(report, out=first, seconds=time.perf_counter() - started, dry_run=False)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for cycles: a vocabulary's hundred thousand words are none, and while they are made it
-    goes over everything that is loaded again and again, for a fifth of an export's time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 Chosen = Sequence[tuple[gguf_files.GgufTensor, Choice]]

@@ -6,8 +6,9 @@ import csv
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
+from quantkit.codes import Codes
+from quantkit.codes.parts import put_together, take_apart
 from quantkit.codes.plan import Plan
 from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.gguf.recipes import parse_kind
@@ -45,16 +48,9 @@ from quantkit.options import (
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.blockwise import memory_plan, quantize_blocks
 from quantkit.quantize.kernels import shortfall
-from quantkit.quantize.landing import (
-    NOTHING,
-    Every,
-    Lander,
-    find_landed,
-    parse_every,
-)
 from quantkit.quantize.plan import on_grid_of
 from quantkit.quantize.sharing import Sharing
-from quantkit.quantize.stagework import LayerStatistics
+from quantkit.quantize.stagework import LayerStatistics, OnLinear
 from quantkit.quantize.targets import (
     CheckpointTarget,
     GgufForm,
@@ -64,6 +60,14 @@ from quantkit.quantize.targets import (
 )
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
+from quantkit.runs.landing import (
+    NOTHING,
+    Every,
+    LandedLinear,
+    Lander,
+    find_landed,
+    parse_every,
+)
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import checksums, companions, origin
 from quantkit.runs.unfinished import (
@@ -396,15 +400,15 @@ def _quantize(
     layers: list[LayerStatistics] = []
     with target.writer(run.staged) as writer:
         for index in range(landed.blocks):
-            layers += landed.statistics(index)
-            for name, linear in landed.linears(index):
-                writer.add_linear(name, linear)
+            for linear in landed.linears(index):
+                layers.append(LayerStatistics(**linear.statistics))
+                writer.add_linear(linear.name, put_together(linear.tensors, linear.fields))
         since = landed.blocks - landed.start
-        with Lander(run.folder, tuple(target.plan), writer.add_linear, every, sharing.ranks, since) as lander:
+        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since) as lander:
             budget = stream.budget // sharing.ranks.here
-            arguments = stream, matrix.tokens, target.plan, lander.take, budget, progress
+            arguments = stream, matrix.tokens, target.plan, _landing(lander, writer.add_linear), budget, progress
             quantize_blocks(*arguments, landed, lander.land, sharing)
-        layers += lander.statistics
+        layers += [LayerStatistics(**told) for told in lander.statistics]
         with progress.phase("writing", 1) as advance:
             writer.add_others()
             writer.finish()
@@ -423,10 +427,20 @@ def _help_quantize(stream: ModelStream, matrix: TokenMatrix, target: Target, eve
     landed = ranks.from_first(lambda: NOTHING)
     if not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
-    with Lander(landed.folder, (), lambda name, linear: None, every, ranks) as lander:
+    with Lander(landed.folder, (), every, ranks) as lander:
         budget = stream.budget // ranks.here
-        arguments = stream, matrix.tokens, target.plan, lander.take, budget, SILENT
-        quantize_blocks(*arguments, landed, lander.land, sharing)
+        take = _landing(lander, lambda name, linear: None)
+        quantize_blocks(stream, matrix.tokens, target.plan, take, budget, SILENT, landed, lander.land, sharing)
+
+
+def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:
+    """What is to be done with a Linear as soon as it has codes: it lands with its block, and then `add` gets it."""
+
+    def take(name: str, linear: Codes, statistics: LayerStatistics) -> None:
+        landed = LandedLinear(name, *take_apart(linear), asdict(statistics))
+        lander.take(landed, partial(add, name, linear))
+
+    return take
 
 
 def _evaluate_written(

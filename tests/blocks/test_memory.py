@@ -37,9 +37,10 @@ from quantkit.blocks.workers import ReadAhead
 from quantkit.containers.gguf.file_bytes import FileBytes
 from quantkit.containers.hf.header import read_header
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.evaluate.scores import Scores, Windows, score_texts
+from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
+from quantkit.tokens.windows import Windows
 
 # -- hidden states ---------------------------------------------------------------------------------------------------
 
@@ -550,6 +551,7 @@ def run(step, to, limited):
             lines = Path("/proc/self/status").read_text().splitlines()
             now = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmSize"))
             resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
+        quantkit.tune()
         try:
             steps[step](to)
         except BaseException:

@@ -27,12 +27,12 @@ from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.codes.plan import LinearPlan
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.gptq.write import check
-from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options import QuantSpec
 from quantkit.quantize.blockwise import quantize_blocks
 from quantkit.quantize.plan import plan_linears
+from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 

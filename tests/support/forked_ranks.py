@@ -147,9 +147,9 @@ def _main(arguments: list[str]) -> int:
 def _prepare(request: Request, rank: int) -> None:
     """What this rank is to suffer."""
     from quantkit.errors import NumericError
-    from quantkit.quantize.landing import Lander
     from quantkit.runs import ranks as parallel
     from quantkit.runs import watch
+    from quantkit.runs.landing import Lander
 
     parallel._VISIBLE = 1.0
     if request.stale is not None:

@@ -21,6 +21,7 @@ from quantkit import harness
 from quantkit.cli import app as cli
 from quantkit.containers.source import file_sha256
 from quantkit.errors import MissingPackageError, QuantkitError, UsageError
+from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
 from quantkit.verbs.eval.suites import SUITES
@@ -149,6 +150,18 @@ def theirs(folder: Path, tasks: Path, names: list[str], monkeypatch: pytest.Monk
 
 def run(model: Path, out: Path, **options: Any) -> EvalReport:
     return quantkit.eval(model, out=out, device="cpu", **options)
+
+
+def test_the_model_is_opened_once(model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def counted(name: Any, *rest: Any) -> Any:
+        opened.append(str(name))
+        return open_source(name, *rest)
+
+    monkeypatch.setattr("quantkit.blocks.open.open_source", counted)
+    run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=tasks, limit=1)
+    assert opened == [str(model)]
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

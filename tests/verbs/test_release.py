@@ -22,9 +22,9 @@ from support.wizard import stored, wizard
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import UsageError
+from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
 from quantkit.verbs.release import ReleaseReport
-from quantkit.verbs.release.ledger import locked
 
 WIZARD = f"""
 name: Tiny-Wizard

@@ -20,13 +20,13 @@ from quantkit.codes import (
 from quantkit.codes.plan import Plan
 from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.gptq.read import GptqSource
-from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
 from quantkit.errors import NumericError, UsageError
 from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.runs.atomic import write_json
+from quantkit.runs.tensorfile import TensorPlan
 from quantkit.version import __version__
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

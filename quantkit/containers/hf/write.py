@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 import torch
 
-from quantkit.containers.hf.tensorfile import TensorPlan, header, tensor_bytes
 from quantkit.containers.readback import ReadBack
 from quantkit.errors import OutputError
 from quantkit.runs.atomic import write_json
+from quantkit.runs.tensorfile import TensorPlan, header, tensor_bytes
 
 
 class ShardedWriter:

@@ -149,12 +149,9 @@ def eval(
     from quantkit.verbs.eval.model import QuantkitLM
 
     lm = QuantkitLM(
-        model,
-        base=base,
-        delta=delta,
+        source=source,
         device=device,
         dtype=dtype,
-        revision=revision,
         trust_remote_code=trust_remote_code,
         batch_size=batch_size,
         progress=progress,

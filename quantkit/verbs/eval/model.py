@@ -8,8 +8,9 @@ from typing import Any, cast
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
-from quantkit.blocks.open import named, note_source, open_stream
+from quantkit.blocks.open import named, note_source, open_model, stream_of
 from quantkit.blocks.whole import load_on_kernels
+from quantkit.containers.source import Source
 from quantkit.options import ComputeDtype
 from quantkit.progress import SILENT, Advance, Progress
 
@@ -19,7 +20,7 @@ class QuantkitLM(HFLM):  # type: ignore[misc]  # lm_eval is not typed
 
     ``pretrained`` (or ``base`` and ``delta``), ``device``, ``dtype``, ``revision`` and ``trust_remote_code`` mean what
     they do on quantkit's command line; ``batch_size``, ``max_batch_size``, ``max_length`` and whatever else is given,
-    what they do for the harness's class ``hf``.
+    what they do for the harness's class ``hf``. `source` is a model that is open already, in place of a name.
     """
 
     cache_hook: Any
@@ -35,14 +36,13 @@ class QuantkitLM(HFLM):  # type: ignore[misc]  # lm_eval is not typed
         revision: str | None = None,
         trust_remote_code: bool | None = False,
         batch_size: int | str | None = 1,
+        source: Source | None = None,
         progress: Progress = SILENT,
         **rest: Any,
     ) -> None:
         trusted = bool(trust_remote_code)
-        stream = open_stream(
-            named(pretrained, base, delta), device or "auto", cast(ComputeDtype, dtype or "auto"), revision, trusted
-        )
-        self.source = stream.source
+        self.source = source or open_model(named(pretrained, base, delta), revision, trusted)
+        stream = stream_of(self.source, device or "auto", cast(ComputeDtype, dtype or "auto"))
         note_source(self.source, progress)
         loaded = load_on_kernels(stream, trusted, progress)
         self.kernels = loaded.kernels

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.containers.source import first_line
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, UsageError, first_line
 from quantkit.verbs.eval.suites import Measure
 
 _SEED = 1234  # the harness's own choice, which decides on the examples before a question

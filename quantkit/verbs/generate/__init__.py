@@ -16,14 +16,14 @@ from quantkit.errors import UsageError
 from quantkit.options import ComputeDtype, TemplateName, make
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute
-from quantkit.runs.record import origin
-from quantkit.verbs.generate.answers import (
+from quantkit.runs.answers import (
     appending,
     begun,
     check_answers,
     line_of,
 )
+from quantkit.runs.atomic import absolute
+from quantkit.runs.record import origin
 from quantkit.verbs.generate.decoding import Answer, DecodingSpec, Request
 from quantkit.verbs.generate.prompts import Prompt, read_prompts, with_system
 from quantkit.verbs.generate.speaker import Speaker

@@ -16,20 +16,16 @@ from quantkit.errors import UsageError
 from quantkit.progress import SILENT, Progress, duration, size
 from quantkit.report import Column, Line, Report, Shown, Table
 from quantkit.runs.atomic import absolute
+from quantkit.runs.ledger import Ledger, locked
+from quantkit.runs.steps import Outcome, Step, run_steps
 from quantkit.runs.unfinished import folder_of
 from quantkit.verbs.card.front import MARK
 from quantkit.verbs.release.family import Family
 from quantkit.verbs.release.forecast import Forecast, Forecaster
-from quantkit.verbs.release.ledger import Ledger, locked
 from quantkit.verbs.release.recipe import Recipe, load_recipe
-from quantkit.verbs.release.steps import (
-    Outcome,
-    Setting,
-    Step,
-    run_steps,
-)
 from quantkit.verbs.release.variants import (
     Calibration,
+    Setting,
     Workshop,
     model_of,
     step_name,

@@ -8,13 +8,13 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.atomic import write_json
+from quantkit.runs.steps import Step
 from quantkit.verbs.card import card
 from quantkit.verbs.compare import compare
 from quantkit.verbs.eval import eval as run_tasks
 from quantkit.verbs.publish import publish
 from quantkit.verbs.release.recipe import PublishingRecipe, Recipe
-from quantkit.verbs.release.steps import Setting, Step
-from quantkit.verbs.release.variants import REFERENCE, Made, Place
+from quantkit.verbs.release.variants import REFERENCE, Made, Place, Setting
 from quantkit.verbs.verify import verify
 
 COMPARE = "compare"

@@ -16,20 +16,22 @@ from quantkit.containers.source import Source
 from quantkit.errors import QuantkitError
 from quantkit.options import EvaluationSpec, make
 from quantkit.tokens.text import default_seq_len, evaluation_text
-from quantkit.verbs.convert import convert
 from quantkit.verbs.ggml import ggml
 from quantkit.verbs.gptq import gptq
-from quantkit.verbs.merge import merge
+from quantkit.verbs.merge import MergeReport
 from quantkit.verbs.release.recipe import (
     AnyVariant,
     GgjtVariant,
+    GgufVariant,
     GptqVariant,
     Recipe,
 )
 from quantkit.verbs.release.variants import (
     REFERENCE,
-    gguf_ends,
+    codes_options,
+    file_options,
     gptq_options,
+    make_reference,
     model_of,
     runs_gptq,
     step_name,
@@ -75,26 +77,9 @@ class Forecaster:
 
     def reference(self) -> Forecast:
         """Of the full-precision folder. Raises QuantkitError: it cannot be made, and so nothing can."""
-        given, place = self._recipe.source, self._folder / REFERENCE
-        if given.base is not None and given.delta is not None:
-            checks: dict[str, Any] = {
-                "vocab": given.vocab,
-                "base_revision": given.base_revision,
-                "trust_remote_code": self._trust,
-            }
-            merged = merge(
-                given.base, given.delta, place, dtype=given.dtype, revision=given.revision, dry_run=True, **checks
-            )
-            return Forecast(REFERENCE, merged.bytes, self._largest(3), _MERGING * merged.bytes / 1e9)
-        report = convert(
-            model_of(self._recipe),
-            place,
-            dtype=given.dtype,
-            revision=given.revision,
-            trust_remote_code=self._trust,
-            dry_run=True,
-        )
-        return Forecast(REFERENCE, report.bytes, self._largest(2), _WRITING * report.bytes / 1e9)
+        made = make_reference(self._recipe, self._folder / REFERENCE, trust_remote_code=self._trust, dry_run=True)
+        copies, rate = (3, _MERGING) if isinstance(made, MergeReport) else (2, _WRITING)
+        return Forecast(REFERENCE, made.bytes, self._largest(copies), rate * made.bytes / 1e9)
 
     def variant(self, variant: AnyVariant) -> Forecast:
         """Of a variant; one that cannot be made says why."""
@@ -123,26 +108,20 @@ class Forecaster:
         report = gptq(**self._model, **options, out=self._folder / "out", **self._drawn(), dry_run=True)
         return report.bytes, report.memory_bytes, self._quantizing() + _WRITING * report.bytes / 1e9
 
-    def _file(self, variant: Any) -> tuple[int, int, float]:
-        ggjt = isinstance(variant, GgjtVariant)
-        place = self._folder / "out.bin"
-        by_gptq = runs_gptq(variant)
-        if ggjt:  # whether this container takes the model; its bytes are nearly those of the types
-            report = ggml(
-                **self._model, type="f16" if by_gptq else variant.type, container="ggjt", out=place, dry_run=True
-            )
-        ends = {} if ggjt else gguf_ends(variant)
-        if by_gptq:
-            run = gptq(
-                **self._model, ggml=variant.type, **ends, out=self._folder / "out", **self._drawn(), dry_run=True
-            )
+    def _file(self, variant: GgufVariant | GgjtVariant) -> tuple[int, int, float]:
+        place, options = self._folder / "out.bin", file_options(variant)
+        if runs_gptq(variant):
+            if isinstance(variant, GgjtVariant):  # whether this container takes the model
+                ggml(**self._model, **options | {"type": "f16"}, out=place, dry_run=True)
+            codes = codes_options(variant)
+            run = gptq(**self._model, **codes, out=self._folder / "out", **self._drawn(), dry_run=True)
             return run.bytes, run.memory_bytes, self._quantizing() + _WRITING * run.bytes / 1e9
-        if not ggjt and variant.imatrix:  # that there is none yet is no reason
-            report = ggml(**self._model, type="f16", **ends, out=place, dry_run=True)
-            return report.bytes, self._largest(3), self._quantizing() + _WRITING * report.bytes / 1e9
-        if not ggjt:
-            report = ggml(**self._model, type=variant.type, **ends, out=place, dry_run=True)
-        return report.bytes, self._largest(3), _WRITING * report.bytes / 1e9
+        weighted = isinstance(variant, GgufVariant) and variant.imatrix
+        if weighted:  # that there is no importance matrix yet is no reason
+            options |= {"type": "f16"}
+        report = ggml(**self._model, **options, out=place, dry_run=True)
+        drawing = self._quantizing() if weighted else 0.0
+        return report.bytes, self._largest(3), drawing + _WRITING * report.bytes / 1e9
 
     def _drawn(self) -> dict[str, Any]:
         return {"samples": self._recipe.calibration.samples, "seq_len": self._recipe.calibration.seq_len}

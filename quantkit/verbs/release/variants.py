@@ -17,7 +17,9 @@ from quantkit.options import METHODS
 from quantkit.progress import Progress
 from quantkit.quantize.targets import gptq_type
 from quantkit.runs.atomic import REPORT_NAME, staged_folder, write_json
+from quantkit.runs.ledger import Ledger
 from quantkit.runs.record import checksums, origin
+from quantkit.runs.steps import Step
 from quantkit.runs.unfinished import ChangedError, folder_of
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import (
@@ -27,11 +29,11 @@ from quantkit.tokens import (
     load_calibration,
 )
 from quantkit.tokens.text import text_index
-from quantkit.verbs.convert import convert
+from quantkit.verbs.convert import ConvertReport, convert
 from quantkit.verbs.ggml import ggml
 from quantkit.verbs.gptq import gptq
 from quantkit.verbs.imatrix import imatrix
-from quantkit.verbs.merge import merge
+from quantkit.verbs.merge import MergeReport, merge
 from quantkit.verbs.publish import branch_name
 from quantkit.verbs.release.recipe import (
     AnyVariant,
@@ -41,11 +43,25 @@ from quantkit.verbs.release.recipe import (
     GptqVariant,
     Recipe,
 )
-from quantkit.verbs.release.steps import Setting, Step
 
 REFERENCE = "fp16"
 """Name of the step that makes the full-precision folder."""
 IMATRIX = "imatrix"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a release works, and how: its folder, what it has done there, and what all verbs are told."""
+
+    out: Path
+    ledger: Ledger
+    trust_remote_code: bool
+    progress: Progress
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Arguments of the verbs that open models."""
+        return {"trust_remote_code": self.trust_remote_code, "progress": self.progress}
 
 
 @dataclass(frozen=True)
@@ -134,26 +150,13 @@ class Workshop:
     # -- folders that transformers loads ------------------------------------------------------------------------------
 
     def _add_reference(self, source_hashes: Mapping[str, Any]) -> None:
-        given, repo = self._recipe.source, self._recipe.reference_repo
+        repo = self._recipe.reference_repo
         folder = self._out / self._recipe.name  # which is what everything made from it is named after
-        common: dict[str, Any] = {
-            "dtype": given.dtype,
-            "max_shard_size": given.max_shard_size,
-            "revision": given.revision,
-        }
-        pair: dict[str, Any] = {
-            "vocab": given.vocab,
-            "expect_sum": given.expect_sum,
-            "base_revision": given.base_revision,
-        }
 
         def run(_: frozenset[str]) -> None:
-            if given.base is not None and given.delta is not None:
-                merge(given.base, given.delta, folder, **common, **pair, **self._common)
-            else:
-                convert(model_of(self._recipe), folder, **common, **self._common)
+            make_reference(self._recipe, folder, **self._common)
 
-        options = {**common, **(pair if given.base is not None else {}), "source": dict(source_hashes)}
+        options = {**reference_options(self._recipe), "source": dict(source_hashes)}
         self.steps.append(Step(REFERENCE, folder, run, options))
         self.places.append(Place(REFERENCE, "fp16", folder, repo, "main", (Made(REFERENCE, folder, folder),)))
 
@@ -208,16 +211,13 @@ class Workshop:
         ggjt = isinstance(variant, GgjtVariant)
         pattern = CONTAINERS[variant.kind].file
         file = pattern.format(name=self._recipe.name, type=variant.type, title=variant.title)
-        ends = {} if isinstance(variant, GgjtVariant) else gguf_ends(variant)
-        split = None if isinstance(variant, GgjtVariant) else variant.split_max_size
+        options = file_options(variant)
         model, needs = self.reference, [REFERENCE]
         if by_gptq:
-            codes = self._add_codes(variant, ends)
-            if not ggjt and split is None:
+            codes = self._add_codes(variant)
+            if not ggjt and options["split_max_size"] is None:
                 return Made(codes.step, codes.at, folder / file)
             model, needs = codes.at, [codes.step]
-        options: dict[str, Any] = {"type": "auto" if by_gptq else variant.type, "split_max_size": split}
-        options |= {"container": "ggjt"} if ggjt else {"pre": ends["pre"]} if by_gptq else ends
         weights = None
         if isinstance(variant, GgufVariant) and variant.imatrix and not by_gptq:
             weights = self._add_imatrix()
@@ -236,12 +236,12 @@ class Workshop:
         record = read_json(before) if before.is_file() else {"recipe": dict(options), **origin(open_source(model))}
         write_json(at.parent / REPORT_NAME, record)
 
-    def _add_codes(self, variant: FileVariant, ends: Mapping[str, Any]) -> Made:
+    def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:
         """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
-        told = "".join(f" {key} {value}" for key, value in ends.items() if value not in (None, "auto"))
+        options = codes_options(variant)
+        told = "".join(f" {key} {value}" for key, value in ends_of(variant).items() if value not in (None, "auto"))
         name = f"codes {variant.title}{told}"
         folder = self._hidden / "files" / name.replace(" ", "-")
-        options = {"ggml": variant.type, **ends}
         # Not optional: what is told of it is why the variants are missing that need it.
         self._add_calibrated(Step(name, folder, partial(self._quantize, folder, options), options, (REFERENCE,)))
         return Made(name, folder / f"{variant_name(self._recipe.name)}-GPTQ-{variant.title}.gguf", folder)
@@ -264,6 +264,27 @@ def model_of(recipe: Recipe) -> str | Path:
     return found
 
 
+def reference_options(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `convert`, or of `merge` for a pair, for the full-precision folder."""
+    given = recipe.source
+    options: dict[str, Any] = {
+        "dtype": given.dtype,
+        "max_shard_size": given.max_shard_size,
+        "revision": given.revision,
+    }
+    if given.base is not None:
+        options |= {"vocab": given.vocab, "expect_sum": given.expect_sum, "base_revision": given.base_revision}
+    return options
+
+
+def make_reference(recipe: Recipe, folder: Path, **common: Any) -> ConvertReport | MergeReport:
+    """Make the full-precision folder; with `dry_run` among the arguments that both verbs have, say what it will be."""
+    given = recipe.source
+    if given.base is not None and given.delta is not None:
+        return merge(given.base, given.delta, folder, **reference_options(recipe), **common)
+    return convert(model_of(recipe), folder, **reference_options(recipe), **common)
+
+
 def step_name(variant: AnyVariant) -> str:
     """What a variant is called in plans and outcomes."""
     return f"{variant.kind} {variant.title}" + (f" of {variant.repo}" if variant.repo else "")
@@ -281,9 +302,26 @@ def gptq_options(variant: GptqVariant) -> dict[str, Any]:
     }
 
 
-def gguf_ends(variant: GgufVariant) -> dict[str, Any]:
-    """The arguments of `gptq` and `ggml` for what is no Linear of a block."""
+def ends_of(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
+    """The arguments of `gptq` and `ggml` for what is no Linear of a block; a ggjt file's are not chosen."""
+    if isinstance(variant, GgjtVariant):
+        return {}
     return {"embedding_type": variant.embedding_type, "output_type": variant.output_type, "pre": variant.pre}
+
+
+def codes_options(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
+    """The arguments of `gptq` for a file's codes."""
+    return {"ggml": variant.type, **ends_of(variant)}
+
+
+def file_options(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
+    """The arguments of `ggml` for a file: of the reference, or of codes of a GPTQ run, whose types are chosen then."""
+    by_gptq = runs_gptq(variant)
+    options: dict[str, Any] = {"type": "auto" if by_gptq else variant.type}
+    if isinstance(variant, GgjtVariant):
+        return options | {"split_max_size": None, "container": "ggjt"}
+    ends = {"pre": variant.pre} if by_gptq else ends_of(variant)
+    return options | {"split_max_size": variant.split_max_size, **ends}
 
 
 def runs_gptq(variant: FileVariant) -> bool:

@@ -12,11 +12,12 @@ import torch
 from quantkit.blocks.open import memory_budget, resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.source import Source
-from quantkit.evaluate.scores import Windows, score
+from quantkit.evaluate.scores import score
 from quantkit.options import HELDOUT, EvaluationSpec, make
 from quantkit.progress import Progress
 from quantkit.tokens.calibration import check_tokens
 from quantkit.tokens.text import EvaluationText, evaluation_text
+from quantkit.tokens.windows import Windows
 from quantkit.verbs.verify.findings import Findings
 
 PROMPT = "The capital of France is"

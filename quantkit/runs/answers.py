@@ -8,12 +8,23 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-from quantkit.containers.source import read_json
 from quantkit.errors import OutputError, UsageError
 from quantkit.runs.atomic import sync, write_json
-from quantkit.verbs.generate.prompts import Prompt
+from quantkit.runs.files import read_json
+
+
+class Asked(Protocol):
+    """What an answer is to: its id, the fields of its line, and file and line for messages."""
+
+    @property
+    def id(self) -> Any: ...
+    @property
+    def given(self) -> Mapping[str, Any]: ...
+    @property
+    def where(self) -> str: ...
+
 
 ANSWERED = ("output", "finish_reason", "prompt_tokens", "output_tokens")
 
@@ -23,7 +34,7 @@ def settings_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.quantkit.json")
 
 
-def line_of(prompt: Prompt, text: str, finish: str, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+def line_of(prompt: Asked, text: str, finish: str, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
     """What is written for a prompt: its id, its own fields, the answer.
 
     Fields of the prompt's that are called as those of an answer are kept as `given_output` and so on.
@@ -44,7 +55,7 @@ def check_answers(out: Path, prompts: Path, resume: bool, force: bool) -> None:
         raise UsageError(f"--out {out} already exists; use --resume to go on with it, or --force to replace it")
 
 
-def begun(out: Path, settings: Mapping[str, Any], prompts: Sequence[Prompt]) -> int:
+def begun(out: Path, settings: Mapping[str, Any], prompts: Sequence[Asked]) -> int:
     """How many prompts, from the first, a file that exists has answers to; a last line that was cut off not counted.
 
     Of the settings those that are given must be the same.
@@ -103,7 +114,7 @@ class Appender:
         os.fsync(self._file.fileno())
 
 
-def _kept(prompt: Prompt) -> dict[str, Any]:
+def _kept(prompt: Asked) -> dict[str, Any]:
     kept: dict[str, Any] = {"id": prompt.id}
     for key, value in prompt.given.items():
         while key in ANSWERED:
@@ -112,7 +123,7 @@ def _kept(prompt: Prompt) -> dict[str, Any]:
     return kept
 
 
-def _answers(line: bytes, prompt: Prompt) -> bool:
+def _answers(line: bytes, prompt: Asked) -> bool:
     """Whether a line is a whole answer to the prompt."""
     try:
         found = json.loads(line)

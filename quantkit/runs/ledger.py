@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.containers.source import file_sha256
 from quantkit.errors import OutputError, UsageError
 from quantkit.runs.atomic import write_json
+from quantkit.runs.files import file_sha256
 
 Hashes = dict[str, str]
 """SHA-256 by path below the output, with ``/``; of a file by its name."""

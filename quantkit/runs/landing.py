@@ -5,7 +5,8 @@
     hidden/00012/batch-00003.safetensors    what enters block 12
     hidden/00012/done.json                  checksums of the batches: written last
 
-Codes are handed to the writer of the output by the same thread that lands them, beside the work on the next block.
+The writer of the output gets its turn on the thread that lands a block, beside the work on the next one. What codes
+are made of, and what statistics tell, is their owners' affair: here they are tensors and JSON.
 """
 
 from __future__ import annotations
@@ -13,27 +14,23 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from quantkit.blocks.states import HiddenStates
-from quantkit.codes import Codes
-from quantkit.codes.parts import put_together, take_apart
-from quantkit.containers.hf.tensorfile import read_tensors, write_tensors
-from quantkit.containers.source import file_sha256
 from quantkit.errors import UsageError
 from quantkit.progress import SILENT, Progress
-from quantkit.quantize.stagework import LayerStatistics
 from quantkit.runs.atomic import read_sealed, sync, write_sealed
+from quantkit.runs.files import file_sha256
 from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.tensorfile import read_tensors, write_tensors
+from quantkit.runs.unfinished import BLOCKS, HIDDEN
 
-BLOCKS, HIDDEN = "blocks", "hidden"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _KEPT_STATES = 2
 
@@ -64,6 +61,25 @@ def parse_every(text: str) -> Every:
 
 
 @dataclass(frozen=True)
+class LandedLinear:
+    """One Linear of a block: its published name, its codes as tensors by field, their other fields, and what happened
+    to it; the last two as JSON has them."""
+
+    name: str
+    tensors: Mapping[str, torch.Tensor]
+    fields: Mapping[str, Any]
+    statistics: Mapping[str, Any]
+
+
+class Batches(Protocol):
+    """Tensors of batches, by number; `blocks.states.HiddenStates` are some."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> torch.Tensor: ...
+    def __setitem__(self, i: int, state: torch.Tensor, /) -> None: ...
+
+
+@dataclass(frozen=True)
 class Landed:
     """What an earlier run left: its first blocks, and maybe the hidden states that enter one of them.
 
@@ -77,21 +93,16 @@ class Landed:
     blocks: int = 0
     start: int = 0
 
-    def linears(self, index: int, device: torch.device | None = None) -> Iterator[tuple[str, Codes]]:
-        """(published name, codes) of the Linears of a landed block, on a device."""
+    def linears(self, index: int) -> Iterator[LandedLinear]:
+        """The Linears of a landed block, in order; on the CPU."""
         path = self.folder / BLOCKS / f"{index:05d}"
         tensors = read_tensors(path.with_suffix(".safetensors"))
         for entry in _sealed(path.with_suffix(".json"))["linears"]:
             name = str(entry["name"])
             own = {key.rpartition(".")[2]: part for key, part in tensors.items() if key.rpartition(".")[0] == name}
-            yield name, put_together(own, entry["fields"], device)
+            yield LandedLinear(name, own, entry["fields"], entry["statistics"])
 
-    def statistics(self, index: int) -> list[LayerStatistics]:
-        """Of the Linears of a landed block, in order."""
-        entries = _sealed(self.folder / BLOCKS / f"{index:05d}.json")["linears"]
-        return [LayerStatistics(**entry["statistics"]) for entry in entries]
-
-    def restore(self, hidden: HiddenStates, first: int, batches: int) -> int:
+    def restore(self, hidden: Batches, first: int, batches: int) -> int:
         """Put the kept hidden states in the place of those of the first block; returns the block that they enter.
 
         `hidden` has some of so many batches, from number `first` on.
@@ -130,7 +141,7 @@ def find_landed(folder: Path, total: int, progress: Progress = SILENT) -> Landed
 
 
 class Lander:
-    """Lands blocks while the next one is worked on, and hands their codes on, in order.
+    """Lands blocks while the next one is worked on, and lets the writer of the output take their Linears, in order.
 
     Use as a context: on exit all that was handed over is on the disk. An error of its thread is raised by the next
     call, at the latest on exit.
@@ -138,7 +149,6 @@ class Lander:
     Args:
         folder: of the unfinished run.
         order: names of all Linears that are quantized: a block's are landed in this order.
-        add: receives every Linear of a block that has landed, on the lander's thread.
         every: how often hidden states are kept.
         ranks: the first one lands; every one keeps the hidden states that it has.
         since: blocks of earlier runs after the last hidden states that were kept.
@@ -148,19 +158,18 @@ class Lander:
         self,
         folder: Path,
         order: Sequence[str],
-        add: Callable[[str, Codes], None],
         every: Every,
         ranks: Ranks = ALONE,
         since: int = 0,
     ) -> None:
-        self._folder, self._add, self._every, self._ranks = folder, add, every, ranks
+        self._folder, self._every, self._ranks = folder, every, ranks
         self._order = {name: number for number, name in enumerate(order)}
-        self._block: list[tuple[str, Codes, LayerStatistics]] = []
-        self._queue: Queue[tuple[int, list[tuple[str, Codes, LayerStatistics]]] | None] = Queue(maxsize=1)
+        self._block: list[tuple[LandedLinear, Callable[[], None]]] = []
+        self._queue: Queue[tuple[int, list[tuple[LandedLinear, Callable[[], None]]]] | None] = Queue(maxsize=1)
         self._error: BaseException | None = None
         self._kept, self._since = time.monotonic(), since
         self._thread = Thread(target=self._land_all, name="lander", daemon=True)
-        self.statistics: list[LayerStatistics] = []
+        self.statistics: list[Mapping[str, Any]] = []
 
     def __enter__(self) -> Lander:
         if self._ranks.first:
@@ -175,17 +184,17 @@ class Lander:
         if kind is None:
             self._check()
 
-    def take(self, name: str, linear: Codes, statistics: LayerStatistics) -> None:
-        """Take one Linear of the block in hand."""
+    def take(self, linear: LandedLinear, write: Callable[[], None]) -> None:
+        """Take one Linear of the block in hand; `write` is called when the block has landed, on the lander's thread."""
         self._check()
         if self._ranks.first:
-            self._block.append((name, linear, statistics))
+            self._block.append((linear, write))
 
-    def land(self, index: int, hidden: HiddenStates | None) -> None:
+    def land(self, index: int, hidden: Batches | None) -> None:
         """The block in hand is complete, and `hidden` has left it; None where hidden states alone do not tell all."""
         self._check()
-        block, self._block = sorted(self._block, key=lambda part: self._order[part[0]]), []
-        self.statistics += [statistics for _, _, statistics in block]
+        block, self._block = sorted(self._block, key=lambda part: self._order[part[0].name]), []
+        self.statistics += [linear.statistics for linear, _ in block]
         if self._ranks.first:
             self._queue.put((index, block))
         self._since += 1
@@ -216,26 +225,25 @@ class Lander:
                 del item  # codes are not to be held while waiting
                 self._queue.task_done()
 
-    def _land(self, index: int, block: list[tuple[str, Codes, LayerStatistics]]) -> None:
-        land_block(self._folder / BLOCKS / f"{index:05d}", block)
-        for name, linear, _ in block:
-            self._add(name, linear)
+    def _land(self, index: int, block: list[tuple[LandedLinear, Callable[[], None]]]) -> None:
+        land_block(self._folder / BLOCKS / f"{index:05d}", [linear for linear, _ in block])
+        for _, write in block:
+            write()
 
 
-def land_block(path: Path, block: Sequence[tuple[str, Codes, LayerStatistics]]) -> None:
+def land_block(path: Path, block: Sequence[LandedLinear]) -> None:
     """Write a block's codes and statistics: whole at any later moment, or not there."""
     tensors: dict[str, torch.Tensor] = {}
     entries = []
-    for name, linear, statistics in block:
-        parts, fields = take_apart(linear)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        entries.append({"name": name, "fields": fields, "statistics": asdict(statistics)})
+    for linear in block:
+        tensors |= {f"{linear.name}.{part}": tensor for part, tensor in linear.tensors.items()}
+        entries.append({"name": linear.name, "fields": linear.fields, "statistics": linear.statistics})
     checksum = write_tensors(path.with_suffix(".safetensors"), tensors)
     write_sealed(path.with_suffix(".json"), {"sha256": checksum, "linears": entries})
     sync(path.parent)
 
 
-def keep_states(folder: Path, hidden: HiddenStates, ranks: Ranks = ALONE) -> None:
+def keep_states(folder: Path, hidden: Batches, ranks: Ranks = ALONE) -> None:
     """Write what enters a block into a folder of its own; of those beside it the latest one stays.
 
     All ranks call it, each with its part of the batches; the folder is on a file system that they share.

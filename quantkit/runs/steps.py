@@ -16,25 +16,10 @@ import transformers
 from quantkit.errors import QuantkitError
 from quantkit.progress import Progress
 from quantkit.runs.atomic import fingerprint
-from quantkit.verbs.release.ledger import Hashes, Ledger
+from quantkit.runs.ledger import Hashes, Ledger
 from quantkit.version import __version__
 
 Status = Literal["done", "unchanged", "failed", "refused", "skipped"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a release works, and how: its folder, what it has done there, and what all verbs are told."""
-
-    out: Path
-    ledger: Ledger
-    trust_remote_code: bool
-    progress: Progress
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """Arguments of the verbs that open models."""
-        return {"trust_remote_code": self.trust_remote_code, "progress": self.progress}
 
 
 @dataclass(frozen=True)

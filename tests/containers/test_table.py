@@ -27,7 +27,6 @@ from quantkit.containers.ggjt.write import FILE_TYPES
 from quantkit.containers.gguf.file import MAGIC
 from quantkit.containers.gptq.write import kept_tensor
 from quantkit.containers.hf.folder import FolderSource, stored_dtype
-from quantkit.containers.hf.tensorfile import TensorPlan
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo
@@ -36,6 +35,7 @@ from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
 from quantkit.quantize.plan import on_grid_of
 from quantkit.quantize.targets import CheckpointTarget
 from quantkit.runs.atomic import write_json
+from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import open_source
 from quantkit.verbs.ggml import Container as FileName
 from quantkit.verbs.publish import branch_of

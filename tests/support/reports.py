@@ -13,6 +13,7 @@ from quantkit.containers.describe import Inspection
 from quantkit.evaluate.statistics import KlDivergence, ModelResult, Numbers
 from quantkit.quantize.stagework import LayerStatistics
 from quantkit.report import Report
+from quantkit.runs.steps import Outcome
 from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
 from quantkit.verbs.card import CardReport
 from quantkit.verbs.chat import ChatReport
@@ -33,7 +34,6 @@ from quantkit.verbs.publish import PublishReport
 from quantkit.verbs.publish.files import Change
 from quantkit.verbs.release import ReleaseReport
 from quantkit.verbs.release.forecast import Forecast
-from quantkit.verbs.release.steps import Outcome
 from quantkit.verbs.samples import SamplesReport
 from quantkit.verbs.verify import Verified, VerifyReport
 from quantkit.verbs.verify.programs import Load

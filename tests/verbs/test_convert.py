@@ -25,6 +25,7 @@ from support.tolerance import forward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
+from quantkit.blocks import folder as folders
 from quantkit.cli import app as cli
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.errors import (
@@ -35,7 +36,6 @@ from quantkit.errors import (
 )
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
-from quantkit.verbs import convert as conversion
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -254,9 +254,9 @@ def test_values_that_come_back_otherwise_are_named(
         save_file(changed_tensors, folder / "model.safetensors")
         return original(folder)
 
-    original = conversion.open_weights
-    monkeypatch.setattr(conversion, "open_weights", damaged)
-    with pytest.raises(OutputError, match=rf"{UP}: other data was read back than were written"):
+    original = folders.open_weights
+    monkeypatch.setattr(folders, "open_weights", damaged)
+    with pytest.raises(OutputError, match=rf"{UP}: other data was read back than was written"):
         quantkit.convert(make_model("llama"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,5 +1,5 @@
 """``python -m quantkit``."""
 
-from quantkit.cli.app import main
+from quantkit.cli import main
 
 main()

@@ -6,61 +6,89 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from quantkit.cli import console
-from quantkit.cli.comparing import compare
-from quantkit.cli.exporting import ggml, imatrix
-from quantkit.cli.folders import (
-    convert,
-    diff,
-    inspect,
-    merge,
-)
-from quantkit.cli.generating import chat, generate
-from quantkit.cli.harness import eval
-from quantkit.cli.measuring import perplexity
+from quantkit.cli.command import command_of, described, name_of
 from quantkit.cli.process import settled
-from quantkit.cli.publishing import card, publish
-from quantkit.cli.quantizing import gptq, samples
-from quantkit.cli.releasing import release
 from quantkit.cli.signals import farewell, heeded
-from quantkit.cli.verifying import verify
 from quantkit.errors import QuantkitError, describe, interrupt_came
+from quantkit.options import Options
+from quantkit.options.verbs import (
+    Card,
+    Chat,
+    Compare,
+    Convert,
+    Diff,
+    Eval,
+    Generate,
+    Ggml,
+    Gptq,
+    Imatrix,
+    Inspect,
+    Merge,
+    Perplexity,
+    Publish,
+    Release,
+    Samples,
+    Verify,
+)
 from quantkit.runs import ranks as parallel
 from quantkit.runs.watch import RankError
 from quantkit.version import __version__
 
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+class Verbs(TyperGroup):
+    """All commands by what the help says of them; the options of one are made when it is called, which saves time."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else full_command(name), rest
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="Make the variants of a language model that people publish, and measure what each one loses.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=_SETTINGS,
 )
 
-# In the order of the help.
-for command in (
-    gptq,
-    ggml,
-    convert,
-    merge,
-    diff,
-    imatrix,
-    samples,
-    perplexity,
-    compare,
-    eval,
-    generate,
-    chat,
-    inspect,
-    verify,
-    card,
-    publish,
-    release,
-):
-    app.command()(command)
+# In the order of the help, each with what of its report tells of a failure.
+COMMANDS: tuple[tuple[type[Options], str], ...] = (
+    (Gptq, ""),
+    (Ggml, ""),
+    (Convert, ""),
+    (Merge, ""),
+    (Diff, ""),
+    (Imatrix, ""),
+    (Samples, ""),
+    (Perplexity, ""),
+    (Compare, "unmet"),
+    (Eval, ""),
+    (Generate, ""),
+    (Chat, ""),
+    (Inspect, ""),
+    (Verify, "problems"),
+    (Card, ""),
+    (Publish, ""),
+    (Release, "failures"),
+)
+for spec, _ in COMMANDS:
+    app.command()(described(spec))
+
+
+def full_command(name: str) -> Any:
+    """The command of this name, with its options."""
+    of_one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_SETTINGS)
+    of_one.command()(next(command_of(*row) for row in COMMANDS if name_of(row[0]) == name))
+    return typer.main.get_command(of_one)
 
 
 def _version(asked: bool) -> None:

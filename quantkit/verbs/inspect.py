@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from quantkit.containers.describe import Inspection, describe
+from quantkit.options.verbs import Inspect
 from quantkit.sources import open_source
+from quantkit.verbs import verb
 
 
-def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
+@verb(Inspect)
+def inspect(options: Inspect) -> Inspection:
     """Read headers and report what the model is made of; no weight is read.
 
     Raises:
         SourceError: nothing there, or not a model that can be read.
     """
-    return describe(open_source(model, revision, trust_remote_code))
+    return describe(open_source(options.model, options.revision, options.trust_remote_code))

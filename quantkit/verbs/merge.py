@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -18,7 +17,8 @@ from quantkit.blocks.pair import DeltaSource
 from quantkit.containers.hf.shards import DTYPES as STORED
 from quantkit.containers.source import Source, file_sha256
 from quantkit.errors import NumericError, UsageError
-from quantkit.options import ComputeDtype, Vocabulary, parse_size
+from quantkit.options import parse_size
+from quantkit.options.verbs import Merge, Sum
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.runs.atomic import (
@@ -30,6 +30,7 @@ from quantkit.runs.atomic import (
 )
 from quantkit.runs.record import CHECKSUMS, checksums, origin
 from quantkit.sources import open_source
+from quantkit.verbs import verb
 from quantkit.verbs.convert import ConvertReport
 
 # A sum in float64 beside one in float32 by another program, as published sums are.
@@ -67,41 +68,11 @@ class MergeReport(Report):
         return ConvertReport(self.out, self.dtype, self.tensors, self.bytes, self.seconds, self.dry_run).lines()
 
 
-def merge(
-    base: str | Path,
-    delta: str | Path,
-    out: str | Path,
-    *,
-    vocab: Vocabulary = "auto",
-    dtype: ComputeDtype = "auto",
-    expect_sum: float | None = None,
-    max_shard_size: str | int = "5GB",
-    base_revision: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> MergeReport:
+@verb(Merge)
+def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     """Add a delta to the base it was made from: the tuned model, as a Hugging Face folder of safetensors.
 
     One tensor of each is in memory, and one of the result. Config, tokenizer and generation config are the delta's.
-
-    Args:
-        base: folder, GGUF file or Hub id of full precision.
-        delta: the same; of `diff`, of Alpaca's or WizardLM's script, or of FastChat's.
-        out: folder to write.
-        vocab: what rows of vocabulary that the base lacks count as: "mean" the mean of its rows (Alpaca, WizardLM),
-            "delta" nothing, so that they are the delta's (FastChat, `diff`). "auto" finds out, and notes why.
-        dtype: of the weights; "auto" is that of the tuned model where `diff` noted it, else the delta's.
-        expect_sum: what all values must add up to, within 0.01 and a millionth; rotary frequencies count where both
-            store them. Without it the sum that `diff` noted is compared, and another one is a warning.
-        max_shard_size: of a weight file, such as "5GB", or bytes.
-        base_revision, revision: of Hub ids, base and delta.
-        trust_remote_code: let transformers run code from the models' folders.
-        dry_run: read headers only and report sizes; write nothing.
-        force: replace an existing output.
-        progress: receives bars, notes and warnings.
 
     Raises:
         UsageError: options out of range, an output in the way.
@@ -110,25 +81,24 @@ def merge(
         QuantkitError: the models or the disk failed; nothing is left at `out`.
     """
     started = time.perf_counter()
-    _check_options(vocab, dtype, expect_sum)
-    shard_bytes = parse_size(max_shard_size)
-    sources = _open(base, delta, base_revision, revision, trust_remote_code)
-    source = DeltaSource(*sources, vocab)
+    shard_bytes = parse_size(options.max_shard_size)
+    sources = _open(options, options.delta)
+    source = DeltaSource(*sources, options.vocab)
     note_source(source, progress)
-    held = DTYPES[_tuned_dtype(source) if dtype == "auto" else dtype]
-    target = absolute(out)
-    check_outside(target, source, force)
+    held = DTYPES[_tuned_dtype(source) if options.dtype == "auto" else options.dtype]
+    target = absolute(options.out)
+    check_outside(target, source, options.force)
     plan = plan_folder(source, held)
     report = MergeReport(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True)
-    if dry_run:
+    if options.dry_run:
         return report
     total = _Sum()
     with staged_folder(target) as folder:
         write_folder(folder, plan, shard_bytes, progress, total.add)
         for frequencies in source.rotary():
             total.add(frequencies)
-        _check_sum(total.rounded, expect_sum)
-        if expect_sum is None:
+        _check_sum(total.rounded, options.expect_sum)
+        if options.expect_sum is None:
             _warn_of_sum(total.rounded, source, progress)
         _finish(folder, plan, {"sum": total.rounded})
     return replace(report, sum=total.rounded, seconds=time.perf_counter() - started, dry_run=False)
@@ -152,21 +122,11 @@ class _Sum:
         return round(self._total, 4)
 
 
-def _check_options(vocab: str, dtype: str, expect_sum: float | None) -> None:
-    if vocab not in get_args(Vocabulary):
-        raise UsageError(f"--vocab {vocab}: choose {', '.join(get_args(Vocabulary))}")
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
-    if expect_sum is not None and not math.isfinite(expect_sum):
-        raise UsageError(f"--expect-sum {expect_sum}: give a number")
-
-
-def _open(
-    base: str | Path, other: str | Path, base_revision: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[Source, Source]:
-    if Path(base).exists() and base_revision is not None:
-        raise UsageError(f"--base-revision is for Hub ids; {base} is a local path")
-    return open_source(base, base_revision, trust_remote_code), open_source(other, revision, trust_remote_code)
+def _open(options: Sum, other: str | Path) -> tuple[Source, Source]:
+    if Path(options.base).exists() and options.base_revision is not None:
+        raise UsageError(f"--base-revision is for Hub ids; {options.base} is a local path")
+    base = open_source(options.base, options.base_revision, options.trust_remote_code)
+    return base, open_source(other, options.revision, options.trust_remote_code)
 
 
 def _tuned_dtype(source: DeltaSource) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from quantkit.blocks.open import note_source, open_stream
 from quantkit.blocks.stream import ModelStream
@@ -12,17 +11,16 @@ from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
 from quantkit.evaluate.statistics import ModelResult, summarize
 from quantkit.options import (
-    HELDOUT,
-    ComputeDtype,
     EvaluationSpec,
-    TemplateName,
     make,
 )
+from quantkit.options.verbs import Perplexity
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.tokens.calibration import check_tokens
 from quantkit.tokens.text import common_text, default_seq_len
+from quantkit.verbs import verb
 
 
 @dataclass(frozen=True)
@@ -45,48 +43,34 @@ class PerplexityReport(Report):
         yield Table(columns, [[result.model, *_cells(result, compared)] for result in self.results])
 
 
-def perplexity(
-    models: list[str | Path],
-    *,
-    against: str | Path | None = None,
-    text: str = HELDOUT,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    template: TemplateName = "auto",
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    memory: str | int | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
-    ranks: Ranks = ALONE,
-) -> PerplexityReport:
+@verb(Perplexity)
+def perplexity(options: Perplexity, *, progress: Progress = SILENT, ranks: Ranks = ALONE) -> PerplexityReport:
     """Perplexity of models on disk, and their divergence from a reference.
 
     All models run block by block on the same batches; an 8-billion model is evaluated in the memory of one block.
-
-    Args:
-        models: folders, GGUF files or Hub ids.
-        against: reference for KL divergence, agreement and paired differences; its row comes first.
-        text: a data set name, ``wikitext2``, ``wikitext2:FILE`` or a file; default: the bundled held-out records.
-        seq_len: tokens a window; None: 2048 for wikitext2, else 512.
-        stride: start windows this many tokens apart and score only what is new; None: no overlap.
-        template, device, dtype, memory, revision, trust_remote_code, progress, ranks: as in `gptq`.
 
     Raises:
         UsageError: options out of range, or models with different tokenizers.
         QuantkitError: a model or the text cannot be read.
     """
-    length = default_seq_len(text) if seq_len is None else seq_len
-    spec = make(EvaluationSpec, text=text, seq_len=length, stride=stride, template=template)
-    names = ([] if against is None else [against]) + list(models)
+    length = default_seq_len(options.text) if options.seq_len is None else options.seq_len
+    spec = make(EvaluationSpec, text=options.text, seq_len=length, stride=options.stride, template=options.template)
+    names = ([] if options.against is None else [options.against]) + list(options.models)
     if not names:
         raise UsageError("name at least one model")
     progress = ranks.reporting(progress)
     streams = [
-        open_stream(name, ranks.device(device), dtype, revision, trust_remote_code, memory=memory) for name in names
+        open_stream(
+            name,
+            ranks.device(options.device),
+            options.dtype,
+            options.revision,
+            options.trust_remote_code,
+            memory=options.memory,
+        )
+        for name in names
     ]
-    return evaluate_streams(streams, spec, against is not None, progress, ranks)
+    return evaluate_streams(streams, spec, options.against is not None, progress, ranks)
 
 
 def evaluate_streams(

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from quantkit.blocks.open import model_or_default, open_model
-from quantkit.options import (
-    HELDOUT,
-    CalibrationSpec,
-    TemplateName,
-    make,
-)
+from quantkit.options.verbs import Samples
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report, Rule, Shown
 from quantkit.tokens import TokenMatrix, shown_license
 from quantkit.tokens.calibration import calibration_windows
+from quantkit.verbs import verb
 
 
 @dataclass(frozen=True)
@@ -50,28 +45,16 @@ class SamplesReport(Report):
             yield window
 
 
-def samples(
-    model: str | Path | None = None,
-    *,
-    calibration: str = "evol-instruct-sample",
-    samples: int = 128,
-    seq_len: int = 512,
-    template: TemplateName = "auto",
-    seed: int = 0,
-    evaluate: bool = True,
-    text: str = HELDOUT,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
-) -> SamplesReport:
+@verb(Samples)
+def samples(options: Samples, *, progress: Progress = SILENT) -> SamplesReport:
     """Draw the windows that `gptq` would calibrate on, with the same arguments, and decode them.
 
     Raises:
         UsageError: nothing has the name, or a mixture is wrongly written.
         CalibrationError: data that cannot be read or is too short.
     """
-    spec = make(CalibrationSpec, data=calibration, samples=samples, seq_len=seq_len, template=template, seed=seed)
-    source = open_model(model_or_default(model, progress), revision, trust_remote_code)
+    source = open_model(model_or_default(options.model, progress), options.revision, options.trust_remote_code)
     tokenizer = source.tokenizer()
-    matrix = calibration_windows(calibration, spec, source, text if evaluate else None, progress)
+    judged = options.text if options.evaluate else None
+    matrix = calibration_windows(options.calibration, options, source, judged, progress)
     return SamplesReport(matrix, [str(tokenizer.decode(row)) for row in matrix.tokens.tolist()])

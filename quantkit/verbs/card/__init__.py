@@ -11,9 +11,11 @@ from typing import Any
 from quantkit.containers import CONTAINERS
 from quantkit.containers.source import file_sha256
 from quantkit.errors import OutputError, UsageError
+from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, staged_files
+from quantkit.verbs import verb
 from quantkit.verbs.card.asked import prompt_of
 from quantkit.verbs.card.facts import Model, models_in
 from quantkit.verbs.card.front import (
@@ -65,70 +67,37 @@ class CardReport(Report):
         yield f"{', '.join(self.models)}: {len(self.evaluated)} of {len(self.models)} measured{plots}"
 
 
-def card(
-    folder: str | Path,
-    *,
-    reports: Sequence[str | Path] | None = None,
-    evals: Sequence[str | Path] | None = None,
-    siblings: Sequence[str] | None = None,
-    repo: str | None = None,
-    branch: str = "main",
-    branches: Mapping[str, str | Path] | None = None,
-    template: str = "default",
-    licence: str | None = None,
-    prompt_template: str | None = None,
-    original: str | Path | None = None,
-    base_model: Sequence[str] | None = None,
-    quantized_by: str | None = None,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> CardReport:
+@verb(Card)
+def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
     """Write a folder's README.md: a model card for the Hub, of facts that its files and reports give.
 
     A measurement counts for a file whose SHA-256 it names, whatever either is called. What nobody measured is left out.
-
-    Args:
-        folder: a GPTQ or full-precision folder, or one with GGUF or ggjt files.
-        reports: report.json of `compare`; plots beside it are copied into the folder.
-        evals: results of `eval`.
-        siblings: other repositories of the family: OWNER/NAME, or OWNER/NAME=what it is.
-        repo: OWNER/NAME that the folder will be published as; None: its name stands there.
-        branch: that it goes to.
-        branches: further branches of the repository, by name, with the folders that went there.
-        template: "default", "thebloke-2023" or a file, a jinja2 template (docs/publish.md).
-        licence: where neither the original card nor a GGUF file says it.
-        prompt_template: vicuna, wizardlm-7b, alpaca, chat or none; None or "auto": the model's chat template, else
-            that of the calibration text.
-        original: card of the model that this one was made from, or its folder: licence and language are taken from it,
-            and its text stands at the end. The folder's own README.md may be meant, if quantkit did not write it.
-        base_model: repositories that it was made from; without them those that quantkit.json names.
-        quantized_by: who; left out unless given.
-        force: replace a README.md, and plots.
-        progress: receives notes and warnings.
 
     Raises:
         UsageError: a card or plot in the way, a report that is of none of the files, another licence than the source's,
             an error in a template (names the line).
         SourceError: a model that cannot be read, or another one than quantkit.json says.
     """
-    root = absolute(folder)
+    root = absolute(options.folder)
     if not root.is_dir():
-        raise UsageError(f"{folder}: no such folder")
-    given = None if original is None else absolute(original)
-    _check_place(root, given, force)
+        raise UsageError(f"{options.folder}: no such folder")
+    given = None if options.original is None else absolute(options.original)
+    _check_place(root, given, options.force)
     source = Original() if given is None else read_original(given)
-    text, reports = read_template(template), reports or ()
-    models = models_in(root, branch)
+    text, reports = read_template(options.template), options.reports
+    models = models_in(root, options.branch)
     _check_source(given, models)
-    for name, other in (branches or {}).items():
+    for name, other in options.branches.items():
         models += models_in(absolute(other), name)
-    measured = measurements(models, reports, evals or ())
-    bases, relation = bases_of(models[0], base_model or ())
-    inherited = licence_of(source, models, licence)
-    report = _report(root / CARD, template, models, measured, inherited, bases, _plots(root, reports, force))
+    measured = measurements(models, reports, options.evals)
+    bases, relation = bases_of(models[0], options.base_model)
+    inherited = licence_of(source, models, options.licence)
+    report = _report(
+        root / CARD, options.template, models, measured, inherited, bases, _plots(root, reports, options.force)
+    )
     for what in report.missing:
         progress.warn(f"the card does not say {what}")
-    title = (repo or root.name).rpartition("/")[2]
+    title = (options.repo or root.name).rpartition("/")[2]
     head = front_matter(
         models,
         measured,
@@ -137,25 +106,25 @@ def card(
         licence=inherited,
         bases=bases,
         relation=relation,
-        quantized_by=quantized_by,
+        quantized_by=options.quantized_by,
     )
     variables = {
         "title": title,
-        "repo": repo or root.name,
+        "repo": options.repo or root.name,
         "version": __version__,
         "licence": inherited.get("license"),
         "base_models": bases,
         "models": [
             {**vars(model), **vars(found), **_provenance(model)} for model, found in zip(models, measured, strict=True)
         ],
-        "siblings": [_sibling(name) for name in siblings or ()],
-        "prompt": prompt_of(root, models, prompt_template),
-        "programs": hints(models, repo or root.name, bases[0] if bases else "SOURCE_MODEL"),
+        "siblings": [_sibling(name) for name in options.siblings or ()],
+        "prompt": prompt_of(root, models, options.prompt_template),
+        "programs": hints(models, options.repo or root.name, bases[0] if bases else "SOURCE_MODEL"),
         "plots": [{"file": plot, "title": _PLOTS[plot]} for plot in report.plots],
         "original": source.text,
     }
-    body = render(text, template, variables)
-    _write(root, f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", reports, report.plots)
+    body = render(text, options.template, variables)
+    _write(root, f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", options.reports, report.plots)
     return report
 
 

@@ -19,13 +19,11 @@ from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.evaluate.statistics import numbers_of
 from quantkit.options import (
-    HELDOUT,
-    ComputeDtype,
     EvaluationSpec,
-    TemplateName,
     make,
     parse_size,
 )
+from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import (
@@ -39,6 +37,7 @@ from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
 from quantkit.tokens.calibration import check_tokens
 from quantkit.tokens.text import EvaluationText, common_text, default_seq_len
+from quantkit.verbs import verb
 from quantkit.verbs.compare.chooser import (
     Choice,
     Limits,
@@ -93,64 +92,41 @@ class CompareReport(Report):
         yield f"report: {self.out / 'report.html'}"
 
 
-def compare(
-    reference: str | Path,
-    variants: Sequence[str | Path],
-    *,
-    out: str | Path,
-    texts: Sequence[str] | None = None,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    template: TemplateName = "auto",
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    memory: str | int | None = None,
-    budget: str | int | None = None,
-    max_kl: float | None = None,
-    plots: bool = True,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-    ranks: Ranks = ALONE,
-) -> CompareReport:
+@verb(Compare)
+def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALONE) -> CompareReport:
     """Compare variants with the model they were made from, and write a report with plots.
 
     All models run block by block on the same batches of all texts, so a family is compared in the memory of one block
     and of the hidden states.
-
-    Args:
-        reference: what the variants are compared with: a folder, GGUF or ggjt file, or Hub id.
-        variants: the same, one or more, in any mixture of kinds.
-        out: folder to write: report.json, report.md, report.html, and accuracy-size, layers and kl as PNG and SVG.
-        texts: each as in `perplexity`; None: its default.
-        seq_len: tokens a window, of every text; None: 2048 for wikitext2, else 512.
-        stride: start windows this many tokens apart and score only what is new; None: no overlap.
-        budget: name the variant to take that has at most this size on disk, such as "4GB", or bytes.
-        max_kl: name the variant to take that has at most this mean KL divergence, in nats. `chooser.choose` says how
-            the two go together.
-        plots: draw them, where matplotlib is installed.
-        template, device, dtype, memory, revision, trust_remote_code, force, progress, ranks: as in `gptq`.
 
     Raises:
         UsageError: options out of range, a model or a text named twice, models with different tokenizers, an output in
             the way.
         QuantkitError: a model or a text cannot be read, or the disk failed; nothing is left at `out`.
     """
-    place, limits = absolute(out), Limits(_bytes(budget), max_kl)
-    specs = _specs((HELDOUT,) if texts is None else texts, seq_len, stride, template)
-    if not variants:
+    budget = None if options.budget is None else parse_size(options.budget)
+    place, limits = absolute(options.out), Limits(budget, options.max_kl)
+    specs = _specs(options)
+    if not options.variants:
         raise UsageError("name at least one variant to compare with the reference")
     progress = ranks.reporting(progress)
-    names = (reference, *variants)
+    names = (options.reference, *options.variants)
     streams = [
-        open_stream(name, ranks.device(device), dtype, revision, trust_remote_code, memory=memory) for name in names
+        open_stream(
+            name,
+            ranks.device(options.device),
+            options.dtype,
+            options.revision,
+            options.trust_remote_code,
+            memory=options.memory,
+        )
+        for name in names
     ]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
     for source in sources:
         if ranks.first:
-            check_outside(place, source, force)
+            check_outside(place, source, options.force)
         note_source(source, progress)
     windows = ranks.from_first(lambda: _windows(sources, specs, progress))
     scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
@@ -160,7 +136,7 @@ def compare(
         models = _models(sources, windows, scores, origins)
         choice, unmet = choose(models[1:], limits)
         report = CompareReport(place, models[0].model, _facts(windows, specs, scores), models, choice, unmet)
-        figures = _figures(models, scores, progress) if plots else {}
+        figures = _figures(models, scores, progress) if options.plots else {}
         with staged_folder(place) as folder:
             write_json(folder / "report.json", report.as_dict())
             write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins))
@@ -175,27 +151,16 @@ def compare(
 # -- parts of the flow -----------------------------------------------------------------------------------------------
 
 
-def _bytes(budget: str | int | None) -> int | None:
-    try:
-        return None if budget is None else parse_size(budget)
-    except UsageError:
-        raise UsageError(f"--budget {budget}: give a size such as 4GB or 500MB") from None
-
-
-def _specs(
-    texts: Sequence[str], seq_len: int | None, stride: int | None, template: TemplateName
-) -> list[EvaluationSpec]:
-    if not texts:
-        raise UsageError("name at least one text to compare on")
+def _specs(options: Compare) -> list[EvaluationSpec]:
     return [
         make(
             EvaluationSpec,
             text=text,
-            seq_len=default_seq_len(text) if seq_len is None else seq_len,
-            stride=stride,
-            template=template,
+            seq_len=default_seq_len(text) if options.seq_len is None else options.seq_len,
+            stride=options.stride,
+            template=options.template,
         )
-        for text in texts
+        for text in options.texts
     ]
 
 

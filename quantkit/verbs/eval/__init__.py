@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,11 +11,12 @@ from pathlib import Path
 from quantkit.blocks.open import named, open_model
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
-from quantkit.options import ComputeDtype
+from quantkit.options.verbs import Eval
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, write_json
 from quantkit.runs.record import origin
+from quantkit.verbs import verb
 from quantkit.verbs.eval.register import register
 from quantkit.verbs.eval.suites import SUITES
 from quantkit.verbs.eval.tasks import (
@@ -83,44 +84,11 @@ class EvalReport(EvalResults):
         yield f"wrote {self.out}"
 
 
-def eval(
-    model: str | Path | None = None,
-    *,
-    out: str | Path,
-    base: str | Path | None = None,
-    delta: str | Path | None = None,
-    suite: str | None = None,
-    task: Sequence[str] | None = None,
-    tasks_dir: str | Path | None = None,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> EvalReport:
+@verb(Eval)
+def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     """Run tasks of lm-evaluation-harness on a model and write the numbers as JSON.
 
     Tasks and their data come before the model: what cannot be had is said at once.
-
-    Args:
-        model: folder, GGUF or ggjt file, or Hub id.
-        out: file to write.
-        base, delta: instead of `model`, a pair that is added as `merge` would.
-        suite: "open-llm-leaderboard", which is also what runs without a `task`.
-        task: names of tasks, groups or tags.
-        tasks_dir: folder with more of them, as YAML files; data files that they name are looked for there.
-        fewshot: examples before each question of `task`; None: as each says.
-        limit: ask only the first so many questions of each task, to try it out.
-        batch_size: questions at a time.
-        device, dtype: where and how to compute.
-        revision: of a Hub id.
-        trust_remote_code: let transformers run code from the model's folder.
-        force: replace an existing `out`.
-        progress: receives bars, notes and warnings.
 
     Raises:
         UsageError: options out of range, no such task, an output in the way.
@@ -129,34 +97,32 @@ def eval(
     """
     started = time.perf_counter()
     register()
-    task = tuple(task or ())
-    suite = _suite(suite, task, fewshot)
-    _check_counts(limit=limit, batch_size=batch_size, fewshot=fewshot)
-    folder = None if tasks_dir is None else Path(tasks_dir).expanduser().resolve()
+    suite, task = _suite(options), options.task
+    folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"--tasks-dir {tasks_dir}: no such folder")
-    target = absolute(out)
-    source = open_model(named(model, base, delta), revision, trust_remote_code)
-    check_other_file(target, source, force)
-    if limit is not None:
-        progress.warn(f"--limit {limit}: numbers of so few questions are to try things out, not to compare")
+        raise UsageError(f"--tasks-dir {options.tasks_dir}: no such folder")
+    target = absolute(options.out)
+    source = open_model(named(options.model, options.base, options.delta), options.revision, options.trust_remote_code)
+    check_other_file(target, source, options.force)
+    if options.limit is not None:
+        progress.warn(f"--limit {options.limit}: numbers of so few questions are to try things out, not to compare")
     measures = SUITES[suite] if suite else ()
     with progress.phase("loading tasks", 1) as advance:
         loaded = load_tasks(task, measures, folder)
         advance(1)
     counts = {measure.task: measure.fewshot for measure in measures}
-    set_fewshot(loaded, counts | ({} if fewshot is None else dict.fromkeys(task, fewshot)))
+    set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))
     from quantkit.verbs.eval.model import QuantkitLM
 
     lm = QuantkitLM(
         source=source,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        batch_size=batch_size,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        batch_size=options.batch_size,
         progress=progress,
     )
-    results = run_tasks(lm, loaded, limit)
+    results = run_tasks(lm, loaded, options.limit)
     scores = [measured(results, loaded, measure) for measure in measures]
     named_ones = [number for name in task for number in every_number(results, loaded, name)]
     found = EvalResults(
@@ -165,8 +131,8 @@ def eval(
         harness=Harness("lm-evaluation-harness", version("lm_eval")),
         kernels=lm.kernels,
         suite=suite,
-        limit=limit,
-        partial=limit is not None,
+        limit=options.limit,
+        partial=options.limit is not None,
         tasks=(*scores, *named_ones),
         average=sum(score.value for score in scores) / len(scores) if scores else None,
     )
@@ -176,21 +142,13 @@ def eval(
     return report
 
 
-def _suite(suite: str | None, tasks: Sequence[str], fewshot: int | None) -> str | None:
-    if suite is None and not tasks:
-        suite = LEADERBOARD
+def _suite(options: Eval) -> str | None:
+    suite = LEADERBOARD if options.suite is None and not options.task else options.suite
     if suite is not None and suite not in SUITES:
         raise UsageError(f"--suite {suite}: choose one of {', '.join(SUITES)}")
-    if fewshot is not None and not tasks:
+    if options.fewshot is not None and not options.task:
         raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
     return suite
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        least = 0 if name == "fewshot" else 1
-        if count is not None and count < least:
-            raise UsageError(f"--{name.replace('_', '-')} {count}: at least {least}")
 
 
 def _files(source: Source) -> dict[str, str]:

@@ -12,8 +12,8 @@ from typing import Any
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_on_kernels
-from quantkit.errors import UsageError
-from quantkit.options import ComputeDtype, TemplateName, make
+from quantkit.options import Decoding
+from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.runs.answers import (
@@ -24,7 +24,8 @@ from quantkit.runs.answers import (
 )
 from quantkit.runs.atomic import absolute
 from quantkit.runs.record import origin
-from quantkit.verbs.generate.decoding import Answer, DecodingSpec, Request
+from quantkit.verbs import verb
+from quantkit.verbs.generate.decoding import Answer, Request
 from quantkit.verbs.generate.prompts import Prompt, read_prompts, with_system
 from quantkit.verbs.generate.speaker import Speaker
 
@@ -71,59 +72,13 @@ class GenerateReport(Report):
         yield f"{self.output_tokens} tokens in {self.seconds:.0f} s"
 
 
-def generate(
-    model: str | Path | None = None,
-    *,
-    prompts: str | Path,
-    out: str | Path,
-    base: str | Path | None = None,
-    delta: str | Path | None = None,
-    template: TemplateName = "auto",
-    system: str | None = None,
-    batch_size: int = 8,
-    greedy: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 40,
-    num_beams: int = 1,
-    max_new_tokens: int = 2048,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: ComputeDtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress = SILENT,
-) -> GenerateReport:
+@verb(Generate)
+def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateReport:
     """Answer every prompt of a file. Each batch of answers is on the disk before the next is begun.
 
     A line of `out` is its prompt's line with `id`, `output`, `finish_reason` ("eos", or "length" where the room ended),
     `prompt_tokens` and `output_tokens`; lines are in the order of the prompts. Beside it, `OUT.quantkit.json` says how
     they were made. Randomness is each prompt's own, from `seed` and its id.
-
-    Args:
-        model: folder, GGUF or ggjt file, or Hub id; a GPTQ folder runs on GPTQModel's kernels where that is installed.
-        prompts: JSON lines; `answers.prompts.read_prompts` says which fields.
-        out: file to write.
-        base, delta: instead of `model`, a pair that is added as `merge` would.
-        template: how a prompt is put to the model; "none" puts it as it is.
-        system: system message for prompts that bring none; in place of a template's own.
-        batch_size: prompts at a time.
-        greedy: take the likeliest token instead of drawing one.
-        temperature, top_p, top_k, repetition_penalty: shape what is drawn from; `top_k` 0 keeps all tokens.
-        num_beams: beams of transformers' search; more than one takes one prompt at a time.
-        max_new_tokens: of an answer; less where the model's context has no room for them.
-        seed: decides what is drawn.
-        device, dtype: where and how to compute.
-        revision: of a Hub id.
-        trust_remote_code: let transformers run code from the model's folder.
-        resume: go on with an `out` of the same settings and prompts; prompts may have been added at the end.
-        dry_run: read and check the prompts and the model's headers; write nothing.
-        force: replace an existing `out`.
-        progress: receives bars, notes and warnings.
 
     Raises:
         UsageError: options out of range, an output in the way, or one that cannot be gone on with.
@@ -131,45 +86,39 @@ def generate(
         QuantkitError: the model or the disk failed; what was answered stays.
     """
     started = time.perf_counter()
-    spec = make(
-        DecodingSpec,
-        greedy=greedy,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
+    spec = options.part(Decoding)
+    target, asked = absolute(options.out), Path(options.prompts).expanduser()
+    check_answers(target, asked, options.resume, options.force)
+    wanted = with_system(read_prompts(asked), options.system)
+    stream = open_stream(
+        named(options.model, options.base, options.delta),
+        options.device,
+        options.dtype,
+        options.revision,
+        options.trust_remote_code,
     )
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size}: at least 1")
-    target, asked = absolute(out), Path(prompts).expanduser()
-    check_answers(target, asked, resume, force)
-    wanted = with_system(read_prompts(asked), system)
-    stream = open_stream(named(model, base, delta), device, dtype, revision, trust_remote_code)
     note_source(stream.source, progress)
-    speaker = Speaker.of(stream.source, template, spec)
+    speaker = Speaker.of(stream.source, options.template, spec)
     progress.note(f"{stream.source.label}: prompts by template {speaker.template}")
     requests = speaker.requests(wanted)
     _note_room(requests, speaker, progress)
     longest = max(len(request.ids) for request in requests)
-    report = GenerateReport(target, speaker.template, None, len(wanted), 0, {}, 0, 0, longest, dry_run=dry_run)
-    if dry_run:
+    report = GenerateReport(target, speaker.template, None, len(wanted), 0, {}, 0, 0, longest, dry_run=options.dry_run)
+    if options.dry_run:
         return replace(report, prompt_tokens=sum(len(request.ids) for request in requests))
-    settings = {"recipe": _recipe(speaker, stream, system), **origin(stream.source)}
-    done = begun(target, settings, wanted) if resume and target.exists() else 0
-    if resume and done == len(wanted):
+    settings = {"recipe": _recipe(speaker, stream, options.system), **origin(stream.source)}
+    done = begun(target, settings, wanted) if options.resume and target.exists() else 0
+    if options.resume and done == len(wanted):
         return replace(report, resumed=done, seconds=time.perf_counter() - started)
-    loaded = load_on_kernels(stream, trust_remote_code, progress)
+    loaded = load_on_kernels(stream, options.trust_remote_code, progress)
     settings["recipe"]["kernels"] = loaded.kernels
     if done:
         begun(target, settings, wanted)
     answers: list[Answer] = []
     with appending(target, settings, done) as file, progress.phase("answering", len(wanted) - done) as advance:
         # The batches are those of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
-        for start in range(done - done % batch_size, len(wanted), batch_size):
-            batch = slice(start, start + batch_size)
+        for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
+            batch = slice(start, start + options.batch_size)
             found = speaker.answer(loaded.model, requests[batch])
             lines = [_line(speaker, *row) for row in zip(wanted[batch], requests[batch], found, strict=True)]
             fresh = max(done - start, 0)

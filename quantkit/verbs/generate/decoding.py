@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -23,30 +22,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from quantkit.errors import NumericError
-from quantkit.options import Spec
-
-
-class DecodingSpec(Spec):
-    """How an answer is drawn from a model; the defaults are those of WizardLM's decoding script.
-
-    `greedy` takes the likeliest token and leaves temperature, top_p, top_k and seed without meaning. `top_k` 0 keeps
-    all tokens.
-    """
-
-    greedy: bool = False
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    top_k: int = Field(40, ge=0)
-    num_beams: int = Field(1, ge=1)
-    max_new_tokens: int = Field(2048, ge=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _check_finite(self) -> DecodingSpec:
-        if self.temperature == float("inf") or self.repetition_penalty == float("inf"):
-            raise ValueError("temperature and repetition_penalty must be finite")
-        return self
+from quantkit.options import Decoding
 
 
 @dataclass(frozen=True)
@@ -76,7 +52,7 @@ def own_seed(seed: int, key: str) -> int:
 def decode(
     model: PreTrainedModel,
     requests: Sequence[Request],
-    spec: DecodingSpec,
+    spec: Decoding,
     stops: Sequence[int],
     each: Callable[[list[int]], None] | None = None,
 ) -> list[Answer]:
@@ -111,7 +87,7 @@ def decode(
 def _rows(
     model: PreTrainedModel,
     requests: Sequence[Request],
-    spec: DecodingSpec,
+    spec: Decoding,
     stops: Sequence[int],
     room: int,
     each: Callable[[list[int]], None] | None,
@@ -131,7 +107,7 @@ def _rows(
     return rows
 
 
-def _beams(model: PreTrainedModel, request: Request, spec: DecodingSpec, stops: Sequence[int]) -> Answer:
+def _beams(model: PreTrainedModel, request: Request, spec: Decoding, stops: Sequence[int]) -> Answer:
     """transformers' own beam search, whose draws come from the global generator: it is lent a seed, and put back."""
     config = _config(spec, stops, request.room)
     ids, mask = _padded([request], model.device)
@@ -166,7 +142,7 @@ def _padded(requests: Sequence[Request], device: torch.device) -> tuple[torch.Te
     return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
 
 
-def _config(spec: DecodingSpec, stops: Sequence[int], room: int) -> GenerationConfig:
+def _config(spec: Decoding, stops: Sequence[int], room: int) -> GenerationConfig:
     """Every choice that is not ours to leave open; sampling without beams is done by `_Draw`."""
     drawn = {} if spec.num_beams == 1 or spec.greedy else {"temperature": spec.temperature, "top_p": spec.top_p}
     if drawn:
@@ -193,7 +169,7 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
         model.generation_config = own
 
 
-def _processors(requests: Sequence[Request], spec: DecodingSpec) -> LogitsProcessorList:
+def _processors(requests: Sequence[Request], spec: Decoding) -> LogitsProcessorList:
     """In transformers' order: the penalty, temperature, top-k, top-p; then the draw itself."""
     found: list[Any] = [_Finite()]
     if spec.repetition_penalty != 1:

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantkit.blocks.whole import generation_config
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError
-from quantkit.options import TemplateName
+from quantkit.options import Decoding, TemplateName
 from quantkit.tokens.calibration import check_tokens
 from quantkit.tokens.records import Record
 from quantkit.tokens.templates import resolve
 from quantkit.verbs.generate.decoding import (
     Answer,
-    DecodingSpec,
     Request,
     decode,
 )
@@ -45,10 +44,10 @@ class Speaker:
     template: TemplateName
     stops: list[int]
     context: int | None
-    spec: DecodingSpec
+    spec: Decoding
 
     @classmethod
-    def of(cls, source: Source, template: TemplateName, spec: DecodingSpec) -> Speaker:
+    def of(cls, source: Source, template: TemplateName, spec: Decoding) -> Speaker:
         """Raises `UsageError` where the template is `chat` and the tokenizer has none, `SourceError` without one."""
         tokenizer = source.tokenizer()
         chosen = resolve(template, tokenizer)

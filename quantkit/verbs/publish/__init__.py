@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantkit.containers import of_folder
 from quantkit.errors import OutputError, UsageError
+from quantkit.options.verbs import Publish
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute
+from quantkit.verbs import verb
 from quantkit.verbs.publish.files import (
     Change,
     LocalFile,
@@ -65,61 +67,37 @@ class PublishReport(Report):
         yield f"{size(self.bytes)} to send" if self.dry_run else f"commit {self.commit}"
 
 
-def publish(
-    folder: str | Path,
-    repo: str,
-    *,
-    branch: str | None = None,
-    public: bool = False,
-    only: Sequence[str] | None = None,
-    delete: bool = False,
-    message: str | None = None,
-    verify: bool = True,
-    dry_run: bool = False,
-    progress: Progress = SILENT,
-) -> PublishReport:
+@verb(Publish)
+def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     """Make a branch of a model repository hold what a folder holds, through the Hub's own client.
 
     Only files that differ from the branch's are sent, as one commit; where none does there is no commit. Files that
     arrived before a failure are not sent again by the next call. The token is the Hub client's: HF_TOKEN, or that of
     `hf auth login`.
 
-    Args:
-        folder: what to publish, but hidden files and other litter.
-        repo: owner/name, or a name of one's own; created where there is none.
-        branch: created where there is none, from the repository's first commit; None: main. "auto" names it after the
-            folder's GPTQ settings, such as gptq-4bit-32g-actorder_True.
-        public: make a new repository public; one that exists stays what it is.
-        only: patterns of paths in the folder; files that match none are left out.
-        delete: remove from the branch what the folder lacks.
-        message: of the commit.
-        verify: refuse a folder in which `quantkit.verify` finds problems.
-        dry_run: look and compare, change nothing; verifying then generates no text.
-        progress: receives bars, notes and warnings.
-
     Raises:
         UsageError: no such folder, a pattern without files, a name that the Hub does not accept.
         OutputError: problems in the folder, no token or the wrong one, or the Hub cannot be reached; says whether the
             same command goes on.
     """
-    root = absolute(folder)
-    files = local_files(root, only or ())
-    target = branch_of(root) if branch == "auto" else branch or "main"
+    root = absolute(options.folder)
+    files = local_files(root, options.only)
+    target = branch_of(root) if options.branch == "auto" else options.branch
     if not _BRANCH.fullmatch(target):
         raise UsageError(f"--branch {target}: not a name for a branch")
     check_token()
-    remote = Remote(repo, target, progress)
+    remote = Remote(options.repo, target, progress)
     state = remote.persist(remote.look)
-    _say(remote.repo, state, public, progress)
+    _say(remote.repo, state, options.public, progress)
     if "README.md" not in files and "README.md" not in state.files:
-        progress.warn(f"{folder} has no README.md: `quantkit card` writes one")
-    if verify:
-        _verify(root, not dry_run, progress)
-    report = _report(remote, state, public, compare(files, state.files, delete))
-    if dry_run:
+        progress.warn(f"{options.folder} has no README.md: `quantkit card` writes one")
+    if options.verify:
+        _verify(root, not options.dry_run, progress)
+    report = _report(remote, state, options.public, compare(files, state.files, options.delete))
+    if options.dry_run:
         return report
-    text = message or f"Upload with quantkit {__version__}"
-    commit = remote.persist(lambda: _attempt(remote, files, public, delete, text))
+    text = options.message or f"Upload with quantkit {__version__}"
+    commit = remote.persist(lambda: _attempt(remote, files, options.public, options.delete, text))
     return replace(report, commit=commit, dry_run=False)
 
 

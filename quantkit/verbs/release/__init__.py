@@ -13,12 +13,14 @@ from quantkit.blocks.open import Pair, open_model
 from quantkit.blocks.pair import PairSource as PairSource
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
+from quantkit.options.verbs import Release
 from quantkit.progress import SILENT, Progress, duration, size
 from quantkit.report import Column, Line, Report, Shown, Table
 from quantkit.runs.atomic import absolute
 from quantkit.runs.ledger import Ledger, locked
 from quantkit.runs.steps import Outcome, Step, run_steps
 from quantkit.runs.unfinished import folder_of
+from quantkit.verbs import verb
 from quantkit.verbs.card.front import MARK
 from quantkit.verbs.release.family import Family
 from quantkit.verbs.release.forecast import Forecast, Forecaster
@@ -83,40 +85,24 @@ class ReleaseReport(Report):
         )
 
 
-def release(
-    recipe: str | Path | Recipe,
-    out: str | Path | None = None,
-    *,
-    publishing: bool = True,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-    debug: bool = False,
-    progress: Progress = SILENT,
-) -> ReleaseReport:
+@verb(Release)
+def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
     """Make a family of variants as a recipe says: full precision, quantized, compared, described, verified, published.
 
     Steps whose inputs have not changed are not done again, so a release that was killed goes on where it was. A
     variant that cannot be made is told, and the others are made.
 
-    Args:
-        recipe: a YAML file, or what `recipe.load_recipe` makes of one.
-        out: folder of the release; None: the recipe's name with ``-release`` at its end.
-        publishing: do what the recipe says of it.
-        trust_remote_code: let transformers run code from the source's folder.
-        dry_run: read headers only; report sizes, memory and time, and write nothing.
-        debug: report the traceback of a step that fails.
-        progress: receives bars, notes and warnings.
-
     Raises:
         UsageError: a recipe that does not fit, or a folder that another release works in.
         QuantkitError: the source or the calibration data cannot be read.
     """
-    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    place = absolute(out) if out is not None else Path.cwd() / f"{plan.name}-release"
-    source = _open(plan, trust_remote_code)
+    given = options.recipe
+    plan = load_recipe(given) if isinstance(given, str | Path) else Recipe.model_validate(given)
+    place = absolute(options.out) if options.out is not None else Path.cwd() / f"{plan.name}-release"
+    source = _open(plan, options.trust_remote_code)
     _check_place(place, source)
-    forecasts = _forecast(plan, source, trust_remote_code, dry_run)
-    if dry_run:
+    forecasts = _forecast(plan, source, options.trust_remote_code, options.dry_run)
+    if options.dry_run:
         return ReleaseReport(place, forecasts, dry_run=True)
     refused = {forecast.name: forecast.refused for forecast in forecasts if forecast.refused is not None}
     makeable = [variant for variant in plan.variants if step_name(variant) not in refused]
@@ -126,13 +112,13 @@ def release(
     with locked(place):
         ledger = Ledger(place)
         calibration = Calibration(plan, source, progress)
-        setting = Setting(place, ledger, trust_remote_code, progress)
+        setting = Setting(place, ledger, options.trust_remote_code, progress)
         workshop = Workshop(plan, setting, makeable, calibration, _hashes(source, ledger))
         family = Family(plan, setting, workshop.places, plan.card.original or _original(source))
-        if plan.publish is not None and publishing:
+        if plan.publish is not None and options.publishing:
             family.add_publishing(plan.publish)
         _drop_stale(place, workshop.steps)
-        outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, debug)
+        outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, options.debug)
     return ReleaseReport(place, [], lost + outcomes)
 
 

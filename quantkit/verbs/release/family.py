@@ -68,7 +68,7 @@ class Family:
                 raise UsageError("no variant was made")
             reference = self._places[0].folder
             texts = {"texts": judging.texts, "seq_len": judging.seq_len}
-            compare(reference, variants, out=self.report, **texts, **self._common)  # type: ignore[arg-type]
+            compare(reference, variants, out=self.report, **texts, **self._common)
 
         read = self._ledger.read_by(judging.texts)
         options = {"seq_len": judging.seq_len, "texts": list(judging.texts), "read": read}

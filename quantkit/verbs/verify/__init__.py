@@ -17,10 +17,12 @@ from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo, read_json
 from quantkit.errors import UsageError
+from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Report
 from quantkit.runs.atomic import REPORT_NAME, absolute
 from quantkit.sources import open_source
+from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour
 from quantkit.verbs.verify.companions import (
     check_folder_paths,
@@ -101,26 +103,18 @@ class VerifyReport(Report):
         yield "no problems" if not count else f"{count} problem{'s' * (count > 1)}"
 
 
-def verify(
-    path: str | Path, *, generate: bool = True, device: str = "auto", progress: Progress = SILENT
-) -> VerifyReport:
+@verb(Verify)
+def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     """Look at a model as somebody would who just downloaded it, and say everything that is wrong.
-
-    Args:
-        path: Hugging Face folder (full precision, fp8 or GPTQ), GGUF file (any part of a split one), ggjt file, or a
-            folder of such files.
-        generate: also run the model: perplexity of held-out text, and a sentence.
-        device: to run it on: "auto", "cpu", "cuda" or "cuda:N".
-        progress: receives bars.
 
     Raises:
         UsageError: nothing is there, or no such device. What is wrong with a model is in the report.
     """
-    place = absolute(path)
+    place = absolute(options.path)
     if not place.exists():
-        raise UsageError(f"{path}: no such file or folder; verify takes what lies on this disk")
-    resolve_device(device)
-    run = _Run(generate, device, progress)
+        raise UsageError(f"{options.path}: no such file or folder; verify takes what lies on this disk")
+    resolve_device(options.device)
+    run = _Run(options.generate, options.device, progress)
     name = place.name
     if place.is_file():
         return VerifyReport(name, (run.file(place, place.parent),))

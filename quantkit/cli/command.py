@@ -1,0 +1,125 @@
+"""A verb's spec as a command: Typer reads its options from a signature that is made here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from rich.markup import escape
+
+from quantkit.cli import console
+from quantkit.options import Terminal, make
+from quantkit.options.spec import Options, bare, choices, members
+from quantkit.runs.ranks import joined
+
+_REMEDIES = {True: "go on with --resume, with as many processes as are left", False: "start it again"}
+_WORDS = {str: "str", Path: "path", int: "int", float: "float"}
+
+
+def command_of(spec: type[Options], failed: str = "") -> Callable[..., None]:
+    """The command of a verb, whose module is imported when it runs.
+
+    Args:
+        spec: of the verb, and of its name.
+        failed: what of its report, where it is not empty, ends the command with 1.
+    """
+    name = name_of(spec)
+
+    def command(**given: Any) -> None:
+        told = make(Terminal, **{field: given[field] for field in Terminal.model_fields})
+        fields = {field: given[field] for field in spec.model_fields if given[field] is not None}
+        _run(name, make(spec, **fields), told, failed)
+
+    parameters = [_parameter(spec, field) for field in spec.in_order()]
+    parameters += [_parameter(Terminal, field) for field in Terminal.in_order() if field not in spec.model_fields]
+    command.__name__, command.__doc__ = name, spec.__doc__
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def described(spec: type[Options]) -> Callable[[], None]:
+    """The same without options, for the list of all commands."""
+
+    def command() -> None:
+        raise NotImplementedError
+
+    command.__name__, command.__doc__ = name_of(spec), spec.__doc__
+    return command
+
+
+def name_of(spec: type[Options]) -> str:
+    """What a verb is called, its module, its function and its command."""
+    return spec.__name__.lower()
+
+
+def _run(name: str, options: Options, told: Terminal, failed: str) -> None:
+    """Call a verb and show its report. Raises typer.Exit where that tells of a failure."""
+    module = import_module(f"quantkit.verbs.{name}")
+    verb, bars = getattr(module, name), console.Bars(told.quiet)
+    takes = inspect.signature(verb).parameters
+    others: dict[str, Any] = {"progress": bars}
+    if "person" in takes:
+        from quantkit.cli.terminal import Terminal as Person
+
+        others["person"] = Person(silent=told.as_json, quiet=told.quiet)
+    fields = type(options).model_fields
+    with joined(getattr(options, "device", "auto"), _REMEDIES["resume" in fields], bars) as ranks:
+        others["ranks"] = ranks
+        report = verb(options, **{key: value for key, value in others.items() if key in takes})
+    if not ranks.first:
+        return
+    display = {field: getattr(options, field) for field in fields if options.typed(field).display}
+    if told.as_json:
+        console.print_json(report.as_dict())
+    elif report is not None:
+        console.show(report.lines(**display))
+    failure = getattr(report, failed) if failed else None
+    if isinstance(failure, str):
+        console.log.print(failure, markup=False, style="red")
+    if failure:
+        raise typer.Exit(1)
+
+
+def _parameter(spec: type[Options], name: str) -> inspect.Parameter:
+    """A field as Typer takes it. Whatever is no flag is text here, for its spec to read and to refuse."""
+    field, typed, help = spec.model_fields[name], spec.typed(name), escape(" ".join(spec.help_of(name).split()))
+    given = None if field.is_required() else field.get_default(call_default_factory=True)
+    kind, several, word = _kind(field.annotation)
+    default: Any = inspect.Parameter.empty if field.is_required() else None
+    if kind is bool:
+        default = given
+    elif not several and given is not None:
+        default = str(given)
+    taken: Any = list[str] if several else kind
+    if default is None:
+        taken = taken | None
+    if name in spec.arguments:
+        info = typer.Argument(metavar=typed.metavar or None, help=help, show_default=False)
+    else:
+        shown = default not in (None, inspect.Parameter.empty)
+        spelled = typed.spelled.split("/") if typed.spelled.endswith("-q") else [spec.spelling(name)]
+        info = typer.Option(
+            *spelled,
+            metavar=None if kind is bool else f"<{word}>",
+            help=help,
+            show_default=shown,
+            rich_help_panel=spec.panel_of(name),
+        )
+    annotation = Annotated[taken, info]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _kind(annotation: Any) -> tuple[Any, bool, str]:
+    """What Typer takes for a field, whether several times, and what stands for a value in the help."""
+    first = bare(members(annotation)[0])
+    if get_origin(first) is tuple:
+        return str, True, _kind(get_args(first)[0])[2]
+    if first is bool:
+        return bool, False, "bool"
+    word = "|".join(choices(annotation)) or _WORDS.get(first)
+    return str, word is None, word or "str"

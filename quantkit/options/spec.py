@@ -1,0 +1,192 @@
+"""What every option is made of: a field of a frozen spec, whose type bounds it and whose docstring is its help."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from inspect import cleandoc, get_annotations, getsource
+from itertools import pairwise
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from quantkit.errors import UsageError
+
+S = TypeVar("S", bound="Spec")
+
+
+@dataclass(frozen=True)
+class Typed:
+    """How a field is written on the command line, where that is not ``--its-name``.
+
+    Attributes:
+        spelled: an option or a pair, such as "--sym/--asym".
+        metavar: what stands for an argument in the help.
+        display: it decides on what is shown alone, so that the library's function does not take it.
+    """
+
+    spelled: str = ""
+    metavar: str = ""
+    display: bool = False
+
+
+class Spec(BaseModel):
+    """Base of all specs: immutable, closed, written to and read from JSON. Literals are read blind to case."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blind_to_case(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        return {
+            name: _as_spelled(value, choices(cls.model_fields[name].annotation))
+            if isinstance(value, str) and name in cls.model_fields
+            else value
+            for name, value in given.items()
+        }
+
+    def part(self, group: type[S]) -> S:
+        """The fields of one of its groups by themselves."""
+        return group(**{name: getattr(self, name) for name in group.model_fields})
+
+
+class Options(Spec):
+    """Base of what a verb takes, and of the groups that this is made of.
+
+    Attributes:
+        panel: heading of a group's options in the help.
+        arguments: fields that the command line takes without their names, in order.
+    """
+
+    panel: ClassVar[str] = "Options"
+    arguments: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def in_order(cls) -> list[str]:
+        """Fields in the order of help and signatures: arguments, what is the verb's own, then group after group."""
+        declared = (name for one in cls.__mro__ for name in get_annotations(one) if name in cls.model_fields)
+        return list(dict.fromkeys((*cls.arguments, *declared)))
+
+    @classmethod
+    def panel_of(cls, name: str) -> str:
+        """Heading of the group that has this field."""
+        groups = (one for one in cls.__mro__ if name in get_annotations(one) and "panel" in one.__dict__)
+        return str(next(groups, Options).__dict__["panel"])
+
+    @classmethod
+    def help_of(cls, name: str) -> str:
+        """A field's docstring: its own, or that of what it redeclares."""
+        documented = (
+            _documented(one.__module__).get((one.__name__, name)) for one in cls.__mro__ if issubclass(one, Options)
+        )
+        return next(text for text in documented if text is not None)
+
+    @classmethod
+    def typed(cls, name: str) -> Typed:
+        """How a field is written."""
+        return next((one for one in cls.model_fields[name].metadata if isinstance(one, Typed)), Typed())
+
+    @classmethod
+    def spelling(cls, name: str) -> str:
+        """A field as it is typed: ``--bits``, ``--sym/--asym``, or what stands for an argument."""
+        typed = cls.typed(name)
+        if name in cls.arguments:
+            return typed.metavar.removesuffix("...") or name.upper()
+        plain = name.replace("_", "-")
+        pair = f"--{plain}/--no-{plain}" if cls.model_fields[name].default is True else f"--{plain}"
+        return typed.spelled or pair
+
+
+@cache
+def _documented(module: str) -> dict[tuple[str, str], str]:
+    """The strings below fields, by class and field. pydantic's own way would read each class's source at import."""
+    found = {}
+    for node in ast.parse(getsource(sys.modules[module])).body:
+        if isinstance(node, ast.ClassDef):
+            for field, text in pairwise(node.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    found[node.name, ast.unparse(field.target)] = cleandoc(ast.literal_eval(text.value))
+    return found
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """The types that a union is of; a type that is none by itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def bare(kind: Any) -> Any:
+    """A type without what `Annotated` says of it."""
+    return getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words of a Literal, or of one in a union; else none."""
+    return next((get_args(one) for one in members(kind) if get_origin(one) is Literal), ())
+
+
+def _as_spelled(value: str, words: Iterable[str]) -> str:
+    return next((word for word in words if word.lower() == value.lower()), value)
+
+
+# -- wrong values ------------------------------------------------------------------------------------------------------
+
+
+def make(spec: type[S], **fields: Any) -> S:
+    """Make a spec; raise `UsageError` with one line for the first field that does not fit."""
+    try:
+        return spec(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, said = [str(part) for part in first["loc"]], _said(first)
+    if where and issubclass(spec, Options):
+        option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
+        within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""
+        raise UsageError(f"{option}: {within}{said}" if within else f"{option} {given}: {said}")
+    got = f" (got {first['input']!r})" if where and first["type"] not in ("missing", "union_tag_not_found") else ""
+    raise UsageError("".join(f"{part}: " for part in where) + said + got)
+
+
+_WORDS = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "give a number",
+    "string_type": "give text",
+    "path_type": "give a path",
+    "missing": "is missing",
+    "extra_forbidden": "no such key",
+    "union_tag_invalid": "choose {expected_tags}",
+    "union_tag_not_found": "{discriminator} is missing",
+}
+_KINDS = {
+    "int": "give a whole number",
+    "float": "give a number",
+    "bool": "give true or false",
+    "tuple": "give a list",
+    "dict": "give keys and values",
+    "mapping": "give keys and values",
+    "model": "give keys and values",
+}
+
+
+def _said(error: Any) -> str:
+    """What is wrong with a value, in a few words."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        return f"choose {context['expected'].replace(' or ', ', ')}".replace("'", "")
+    if kind in _WORDS:
+        return _WORDS[kind].format(**{key: _plain(value) for key, value in context.items()})
+    return _KINDS.get(kind.partition("_")[0]) or str(error["msg"])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("'", "")

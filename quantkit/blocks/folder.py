@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from quantkit.blocks.experts import ExpertNames
 from quantkit.blocks.stream import ModelStream, build_on_meta
 from quantkit.blocks.weights import bind
-from quantkit.containers.hf.folder import open_weights
+from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source, TensorInfo

@@ -21,10 +21,10 @@ from quantkit.blocks.stream import build_on_meta
 from quantkit.blocks.weights import bind
 from quantkit.containers.hf.shards import DTYPES
 from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, TensorInfo, read_json
+from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError
 from quantkit.options import Vocabulary
-from quantkit.runs.atomic import REPORT_NAME
+from quantkit.runs.atomic import REPORT_NAME, read_json
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Old checkpoints store these; every reader computes them from the config, and in 16 bits they would be wrong.

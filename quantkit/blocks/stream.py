@@ -37,8 +37,8 @@ from quantkit.blocks.states import HiddenStates, Place
 from quantkit.blocks.weights import bind, expert_names
 from quantkit.blocks.workers import ReadAhead, uploaded
 from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, first_line
-from quantkit.errors import NumericError, SourceError
+from quantkit.containers.source import Source
+from quantkit.errors import NumericError, SourceError, first_line
 
 _RUN_BYTES = 4 * 2**20  # of an embedding, read at once
 _GAP = 8  # rows that nobody needs are read along with those around them

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import CONTAINERS
-from quantkit.containers.source import Source, first_line
-from quantkit.errors import SourceError
+from quantkit.containers.source import Source
+from quantkit.errors import SourceError, first_line
 from quantkit.progress import SILENT, Progress
 
 

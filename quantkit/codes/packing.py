@@ -21,7 +21,8 @@ PACKABLE_BITS = (2, 3, 4, 8)
 
 def packing_multiple(bits: int) -> int:
     """How many codes an axis must be a multiple of to be packed: 16, 32, 8 or 4 for 2, 3, 4 or 8 bits."""
-    _check_bits(bits)
+    if bits not in PACKABLE_BITS:
+        raise ValueError(f"GPTQ checkpoints pack 2, 3, 4 or 8 bits, not {bits}")
     return 32 if bits == 3 else 32 // bits
 
 
@@ -51,7 +52,8 @@ def pack(codes: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
     else:
         shifts = torch.arange(multiple, device=codes.device) * bits
         words = (grouped << shifts[None, :, None]).sum(dim=1, keepdim=True)
-    return _as_int32(words.reshape(n * bits // 32, m))
+    words = words.reshape(n * bits // 32, m)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)  # of the same 32 bits
 
 
 def unpack(words: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
@@ -74,11 +76,6 @@ def unpack(words: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
     return torch.stack(fields, dim=2).reshape(m, w * 32 // bits)
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in PACKABLE_BITS:
-        raise ValueError(f"GPTQ checkpoints pack 2, 3, 4 or 8 bits, not {bits}")
-
-
 def _three_bit_word(codes: torch.Tensor, word: tuple[tuple[int, int], ...]) -> torch.Tensor:
     """One of the three words from codes int64 [units, 32, m]; bits above the 32nd belong to the next word."""
     total = torch.zeros_like(codes[:, 0])
@@ -94,8 +91,3 @@ def _three_bit_codes(words: torch.Tensor) -> torch.Tensor:
             part = words[:, index] >> shift if shift >= 0 else words[:, index] << -shift
             codes[:, code] |= part & 7 if shift >= 0 else part & 7 & ~((1 << -shift) - 1)
     return codes
-
-
-def _as_int32(words: torch.Tensor) -> torch.Tensor:
-    """Words 0 .. 2**32 - 1 in int64 as int32 of the same bits."""
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

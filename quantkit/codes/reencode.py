@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from quantkit.codes import QuantizedLinear
 from quantkit.codes.ggml import (
     BLOCK,
     BLOCK_TYPES,
@@ -23,7 +24,6 @@ from quantkit.codes.ggml import (
     pack_super_blocks,
     type_of,
 )
-from quantkit.codes.linear import QuantizedLinear
 
 Fidelity = Literal["exact", "bounded"]
 

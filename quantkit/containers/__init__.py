@@ -142,7 +142,7 @@ _ROWS = (
         "hf",
         word="full-precision",
         one="a full-precision folder",
-        opens="quantkit.containers.hf.folder:HfSource",
+        opens="quantkit.containers.hf.read:HfSource",
         method="",
         quantized=False,
         shown=Shown("fp16", "Full-precision weights", "full precision, for transformers", ("HF", "fp16")),

@@ -14,9 +14,6 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.codes import QuantizedLinear
-from quantkit.errors import first_line as first_line
-from quantkit.runs.files import file_sha256 as file_sha256
-from quantkit.runs.files import read_json as read_json
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from quantkit.blocks.stages import run_paused, run_replayed
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
-from quantkit.codes import Codes
-from quantkit.codes.parts import put_together, take_apart
-from quantkit.codes.plan import Plan
+from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.sharing import BY_ITSELF, Sharing
 from quantkit.quantize.stagework import OnLinear, StageWork

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from quantkit.codes import GgmlGrid
 from quantkit.codes.ggml import BlockType, SuperBlockType, type_of
-from quantkit.codes.ggml_linear import GgmlGrid
 from quantkit.errors import NumericError
 from quantkit.quantize.gptq_grid import fit_grid, stored
 

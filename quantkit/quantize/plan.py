@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from quantkit.blocks.stream import ModelStream
+from quantkit.codes import LinearPlan, Plan
 from quantkit.codes.ggml import type_of
-from quantkit.codes.plan import LinearPlan, Plan
 from quantkit.errors import UsageError
 from quantkit.options import QuantSpec, matches
 

@@ -18,7 +18,7 @@ import transformers
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
-from quantkit.codes.parts import put_together, take_apart
+from quantkit.codes import put_together, take_apart
 from quantkit.options import QuantSpec
 from quantkit.quantize.methods import Method, Solved, Sums
 from quantkit.runs.ranks import ALONE, Ranks, share_of

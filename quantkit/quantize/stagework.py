@@ -15,8 +15,7 @@ from torch import nn
 from quantkit.blocks.families import Stages
 from quantkit.blocks.linears import shape_of, weight_of
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import Codes
-from quantkit.codes.plan import Plan
+from quantkit.codes import Codes, Plan
 from quantkit.errors import NumericError
 from quantkit.options import QuantSpec
 from quantkit.progress import Progress

@@ -15,8 +15,7 @@ from typing import Any, Protocol, get_args
 import torch
 
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import Codes, GgmlLinear
-from quantkit.codes.plan import LinearPlan, Plan
+from quantkit.codes import Codes, GgmlLinear, LinearPlan, Plan
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers import load, of_format
 from quantkit.containers.gguf.recipes import (

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from quantkit.errors import OutputError, UsageError
-from quantkit.runs.atomic import sync, write_json
-from quantkit.runs.files import read_json
+from quantkit.runs.atomic import read_json, sync, write_json
 
 
 class Asked(Protocol):

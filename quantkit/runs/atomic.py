@@ -1,4 +1,4 @@
-"""Outputs that appear in one rename, or not at all."""
+"""Files: read and known by their checksums, and outputs that appear in one rename or not at all."""
 
 from __future__ import annotations
 
@@ -7,16 +7,59 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from quantkit.errors import OutputError, UsageError
-from quantkit.runs.files import Origin
+from quantkit.errors import OutputError, SourceError, UsageError
 
 REPORT_NAME = "quantkit.json"
 """The file that tells a folder which quantkit finished."""
+
+
+class Origin(Protocol):
+    """A model that a result is made from, as far as outputs and their record ask; `containers.source.Source` is one."""
+
+    @property
+    def label(self) -> str:
+        """Its name, for the record."""
+
+    @property
+    def kind(self) -> str:
+        """Its format, for the record."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file that is read."""
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """What was chosen to read it."""
+
+    @property
+    def parts(self) -> Mapping[str, Origin]:
+        """What it is read from, by role; of more than one each is an origin by itself."""
+
+    def weight_files(self) -> Sequence[Path]:
+        """The files that hold the weights, in order."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises SourceError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: holds no JSON object")
+    return content
 
 
 def absolute(path: str | Path) -> Path:

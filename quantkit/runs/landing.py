@@ -25,8 +25,7 @@ import torch
 
 from quantkit.errors import UsageError
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.atomic import read_sealed, sync, write_sealed
-from quantkit.runs.files import file_sha256
+from quantkit.runs.atomic import file_sha256, read_sealed, sync, write_sealed
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 from quantkit.runs.unfinished import BLOCKS, HIDDEN

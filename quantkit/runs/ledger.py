@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import OutputError, UsageError
-from quantkit.runs.atomic import write_json
-from quantkit.runs.files import file_sha256
+from quantkit.runs.atomic import file_sha256, write_json
 
 Hashes = dict[str, str]
 """SHA-256 by path below the output, with ``/``; of a file by its name."""

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.files import Origin, file_sha256
+from quantkit.runs.atomic import Origin, file_sha256
 from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"

@@ -34,11 +34,11 @@ from quantkit.runs.atomic import (
     cannot_write,
     folders_above,
     put_back,
+    read_json,
     read_sealed,
     take_place,
     write_sealed,
 )
-from quantkit.runs.files import read_json
 
 BLOCKS, HIDDEN = "blocks", "hidden"
 _SHOWN = 5  # differences; the first ones tell what happened

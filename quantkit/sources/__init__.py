@@ -7,10 +7,8 @@ import re
 from pathlib import Path
 
 from quantkit.containers import files, folders, load, of_file, of_folder
-from quantkit.containers.hf.folder import quantization_of
+from quantkit.containers.hf.read import quantization_of
 from quantkit.containers.source import Source
-from quantkit.containers.source import TensorInfo as TensorInfo
-from quantkit.containers.source import file_sha256 as file_sha256
 from quantkit.errors import SourceError, UsageError
 from quantkit.sources import hub
 

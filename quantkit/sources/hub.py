@@ -10,11 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
-from quantkit.containers.hf.folder import COMPANIONS
 from quantkit.containers.hf.pickled import PickledFiles
+from quantkit.containers.hf.read import COMPANIONS
 from quantkit.containers.hf.shards import SafetensorsFiles
-from quantkit.containers.source import first_line
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import REPORT_NAME
 
 _BESIDE = ["config.json", "quantize_config.json", REPORT_NAME, *COMPANIONS, "additional_chat_templates/*.jinja"]

@@ -17,9 +17,7 @@ import torch
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import Codes
-from quantkit.codes.parts import put_together, take_apart
-from quantkit.codes.plan import Plan
+from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.gguf.recipes import parse_kind
 from quantkit.containers.source import Source

@@ -15,7 +15,7 @@ from quantkit.blocks.folder import FolderPlan, plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.blocks.pair import DeltaSource
 from quantkit.containers.hf.shards import DTYPES as STORED
-from quantkit.containers.source import Source, file_sha256
+from quantkit.containers.source import Source
 from quantkit.errors import NumericError, UsageError
 from quantkit.options import parse_size
 from quantkit.options.verbs import Merge, Sum
@@ -25,6 +25,7 @@ from quantkit.runs.atomic import (
     REPORT_NAME,
     absolute,
     check_outside,
+    file_sha256,
     staged_folder,
     write_json,
 )

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from support.streamed import open_writer
 
-from quantkit.codes import (
-    PACKABLE_BITS,
-    QuantizedLinear,
-    contiguous_groups,
-    pack,
-    packing_multiple,
-    unpack,
-)
+from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes.packing import PACKABLE_BITS, pack, packing_multiple, unpack
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.options import QuantSpec
 

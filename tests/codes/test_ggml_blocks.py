@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.codes import QuantizedLinear, contiguous_groups, pack
+from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.codes.ggml import (
     BLOCK_TYPES,
     SUPER_BLOCK_TYPES,
     pack_blocks,
     pack_super_blocks,
 )
+from quantkit.codes.packing import pack
 from quantkit.codes.reencode import (
     Reencoding,
     expected_reencodings,

@@ -23,8 +23,7 @@ import quantkit
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import FAMILIES as FAMILIES_TABLE
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import QuantizedLinear, contiguous_groups
-from quantkit.codes.plan import LinearPlan
+from quantkit.codes import LinearPlan, QuantizedLinear, contiguous_groups
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.gptq.write import check
 from quantkit.containers.hf.write import ShardedWriter

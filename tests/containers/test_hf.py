@@ -25,9 +25,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import quantkit
 from quantkit.containers.hf import pickled
-from quantkit.containers.hf.folder import open_weights
 from quantkit.containers.hf.fp8 import Fp8Source, dequantize
 from quantkit.containers.hf.pickled import PickledFiles
+from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.errors import SourceError
 from quantkit.options import QuantSpec

@@ -19,14 +19,14 @@ from support.streamed import open_stream
 from transformers import LlamaConfig
 
 import quantkit
-from quantkit.codes import PACKABLE_BITS, Codes, QuantizedLinear, contiguous_groups
-from quantkit.codes.plan import Plan
+from quantkit.codes import Codes, Plan, QuantizedLinear, contiguous_groups
+from quantkit.codes.packing import PACKABLE_BITS
 from quantkit.containers import CONTAINERS, Container, Holds, Loads, Shown, files, folders, load, misfit, of_format
 from quantkit.containers.ggjt.read import MAGICS
 from quantkit.containers.ggjt.write import FILE_TYPES
 from quantkit.containers.gguf.file import MAGIC
 from quantkit.containers.gptq.write import kept_tensor
-from quantkit.containers.hf.folder import FolderSource, stored_dtype
+from quantkit.containers.hf.read import FolderSource, stored_dtype
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo

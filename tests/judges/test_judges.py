@@ -19,7 +19,8 @@ from support.smollm2 import smollm2_checkpoint, smollm2_gguf
 from support.streamed import greedy, open_stream, open_writer, streamed_logits
 
 import quantkit
-from quantkit.codes import QuantizedLinear, contiguous_groups, packing_multiple
+from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes.packing import packing_multiple
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.errors import QuantkitError
 from quantkit.options import QuantSpec

@@ -9,14 +9,13 @@ import torch
 from support.problems import naive_gptq, problem, quantize
 from support.tolerance import summed
 
-from quantkit.codes import GgmlLinear, QuantizedLinear
+from quantkit.codes import GgmlGrid, GgmlLinear, QuantizedLinear
 from quantkit.codes.ggml import (
     BLOCK_TYPES,
     SUPER_BLOCK_TYPES,
     BlockType,
     type_of,
 )
-from quantkit.codes.ggml_linear import GgmlGrid
 from quantkit.codes.reencode import reencode
 from quantkit.errors import NumericError
 from quantkit.options import QuantSpec

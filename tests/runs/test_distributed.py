@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from support.forked_ranks import ForkedRanks, Outcome, Request
 from support.tolerance import assert_mean_product, summed
 
-from quantkit.codes.parts import take_apart
+from quantkit.codes import take_apart
 from quantkit.errors import UsageError
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT

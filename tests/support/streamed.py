@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes.plan import Plan
+from quantkit.codes import Plan
 from quantkit.containers.gptq.write import GptqWriter, quantization_config
 from quantkit.options import CheckpointFormat, QuantSpec
 from quantkit.quantize.plan import modules_in_block, plan_linears

@@ -19,8 +19,8 @@ from support.tolerance import longest_path, rounding
 import quantkit
 from quantkit import harness
 from quantkit.cli import app as cli
-from quantkit.containers.source import file_sha256
 from quantkit.errors import MissingPackageError, QuantkitError, UsageError
+from quantkit.runs.atomic import file_sha256
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport

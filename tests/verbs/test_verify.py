@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.codes import pack, unpack
+from quantkit.codes.packing import pack, unpack
 from quantkit.containers.hf.header import examine_header
 from quantkit.errors import SourceError, UsageError
 from quantkit.tokens import TokenMatrix

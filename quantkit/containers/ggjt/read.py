@@ -20,9 +20,9 @@ from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.file import Blocks, GgufFile, GgufTensor
 from quantkit.containers.gguf.read import unpermute_heads
 from quantkit.containers.gguf.tokenizer import make_tokenizer
-from quantkit.containers.hf.folder import copy_companions, publishable_config, stored_dtype
-from quantkit.containers.source import HoldsBlocks, Source, TensorInfo, first_line
-from quantkit.errors import SourceError
+from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
+from quantkit.containers.source import HoldsBlocks, Source, TensorInfo
+from quantkit.errors import SourceError, first_line
 
 Kind = gguf.GGMLQuantizationType
 

@@ -9,13 +9,9 @@ from typing import Any
 
 import torch
 
-from quantkit.codes import (
-    PACKABLE_BITS,
-    QuantizedLinear,
-    contiguous_groups,
-    unpack,
-)
-from quantkit.containers.hf.folder import FolderSource, quantization_of, stored_dtype
+from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes.packing import PACKABLE_BITS, unpack
+from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype
 from quantkit.containers.source import HoldsCodes, TensorInfo
 from quantkit.errors import SourceError
 

@@ -11,13 +11,8 @@ from typing import Any
 
 import torch
 
-from quantkit.codes import (
-    Codes,
-    QuantizedLinear,
-    pack,
-    packing_multiple,
-)
-from quantkit.codes.plan import Plan
+from quantkit.codes import Codes, Plan, QuantizedLinear
+from quantkit.codes.packing import pack, packing_multiple
 from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.write import ShardedWriter

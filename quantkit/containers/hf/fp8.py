@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from quantkit.containers.hf.folder import FolderSource
-from quantkit.containers.source import TensorInfo, read_json
+from quantkit.containers.hf.read import FolderSource
+from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError
+from quantkit.runs.atomic import read_json
 
 _SCALE = (
     "_scale_inv"  # of `NAME.weight` is `NAME.weight_scale_inv`; weights are multiplied by it, whatever it is called

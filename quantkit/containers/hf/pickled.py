@@ -18,8 +18,8 @@ from quantkit.containers.hf.shards import (
     tensor_info,
     widened,
 )
-from quantkit.containers.source import TensorInfo, first_line
-from quantkit.errors import SourceError
+from quantkit.containers.source import TensorInfo
+from quantkit.errors import SourceError, first_line
 
 _STORED_AS = {dtype: name for name, dtype in DTYPES.items()}
 _ZIP_MAGIC = b"PK\x03\x04"

@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 
 from quantkit.containers.hf.header import Stored, read_header
-from quantkit.containers.source import TensorInfo, read_json
+from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError
+from quantkit.runs.atomic import read_json
 
 # By safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
 DTYPES = {

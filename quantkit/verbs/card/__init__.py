@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.containers import CONTAINERS
-from quantkit.containers.source import file_sha256
 from quantkit.errors import OutputError, UsageError
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, staged_files
+from quantkit.runs.atomic import absolute, file_sha256, staged_files
 from quantkit.verbs import verb
 from quantkit.verbs.card.asked import prompt_of
 from quantkit.verbs.card.facts import Model, models_in

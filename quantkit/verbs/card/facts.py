@@ -10,9 +10,9 @@ from typing import Any
 from quantkit.containers import CONTAINERS, of_file
 from quantkit.containers.describe import describe
 from quantkit.containers.gguf.read import model_stem
-from quantkit.containers.source import Source, file_sha256, read_json
+from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
-from quantkit.runs.atomic import REPORT_NAME
+from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
 from quantkit.sources import open_source
 from quantkit.verbs.verify.programs import Facts, Load, programs
 

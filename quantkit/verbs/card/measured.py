@@ -7,11 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quantkit.containers.source import read_json
 from quantkit.errors import SourceError, UsageError
 from quantkit.evaluate.statistics import Numbers
 from quantkit.report import Report, ReportError
-from quantkit.runs.atomic import REPORT_NAME
+from quantkit.runs.atomic import REPORT_NAME, read_json
 from quantkit.verbs.card.facts import Model
 from quantkit.verbs.compare import CompareReport
 from quantkit.verbs.compare.rows import ComparedModel

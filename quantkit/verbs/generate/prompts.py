@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from quantkit.containers.source import first_line
-from quantkit.errors import CalibrationError, UsageError
+from quantkit.errors import CalibrationError, UsageError, first_line
 from quantkit.options import TemplateName
 from quantkit.tokens.records import Record, Turn, parse_record
 from quantkit.tokens.templates import render

@@ -107,7 +107,7 @@ def branch_of(folder: Path) -> str:
     Raises:
         UsageError: no GPTQ folder.
     """
-    from quantkit.containers.hf.folder import quantization_of
+    from quantkit.containers.hf.read import quantization_of
 
     found = quantization_of(folder) if (folder / "config.json").is_file() else {}
     container = of_folder(found)

@@ -23,8 +23,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     get_session,
 )
 
-from quantkit.containers.source import first_line
-from quantkit.errors import OutputError, QuantkitError, UsageError
+from quantkit.errors import OutputError, QuantkitError, UsageError, first_line
 from quantkit.progress import Progress
 from quantkit.sources.hub import quiet_client
 from quantkit.verbs.publish.files import LocalFile, RemoteFile

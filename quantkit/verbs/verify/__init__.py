@@ -12,15 +12,15 @@ from transformers import PretrainedConfig
 from quantkit.blocks.open import resolve_device
 from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
-from quantkit.containers.hf.folder import load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.pickled import PickledFiles
+from quantkit.containers.hf.read import load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.shards import SafetensorsFiles
-from quantkit.containers.source import Source, TensorInfo, read_json
+from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import UsageError
 from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Report
-from quantkit.runs.atomic import REPORT_NAME, absolute
+from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
 from quantkit.sources import open_source
 from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour

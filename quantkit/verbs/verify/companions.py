@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from quantkit.containers.hf.folder import LOCAL_KEYS
-from quantkit.containers.source import first_line, read_json
+from quantkit.containers.hf.read import LOCAL_KEYS
+from quantkit.errors import first_line
+from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.findings import Findings, listed
 
 # What decides how a file is read, and what a reader takes where it is not said.

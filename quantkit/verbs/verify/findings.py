@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantkit.containers.source import first_line
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, first_line
 
 _NAMED = 3
 

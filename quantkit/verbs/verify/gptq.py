@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from quantkit.codes import PACKABLE_BITS, contiguous_groups, unpack
-from quantkit.containers.source import TensorInfo, read_json
+from quantkit.codes import contiguous_groups
+from quantkit.codes.packing import PACKABLE_BITS, unpack
+from quantkit.containers.source import TensorInfo
 from quantkit.progress import Progress
+from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.companions import check_copies
 from quantkit.verbs.verify.findings import Findings, listed
 from quantkit.verbs.verify.shards import Table

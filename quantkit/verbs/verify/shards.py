@@ -16,9 +16,8 @@ import torch
 
 from quantkit.containers.hf.header import Header, Stored, examine_header
 from quantkit.containers.hf.shards import DTYPES, SafetensorsFiles, read_stored
-from quantkit.containers.source import file_sha256, read_json
 from quantkit.progress import Progress
-from quantkit.runs.atomic import REPORT_NAME
+from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
 from quantkit.runs.record import CHECKSUMS
 from quantkit.verbs.verify.findings import Findings, listed
 

@@ -15,8 +15,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
-from quantkit.containers.source import Source, TensorInfo, first_line, read_json
-from quantkit.errors import SourceError
+from quantkit.containers.source import Source, TensorInfo
+from quantkit.errors import SourceError, first_line
+from quantkit.runs.atomic import read_json
 
 COMPANIONS = (
     "tokenizer.json",

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.containers.source import first_line
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.options import TemplateName
-from quantkit.tokens.records import Record, Turn, parse_record
-from quantkit.tokens.templates import render
+from quantkit.tokens.records import Record, Turn, parse_record, render
 
 _CONVERSATIONS = ("messages", "conversations")
 # Fields that an answer may stand in already, beside the prompt's: there it is a reference, not part of the prompt.

@@ -19,8 +19,8 @@ from quantkit.containers.gptq import write as container
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source
 from quantkit.options import QuantSpec
-from quantkit.quantize.plan import modules_in_block, plan_linears
 from quantkit.quantize.rounding import round_to_nearest
+from quantkit.quantize.targets import modules_in_block, plan_linears
 from quantkit.runs.atomic import staged_folder, write_json
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix

@@ -41,7 +41,7 @@ from quantkit.quantize import gptq, kernels
 from quantkit.quantize.blockwise import quantize_blocks
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.kernels import plain
-from quantkit.quantize.plan import plan_linears
+from quantkit.quantize.targets import plan_linears
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

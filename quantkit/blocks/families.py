@@ -2,6 +2,8 @@
 
 A stage is a set of Linears that read the same input; stages are listed in the order in which the block's forward
 reaches them. Everything else is left to the model's own forward. A family that is not in the table is discovered.
+
+Linears are nn.Linear, and GPT-2's Conv1D, whose weight lies the other way round.
 """
 
 from __future__ import annotations
@@ -13,14 +15,32 @@ from itertools import groupby
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from quantkit.blocks.linears import linear_names, shape_of
 from quantkit.errors import SourceError
 
 Stages = tuple[tuple[str, ...], ...]
 
 # Linears that decide where tokens go: tiny, and a wrong turn costs more than their bytes.
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+
+
+def linear_names(module: nn.Module) -> list[str]:
+    """Names of all Linears inside `module`, in the order in which they were made."""
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]
+
+
+def weight_of(linear: nn.Module) -> torch.Tensor:
+    """Its weight as [out, in]: a view, so that writing to it changes the module."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(out, in)."""
+    rows, columns = weight_of(linear).shape
+    return rows, columns
 
 
 @dataclass(frozen=True)

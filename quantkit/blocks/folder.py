@@ -11,9 +11,8 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from quantkit.blocks.experts import ExpertNames
-from quantkit.blocks.stream import ModelStream, build_on_meta
-from quantkit.blocks.weights import bind
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights

@@ -13,8 +13,7 @@ from itertools import product
 from torch import nn
 
 from quantkit.blocks.budget import Budget
-from quantkit.blocks.families import Stages
-from quantkit.blocks.linears import shape_of
+from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.stages import paused_bytes
 from quantkit.blocks.states import Place
 from quantkit.blocks.stream import ModelStream

@@ -16,9 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from quantkit.blocks.experts import ExpertNames
-from quantkit.blocks.stream import build_on_meta
-from quantkit.blocks.weights import bind
+from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
 from quantkit.containers.hf.shards import DTYPES
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source, TensorInfo

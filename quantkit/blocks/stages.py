@@ -19,7 +19,7 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from quantkit.blocks.allocator import large_apart, let_go
-from quantkit.blocks.linears import shape_of
+from quantkit.blocks.families import shape_of
 from quantkit.blocks.workers import Workers
 from quantkit.errors import SourceError
 

@@ -15,26 +15,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from quantkit.blocks.arguments import (
-    Arguments,
-    Capture,
-    hands_on,
-    share_equal,
-)
 from quantkit.blocks.budget import Budget, free_budget
-from quantkit.blocks.experts import ExpertNames, is_fused, take_apart
 from quantkit.blocks.families import (
     FAMILIES,
     Family,
     Stages,
     discover_stages,
     family_of,
+    shape_of,
 )
-from quantkit.blocks.linears import shape_of
-from quantkit.blocks.states import HiddenStates, Place
-from quantkit.blocks.weights import bind, expert_names
+from quantkit.blocks.states import Arguments, Capture, HiddenStates, Place, hands_on, share_equal
+from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
@@ -428,32 +421,3 @@ def _owner(model: Any, name: str) -> Any:
     parts = name.split(".")
     around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
     return next(module for module in around if isinstance(module, PreTrainedModel))
-
-
-def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
-    """Replace every fused experts module of the model; returns what was replaced, by name."""
-    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
-    for name, module in fused.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, take_apart(module, names))
-    return fused
-
-
-def build_on_meta(source: Source, tied: bool = True) -> Any:
-    """The model class of the config, without weights; with `tied` False its embeddings are apart, whatever it says.
-
-    Raises:
-        SourceError: the class does not like the config.
-    """
-    config = type(source.config).from_dict(source.config.to_dict())
-    if not tied:
-        config.tie_word_embeddings = False
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    factory: Any = AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            model = factory.from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever a model class raises on a config it does not like
-        raise SourceError(f"{source.path}: cannot build a {config.model_type} model: {first_line(error)}") from error
-    return model.eval()

@@ -3,37 +3,162 @@
 A checkpoint's names differ from those of transformers' classes: older classes had other names, base models lack the
 head's prefix, experts lie apart or fused. How a name is to be read is transformers' own table of conversions; what is
 published keeps the checkpoint's names, which other readers know.
+
+transformers keeps the experts of a block as ``gate_up_proj [experts, 2 * intermediate, hidden]`` and ``down_proj
+[experts, hidden, intermediate]``. Checkpoints that people publish hold one matrix per expert, and so does every GPTQ
+reader. Taken apart, an expert's Linears are quantized like any other, on the tokens that were routed to it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.blocks.experts import ExpertNames
 from quantkit.containers.published import Place, Weights
 from quantkit.containers.source import Source, TensorInfo
+from quantkit.errors import SourceError, first_line
 
 
-def expert_names(model: nn.Module) -> ExpertNames:
+def build_on_meta(source: Source, tied: bool = True) -> Any:
+    """The model class of the config, without weights; with `tied` False its embeddings are apart, whatever it says.
+
+    Raises:
+        SourceError: the class does not like the config.
+    """
+    config = type(source.config).from_dict(source.config.to_dict())
+    if not tied:
+        config.tie_word_embeddings = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    factory: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = factory.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever a model class raises on a config it does not like
+        raise SourceError(f"{source.path}: cannot build a {config.model_type} model: {first_line(error)}") from error
+    return model.eval()
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a checkpoint calls an expert's matrices."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+class Expert(nn.Module):
+    """One expert: ``down(act(gate(x)) * up(x))`` with the activation of the model's own class."""
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        names: ExpertNames,
+        activate: Callable[[torch.Tensor], torch.Tensor],
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self._names, self._activate = names, activate
+        self.add_module(names.gate, nn.Linear(hidden, intermediate, bias=bias))
+        self.add_module(names.up, nn.Linear(hidden, intermediate, bias=bias))
+        self.add_module(names.down, nn.Linear(intermediate, hidden, bias=bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]; no token at all is fine."""
+        gate, up, down = (self.get_submodule(name) for name in (self._names.gate, self._names.up, self._names.down))
+        result: torch.Tensor = down(self._activate(torch.cat([gate(x), up(x)], dim=-1)))
+        return result
+
+
+class Experts(nn.Module):
+    """All experts of a block, named 0, 1, ..., called as the fused module is.
+
+    Every expert runs, with no tokens where none was routed to it, so that a forward always reaches all of them.
+    """
+
+    def __init__(self, experts: list[Expert]) -> None:
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
+        total = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self.children()):
+            token, place = torch.where(top_k_index == number)
+            result = expert(hidden_states[token]) * top_k_weights[token, place, None]
+            total.index_add_(0, token, result.to(total.dtype))
+        return total
+
+
+def expert_names(model: Any) -> ExpertNames:
     """What this model's checkpoints call an expert's matrices: the sources of transformers' fusing conversions."""
     sources = {
         conversion.target_patterns[0].rsplit(".", 1)[-1]: [p.split(".")[-2] for p in conversion.source_patterns]
-        for conversion in _conversions(model)
+        for conversion in get_model_conversion_mapping(model)
         if isinstance(conversion, WeightConverter) and all(".experts.*." in p for p in conversion.source_patterns)
     }
     if {"gate_up_proj", "down_proj"} <= sources.keys() and len(sources["gate_up_proj"]) == 2:
         gate, up = sources["gate_up_proj"]
         return ExpertNames(gate, up, sources["down_proj"][0])
     return ExpertNames()
+
+
+def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
+    """Replace every fused experts module of the model; returns what was replaced, by name."""
+    fused = {name: module for name, module in model.named_modules() if _is_fused(module)}
+    for name, module in fused.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _as_linears(module, names))
+    return fused
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether `module` keeps experts fused in the way that `_as_linears` knows."""
+    fused = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    return (
+        all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in fused)
+        and bool(getattr(module, "has_gate", False))
+        and not getattr(module, "has_post_expert_norm", False)
+    )
+
+
+def _as_linears(fused: Any, names: ExpertNames) -> Experts:
+    """The same experts as Linears on the meta device, without weights.
+
+    `fused` has the attributes that transformers' ``use_experts_implementation`` gives: has_bias, is_transposed,
+    is_concatenated, and ``_apply_gate``, which receives gate and up side by side (or interleaved).
+    """
+    count, a, b = fused.down_proj.shape
+    hidden, intermediate = (b, a) if fused.is_transposed else (a, b)
+
+    def activate(gate_up: torch.Tensor) -> torch.Tensor:
+        if not fused.is_concatenated:
+            gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
+        result: torch.Tensor = fused._apply_gate(gate_up)
+        return result
+
+    with torch.device("meta"):
+        return Experts([Expert(hidden, intermediate, names, activate, bool(fused.has_bias)) for _ in range(count)])
+
+
+# -- which tensor each parameter is ------------------------------------------------------------------------------------
 
 
 def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: ExpertNames, untie: bool) -> Weights:
@@ -47,7 +172,9 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
         untie: give a tied output embedding a tensor of its own.
     """
     wanted = model.state_dict()
-    renamings = [conversion for conversion in _conversions(model) if isinstance(conversion, WeightRenaming)]
+    renamings = [
+        conversion for conversion in get_model_conversion_mapping(model) if isinstance(conversion, WeightRenaming)
+    ]
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places: dict[str, Place] = {}
     found: dict[str, str] = {}
@@ -61,7 +188,10 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             name = name.removeprefix(prefix)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         if name in wanted:
-            places[published] = Place(stored, transposed=_turned(source, model, stored, name))
+            coded = source.tensors[stored].stored_as.startswith("GPTQ") and name.endswith(".weight")
+            # Codes are [out, in]; a Conv1D's weight is [in, out].
+            turned = coded and isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+            places[published] = Place(stored, transposed=turned)
             found[name] = published
         elif module in fused:
             for part, place in _expert_places(stored, kind, fused[module], names):
@@ -69,24 +199,14 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
                 found[f"{module}.{part}"] = f"{module}.{part}"
         elif not any(re.search(pattern, stored) for pattern in ignored):
             places[stored] = Place(stored)
-    _join_halves(wanted, places, found)
+    for name in wanted:  # GPTQModel writes Phi-3's gate_up_proj as gate_proj and up_proj
+        gate, up = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
+        if name not in found and gate != name and gate in places and up in places:
+            places[name] = Place(places.pop(gate).name, below=places.pop(up).name)
+            found[name] = name
     untied = _tie(source, model, places, found, untie)
     tensors = {published: _info(source, place) for published, place in places.items()}
     return Weights(tensors, found, untied, source, places)
-
-
-def _conversions(model: Any) -> Iterable[Any]:
-    conversions: list[Any] = get_model_conversion_mapping(model)
-    return conversions
-
-
-def _turned(source: Source, model: nn.Module, stored: str, name: str) -> bool:
-    """Whether a quantized Conv1D is meant: codes are [out, in], its weight is [in, out]."""
-    return (
-        source.tensors[stored].stored_as.startswith("GPTQ")
-        and name.endswith(".weight")
-        and isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
-    )
 
 
 def _usual_expert(name: str, fused: Mapping[str, nn.Module], names: ExpertNames) -> str:
@@ -96,15 +216,6 @@ def _usual_expert(name: str, fused: Mapping[str, nn.Module], names: ExpertNames)
     if len(parts) < 4 or ".".join(parts[:-3]) not in fused:
         return name
     return ".".join([*parts[:-2], ours.get(parts[-2], parts[-2]), parts[-1]])
-
-
-def _join_halves(wanted: Iterable[str], places: dict[str, Place], found: dict[str, str]) -> None:
-    """Put a gate_up_proj together that is stored as gate_proj and up_proj, as GPTQModel writes Phi-3's."""
-    for name in wanted:
-        gate, up = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
-        if name not in found and gate != name and gate in places and up in places:
-            places[name] = Place(places.pop(gate).name, below=places.pop(up).name)
-            found[name] = name
 
 
 def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> Iterator[tuple[str, Place]]:

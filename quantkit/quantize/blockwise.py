@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from quantkit.blocks.budget import Budget
-from quantkit.blocks.families import Stages
-from quantkit.blocks.linears import weight_of
+from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.memory import MemoryPlan, plan_quantizing
 from quantkit.blocks.stages import run_paused, run_replayed
 from quantkit.blocks.states import HiddenStates

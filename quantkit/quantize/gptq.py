@@ -18,11 +18,9 @@ import torch
 from quantkit.codes import Codes, contiguous_groups
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import GptqGrid, fit_grid
-from quantkit.quantize.grid import fit
 from quantkit.quantize.hessian import HessianAccumulator, InverseFactor, column_order, factorize, row_losses
-from quantkit.quantize.kernels import column_loop
-from quantkit.quantize.kernels.streams import Beside
-from quantkit.quantize.methods import Need, Solved
+from quantkit.quantize.kernels import Beside, column_loop
+from quantkit.quantize.methods import Need, Solved, fit
 from quantkit.quantize.rounding import rounded, rounding_loss
 
 needs: tuple[Need, ...] = ()

@@ -31,7 +31,7 @@ _Fit = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Ten
 
 @dataclass(frozen=True)
 class GptqGrid:
-    """A `grid.Grid`: scales float16 [out, groups], zeros uint8 [out, groups], group int32 [in]."""
+    """A `methods.Grid`: scales float16 [out, groups], zeros uint8 [out, groups], group int32 [in]."""
 
     scales: torch.Tensor
     zeros: torch.Tensor

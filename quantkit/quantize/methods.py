@@ -1,6 +1,7 @@
 """Methods: how the rows of a weight become codes. A method is a module that `Method` describes and a row of `METHODS`.
 
-What a module imports of the others of this room is its own affair: grids to choose codes on (`grid`), sums to gather
+Here is what methods have in common: the grid that codes are chosen on, whichever container they are for, what is
+gathered, what is found. What a module imports of the others of this room is its own affair: sums to gather
 (`hessian`), another method to begin with.
 """
 
@@ -15,11 +16,50 @@ import torch
 
 from quantkit.codes import Codes
 from quantkit.options import METHODS, MethodName, QuantSpec
+from quantkit.quantize.ggml_grid import fit_ggml_grid
+from quantkit.quantize.gptq_grid import fit_grid
 
 Fallback = Literal["", "eigenvalues", "rounding"]
 Need = Literal["original", "weight"]
 """Beside a stage's input x [..., in] as the quantized blocks before it give it: "original", what unquantized ones give,
 of x's shape and dtype; "weight", what each token counts, float32 [...]."""
+
+
+class Grid(Protocol):
+    """The values that the rows of a weight [out, in] may take: ``scale * q - minimum`` for a code q.
+
+    Scales and minima are those that the container stores, one of each for every row and group of columns.
+    """
+
+    @property
+    def bits(self) -> int:
+        """Codes are in 0 .. 2**bits - 1."""
+
+    @property
+    def group(self) -> torch.Tensor:
+        """int32 [in], on the CPU: the group of each column."""
+
+    def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, minimum), float32 [out, groups] each."""
+
+    def linear(self, codes: torch.Tensor) -> Codes:
+        """The weight that codes uint8 [out, in] stand for here."""
+
+
+def fit(W: torch.Tensor, importance: torch.Tensor, spec: QuantSpec) -> Grid:
+    """The grid of least ``sum_i importance_i (w_i - value_i)^2`` of its kind, by row and group.
+
+    Args:
+        W: float32 [out, in].
+        importance: float32 [in], positive.
+        spec: bits, groups and symmetry, or a GGML type.
+
+    Raises:
+        NumericError: a scale beyond float16's range.
+    """
+    if spec.ggml is not None:
+        return fit_ggml_grid(W, importance, spec.ggml)
+    return fit_grid(W, importance, spec.group_size, spec.bits, spec.sym)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ import torch
 from quantkit.codes import Codes, QuantizedLinear, grouped
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import minmax_grid
-from quantkit.quantize.grid import fit
 from quantkit.quantize.hessian import HessianAccumulator, row_losses
-from quantkit.quantize.methods import Need, Solved
+from quantkit.quantize.methods import Need, Solved, fit
 
 needs: tuple[Need, ...] = ()
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quantkit.blocks.families import Stages
-from quantkit.blocks.linears import shape_of
+from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.memory import MemoryPlan, plan_watching
 from quantkit.blocks.stages import run_watched
 from quantkit.blocks.states import HiddenStates

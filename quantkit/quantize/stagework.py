@@ -12,8 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from quantkit.blocks.families import Stages
-from quantkit.blocks.linears import shape_of, weight_of
+from quantkit.blocks.families import Stages, shape_of, weight_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan
 from quantkit.errors import NumericError

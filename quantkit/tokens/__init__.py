@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from quantkit.tokens.datasets import KNOWN_NAMES
-from quantkit.tokens.mixtures import (
-    Mixture,
-    load_calibration,
-    parse_mixture,
-    shown_license,
-)
 from quantkit.tokens.overlap import TextIndex
-from quantkit.tokens.readers import Dataset, load_dataset
-from quantkit.tokens.records import Record, Turn, parse_record
-from quantkit.tokens.templates import render, resolve
+from quantkit.tokens.readers import Dataset, Mixture, load_calibration, load_dataset, parse_mixture, shown_license
+from quantkit.tokens.records import Record, Turn, parse_record, render, resolve
 from quantkit.tokens.windows import (
     Part,
     Provenance,

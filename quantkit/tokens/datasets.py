@@ -57,7 +57,7 @@ KNOWN_NAMES = (SAMPLE, HELD_OUT, *KNOWN_HUB)
 
 
 @dataclass(frozen=True)
-class Source:
+class DataFiles:
     """The files of a data set as (name, where it lies), in order; `first` and `joined` as in `HubFile`."""
 
     name: str
@@ -71,7 +71,7 @@ class Source:
 class Bundled:
     """The bundled sample and the ids of its held-out records."""
 
-    source: Source
+    source: DataFiles
     held_out: frozenset[str]
 
 
@@ -95,11 +95,11 @@ def read_bundled() -> Bundled:
             f"evol_instruct_sample.jsonl is not the file that manifest.json describes (sha256 differs): reinstall, "
             f"or give a changed copy by its path instead of the name {SAMPLE}"
         )
-    source = Source(SAMPLE, ((path.name, path),), manifest["license"])
+    source = DataFiles(SAMPLE, ((path.name, path),), manifest["license"])
     return Bundled(source, frozenset(manifest["heldout"]))
 
 
-def find_source(spec: str) -> Source:
+def find_source(spec: str) -> DataFiles:
     """Find a data set by a name of `KNOWN_HUB`, `NAME:FILE` for a local copy of it, or its id on the Hub.
 
     The id is `owner/name`, then `@REVISION` (a branch, tag or commit), then `:PATH` in the repository, the last two
@@ -112,7 +112,7 @@ def find_source(spec: str) -> Source:
         return _local_copy(name, known, Path(file))
     if known:
         files = ((known.path, download(known.repository, known.path)),)
-        return Source(known.repository, files, known.license, known.first, known.joined)
+        return DataFiles(known.repository, files, known.license, known.first, known.joined)
     hub = _HUB_SPEC.fullmatch(spec)
     # A mistyped local path must not reach for the network.
     if not hub or name.lower().endswith((*_DATA_SUFFIXES, ".txt", ".md", ".raw", ".gz")):
@@ -123,17 +123,17 @@ def find_source(spec: str) -> Source:
     return _hub_source(hub["repository"], hub["revision"], hub["path"])
 
 
-def _local_copy(name: str, known: HubFile, path: Path) -> Source:
+def _local_copy(name: str, known: HubFile, path: Path) -> DataFiles:
     if not path.is_file():
         raise UsageError(f"{name}:{path}: there is no file {path}; {name} alone takes {known.repository} from the Hub")
-    return Source(f"{name}:{path.name}", ((path.name, path),), known.license, known.first, known.joined)
+    return DataFiles(f"{name}:{path.name}", ((path.name, path),), known.license, known.first, known.joined)
 
 
-def _hub_source(repository: str, revision: str | None, path: str | None) -> Source:
+def _hub_source(repository: str, revision: str | None, path: str | None) -> DataFiles:
     name = _shown_name(repository, revision)
     paths = [path] if path else choose_files(name, _list_files(repository, revision))
     files = tuple((path, download(repository, path, revision)) for path in paths)
-    return Source(name, files, _card_license(repository, revision))
+    return DataFiles(name, files, _card_license(repository, revision))
 
 
 def _shown_name(repository: str, revision: str | None) -> str:

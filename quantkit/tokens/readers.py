@@ -1,10 +1,11 @@
-"""Data sets into records: JSON, JSON lines, parquet and plain text, from a file, a known name or the Hub."""
+"""Data sets into records: JSON, JSON lines, parquet and plain text, from a file, a known name or the Hub; and mixed."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -18,14 +19,16 @@ from quantkit.errors import CalibrationError, MissingPackageError, UsageError
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens.datasets import (
     HELD_OUT,
+    KNOWN_HUB,
     SAMPLE,
-    Source,
+    DataFiles,
     find_source,
     read_bundled,
 )
 from quantkit.tokens.records import Record, parse_record
 
 _PIECE_CHARACTERS = 4000
+_WEIGHTED = re.compile(r"(?P<data>.+):(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def load_dataset(spec: str, progress: Progress = SILENT) -> Dataset:
     `CalibrationError` where the content cannot be read, `MissingPackageError` for parquet without pyarrow.
     """
     if os.path.isfile(spec):
-        return read_source(Source(Path(spec).name, ((Path(spec).name, Path(spec)),), None), progress)
+        return read_source(DataFiles(Path(spec).name, ((Path(spec).name, Path(spec)),), None), progress)
     if spec in (SAMPLE, HELD_OUT):
         bundled = read_bundled()
         dataset = read_source(bundled.source, progress)
@@ -71,7 +74,7 @@ def load_dataset(spec: str, progress: Progress = SILENT) -> Dataset:
     return read_source(find_source(spec), progress)
 
 
-def read_source(source: Source, progress: Progress = SILENT) -> Dataset:
+def read_source(source: DataFiles, progress: Progress = SILENT) -> Dataset:
     """Read the files of a source; raises as `load_dataset` does."""
     digest = hashlib.sha256()
     records: list[Record] = []
@@ -95,7 +98,7 @@ def read_source(source: Source, progress: Progress = SILENT) -> Dataset:
     return Dataset(source.name, digest.hexdigest(), kept, source.license, text, source.first)
 
 
-def _read_file(name: str, file: BinaryIO, source: Source, index: int) -> tuple[list[Record], str | None]:
+def _read_file(name: str, file: BinaryIO, source: DataFiles, index: int) -> tuple[list[Record], str | None]:
     """The records of a file, numbered from `index`, and its text where it is one text."""
     suffixes = name.lower()
     if suffixes.endswith(".gz"):
@@ -201,3 +204,64 @@ def _cut_text(text: str) -> list[Record]:
     if paragraphs:
         pieces.append("\n\n".join(paragraphs))
     return [Record(f"#{index}", text=piece) for index, piece in enumerate(pieces)]
+
+
+# -- several data sets, mixed by weight --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Data sets and the weight of each, relative to the others'."""
+
+    parts: tuple[tuple[Dataset, float], ...]
+
+
+def load_calibration(spec: str, progress: Progress = SILENT) -> Dataset | Mixture:
+    """Load what `--calibration` names: one data set, or a mixture of several, with a note on each one's licence.
+
+    Raises as `parse_mixture` and `load_dataset` do.
+    """
+    parts = []
+    for data, weight in parse_mixture(spec):
+        dataset = load_dataset(data, progress)
+        progress.note(f"calibration: {dataset.name} ({shown_license(dataset.license)})")
+        parts.append((dataset, weight))
+    return parts[0][0] if len(parts) == 1 else Mixture(tuple(parts))
+
+
+def shown_license(name: str | None) -> str:
+    """How a licence is shown, where none is stated too."""
+    return f"licence {name}" if name else "no licence stated"
+
+
+def parse_mixture(spec: str) -> tuple[tuple[str, float], ...]:
+    """Take a calibration spec apart into (data, weight) pairs.
+
+        calibration := data | data:weight,data:weight[,...]
+        data        := FILE | NAME | NAME:FILE | OWNER/NAME[@REVISION][:PATH]
+        weight      := a positive decimal number, such as 0.7, .3 or 2
+
+    A comma makes a mixture: each part's weight stands after its last colon, and only the ratio of the weights counts.
+    Without a comma nothing is read as a weight. An existing file whose name holds a comma is one data set, by itself
+    or as the FILE of a known NAME; in a mixture it has no place.
+
+    Raises:
+        UsageError: a part that is empty, has no weight or a weight of 0, or is named twice.
+    """
+    name, _, file = spec.partition(":")
+    if "," not in spec or os.path.isfile(spec) or (name in KNOWN_HUB and os.path.isfile(file)):
+        return ((spec, 1.0),)
+    parts = []
+    for part in spec.split(","):
+        match = _WEIGHTED.fullmatch(part.strip())
+        if not match:
+            raise UsageError(f"calibration: {part.strip()!r} has no weight; write a mixture as A:0.7,B:0.3")
+        weight = float(match["weight"])
+        if not 0 < weight < math.inf:
+            raise UsageError(f"calibration: the weight of {match['data']} must be a number above 0, not {weight:g}")
+        parts.append((match["data"], weight))
+    names = [data for data, _ in parts]
+    twice = next((data for data in names if names.count(data) > 1), None)
+    if twice is not None:
+        raise UsageError(f"calibration: {twice} is in the mixture twice; add up its weights")
+    return tuple(parts)

@@ -1,4 +1,4 @@
-"""Evaluation text: a name or a file into windows of tokens and the positions that are scored."""
+"""The windows of tokens that a run calibrates on, and those that models are judged on, with the scored positions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from quantkit.errors import CalibrationError, UsageError
-from quantkit.options import EvaluationSpec
+from quantkit.containers.source import Source
+from quantkit.errors import CalibrationError, SourceError, UsageError
+from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens import (
     Dataset,
     Provenance,
     TextIndex,
     TokenMatrix,
+    draw,
+    load_calibration,
     load_dataset,
     window_text,
     windows_in_order,
 )
-from quantkit.tokens.datasets import Source, download
+from quantkit.tokens.datasets import DataFiles, download
 from quantkit.tokens.readers import read_source
 from quantkit.tokens.windows import Windows
 
@@ -102,6 +105,31 @@ def text_index(text: str) -> TextIndex:
     return TextIndex.of(content) if isinstance(content, Dataset) else TextIndex(_shown_name(text), [content])
 
 
+def calibration_windows(
+    given: str | DrawnWindows, spec: Drawing, source: Source, judged: str | None, progress: Progress
+) -> TokenMatrix:
+    """The windows that a run was given, or draws, without the records that also occur in the text `judged`.
+
+    Raises:
+        CalibrationError: data that cannot be read or is too short.
+    """
+    if isinstance(given, TokenMatrix):
+        return given
+    if not isinstance(given, str):
+        raise UsageError(f"--calibration: windows made beforehand are a TokenMatrix, not a {type(given).__name__}")
+    index = None if judged is None else text_index(judged)
+    return draw(load_calibration(given, progress), spec, source.tokenizer(), progress, index)
+
+
+def check_tokens(tokens: torch.Tensor, source: Source) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    vocabulary = int(source.config.get_text_config().vocab_size)
+    if int(tokens.max()) >= vocabulary:
+        raise SourceError(
+            f"{source.label}: its tokenizer gives id {int(tokens.max())}, but the model embeds only {vocabulary} ids"
+        )
+
+
 def _token_matrix(
     spec: EvaluationSpec, seq_len: int, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> TokenMatrix:
@@ -158,7 +186,7 @@ def _wikitext2(text: str) -> str:
     local = text.partition(":")[2]
     path = Path(local) if local else _download_wikitext2()
     if path.suffix == ".parquet":
-        source = Source(WIKITEXT2, ((path.name, path),), None, joined=True)
+        source = DataFiles(WIKITEXT2, ((path.name, path),), None, joined=True)
         return read_source(source).text or ""
     try:
         return path.read_text(encoding="utf-8")

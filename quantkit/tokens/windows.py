@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,11 +16,9 @@ import torch
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.options import Drawing, Spec, TemplateName
 from quantkit.progress import SILENT, Progress
-from quantkit.tokens.mixtures import Mixture, interleaved, shares
 from quantkit.tokens.overlap import TextIndex
-from quantkit.tokens.readers import Dataset
-from quantkit.tokens.records import Record
-from quantkit.tokens.templates import render, resolve
+from quantkit.tokens.readers import Dataset, Mixture
+from quantkit.tokens.records import Record, render, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -217,6 +217,25 @@ def _mixed_provenance(
         dropped=sum(part.dropped for part in parts),
         parts=tuple(parts),
     )
+
+
+def shares(weights: Sequence[float], samples: int) -> list[int]:
+    """Split `samples` by weight, to the last one: rounded down, then one more where most was cut off."""
+    total = sum(map(Fraction, weights))
+    exact = [samples * Fraction(weight) / total for weight in weights]
+    counts = [math.floor(share) for share in exact]
+    largest_first = sorted(range(len(exact)), key=lambda part: (counts[part] - exact[part], part))
+    for part in largest_first[: samples - sum(counts)]:
+        counts[part] += 1
+    return counts
+
+
+def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(part, number within the part) of every window, such that each part is spread evenly over the whole."""
+    places = [
+        (Fraction(2 * number + 1, count), part, number) for part, count in enumerate(counts) for number in range(count)
+    ]
+    return [(part, number) for _, part, number in sorted(places)]
 
 
 def windows_in_order(

@@ -43,7 +43,6 @@ from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.blockwise import memory_plan, quantize_blocks
 from quantkit.quantize.kernels import shortfall
-from quantkit.quantize.plan import on_grid_of
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.stagework import LayerStatistics, OnLinear
 from quantkit.quantize.targets import (
@@ -52,6 +51,7 @@ from quantkit.quantize.targets import (
     GgufTarget,
     Target,
     gptq_type,
+    on_grid_of,
 )
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
@@ -74,8 +74,7 @@ from quantkit.runs.unfinished import (
 )
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
-from quantkit.tokens.calibration import calibration_windows, check_tokens
-from quantkit.tokens.text import default_seq_len
+from quantkit.tokens.text import calibration_windows, check_tokens, default_seq_len
 from quantkit.verbs import verb
 from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
 

@@ -20,7 +20,7 @@ from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.tokens import TokenMatrix
-from quantkit.tokens.calibration import calibration_windows, check_tokens
+from quantkit.tokens.text import calibration_windows, check_tokens
 from quantkit.verbs import verb
 from quantkit.version import __version__
 

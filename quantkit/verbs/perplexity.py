@@ -18,8 +18,7 @@ from quantkit.options.verbs import Perplexity
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.ranks import ALONE, Ranks
-from quantkit.tokens.calibration import check_tokens
-from quantkit.tokens.text import common_text, default_seq_len
+from quantkit.tokens.text import check_tokens, common_text, default_seq_len
 from quantkit.verbs import verb
 
 

@@ -11,7 +11,7 @@ from quantkit.options.verbs import Samples
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report, Rule, Shown
 from quantkit.tokens import TokenMatrix, shown_license
-from quantkit.tokens.calibration import calibration_windows
+from quantkit.tokens.text import calibration_windows
 from quantkit.verbs import verb
 
 

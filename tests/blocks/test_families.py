@@ -25,8 +25,8 @@ from quantkit.blocks.families import Family, discover_blocks
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import SourceError, UsageError
 from quantkit.options import QuantSpec
-from quantkit.quantize.plan import plan_linears
 from quantkit.quantize.rounding import round_to_nearest
+from quantkit.quantize.targets import plan_linears
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 

@@ -29,8 +29,8 @@ from quantkit.errors import NumericError, SourceError
 from quantkit.options import QuantSpec
 from quantkit.quantize.blockwise import quantize_blocks
 from quantkit.quantize.hessian import HessianAccumulator
-from quantkit.quantize.plan import plan_linears
 from quantkit.quantize.stagework import LayerStatistics
+from quantkit.quantize.targets import plan_linears
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 

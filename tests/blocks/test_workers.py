@@ -22,8 +22,8 @@ from quantkit.codes import QuantizedLinear
 from quantkit.errors import SourceError
 from quantkit.options import QuantSpec
 from quantkit.quantize import blockwise
-from quantkit.quantize.plan import plan_linears
 from quantkit.quantize.sharing import Sharing
+from quantkit.quantize.targets import plan_linears
 from quantkit.runs.ranks import ALONE
 from quantkit.tokens import TokenMatrix
 

@@ -30,7 +30,7 @@ from quantkit.containers.hf.write import ShardedWriter
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options import QuantSpec
 from quantkit.quantize.blockwise import quantize_blocks
-from quantkit.quantize.plan import plan_linears
+from quantkit.quantize.targets import plan_linears
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix

@@ -32,8 +32,7 @@ from quantkit.containers.published import Weights
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo
 from quantkit.errors import SourceError, UsageError
 from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
-from quantkit.quantize.plan import on_grid_of
-from quantkit.quantize.targets import CheckpointTarget
+from quantkit.quantize.targets import CheckpointTarget, on_grid_of
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import open_source

@@ -23,10 +23,10 @@ from support.tolerance import assert_mean_product
 import quantkit
 from quantkit.blocks.workers import uploaded
 from quantkit.options import QuantSpec
-from quantkit.quantize import kernels, loops
+from quantkit.quantize import hessian, kernels, loops
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
-from quantkit.quantize.kernels import gram, plain, streams
-from quantkit.quantize.plan import plan_linears
+from quantkit.quantize.kernels import plain
+from quantkit.quantize.targets import plan_linears
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq import note_plan
 
@@ -234,10 +234,10 @@ def mixed_addmm() -> Iterator[list[torch.dtype]]:
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("addmm.dtype_out", addmm, "CPU")
-    gram._adds_up_in_float32.cache_clear()
+    hessian._adds_up_in_float32.cache_clear()
     yield seen
     library._destroy()
-    gram._adds_up_in_float32.cache_clear()
+    hessian._adds_up_in_float32.cache_clear()
 
 
 @pytest.mark.numerics
@@ -259,8 +259,8 @@ def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype
 def test_where_torch_has_no_such_product_it_is_one_of_float32() -> None:
     x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    assert gram.operand(x).dtype == torch.float32
-    assert gram.operand(x.double()).dtype == torch.float32
+    assert hessian.operand(x).dtype == torch.float32
+    assert hessian.operand(x.double()).dtype == torch.float32
     whole, half = HessianAccumulator(40, x.device), HessianAccumulator(40, x.device)
     whole.add(x.float())
     half.add(x)
@@ -296,11 +296,11 @@ class FakeStream:
 def test_work_beside_waits_for_its_inputs_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     main, side = FakeStream("main", log), FakeStream("side", log)
-    monkeypatch.setattr(streams, "_side_stream", lambda device: side)
+    monkeypatch.setattr(kernels, "_side_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
 
-    beside = streams.Beside(torch.device("cuda"))
+    beside = kernels.Beside(torch.device("cuda"))
     log.append("main's work")
     with pytest.raises(ValueError, match="damaged"), beside:
         raise ValueError("damaged")  # left in order all the same
@@ -311,7 +311,7 @@ def test_work_beside_waits_for_its_inputs_and_is_waited_for(monkeypatch: pytest.
 
 def test_on_a_cpu_work_beside_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", None)
-    with streams.Beside(torch.device("cpu")):
+    with kernels.Beside(torch.device("cpu")):
         pass
 
 
@@ -408,7 +408,7 @@ def test_gpu_hessian_of_half_precision_activations(dtype: torch.dtype) -> None:
         hessian.add(batch.cuda())
 
     assert_mean_product(hessian.finish("layer").cpu(), x.reshape(-1, 264))
-    assert gram.operand(x[0].cuda()).dtype == dtype  # the pinned torch has the product
+    assert hessian.operand(x[0].cuda()).dtype == dtype  # the pinned torch has the product
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Plan
 from quantkit.containers.gptq.write import GptqWriter, quantization_config
 from quantkit.options import CheckpointFormat, QuantSpec
-from quantkit.quantize.plan import modules_in_block, plan_linears
+from quantkit.quantize.targets import modules_in_block, plan_linears
 from quantkit.sources import open_source
 
 

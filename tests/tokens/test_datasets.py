@@ -38,8 +38,8 @@ from quantkit.tokens import (
     load_dataset,
     parse_mixture,
 )
-from quantkit.tokens.mixtures import interleaved, shares
 from quantkit.tokens.text import text_index
+from quantkit.tokens.windows import interleaved, shares
 
 PAIRS = [{"instruction": "Q1", "output": "A1"}, {"instruction": "Q2", "output": "A2"}]
 LINES = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()

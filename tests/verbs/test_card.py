@@ -19,7 +19,7 @@ from support.wizard import wizard
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import SourceError, UsageError
-from quantkit.tokens.templates import STYLES
+from quantkit.tokens.records import STYLES
 from quantkit.verbs.card import CardReport, card
 from quantkit.verbs.card.render import render
 from quantkit.verbs.ggml import ggml

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.sources import open_source
-from quantkit.tokens.templates import STYLES
+from quantkit.tokens.records import STYLES
 from quantkit.verbs.card.facts import Model
 
 _ASKED = "{prompt}"

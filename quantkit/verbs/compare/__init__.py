@@ -35,8 +35,7 @@ from quantkit.runs.atomic import (
 )
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
-from quantkit.tokens.calibration import check_tokens
-from quantkit.tokens.text import EvaluationText, common_text, default_seq_len
+from quantkit.tokens.text import EvaluationText, check_tokens, common_text, default_seq_len
 from quantkit.verbs import verb
 from quantkit.verbs.compare.chooser import (
     Choice,

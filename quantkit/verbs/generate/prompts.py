@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkit.errors import CalibrationError, UsageError, first_line
 from quantkit.options import TemplateName
-from quantkit.tokens.records import Record, Turn, parse_record
-from quantkit.tokens.templates import render
+from quantkit.tokens.records import Record, Turn, parse_record, render
 
 _CONVERSATIONS = ("messages", "conversations")
 # Fields that an answer may stand in already, beside the prompt's: there it is a reference, not part of the prompt.

@@ -13,9 +13,8 @@ from quantkit.blocks.whole import generation_config
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError
 from quantkit.options import Decoding, TemplateName
-from quantkit.tokens.calibration import check_tokens
-from quantkit.tokens.records import Record
-from quantkit.tokens.templates import resolve
+from quantkit.tokens.records import Record, resolve
+from quantkit.tokens.text import check_tokens
 from quantkit.verbs.generate.decoding import (
     Answer,
     Request,

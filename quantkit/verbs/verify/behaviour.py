@@ -15,8 +15,7 @@ from quantkit.containers.source import Source
 from quantkit.evaluate.scores import score
 from quantkit.options import HELDOUT, EvaluationSpec, make
 from quantkit.progress import Progress
-from quantkit.tokens.calibration import check_tokens
-from quantkit.tokens.text import EvaluationText, evaluation_text
+from quantkit.tokens.text import EvaluationText, check_tokens, evaluation_text
 from quantkit.tokens.windows import Windows
 from quantkit.verbs.verify.findings import Findings
 

@@ -10,8 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PretrainedConfig
 
-from quantkit.blocks.stream import build_on_meta, take_experts_apart
-from quantkit.blocks.weights import bind, expert_names
+from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.progress import Progress

@@ -1,32 +1,16 @@
-"""quantkit: the variants of a language model that people publish, each with its measured loss of accuracy."""
+"""quantkit: the variants of a language model that people publish, each with its measured loss of accuracy.
+
+`__init__.pyi` beside this says what the verbs take; it is written from their specs.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantkit.blocks.allocator import tune
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.version import __version__
-
-if TYPE_CHECKING:
-    from quantkit.verbs.card import card
-    from quantkit.verbs.chat import chat
-    from quantkit.verbs.compare import compare
-    from quantkit.verbs.convert import convert
-    from quantkit.verbs.diff import diff
-    from quantkit.verbs.eval import eval
-    from quantkit.verbs.generate import generate
-    from quantkit.verbs.ggml import ggml
-    from quantkit.verbs.gptq import gptq
-    from quantkit.verbs.imatrix import imatrix
-    from quantkit.verbs.inspect import inspect
-    from quantkit.verbs.merge import merge
-    from quantkit.verbs.perplexity import perplexity
-    from quantkit.verbs.publish import publish
-    from quantkit.verbs.release import release
-    from quantkit.verbs.samples import samples
-    from quantkit.verbs.verify import verify
 
 __all__ = [
     "QuantkitError",

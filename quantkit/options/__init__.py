@@ -4,7 +4,7 @@ Groups of them make up the verbs' specs (`quantkit.options.verbs`), the recipe o
 `tokens` and `evaluate` are told.
 """
 
-from __future__ import annotations
+# Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
 import re
 from collections.abc import Mapping
@@ -267,7 +267,7 @@ class QuantSpec(FilledGrid):
     ggml: GgmlType | None = None
     overrides: tuple[tuple[str, Override], ...] = ()
 
-    def of(self, module: str) -> QuantSpec | None:
+    def of(self, module: str) -> "QuantSpec | None":
         """What the Linear `module` is quantized to; None: it stays as it is."""
         if self.include and not any(matches(pattern, module) for pattern in self.include):
             return None

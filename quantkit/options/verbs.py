@@ -1,6 +1,6 @@
 """What each verb takes: a spec of groups. The command's help is its docstring."""
 
-from __future__ import annotations
+# Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
 from typing import Annotated, ClassVar, Self
 

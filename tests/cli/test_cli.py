@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 from safetensors import safe_open
 
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import note_interrupt
-from quantkit.options import CalibrationSpec
 from quantkit.runs.watch import RankError
 
 pytestmark = pytest.mark.fast
@@ -129,8 +125,7 @@ def listing(folder: Path) -> list[str]:
 
 def options_of(verb: str) -> dict[str, list[str]]:
     """Parameter name -> its spellings on the command line, Typer's own --help left out."""
-    command: Any = typer.main.get_command(cli.app)
-    parameters = command.commands[verb].params
+    parameters = cli.full_command(verb).params
     return {p.name: [*p.opts, *p.secondary_opts] for p in parameters if p.name != "help"}
 
 
@@ -172,44 +167,6 @@ def test_an_unknown_command_is_named(desk: Desk) -> None:
     code, out, err = desk.run("quantise")
     assert (code, out) == (2, "")
     assert err == "error: No such command 'quantise'.\n"
-
-
-# -- the command line and the library ------------------------------------------------------------------------------
-
-
-def defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    found = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        default = parameter.default
-        found[name] = default.value if isinstance(default, Enum) else default
-    return found
-
-
-@pytest.mark.parametrize(
-    ("verb", "only_command_line", "only_library"),
-    [
-        ("gptq", {"json", "quiet", "debug"}, {"progress", "ranks"}),
-        ("perplexity", {"json", "quiet", "debug"}, {"progress", "ranks"}),
-        ("samples", {"json", "quiet", "debug", "show"}, {"progress"}),
-        ("ggml", {"json", "quiet", "debug"}, {"progress"}),
-        ("convert", {"json", "quiet", "debug"}, {"progress"}),
-        ("inspect", {"json", "debug", "tensors"}, set()),
-        ("compare", {"json", "quiet", "debug"}, {"progress", "ranks"}),
-        ("generate", {"json", "quiet", "debug"}, {"progress"}),
-        ("eval", {"json", "quiet", "debug"}, {"progress"}),
-        ("verify", {"json", "quiet", "debug"}, {"progress"}),
-        ("card", {"json", "quiet", "debug"}, {"progress"}),
-        ("publish", {"json", "quiet", "debug"}, {"progress"}),
-        ("release", {"json", "quiet"}, {"progress"}),
-    ],
-)
-def test_options_are_the_librarys_parameters(verb: str, only_command_line: set[str], only_library: set[str]) -> None:
-    command, function = defaults(getattr(cli, verb)), defaults(getattr(quantkit, verb))
-    assert command.keys() - function.keys() == only_command_line
-    assert function.keys() - command.keys() == only_library
-    shared = command.keys() & function.keys()
-    assert {name: command[name] for name in shared} == {name: function[name] for name in shared}
-    assert options_of(verb).keys() == command.keys()
 
 
 def test_options_are_spelled_as_promised() -> None:
@@ -578,9 +535,3 @@ def test_gptq_of_a_gguf_file(desk: Desk, tiny_gguf: Path) -> None:
     assert [row["perplexity"] for row in measured["results"]] == [source["perplexity"], made["perplexity"]]
     assert made["kl_divergence"]["mean"] < 0.01
     assert made["perplexity"] == pytest.approx(source["perplexity"], rel=0.02)
-
-
-def test_the_command_lines_defaults_are_the_specs() -> None:
-    command, spec = defaults(cli.gptq), CalibrationSpec()
-    assert (command["calibration"], command["samples"], command["seq_len"]) == (spec.data, spec.samples, spec.seq_len)
-    assert (command["template"], command["seed"]) == (spec.template, spec.seed)

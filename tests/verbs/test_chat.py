@@ -20,10 +20,10 @@ from conftest import SIZES, MakeModel
 import quantkit
 from quantkit.blocks.whole import load_model
 from quantkit.errors import UsageError
+from quantkit.options import Decoding
 from quantkit.sources import open_source
 from quantkit.tokens import Record, Turn
 from quantkit.verbs.chat import ChatReport, _Told
-from quantkit.verbs.generate.decoding import DecodingSpec
 from quantkit.verbs.generate.speaker import Speaker
 
 
@@ -69,7 +69,7 @@ def talk(model: Path, *lines: str, interrupt_after: int = 0, **options: Any) -> 
 
 def answer(model: Path, *turns: tuple[str, str], system: str | None = None) -> str:
     """The greedy answer to a conversation, outside of any chat."""
-    speaker = Speaker.of(open_source(model), "auto", DecodingSpec(greedy=True, max_new_tokens=10))
+    speaker = Speaker.of(open_source(model), "auto", Decoding(greedy=True, max_new_tokens=10))
     record = Record("x", turns=tuple(Turn(role, text) for role, text in turns), system=system)  # type: ignore[arg-type]
     whole = load_model(open_source(model), torch.device("cpu"), torch.float32)
     return speaker.text(speaker.answer(whole, [speaker.request(record, "x", "x")])[0].ids, record)
@@ -102,7 +102,7 @@ def test_answers_come_in_pieces(model: Path) -> None:
 
 
 def test_half_characters_are_held_back(model: Path) -> None:
-    speaker = Speaker.of(open_source(model), "auto", DecodingSpec())
+    speaker = Speaker.of(open_source(model), "auto", Decoding())
     person = Script([])
     told = _Told(speaker, person, Record("x", turns=(Turn("user", "x"),)))
     ids = speaker.tokenizer("\u00e9\u2192 x ", add_special_tokens=False).input_ids
@@ -157,7 +157,7 @@ def test_drawn_answers_are_reproducible_and_differ_from_turn_to_turn(model: Path
 
 
 def test_options_out_of_range(model: Path) -> None:
-    with pytest.raises(UsageError, match=r"top_p: "):
+    with pytest.raises(UsageError, match=r"--top-p "):
         talk(model, top_p=0.0)
     with pytest.raises(UsageError, match=r"no MODEL given"):
         quantkit.chat(None, Script([]))

@@ -13,16 +13,23 @@ from pydantic import Field, field_validator, model_validator
 from quantkit.containers import CONTAINERS
 from quantkit.errors import UsageError
 from quantkit.options import (
-    HELDOUT,
     METHODS,
-    ActOrder,
     CalibrationSpec,
-    CheckpointFormat,
+    CardFacts,
+    Checkpoint,
     ComputeDtype,
-    MethodName,
-    Override,
+    Ends,
+    FilledGrid,
+    Merging,
+    Overrides,
+    Pair,
+    Public,
+    Shards,
     Spec,
-    Vocabulary,
+    Split,
+    Tasks,
+    Texts,
+    WindowLength,
     make,
 )
 
@@ -36,24 +43,16 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = r"^[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*(?<![.-])$"
 
 
-class SourceRecipe(Spec):
+class SourceRecipe(Merging, Pair, Shards):
     """The model that all is made of: one name, or a base and a delta; nothing of both is SmolLM2 of its package.
 
     Paths are looked for beside the recipe first.
     """
 
-    model: str | None = None
-    revision: str | None = None
-    base: str | None = None
-    base_revision: str | None = None
-    delta: str | None = None
-    vocab: Vocabulary = "auto"
-    expect_sum: float | None = None
     dtype: ComputeDtype = "auto"
     """Of the full-precision folder, which everything else is made from and compared with."""
     repo: str | None = None
     publish: bool = True
-    max_shard_size: str = "5GB"
 
     @model_validator(mode="after")
     def _check_pair(self) -> Self:
@@ -71,22 +70,10 @@ class VariantRecipe(Spec):
     optional: bool = False
 
 
-class GptqVariant(VariantRecipe):
+class GptqVariant(VariantRecipe, FilledGrid, Overrides, Checkpoint):
     """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
 
     kind: CheckpointKind
-    method: MethodName = "gptq"
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
-    act_order: ActOrder = "static"
-    damp: float = 0.1
-    format: CheckpointFormat = "gptq"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    override: dict[str, Override] = Field(default_factory=dict)
-    untie: bool = False
-    max_shard_size: str = "5GB"
     branch: str | None = None
 
     @property
@@ -114,15 +101,11 @@ class FileVariant(VariantRecipe):
         return self.type.upper()
 
 
-class GgufVariant(FileVariant):
+class GgufVariant(FileVariant, Ends, Split):
     """A GGUF file. `imatrix`: where it is rounded, weigh columns by an importance matrix of the calibration tokens."""
 
     kind: Literal["gguf"]
     imatrix: bool = False
-    embedding_type: str = "auto"
-    output_type: str = "auto"
-    pre: str | None = None
-    split_max_size: str | None = None
 
 
 class GgjtVariant(FileVariant):
@@ -134,47 +117,30 @@ class GgjtVariant(FileVariant):
 AnyVariant = GptqVariant | GgufVariant | GgjtVariant
 
 
-class JudgingRecipe(Spec):
+class JudgingRecipe(Texts, WindowLength, Tasks):
     """What variants are compared on, and which tasks of lm-evaluation-harness they do.
 
     `seq_len` None: 2048 for wikitext2, else 512. `tasks` go beside those of `suite`; `limit` is for trials.
     """
 
-    texts: tuple[str, ...] = (HELDOUT,)
-    seq_len: int | None = Field(None, ge=8)
-    suite: str | None = None
     tasks: tuple[str, ...] = ()
     tasks_dir: str | None = None
-    limit: int | None = Field(None, ge=1)
-
-    @field_validator("texts")
-    @classmethod
-    def _check_texts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("name at least one text")
-        return value
 
     @property
     def runs_tasks(self) -> bool:
         return self.suite is not None or bool(self.tasks)
 
 
-class CardRecipe(Spec):
-    """What model cards say that no file tells."""
+class CardRecipe(CardFacts):
+    """What model cards say that no file tells. `original` None: the source's, if it is a folder with one."""
 
-    template: str = "default"
-    licence: str | None = None
-    prompt_template: str | None = None
-    base_model: tuple[str, ...] = ()
     original: str | None = None
-    """The card that goes on below, and whose licence is inherited; None: the source's, if it is a folder with one."""
 
 
-class PublishingRecipe(Spec):
+class PublishingRecipe(Public):
     """Where the family goes: repositories of `owner`, private unless `public`."""
 
     owner: str
-    public: bool = False
 
     @field_validator("owner")
     @classmethod
@@ -189,13 +155,20 @@ class Recipe(Spec):
         UsageError: names the key that does not fit.
     """
 
-    name: str = Field(pattern=f"^{_NAME}$")
-    source: SourceRecipe = Field(default_factory=SourceRecipe)
+    name: str
+    source: SourceRecipe = Field(default_factory=lambda: make(SourceRecipe))
     calibration: CalibrationSpec = Field(default_factory=lambda: make(CalibrationSpec))
     variants: tuple[Annotated[AnyVariant, Field(discriminator="kind")], ...]
     evaluation: JudgingRecipe = Field(default_factory=lambda: make(JudgingRecipe))
-    card: CardRecipe = Field(default_factory=CardRecipe)
+    card: CardRecipe = Field(default_factory=lambda: make(CardRecipe))
     publish: PublishingRecipe | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if re.fullmatch(_NAME, value) is None:
+            raise ValueError("use letters, digits and . _ -")
+        return value
 
     @model_validator(mode="after")
     def _check_variants(self) -> Self:

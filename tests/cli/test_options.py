@@ -1,0 +1,177 @@
+"""Options, each declared once: what the command line, the library and its stub make of a spec."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantkit
+from quantkit.cli import app as cli
+from quantkit.cli.command import name_of
+from quantkit.cli.stubs import stubs
+from quantkit.errors import UsageError
+from quantkit.options import Grid, Options, QuantSpec, Terminal, make, verbs
+
+SPECS = {name_of(spec): spec for spec, _ in cli.COMMANDS}
+BESIDES = {"progress", "ranks", "person"}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return int(exit.value.code or 0), captured.out, captured.err
+
+
+def alone(program: str) -> str:
+    """What a process of its own says."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", SPECS)
+def test_commands_and_functions_take_the_fields_of_their_spec(verb: str) -> None:
+    spec = SPECS[verb]
+    fields = set(spec.model_fields)
+    command = {parameter.name for parameter in cli.full_command(verb).params} - {"help"}
+    assert command == fields | set(Terminal.model_fields)
+    function = getattr(quantkit, verb)
+    shown = {name for name in fields if spec.typed(name).display}
+    assert set(inspect.signature(function).parameters) - BESIDES == fields - shown
+    for name in fields - shown:
+        assert " ".join(spec.help_of(name).split()) in " ".join(function.__doc__.split())
+
+
+def test_every_verb_is_in_the_table() -> None:
+    assert {name for name in quantkit.__all__ if callable(getattr(quantkit, name))} - SPECS.keys() == {
+        "QuantkitError",
+        "UsageError",
+    }
+    assert sorted(SPECS) == sorted(
+        name_of(one)
+        for one in vars(verbs).values()
+        if inspect.isclass(one) and one.__module__ == verbs.__name__
+        if one is not verbs.Sum
+    )
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_has_a_panel_for_each_group(
+    flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = run(capsys, "gptq", flag)
+    assert (code, err) == (0, "")
+    spec = SPECS["gptq"]
+    for panel in {spec.panel_of(name) for name in spec.model_fields} | {"Terminal"}:
+        assert f"─ {panel} ─" in out
+    assert "<static|dynamic|off>" in out
+    assert "[@revision]" in run(capsys, "imatrix", flag)[1]
+
+
+def test_words_are_read_blind_to_case() -> None:
+    spec = make(verbs.Gptq, model="m", act_order="STATIC", dtype="BFloat16", override={"*": {"ggml": "q4_0"}})
+    assert (spec.act_order, spec.dtype, spec.override["*"].ggml) == ("static", "bfloat16", "Q4_0")
+
+
+def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "gptq", "--act-order", "Off", "no/such/model")
+    assert (code, "no/such/model" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("gptq --bits 5", "--bits 5: give 2, 3, 4 or 8"),
+        ("gptq --bits x", "--bits x: give a whole number"),
+        ("gptq --group-size 12", "--group-size 12: give -1 (one group a row) or a positive multiple of 8"),
+        ("gptq --damp 0", "--damp 0: more than 0"),
+        ("gptq --damp 1", "--damp 1: less than 1"),
+        ("gptq --damp nan", "--damp nan: give a number"),
+        ("gptq --samples 0", "--samples 0: at least 1"),
+        ("gptq --act-order yes", "--act-order yes: choose static, dynamic, off"),
+        ("gptq --dtype int8", "--dtype int8: choose auto, float16, bfloat16, float32"),
+        ("gptq --memory much", "--memory much: give a size such as 5GB or 500MB"),
+        ("gptq --override x=bits:9", "bits 9: give 2, 3, 4 or 8"),
+        ("gptq --override x", "--override x: write PATTERN=bits:8,group_size:32"),
+        ("card d --with-branch x", "--with-branch x: write NAME=DIR"),
+        ("compare a b --out c --max-kl x", "--max-kl x: give a number"),
+        ("generate m --prompts p --out o --top-p 2", "--top-p 2: at most 1"),
+        ("eval m --out o --limit 0", "--limit 0: at least 1"),
+        ("merge a b --out c --vocab zeros", "--vocab zeros: choose auto, mean, delta"),
+        ("samples --show x", "--show x: give a whole number"),
+    ],
+)
+def test_a_wrong_value_is_one_line_in_our_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, *arguments.split()) == (2, "", f"error: {said}\n")
+
+
+def test_options_may_be_repeated_and_paired(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[Any] = []
+
+    def gptq(options: Any) -> None:
+        taken.append(options)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("quantkit.verbs.gptq.gptq", gptq)
+    typed = (
+        "m --asym --include a --include b --override x=bits:8 --override y=sym:false --no-eval -q --max-shard-size 9"
+    )
+    assert run(capsys, "gptq", *typed.split())[::2] == (2, "error: enough\n")
+    (spec,) = taken
+    assert (spec.sym, spec.include, spec.evaluate, spec.max_shard_size) == (False, ("a", "b"), False, "9")
+    assert {pattern: change.changes() for pattern, change in spec.override.items()} == {
+        "x": {"bits": 8},
+        "y": {"sym": False},
+    }
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["gptq", "--help"], ["gptq", "--bits", "5"], ["merge", "a"]])
+def test_nothing_heavy_is_imported_for_help_or_a_wrong_value(arguments: list[str]) -> None:
+    program = f"""
+import sys
+from quantkit.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    print("heavy:", sorted({{"torch", "transformers", "numpy", "safetensors"}} & sys.modules.keys()))
+"""
+    assert "heavy: []" in alone(program)
+
+
+def test_the_stub_is_what_the_specs_make_of_it() -> None:
+    assert Path(quantkit.__file__).with_suffix(".pyi").read_text(encoding="utf-8") == stubs(), (
+        "write it again: python -m quantkit.cli.stubs"
+    )
+
+
+def test_functions_are_called_as_python_has_it() -> None:
+    with pytest.raises(TypeError, match=r"^gptq\(\) got an unexpected keyword argument 'bitz'$"):
+        quantkit.gptq("m", bitz=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^merge\(\) missing a required argument: 'out'$"):
+        quantkit.merge("a", "b")  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"^--bits 5: give 2, 3, 4 or 8$"):
+        quantkit.gptq("m", bits=5)
+    shown = pydoc.render_doc(quantkit.gptq)
+    assert "bits: int | None = None" in shown
+    assert "2, 3, 4 or 8; default 4, or what --ggml has." in shown
+
+
+def test_none_stands_for_a_default() -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        quantkit.card("nowhere/at/all", reports=None, branches=None)  # type: ignore[arg-type]
+
+
+def test_a_group_redeclared_keeps_its_help_and_its_place() -> None:
+    assert QuantSpec.help_of("bits") == Grid.help_of("bits")
+    assert list(QuantSpec.model_fields) == [*Grid.model_fields, "ggml", "overrides"]
+    assert issubclass(verbs.Gptq, Options)
+    assert verbs.Gptq.in_order()[0] == "model"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Source
 from quantkit.progress import size
 from quantkit.report import Report
 
@@ -55,7 +56,7 @@ class Inspection(Report):
 def describe(source: Source) -> Inspection:
     """The same of a model that is open."""
     tensors = source.tensors
-    parameters = sum(_count(info) for info in tensors.values())
+    parameters = sum(math.prod(info.shape) for info in tensors.values())
     held = sum(info.bytes for info in tensors.values())
     types = Counter(info.stored_as for info in tensors.values())
     return Inspection(
@@ -73,10 +74,3 @@ def describe(source: Source) -> Inspection:
             for name, info in tensors.items()
         ],
     )
-
-
-def _count(info: TensorInfo) -> int:
-    count = 1
-    for length in info.shape:
-        count *= length
-    return count

@@ -75,6 +75,8 @@ class Source(Protocol):
         doubt: why it may not be what it is taken for; None where nothing says so.
         choices: what was chosen to read it, for the record beside a result.
         quantization: the quantization of its config, of folders that hold codes; None of others.
+        metadata: keys of a file that has its own, such as GGUF's; of others none.
+        from_gptq: whether matrices of it hold the codes of a GPTQ run.
     """
 
     label: str
@@ -86,6 +88,8 @@ class Source(Protocol):
     doubt: str | None = None
     choices: Mapping[str, Any] = MappingProxyType({})
     quantization: dict[str, Any] | None = None
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    from_gptq: bool = False
 
     @property
     def parts(self) -> Mapping[str, Source]:
@@ -101,16 +105,6 @@ class Source(Protocol):
     def ggml(self) -> HoldsBlocks | None:
         """Its tensors as blocks of GGML's types; None where they are not."""
         return None
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """Keys of a file that has its own, such as GGUF's; of others none."""
-        return {}
-
-    @property
-    def from_gptq(self) -> bool:
-        """Whether matrices of it hold the codes of a GPTQ run."""
-        return False
 
     @property
     def scheme(self) -> str | None:

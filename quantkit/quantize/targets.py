@@ -30,7 +30,7 @@ from quantkit.containers.gguf.types import Choice, Chooser, Kind
 from quantkit.containers.published import Weights
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
-from quantkit.options import CheckpointFormat, GgmlType, QuantSpec, matches
+from quantkit.options import METHODS, CheckpointFormat, GgmlType, QuantSpec, matches
 from quantkit.runs.tensorfile import TensorPlan
 
 
@@ -225,7 +225,7 @@ class GgufTarget:
         source, weights = stream.source, stream.weights
         self._name, self._architecture = form.name, gguf_files.architecture_of(source)
         self.limits = gguf_files.limits(source)
-        origin = gguf_files.origin(from_gptq=True)
+        origin = gguf_files.origin(from_gptq=METHODS[spec.method].label == "GPTQ")
         self._keys = gguf_files.header(source, file_type(form.recipe), pre=form.pre, provenance=origin)
         tensors = gguf_files.plan(source, weights)
         planned = tensor_kinds(

@@ -15,14 +15,19 @@ from quantkit.runs.atomic import read_json, sync, write_json
 
 
 class Asked(Protocol):
-    """What an answer is to: its id, the fields of its line, and file and line for messages."""
+    """What an answer is to."""
 
     @property
-    def id(self) -> Any: ...
+    def id(self) -> Any:
+        """Its id."""
+
     @property
-    def given(self) -> Mapping[str, Any]: ...
+    def given(self) -> Mapping[str, Any]:
+        """The fields of its line."""
+
     @property
-    def where(self) -> str: ...
+    def where(self) -> str:
+        """File and line, for messages."""
 
 
 ANSWERED = ("output", "finish_reason", "prompt_tokens", "output_tokens")
@@ -93,7 +98,8 @@ def appending(out: Path, settings: Mapping[str, Any], done: int) -> Iterator[App
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputError(f"--out {out}: another run is writing it") from None
-            file.truncate(_length(out, done))
+            with out.open("rb") as lines:
+                file.truncate(sum(len(lines.readline()) for _ in range(done)))
             write_json(settings_path(out), dict(settings))
             sync(out.parent)
             yield Appender(file)
@@ -132,12 +138,6 @@ def _answers(line: bytes, prompt: Asked) -> bool:
         return False
     wanted: dict[str, Any] = json.loads(json.dumps(_kept(prompt)))
     return wanted == {key: value for key, value in found.items() if key not in ANSWERED}
-
-
-def _length(out: Path, lines: int) -> int:
-    """Bytes of the first `lines` lines."""
-    with out.open("rb") as file:
-        return sum(len(file.readline()) for _ in range(lines))
 
 
 def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> None:

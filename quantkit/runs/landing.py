@@ -73,9 +73,14 @@ class LandedLinear:
 class Batches(Protocol):
     """Tensors of batches, by number; `blocks.states.HiddenStates` are some."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, i: int, /) -> torch.Tensor: ...
-    def __setitem__(self, i: int, state: torch.Tensor, /) -> None: ...
+    def __len__(self) -> int:
+        """How many batches."""
+
+    def __getitem__(self, i: int, /) -> torch.Tensor:
+        """The tensor of a batch."""
+
+    def __setitem__(self, i: int, state: torch.Tensor, /) -> None:
+        """Have another in its place."""
 
 
 @dataclass(frozen=True)

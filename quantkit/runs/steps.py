@@ -92,7 +92,7 @@ def _do(step: Step, made: dict[str, Hashes], ledger: Ledger, progress: Progress,
         return Outcome(step.name, "unchanged")
     try:
         if ledger.knows(step.name) and not step.adds:
-            _remove(step.out)
+            shutil.rmtree(step.out) if step.out.is_dir() else step.out.unlink(missing_ok=True)
         ledger.begin(step.name, mark)
         step.run(taken)
         made[step.name] = ledger.end(step.name, mark, step.out)
@@ -102,10 +102,3 @@ def _do(step: Step, made: dict[str, Hashes], ledger: Ledger, progress: Progress,
         why = str(error) if isinstance(error, QuantkitError) else f"{type(error).__name__}: {error}"
         return Outcome(step.name, "refused" if step.optional else "failed", why)
     return Outcome(step.name, "done")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -127,7 +127,10 @@ def working(out: Path, decides: Mapping[str, Any], total: int, resume: bool, for
         run = Run(out, folder, total, resume and _goes_on(folder, wanted["decides"]))
         staged = False
         try:
-            _sweep(run)
+            kept = ("lock", "run.json", BLOCKS, HIDDEN) if run.resumed else ("lock",)
+            for left in folder.iterdir():  # by a killed run, and nothing goes on with it
+                if left.name not in kept:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
             if not run.resumed:
                 write_sealed(folder / "run.json", wanted)
             run.staged.mkdir()
@@ -217,14 +220,6 @@ def _goes_on(folder: Path, decides: Mapping[str, Any]) -> bool:
             "start anew"
         )
     return True
-
-
-def _sweep(run: Run) -> None:
-    """Remove what a killed run left and nothing goes on with."""
-    for path in run.folder.iterdir():
-        kept = ("lock", "run.json", BLOCKS, HIDDEN) if run.resumed else ("lock",)
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _leave(run: Run, error: BaseException, placed: bool) -> NoReturn:

@@ -36,10 +36,17 @@ _STORE_GONE = "the place where the processes met is gone"
 class Store(Protocol):
     """What is asked of torch.distributed's store. Each thread has its own connection: an answer may not come."""
 
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def add(self, key: str, count: int, /) -> int: ...
-    def check(self, keys: list[str], /) -> bool: ...
+    def set(self, key: str, value: str, /) -> None:
+        """Have a value under a key."""
+
+    def get(self, key: str, /) -> bytes:
+        """A key's value; waits for it."""
+
+    def add(self, key: str, count: int, /) -> int:
+        """Add to a key's number, which is 0 at first, and return the sum."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all of the keys are there."""
 
 
 class RankError(QuantkitError):
@@ -178,7 +185,9 @@ class Watch:
         try:
             self._store.set(f"left/{self._rank}", json.dumps(note))
             self._store.set("failing", "")
-            told_by = self._teller()
+            # The lowest rank that is there tells.
+            lower = (rank for rank in range(self._rank) if self._left(rank, time.monotonic() + _STUCK) is not None)
+            told_by = next(lower, self._rank)
             if told_by != self._rank:
                 self._store.set(f"bye/{self._rank}", "")
                 time.sleep(_LINGER / 2)  # a launcher sends SIGTERM to the others as soon as one has ended
@@ -199,13 +208,6 @@ class Watch:
         else:
             kind = "error" if isinstance(error, Exception) else "interrupt"
         return {"kind": kind, "text": describe(error), "code": getattr(error, "exit_code", 1)}
-
-    def _teller(self) -> int:
-        """The lowest rank that is there to tell."""
-        for rank in range(self._rank):
-            if self._left(rank, time.monotonic() + _STUCK) is not None:
-                return rank
-        return self._rank
 
     def _verdict(self, error: BaseException, note: dict[str, Any]) -> BaseException:
         """What happened: an error before a lost process, a lost process before an interrupt."""

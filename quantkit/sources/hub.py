@@ -59,7 +59,8 @@ def _reason(error: Exception) -> str:
     """What the client's exception means, in words for one line."""
     if isinstance(error, errors.LocalEntryNotFoundError):
         offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
-        cached = "the cached copy is incomplete" if _is_partial(error) else "not in the Hub cache"
+        partial = getattr(errors, "IncompleteSnapshotError", ())  # since huggingface_hub 2
+        cached = "the cached copy is incomplete" if isinstance(error, partial) else "not in the Hub cache"
         if offline:
             return f"{cached}; HF_HUB_OFFLINE is set: unset it to download"
         return f"{cached}, and the Hub cannot be reached ({first_line(error.__cause__ or error)})"
@@ -74,11 +75,6 @@ def _reason(error: Exception) -> str:
         if isinstance(error, kind):
             return reason
     return f"and the Hub did not give all of it ({first_line(error)}): try again, finished files are kept"
-
-
-def _is_partial(error: Exception) -> bool:
-    partial = getattr(errors, "IncompleteSnapshotError", None)  # since huggingface_hub 2
-    return partial is not None and isinstance(error, partial)
 
 
 @contextmanager

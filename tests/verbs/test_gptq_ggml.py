@@ -75,6 +75,17 @@ def test_what_is_in_the_file_is_what_was_optimised(
     assert fields["quantkit.weights"].contents() == "GPTQ codes"
 
 
+def test_a_file_of_rounded_codes_does_not_say_that_gptq_made_them(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    first = run(make_model("llama", **WIDE), tmp_path / "out", tiny_tokens, "q4_0", method="round").model
+    quantkit.ggml(first, tmp_path / "copy.gguf", output_type="f16")
+    for path in (first, tmp_path / "copy.gguf"):
+        fields = gguf.GGUFReader(path).fields
+        assert "quantkit.version" in fields
+        assert "quantkit.weights" not in fields
+
+
 def test_a_copy_of_the_file_still_says_where_its_codes_come_from(
     make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ class GgjtSource(Source):
         self.path = path
         self.label = label or path.stem
         self._file = GgjtFile(path)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._stored_name = self._names()
         self.config: PretrainedConfig = self._config()
         self._check_shapes()
@@ -263,16 +264,15 @@ class GgjtSource(Source):
         return heads.get(name.split(".")[-2], 0)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is not None:
+            return self._tokenizer
         try:
-            return rebuilt_tokenizer(self._file.vocabulary)
+            self._tokenizer = rebuilt_tokenizer(self._file.vocabulary)
         except SourceError as error:
             raise SourceError(f"{self.path}: {error}") from error
         except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
             raise SourceError(f"{self.path}: cannot make its tokenizer: {first_line(error)}") from error
+        return self._tokenizer
 
     def weight_files(self) -> Sequence[Path]:
         return [self.path]

@@ -108,7 +108,10 @@ def make_config(keys: Keys, shapes: Mapping[str, tuple[int, ...]], read: Callabl
     settings = {ours: keys.require(key, whole=ours != "rms_norm_eps") for key, ours in _FIELDS.items()}
     settings |= _further(keys, architecture)
     settings |= architecture.means
-    settings["num_key_value_heads"] = _key_value_heads(keys, settings["num_attention_heads"])
+    own_heads = keys.get("attention.head_count_kv") is not None
+    settings["num_key_value_heads"] = (
+        keys.require("attention.head_count_kv", whole=True) if own_heads else settings["num_attention_heads"]
+    )
     settings["vocab_size"] = shapes["token_embd.weight"][0]
     settings |= {ours: token_id(keys.values, key, settings["vocab_size"]) for ours, key in _TOKENS.items()}
     settings["tie_word_embeddings"] = "output.weight" not in shapes
@@ -128,7 +131,10 @@ def make_config(keys: Keys, shapes: Mapping[str, tuple[int, ...]], read: Callabl
         settings["layer_types"] = list(_layer_types(keys, architecture, window, blocks))
         settings["query_pre_attn_scalar"] = width if blocks in architecture.wide_models else head
     rope = _rope_parameters(keys, head, shapes, read)
-    settings["rope_parameters"] = _by_layer_type(keys, rope) if architecture.local_rope else rope
+    if architecture.local_rope:
+        local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+        rope = {"full_attention": rope, "sliding_attention": local}
+    settings["rope_parameters"] = rope
     config: PretrainedConfig = config_class(**settings)
     return config
 
@@ -194,11 +200,6 @@ def _check_shapes(
             raise SourceError(f"{name} has shape {list(shape)}, but the file's keys ask for {list(expected)}")
 
 
-def _key_value_heads(keys: Keys, heads: int) -> int:
-    key = "attention.head_count_kv"
-    return int(heads if keys.get(key) is None else keys.require(key, whole=True))
-
-
 def _layer_types(keys: Keys, architecture: Architecture, window: int | None, layers: int) -> Iterable[str]:
     pattern = keys.get("attention.sliding_window_pattern", architecture.window_pattern)
     if not (type(pattern) is int and pattern > 0) and not (isinstance(pattern, list) and len(pattern) == layers):
@@ -207,11 +208,6 @@ def _layer_types(keys: Keys, architecture: Architecture, window: int | None, lay
     for i in range(layers):
         windowed = pattern[i] if isinstance(pattern, list) else bool((i + 1) % pattern)
         yield "sliding_attention" if window and windowed else "full_attention"
-
-
-def _by_layer_type(keys: Keys, rope: dict[str, Any]) -> dict[str, Any]:
-    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
-    return {"full_attention": rope, "sliding_attention": local}
 
 
 def _rope_parameters(
@@ -259,8 +255,7 @@ def _scaling(keys: Keys) -> dict[str, Any]:
 def _longrope(keys: Keys, read: Callable[[str], Array]) -> dict[str, Any]:
     """Phi-3's two sets of factors; the attention factor only where it is not the one that follows from the lengths."""
     original = keys.require("rope.scaling.original_context_length")
-    stretch = keys.require("context_length") / original
-    usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    usual = longrope_attention(keys.require("context_length"), original)
     stored = keys.number("rope.scaling.attn_factor", usual)
     scaling: dict[str, Any] = {
         "rope_type": "longrope",
@@ -271,6 +266,12 @@ def _longrope(keys: Keys, read: Callable[[str], Array]) -> dict[str, Any]:
     if not math.isclose(stored, usual, rel_tol=1e-5):
         scaling["attention_factor"] = stored
     return scaling
+
+
+def longrope_attention(length: int, original: int) -> float:
+    """What longrope multiplies by, of a model whose context was made longer than its original one."""
+    stretch = length / original
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
 
 def _llama3(theta: float, factors: Array) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class GgufFile:
 
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
-            return self._string()
+            return self._strings(1)[0]
         if kind != _ARRAY:
             return self._number(_SCALARS[kind])
         kind, length = self._number("<u4"), self._number("<u8")
@@ -207,9 +207,6 @@ class GgufFile:
         if length * _LEAST_STRING > self._bytes.size - self._at:
             raise ValueError(f"it has no room for the {length} strings of {key}")
         return self._strings(length)
-
-    def _string(self) -> str:
-        return self._strings(1)[0]
 
     def _strings(self, count: int) -> list[str]:
         """A vocabulary has hundreds of thousands: a loop without calls reads them in a tenth of a second."""

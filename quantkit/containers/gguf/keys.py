@@ -5,7 +5,6 @@ Keys are those of llama.cpp's converter and loader (b11434).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ import gguf
 from transformers import PretrainedConfig
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES
+from quantkit.containers.gguf.config import longrope_attention
 from quantkit.containers.gguf.vocabulary import vocabulary
 from quantkit.containers.gguf.writable import (
     GEMMA,
@@ -106,18 +106,12 @@ def _scaling(config: PretrainedConfig, architecture: str, rope: Mapping[str, Any
     if architecture == "phi3":
         keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     if kind == "longrope":
-        keys["rope.scaling.attn_factor"] = _longrope_attention(config, rope)
+        usual = longrope_attention(config.max_position_embeddings, config.original_max_position_embeddings)
+        given = rope.get("attention_factor")
+        keys["rope.scaling.attn_factor"] = usual if given is None else float(given)
     if architecture == "gemma3":
         keys["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
     return keys
-
-
-def _longrope_attention(config: PretrainedConfig, rope: Mapping[str, Any]) -> float:
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
-    original = config.original_max_position_embeddings
-    stretch = config.max_position_embeddings / original
-    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
 
 def _attention(config: PretrainedConfig, architecture: str) -> Keys:

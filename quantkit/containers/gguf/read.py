@@ -66,6 +66,9 @@ class GgufSource(Source):
             known = ", ".join(ARCHITECTURES)
             raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported; supported: {known}")
         self._architecture = ARCHITECTURES[name]
+        self.metadata = self._parts[0].keys
+        self.from_gptq = self._field("quantkit.weights") is not None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.label = label or model_stem(path)
         self._check_parts()
         self._holder = {name: part for part in self._parts for name in part.tensors}
@@ -77,14 +80,6 @@ class GgufSource(Source):
     @property
     def ggml(self) -> HoldsBlocks:
         return self
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return self._parts[0].keys
-
-    @property
-    def from_gptq(self) -> bool:
-        return self._field("quantkit.weights") is not None
 
     def _field(self, key: str) -> Any:
         return self._parts[0].keys.get(key)
@@ -99,9 +94,10 @@ class GgufSource(Source):
             count, own = part.keys.get("split.count"), part.keys.get("split.no")
             alone = len(self._parts) == 1 and count in (None, 0)
             if not alone and (count != len(self._parts) or own != number):
+                said = str(own + 1 if type(own) is int else own)[:20]  # people count from 1
                 raise SourceError(
-                    f"{part.path}: its keys call it part {_ordinal(own)} of {str(count)[:20]}, and its name part "
-                    f"{number + 1} of {len(self._parts)}; give the parts their published names"
+                    f"{part.path}: its keys call it part {said} of {str(count)[:20]}, and its name part {number + 1} "
+                    f"of {len(self._parts)}; give the parts their published names"
                 )
             if part.keys.get("general.architecture", architecture) != architecture:
                 raise SourceError(f"{part.path}: a part of another architecture than the first; download it again")
@@ -142,13 +138,13 @@ class GgufSource(Source):
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: self._info(stored) for name, stored in self._stored.items()}
-
-    def _info(self, stored: _Stored) -> TensorInfo:
-        tensor = self._tensor(stored.name)
-        if stored.expert is None:
-            return TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes)
-        return TensorInfo(tensor.shape[1:], tensor.kind.name, tensor.bytes // tensor.shape[0])
+        shown = {}
+        for name, stored in self._stored.items():
+            tensor = self._tensor(stored.name)
+            whole = TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes)
+            of_one = TensorInfo(tensor.shape[1:], tensor.kind.name, tensor.bytes // tensor.shape[0])
+            shown[name] = whole if stored.expert is None else of_one
+        return shown
 
     def read(self, name: str) -> torch.Tensor:
         stored, heads = self._stored[name], self._turned_heads(name)
@@ -194,16 +190,15 @@ class GgufSource(Source):
         return self._architecture.norm_offset if name.endswith("norm.weight") else 0.0
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is not None:
+            return self._tokenizer
         try:
-            return make_tokenizer(self._field, self._architecture, self.config.vocab_size)
+            self._tokenizer = make_tokenizer(self._field, self._architecture, self.config.vocab_size)
         except SourceError as error:
             raise SourceError(f"{self.path}: {error}") from error
         except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
             raise SourceError(f"{self.path}: cannot make its tokenizer: {first_line(error)}") from error
+        return self._tokenizer
 
     def weight_files(self) -> Sequence[Path]:
         return [part.path for part in self._parts]
@@ -236,11 +231,6 @@ def unpermute_heads(values: Array, heads: int) -> Array:
     """Undo llama.cpp's row order of Q and K, [rows, ...]: per head, halves are interleaved for its rotary."""
     rows = values.shape[0]
     return values.reshape(heads, rows // heads // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-
-
-def _ordinal(number: Any) -> str:
-    """A part's place for people, who count from 1."""
-    return str(number + 1 if type(number) is int else number)[:20]
 
 
 def _parts(path: Path) -> list[Path]:

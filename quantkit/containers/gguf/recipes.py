@@ -126,13 +126,9 @@ class _Recipe:
     lifts: bool = True
 
 
-def _always_is(kind: Kind) -> Rules:
-    return ((_always, kind),)
-
-
 def _below_3_bits(file_type: FileType, base: Kind, low: Kind, attention_output: Kind | None = None) -> _Recipe:
     """The smallest types: `low` for what suffers most."""
-    plain_output = _always_is(attention_output) if attention_output is not None else ()
+    plain_output = ((_always, attention_output),) if attention_output is not None else ()
     rules: dict[str, Rules] = {
         "attn_v": ((_much_shared_or_experts, Kind.Q4_K), (_always, low)),
         "attn_k": ((_eight_experts, Kind.Q4_K),),
@@ -165,7 +161,7 @@ _RECIPES = {
         Kind.Q2_K,
         {
             "attn_v": (*_SHARED_TO_Q4, (_always, Kind.Q3_K)),
-            "ffn_down": _always_is(Kind.Q3_K),
+            "ffn_down": ((_always, Kind.Q3_K),),
             "attn_output": (*_OF_EXPERTS, (_always, Kind.Q3_K)),
         },
     ),
@@ -190,8 +186,8 @@ _RECIPES = {
         FileType.MOSTLY_Q3_K_L,
         Kind.Q3_K,
         {
-            "attn_v": _always_is(Kind.Q5_K),
-            "ffn_down": _always_is(Kind.Q5_K),
+            "attn_v": ((_always, Kind.Q5_K),),
+            "ffn_down": ((_always, Kind.Q5_K),),
             "attn_output": ((_eight_experts, Kind.Q3_K), (_always, Kind.Q5_K)),
         },
     ),
@@ -219,8 +215,8 @@ _RECIPES = {
         Kind.IQ3_XXS,
         {
             "attn_v": (*_SHARED_TO_Q4, (_plain, Kind.IQ3_S)),
-            "attn_k": _always_is(Kind.IQ2_S),
-            "attn_q": _always_is(Kind.IQ2_S),
+            "attn_k": ((_always, Kind.IQ2_S),),
+            "attn_q": ((_always, Kind.IQ2_S),),
             "ffn_down": ((_plain_first_eighth, Kind.Q4_K), (_plain, Kind.Q3_K)),
             "attn_output": (*_OF_EXPERTS, (_always, Kind.IQ3_S)),
         },
@@ -232,8 +228,8 @@ _RECIPES = {
         Kind.IQ3_S,
         {
             "attn_v": _SHARED_TO_Q4,
-            "attn_k": _always_is(Kind.IQ3_XXS),
-            "attn_q": _always_is(Kind.IQ3_XXS),
+            "attn_k": ((_always, Kind.IQ3_XXS),),
+            "attn_q": ((_always, Kind.IQ3_XXS),),
             "attn_output": _OF_EXPERTS,
             "ffn_gate": ((_middle, Kind.IQ3_XXS),),
             "ffn_up": ((_middle, Kind.IQ3_XXS),),
@@ -244,7 +240,7 @@ _RECIPES = {
         FileType.MOSTLY_IQ3_M,
         Kind.IQ3_S,
         {
-            "attn_v": _always_is(Kind.Q4_K),
+            "attn_v": ((_always, Kind.Q4_K),),
             "ffn_down": ((_first_eighth_or_of_eight_experts, Kind.Q4_K),),
             "attn_output": (*_OF_EXPERTS, (_always, Kind.Q4_K)),
         },
@@ -344,7 +340,9 @@ def tensor_kinds(
         if pure:
             return recipe.base
         if is_output:
-            return _of_output(recipe, tensor.shape[-1])
+            if recipe.output is None or recipe.base in FLOATS:
+                return recipe.base
+            return Kind.Q8_0 if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[recipe.base][0] else recipe.output
         if tensor.name == EMBEDDING:
             return recipe.base if recipe.embedding is None else recipe.embedding
         return _of_block(recipe, model, tensor.name)
@@ -374,12 +372,6 @@ def _model(config: PretrainedConfig, architecture: str, importance: bool) -> _Mo
     # llama.cpp tells by the number of blocks, and only of these two architectures.
     is_70b = blocks == 80 and (architecture == "qwen2" or (architecture == "llama" and keys != heads))
     return _Model(blocks, heads // keys, getattr(config, "num_experts", None) or 0, is_70b, importance)
-
-
-def _of_output(recipe: _Recipe, width: int) -> Kind:
-    if recipe.output is None or recipe.base in FLOATS:
-        return recipe.base
-    return Kind.Q8_0 if width % gguf.GGML_QUANT_SIZES[recipe.base][0] else recipe.output
 
 
 def _of_block(recipe: _Recipe, model: _Model, name: str) -> Kind:

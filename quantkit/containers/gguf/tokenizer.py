@@ -65,7 +65,8 @@ def make_tokenizer(values: Callable[[str], Any], architecture: Architecture, emb
         backend, bos = _byte_level(tokens, _strings(ggml, "merges"), cut), cut.bos
     elif kind == "llama":
         prefix = ggml("add_space_prefix") is not False
-        tokens = [_respelled(token, types[i]) for i, token in enumerate(tokens)]
+        # User-defined ones are stored as they look in text; the vocabulary is searched with marks for the spaces.
+        tokens = [token.replace(" ", _SPACE) if types[i] == _USER_DEFINED else token for i, token in enumerate(tokens)]
         backend, bos = _sentencepiece(tokens, types, _joins(ggml, tokens, types), prefix), True
     else:
         raise SourceError(
@@ -121,17 +122,16 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, cut: Cut) -
         backend.normalizer = normalizers.NFC()
     # GPT-2's own words are the byte-level step's default.
     words = cut.patterns[-1] == GPT2
-    steps: list[Any] = [_step(pattern) for pattern in cut.patterns[: -1 if words else None]]
+    steps: list[Any] = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if pattern == DIGIT
+        else pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        for pattern in cut.patterns[: -1 if words else None]
+    ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _step(pattern: str) -> Any:
-    if pattern == DIGIT:
-        return pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
 
 
 def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
@@ -139,11 +139,6 @@ def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
     if -1 in cuts:
         raise SourceError(f"tokenizer.ggml.merges holds {merges[cuts.index(-1)][:40]!r}, which is no pair")
     return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
-
-
-def _respelled(token: str, kind: int) -> str:
-    """User-defined tokens are stored as they look in text; the vocabulary is searched with marks for the spaces."""
-    return token.replace(" ", _SPACE) if kind == _USER_DEFINED else token
 
 
 def _joins(ggml: Callable[[str], Any], tokens: Sequence[str], types: Sequence[int]) -> list[tuple[str, str]]:

@@ -115,7 +115,10 @@ class Chooser:
             SourceError: an importance matrix of another model.
             MissingPackageError: a type that only ggml itself rounds to.
         """
-        asked = self._asked(plan)
+        embedding, output = self._options.embedding, self._options.output
+        if embedding is None and all(tensor.name != OUTPUT for tensor in plan):
+            embedding = output
+        asked = {name: kind for name, kind in ((EMBEDDING, embedding), (OUTPUT, output)) if kind is not None}
         return [self._choose(*pair, asked) for pair in zip(plan, self._planned(plan, asked), strict=True)]
 
     def of_kind(self, tensor: GgufTensor, kind: Kind | None) -> Choice:
@@ -124,16 +127,8 @@ class Chooser:
             return Choice(Kind.F32, None, self._values(Kind.F32))
         return self._as_stored(tensor) if kind is None else self._of_plan(tensor, _fitted(tensor, kind))
 
-    def _asked(self, plan: Sequence[GgufTensor]) -> dict[str, Kind]:
-        """Types that the embedding and the output are asked to have by an option of their own."""
-        embedding, output = self._options.embedding, self._options.output
-        if embedding is None and all(tensor.name != OUTPUT for tensor in plan):
-            embedding = output
-        ends = {EMBEDDING: embedding, OUTPUT: output}
-        return {name: kind for name, kind in ends.items() if kind is not None}
-
     def _planned(self, plan: Sequence[GgufTensor], asked: Mapping[str, Kind]) -> list[Planned | None]:
-        """What every tensor is to be; None for what the source has it in."""
+        """What every tensor is to be; None for what the source has it in. `asked`: by an option of its own."""
         options = self._options
         if options.recipe is None:
             return [_fitted(tensor, asked[tensor.name]) if tensor.name in asked else None for tensor in plan]
@@ -154,8 +149,8 @@ class Chooser:
     def _choose(self, tensor: GgufTensor, planned: Planned | None, asked: Mapping[str, Kind]) -> Choice:
         if tensor.always_f32:
             return Choice(Kind.F32, None, self._values(Kind.F32))
-        linears = self._linears(tensor)
-        if linears:
+        linears = {name: (self._weights.stored(name) or "").removesuffix(".weight") for name in tensor.sources}
+        if linears and self._modules.issuperset(linears.values()):
             recipe = self._options.recipe
             kind = asked.get(tensor.name, None if recipe is None else base_kind(recipe))
             return self._of_codes(tensor, linears, kind, planned)
@@ -164,7 +159,10 @@ class Chooser:
     def _of_codes(
         self, tensor: GgufTensor, linears: Mapping[str, str], kind: Kind | None, planned: Planned | None
     ) -> Choice:
-        """A tensor of GPTQ codes, in the type that is asked for or the smallest that is exact."""
+        """A tensor of GPTQ codes, in the type that is asked for or the smallest that is exact.
+
+        `linears`: published name -> the source's module, of all that the tensor is made of.
+        """
         found = {n: fidelity for n, fidelity in self._common(linears).items() if Kind.__members__[n] in self._allowed}
         if kind is None:
             exact = next((name for name, fidelity in found.items() if fidelity == "exact"), None)
@@ -233,11 +231,6 @@ class Chooser:
         kinds = {self._weights.tensors[name].stored_as for name in tensor.sources}
         whole = all(self._weights.stored(name) for name in tensor.sources)
         return Kind.__members__[kinds.pop()] if len(kinds) == 1 and whole else None
-
-    def _linears(self, tensor: GgufTensor) -> dict[str, str]:
-        """Published name -> the source's module, where all of the tensor is codes."""
-        modules = {name: (self._weights.stored(name) or "").removesuffix(".weight") for name in tensor.sources}
-        return modules if self._modules.issuperset(modules.values()) else {}
 
     def _common(self, linears: Mapping[str, str]) -> dict[str, Fidelity]:
         """Types that hold the codes of all parts, the smallest first, whatever the codes are."""

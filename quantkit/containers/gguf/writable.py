@@ -113,7 +113,9 @@ def _rope_differences(config: PretrainedConfig, architecture: str) -> Iterator[s
         yield f"rope_type {local['rope_type']!r} of sliding_attention has no place in a {architecture} GGUF file"
     if kind == "yarn":
         usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
-        usual["attention_factor"] = rope.get("attention_factor") if _usual_yarn(rope) else None
+        given, follows = rope.get("attention_factor"), 0.1 * math.log(rope["factor"]) + 1
+        known = given is not None and math.isclose(given, follows, rel_tol=1e-5)
+        usual["attention_factor"] = given if known else None
         for key, value in usual.items():
             if rope.get(key) not in (None, value):
                 yield f"{key} {rope[key]} of its yarn scaling has no place in a {architecture} GGUF file"
@@ -121,8 +123,3 @@ def _rope_differences(config: PretrainedConfig, architecture: str) -> Iterator[s
         count = int(head_width(config) * rope.get("partial_rotary_factor", 1.0)) // 2
         if not len(rope["long_factor"]) == len(rope["short_factor"]) == count:
             yield f"long_factor and short_factor are not of {count} values each"
-
-
-def _usual_yarn(rope: Mapping[str, Any]) -> bool:
-    factor = rope.get("attention_factor")
-    return factor is not None and math.isclose(factor, 0.1 * math.log(rope["factor"]) + 1, rel_tol=1e-5)

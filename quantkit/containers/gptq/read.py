@@ -23,6 +23,7 @@ class GptqSource(FolderSource):
     """A folder in the GPTQ layout, v1 or v2, at 2, 3, 4 or 8 bits. `read` gives them dequantized."""
 
     kind = "gptq"
+    from_gptq = True
     quantization: dict[str, Any]
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
@@ -51,10 +52,6 @@ class GptqSource(FolderSource):
         return self
 
     @property
-    def from_gptq(self) -> bool:
-        return True
-
-    @property
     def scheme(self) -> str:
         label = self.quantization
         symmetry = "symmetric" if label.get("sym") else "asymmetric"
@@ -70,10 +67,11 @@ class GptqSource(FolderSource):
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The dequantized names: a Linear's parts appear as one weight."""
-        shown = {n: i for n, i in self.stored.tensors.items() if n.rsplit(".", 1)[-1] not in _PARTS}
+        stored = self.stored.tensors
+        shown = {n: i for n, i in stored.items() if n.rsplit(".", 1)[-1] not in _PARTS}
         for module in self._modules:
-            rows, columns = self.stored.tensors[f"{module}.qweight"].shape[1], self._columns(module)
-            size = sum(self.stored.tensors[f"{module}.{part}"].bytes for part in self._parts(module))
+            rows, columns = stored[f"{module}.qweight"].shape[1], self._columns(module)
+            size = sum(stored[f"{module}.{part}"].bytes for part in _PARTS if f"{module}.{part}" in stored)
             bits = self.bits(module)
             shown[f"{module}.weight"] = TensorInfo((rows, columns), f"GPTQ{bits}", size, bits)
         return shown
@@ -146,11 +144,8 @@ class GptqSource(FolderSource):
 
     def bits(self, module: str) -> int:
         """Bits of a module's codes, from its shapes: per-module overrides need not be understood."""
-        zeros, rows = (
-            self.stored.tensors[f"{module}.qzeros"].shape[1],
-            self.stored.tensors[f"{module}.qweight"].shape[1],
-        )
-        return zeros * 32 // rows
+        stored = self.stored.tensors
+        return stored[f"{module}.qzeros"].shape[1] * 32 // stored[f"{module}.qweight"].shape[1]
 
     def _columns(self, module: str) -> int:
         return self.stored.tensors[f"{module}.qweight"].shape[0] * 32 // self.bits(module)
@@ -165,9 +160,6 @@ class GptqSource(FolderSource):
         if size is None or self.quantization.get("desc_act"):
             raise SourceError(f"{self.path}: {module} has no g_idx, so which group a column is in cannot be told")
         return contiguous_groups(columns, size)
-
-    def _parts(self, module: str) -> list[str]:
-        return [part for part in _PARTS if f"{module}.{part}" in self.stored.tensors]
 
     def _check_shapes(self, module: str) -> None:
         shapes = {}

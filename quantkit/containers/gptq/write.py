@@ -88,16 +88,12 @@ def quantization_config(
         "modules_in_block_to_quantize": [list(stage) for stage in modules],
         "meta": {"quantizer": [f"quantkit:{__version__}"]},
     }
-    dynamic = _dynamic(spec)
-    return {**content, "dynamic": dynamic} if dynamic else content
-
-
-def _dynamic(spec: QuantSpec) -> dict[str, dict[str, Any]]:
-    """GPTQModel's per-module rules, the first that matches a module's name counting: ``-:`` leaves it as it is."""
-    rules: dict[str, dict[str, Any]] = {f"-:^{pattern_regex(pattern)}$": {} for pattern in spec.exclude}
+    # GPTQModel's rules for modules, of which the first that matches a name counts: ``-:`` leaves it as it is.
+    dynamic: dict[str, Any] = {f"-:^{pattern_regex(pattern)}$": {} for pattern in spec.exclude}
     if spec.include:
-        rules[f"-:^(?!(?:{'|'.join(pattern_regex(pattern) for pattern in spec.include)})$)"] = {}
-    return rules | {f"+:^{pattern_regex(pattern)}$": override.changes() for pattern, override in spec.overrides}
+        dynamic[f"-:^(?!(?:{'|'.join(map(pattern_regex, spec.include))})$)"] = {}
+    dynamic |= {f"+:^{pattern_regex(pattern)}$": override.changes() for pattern, override in spec.overrides}
+    return {**content, "dynamic": dynamic} if dynamic else content
 
 
 class GptqWriter:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +28,11 @@ class Fp8Source(FolderSource):
         super().__init__(folder, label, trust_remote_code)
         self.dtype = torch.bfloat16
         quantization = read_json(folder / "config.json")["quantization_config"]
-        self._block = self._block_size(quantization.get("weight_block_size", (128, 128)))
+        block = quantization.get("weight_block_size", (128, 128))
+        pair = isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+        if block is not None and not pair:
+            raise SourceError(f"{self.path / 'config.json'}: weight_block_size {block!r} is not two positive numbers")
+        self._block: tuple[int, int] | None = None if block is None else (block[0], block[1])
         for name, info in self.tensors.items():
             self._check(name, info)
 
@@ -57,13 +60,6 @@ class Fp8Source(FolderSource):
         if f"{name}{_SCALE}" in self.stored.tensors:
             return self.read(name)[start:stop]
         return self.stored.read_rows(name, start, stop)
-
-    def _block_size(self, value: Any) -> tuple[int, int] | None:
-        if value is None:
-            return None
-        if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, int) and n > 0 for n in value):
-            return value[0], value[1]
-        raise SourceError(f"{self.path / 'config.json'}: weight_block_size {value!r} is not two positive numbers")
 
     def _check(self, name: str, info: TensorInfo) -> None:
         scale = self.stored.tensors.get(f"{name}{_SCALE}")

@@ -103,9 +103,10 @@ def examine_header(path: Path) -> Header:
     metadata: Mapping[str, str] | None = {}
     for name, value in content:
         if name == _METADATA:
-            metadata = _metadata(value)
-            if metadata is None:
-                problems.append(f"its {_METADATA} is no text by name")
+            pairs = () if value is None else value
+            readable = isinstance(pairs, tuple) and all(isinstance(text, str) for _, text in pairs)
+            metadata = dict(pairs) if readable else None
+            problems += [] if readable else [f"its {_METADATA} is no text by name"]
             continue
         try:
             entries[name] = _stored(value, _LENGTH + length)
@@ -142,13 +143,6 @@ def _finite(text: str) -> float:
 
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number")
-
-
-def _metadata(value: Any) -> Mapping[str, str] | None:
-    """Text by name; None where it is something else."""
-    pairs = () if value is None else value
-    readable = isinstance(pairs, tuple) and all(isinstance(text, str) for _, text in pairs)
-    return dict(pairs) if readable else None
 
 
 def _stored(entry: Any, data: int) -> Stored:

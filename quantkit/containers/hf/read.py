@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,12 @@ class FolderSource(Source):
         self._trust_remote_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
         self.stored = open_weights(folder)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.path, self._trust_remote_code)
         return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.path, self._trust_remote_code)
 
     def weight_files(self) -> Sequence[Path]:
         return self.stored.shards()
@@ -135,7 +133,17 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises SourceError."""
     if "gguf_file" not in options and not trust_remote_code:
-        _check_vocabulary(folder)
+        # For some model types transformers makes up a vocabulary of a few tokens where there is none.
+        names = [path.name for path in folder.iterdir()]
+        if not any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names):
+            raise SourceError(
+                f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made "
+                "from"
+            )
+        if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & set(names):
+            raise SourceError(
+                f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing"
+            )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
@@ -145,17 +153,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
             _refuse_code(folder / "tokenizer_config.json", error)
         raise SourceError(f"{folder}: cannot load its tokenizer: {first_line(error)}") from error
     return tokenizer
-
-
-def _check_vocabulary(folder: Path) -> None:
-    """Refuse a folder without a vocabulary: for some model types transformers makes up one of a few tokens."""
-    names = [path.name for path in folder.iterdir()]
-    if not any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names):
-        raise SourceError(
-            f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made from"
-        )
-    if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & set(names):
-        raise SourceError(f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing")
 
 
 def _refuse_code(path: Path, error: Exception) -> None:

@@ -58,7 +58,10 @@ class WeightFiles(ABC):
                 self.tensors[name] = info
         if not self.tensors:
             raise SourceError(f"{folder}: its weight files hold no tensor")
-        self._check_index()
+        if (folder / self.index_name).is_file():
+            for name, file in self._index().items():
+                if name not in self.tensors:
+                    raise SourceError(f"{folder / file}: the index says it holds {name}, but it does not")
 
     def shards(self) -> list[Path]:
         """The files in order. Raises SourceError where there are none or one is missing."""
@@ -107,12 +110,6 @@ class WeightFiles(ABC):
             raise SourceError(f"{path}: has no weight_map from tensor names to file names")
         return dict(weight_map or {})
 
-    def _check_index(self) -> None:
-        if (self.folder / self.index_name).is_file():
-            for name, shard in self._index().items():
-                if name not in self.tensors:
-                    raise SourceError(f"{self.folder / shard}: the index says it holds {name}, but it does not")
-
 
 class SafetensorsFiles(WeightFiles):
     """`model.safetensors`, its shards, or whatever safetensors files there are."""
@@ -126,7 +123,8 @@ class SafetensorsFiles(WeightFiles):
     @staticmethod
     def unindexed(folder: Path) -> list[str]:
         single = "model.safetensors"
-        return [single] if (folder / single).is_file() else _names(folder.glob("*.safetensors"))
+        found = [folder / single] if (folder / single).is_file() else sorted(folder.glob("*.safetensors"))
+        return [path.name for path in found]
 
     def read(self, name: str) -> torch.Tensor:
         return read_stored(self.shard_of[name], name, self._stored[name])
@@ -181,7 +179,3 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         return tensor.half()
     return tensor.float() if tensor.dtype == torch.float8_e8m0fnu else tensor
-
-
-def _names(paths: Iterable[Path]) -> list[str]:
-    return sorted(path.name for path in paths)

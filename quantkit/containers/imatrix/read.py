@@ -146,7 +146,9 @@ class _Dat:
             name = self._text(self._count("characters of a name"))
             if name in self._entries:
                 raise self._broken(f"it holds {name} twice")
-            self._entries[name] = self._entry(name)
+            calls, length = self._int(), self._count(f"values of {name}")
+            values = _checked(np.frombuffer(self._take(4 * length), "<f4").astype(np.float32), self._path, name)
+            self._entries[name] = values[None] / np.float32(calls if calls > 0 else 1)
         # What follows came later: first the chunks, then the data set.
         chunks = self._int() if self._left() else 0
         length = self._int() if self._left() else 0
@@ -154,12 +156,6 @@ class _Dat:
         if self._left():
             raise self._broken(f"{self._left()} bytes follow its end")
         return Imatrix(self._path, datasets, max(chunks, 0), self._entries)
-
-    def _entry(self, name: str) -> Array:
-        calls, length = self._int(), self._count(f"values of {name}")
-        values = np.frombuffer(self._take(4 * length), "<f4").astype(np.float32)
-        means: Array = _checked(values, self._path, name)[None] / np.float32(calls if calls > 0 else 1)
-        return means
 
     def _text(self, length: int) -> str:
         try:

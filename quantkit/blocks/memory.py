@@ -93,7 +93,7 @@ class _Block:
 
 def _largest_block(stream: ModelStream, quantized: bool) -> _Block:
     kinds = {}
-    for index, (block, stages) in enumerate(zip(stream.block_shapes(), stream.known_stages(), strict=True)):
+    for index, (block, stages) in enumerate(zip(stream.modules, stream.known_stages(), strict=True)):
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         if shapes not in kinds:
             kinds[shapes] = _block_bytes(stream, index, block, stages, quantized)
@@ -221,14 +221,12 @@ def _first_that_fits(
             return replace(plan, needed=device + host, budget=budget.here)
     device, host = takes(ways[-1])
     if budget.named:
-        raise _too_little(device, host, budget)
+        if budget.device is None:
+            least, given = device + host, budget.host
+        else:
+            least, given = max(device, host), min(budget.device, budget.host)
+        megabytes = -(-least // 10**6)
+        raise UsageError(
+            f"--memory {size(given)} is too little for one block of this model: {megabytes}MB is the least"
+        )
     return replace(ways[-1], needed=device + host, budget=budget.here)
-
-
-def _too_little(device: int, host: int, budget: Budget) -> UsageError:
-    if budget.device is None:
-        least, given = device + host, budget.host
-    else:
-        least, given = max(device, host), min(budget.device, budget.host)
-    megabytes = -(-least // 10**6)
-    return UsageError(f"--memory {size(given)} is too little for one block of this model: {megabytes}MB is the least")

@@ -26,11 +26,6 @@ def available() -> bool:
     return find_spec("numba") is not None
 
 
-def serve(tensor: torch.Tensor) -> bool:
-    """Whether these loops can take what `tensor` is a part of."""
-    return tensor.device.type == "cpu" and available()
-
-
 def quantize_columns(
     W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int, codes: torch.Tensor
 ) -> torch.Tensor:

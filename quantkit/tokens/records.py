@@ -52,12 +52,12 @@ class Record:
         return not texts or any(not text.strip() for text in texts)
 
 
+@dataclass(frozen=True)
 class _Fields:
     """The fields of one raw record; an error names the file, the record and the field."""
 
-    def __init__(self, raw: Mapping[str, object], where: str) -> None:
-        self.raw = raw
-        self.where = where
+    raw: Mapping[str, object]
+    where: str
 
     def text(self, key: str) -> str:
         """The field's text; an absent or null field is empty."""

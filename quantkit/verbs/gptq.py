@@ -46,7 +46,7 @@ from quantkit.options import (
     parse_size,
 )
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.blockwise import memory_plan, quantize_blocks
+from quantkit.quantize.blockwise import plan_gptq_memory, quantize_blocks
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.stagework import LayerStatistics, OnLinear
@@ -253,7 +253,7 @@ def gptq(
         check_unfinished(place, resume, force)
         check_outside(place, source, force or resume)
     windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
-    report = _sizes(place, stream, spec, ggml, target, memory_plan(stream, *windows))
+    report = _sizes(place, stream, spec, ggml, target, plan_gptq_memory(stream, *windows))
     every = parse_every(checkpoint_every)
     if dry_run:
         return report

@@ -20,7 +20,7 @@ from quantkit.options import (
     make,
 )
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.squares import InputSquares, collect_squares, memory_plan
+from quantkit.quantize.squares import InputSquares, collect_squares, plan_squares_memory
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
@@ -117,7 +117,7 @@ def imatrix(
     check_other_file(target, source, force)
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (samples, seq_len)
     size = sum(entry.bytes for entry in entries.values())
-    peak = size + memory_plan(stream, chunks * chunk_size).needed
+    peak = size + plan_squares_memory(stream, chunks * chunk_size).needed
     report = ImatrixReport(target, len(entries), chunks, chunk_size, size, peak, {}, dry_run=True)
     if dry_run:
         return report

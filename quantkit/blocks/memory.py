@@ -15,7 +15,7 @@ from torch import nn
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.stages import paused_bytes
-from quantkit.blocks.states import Place
+from quantkit.blocks.states import HiddenPlace
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
 from quantkit.containers.hf.shards import DTYPES
@@ -44,7 +44,7 @@ class MemoryPlan:
         budget: bytes that were to be kept to.
     """
 
-    hidden: Place = "device"
+    hidden: HiddenPlace = "device"
     paused: bool = True
     prefetch: bool = True
     side_by_side: bool = True
@@ -205,7 +205,7 @@ def _widest(stream: ModelStream) -> int:
     return max(_largest_block(stream, quantized=False).paused_token, 1)
 
 
-def _places(stream: ModelStream) -> tuple[Place, ...]:
+def _places(stream: ModelStream) -> tuple[HiddenPlace, ...]:
     return ("device", "disk") if stream.device.type == "cpu" else ("device", "host", "disk")
 
 

@@ -15,7 +15,7 @@ import torch
 
 from quantkit.errors import OutputError
 
-Place = Literal["device", "host", "disk"]
+HiddenPlace = Literal["device", "host", "disk"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -42,7 +42,9 @@ class HiddenStates:
         states: the first ones.
     """
 
-    def __init__(self, device: torch.device, place: Place = "device", states: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(
+        self, device: torch.device, place: HiddenPlace = "device", states: Iterable[torch.Tensor] = ()
+    ) -> None:
         self._device, self._place = device, place
         self._items: list[torch.Tensor | _Spilled | None] = []
         self._file: BinaryIO | None = None

@@ -27,7 +27,7 @@ from quantkit.blocks.families import (
     discover_stages,
     shape_of,
 )
-from quantkit.blocks.states import Arguments, Capture, HiddenStates, Place, hands_on, share_equal
+from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
 from quantkit.containers.published import Weights
@@ -111,7 +111,7 @@ class ModelStream:
         self,
         batches: list[torch.Tensor],
         advance: Callable[[int], None] = lambda n: None,
-        place: Place = "device",
+        place: HiddenPlace = "device",
     ) -> HiddenStates:
         """Hidden states that enter the first block, [batch, seq, hidden] in the stream's dtype, per batch of token ids.
 

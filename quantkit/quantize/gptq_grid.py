@@ -140,7 +140,7 @@ def _best(
 
     w [groups, size, rows]; h [groups, size]; scales as stored and zeros [candidates, groups, rows].
     """
-    sums = loops if w.device.type == "cpu" and loops.available() else _TorchSums(w)
+    sums = loops if w.device.type == "cpu" and loops.has_numba() else _TorchSums(w)
     errors = sums.weighted_errors(w, h, scales, zeros, top).nan_to_num_(nan=torch.inf, posinf=torch.inf)
     error, index = errors.min(dim=0, keepdim=True)
     scale, zero = scales.gather(0, index)[0], zeros.gather(0, index)[0]

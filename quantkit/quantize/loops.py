@@ -21,7 +21,7 @@ _ROWS = 256  # of a tile: with 128 columns of weights, errors, scales and minima
 
 
 @cache
-def available() -> bool:
+def has_numba() -> bool:
     """Whether Numba is installed."""
     return find_spec("numba") is not None
 

@@ -19,6 +19,7 @@ _SMALL = 128 * 2**10  # what comes from the heap still where address space is li
 _KEPT = 512 * 2**20
 
 _tuned = False
+_threshold: int | None = None  # from how many bytes on tensors come straight from the system, as `tune` set it
 
 
 def tune() -> None:
@@ -33,16 +34,16 @@ def tune() -> None:
     small tensors come straight from the kernel and return there: glibc asks for 96 bytes more to align a tensor than
     the hole of its like has, so that of tensors of one size (activations) its heap grows with every block.
     """
-    global _tuned
+    global _tuned, _threshold
     libc = _glibc()
     if libc is None or _tuned:
         return
     _tuned = True
     libc.mallopt(_ARENA_MAX, 1)  # what one thread frees another can use
-    if _address_space_is_limited():
-        libc.mallopt(_MMAP_THRESHOLD, _SMALL)
-    else:
-        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    _threshold = _SMALL if limited else _LARGEST_IN_HEAP
+    libc.mallopt(_MMAP_THRESHOLD, _threshold)
+    if not limited:
         libc.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
@@ -54,7 +55,7 @@ def large_apart() -> Iterator[None]:
     ones miss by the 96 bytes of their alignment: a seventh of the peak of SmolLM2's run. Small ones, which are many,
     stay in the heap.
     """
-    libc = _glibc() if _tuned and not _address_space_is_limited() else None
+    libc = _glibc() if _tuned and _threshold == _LARGEST_IN_HEAP else None
     if libc is None:
         yield
         return
@@ -70,10 +71,6 @@ def let_go() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
-
-
-def _address_space_is_limited() -> bool:
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 @cache

@@ -9,7 +9,7 @@ Linears are nn.Linear, and GPT-2's Conv1D, whose weight lies the other way round
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -57,7 +57,9 @@ class Family:
     def linears(self, block: nn.Module) -> list[str]:
         """Names within `block` of the Linears to quantize. Blocks of one model may differ."""
         if self.stages is None:
-            return [name for name in linear_names(block) if _is_worth_it(block, name)]
+            names = [name for name in linear_names(block) if not _ROUTER.search(name)]
+            # A shape that packs at all bits.
+            return [name for name in names if not any(side % 32 for side in shape_of(block.get_submodule(name)))]
         return [name for stage in self.stages_in(block) for name in stage]
 
     def stages_in(self, block: nn.Module) -> Stages:
@@ -67,7 +69,9 @@ class Family:
         expanded: list[tuple[str, ...]] = []
         for starred, run in groupby(self.stages, key=lambda stage: "*" in stage[0]):
             stages = list(run)
-            experts = _experts(stages[0][0], present) if starred else [""]
+            pattern = re.compile(re.escape(stages[0][0]).replace(r"\*", r"(\d+)"))
+            found = (pattern.fullmatch(name) for name in present) if starred else ()
+            experts = sorted((match[1] for match in found if match), key=int) if starred else [""]
             expanded += [tuple(name.replace("*", expert) for name in stage) for expert in experts for stage in stages]
         kept = (tuple(name for name in stage if name in present) for stage in expanded)
         return tuple(stage for stage in kept if stage)
@@ -115,16 +119,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "starcoder2": Family("model.layers", (*_ATTENTION, ("mlp.c_fc",), ("mlp.c_proj",))),
 }
-
-
-def _is_worth_it(block: nn.Module, name: str) -> bool:
-    """Whether a Linear nobody told us about is to be quantized: no router, and a shape that packs at all bits."""
-    return not _ROUTER.search(name) and all(side % 32 == 0 for side in shape_of(block.get_submodule(name)))
-
-
-def family_of(model_type: str, model: nn.Module) -> Family:
-    """The table's row; for a family that has none, its blocks as `discover_blocks` finds them."""
-    return FAMILIES.get(model_type) or Family(discover_blocks(model), None)
 
 
 def discover_blocks(model: nn.Module) -> str:
@@ -188,10 +182,3 @@ def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a is b:
         return True
     return a.numel() > 0 and (a.data_ptr(), a.numel(), a.shape[-1]) == (b.data_ptr(), b.numel(), b.shape[-1])
-
-
-def _experts(name: str, present: set[str]) -> Iterator[str]:
-    """Numbers of the experts that have the Linear `name`, in order."""
-    pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
-    found = (pattern.fullmatch(candidate) for candidate in present)
-    return iter(sorted((match[1] for match in found if match), key=int))

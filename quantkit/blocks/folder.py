@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -16,7 +15,7 @@ from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Source
 from quantkit.errors import (
     NumericError,
     SourceError,
@@ -52,7 +51,9 @@ class FolderPlan:
 def plan_folder(source: Source, dtype: torch.dtype) -> FolderPlan:
     """What a source is as a folder of weights in `dtype`, from headers. Raises SourceError as `whole_weights` does."""
     weights = whole_weights(source)
-    planned = [TensorPlan(name, _held(info, dtype), info.shape) for name, info in weights.tensors.items()]
+    planned = [
+        TensorPlan(name, _INTEGERS.get(info.stored_as, dtype), info.shape) for name, info in weights.tensors.items()
+    ]
     return FolderPlan(source, weights, planned, str(dtype).removeprefix("torch."))
 
 
@@ -94,27 +95,19 @@ def whole_weights(source: Source) -> Weights:
     model = build_on_meta(source)
     weights = bind(source, model, {}, ExpertNames(), untie=False)
     lost = sorted(name for name, _ in model.named_parameters() if name not in weights.names)
-    fused = _converted(model, weights)
-    missing = next((name for name in lost if name not in fused), None)
+    # Parameters that transformers puts together from the published tensors while it loads them are not.
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
+    converted = {name for name, pattern in found if pattern is not None}
+    missing = next((name for name in lost if name not in converted), None)
     if missing:
         raise SourceError(
             f"{source.label}: {missing} is stored in parts, under names that transformers does not put together for "
             f"{source.config.model_type}; convert the model that this one was made from"
         )
     return weights
-
-
-def _converted(model: Any, weights: Weights) -> set[str]:
-    """Parameters that transformers puts together from the published tensors while it loads them."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
-    return {name for name, pattern in found if pattern is not None}
-
-
-def _held(info: TensorInfo, dtype: torch.dtype) -> torch.dtype:
-    return _INTEGERS.get(info.stored_as, dtype)
 
 
 def _write(

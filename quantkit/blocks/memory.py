@@ -15,7 +15,7 @@ from torch import nn
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.stages import paused_bytes
-from quantkit.blocks.states import Place
+from quantkit.blocks.states import HiddenPlace
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
 from quantkit.containers.hf.shards import DTYPES
@@ -44,7 +44,7 @@ class MemoryPlan:
         budget: bytes that were to be kept to.
     """
 
-    hidden: Place = "device"
+    hidden: HiddenPlace = "device"
     paused: bool = True
     prefetch: bool = True
     side_by_side: bool = True
@@ -93,7 +93,7 @@ class _Block:
 
 def _largest_block(stream: ModelStream, quantized: bool) -> _Block:
     kinds = {}
-    for index, (block, stages) in enumerate(zip(stream.block_shapes(), stream.known_stages(), strict=True)):
+    for index, (block, stages) in enumerate(zip(stream.modules, stream.known_stages(), strict=True)):
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
         if shapes not in kinds:
             kinds[shapes] = _block_bytes(stream, index, block, stages, quantized)
@@ -205,7 +205,7 @@ def _widest(stream: ModelStream) -> int:
     return max(_largest_block(stream, quantized=False).paused_token, 1)
 
 
-def _places(stream: ModelStream) -> tuple[Place, ...]:
+def _places(stream: ModelStream) -> tuple[HiddenPlace, ...]:
     return ("device", "disk") if stream.device.type == "cpu" else ("device", "host", "disk")
 
 
@@ -221,14 +221,12 @@ def _first_that_fits(
             return replace(plan, needed=device + host, budget=budget.here)
     device, host = takes(ways[-1])
     if budget.named:
-        raise _too_little(device, host, budget)
+        if budget.device is None:
+            least, given = device + host, budget.host
+        else:
+            least, given = max(device, host), min(budget.device, budget.host)
+        megabytes = -(-least // 10**6)
+        raise UsageError(
+            f"--memory {size(given)} is too little for one block of this model: {megabytes}MB is the least"
+        )
     return replace(ways[-1], needed=device + host, budget=budget.here)
-
-
-def _too_little(device: int, host: int, budget: Budget) -> UsageError:
-    if budget.device is None:
-        least, given = device + host, budget.host
-    else:
-        least, given = max(device, host), min(budget.device, budget.host)
-    megabytes = -(-least // 10**6)
-    return UsageError(f"--memory {size(given)} is too little for one block of this model: {megabytes}MB is the least")

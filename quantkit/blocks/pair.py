@@ -100,7 +100,9 @@ class PairSource(Source):
         rows = self._base.tensors[known].shape[0]
         base = self._base.read_rows(known, min(start, rows), min(stop, rows))
         mean = stop > rows and self.vocab == "mean"
-        return combined(base, other, self.sign, mean, self._mean(known) if mean else None)
+        if mean and known not in self._means:
+            self._means[known] = row_mean(self._base.read(known))
+        return combined(base, other, self.sign, mean, self._means[known] if mean else None)
 
     def stored(self, name: str) -> torch.Tensor:
         """The other's own tensor."""
@@ -213,12 +215,6 @@ class PairSource(Source):
 
     def _integers(self, name: str) -> torch.Tensor:
         raise NotImplementedError
-
-    def _mean(self, known: str) -> torch.Tensor:
-        """The mean row of a tensor of the base."""
-        if known not in self._means:
-            self._means[known] = row_mean(self._base.read(known))
-        return self._means[known]
 
 
 class DeltaSource(PairSource):

@@ -59,24 +59,18 @@ def run_paused(
     workers = workers or Workers([range(batches)])
     paused: dict[int, greenlet] = {}
 
-    def go_on(i: int) -> tuple[int | None, torch.Tensor]:
-        """Run batch i up to its next stage; a greenlet belongs to the thread that made it."""
+    def go_on(stage: int | None, i: int) -> torch.Tensor:
+        """Run batch i up to a stage, whose input it returns, or to the end; a greenlet stays in its thread."""
         if i not in paused:
             paused[i] = greenlet(lambda: (None, forward(i)))
-        arrived: tuple[int | None, torch.Tensor] = paused[i].switch()
-        return arrived
+        at, x = paused[i].switch()
+        if at != stage:
+            raise _out_of_order(stages, at if stage is None else stage)
+        result: torch.Tensor = x
+        return result
 
     def reach(stage: int, i: int) -> None:
-        at, x = go_on(i)
-        if at != stage:
-            raise _out_of_order(stages, stage)
-        on_input(stage, i, x)
-
-    def finish(i: int) -> torch.Tensor:
-        at, output = go_on(i)
-        if at is not None:
-            raise _out_of_order(stages, at)
-        return output
+        on_input(stage, i, go_on(stage, i))
 
     def drop(i: int) -> None:
         """Let batch i's forward go, which ends it if it waits; also in the thread that made it."""
@@ -97,7 +91,7 @@ def run_paused(
                 if stage == widest:  # of what batches freed until here, little is of use from here on
                     let_go()
                 on_stage(stage)
-            for i, output in enumerate(workers.map(finish)):
+            for i, output in enumerate(workers.map(partial(go_on, None))):
                 on_output(i, output)
     finally:
         workers.map(drop)
@@ -119,7 +113,10 @@ def run_replayed(
     """
     workers = workers or Workers([range(batches)])
     here = threading.local()
-    for wave in _waves(stages):
+    waves: dict[str, list[int]] = {}
+    for number, names in enumerate(stages):
+        waves.setdefault(_EXPERT.sub(".*.", names[0]), []).append(number)
+    for wave in waves.values():
 
         def arrive(stage: int, x: torch.Tensor, wave: list[int] = wave) -> None:
             if stage in wave and stage not in here.arrived:
@@ -175,14 +172,6 @@ def run_watched(
             on_output(i, output)
 
 
-def _waves(stages: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Numbers of the stages, those of experts side by side together."""
-    waves: dict[str, list[int]] = {}
-    for number, names in enumerate(stages):
-        waves.setdefault(_EXPERT.sub(".*.", names[0]), []).append(number)
-    return list(waves.values())
-
-
 def paused_bytes(block: nn.Module, stages: Sequence[Sequence[str]], tokens: int, itemsize: int) -> int:
     """Upper estimate of what `tokens` paused tokens hold: the widest stage's input and outputs, with two residuals."""
     if not stages:
@@ -202,14 +191,11 @@ def _watch(
     block: nn.Module, stages: Sequence[Sequence[str]], arrive: Callable[[int, torch.Tensor], None]
 ) -> Iterator[None]:
     """Call `arrive` with the stage and the input whenever a Linear of a stage is about to run."""
-    hooks = []
-    for stage, names in enumerate(stages):
-        for name in names:
-
-            def hook(module: nn.Module, args: tuple[torch.Tensor, ...], stage: int = stage) -> None:
-                arrive(stage, args[0])
-
-            hooks.append(block.get_submodule(name).register_forward_pre_hook(hook))
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(lambda _, args, stage=stage: arrive(stage, args[0]))
+        for stage, names in enumerate(stages)
+        for name in names
+    ]
     try:
         yield
     finally:

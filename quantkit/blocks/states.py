@@ -15,7 +15,7 @@ import torch
 
 from quantkit.errors import OutputError
 
-Place = Literal["device", "host", "disk"]
+HiddenPlace = Literal["device", "host", "disk"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -42,7 +42,9 @@ class HiddenStates:
         states: the first ones.
     """
 
-    def __init__(self, device: torch.device, place: Place = "device", states: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(
+        self, device: torch.device, place: HiddenPlace = "device", states: Iterable[torch.Tensor] = ()
+    ) -> None:
         self._device, self._place = device, place
         self._items: list[torch.Tensor | _Spilled | None] = []
         self._file: BinaryIO | None = None
@@ -63,7 +65,10 @@ class HiddenStates:
 
     def __setitem__(self, i: int, state: torch.Tensor) -> None:
         old = self._items[i]
-        self._items[i] = self._write(state, old) if self._place == "disk" else self._near(state)
+        if self._place == "disk":
+            self._items[i] = self._write(state, old)
+        else:
+            self._items[i] = state.to("cpu") if self._place == "host" else state
 
     def append(self, state: torch.Tensor) -> None:
         """Add the next batch's."""
@@ -82,9 +87,6 @@ class HiddenStates:
         self._items.clear()
         if self._file is not None:
             self._file.close()
-
-    def _near(self, state: torch.Tensor) -> torch.Tensor:
-        return state.to("cpu") if self._place == "host" else state
 
     def _write(self, state: torch.Tensor, old: torch.Tensor | _Spilled | None) -> _Spilled:
         state = state.detach().to("cpu").contiguous()
@@ -180,7 +182,8 @@ def _share(mine: Any, theirs: Any, seen: dict[int, Any]) -> Any:
         return mine
     if isinstance(mine, torch.Tensor):
         if id(mine) not in seen:
-            seen[id(mine)] = theirs if _equal(mine, theirs) else mine
+            alike = mine.dtype == theirs.dtype and mine.shape == theirs.shape and torch.equal(mine, theirs)
+            seen[id(mine)] = theirs if alike else mine
         return seen[id(mine)]
     if type(mine) is tuple and len(mine) == len(theirs):
         return tuple(_share(a, b, seen) for a, b in zip(mine, theirs, strict=True))
@@ -189,7 +192,3 @@ def _share(mine: Any, theirs: Any, seen: dict[int, Any]) -> Any:
             seen[id(mine)] = {key: _share(value, theirs[key], seen) for key, value in mine.items()}
         return seen[id(mine)]
     return mine
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)

@@ -2,15 +2,16 @@
 
 The model is built on the meta device. What lies outside the decoder blocks (embedding, final norm, head) is read when
 a pass begins and when it ends, of the embedding only the rows that the tokens need; each block's weights are read, used
-and let go, the next one's by a thread meanwhile. The arguments that a block is called
-with are taken from the model's own forward, run once per batch with stand-ins for the blocks, so nothing here knows
-about rotary embeddings, masks, shared keys and values or scaling of any family.
+and let go, the next one's by a thread meanwhile. The arguments that a block is called with are taken from the model's
+own forward, run once per batch with stand-ins for the blocks, so nothing here knows about rotary embeddings, masks,
+shared keys and values or scaling of any family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from quantkit.blocks.families import (
     FAMILIES,
     Family,
     Stages,
+    discover_blocks,
     discover_stages,
-    family_of,
     shape_of,
 )
-from quantkit.blocks.states import Arguments, Capture, HiddenStates, Place, hands_on, share_equal
+from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
 from quantkit.containers.published import Weights
@@ -47,11 +48,15 @@ class ModelStream:
         dtype: dtype they compute in.
         family: the table's row, or what was discovered.
         blocks: names of the decoder blocks, in order.
+        modules: the blocks as they are between uses: shapes only, on the meta device.
         discovered: whether the architecture is not in the table.
         memory: what a pass over it may take; None: what is free then.
+        hands_on: whether blocks may hand on something beside hidden states, so that none can be left out; after
+            `embed`.
     """
 
     memory: Budget | None = None
+    hands_on = False
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype, untie: bool = False) -> None:
         self.source, self.device, self.dtype = source, device, dtype
@@ -60,10 +65,10 @@ class ModelStream:
         self._materialize_buffers()
         names = expert_names(self._model)
         fused = take_experts_apart(self._model, names)
-        self.family: Family = family_of(source.config.model_type, self._model)
-        self.discovered = source.config.model_type not in FAMILIES
-        self._block_list: nn.ModuleList = self._model.get_submodule(self.family.blocks)
-        self.blocks = [f"{self.family.blocks}.{i}" for i in range(len(self._block_list))]
+        known = FAMILIES.get(source.config.model_type)
+        self.family, self.discovered = known or Family(discover_blocks(self._model), None), known is None
+        self.modules: nn.ModuleList = self._model.get_submodule(self.family.blocks)
+        self.blocks = [f"{self.family.blocks}.{i}" for i in range(len(self.modules))]
         self.weights: Weights = bind(source, self._model, fused, names, untie)
         self._check_tensors()
         self._arguments: list[list[Arguments]] = []
@@ -77,7 +82,7 @@ class ModelStream:
 
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """(published module name, (out, in)) of every Linear of the blocks, in the order of blocks and stages."""
-        for index, block in enumerate(self._block_list):
+        for index, block in enumerate(self.modules):
             for name in self.family.linears(block):
                 yield self.published(index, name), shape_of(block.get_submodule(name))
 
@@ -88,8 +93,8 @@ class ModelStream:
     def known_stages(self) -> list[Stages]:
         """Stages of every block as far as they are known from headers: a discovered family's Linears stand alone."""
         if self.family.stages is not None:
-            return [self.family.stages_in(block) for block in self._block_list]
-        return [tuple((name,) for name in self.family.linears(block)) for block in self._block_list]
+            return [self.family.stages_in(block) for block in self.modules]
+        return [tuple((name,) for name in self.family.linears(block)) for block in self.modules]
 
     def stages(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> Stages:
         """The stages of a loaded block: the table's, or those that a forward of one batch shows."""
@@ -106,7 +111,7 @@ class ModelStream:
         self,
         batches: list[torch.Tensor],
         advance: Callable[[int], None] = lambda n: None,
-        place: Place = "device",
+        place: HiddenPlace = "device",
     ) -> HiddenStates:
         """Hidden states that enter the first block, [batch, seq, hidden] in the stream's dtype, per batch of token ids.
 
@@ -114,7 +119,7 @@ class ModelStream:
         where the hidden states wait. Of the embedding only the rows of these tokens are read.
         """
         hidden = HiddenStates(self.device, place)
-        self._arguments = []
+        self._arguments, self.hands_on = [], False
         if not batches:
             return hidden
         with self._outside(), self._rows_of(torch.cat([ids.reshape(-1) for ids in batches])), self._stand_ins():
@@ -125,26 +130,13 @@ class ModelStream:
                 self._arguments.append(share_equal(capture.arguments, self._arguments[:1]))
                 advance(1)
         self._capture = None
+        self.hands_on = hands_on(self._arguments[0])
         return hidden
-
-    @property
-    def hands_on(self) -> bool:
-        """Whether blocks may hand on something beside hidden states, so that none can be left out; after `embed`."""
-        return bool(self._arguments) and hands_on(self._arguments[0])
 
     @property
     def budget(self) -> Budget:
         """What a pass over it may take now."""
         return free_budget(self.device) if self.memory is None else self.memory
-
-    @property
-    def first_block(self) -> nn.Module:
-        """The first block as it is between uses: shapes only, on the meta device."""
-        return self._block_list[0]
-
-    def block_shapes(self) -> Iterator[nn.Module]:
-        """Every block as it is between uses."""
-        yield from self._block_list
 
     @contextmanager
     def reading_ahead(self, wanted: bool = True) -> Iterator[None]:
@@ -152,7 +144,7 @@ class ModelStream:
         if not wanted:
             yield
             return
-        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device), len(self._block_list))
+        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device), len(self.modules))
         try:
             yield
         finally:
@@ -162,7 +154,7 @@ class ModelStream:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights; let go on exit."""
-        block = self._block_list[index]
+        block = self.modules[index]
         self._fill(block, index, self._stored_block(index) if self._ahead is None else self._ahead.take(index))
         try:
             yield block
@@ -202,7 +194,8 @@ class ModelStream:
         prefix = self._name_of(output)
         with self._outside(), self._stand_ins():
             for key in whole:
-                rows = self._cast(f"{prefix}.{key}", self._read_rows(f"{prefix}.{key}", start, stop))
+                name = f"{prefix}.{key}"
+                rows = self._cast(name, self.weights.read_rows(self.weights.names[name], start, stop))
                 output.register_parameter(key, nn.Parameter(rows, requires_grad=False))
             try:
                 yield self._logits
@@ -256,12 +249,9 @@ class ModelStream:
             raise NumericError(f"{published}: not finite in float16; use --dtype float32 or bfloat16")
         return cast
 
-    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.weights.read_rows(self.weights.names[name], start, stop)
-
     def _stored_block(self, index: int) -> dict[str, torch.Tensor]:
         """A block's tensors by their names in it, as the source gives them; a thread may call this."""
-        block, prefix, known = self._block_list[index], self.blocks[index], self.weights.names
+        block, prefix, known = self.modules[index], self.blocks[index], self.weights.names
         names = [name for name, _ in block.named_parameters()]
         names += [name for name, _ in block.named_buffers() if f"{prefix}.{name}" in known]  # persistent ones
         return {name: self.weights.read(known[f"{prefix}.{name}"]) for name in names}
@@ -289,7 +279,7 @@ class ModelStream:
         name = f"{self._name_of(embedding)}.weight"
         at = 0
         for start, stop, rows in _runs(known.tolist(), max(1, _RUN_BYTES // max(1, 4 * whole.shape[1]))):
-            found = self._read_rows(name, start, stop)[torch.tensor(rows) - start]
+            found = self.weights.read_rows(self.weights.names[name], start, stop)[torch.tensor(rows) - start]
             held[at : at + len(rows)] = self._cast(name, found)
             at += len(rows)
         known, own = known.to(self.device), embedding.forward
@@ -309,7 +299,7 @@ class ModelStream:
     @contextmanager
     def _outside(self, output: nn.Module | None = None) -> Iterator[None]:
         """Load every parameter outside the blocks but the embeddings; of these only `output`, if it is given."""
-        inside = set(self._block_list.parameters())
+        inside = set(self.modules.parameters())
         ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         skip = {own for end in ends if end is not output for own in end.parameters()}
         loaded = []
@@ -350,26 +340,23 @@ class ModelStream:
     @contextmanager
     def _stand_ins(self) -> Iterator[None]:
         """Give every block a forward that hands its hidden states on unchanged and notes the other arguments."""
-        last = len(self._block_list) - 1
+        last = len(self.modules) - 1
 
-        def stand_in(index: int) -> Callable[..., Any]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                if self._capture is not None:
-                    if index == 0:
-                        self._capture.hidden = hidden_states
-                    self._capture.arguments.append((args, kwargs))
-                if index == last and self._last_hidden is not None:
-                    hidden_states = self._last_hidden
-                return (hidden_states, None) if self._in_tuple else hidden_states
+        def forward(index: int, /, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._capture is not None:
+                if index == 0:
+                    self._capture.hidden = hidden_states
+                self._capture.arguments.append((args, kwargs))
+            if index == last and self._last_hidden is not None:
+                hidden_states = self._last_hidden
+            return (hidden_states, None) if self._in_tuple else hidden_states
 
-            return forward
-
-        for index, block in enumerate(self._block_list):
-            block.forward = stand_in(index)
+        for index, block in enumerate(self.modules):
+            block.forward = partial(forward, index)
         try:
             yield
         finally:
-            for block in self._block_list:
+            for block in self.modules:
                 del block.forward
 
     def _materialize_buffers(self) -> None:
@@ -386,7 +373,10 @@ class ModelStream:
                     module._buffers[key] = empty.fill_(torch.nan) if empty.is_floating_point() else empty.zero_()
                     made.append(key)
             if made:
-                _owner(self._model, name)._init_weights(module)
+                # The innermost of transformers' models around a module initialises it.
+                parts = name.split(".")
+                around = (self._model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+                next(model for model in around if isinstance(model, PreTrainedModel))._init_weights(module)
             for key in made:
                 if bool(torch.isnan(module._buffers[key]).any()):
                     raise SourceError(f"{self.source.label}: buffer {name}.{key} cannot be computed from the config")
@@ -414,10 +404,3 @@ def _runs(rows: list[int], most: int) -> Iterator[tuple[int, int, list[int]]]:
         run.append(row)
     if run:
         yield run[0], run[-1] + 1, run
-
-
-def _owner(model: Any, name: str) -> Any:
-    """The model that initialises the module `name`: the innermost of transformers' models around it."""
-    parts = name.split(".")
-    around = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
-    return next(module for module in around if isinstance(module, PreTrainedModel))

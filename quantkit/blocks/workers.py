@@ -30,10 +30,13 @@ class Workers:
 
     Args:
         shares: each one's items, one run after another.
+
+    Attributes:
+        count: how many work at a time.
     """
 
     def __init__(self, shares: Sequence[range]) -> None:
-        self._shares = list(shares)
+        self._shares, self.count = list(shares), len(shares)
         self._pools: list[ThreadPoolExecutor] = []
         if len(shares) < 2:
             return
@@ -43,11 +46,6 @@ class Workers:
             self._pools.append(ThreadPoolExecutor(1, "quantkit-worker"))
             self._pools[-1].submit(_take_threads, each).result()
         torch.set_num_threads(threads)  # a thread that begins later takes the number that was set last
-
-    @property
-    def count(self) -> int:
-        """How many work at a time."""
-        return len(self._shares)
 
     def __enter__(self) -> Workers:
         return self

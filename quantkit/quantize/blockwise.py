@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -79,11 +79,10 @@ def quantize_blocks(
             with stream.block(index) as block:
                 forward = _forward(stream, index, block, hidden, replayed)
                 if index < landed.blocks:
-                    codes = _landed_codes(landed, index, sharing)
-                    _run_landed(stream, index, block, codes, forward, hidden, workers)
+                    _run_landed(stream, index, block, landed, sharing, forward, hidden, workers)
                     advance(1)
                     continue
-                stages = _planned(stream, index, _found_stages(stream, index, block, hidden, sharing), plan)
+                stages = _planned(stream, index, block, hidden, sharing, plan)
                 work = StageWork(
                     stream, index, block, stages, plan, on_linear, progress, len(batches), sharing, workers.count
                 )
@@ -97,12 +96,16 @@ def _run_landed(
     stream: ModelStream,
     index: int,
     block: nn.Module,
-    codes: Sequence[tuple[str, Codes]],
+    landed: Landed,
+    sharing: Sharing,
     forward: Callable[[int], torch.Tensor],
     hidden: HiddenStates,
     workers: Workers,
 ) -> None:
     """A block's forward with the weights that its codes stand for, as the run that landed it went on with them."""
+    codes: list[tuple[str, Codes]] = sharing.ranks.from_first(
+        lambda: [(linear.name, put_together(linear.tensors, linear.fields)) for linear in landed.linears(index)]
+    )
     modules = {stream.published(index, name): name for name in stream.family.linears(block)}
     for name, linear in codes:
         weight = weight_of(block.get_submodule(modules[name]))
@@ -112,26 +115,19 @@ def _run_landed(
         hidden[batch] = output
 
 
-def memory_plan(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
     """What `quantize_blocks` will do for memory with so many calibration windows. Raises UsageError."""
     windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
     return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
 
 
-def _landed_codes(landed: Landed, index: int, sharing: Sharing) -> list[tuple[str, Codes]]:
-    return sharing.ranks.from_first(
-        lambda: [(linear.name, put_together(linear.tensors, linear.fields)) for linear in landed.linears(index)]
-    )
-
-
-def _found_stages(stream: ModelStream, index: int, block: nn.Module, hidden: HiddenStates, sharing: Sharing) -> Stages:
-    """A forward may be needed to see them, and the first rank is sure to have a sample."""
-    return sharing.ranks.from_first(lambda: stream.stages(index, block, 0, hidden[0]))
-
-
-def _planned(stream: ModelStream, index: int, stages: Stages, plan: Plan) -> Stages:
-    """The stages without the Linears that stay as they are."""
+def _planned(
+    stream: ModelStream, index: int, block: nn.Module, hidden: HiddenStates, sharing: Sharing, plan: Plan
+) -> Stages:
+    """The block's stages without the Linears that stay as they are."""
+    # A forward may be needed to see them, and the first rank is sure to have a sample.
+    stages: Stages = sharing.ranks.from_first(lambda: stream.stages(index, block, 0, hidden[0]))
     kept = (tuple(name for name in stage if stream.published(index, name) in plan) for stage in stages)
     return tuple(stage for stage in kept if stage)
 

@@ -6,7 +6,6 @@ encoded with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +23,6 @@ _SMALLEST = 2.0**-24  # smallest positive float16: a group of zeros still needs 
 _LARGEST = 65504.0  # largest float16
 _TILE = 1 << 20  # weights searched at a time: large enough to keep every thread busy, a few MB of scratch
 _GPU_TILE = 1 << 24  # there a launch takes as long as a million weights
-
-
-_Fit = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,11 @@ def fit_grid(W: torch.Tensor, importance: torch.Tensor, group_size: int, bits: i
         if start < stop:
             width = size if start == 0 else stop - start
             groups = W.T[start:stop].reshape(-1, width, W.shape[0])
-            parts.append(_tiled(fit, groups, importance[start:stop].reshape(-1, width), bits))
+            h = importance[start:stop].reshape(-1, width)
+            rows = max(1, (_TILE if W.device.type == "cpu" else _GPU_TILE) // (stop - start))
+            # Rows lie innermost: every step is then a long contiguous loop, with a group's scale varying along it.
+            tiles = [fit(tile.contiguous(), h, bits) for tile in torch.split(groups, rows, dim=2)]
+            parts.append([torch.cat(found, dim=1).T for found in zip(*tiles, strict=True)])
     scales, zeros = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return _grid(scales, zeros, contiguous_groups(columns, group_size), bits)
 
@@ -113,16 +113,6 @@ def stored(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(rounded == 0, tiny, rounded)
 
 
-def _tiled(fit: _Fit, groups: torch.Tensor, importance: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `fit` over row tiles of W as [groups, size, out]; returns scales and zeros, float32 [out, groups].
-
-    Rows lie innermost: every step is then a long contiguous loop, with a group's scale varying along it.
-    """
-    rows = max(1, (_TILE if groups.device.type == "cpu" else _GPU_TILE) // groups[..., 0].numel())
-    tiles = [fit(tile.contiguous(), importance, bits) for tile in torch.split(groups, rows, dim=2)]
-    return torch.cat([scale for scale, _ in tiles], dim=1).T, torch.cat([zero for _, zero in tiles], dim=1).T
-
-
 def _fit_symmetric(w: torch.Tensor, h: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     half = 2 ** (bits - 1)
     peak = w.abs().amax(dim=1) / half
@@ -150,7 +140,7 @@ def _best(
 
     w [groups, size, rows]; h [groups, size]; scales as stored and zeros [candidates, groups, rows].
     """
-    sums = loops if loops.serve(w) else _TorchSums(w)
+    sums = loops if w.device.type == "cpu" and loops.has_numba() else _TorchSums(w)
     errors = sums.weighted_errors(w, h, scales, zeros, top).nan_to_num_(nan=torch.inf, posinf=torch.inf)
     error, index = errors.min(dim=0, keepdim=True)
     scale, zero = scales.gather(0, index)[0], zeros.gather(0, index)[0]

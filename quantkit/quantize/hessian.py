@@ -35,7 +35,9 @@ class HessianAccumulator:
 
     def add(self, x: torch.Tensor) -> None:
         """Add activations x [..., in] of any float dtype."""
-        x = operand(x.reshape(-1, x.shape[-1]))
+        x = x.reshape(-1, x.shape[-1])
+        if not adds_up_in_float32(x.dtype, x.device):
+            x = x.float()
         if x.device.type == "cpu":
             for part in torch.split(x, _TOKENS):
                 _add_symmetric(self.sum, part, _LEAF)
@@ -88,13 +90,8 @@ def _add_symmetric(total: torch.Tensor, x: torch.Tensor, leaf: int) -> None:
     _add_symmetric(total[middle:, middle:], right, leaf)
 
 
-def operand(x: torch.Tensor) -> torch.Tensor:
-    """`x` as `add_product` takes it here: itself where its dtype's products add up in float32, else as float32."""
-    return x if _adds_up_in_float32(x.dtype, x.device) else x.float()
-
-
 def add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-    """``total += x^T y`` for operands from `operand`.
+    """``total += x^T y``, of a dtype that `adds_up_in_float32`.
 
     A product of two bfloat16 or float16 numbers is exact in float32, so half-precision operands lose nothing against
     the same numbers cast to float32 but the order of the sum; they take a sixteenth of the time on a tensor core.
@@ -111,7 +108,7 @@ def add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
 
 
 @cache
-def _adds_up_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+def adds_up_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this torch adds a product of `dtype` to a float32 sum in place: on CUDA since 2.8 or 2.9, tried once."""
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype == torch.float32

@@ -21,14 +21,9 @@ _ROWS = 256  # of a tile: with 128 columns of weights, errors, scales and minima
 
 
 @cache
-def available() -> bool:
+def has_numba() -> bool:
     """Whether Numba is installed."""
     return find_spec("numba") is not None
-
-
-def serve(tensor: torch.Tensor) -> bool:
-    """Whether these loops can take what `tensor` is a part of."""
-    return tensor.device.type == "cpu" and available()
 
 
 def quantize_columns(

@@ -126,8 +126,13 @@ class Gathering:
             self._open[lane] = self._new()
         self._open[lane].add(*inputs)
         if batch + 1 == batches.stop:
-            with self._lock:
-                self._close(lane)
+            with self._lock:  # add up the nodes that are complete with the lane, so that few are held
+                level, number, total = 0, lane, self._open.pop(lane)
+                self._tokens += total.tokens
+                while (level, number ^ 1) in self._nodes:
+                    total = self._nodes.pop((level, number ^ 1)).merge(total)
+                    level, number = level + 1, number // 2
+                self._nodes[level, number] = total
 
     def finish(self, name: str) -> tuple[Any, int]:
         """(what the method takes, its tokens) of all ranks, the same bits on each. All ranks call it, once.
@@ -142,15 +147,6 @@ class Gathering:
             self._ranks.add(tokens)
             total.tokens = int(tokens)
         return total.finish(name), total.tokens
-
-    def _close(self, lane: int) -> None:
-        """The lane is complete: add up the nodes that thereby are, so that few are held."""
-        level, number, total = 0, lane, self._open.pop(lane)
-        self._tokens += total.tokens
-        while (level, number ^ 1) in self._nodes:
-            total = self._nodes.pop((level, number ^ 1)).merge(total)
-            level, number = level + 1, number // 2
-        self._nodes[level, number] = total
 
     def _total(self) -> Sums | None:
         """The sums over all ranks, the same on each; None where there is nothing."""

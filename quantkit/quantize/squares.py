@@ -52,7 +52,7 @@ def collect_squares(
         NumericError: an activation that is not finite, named by the Linear that reads it.
     """
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
-    memory = memory_plan(stream, tokens.numel())
+    memory = plan_squares_memory(stream, tokens.numel())
     memory.note(progress)
     with progress.phase("capturing", len(batches)) as advance:
         hidden = stream.embed(batches, advance, memory.hidden)
@@ -68,7 +68,7 @@ def collect_squares(
             advance(1)
 
 
-def memory_plan(stream: ModelStream, tokens: int) -> MemoryPlan:
+def plan_squares_memory(stream: ModelStream, tokens: int) -> MemoryPlan:
     """What `collect_squares` will do for memory with so many calibration tokens. Raises UsageError."""
     return plan_watching(stream, tokens, _BATCH_TOKENS, stream.budget)
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from quantkit.blocks.families import Stages, shape_of, weight_of
+from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan
 from quantkit.errors import NumericError
@@ -70,19 +70,20 @@ class StageWork:
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
-        self._batches, self._sharing, self._workers = batches, sharing, workers
+        self._sharing, self._workers = sharing, workers
         self._method = method_of(next(iter(plan.values())).spec.method)
         assert not self._method.needs, "only a stage's own input is at hand"
         self._lock = threading.Lock()
         self._gatherings: dict[int, Gathering] = {}
+        for stage, names in enumerate(stages):
+            weight = weight_of(block.get_submodule(names[0]))
+            new = partial(self._method.gathers, weight.shape[1], weight.device)
+            self._gatherings[stage] = sharing.gathering(new, batches)
         self._seconds = 0.0
 
     def observe(self, stage: int, batch: int, x: torch.Tensor) -> None:
         """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
-        with self._lock:
-            if stage not in self._gatherings:
-                self._gatherings[stage] = self._gathering(x.shape[-1], x.device)
         self._gatherings[stage].add(batch, x)
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
@@ -92,10 +93,8 @@ class StageWork:
         """Codes of a stage whose input is gathered, Linears that are quantized alike as one stack."""
         start = time.perf_counter()
         modules = {name: self._block.get_submodule(name) for name in self._stages[stage]}
-        first, module = next(iter(modules.items()))
-        # Without one, no sample of this rank reached the stage.
-        gathering = self._gatherings.pop(stage, None) or self._gathering(shape_of(module)[1], weight_of(module).device)
-        gathered, tokens = gathering.finish(self._names[first])
+        gathering = self._gatherings.pop(stage)
+        gathered, tokens = gathering.finish(self._names[next(iter(modules))])
         del gathering  # its sums are as large as what is gathered, and what the method makes of that comes on top
         spent, self._seconds = self._seconds + time.perf_counter() - start, 0.0
         stacks: dict[QuantSpec, list[str]] = {}
@@ -110,9 +109,6 @@ class StageWork:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start
             self._hand_on(names, weights, solved, tokens, seconds)
-
-    def _gathering(self, columns: int, device: torch.device) -> Gathering:
-        return self._sharing.gathering(partial(self._method.gathers, columns, device), self._batches)
 
     def _hand_on(
         self, names: Sequence[str], weights: Sequence[torch.Tensor], solved: Solved, tokens: int, seconds: float

@@ -107,12 +107,8 @@ class Target(Protocol):
     """
 
     plan: Plan
-
-    @property
-    def bytes(self) -> int: ...
-
-    @property
-    def quantized_bytes(self) -> int: ...
+    bytes: int
+    quantized_bytes: int
 
     def check_kept(self, name: str) -> None:
         """Refuse a tensor that is not quantized and cannot be written. Raises NumericError."""
@@ -166,17 +162,10 @@ class CheckpointTarget:
         self._layout: Layout = load(of_format(format).writes)
         self._layout.check(self.plan)
         self._quantization = self._layout.quantization_config(spec, format, modules_in_block(stream, self.plan))
-        self._tensors = self._layout.plan(self._source, self._weights, self.plan)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.bytes for tensor in self._tensors)
-
-    @property
-    def quantized_bytes(self) -> int:
-        parts = [tensor.name.rpartition(".") for tensor in self._tensors]
-        inside = [module in self.plan and part != "bias" for module, _, part in parts]
-        return sum(tensor.bytes for tensor, quantized in zip(self._tensors, inside, strict=True) if quantized)
+        tensors = self._layout.plan(self._source, self._weights, self.plan)
+        parts = [(tensor.bytes, *tensor.name.rpartition(".")) for tensor in tensors]
+        self.bytes = sum(tensor.bytes for tensor in tensors)
+        self.quantized_bytes = sum(size for size, module, _, part in parts if module in self.plan and part != "bias")
 
     def check_kept(self, name: str) -> None:
         self._layout.kept_tensor(self._source, self._weights, name)
@@ -257,14 +246,9 @@ class GgufTarget:
             for name, linear in asked.items()
             if name in kinds
         }
-
-    @property
-    def bytes(self) -> int:
-        return sum(gguf_files.packed_bytes(tensor, kind) for tensor, kind in self._typed)
-
-    @property
-    def quantized_bytes(self) -> int:
-        return self.bytes - sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in self._others)
+        self.bytes = sum(gguf_files.packed_bytes(tensor, kind) for tensor, kind in self._typed)
+        others = sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in self._others)
+        self.quantized_bytes = self.bytes - others
 
     def check_kept(self, name: str) -> None:
         for tensor, choice in self._others:

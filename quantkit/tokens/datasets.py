@@ -109,9 +109,14 @@ def find_source(spec: str) -> DataFiles:
     name, colon, file = spec.partition(":")
     known = KNOWN_HUB.get(name)
     if known and colon:
-        return _local_copy(name, known, Path(file))
+        path = Path(file)
+        if not path.is_file():
+            raise UsageError(
+                f"{name}:{path}: there is no file {path}; {name} alone takes {known.repository} from the Hub"
+            )
+        return DataFiles(f"{name}:{path.name}", ((path.name, path),), known.license, known.first, known.joined)
     if known:
-        files = ((known.path, download(known.repository, known.path)),)
+        files = ((known.path, data_file(known.repository, known.path)),)
         return DataFiles(known.repository, files, known.license, known.first, known.joined)
     hub = _HUB_SPEC.fullmatch(spec)
     # A mistyped local path must not reach for the network.
@@ -120,20 +125,11 @@ def find_source(spec: str) -> DataFiles:
             f"no such data: {spec!r} is neither a file nor a known name ({', '.join(KNOWN_NAMES)}) "
             "nor a Hub data set (owner/name or owner/name:file)"
         )
-    return _hub_source(hub["repository"], hub["revision"], hub["path"])
-
-
-def _local_copy(name: str, known: HubFile, path: Path) -> DataFiles:
-    if not path.is_file():
-        raise UsageError(f"{name}:{path}: there is no file {path}; {name} alone takes {known.repository} from the Hub")
-    return DataFiles(f"{name}:{path.name}", ((path.name, path),), known.license, known.first, known.joined)
-
-
-def _hub_source(repository: str, revision: str | None, path: str | None) -> DataFiles:
-    name = _shown_name(repository, revision)
-    paths = [path] if path else choose_files(name, _list_files(repository, revision))
-    files = tuple((path, download(repository, path, revision)) for path in paths)
-    return DataFiles(name, files, _card_license(repository, revision))
+    repository, revision = hub["repository"], hub["revision"]
+    shown = _shown_name(repository, revision)
+    paths = [hub["path"]] if hub["path"] else choose_files(shown, _list_files(repository, revision))
+    found = tuple((path, data_file(repository, path, revision)) for path in paths)
+    return DataFiles(shown, found, _card_license(repository, revision))
 
 
 def _shown_name(repository: str, revision: str | None) -> str:
@@ -157,7 +153,7 @@ def choose_files(name: str, paths: Sequence[str]) -> list[str]:
     raise CalibrationError(f"{name} holds several data files; name one as {name}:FILE. Files: {listed}")
 
 
-def download(repository: str, path: str, revision: str | None = None) -> Path:
+def data_file(repository: str, path: str, revision: str | None = None) -> Path:
     """A file of a data set repository, in the Hub client's cache; raises `CalibrationError` where it cannot be had."""
     from huggingface_hub import hf_hub_download
 
@@ -178,7 +174,7 @@ def _list_files(repository: str, revision: str | None) -> list[str]:
         return [file.rfilename for file in info.siblings or []]
     except HfHubHTTPError as error:
         raise _hub_error(_shown_name(repository, revision), error) from error
-    except Exception as error:  # as in download
+    except Exception as error:  # as in data_file
         cached = _cached_files(repository, revision)
         if not cached:
             raise _hub_error(_shown_name(repository, revision), error) from error

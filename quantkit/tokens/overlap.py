@@ -62,10 +62,8 @@ class TextIndex:
         if len(whole) < _RUN:
             return tuple(whole) in self._short
         turns = (_words(turn.text) for turn in record.turns or ())
-        return any(self._covers(_runs(words)) for words in (whole, *turns))
-
-    def _covers(self, runs: set[int]) -> bool:
-        return bool(runs) and len(runs & self._runs) >= min((len(runs) + 1) // 2, _ENOUGH)
+        asked = filter(None, (_runs(words) for words in (whole, *turns)))
+        return any(len(runs & self._runs) >= min((len(runs) + 1) // 2, _ENOUGH) for runs in asked)
 
 
 def _whole(record: Record) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from quantkit.errors import CalibrationError, UsageError
@@ -52,12 +53,12 @@ class Record:
         return not texts or any(not text.strip() for text in texts)
 
 
+@dataclass(frozen=True)
 class _Fields:
     """The fields of one raw record; an error names the file, the record and the field."""
 
-    def __init__(self, raw: Mapping[str, object], where: str) -> None:
-        self.raw = raw
-        self.where = where
+    raw: Mapping[str, object]
+    where: str
 
     def text(self, key: str) -> str:
         """The field's text; an absent or null field is empty."""
@@ -79,36 +80,30 @@ class _Fields:
         return [_Fields(message, f"{self.where}, {key}[{number}]") for number, message in enumerate(value)]
 
 
-def _exchange(prompt_key: str, answer_key: str) -> Callable[[_Fields, str], Record]:
-    def build(fields: _Fields, record_id: str) -> Record:
-        prompt, extra = fields.text(prompt_key), fields.optional("input")
-        turns = (
-            Turn("user", f"{prompt}\n\n{extra}" if extra else prompt),
-            Turn("assistant", fields.text(answer_key)),
-        )
-        return Record(record_id, turns=turns, skill=fields.optional("skill"), input=extra)
-
-    return build
+def _exchange(prompt_key: str, answer_key: str, fields: _Fields, record_id: str) -> Record:
+    prompt, extra = fields.text(prompt_key), fields.optional("input")
+    turns = (
+        Turn("user", f"{prompt}\n\n{extra}" if extra else prompt),
+        Turn("assistant", fields.text(answer_key)),
+    )
+    return Record(record_id, turns=turns, skill=fields.optional("skill"), input=extra)
 
 
-def _conversation(key: str, role_key: str, text_key: str) -> Callable[[_Fields, str], Record]:
-    def build(fields: _Fields, record_id: str) -> Record:
-        turns: list[Turn] = []
-        system: list[str] = []
-        for message in fields.messages(key):
-            role, text = ROLES.get(message.text(role_key)), message.text(text_key)
-            if role is None:
-                known = ", ".join(ROLES)
-                raise CalibrationError(f"{message.where}: unknown role {message.raw.get(role_key)!r} (known: {known})")
-            if role == "system":
-                system.append(text)
-            else:
-                turns.append(Turn("user" if role == "user" else "assistant", text))
-        return Record(
-            record_id, turns=tuple(turns), skill=fields.optional("skill"), system="\n\n".join(system).strip() or None
-        )
-
-    return build
+def _conversation(key: str, role_key: str, text_key: str, fields: _Fields, record_id: str) -> Record:
+    turns: list[Turn] = []
+    system: list[str] = []
+    for message in fields.messages(key):
+        role, text = ROLES.get(message.text(role_key)), message.text(text_key)
+        if role is None:
+            known = ", ".join(ROLES)
+            raise CalibrationError(f"{message.where}: unknown role {message.raw.get(role_key)!r} (known: {known})")
+        if role == "system":
+            system.append(text)
+        else:
+            turns.append(Turn("user" if role == "user" else "assistant", text))
+    return Record(
+        record_id, turns=tuple(turns), skill=fields.optional("skill"), system="\n\n".join(system).strip() or None
+    )
 
 
 def _prompt_only(fields: _Fields, record_id: str) -> Record:
@@ -121,11 +116,11 @@ def _plain(fields: _Fields, record_id: str) -> Record:
 
 # The keys that a layout is known by, and what makes a Record of it. The first layout whose keys are all there is taken.
 LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[_Fields, str], Record]], ...] = (
-    (("messages",), _conversation("messages", "role", "content")),
-    (("conversations",), _conversation("conversations", "from", "value")),
-    (("instruction", "output"), _exchange("instruction", "output")),
-    (("prompt", "response"), _exchange("prompt", "response")),
-    (("prompt", "completion"), _exchange("prompt", "completion")),
+    (("messages",), partial(_conversation, "messages", "role", "content")),
+    (("conversations",), partial(_conversation, "conversations", "from", "value")),
+    (("instruction", "output"), partial(_exchange, "instruction", "output")),
+    (("prompt", "response"), partial(_exchange, "prompt", "response")),
+    (("prompt", "completion"), partial(_exchange, "prompt", "completion")),
     (("Instruction",), _prompt_only),
     (("text",), _plain),
 )

@@ -25,7 +25,7 @@ from quantkit.tokens import (
     window_text,
     windows_in_order,
 )
-from quantkit.tokens.datasets import DataFiles, download
+from quantkit.tokens.datasets import DataFiles, data_file
 from quantkit.tokens.readers import read_source
 from quantkit.tokens.windows import Windows
 
@@ -184,7 +184,10 @@ def _is_wikitext2(text: str) -> bool:
 
 def _wikitext2(text: str) -> str:
     local = text.partition(":")[2]
-    path = Path(local) if local else _download_wikitext2()
+    try:
+        path = Path(local) if local else data_file(*_WIKITEXT2_TEST)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}, as --text {WIKITEXT2}:FILE") from error
     if path.suffix == ".parquet":
         source = DataFiles(WIKITEXT2, ((path.name, path),), None, joined=True)
         return read_source(source).text or ""
@@ -192,10 +195,3 @@ def _wikitext2(text: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path}: cannot be read as WikiText-2: {error}") from error
-
-
-def _download_wikitext2() -> Path:
-    try:
-        return download(*_WIKITEXT2_TEST)
-    except CalibrationError as error:
-        raise CalibrationError(f"{error}, as --text {WIKITEXT2}:FILE") from error

@@ -41,7 +41,7 @@ from quantkit.options import (
 )
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.blockwise import memory_plan, quantize_blocks
+from quantkit.quantize.blockwise import plan_gptq_memory, quantize_blocks
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.stagework import LayerStatistics, OnLinear
@@ -168,7 +168,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         check_unfinished(place, options.resume, options.force)
         check_outside(place, source, options.force or options.resume)
     windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (options.samples, options.seq_len)
-    report = _sizes(place, stream, spec, ggml, target, memory_plan(stream, *windows))
+    report = _sizes(place, stream, spec, ggml, target, plan_gptq_memory(stream, *windows))
     every = parse_every(options.checkpoint_every)
     if options.dry_run:
         return report

@@ -15,7 +15,7 @@ from quantkit.containers.source import Source
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.squares import InputSquares, collect_squares, memory_plan
+from quantkit.quantize.squares import InputSquares, collect_squares, plan_squares_memory
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
@@ -87,7 +87,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())
-    peak = size + memory_plan(stream, chunks * chunk_size).needed
+    peak = size + plan_squares_memory(stream, chunks * chunk_size).needed
     report = ImatrixReport(target, len(entries), chunks, chunk_size, size, peak, {}, dry_run=True)
     if options.dry_run:
         return report

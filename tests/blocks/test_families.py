@@ -51,13 +51,13 @@ def test_every_linear_of_a_familys_blocks_is_in_its_row(family: str, make_model:
     stream = open_stream(make_model(family))
     block_linears = {
         f"{stream.blocks[index]}.{name}"
-        for index, block in enumerate(stream._block_list)
+        for index, block in enumerate(stream.modules)
         for name, module in block.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D", "FalconLinear")
     }
     listed = {
         f"{stream.blocks[index]}.{name}"
-        for index, block in enumerate(stream._block_list)
+        for index, block in enumerate(stream.modules)
         for name in stream.family.linears(block)
     }
     assert listed == block_linears

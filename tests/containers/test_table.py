@@ -32,11 +32,11 @@ from quantkit.containers.published import Weights
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo
 from quantkit.errors import SourceError, UsageError
 from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
+from quantkit.options import Container as FileName
 from quantkit.quantize.targets import CheckpointTarget, on_grid_of
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import open_source
-from quantkit.verbs.ggml import Container as FileName
 from quantkit.verbs.publish import branch_of
 from quantkit.verbs.release.recipe import CheckpointKind, GgjtVariant, GgufVariant
 from quantkit.verbs.verify import verify

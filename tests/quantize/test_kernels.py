@@ -23,8 +23,8 @@ from support.tolerance import assert_mean_product
 import quantkit
 from quantkit.blocks.workers import uploaded
 from quantkit.options import QuantSpec
-from quantkit.quantize import hessian, kernels, loops
-from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
+from quantkit.quantize import kernels, loops
+from quantkit.quantize.hessian import HessianAccumulator, adds_up_in_float32, column_order, factorize
 from quantkit.quantize.kernels import plain
 from quantkit.quantize.targets import plan_linears
 from quantkit.tokens import TokenMatrix
@@ -234,10 +234,10 @@ def mixed_addmm() -> Iterator[list[torch.dtype]]:
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("addmm.dtype_out", addmm, "CPU")
-    hessian._adds_up_in_float32.cache_clear()
+    adds_up_in_float32.cache_clear()
     yield seen
     library._destroy()
-    hessian._adds_up_in_float32.cache_clear()
+    adds_up_in_float32.cache_clear()
 
 
 @pytest.mark.numerics
@@ -259,8 +259,8 @@ def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype
 def test_where_torch_has_no_such_product_it_is_one_of_float32() -> None:
     x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    assert hessian.operand(x).dtype == torch.float32
-    assert hessian.operand(x.double()).dtype == torch.float32
+    assert not adds_up_in_float32(x.dtype, x.device)
+    assert not adds_up_in_float32(torch.float64, x.device)
     whole, half = HessianAccumulator(40, x.device), HessianAccumulator(40, x.device)
     whole.add(x.float())
     half.add(x)
@@ -408,7 +408,7 @@ def test_gpu_hessian_of_half_precision_activations(dtype: torch.dtype) -> None:
         hessian.add(batch.cuda())
 
     assert_mean_product(hessian.finish("layer").cpu(), x.reshape(-1, 264))
-    assert hessian.operand(x[0].cuda()).dtype == dtype  # the pinned torch has the product
+    assert adds_up_in_float32(dtype, x[0].cuda().device)  # the pinned torch has the product
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from quantkit.quantize.kernels import plain
 pytestmark = [
     pytest.mark.numerics,
     pytest.mark.fast,
-    pytest.mark.skipif(not loops.available(), reason="Numba is not installed (pip install 'quantkit[cpu]')"),
+    pytest.mark.skipif(not loops.has_numba(), reason="Numba is not installed (pip install 'quantkit[cpu]')"),
 ]
 
 SHAPES = [(1, 1), (3, 17), (128, 300), (31, 257), (128, 1000)]
@@ -134,7 +134,7 @@ def test_without_numba_torch_gives_the_same_codes(spec: QuantSpec, monkeypatch: 
     hessian.add(torch.randn(640, 160, generator=generator) @ torch.randn(160, 160, generator=generator))
     H = hessian.finish("layer")
     compiled = quantize(W, H, spec)
-    monkeypatch.setattr(loops, "available", lambda: False)
+    monkeypatch.setattr(loops, "has_numba", lambda: False)
     slower = quantize(W, H, spec)
     assert float((compiled.linear.codes == slower.linear.codes).float().mean()) > 0.995
     torch.testing.assert_close(compiled.loss.sum(), slower.loss.sum(), rtol=1e-2, atol=0)

@@ -24,7 +24,7 @@ def test_torchs_own_loops() -> None:
 
 
 @under("NUMBA_CPU_NAME", "generic")
-@pytest.mark.skipif(not loops.available(), reason="Numba is not installed (pip install 'quantkit[cpu]')")
+@pytest.mark.skipif(not loops.has_numba(), reason="Numba is not installed (pip install 'quantkit[cpu]')")
 def test_numbas_loops_and_what_it_keeps_of_them() -> None:
     """The processor and its features are a part of the key under which machine code is kept on disk."""
     from numba.core.registry import cpu_target

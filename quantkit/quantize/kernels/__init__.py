@@ -28,14 +28,14 @@ def column_loop(device: torch.device) -> ColumnLoop:
         from quantkit.quantize.kernels.columns import quantize_columns
 
         return quantize_columns
-    return loops.quantize_columns if device.type == "cpu" and loops.available() else plain.quantize_columns
+    return loops.quantize_columns if device.type == "cpu" and loops.has_numba() else plain.quantize_columns
 
 
 def shortfall(device: torch.device) -> str | None:
     """What a run on `device` does without, and what to do about it, in one line; None where nothing is missing."""
     if device.type == "cuda" and not _has_triton():
         return "Triton is missing, so torch quantizes the columns: slower; pip install 'quantkit[gpu]'"
-    if device.type == "cpu" and not loops.available():
+    if device.type == "cpu" and not loops.has_numba():
         return "Numba is missing, so torch quantizes the columns: slower; pip install 'quantkit[cpu]'"
     return None
 

@@ -20,8 +20,9 @@ ROOMS = [
     {"quantize"},
     {"evaluate"},
     {"verbs"},
+    {""},
     {"cli"},
-    {"", "__main__", "chatting", "harness", "model", "parallel"},
+    {"__main__", "chatting", "harness", "model", "parallel"},
 ]
 ROOM = {name: number for number, names in enumerate(ROOMS) for name in names}
 

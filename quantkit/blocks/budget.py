@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# What is taken of free memory where nobody says how much: others live here too, and estimates are estimates.
+# The share of free memory that a run takes unasked: other programs need some too, and estimates can be wrong.
 _SHARE = 0.75
 
 

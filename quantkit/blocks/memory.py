@@ -1,7 +1,7 @@
-"""The plan for memory: what goes where, what is done twice instead, what the least is that works.
+"""The plan for memory: what goes where, what is computed twice instead, and the least memory that works.
 
-Amounts are estimates from shapes, rounded up, beyond what importing torch takes. What is planned changes no result, but
-for sums over slices of a vocabulary.
+Amounts are estimates from shapes, rounded up, beyond what importing torch takes. The plan changes no result,
+except for sums over slices of a vocabulary.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class MemoryPlan:
     budget: int = 0
 
     def note(self, progress: Progress) -> None:
-        """Say what is done otherwise than with plenty of memory, if anything."""
+        """Say what is done differently for lack of memory, if anything."""
         remark = self.remark()
         if remark is not None:
             progress.note(remark)
 
     def remark(self) -> str | None:
-        """What is done otherwise than with plenty of memory, and why; None if nothing."""
+        """What is done differently for lack of memory, and why; None if nothing is."""
         found = []
         if self.hidden != "device":
             found.append(f"hidden states wait {'on disk' if self.hidden == 'disk' else 'in host memory'}")
@@ -154,7 +154,7 @@ def plan_quantizing(
 
 
 def plan_watching(stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget) -> MemoryPlan:
-    """For a pass over so many tokens that looks at what Linears read. Raises UsageError."""
+    """For a pass that looks at what Linears read, over so many tokens. Raises UsageError."""
     block = _largest_block(stream, quantized=False)
     hidden = tokens * _ends(stream)[1]
     running = 2 * min(tokens, batch_tokens) * _widest(stream)

@@ -308,7 +308,7 @@ def row_mean(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def delta_record(source: Source) -> dict[str, Any]:
-    """What `quantkit diff` noted of the delta that the source is; nothing where it is another's, or no delta."""
+    """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
     path = source.path / REPORT_NAME
     found = read_json(path).get("delta") if path.is_file() else None
     return found if isinstance(found, dict) else {}

@@ -150,7 +150,7 @@ def run_watched(
     on_input: OnInput,
     on_output: Callable[[int, torch.Tensor], None],
 ) -> None:
-    """Run the block once on every batch without a pause, for who only looks at what the stages read.
+    """Run the block once on every batch without a pause, for callers that only look at what the stages read.
 
     Raises:
         SourceError: a batch's forward did not reach a stage.

@@ -76,7 +76,7 @@ class HiddenStates:
         self[len(self) - 1] = state
 
     def take(self, i: int) -> torch.Tensor:
-        """Batch i's, which is let go here where it is in memory: for who holds it until a new one is put in."""
+        """Batch i's, let go here if it is in memory: the caller holds it until a new one is put in."""
         state = self[i]
         if self._place != "disk":
             self._items[i] = None

@@ -1,4 +1,4 @@
-"""A whole model in memory, from any source: for whoever generates, which a stream of blocks is too slow for."""
+"""A whole model in memory, from any source: for generating, for which a stream of blocks is too slow."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Sums(Protocol):
         """float32 [n]: the sums as they are sent, without the tokens. Packed sums add up as the sums do."""
 
     def unpack(self, packed: torch.Tensor) -> None:
-        """Have the sums of such a tensor in place of one's own."""
+        """Replace these sums by those of a packed tensor."""
 
     def finish(self, name: str) -> Any:
         """What `Method.solve` takes, the same bits on every process.

@@ -79,7 +79,7 @@ class Sharing:
         return {lane: range(share.start - mine.start, share.stop - mine.start) for lane, share in found.items()}
 
     def solve(self, method: Method, W: torch.Tensor, gathered: Any, spec: QuantSpec) -> Solved:
-        """What a method finds for a stack [out, in] that all ranks have: each does some of its rows, all get all."""
+        """A method's result for a stack [out, in] that all ranks have: each rank does some of the rows, all get all."""
         rows, size = W.shape[0], self.ranks.size
         if self.deterministic:
             tiles = [range(start, min(start + _TILE, rows)) for start in range(0, rows, _TILE)]
@@ -88,7 +88,7 @@ class Sharing:
         if len(tiles) == 1:
             return method.solve([W], gathered, spec)[0]
         mine = self.ranks.share(len(tiles))
-        # Who has no rows does one tile in vain, to know what the others' look like.
+        # A rank without rows solves one tile all the same, to know the layout of the others' results.
         done = method.solve([W[tiles[i].start : tiles[i].stop] for i in mine or (0,)], gathered, spec)
         own = _Rows.of(done) if mine else _Rows.of(done).empty()
         counts = [sum(len(tiles[i]) for i in share_of(len(tiles), rank, size)) for rank in range(size)]

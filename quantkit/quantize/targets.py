@@ -184,7 +184,7 @@ class GgufForm:
     """What a GGUF file of a run is to be.
 
     Attributes:
-        recipe: one of `writers.ggml_recipes.RECIPES`.
+        recipe: one of `gguf.recipes.RECIPES`.
         name: of the file.
         embedding, output: types of these two matrices; None for the recipe's.
         pre: name of the pre-tokenizer, where the ids do not tell it.

@@ -31,11 +31,7 @@ class Place:
 
     def read(self, source: Source) -> torch.Tensor:
         """The values."""
-        tensor = self.of(source.read(self.name))
-        return tensor if self.below is None else torch.cat([tensor, source.read(self.below)])
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The values in the source's tensor."""
+        tensor = source.read(self.name)
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.transposed:
@@ -43,7 +39,8 @@ class Place:
         if self.part is not None:
             half = tensor.shape[0] // 2
             tensor = tensor[self.part :: 2] if self.interleaved else tensor[self.part * half : (self.part + 1) * half]
-        return tensor.contiguous()
+        tensor = tensor.contiguous()
+        return tensor if self.below is None else torch.cat([tensor, source.read(self.below)])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every place that weights come from offers, whatever its format."""
+"""What a source of weights offers, whatever its format."""
 
 from __future__ import annotations
 

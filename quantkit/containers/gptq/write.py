@@ -6,6 +6,7 @@ Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.containers.gptq.read.G
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +158,9 @@ class GptqWriter:
         write_json(self.folder / "quantize_config.json", self._quantization)
         self.source.copy_companions(self.folder)
         reader = GptqSource(self.folder)
-        self._tensors.read_back(lambda name: self._meaning(reader, name))
-
-    def _meaning(self, reader: GptqSource, name: str) -> torch.Tensor:
-        """A stored tensor, unpacked where it holds codes or zeros."""
-        module, _, part = name.rpartition(".")
-        unpacked = {"qweight": reader.read_unpacked, "qzeros": reader.read_zeros} if module in self._linears else {}
-        return unpacked[part](module) if part in unpacked else reader.stored.read(name)
+        unpacked = {f"{module}.qweight": partial(reader.read_unpacked, module) for module in self._linears}
+        unpacked |= {f"{module}.qzeros": partial(reader.read_zeros, module) for module in self._linears}
+        self._tensors.read_back(lambda name: unpacked[name]() if name in unpacked else reader.stored.read(name))
 
 
 # By the name that `quantkit.quantize.targets.Layout` has for every container's.

@@ -16,8 +16,7 @@ from quantkit.blocks.stream import ModelStream, build_on_meta
 from quantkit.blocks.weights import bind
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import (
     NumericError,
     SourceError,

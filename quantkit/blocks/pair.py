@@ -20,8 +20,7 @@ from quantkit.blocks.experts import ExpertNames
 from quantkit.blocks.stream import build_on_meta
 from quantkit.blocks.weights import bind
 from quantkit.containers.hf.shards import DTYPES
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import SourceError
 from quantkit.options import Vocabulary
 from quantkit.runs.atomic import REPORT_NAME, read_json

@@ -36,8 +36,7 @@ from quantkit.blocks.linears import shape_of
 from quantkit.blocks.states import HiddenStates, Place
 from quantkit.blocks.weights import bind, expert_names
 from quantkit.blocks.workers import ReadAhead, uploaded
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError, first_line
 
 _RUN_BYTES = 4 * 2**20  # of an embedding, read at once

@@ -19,8 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.blocks.experts import ExpertNames
-from quantkit.containers.published import Place, Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Place, Source, TensorInfo, Weights
 
 
 def expert_names(model: nn.Module) -> ExpertNames:

@@ -17,8 +17,7 @@ from quantkit.codes.packing import pack, packing_multiple
 from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.write import ShardedWriter
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
 from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.runs.atomic import write_json

@@ -12,8 +12,7 @@ from transformers import PretrainedConfig
 
 from quantkit.blocks.stream import build_on_meta, take_experts_apart
 from quantkit.blocks.weights import bind, expert_names
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.progress import Progress
 from quantkit.verbs.verify.findings import Findings, listed
 from quantkit.verbs.verify.gptq import LOST

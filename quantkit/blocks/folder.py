@@ -14,8 +14,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import (
     NumericError,
     SourceError,

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
 from quantkit.containers.hf.shards import DTYPES
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import SourceError
 from quantkit.options import Vocabulary
 from quantkit.runs.atomic import REPORT_NAME, read_json

@@ -30,8 +30,7 @@ from quantkit.blocks.families import (
 from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError, first_line
 
 _RUN_BYTES = 4 * 2**20  # of an embedding, read at once

@@ -23,8 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.containers.published import Place, Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Place, Source, TensorInfo, Weights
 from quantkit.errors import SourceError, first_line
 
 

@@ -54,7 +54,7 @@ class Inspection(Report):
 
 
 def describe(source: Source) -> Inspection:
-    """The same of a model that is open."""
+    """What an open source is made of."""
     tensors = source.tensors
     parameters = sum(math.prod(info.shape) for info in tensors.values())
     held = sum(info.bytes for info in tensors.values())

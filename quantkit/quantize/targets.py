@@ -27,8 +27,7 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.gguf.types import Choice, Chooser, Kind
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.options import METHODS, CheckpointFormat, GgmlType, QuantSpec, matches
 from quantkit.runs.tensorfile import TensorPlan

@@ -88,17 +88,21 @@ def check_output(out: Path, source: Path, force: bool) -> None:
         raise UsageError(f"--out {out} is not an output of quantkit (no {REPORT_NAME}); --force replaces only those")
 
 
-def check_file(out: Path, source: Path, force: bool) -> None:
-    """Refuse an output file that exists, or that is the source.
+def check_outside(out: Path, source: Origin, force: bool) -> None:
+    """Refuse an output that exists, or that touches what is read. Raises UsageError."""
+    for part in source.parts.values():
+        check_output(out, part.path, force)
 
-    Raises:
-        UsageError: says which, and what to do.
-    """
+
+def check_other_file(out: Path, source: Origin, force: bool) -> None:
+    """Refuse an output file that exists, or that is what is read. Raises UsageError, which says what to do."""
     if out.is_dir():
         raise UsageError(f"--out {out} is a folder; name a file")
-    if out.exists() and (out.resolve() == source.resolve() or not force):
-        advice = "name another" if out.resolve() == source.resolve() else "use --force to replace it"
-        raise UsageError(f"--out {out} already exists; {advice}")
+    for part in source.parts.values():
+        is_read = out.resolve() == part.path.resolve()
+        if out.exists() and (is_read or not force):
+            advice = "name another" if is_read else "use --force to replace it"
+            raise UsageError(f"--out {out} already exists; {advice}")
 
 
 @contextmanager
@@ -265,15 +269,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def check_outside(out: Path, source: Origin, force: bool) -> None:
-    """Refuse an output that exists, or that touches what is read. Raises UsageError."""
-    for part in source.parts.values():
-        check_output(out, part.path, force)
-
-
-def check_other_file(out: Path, source: Origin, force: bool) -> None:
-    """Refuse an output file that exists, or that is what is read. Raises UsageError."""
-    for part in source.parts.values():
-        check_file(out, part.path, force)

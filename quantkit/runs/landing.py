@@ -126,7 +126,11 @@ NOTHING = Landed(Path())
 def find_landed(folder: Path, total: int, progress: Progress = SILENT) -> Landed:
     """What of an unfinished run of `total` blocks is whole, by its checksums; everything else is removed."""
     blocks = 0
-    while blocks < total and _block_is_whole(folder / BLOCKS / f"{blocks:05d}"):
+    while blocks < total:
+        path = folder / BLOCKS / f"{blocks:05d}"
+        entry = read_sealed(path.with_suffix(".json"))
+        if entry is None or not _is_whole(path.with_suffix(".safetensors"), entry["sha256"]):
+            break
         blocks += 1
     if (folder / BLOCKS / f"{blocks:05d}.json").exists():
         progress.warn(f"block {blocks + 1} of the unfinished run is damaged: it and what follows are made anew")
@@ -283,11 +287,6 @@ def _sealed(path: Path) -> dict[str, Any]:
     found = read_sealed(path)
     assert found is not None, path  # `find_landed` has looked at it
     return found
-
-
-def _block_is_whole(path: Path) -> bool:
-    entry = read_sealed(path.with_suffix(".json"))
-    return entry is not None and _is_whole(path.with_suffix(".safetensors"), entry["sha256"])
 
 
 def _states_are_whole(folder: Path) -> bool:

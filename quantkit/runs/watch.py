@@ -181,7 +181,9 @@ class Watch:
         where it is what happened, a RankError otherwise."""
         ignore_signals()
         self._parting = True
-        note = self._note(error)
+        lost = isinstance(error, RankError) or (isinstance(error, KeyboardInterrupt) and self._woken)
+        kind = "lost" if lost else "error" if isinstance(error, Exception) else "interrupt"
+        note: dict[str, Any] = {"kind": kind, "text": describe(error), "code": getattr(error, "exit_code", 1)}
         try:
             self._store.set(f"left/{self._rank}", json.dumps(note))
             self._store.set("failing", "")
@@ -201,13 +203,6 @@ class Watch:
         finally:
             self.stop()
         return verdict
-
-    def _note(self, error: BaseException) -> dict[str, Any]:
-        if isinstance(error, RankError) or (isinstance(error, KeyboardInterrupt) and self._woken):
-            kind = "lost"
-        else:
-            kind = "error" if isinstance(error, Exception) else "interrupt"
-        return {"kind": kind, "text": describe(error), "code": getattr(error, "exit_code", 1)}
 
     def _verdict(self, error: BaseException, note: dict[str, Any]) -> BaseException:
         """What happened: an error before a lost process, a lost process before an interrupt."""

@@ -32,8 +32,7 @@ from quantkit.containers.gguf.types import (
     TypeOptions,
 )
 from quantkit.containers.imatrix.read import Imatrix, read_imatrix
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.options import parse_size
 from quantkit.options.verbs import Ggml

@@ -34,7 +34,7 @@ from quantkit.blocks.pair import DeltaSource
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream, _runs
 from quantkit.blocks.workers import ReadAhead
-from quantkit.containers.gguf.file_bytes import FileBytes
+from quantkit.containers.gguf.file import FileBytes
 from quantkit.containers.hf.header import read_header
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.evaluate.scores import Scores, score_texts

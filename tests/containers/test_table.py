@@ -28,8 +28,7 @@ from quantkit.containers.gguf.file import MAGIC
 from quantkit.containers.gptq.write import kept_tensor
 from quantkit.containers.hf.read import FolderSource, stored_dtype
 from quantkit.containers.hf.write import ShardedWriter
-from quantkit.containers.published import Weights
-from quantkit.containers.source import HoldsCodes, Source, TensorInfo
+from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
 from quantkit.errors import SourceError, UsageError
 from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
 from quantkit.options import Container as FileName

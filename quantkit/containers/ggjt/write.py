@@ -35,7 +35,7 @@ from quantkit.containers.ggjt.read import (
     names_of,
     rebuilt_tokenizer,
 )
-from quantkit.containers.gguf.file_bytes import FileBytes
+from quantkit.containers.gguf.file import FileBytes
 from quantkit.containers.readback import ReadBack
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import (

@@ -1,4 +1,4 @@
-"""The config that a GGUF file's keys amount to, with the few tensors that say what the keys do not."""
+"""The config that follows from a GGUF file's keys, and from the few tensors that hold what no key says."""
 
 from __future__ import annotations
 

@@ -70,9 +70,8 @@ class GgufSource(Source):
         self.from_gptq = self._field("quantkit.weights") is not None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.label = label or model_stem(path)
-        self._check_parts()
         self._holder = {name: part for part in self._parts for name in part.tensors}
-        self._check_count()
+        self._check_parts()
         self.config = self._config(name)
         self._stored = dict(self._names())
         self.dtype = torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
@@ -88,7 +87,7 @@ class GgufSource(Source):
         return self._holder[stored].tensors[stored]
 
     def _check_parts(self) -> None:
-        """Each part must say that it is the one that its name says, and of one model with the first."""
+        """Each part must be the one that its name says, and of one model with the first; each tensor lies in one."""
         architecture = self._field("general.architecture")
         for number, part in enumerate(self._parts):
             count, own = part.keys.get("split.count"), part.keys.get("split.no")
@@ -101,8 +100,6 @@ class GgufSource(Source):
                 )
             if part.keys.get("general.architecture", architecture) != architecture:
                 raise SourceError(f"{part.path}: a part of another architecture than the first; download it again")
-
-    def _check_count(self) -> None:
         stored = sum(len(part.tensors) for part in self._parts)
         if stored != len(self._holder):
             raise SourceError(f"{self.path}: two of its parts hold the same tensor; download them again")

@@ -20,8 +20,7 @@ from transformers import PretrainedConfig
 from quantkit.containers.gguf.architectures import ARCHITECTURES, OUTSIDE
 from quantkit.containers.gguf.config import llama3_factors
 from quantkit.containers.gguf.writable import architecture_of, head_width
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
 
 Array = npt.NDArray[Any]

@@ -29,8 +29,7 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.imatrix.read import Imatrix
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
 
 Kind = gguf.GGMLQuantizationType

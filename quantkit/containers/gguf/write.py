@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from quantkit.containers.gguf.file_bytes import FileBytes
+from quantkit.containers.gguf.file import FileBytes
 from quantkit.containers.gguf.head import pack_head, padded
 from quantkit.containers.gguf.tensors import Array, GgufTensor
 from quantkit.containers.readback import ReadBack

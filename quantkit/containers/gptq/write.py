@@ -6,6 +6,7 @@ Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.containers.gptq.read.G
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from quantkit.codes.packing import pack, packing_multiple
 from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.write import ShardedWriter
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
 from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
 from quantkit.runs.atomic import write_json
@@ -157,13 +157,9 @@ class GptqWriter:
         write_json(self.folder / "quantize_config.json", self._quantization)
         self.source.copy_companions(self.folder)
         reader = GptqSource(self.folder)
-        self._tensors.read_back(lambda name: self._meaning(reader, name))
-
-    def _meaning(self, reader: GptqSource, name: str) -> torch.Tensor:
-        """A stored tensor, unpacked where it holds codes or zeros."""
-        module, _, part = name.rpartition(".")
-        unpacked = {"qweight": reader.read_unpacked, "qzeros": reader.read_zeros} if module in self._linears else {}
-        return unpacked[part](module) if part in unpacked else reader.stored.read(name)
+        unpacked = {f"{module}.qweight": partial(reader.read_unpacked, module) for module in self._linears}
+        unpacked |= {f"{module}.qzeros": partial(reader.read_zeros, module) for module in self._linears}
+        self._tensors.read_back(lambda name: unpacked[name]() if name in unpacked else reader.stored.read(name))
 
 
 # By the name that `quantkit.quantize.targets.Layout` has for every container's.

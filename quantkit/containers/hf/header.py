@@ -19,7 +19,7 @@ from quantkit.containers.source import TensorInfo
 
 _LENGTH = 8  # bytes that say how long a header is
 _LARGEST = 100_000_000
-_MOST = 2**64  # what no size, no number of values and no number of bits reaches
+_MOST = 2**64  # above every size, number of values and number of bits
 _DEEPEST = 127  # objects and lists inside each other
 _BITS = {
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),

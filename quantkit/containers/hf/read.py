@@ -49,7 +49,7 @@ LOCAL_KEYS = frozenset(
 
 
 class FolderSource(Source):
-    """What every Hugging Face folder has, however its weights are stored."""
+    """What every Hugging Face folder has, however its weights are stored. `dtype` is that of what is stored."""
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         self.path = folder
@@ -57,6 +57,7 @@ class FolderSource(Source):
         self._trust_remote_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
         self.stored = open_weights(folder)
+        self.dtype = stored_dtype(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -79,10 +80,6 @@ class HfSource(FolderSource):
     """A Hugging Face folder of full-precision weights."""
 
     kind = "hf"
-
-    def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
-        super().__init__(folder, label, trust_remote_code)
-        self.dtype = stored_dtype(self.stored.tensors)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

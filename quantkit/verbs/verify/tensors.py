@@ -11,8 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
-from quantkit.containers.published import Weights
-from quantkit.containers.source import Source, TensorInfo
+from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.progress import Progress
 from quantkit.verbs.verify.findings import Findings, listed
 from quantkit.verbs.verify.gptq import LOST

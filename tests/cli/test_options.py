@@ -98,7 +98,7 @@ def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.Capture
         ("gptq --act-order yes", "--act-order yes: choose static, dynamic, off"),
         ("gptq --dtype int8", "--dtype int8: choose auto, float16, bfloat16, float32"),
         ("gptq --memory much", "--memory much: give a size such as 5GB or 500MB"),
-        ("gptq --override x=bits:9", "bits 9: give 2, 3, 4 or 8"),
+        ("gptq --override x=bits:9", "--override x=bits:9: bits: give 2, 3, 4 or 8 (got '9')"),
         ("gptq --override x", "--override x: write PATTERN=bits:8,group_size:32"),
         ("card d --with-branch x", "--with-branch x: write NAME=DIR"),
         ("compare a b --out c --max-kl x", "--max-kl x: give a number"),

@@ -116,7 +116,7 @@ def _parameter(spec: type[Options], name: str) -> inspect.Parameter:
 
 def _kind(annotation: Any) -> tuple[Any, bool, str]:
     """What Typer takes for a field, whether several times, and what stands for a value in the help."""
-    first = bare(members(annotation)[0])
+    first = bare(members(bare(members(annotation)[0]))[0])
     if get_origin(first) is tuple:
         return str, True, _kind(get_args(first)[0])[2]
     if first is bool:

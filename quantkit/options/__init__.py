@@ -294,7 +294,10 @@ def parse_override(text: str) -> tuple[str, Override]:
     pairs = [field.partition(":") for field in fields.split(",")]
     if not (given and pattern and all(key and colon and value for key, colon, value in pairs)):
         raise UsageError(f"--override {text}: write PATTERN=bits:8,group_size:32")
-    return pattern, make(Override, **{key.strip(): value.strip() for key, _, value in pairs})
+    try:
+        return pattern, make(Override, **{key.strip(): value.strip() for key, _, value in pairs})
+    except UsageError as error:
+        raise UsageError(f"--override {text}: {error}") from None
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

@@ -153,10 +153,10 @@ def make(spec: type[S], **fields: Any) -> S:
 
 
 _WORDS = {
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
+    "greater_than": "give more than {gt}",
+    "greater_than_equal": "give at least {ge}",
+    "less_than": "give less than {lt}",
+    "less_than_equal": "give at most {le}",
     "finite_number": "give a number",
     "string_type": "give text",
     "path_type": "give a path",

@@ -47,6 +47,13 @@ from quantkit.options import (
     Typed,
 )
 
+# As the table of containers has it, which a test compares.
+_ELSEWHERE = {
+    5: "GGUF or ggjt as Q5_0 (symmetric) or Q5_1",
+    6: "GGUF as Q6_K",
+    7: "GGUF as Q8_0, whose 8 bits hold them",
+}
+
 
 class Gptq(OrSmolLM2, Pair, Trust, Grid, Overrides, Ends, Calibration, Evaluation, Compute, Run, Checkpoint, Output):
     """Quantize a model with GPTQ into a folder that transformers, vLLM and others load, or into a GGUF file."""
@@ -57,7 +64,8 @@ class Gptq(OrSmolLM2, Pair, Trust, Grid, Overrides, Ends, Calibration, Evaluatio
     @model_validator(mode="after")
     def _check_bits(self) -> Self:
         if self.ggml is None and self.bits not in (None, 2, 3, 4, 8):
-            raise ValueError(f"--bits {self.bits}: give 2, 3, 4 or 8")
+            elsewhere = f"{self.bits}-bit codes fit into {_ELSEWHERE[self.bits]}"
+            raise ValueError(f"--bits {self.bits}: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; {elsewhere}")
         return self
 
 

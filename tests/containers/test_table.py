@@ -30,8 +30,9 @@ from quantkit.containers.hf.read import FolderSource, stored_dtype
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
 from quantkit.errors import SourceError, UsageError
-from quantkit.options import CheckpointFormat, GgmlType, QuantSpec
+from quantkit.options import CheckpointFormat, GgmlType, QuantSpec, make
 from quantkit.options import Container as FileName
+from quantkit.options.verbs import Gptq
 from quantkit.quantize.targets import CheckpointTarget, on_grid_of
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
@@ -356,3 +357,11 @@ def test_without_its_row_it_is_not_known(toy: tuple[Path, Any], monkeypatch: pyt
     monkeypatch.delitem(CONTAINERS, "toy")
     with pytest.raises(SourceError, match=r"quantized with 'toy'; full-precision, .* and fp8 folders can be read"):
         open_source(toy[0])
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_the_options_name_the_same_containers_for_other_bits(bits: int) -> None:
+    """The options are checked before the table is asked."""
+    with pytest.raises(UsageError) as caught:
+        make(Gptq, bits=bits)
+    assert str(caught.value) == misfit(CONTAINERS["gptq"], [QuantSpec(bits=bits)])

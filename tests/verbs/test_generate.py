@@ -616,15 +616,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"temperature": 0.0}, r"--temperature 0\.0: more than 0"),
+        ({"temperature": 0.0}, r"--temperature 0\.0: give more than 0"),
         ({"temperature": float("inf")}, r"--temperature inf: give a number"),
-        ({"top_p": 1.5}, r"--top-p 1\.5: at most 1"),
+        ({"top_p": 1.5}, r"--top-p 1\.5: give at most 1"),
         ({"top_k": -1}, r"--top-k -1: at least 0"),
-        ({"num_beams": 0}, r"--num-beams 0: at least 1"),
-        ({"max_new_tokens": 0}, r"--max-new-tokens 0: at least 1"),
-        ({"repetition_penalty": 0.0}, r"--repetition-penalty 0\.0: more than 0"),
+        ({"num_beams": 0}, r"--num-beams 0: give at least 1"),
+        ({"max_new_tokens": 0}, r"--max-new-tokens 0: give at least 1"),
+        ({"repetition_penalty": 0.0}, r"--repetition-penalty 0\.0: give more than 0"),
         ({"seed": -1}, r"--seed -1: at least 0"),
-        ({"batch_size": 0}, r"--batch-size 0: at least 1"),
+        ({"batch_size": 0}, r"--batch-size 0: give at least 1"),
         ({"dtype": "float16"}, r"--dtype float16 crawls on a CPU"),
         ({"base": "x"}, r"--base and --delta belong together"),
     ],
@@ -681,7 +681,7 @@ def test_the_command(
 
 
 def test_specs_say_which_field(make_model: MakeModel) -> None:
-    with pytest.raises(UsageError, match=r"^--top-p 2: at most 1$"):
+    with pytest.raises(UsageError, match=r"^--top-p 2: give at most 1$"):
         make(Decoding, top_p=2)
     defaults = Decoding()  # of WizardLM's script
     assert (defaults.temperature, defaults.top_p, defaults.top_k, defaults.num_beams) == (1.0, 0.95, 40, 1)

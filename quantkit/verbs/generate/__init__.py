@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_on_kernels
+from quantkit.errors import Interrupted
 from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
@@ -84,6 +86,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
         UsageError: options out of range, an output in the way, or one that cannot be gone on with.
         CalibrationError: names the line of a prompt that cannot be read, rendered or fitted in.
         QuantkitError: the model or the disk failed; what was answered stays.
+        Interrupted: the same of a KeyboardInterrupt.
     """
     started = time.perf_counter()
     spec = options.part(Decoding)
@@ -115,7 +118,8 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     if done:
         begun(target, settings, wanted)
     answers: list[Answer] = []
-    with appending(target, settings, done) as file, progress.phase("answering", len(wanted) - done) as advance:
+    phase = progress.phase("answering", len(wanted) - done)
+    with _kept(target), appending(target, settings, done) as file, phase as advance:
         # The batches are those of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
         for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
             batch = slice(start, start + options.batch_size)
@@ -134,6 +138,15 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
         output_tokens=sum(len(answer.ids) for answer in answers),
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Say of an interrupt what goes on with the answers so far."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"--resume goes on with the answers that are in {out}") from None
 
 
 def _recipe(speaker: Speaker, stream: ModelStream, system: str | None) -> dict[str, Any]:

@@ -48,6 +48,7 @@ __all__ = [
     "publish",
     "release",
     "samples",
+    "tune",
     "verify",
 ]
 
@@ -217,6 +218,7 @@ def gptq(
     delta: str | Path | None = ...,
     revision: str | None = ...,
     trust_remote_code: bool = ...,
+    method: Literal["gptq", "round"] = ...,
     bits: int | None = ...,
     group_size: int | None = ...,
     sym: bool | None = ...,
@@ -344,6 +346,8 @@ def samples(
     text: str = ...,
     progress: Progress = ...,
 ) -> SamplesReport: ...
+def tune(
+) -> None: ...
 def verify(
     path: Path | str,
     *,

@@ -52,6 +52,7 @@ def test_every_verb_is_in_the_table() -> None:
     assert {name for name in quantkit.__all__ if callable(getattr(quantkit, name))} - SPECS.keys() == {
         "QuantkitError",
         "UsageError",
+        "tune",
     }
     assert sorted(SPECS) == sorted(
         name_of(one)
@@ -158,7 +159,7 @@ def test_functions_are_called_as_python_has_it() -> None:
         quantkit.gptq("m", bitz=4)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"^merge\(\) missing a required argument: 'out'$"):
         quantkit.merge("a", "b")  # type: ignore[call-arg]
-    with pytest.raises(UsageError, match=r"^--bits 5: give 2, 3, 4 or 8$"):
+    with pytest.raises(UsageError, match=r"^--bits 5: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "):
         quantkit.gptq("m", bits=5)
     shown = pydoc.render_doc(quantkit.gptq)
     assert "bits: int | None = None" in shown

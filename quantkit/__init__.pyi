@@ -346,8 +346,7 @@ def samples(
     text: str = ...,
     progress: Progress = ...,
 ) -> SamplesReport: ...
-def tune(
-) -> None: ...
+def tune() -> None: ...
 def verify(
     path: Path | str,
     *,

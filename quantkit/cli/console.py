@@ -6,14 +6,15 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
 
 from quantkit.progress import Advance
 from quantkit.report import Line, Rule, Shown, Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LINE_SECONDS = 15.0
 
@@ -56,6 +57,15 @@ class Bars:
 
     @contextmanager
     def _drawn(self, name: str, total: int) -> Iterator[Advance]:
+        from rich.progress import (  # for what draws alone: help and a wrong option are to be there at once
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -113,6 +123,8 @@ def show(lines: Iterable[Shown]) -> None:
 
 def _print_table(table: Table) -> None:
     """One that is wider than an unknown terminal must not be folded into nothing."""
+    from rich.table import Table as RichTable
+
     drawn = RichTable()
     for column in table.columns:
         drawn.add_column(

@@ -431,7 +431,7 @@ def test_without_patterns_nothing_is_dynamic(make_model: MakeModel, tiny_tokens:
         ({"exclude": ["*"]}, "leave no Linear"),
         ({"override": {"*.down_proj": {}}}, "needs bits, group_size, sym or ggml"),
         ({"override": {"*.down_proj": {"bits": 5}}}, "--bits 5: a GPTQ checkpoint holds"),
-        ({"override": {"*.down_proj": {"group_size": 7}}}, "group_size must be"),
+        ({"override": {"*.down_proj": {"group_size": 7}}}, "group_size: give -1"),
         ({"override": {"*.down_proj": {"damp": 0.1}}}, "damp"),
     ],
 )

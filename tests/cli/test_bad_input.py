@@ -529,7 +529,7 @@ def test_a_weight_that_is_not_finite_is_found_before_the_work(
     model = desk.model()
     edit_tensor(model, name, lambda tensor: tensor.view(-1)[7:8].fill_(value))
     quantized: list[str] = []
-    monkeypatch.setattr(Sharing, "quantize", lambda *_: quantized.append("a stage"))
+    monkeypatch.setattr(Sharing, "solve", lambda *_: quantized.append("a stage"))
     desk.refused(lambda: desk.gptq(model), 1, name, "NaN or infinity")
     assert not quantized
 
@@ -540,7 +540,7 @@ def test_a_kept_weight_beyond_the_published_dtype_is_found_before_the_work(
     model = desk.model(dtype="float32")  # is published in float16
     edit_tensor(model, "model.norm.weight", lambda tensor: tensor.fill_(1e6))
     quantized: list[str] = []
-    monkeypatch.setattr(Sharing, "quantize", lambda *_: quantized.append("a stage"))
+    monkeypatch.setattr(Sharing, "solve", lambda *_: quantized.append("a stage"))
     desk.refused(lambda: desk.gptq(model), 1, "model.norm.weight", "float16")
     assert not quantized
 
@@ -866,7 +866,7 @@ def test_an_output_where_nobody_may_write(desk: Desk) -> None:
 
 def test_a_failed_run_takes_the_folders_back_that_it_made(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     model = desk.model()
-    monkeypatch.setattr(Sharing, "quantize", disk_full)  # before anything is there to go on from
+    monkeypatch.setattr(Sharing, "solve", disk_full)  # before anything is there to go on from
     desk.refused(lambda: desk.gptq(model, "--out", "new/deep/out"), 1, "new/deep/out")
 
 

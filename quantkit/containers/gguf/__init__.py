@@ -1,7 +1,7 @@
 """The GGUF container: one file, or several parts, as llama.cpp reads it.
 
 `plan` says which tensors the file holds and what each is made of; the caller chooses a type for each and gives the
-packed rows; `header` makes the keys; `GgufWriter` writes into a folder of `workdir.staged_files`. The reader is
+packed rows; `header` makes the keys; `GgufWriter` writes into a folder of `runs.atomic.staged_files`. The reader is
 `quantkit.containers.gguf.read.GgufSource`.
 """
 

@@ -389,7 +389,7 @@ def test_what_cannot_be_compared_leaves_nothing(family: dict[str, Path], texts: 
         run(family, [], tmp_path / "out", texts)
     with pytest.raises(UsageError, match="at least one text"):
         run(family, ["gguf"], tmp_path / "out", [])
-    with pytest.raises(UsageError, match="--budget much: give a size such as 4GB"):
+    with pytest.raises(UsageError, match="--budget much: give a size such as 5GB"):
         run(family, ["gguf"], tmp_path / "out", texts, budget="much")
     with pytest.raises(UsageError, match="--max-kl -1"):
         run(family, ["gguf"], tmp_path / "out", texts, max_kl=-1)
@@ -526,4 +526,4 @@ def test_command_ends_with_1_where_no_variant_keeps_to_the_limits(
 
 def test_command_refuses_bad_input_in_a_line(cli: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("--budget", "-3GB") == 2
-    assert capsys.readouterr().err == "error: --budget -3GB: give a size such as 4GB or 500MB\n"
+    assert capsys.readouterr().err == "error: --budget -3GB: give a size such as 5GB or 500MB\n"

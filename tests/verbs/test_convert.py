@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import errno
-import inspect
 import json
 import os
 import shutil
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, token_matrix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -328,16 +325,3 @@ def test_what_the_command_says(make_model: MakeModel, tmp_path: Path, capsys: py
     assert "already exists; use --force" in err
     code, out, err = run(capsys, "convert", tmp_path / "nothing", "--out", tmp_path / "out", "--quiet")
     assert (code, out) == (1, "")
-
-
-def test_options_are_the_librarys_parameters() -> None:
-    def defaults(function: Callable[..., Any]) -> dict[str, Any]:
-        found = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
-        return {name: value.value if isinstance(value, Enum) else value for name, value in found.items()}
-
-    command, function = defaults(cli.convert), defaults(quantkit.convert)
-    assert command.keys() - function.keys() == {"json", "quiet", "debug"}
-    assert function.keys() - command.keys() == {"progress"}
-    shared = command.keys() & function.keys()
-    assert {name: command[name] for name in shared} == {name: function[name] for name in shared}
-    assert "convert" in {command.name for command in typer.main.get_command(cli.app).commands.values()}  # type: ignore[attr-defined]

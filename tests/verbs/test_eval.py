@@ -335,7 +335,7 @@ def test_without_the_network_the_suite_ends_in_one_line(model: Path, tmp_path: P
         ({"fewshot": 3}, r"--fewshot is for tasks given with --task"),
         ({"limit": 0}, r"--limit 0: give at least 1"),
         ({"batch_size": 0}, r"--batch-size 0: give at least 1"),
-        ({"task": ["x"], "fewshot": -1}, r"--fewshot -1: at least 0"),
+        ({"task": ["x"], "fewshot": -1}, r"--fewshot -1: give at least 0"),
         ({"tasks_dir": "nowhere"}, r"--tasks-dir nowhere: no such folder"),
         ({"delta": "x"}, r"--base and --delta belong together"),
     ],

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+
+import quantkit
 
 
 @pytest.mark.parametrize(
@@ -27,3 +30,9 @@ def test_the_cards_templates_are_where_they_were() -> None:
     for name in ("default.md.j2", "thebloke-2023.md.j2"):
         old = files("quantkit.publishing") / "templates" / name
         assert old.read_bytes() == (files("quantkit.verbs.card") / "templates" / name).read_bytes()
+
+
+def test_no_folder_of_the_package_is_a_link() -> None:
+    """A wheel takes a folder once: where a link to it comes first, it would lack the folder itself."""
+    package = Path(quantkit.__file__).parent
+    assert not [path for path in package.rglob("*") if path.is_dir() and path.is_symlink()]

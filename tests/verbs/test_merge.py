@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import subprocess
 import weakref
-from collections.abc import Callable, Iterator
-from enum import Enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -631,15 +629,3 @@ def test_what_the_commands_say(base: Path, padded: Path, tmp_path: Path, capsys:
     assert "--out" in err
     code, said, err = run(capsys, "gptq", "--base", base, "--quiet")
     assert (code, err) == (2, "error: --base and --delta belong together: a model is their sum\n")
-
-
-@pytest.mark.parametrize("verb", ["merge", "diff"])
-def test_options_are_the_librarys_parameters(verb: str) -> None:
-    def defaults(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-        for name, parameter in inspect.signature(function).parameters.items():
-            yield name, parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
-
-    command, function = dict(defaults(getattr(cli, verb))), dict(defaults(getattr(quantkit, verb)))
-    assert command.keys() - function.keys() == {"json", "quiet", "debug"}
-    assert function.keys() - command.keys() == {"progress"}
-    assert all(command[name] == function[name] for name in command.keys() & function.keys())

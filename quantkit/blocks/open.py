@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -65,21 +66,32 @@ def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code
     return DeltaSource(base, open_source(model.delta, revision, trust_remote_code))
 
 
+class Opening(Protocol):
+    """The options of a verb that runs a model."""
+
+    device: str
+    dtype: ComputeDtype
+    revision: str | None
+    trust_remote_code: bool
+
+
 def open_stream(
     model: str | Path | Pair,
-    device: str,
-    dtype: ComputeDtype,
-    revision: str | None,
-    trust_remote_code: bool,
+    options: Opening,
+    device: str | None = None,
     untie: bool = False,
     memory: str | int | None = None,
 ) -> ModelStream:
-    """Open a model for running on a device in a dtype, in so much memory (None: what is free when it runs).
+    """Open a model for running as its options say, in so much memory (None: what is free when it runs).
+
+    Args:
+        device: of this process, where several share the work; None: what the options say.
 
     Raises:
         UsageError: a device that is not there, float16 arithmetic on a CPU, or no size of memory.
     """
-    return stream_of(open_model(model, revision, trust_remote_code), device, dtype, untie, memory)
+    source = open_model(model, options.revision, options.trust_remote_code)
+    return stream_of(source, options.device if device is None else device, options.dtype, untie, memory)
 
 
 def stream_of(

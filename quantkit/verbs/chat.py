@@ -59,13 +59,7 @@ def chat(options: Chat, person: Person | None = None, *, progress: Progress = SI
     if person is None:
         raise TypeError("chat() needs a person to talk with")
     spec = options.part(Decoding)
-    stream = open_stream(
-        named(options.model, options.base, options.delta),
-        options.device,
-        options.dtype,
-        options.revision,
-        options.trust_remote_code,
-    )
+    stream = open_stream(named(options.model, options.base, options.delta), options)
     note_source(stream.source, progress)
     speaker = Speaker.of(stream.source, options.template, spec)
     loaded = load_on_kernels(stream, options.trust_remote_code, progress)

@@ -145,15 +145,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     if ggml is None:
         _refuse_ggml_options(options.part(Ends))
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
-    stream = open_stream(
-        given,
-        ranks.device(options.device),
-        options.dtype,
-        options.revision,
-        options.trust_remote_code,
-        options.untie,
-        options.memory,
-    )
+    stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
     source = stream.source
     if ggml is None:
         target: Target = CheckpointTarget(stream, spec, options.format, shard_bytes)

@@ -70,14 +70,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     """
     started = time.perf_counter()
     calibration = options.calibration
-    stream = open_stream(
-        named(options.model, options.base, options.delta),
-        options.device,
-        options.dtype,
-        options.revision,
-        options.trust_remote_code,
-        memory=options.memory,
-    )
+    stream = open_stream(named(options.model, options.base, options.delta), options, memory=options.memory)
     source = stream.source
     note_source(source, progress)
     places = _places(stream)

@@ -58,17 +58,7 @@ def perplexity(options: Perplexity, *, progress: Progress = SILENT, ranks: Ranks
     if not names:
         raise UsageError("name at least one model")
     progress = ranks.reporting(progress)
-    streams = [
-        open_stream(
-            name,
-            ranks.device(options.device),
-            options.dtype,
-            options.revision,
-            options.trust_remote_code,
-            memory=options.memory,
-        )
-        for name in names
-    ]
+    streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
     return evaluate_streams(streams, spec, options.against is not None, progress, ranks)
 
 

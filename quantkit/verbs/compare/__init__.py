@@ -110,17 +110,7 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
         raise UsageError("name at least one variant to compare with the reference")
     progress = ranks.reporting(progress)
     names = (options.reference, *options.variants)
-    streams = [
-        open_stream(
-            name,
-            ranks.device(options.device),
-            options.dtype,
-            options.revision,
-            options.trust_remote_code,
-            memory=options.memory,
-        )
-        for name in names
-    ]
+    streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
     for source in sources:

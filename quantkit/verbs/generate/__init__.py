@@ -93,13 +93,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     target, asked = absolute(options.out), Path(options.prompts).expanduser()
     check_answers(target, asked, options.resume, options.force)
     wanted = with_system(read_prompts(asked), options.system)
-    stream = open_stream(
-        named(options.model, options.base, options.delta),
-        options.device,
-        options.dtype,
-        options.revision,
-        options.trust_remote_code,
-    )
+    stream = open_stream(named(options.model, options.base, options.delta), options)
     note_source(stream.source, progress)
     speaker = Speaker.of(stream.source, options.template, spec)
     progress.note(f"{stream.source.label}: prompts by template {speaker.template}")

@@ -18,6 +18,7 @@ import torch
 import transformers
 from conftest import MakeModel
 from support.recipes import SMALL, TEXT, write_recipe
+from support.tasks import TASK
 
 import quantkit
 from quantkit.blocks import allocator
@@ -47,15 +48,6 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "publish": lambda model, at: refused(lambda: quantkit.publish(at / "gptq", "somebody/tiny")),
     "release": lambda model, at: quantkit.release(at / "recipe.yaml", at / "release"),
 }
-TASK = """task: tiny
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-"""
 
 
 def refused(call: Callable[[], Any]) -> None:

@@ -25,13 +25,13 @@ from quantkit.runs.atomic import (
 from quantkit.sources import open_source
 from quantkit.verbs import verb
 from quantkit.verbs.merge import (
-    _SLICE,
+    SLICE,
     MergeReport,
-    _check_sum,
-    _finish,
-    _open,
-    _stored_dtype,
-    _Sum,
+    Total,
+    check_sum,
+    dtype_name,
+    finish_folder,
+    open_both,
 )
 
 
@@ -75,7 +75,7 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     """
     started = time.perf_counter()
     shard_bytes = parse_size(options.max_shard_size)
-    sources = _open(options, options.tuned)
+    sources = open_both(options, options.tuned)
     source = DiffSource(*sources, options.vocab)
     note_source(source, progress)
     target = absolute(options.out)
@@ -90,9 +90,9 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     with staged_folder(target) as folder:
         write_folder(folder, plan, shard_bytes, progress)
         found = _merge_again(folder, source, progress)
-        _check_sum(found["sum"], options.expect_sum)
-        noted = {"vocab": source.vocab, "tuned_dtype": _stored_dtype(source.other), **found}
-        _finish(folder, plan, {"delta": noted})
+        check_sum(found["sum"], options.expect_sum)
+        noted = {"vocab": source.vocab, "tuned_dtype": dtype_name(source.other), **found}
+        finish_folder(folder, plan, {"delta": noted})
     if found["differing"]:
         advice = "; --dtype float32 loses least" if plan.dtype_name != "float32" else ""
         progress.note(
@@ -104,7 +104,7 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
 def _merge_again(folder: Path, source: DiffSource, progress: Progress) -> dict[str, Any]:
     """What comes of the written delta on its base, beside the tuned model: sum, values that differ, largest error."""
     merged = DeltaSource(source.base, open_source(folder), source.vocab or "delta")
-    total, differing, largest = _Sum(), 0, 0.0
+    total, differing, largest = Total(), 0, 0.0
     with progress.phase("merging again", len(merged.tensors)) as advance:
         for name in merged.tensors:
             values = merged.read(name)
@@ -119,7 +119,7 @@ def _merge_again(folder: Path, source: DiffSource, progress: Progress) -> dict[s
 def _compare(values: torch.Tensor, wanted: torch.Tensor) -> tuple[int, float]:
     """How many values differ once they have the type of what is wanted, and the largest difference before."""
     count, error = 0, 0.0
-    for got, tuned in zip(values.reshape(-1).split(_SLICE), wanted.reshape(-1).split(_SLICE), strict=True):
+    for got, tuned in zip(values.reshape(-1).split(SLICE), wanted.reshape(-1).split(SLICE), strict=True):
         count += int((got.to(tuned.dtype) != tuned).sum())
         error = max(error, float((got - tuned.float()).abs().max()))
     return count, error

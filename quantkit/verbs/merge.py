@@ -36,7 +36,7 @@ from quantkit.verbs.convert import ConvertReport
 
 # A sum in float64 beside one in float32 by another program, as published sums are.
 _ABSOLUTE, _RELATIVE = 0.01, 1e-6
-_SLICE = 1 << 20
+SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     """
     started = time.perf_counter()
     shard_bytes = parse_size(options.max_shard_size)
-    sources = _open(options, options.delta)
+    sources = open_both(options, options.delta)
     source = DeltaSource(*sources, options.vocab)
     note_source(source, progress)
     held = DTYPES[_tuned_dtype(source) if options.dtype == "auto" else options.dtype]
@@ -93,29 +93,29 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     report = MergeReport(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True)
     if options.dry_run:
         return report
-    total = _Sum()
+    total = Total()
     with staged_folder(target) as folder:
         write_folder(folder, plan, shard_bytes, progress, total.add)
         for frequencies in source.rotary():
             total.add(frequencies)
-        _check_sum(total.rounded, options.expect_sum)
+        check_sum(total.rounded, options.expect_sum)
         if options.expect_sum is None:
             _warn_of_sum(total.rounded, source, progress)
-        _finish(folder, plan, {"sum": total.rounded})
+        finish_folder(folder, plan, {"sum": total.rounded})
     return replace(report, sum=total.rounded, seconds=time.perf_counter() - started, dry_run=False)
 
 
 # -- parts of the two ------------------------------------------------------------------------------------------------
 
 
-class _Sum:
+class Total:
     """Of tensors' values, in float64, slice by slice."""
 
     def __init__(self) -> None:
         self._total = 0.0
 
     def add(self, values: torch.Tensor) -> None:
-        for part in values.reshape(-1).split(_SLICE):
+        for part in values.reshape(-1).split(SLICE):
             self._total += float(part.sum(dtype=torch.float64))
 
     @property
@@ -123,7 +123,7 @@ class _Sum:
         return round(self._total, 4)
 
 
-def _open(options: Sum, other: str | Path) -> tuple[Source, Source]:
+def open_both(options: Sum, other: str | Path) -> tuple[Source, Source]:
     if Path(options.base).exists() and options.base_revision is not None:
         raise UsageError(f"--base-revision is for Hub ids; {options.base} is a local path")
     base = open_source(options.base, options.base_revision, options.trust_remote_code)
@@ -132,10 +132,10 @@ def _open(options: Sum, other: str | Path) -> tuple[Source, Source]:
 
 def _tuned_dtype(source: DeltaSource) -> str:
     noted = source.record.get("tuned_dtype")
-    return noted if isinstance(noted, str) and noted in DTYPES else _stored_dtype(source.other)
+    return noted if isinstance(noted, str) and noted in DTYPES else dtype_name(source.other)
 
 
-def _stored_dtype(source: Source) -> str:
+def dtype_name(source: Source) -> str:
     """What most bytes of the float tensors are stored in; float32 for wider ones."""
     sizes = Counter[str]()
     for info in source.tensors.values():
@@ -146,7 +146,7 @@ def _stored_dtype(source: Source) -> str:
     return found if found in DTYPES else "float32"
 
 
-def _check_sum(found: float, expected: float | None) -> None:
+def check_sum(found: float, expected: float | None) -> None:
     if expected is not None and not _agree(found, expected):
         raise NumericError(
             f"all values add up to {found:.4f}, not to {expected:.4f}: another base or delta, or --vocab"
@@ -167,7 +167,7 @@ def _warn_of_sum(found: float, source: DeltaSource, progress: Progress) -> None:
         )
 
 
-def _finish(folder: Path, plan: FolderPlan, found: Mapping[str, Any]) -> None:
+def finish_folder(folder: Path, plan: FolderPlan, found: Mapping[str, Any]) -> None:
     """The record, and SHA-256 of every file, in it and as `sha256sum --check` reads them."""
     sums = checksums(folder)
     record = {"recipe": {"dtype": plan.dtype_name}, **origin(plan.source), **found}

@@ -450,7 +450,7 @@ def test_two_tensors_and_one_result_are_in_memory(
     tuned = changed(base, tmp_path / "tuned", tune)
     monkeypatch.setattr(module, "_SLICE", 256)
     for verb_module in ("merge", "diff"):
-        monkeypatch.setattr(f"quantkit.verbs.{verb_module}._SLICE", 256)
+        monkeypatch.setattr(f"quantkit.verbs.{verb_module}.SLICE", 256)
     largest = max(tensor.nbytes for tensor in stored(base).values())
     whole = sum(tensor.nbytes for tensor in stored(base).values())
     for verb, other, out in ((quantkit.diff, tuned, "delta"), (quantkit.merge, tmp_path / "delta", "out")):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import MakeModel, token_matrix
 from support.hub_server import HubServer
+from support.tasks import TASK
 from support.wizard import changed, stored, tune
 
 import quantkit
@@ -31,17 +32,6 @@ source: {model: tuned}
 calibration: {samples: 4, seq_len: 32, data: data.jsonl}
 evaluation: {texts: [text.txt], seq_len: 32}
 variants: [{kind: gptq, bits: 4, group_size: 32}]
-"""
-TASK = """
-task: tiny
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 

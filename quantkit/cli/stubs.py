@@ -57,7 +57,8 @@ def _function(verb: Any) -> str:
             lines, star = [*lines, "    *,"], True
         default = "" if one.default is Parameter.empty else " = ..."
         lines.append(f"    {one.name}: {_text(one.annotation)}{default},")
-    return "\n".join([f"def {verb.__name__}(", *lines, f") -> {_text(made.return_annotation)}: ..."])
+    taken = "\n".join(["", *lines, ""]) if lines else ""
+    return f"def {verb.__name__}({taken}) -> {_text(made.return_annotation)}: ..."
 
 
 def _text(annotation: Any) -> str:

@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Test files side by side: most tests are one thread of Python. JOBS=1 runs them one after the other.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -31,7 +33,7 @@ demo-gemma: $(DEMO) $(GEMMA)  ## the same with Gemma-3-270M
 	$(BIN)/quantkit gptq $(GEMMA) --bits 4 --force
 
 test: $(TEST) $(SMOLLM2) $(GEMMA)  ## all tests but those that need the judges
-	$(BIN)/python -m pytest -m "not judges" --durations=25 $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not judges" -n $(JOBS) --dist loadfile --durations=25 $(PYTEST_ARGS)
 
 # What keeps MKL, torch's own loops and Numba's from newer instructions; MKL minds the first on Intel's processors only.
 # After all at once each alone, for the loops that are compared with torch's.

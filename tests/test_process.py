@@ -149,6 +149,7 @@ def test_a_library_call_leaves_the_process_as_it_was(
         pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
         import_module("lm_eval.evaluator")
         import_module("quantkit.verbs.eval.model")
+        import_module("sklearn")  # which lm-eval imports late; it sets a variable
     monkeypatch.chdir(at)
     monkeypatch.setattr("quantkit.verbs.publish.remote.get_token", lambda: None)
     assert getattr(quantkit, verb)  # imported: what libraries set when they are imported is theirs

@@ -155,7 +155,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     keys = gguf_files.header(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
-    for text in gguf_files.limits(source):
+    for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):
         job.progress.warn(text)
 
     def write() -> Path:

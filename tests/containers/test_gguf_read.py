@@ -860,6 +860,12 @@ def test_a_type_that_cannot_be_read_is_told_from_damage(number: int, said: str, 
         open_source(path)
 
 
+def test_an_adapter_is_told_from_a_model(write: Any) -> None:
+    keys = {"general.type": "adapter", "general.base_model.0.name": "Tiny"}
+    with pytest.raises(SourceError, match=r"a LoRA adapter, no model: merge it into Tiny first"):
+        open_source(write(tiny("llama"), keys=keys))
+
+
 def test_scores_of_another_count_than_the_pieces_are_named(tmp_path: Path) -> None:
     vocabulary = SENTENCEPIECE["llama"]
     model = tiny("llama", vocab_size=len(vocabulary["tokens"]))

@@ -62,6 +62,12 @@ class GgufSource(Source):
     def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
         self._parts = [GgufFile(part) for part in _parts(path)]
+        if self._field("general.type") == "adapter":
+            base = self._field("general.base_model.0.name") or "its base model"
+            raise SourceError(
+                f"{path}: a LoRA adapter, no model: merge it into {str(base)[:60]} first (llama-export-lora, or peft's "
+                "merge_and_unload), and give what comes of it"
+            )
         name = self._field("general.architecture")
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)

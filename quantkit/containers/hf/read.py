@@ -33,6 +33,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
+OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
 LOCAL_KEYS = frozenset(
@@ -232,9 +233,14 @@ def publishable_config(config: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary of its own."""
+    return folder.is_dir() and any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANIONS) -> None:
     """Copy tokenizer, generation config, chat template and licence; JSON files lose keys that hold local paths."""
-    for name in COMPANIONS:
+    for name in names:
         path = source / name
         if not path.is_file():
             continue

@@ -163,7 +163,7 @@ def _empty_tokens(folder: Path) -> dict[str, None]:
     Raises:
         SourceError: BOS or EOS is one: a model whose texts begin or end without it is another one.
     """
-    empty = {}
+    empty: dict[str, None] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, token in read_json(folder / name).items() if (folder / name).is_file() else ():
             if not key.endswith("_token") or (token.get("content") if isinstance(token, dict) else token) != "":

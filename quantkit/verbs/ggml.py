@@ -18,12 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
-from quantkit.containers.gguf.recipes import (
-    RECIPES,
-    file_type,
-    parse_kind,
-    recipe_of,
-)
+from quantkit.containers.gguf.recipes import file_type, parse_kind, recipe_of
 from quantkit.containers.gguf.types import (
     Choice,
     Chooser,
@@ -215,8 +210,6 @@ def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
 
 
 def _type_options(options: Ggml) -> TypeOptions:
-    if options.type not in ("auto", *RECIPES):
-        raise UsageError(f"--type {options.type}: choose auto, {', '.join(RECIPES)}")
     if options.type == "auto" and (options.pure or options.imatrix):
         raise UsageError("--pure and --imatrix go with a --type that is rounded to")
     return TypeOptions(

@@ -13,12 +13,12 @@ import pytest
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.cli.command import name_of
+from quantkit.cli.command import spec_of
 from quantkit.cli.stubs import stubs
 from quantkit.errors import UsageError
 from quantkit.options import Grid, Options, QuantSpec, Terminal, make, verbs
 
-SPECS = {name_of(spec): spec for spec, _ in cli.COMMANDS}
+SPECS = {name: spec_of(name) for name in cli.COMMANDS}
 BESIDES = {"progress", "ranks", "person"}
 
 
@@ -55,7 +55,7 @@ def test_every_verb_is_in_the_table() -> None:
         "tune",
     }
     assert sorted(SPECS) == sorted(
-        name_of(one)
+        one.__name__.lower()
         for one in vars(verbs).values()
         if inspect.isclass(one) and one.__module__ == verbs.__name__
         if one is not verbs.Sum

@@ -79,7 +79,7 @@ def full_command(name: str) -> Any:
 
 def _version(asked: bool) -> None:
     if asked:
-        print(__version__)
+        console.show([__version__])
         raise typer.Exit
 
 

@@ -19,13 +19,7 @@ from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
 from quantkit.containers.gguf.recipes import file_type, parse_kind, recipe_of
-from quantkit.containers.gguf.types import (
-    Choice,
-    Chooser,
-    Fidelity,
-    Kind,
-    TypeOptions,
-)
+from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, Kind, TypeOptions
 from quantkit.containers.imatrix.read import Imatrix, read_imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
@@ -113,7 +107,8 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
-    target = _output(options.out, source, recipe, row.suffix)
+    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}{row.suffix}"
+    target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_other_file(target, source, options.force)
     report = _sizes(target, chosen, progress)
     job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix)
@@ -233,10 +228,3 @@ def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
         "quantize.imatrix.chunks_count": imatrix.chunks,
     }
     return {key: value for key, value in keys.items() if value}
-
-
-def _output(out: str | Path | None, source: Source, recipe: str | None, suffix: str) -> Path:
-    if out is not None:
-        return absolute(out)
-    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
-    return Path.cwd() / f"{name}{suffix}"

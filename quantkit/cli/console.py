@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from quantkit.progress import Advance
-from quantkit.report import Line, Rule, Shown, Table
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
+
+    from quantkit.report import Shown, Table
 
 _LINE_SECONDS = 15.0
 
-# No emoji: rich would turn ":x:" in a path into a picture.
-results = Console(highlight=False, soft_wrap=True, emoji=False)
-log = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+# rich is imported for what it draws: help and a wrong option are to be there at once.
+
+
+@cache
+def results() -> Console:
+    """Standard output."""
+    return _console(stderr=False)
+
+
+@cache
+def log() -> Console:
+    """Standard error."""
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    # No emoji: rich would turn ":x:" in a path into a picture.
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def say(text: str, style: str = "") -> None:
+    """A line on stderr, on a terminal in a colour or style."""
+    if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
+        log().print(text, markup=False, style=style)
+    else:
+        print(text, file=sys.stderr)
 
 
 class Bars:
@@ -36,7 +65,7 @@ class Bars:
     def phase(self, name: str, total: int) -> Iterator[Advance]:
         if self._quiet:
             yield lambda steps: None
-        elif log.is_terminal:
+        elif log().is_terminal:
             with self._drawn(name, total) as advance:
                 yield advance
         else:
@@ -45,10 +74,10 @@ class Bars:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            log.print(text, markup=False)
+            say(text)
 
     def warn(self, text: str) -> None:
-        log.print(f"warning: {text}", markup=False, style="yellow")
+        say(f"warning: {text}", "yellow")
 
     def detail(self, text: str) -> None:
         self._detail = text
@@ -57,7 +86,7 @@ class Bars:
 
     @contextmanager
     def _drawn(self, name: str, total: int) -> Iterator[Advance]:
-        from rich.progress import (  # for what draws alone: help and a wrong option are to be there at once
+        from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
             Progress,
@@ -74,7 +103,7 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
-        with Progress(*columns, console=log) as bar:
+        with Progress(*columns, console=log()) as bar:
             task = bar.add_task(name, total=total, detail="")
             self._bar, self._task = bar, task
             try:
@@ -95,10 +124,10 @@ class Bars:
             if done and now - last > _LINE_SECONDS:
                 last = now
                 left = (now - start) / done * (total - done)
-                log.print(f"{name}: {done}/{total}, {left:.0f} s left  {self._detail}", markup=False)
+                say(f"{name}: {done}/{total}, {left:.0f} s left  {self._detail}")
 
         yield advance
-        log.print(f"{name}: {done}/{total} in {time.monotonic() - start:.1f} s", markup=False)
+        say(f"{name}: {done}/{total} in {time.monotonic() - start:.1f} s")
         self._detail = ""
 
 
@@ -109,20 +138,23 @@ def print_json(content: dict[str, Any]) -> None:
 
 def show(lines: Iterable[Shown]) -> None:
     """What a report says, on stdout."""
+    from quantkit.report import Line, Rule, Table
+
     for line in lines:
         match line:
             case str():
-                results.print(line, markup=False)
+                results().print(line, markup=False)
             case Line():
-                results.print(line.text, markup=False, style=line.style)
+                results().print(line.text, markup=False, style=line.style)
             case Rule():
-                results.rule(line.title, align="left")
+                results().rule(line.title, align="left")
             case Table():
                 _print_table(line)
 
 
 def _print_table(table: Table) -> None:
     """One that is wider than an unknown terminal must not be folded into nothing."""
+    from rich.console import Console
     from rich.table import Table as RichTable
 
     drawn = RichTable()
@@ -135,5 +167,5 @@ def _print_table(table: Table) -> None:
         )
     for row in table.rows:
         drawn.add_row(*row)
-    width = None if results.is_terminal else table.width
+    width = None if results().is_terminal else table.width
     Console(highlight=False, markup=False, emoji=False, width=width).print(drawn)

@@ -40,7 +40,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            console.log.print(text, markup=False, style="dim")
+            console.say(text, "dim")
 
     @staticmethod
     def _line() -> str | None:

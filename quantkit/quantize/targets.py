@@ -20,8 +20,6 @@ from quantkit.codes.ggml import type_of
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers import load, of_format
 from quantkit.containers.gguf.recipes import (
-    RECIPES,
-    base_kind,
     file_type,
     fitting,
     tensor_kinds,
@@ -68,19 +66,6 @@ def modules_in_block(stream: ModelStream, plan: Plan) -> list[list[str]]:
             group += [name for name in inside if name not in seen]
             seen.update(dict.fromkeys(inside, group))
     return list({id(group): group for group in seen.values()}.values())
-
-
-def gptq_type(recipe: str) -> str:
-    """The type of most Linears of a recipe that GPTQ can run on.
-
-    Raises:
-        UsageError: no recipe, or one of types that only plain rounding goes to.
-    """
-    known = [name for name in RECIPES if base_kind(name).name in get_args(GgmlType)]
-    if recipe not in known:
-        rounded = f"; `quantkit ggml --type {recipe}` rounds to it" if recipe in RECIPES else ""
-        raise UsageError(f"--ggml {recipe}: GPTQ goes to {', '.join(known)}{rounded}")
-    return str(base_kind(recipe).name)
 
 
 class CodesWriter(Protocol):

@@ -11,18 +11,11 @@ import torch
 
 from quantkit.blocks.folder import plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
-from quantkit.containers.source import Source
 from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_output,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, check_output, staged_folder, write_json
 from quantkit.runs.record import checksums, origin
 from quantkit.sources import open_source, variant_name
 from quantkit.verbs import verb
@@ -69,7 +62,8 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     source = open_source(options.model, options.revision, options.trust_remote_code)
     note_source(source, progress)
     held = DTYPES.get(options.dtype, source.dtype)
-    target = _output(options.out, source, held)
+    name = f"{variant_name(source.label)}-{_SUFFIXES[held]}"
+    target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_output(target, source.path, options.force)
     plan = plan_folder(source, held)
     report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
@@ -80,9 +74,3 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
         record = {"recipe": {"dtype": plan.dtype_name}, **origin(source), "files": checksums(folder)}
         write_json(folder / REPORT_NAME, record)
     return replace(report, seconds=time.perf_counter() - started, dry_run=False)
-
-
-def _output(out: str | Path | None, source: Source, dtype: torch.dtype) -> Path:
-    if out is not None:
-        return absolute(out)
-    return Path.cwd() / f"{variant_name(source.label)}-{_SUFFIXES[dtype]}"

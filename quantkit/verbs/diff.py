@@ -17,22 +17,10 @@ from quantkit.blocks.pair import DeltaSource, DiffSource
 from quantkit.options import parse_size
 from quantkit.options.verbs import Diff
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.atomic import (
-    absolute,
-    check_outside,
-    staged_folder,
-)
+from quantkit.runs.atomic import absolute, check_outside, staged_folder
 from quantkit.sources import open_source
 from quantkit.verbs import verb
-from quantkit.verbs.merge import (
-    SLICE,
-    MergeReport,
-    Total,
-    check_sum,
-    dtype_name,
-    finish_folder,
-    open_both,
-)
+from quantkit.verbs.merge import SLICE, MergeReport, Total, check_sum, dtype_name, finish_folder, open_both
 
 
 @dataclass(frozen=True)

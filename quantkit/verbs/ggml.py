@@ -18,19 +18,8 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
-from quantkit.containers.gguf.recipes import (
-    RECIPES,
-    file_type,
-    parse_kind,
-    recipe_of,
-)
-from quantkit.containers.gguf.types import (
-    Choice,
-    Chooser,
-    Fidelity,
-    Kind,
-    TypeOptions,
-)
+from quantkit.containers.gguf.recipes import file_type, parse_kind, recipe_of
+from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, Kind, TypeOptions
 from quantkit.containers.imatrix.read import Imatrix, read_imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
@@ -120,7 +109,8 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
-    target = _output(options.out, source, recipe, row.suffix)
+    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}{row.suffix}"
+    target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_other_file(target, source, options.force)
     report = _sizes(target, chosen, progress)
     job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix)
@@ -217,8 +207,6 @@ def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
 
 
 def _type_options(options: Ggml) -> TypeOptions:
-    if options.type not in ("auto", *RECIPES):
-        raise UsageError(f"--type {options.type}: choose auto, {', '.join(RECIPES)}")
     if options.type == "auto" and (options.pure or options.imatrix):
         raise UsageError("--pure and --imatrix go with a --type that is rounded to")
     return TypeOptions(
@@ -263,10 +251,3 @@ def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
         "quantize.imatrix.chunks_count": imatrix.chunks,
     }
     return {key: value for key, value in keys.items() if value}
-
-
-def _output(out: str | Path | None, source: Source, recipe: str | None, suffix: str) -> Path:
-    if out is not None:
-        return absolute(out)
-    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
-    return Path.cwd() / f"{name}{suffix}"

@@ -14,67 +14,31 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.gguf.recipes import parse_kind
 from quantkit.containers.source import Source
-from quantkit.errors import (
-    Interrupted,
-    NumericError,
-    OutputError,
-    QuantkitError,
-    UsageError,
-)
-from quantkit.options import (
-    METHODS,
-    ActOrder,
-    CheckpointFormat,
-    Ends,
-    EvaluationSpec,
-    Grid,
-    QuantSpec,
-    make,
-    parse_size,
-)
+from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
+from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
+from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.blockwise import plan_gptq_memory, quantize_blocks
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.stagework import LayerStatistics, OnLinear
-from quantkit.quantize.targets import (
-    CheckpointTarget,
-    GgufForm,
-    GgufTarget,
-    Target,
-    gptq_type,
-    on_grid_of,
-)
+from quantkit.quantize.targets import CheckpointTarget, GgufForm, GgufTarget, Target, on_grid_of
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
-from quantkit.runs.landing import (
-    NOTHING,
-    Every,
-    LandedLinear,
-    Lander,
-    find_landed,
-    parse_every,
-)
+from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import checksums, companions, origin
-from quantkit.runs.unfinished import (
-    Run,
-    check_unfinished,
-    drop_unfinished,
-    finished,
-    working,
-)
+from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
-from quantkit.tokens.text import calibration_windows, check_tokens, default_seq_len
+from quantkit.tokens.text import calibration_windows, check_tokens
 from quantkit.verbs import verb
 from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
 
@@ -137,60 +101,27 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     """
     started = time.perf_counter()
     progress = ranks.reporting(progress)
-    ggml, calibration = options.ggml, options.calibration
     spec = _quant_spec(options)
     judging = make(EvaluationSpec, text=options.text, seq_len=default_seq_len(options.text), template=options.template)
-    shard_bytes = parse_size(options.max_shard_size)
-    ends = parse_kind("embedding-type", options.embedding_type), parse_kind("output-type", options.output_type)
-    if ggml is None:
-        _refuse_ggml_options(options.part(Ends))
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
     stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
-    source = stream.source
-    if ggml is None:
-        target: Target = CheckpointTarget(stream, spec, options.format, shard_bytes)
-    else:
-        form = GgufForm(ggml, f"{_variant(source, spec, ggml, options.format)}.gguf", ends[0], ends[1], options.pre)
-        target = _gguf_target(stream, spec, form, progress)
+    name = _variant(stream.source, spec, options)
+    target = _target(stream, spec, options, name, progress)
     note_plan(stream, target.plan, progress)
-    place = (
-        absolute(options.out) if options.out is not None else Path.cwd() / _variant(source, spec, ggml, options.format)
-    )
+    place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
         check_unfinished(place, options.resume, options.force)
-        check_outside(place, source, options.force or options.resume)
-    windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (options.samples, options.seq_len)
-    report = _sizes(place, stream, spec, ggml, target, plan_gptq_memory(stream, *windows))
-    every = parse_every(options.checkpoint_every)
+        check_outside(place, stream.source, options.force or options.resume)
+    report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report
 
     judged = options.text if options.evaluate else None
-    matrix = ranks.from_first(lambda: calibration_windows(calibration, options, source, judged, progress))
-    check_tokens(matrix.tokens, source)
-    form_of = {"ggml": ggml, **options.part(Ends).model_dump()}
-    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set())
-    recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if ggml is None else form_of)
-    sharing = Sharing(ranks, options.deterministic)
-    sharing.check_alike(stream, recipe)
-    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
-    record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
-    if record is None:
-        if ranks.first:
-            more = {"companions": companions(source), "max_shard_size": shard_bytes, "untie": options.untie}
-            with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
-                if options.resume and not run.resumed:
-                    progress.note("nothing to go on with: starting")
-                made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
-        else:
-            _help_quantize(stream, matrix, target, every, sharing)
-        record, layers = ranks.from_first(lambda: made)
-    else:
-        progress.note(f"{place} is complete already")
-        if ranks.first:
-            drop_unfinished(place)
-        layers = [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
-
+    matrix = ranks.from_first(
+        lambda: calibration_windows(options.calibration, options, stream.source, judged, progress)
+    )
+    check_tokens(matrix.tokens, stream.source)
+    record, layers = _made(place, stream, matrix, target, spec, options, ranks, progress)
     evaluation = None
     if options.evaluate and record["evaluation"] is None:
         evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, ranks, progress)
@@ -210,6 +141,9 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     if options.ggml is None:
         if any(changes.ggml for _, changes in overrides):
             raise UsageError("--override with ggml is for runs with --ggml")
+        for name, value in options.part(Ends).model_dump().items():
+            if value not in (None, "auto"):
+                raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
         return make(QuantSpec, **grid, overrides=overrides)
     base = gptq_type(options.ggml)
     own = on_grid_of(base)
@@ -224,39 +158,38 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     return make(QuantSpec, **(grid | own | {"ggml": None}), overrides=overrides)
 
 
-def _gguf_target(stream: ModelStream, spec: QuantSpec, form: GgufForm, progress: Progress) -> GgufTarget:
-    target = GgufTarget(stream, spec, form)
+def _variant(source: Source, spec: QuantSpec, options: Gptq) -> str:
+    """What the output is called, after the names that such repositories are published under."""
+    name, method = variant_name(source.label), METHODS[spec.method]
+    if options.ggml is not None:
+        return f"{name}-{method.label}-{options.ggml.upper()}"
+    group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
+    order = "-actorder" if spec.act_order == "dynamic" else ""
+    return f"{name}-{of_format(options.format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
+
+
+def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, progress: Progress) -> Target:
+    """What the codes are written into. Says what a GGUF file cannot hold."""
+    if options.ggml is None:
+        return CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
+    ends = parse_kind("embedding-type", options.embedding_type), parse_kind("output-type", options.output_type)
+    target = GgufTarget(stream, spec, GgufForm(options.ggml, f"{name}.gguf", *ends, options.pre))
     note_fallback(target.fallback, progress)
     for text in target.limits:
         progress.warn(text)
     return target
 
 
-def _refuse_ggml_options(ends: Ends) -> None:
-    for name, value in ends.model_dump().items():
-        if value not in (None, "auto"):
-            raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
-
-
-def _variant(source: Source, spec: QuantSpec, ggml: str | None, format: CheckpointFormat) -> str:
-    """What the output is called, after the names that such repositories are published under."""
-    name, method = variant_name(source.label), METHODS[spec.method]
-    if ggml is not None:
-        return f"{name}-{method.label}-{ggml.upper()}"
-    group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
-    order = "-actorder" if spec.act_order == "dynamic" else ""
-    return f"{name}-{of_format(format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
-
-
-def _sizes(
-    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, memory: MemoryPlan
-) -> GptqReport:
+def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
     """Sizes from headers alone."""
+    given = options.calibration
+    windows = given.tokens.shape if isinstance(given, TokenMatrix) else (options.samples, options.seq_len)
+    memory = plan_gptq_memory(stream, *windows)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
-        out=out,
-        model=target.model_in(out),
-        ggml=ggml,
+        out=place,
+        model=target.model_in(place),
+        ggml=options.ggml,
         bits=spec.bits,
         group_size=spec.group_size,
         sym=spec.sym,
@@ -267,6 +200,41 @@ def _sizes(
         memory_remark=memory.remark(),
         dry_run=True,
     )
+
+
+def _made(
+    place: Path,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    spec: QuantSpec,
+    options: Gptq,
+    ranks: Ranks,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear."""
+    sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
+    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set())
+    of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
+    recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if options.ggml is None else of_file)
+    sharing.check_alike(stream, recipe)
+    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
+    record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
+    if record is not None:
+        progress.note(f"{place} is complete already")
+        if ranks.first:
+            drop_unfinished(place)
+        return record, [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
+    if ranks.first:
+        shard_bytes = parse_size(options.max_shard_size)
+        more = {"companions": companions(stream.source), "max_shard_size": shard_bytes, "untie": options.untie}
+        with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
+            if options.resume and not run.resumed:
+                progress.note("nothing to go on with: starting")
+            made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
+    else:
+        _help_quantize(stream, matrix, target, every, sharing)
+    return ranks.from_first(lambda: made)
 
 
 def _decided(
@@ -399,8 +367,7 @@ def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
     note_source(stream.source, progress)
-    missing = shortfall(stream.device)
-    if missing:
+    if missing := shortfall(stream.device):
         progress.note(missing)
     if stream.discovered:
         progress.note(

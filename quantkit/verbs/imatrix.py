@@ -11,7 +11,6 @@ from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.imatrix.write import Entry, write_imatrix
-from quantkit.containers.source import Source
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
@@ -75,7 +74,8 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     note_source(source, progress)
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
-    target = _output(options.out, source)
+    name = f"{variant_name(source.label)}.imatrix.gguf"
+    target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_other_file(target, source, options.force)
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
@@ -127,7 +127,3 @@ def _unseen(entries: Mapping[str, Entry], progress: Progress) -> dict[str, int]:
             f"{len(entries[worst].counts)}), whose columns count alike; use more --samples, or text of more kinds"
         )
     return unseen
-
-
-def _output(out: str | Path | None, source: Source) -> Path:
-    return Path.cwd() / f"{variant_name(source.label)}.imatrix.gguf" if out is None else absolute(out)

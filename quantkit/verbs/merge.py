@@ -21,14 +21,7 @@ from quantkit.options import parse_size
 from quantkit.options.verbs import Merge, Sum
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_outside,
-    file_sha256,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, file_sha256, staged_folder, write_json
 from quantkit.runs.record import CHECKSUMS, checksums, origin
 from quantkit.sources import open_source
 from quantkit.verbs import verb

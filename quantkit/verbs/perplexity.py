@@ -10,15 +10,12 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
 from quantkit.evaluate.statistics import ModelResult, summarize
-from quantkit.options import (
-    EvaluationSpec,
-    make,
-)
+from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.options.verbs import Perplexity
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.ranks import ALONE, Ranks
-from quantkit.tokens.text import check_tokens, common_text, default_seq_len
+from quantkit.tokens.text import check_tokens, common_text
 from quantkit.verbs import verb
 
 

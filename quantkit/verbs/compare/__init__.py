@@ -18,11 +18,7 @@ from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.evaluate.statistics import numbers_of
-from quantkit.options import (
-    EvaluationSpec,
-    make,
-    parse_size,
-)
+from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
@@ -35,7 +31,7 @@ from quantkit.runs.atomic import (
 )
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
-from quantkit.tokens.text import EvaluationText, check_tokens, common_text, default_seq_len
+from quantkit.tokens.text import EvaluationText, check_tokens, common_text
 from quantkit.verbs import verb
 from quantkit.verbs.compare.chooser import (
     Choice,

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from quantkit.errors import UsageError
-
 
 class Measured(Protocol):
     """What a choice looks at: `bytes` on disk, and `mean_kl` from the reference in nats."""
@@ -31,10 +29,6 @@ class Limits:
 
     budget: int | None = None
     max_kl: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_kl is not None and not 0 <= self.max_kl < float("inf"):
-            raise UsageError(f"--max-kl {self.max_kl}: give a divergence in nats, such as 0.05")
 
     @property
     def given(self) -> bool:

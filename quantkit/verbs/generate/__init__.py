@@ -148,7 +148,8 @@ def _recipe(speaker: Speaker, stream: ModelStream, system: str | None) -> dict[s
     return {
         "template": speaker.template,
         "system": system,
-        **speaker.spec.model_dump(),
+        **speaker.spec.model_dump(exclude={"seed"}),
+        "seed": speaker.spec.seed,
         "device": stream.device.type,
         "dtype": str(stream.dtype).removeprefix("torch."),
     }

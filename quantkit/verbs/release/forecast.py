@@ -14,8 +14,8 @@ from quantkit.blocks.open import resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.source import Source
 from quantkit.errors import QuantkitError
-from quantkit.options import EvaluationSpec, make
-from quantkit.tokens.text import default_seq_len, evaluation_text
+from quantkit.options import EvaluationSpec, default_seq_len, make
+from quantkit.tokens.text import evaluation_text
 from quantkit.verbs.ggml import ggml
 from quantkit.verbs.gptq import gptq
 from quantkit.verbs.merge import MergeReport

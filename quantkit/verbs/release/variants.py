@@ -14,8 +14,8 @@ from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
+from quantkit.options.values import gptq_type
 from quantkit.progress import Progress
-from quantkit.quantize.targets import gptq_type
 from quantkit.runs.atomic import REPORT_NAME, read_json, staged_folder, write_json
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.record import checksums, origin

@@ -27,8 +27,8 @@ from quantkit.tokens import TokenMatrix
 from quantkit.verbs.verify import Verified, verify
 from quantkit.verbs.verify.companions import check_strings
 from quantkit.verbs.verify.findings import Findings
-from quantkit.verbs.verify.shards import check_weights
-from quantkit.verbs.verify.tensor_parallel import Linear, tensor_parallel
+from quantkit.verbs.verify.programs import Linear, tensor_parallel
+from quantkit.verbs.verify.stored import check_weights
 
 Edit = Callable[[dict[str, Any]], None]
 Q = "model.layers.0.self_attn.q_proj"
@@ -433,34 +433,6 @@ def test_asymmetric_zeros_under_a_symmetric_label(bits: int, made: Callable[...,
     assert any("their zeros vary, the label says sym true" in text for text in problems(relabel(folder, sym=True)))
 
 
-def _groups(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"].flip(0)
-
-
-def _last_group(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"][-1] += 1
-
-
-def _crowded(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"][:] = 0
-
-
-def _shape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.scales"] = tensors[f"{Q}.scales"][:, :-1]
-
-
-def _norm(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
-
-
-def _as_float(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"].float()
-
-
-def _both(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.weight"] = torch.ones(64, 64).half()
-
-
 def _plain(tensors: dict[str, torch.Tensor]) -> None:
     for part in ("qweight", "qzeros", "scales", "g_idx"):
         del tensors[f"{Q}.{part}"]
@@ -474,11 +446,8 @@ def _put(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     return put
 
 
-def _clear(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    def clear(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].zero_()
-
-    return clear
+def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: change(tensors[name])})
 
 
 TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
@@ -486,17 +455,29 @@ TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
     (_put(f"{Q}.scales", torch.nan), f"{Q}.scales: 1 are NaN"),
     (_put(f"{Q}.scales", 6000.0), f"{Q}.scales: one is 6000, where"),
     (_put(f"{Q}.scales", -6000.0), f"{Q}.scales: one is 6000, where"),
-    (_clear(f"{Q}.scales"), f"{Q}.scales: all are 0"),
+    (_changed(f"{Q}.scales", torch.zeros_like), f"{Q}.scales: all are 0"),
     (_put("model.norm.weight", torch.nan), "model.norm.weight: 1 values are NaN"),
     (_put("lm_head.weight", -torch.inf), "lm_head.weight: 1 values are infinity"),
-    (_clear("lm_head.weight"), "lm_head.weight: all values are 0"),
-    (_last_group, f"{Q}.g_idx: holds groups 0 to 2, there are 0 to 1"),
-    (_groups, f"{Q}.g_idx: groups are not in the order of the columns"),
-    (_crowded, f"{Q}.g_idx: a group has more than 32 columns"),
-    (_shape, f"{Q}.scales is [2, 63]; 4 bits in groups of 32, as config.json says, make it [2, 64]"),
-    (_norm, "model.norm.weight has shape [63], the config asks for [64]"),
-    (_as_float, f"{Q}.g_idx is stored as F32, which must be I32"),
-    (_both, f"{Q} is stored as codes and as a weight too"),
+    (_changed("lm_head.weight", torch.zeros_like), "lm_head.weight: all values are 0"),
+    (
+        _changed(f"{Q}.g_idx", lambda g: torch.cat([g[:-1], g[-1:] + 1])),
+        f"{Q}.g_idx: holds groups 0 to 2, there are 0 to 1",
+    ),
+    (_changed(f"{Q}.g_idx", lambda g: g.flip(0)), f"{Q}.g_idx: groups are not in the order of the columns"),
+    (_changed(f"{Q}.g_idx", torch.zeros_like), f"{Q}.g_idx: a group has more than 32 columns"),
+    (
+        _changed(f"{Q}.scales", lambda s: s[:, :-1]),
+        f"{Q}.scales is [2, 63]; 4 bits in groups of 32, as config.json says, make it [2, 64]",
+    ),
+    (
+        _changed("model.norm.weight", lambda n: n[:-1]),
+        "model.norm.weight has shape [63], the config asks for [64]",
+    ),
+    (_changed(f"{Q}.g_idx", torch.Tensor.float), f"{Q}.g_idx is stored as F32, which must be I32"),
+    (
+        lambda tensors: tensors.update({f"{Q}.weight": torch.ones(64, 64).half()}),
+        f"{Q} is stored as codes and as a weight too",
+    ),
     (_plain, f"{Q}: stored as weights, where the label has them as codes"),
     (lambda tensors: tensors.pop(f"{Q}.qzeros"), f"{Q} has no qzeros"),
     (lambda tensors: tensors.pop(f"{Q}.g_idx"), f"{Q} has no g_idx"),
@@ -682,7 +663,7 @@ def test_a_json_file_cut_short(cut: str, checkpoint: Path) -> None:
 def strings(*texts: str) -> list[str]:
     found = Findings(Path("/nowhere"))
     check_strings("config.json", iter([("key", text) for text in texts]), found)
-    return found.problems
+    return list(found.problems)
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,39 @@
-"""The weight files of a folder as they lie there: index and checksums. Everything wrong is found, not the first.
+"""A model's tensors as they are stored: index, headers and checksums of its files, and what its config asks for.
 
-`quantkit.containers.hf.shards` reads the same files for work, and stops at the first fault.
+Everything wrong is found, not the first; `quantkit.containers.hf.shards` reads for work, and stops at the first fault.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.containers.hf.header import Header, Stored, examine_header
 from quantkit.containers.hf.shards import DTYPES, SafetensorsFiles, read_stored
+from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.progress import Progress
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
 from quantkit.runs.record import CHECKSUMS
 from quantkit.verbs.verify.findings import Findings, listed
 
+LOST = TensorInfo((0, 0, 0), "LOST", 0)
+"""Stands for a tensor in a file that is missing or broken: what is known of it is its name."""
+
+_INDEX = SafetensorsFiles.index_name
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 # What transformers 4 accepts; it refuses files that say something else, or nothing.
 _FORMATS = ("pt", "tf", "flax", "mlx")
 
 
 @dataclass(frozen=True)
-class Table:
+class StoredTensors:
     """Every stored tensor of a folder.
 
     Attributes:
@@ -42,6 +48,11 @@ class Table:
     metadata: Mapping[str, Mapping[str, str]]
     files: Mapping[str, Path] = field(default_factory=dict)
 
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All of them, `LOST` standing for those that are."""
+        return {**{name: entry.info for name, entry in self.entries.items()}, **dict.fromkeys(self.lost, LOST)}
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, 8-bit floats widened; nothing of one that is lost, or of a type that is not read."""
         entry = self.entries.get(name)
@@ -50,10 +61,9 @@ class Table:
         return read_stored(self.files[name], name, entry)
 
 
-def check_weights(folder: Path, found: Findings) -> Table:
+def check_weights(folder: Path, found: Findings) -> StoredTensors:
     """The folder's safetensors files and their index."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / SafetensorsFiles.index_name
+    files, index = sorted(folder.glob("*.safetensors")), folder / _INDEX
     weight_map, total = _read_index(index, found) if index.is_file() else ({}, None)
     wanted = sorted(set(weight_map.values()))
     if weight_map:
@@ -64,10 +74,17 @@ def check_weights(folder: Path, found: Findings) -> Table:
     headers: dict[str, Header] = {}
     for path in files:
         with found.guard(path.name):
-            headers[path.name] = examine_header(path)
-            for text in headers[path.name].problems:
+            header = headers[path.name] = examine_header(path)
+            for text in header.problems:
                 found.problem(f"{path.name}: {text}; download it again")
-            _check_format(path.name, headers[path.name].metadata, found)
+            if header.metadata == {}:
+                found.problem(
+                    f"{path.name}: its header has no __metadata__, so transformers 4 refuses it; write it anew"
+                )
+            elif header.metadata is not None and (said := header.metadata.get("format")) not in _FORMATS:
+                found.problem(
+                    f"{path.name}: the format in its __metadata__ is {said!r}, not 'pt': transformers 4 refuses it"
+                )
     entries, holder = _join(headers, found)
     if unread := [name for name, entry in entries.items() if entry.dtype not in DTYPES]:
         kinds = ", ".join(sorted({entries[name].dtype for name in unread}))
@@ -75,41 +92,11 @@ def check_weights(folder: Path, found: Findings) -> Table:
     sound = {name for name, header in headers.items() if not header.problems}
     lost = {name for name, file in weight_map.items() if file not in sound and name not in entries}
     _check_index(weight_map, headers, sound, found)
-    if total is not None and sound == set(wanted):
-        held = sum(entry.bytes for entry in entries.values())
-        if total != held:
-            found.problem(
-                f"{index.name}: total_size is {total}, but the shards hold {held} bytes; write the index anew"
-            )
+    held = sum(entry.bytes for entry in entries.values())
+    if total not in (None, held) and sound == set(wanted):
+        found.problem(f"{_INDEX}: total_size is {total}, but the shards hold {held} bytes; write the index anew")
     metadata = {name: header.metadata or {} for name, header in headers.items()}
-    return Table(entries, frozenset(lost), metadata, {name: folder / file for name, file in holder.items()})
-
-
-def check_checksums(folder: Path, names: set[str] | None, found: Findings, progress: Progress) -> bool:
-    """Compare files with the SHA-256 sums recorded beside them: of `names` only, or of all. Whether there were any."""
-    recorded = _recorded(folder, found)
-    if names is not None:
-        recorded = {name: sums for name, sums in recorded.items() if name in names}
-    if not recorded:
-        return False
-    with progress.phase("checksums", len(recorded)) as advance:
-        for name, sums in recorded.items():
-            with found.guard(name):
-                _compare(folder, name, sums, found)
-            advance(1)
-    return True
-
-
-# -- headers ---------------------------------------------------------------------------------------------------------
-
-
-def _check_format(file: str, metadata: Mapping[str, str] | None, found: Findings) -> None:
-    """What transformers 4 asks of ``__metadata__``; None where nothing of it can be read."""
-    if metadata == {}:
-        found.problem(f"{file}: its header has no __metadata__, so transformers 4 refuses it; write it anew")
-    elif metadata is not None and metadata.get("format") not in _FORMATS:
-        said = repr(metadata.get("format"))
-        found.problem(f"{file}: the format in its __metadata__ is {said}, not 'pt': transformers 4 refuses it")
+    return StoredTensors(entries, frozenset(lost), metadata, {name: folder / file for name, file in holder.items()})
 
 
 def _join(headers: Mapping[str, Header], found: Findings) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -152,18 +139,14 @@ def _check_listing(folder: Path, weight_map: Mapping[str, str], found: Findings)
     """Shards the index names against the files that are there."""
     for name, held in sorted(Counter(weight_map.values()).items()):
         if Path(name).name != name:
-            found.problem(
-                f"{SafetensorsFiles.index_name}: names a shard outside the folder: {name}; write the index anew"
-            )
+            found.problem(f"{_INDEX}: names a shard outside the folder: {name}; write the index anew")
         elif not (folder / name).is_file():
             found.problem(f"shard {name} is missing, with {held} tensors; download it")
     for path in sorted(folder.glob("*.safetensors")):
         if path.name in weight_map.values():
             continue
         if _PART.search(path.name) or path.name == "model.safetensors":
-            found.problem(
-                f"{path.name} is not in {SafetensorsFiles.index_name}: remove the file, or write the index anew"
-            )
+            found.problem(f"{path.name} is not in {_INDEX}: remove the file, or write the index anew")
         else:
             found.note(f"{path.name} is no shard of the index and is not looked at")
 
@@ -171,7 +154,7 @@ def _check_listing(folder: Path, weight_map: Mapping[str, str], found: Findings)
 def _check_unindexed(files: list[Path], found: Findings, missing: bool) -> None:
     parts = [match for path in files if (match := _PART.search(path.name))]
     if parts and missing:
-        found.problem(f"{SafetensorsFiles.index_name} is missing beside {len(parts)} shards; download it")
+        found.problem(f"{_INDEX} is missing beside {len(parts)} shards; download it")
     for count in {int(match[2]) for match in parts}:
         there = {int(match[1]) for match in parts if int(match[2]) == count}
         absent = [f"{number:05d}-of-{count:05d}" for number in range(1, count + 1) if number not in there]
@@ -192,17 +175,41 @@ def _check_index(
     holder = {name: file for file, header in headers.items() for name in header.entries}
     wrong = [name for name, file in weight_map.items() if file in sound and name not in headers[file].entries]
     for name in (name for name in wrong if name in holder):
-        found.problem(
-            f"{SafetensorsFiles.index_name}: puts {name} into {weight_map[name]}, it is in {holder[name]}; "
-            "write the index anew"
-        )
+        found.problem(f"{_INDEX}: puts {name} into {weight_map[name]}, it is in {holder[name]}; write the index anew")
     if gone := [name for name in wrong if name not in holder]:
-        found.problem(f"{SafetensorsFiles.index_name}: lists what no shard holds: {listed(gone)}; write the index anew")
+        found.problem(f"{_INDEX}: lists what no shard holds: {listed(gone)}; write the index anew")
     if unlisted := [name for name in holder if name not in weight_map]:
-        found.problem(f"{SafetensorsFiles.index_name}: does not list {listed(unlisted)}; write the index anew")
+        found.problem(f"{_INDEX}: does not list {listed(unlisted)}; write the index anew")
 
 
 # -- checksums -------------------------------------------------------------------------------------------------------
+
+
+def check_checksums(folder: Path, names: set[str] | None, found: Findings, progress: Progress) -> bool:
+    """Compare files with the SHA-256 sums recorded beside them: of `names` only, or of all. Whether there were any."""
+    recorded = _recorded(folder, found)
+    if names is not None:
+        recorded = {name: sums for name, sums in recorded.items() if name in names}
+    if not recorded:
+        return False
+    with progress.phase("checksums", len(recorded)) as advance:
+        for name, sums in recorded.items():
+            by = " and ".join(sums)
+            with found.guard(name):
+                if Path(name).is_absolute() or ".." in Path(name).parts:  # files of the Hub's cache link elsewhere
+                    found.problem(f"{by}: records a file outside the folder: {name}; write the record anew")
+                elif not (folder / name).is_file():
+                    found.problem(f"{name} is missing, which {by} records; download it")
+                else:
+                    actual = file_sha256(folder / name)
+                    wrong = " and ".join(record for record, checksum in sums.items() if checksum.lower() != actual)
+                    if wrong:
+                        found.problem(
+                            f"{name} is not the file that was written: its SHA-256 is not that in {wrong}; "
+                            "download it again"
+                        )
+            advance(1)
+    return True
 
 
 def _recorded(folder: Path, found: Findings) -> dict[str, dict[str, str]]:
@@ -221,19 +228,61 @@ def _recorded(folder: Path, found: Findings) -> dict[str, dict[str, str]]:
     return sums
 
 
-def _compare(folder: Path, name: str, sums: Mapping[str, str], found: Findings) -> None:
-    path = folder / name
-    by = " and ".join(sums)
-    if Path(name).is_absolute() or ".." in Path(name).parts:  # files of the Hub's cache are links to elsewhere
-        found.problem(f"{by}: records a file outside the folder: {name}; write the record anew")
+# -- model and values --------------------------------------------------------------------------------------------------
+
+
+def check_model(source: Source, found: Findings) -> None:
+    """Every parameter of the model must be stored, with the shape that the config asks for.
+
+    Of the source only path, label, kind, config, tensors (some `LOST`) and `read` (anything for these) are asked.
+    """
+    model = build_on_meta(source, tied=False)
+    names = expert_names(model)
+    weights = bind(source, model, take_experts_apart(model, names), names, untie=False)
+    missing = [name for name, _ in model.named_parameters() if name not in weights.names]
+    if missing:
+        found.problem(f"{len(missing)} tensors are missing: {listed(missing)}; download the model again")
+    for name, parameter in model.named_parameters():
+        published = weights.names.get(name)
+        info = LOST if published is None else weights.tensors[published]
+        if info.stored_as != LOST.stored_as and info.shape != tuple(parameter.shape):
+            found.problem(
+                f"{published} has shape {list(info.shape)}, the config asks for {list(parameter.shape)}; one of the "
+                "two is of another model"
+            )
+    known = set(weights.names.values())
+    if extra := [name for name in weights.tensors if name not in known]:
+        found.note(f"{len(extra)} tensors that a {source.config.model_type} model has no place for: {listed(extra)}")
+    _check_tie(source, model, weights, found)
+
+
+def _check_tie(source: Source, model: Any, weights: Weights, found: Findings) -> None:
+    """What the config says of tied embeddings against what is stored."""
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    ends = names.get(model.get_input_embeddings()), names.get(model.get_output_embeddings())
+    one, other = (weights.names.get(end) if end else None for end in ends)
+    if one is None or other is None:
         return
-    if not path.is_file():
-        found.problem(f"{name} is missing, which {by} records; download it")
-        return
-    actual = file_sha256(path)
-    wrong = [record for record, checksum in sums.items() if checksum.lower() != actual]
-    if wrong:
+    tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and one != other and LOST not in (weights.tensors[one], weights.tensors[other]):
         found.problem(
-            f"{name} is not the file that was written: its SHA-256 is not that in {' and '.join(wrong)}; "
-            "download it again"
+            f"config.json says tie_word_embeddings, but {other} is stored and is not {one}: transformers would leave "
+            "one of them out; set tie_word_embeddings to false"
         )
+
+
+def check_values(
+    names: Collection[str], read: Callable[[str], torch.Tensor], may_be_zero: bool, found: Findings, progress: Progress
+) -> None:
+    """No NaN, no infinity, and no matrix of nothing but zeros in what is stored as floats."""
+    with progress.phase("checking weights", len(names)) as advance:
+        for name in names:
+            with found.guard(name):
+                values = read(name)
+                floats = values.is_floating_point() and values.numel() > 0
+                if floats and (broken := int((~torch.isfinite(values)).sum())):
+                    what = "NaN" if bool(torch.isnan(values).any()) else "infinity"
+                    found.problem(f"{name}: {broken} values are {what}; the file is damaged, download it again")
+                elif floats and values.ndim > 1 and not may_be_zero and not bool(values.any()):
+                    found.problem(f"{name}: all values are 0; it was not written, or lost; download it again")
+            advance(1)

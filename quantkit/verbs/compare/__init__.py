@@ -18,39 +18,19 @@ from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.evaluate.statistics import numbers_of
-from quantkit.options import (
-    EvaluationSpec,
-    make,
-    parse_size,
-)
+from quantkit.options import EvaluationSpec, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_outside,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, staged_folder, write_json
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
 from quantkit.tokens.text import EvaluationText, check_tokens, common_text, default_seq_len
 from quantkit.verbs import verb
-from quantkit.verbs.compare.chooser import (
-    Choice,
-    Limits,
-    choose,
-    pareto,
-)
+from quantkit.verbs.compare.chooser import Choice, Limits, choose, pareto
 from quantkit.verbs.compare.pages import write_pages
 from quantkit.verbs.compare.plots import Drawn, draw
-from quantkit.verbs.compare.rows import (
-    ComparedModel,
-    TextFacts,
-    TextResult,
-    decode_worst,
-)
+from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult, decode_worst
 from quantkit.version import __version__
 
 

@@ -19,14 +19,7 @@ from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.eval.register import register
 from quantkit.verbs.eval.suites import SUITES
-from quantkit.verbs.eval.tasks import (
-    TaskResult,
-    every_number,
-    load_tasks,
-    measured,
-    run_tasks,
-    set_fewshot,
-)
+from quantkit.verbs.eval.tasks import TaskResult, every_number, load_tasks, measured, run_tasks, set_fewshot
 from quantkit.version import __version__
 
 LEADERBOARD = "open-llm-leaderboard"

@@ -18,12 +18,7 @@ from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.answers import (
-    appending,
-    begun,
-    check_answers,
-    line_of,
-)
+from quantkit.runs.answers import appending, begun, check_answers, line_of
 from quantkit.runs.atomic import absolute
 from quantkit.runs.record import origin
 from quantkit.verbs import verb

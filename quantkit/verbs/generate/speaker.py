@@ -15,17 +15,8 @@ from quantkit.errors import CalibrationError
 from quantkit.options import Decoding, TemplateName
 from quantkit.tokens.records import Record, resolve
 from quantkit.tokens.text import check_tokens
-from quantkit.verbs.generate.decoding import (
-    Answer,
-    Request,
-    decode,
-)
-from quantkit.verbs.generate.prompts import (
-    Prompt,
-    prompt_ids,
-    prompt_text,
-    stop_ids,
-)
+from quantkit.verbs.generate.decoding import Answer, Request, decode
+from quantkit.verbs.generate.prompts import Prompt, prompt_ids, prompt_text, stop_ids
 
 
 @dataclass(frozen=True)

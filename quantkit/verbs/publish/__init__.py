@@ -14,12 +14,7 @@ from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.verbs import verb
-from quantkit.verbs.publish.files import (
-    Change,
-    LocalFile,
-    compare,
-    local_files,
-)
+from quantkit.verbs.publish.files import Change, LocalFile, compare, local_files
 from quantkit.verbs.publish.remote import Remote, RemoteState, check_token
 from quantkit.version import __version__
 

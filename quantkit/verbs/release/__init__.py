@@ -25,13 +25,7 @@ from quantkit.verbs.card.front import MARK
 from quantkit.verbs.release.family import Family
 from quantkit.verbs.release.forecast import Forecast, Forecaster
 from quantkit.verbs.release.recipe import Recipe, load_recipe
-from quantkit.verbs.release.variants import (
-    Calibration,
-    Setting,
-    Workshop,
-    model_of,
-    step_name,
-)
+from quantkit.verbs.release.variants import Calibration, Setting, Workshop, model_of, step_name
 
 _STYLES: Final = {"done": "green", "unchanged": "dim", "failed": "red", "refused": "yellow", "skipped": "red"}
 

@@ -19,13 +19,7 @@ from quantkit.tokens.text import default_seq_len, evaluation_text
 from quantkit.verbs.ggml import ggml
 from quantkit.verbs.gptq import gptq
 from quantkit.verbs.merge import MergeReport
-from quantkit.verbs.release.recipe import (
-    AnyVariant,
-    GgjtVariant,
-    GgufVariant,
-    GptqVariant,
-    Recipe,
-)
+from quantkit.verbs.release.recipe import AnyVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe
 from quantkit.verbs.release.variants import (
     REFERENCE,
     codes_options,

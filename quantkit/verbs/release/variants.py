@@ -22,12 +22,7 @@ from quantkit.runs.record import checksums, origin
 from quantkit.runs.steps import Step
 from quantkit.runs.unfinished import ChangedError, folder_of
 from quantkit.sources import default_source, open_source, variant_name
-from quantkit.tokens import (
-    TextIndex,
-    TokenMatrix,
-    draw,
-    load_calibration,
-)
+from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
 from quantkit.tokens.text import text_index
 from quantkit.verbs.convert import ConvertReport, convert
 from quantkit.verbs.ggml import ggml
@@ -35,14 +30,7 @@ from quantkit.verbs.gptq import gptq
 from quantkit.verbs.imatrix import imatrix
 from quantkit.verbs.merge import MergeReport, merge
 from quantkit.verbs.publish import branch_name
-from quantkit.verbs.release.recipe import (
-    AnyVariant,
-    FileVariant,
-    GgjtVariant,
-    GgufVariant,
-    GptqVariant,
-    Recipe,
-)
+from quantkit.verbs.release.recipe import AnyVariant, FileVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe
 
 REFERENCE = "fp16"
 """Name of the step that makes the full-precision folder."""

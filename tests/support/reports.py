@@ -18,7 +18,7 @@ from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
 from quantkit.verbs.card import CardReport
 from quantkit.verbs.chat import ChatReport
 from quantkit.verbs.compare import CompareReport
-from quantkit.verbs.compare.chooser import Choice
+from quantkit.verbs.compare.chooser import Recommendation
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult
 from quantkit.verbs.convert import ConvertReport
 from quantkit.verbs.diff import DiffReport
@@ -128,7 +128,7 @@ COMPARE = CompareReport(
         compared("tiny-fp16", 269_000_000, SOURCE, None),
         compared("tiny-GPTQ-4bit-128g", 99_000_000, OWN, [0.001, 0.0025]),
     ],
-    Choice("tiny-GPTQ-4bit-128g", "of the 1 of 1 variants within 100,000,000 bytes it diverges least"),
+    Recommendation("tiny-GPTQ-4bit-128g", "of the 1 of 1 variants within 100,000,000 bytes it diverges least"),
     None,
     quantkit="0.1.0",
 )

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
@@ -41,7 +40,7 @@ from quantkit.options import (
 )
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.blockwise import plan_gptq_memory, quantize_blocks
+from quantkit.quantize.blockwise import gptq_multiplications, plan_gptq_memory, quantize_blocks
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.stagework import LayerStatistics, OnLinear
@@ -90,6 +89,7 @@ class GptqReport(Report):
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
         memory_bytes: estimate of the peak beyond what importing torch takes.
+        multiplications: of the run, with their additions.
         memory_remark: what is done otherwise than with plenty of memory, one line.
     """
 
@@ -103,6 +103,7 @@ class GptqReport(Report):
     bits_per_weight: float
     bytes: int
     memory_bytes: int
+    multiplications: int = field(default=0, kw_only=True)
     memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
     evaluation: PerplexityReport | None = None
@@ -160,7 +161,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         check_unfinished(place, options.resume, options.force)
         check_outside(place, source, options.force or options.resume)
     windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (options.samples, options.seq_len)
-    report = _sizes(place, stream, spec, ggml, target, plan_gptq_memory(stream, *windows))
+    report = _sizes(place, stream, spec, ggml, target, windows)
     every = parse_every(options.checkpoint_every)
     if options.dry_run:
         return report
@@ -249,9 +250,10 @@ def _variant(source: Source, spec: QuantSpec, ggml: str | None, format: Checkpoi
 
 
 def _sizes(
-    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, memory: MemoryPlan
+    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, windows: Sequence[int]
 ) -> GptqReport:
-    """Sizes from headers alone."""
+    """Sizes from headers alone; `windows`: how many, and of how many tokens."""
+    memory = plan_gptq_memory(stream, *windows)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
         out=out,
@@ -265,6 +267,7 @@ def _sizes(
         bytes=target.bytes,
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
+        multiplications=gptq_multiplications(stream, math.prod(windows)),
         dry_run=True,
     )
 

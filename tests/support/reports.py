@@ -59,6 +59,7 @@ GPTQ = GptqReport(
     bits_per_weight=4.156,
     bytes=123456789,
     memory_bytes=2345678901,
+    multiplications=4_000_000_000_000,
     memory_remark="hidden states go to the disk",
     dry_run=True,
 )
@@ -162,10 +163,16 @@ VERIFIED = Verified(
     LOADS,
     "Once  upon\na time",
 )
-MERGE = MergeReport(OUT, "float16", "mean", 291, 13_000_000_000, 50637.1875, 61.25)
-DIFF = DiffReport(OUT, "float16", None, 291, 13_000_000_000, 50637.1875, 61.25, False, 1000, 3, 0.000123)
-CONVERT = ConvertReport(OUT, "bfloat16", 272, 269_000_000, 3.75)
-IMATRIX = ImatrixReport(OUT, 210, 128, 512, 900_000, 1_500_000_000, {"blk.0.ffn_up_exps.weight": 3}, 12.25)
+MERGE = MergeReport(OUT, "float16", "mean", 291, 13_000_000_000, 50637.1875, 61.25, memory_bytes=1_570_000_000)
+DIFF = DiffReport(
+    *(OUT, "float16", None, 291, 13_000_000_000, 50637.1875, 61.25, False, 1000, 3, 0.000123),
+    memory_bytes=1_570_000_000,
+)
+CONVERT = ConvertReport(OUT, "bfloat16", 272, 269_000_000, 3.75, memory_bytes=226_000_000)
+IMATRIX = ImatrixReport(
+    *(OUT, 210, 128, 512, 900_000, 1_500_000_000, {"blk.0.ffn_up_exps.weight": 3}, 12.25),
+    multiplications=7_000_000_000_000,
+)
 GENERATE = GenerateReport(OUT, "chat", "numba", 12, 2, {"eos": 9, "length": 1}, 340, 1000, 61, 33.25)
 GGML = GgmlReport(
     OUT,
@@ -173,6 +180,7 @@ GGML = GgmlReport(
     [GgmlTensor("blk.0.attn_q.weight", "Q4_0", "exact"), GgmlTensor("output_norm.weight", "F32", None)],
     {"blk.0.attn_q.weight": "Q8_0"},
     4.25,
+    memory_bytes=339_000_000,
 )
 PUBLISH = PublishReport(
     "me/tiny",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,10 @@ class Weights:
             SourceError: the file ends early or cannot be read.
         """
         return self._places[name].read(self._source)
+
+    def largest_bytes(self, copies: int) -> int:
+        """Of so many float32 copies of the largest tensor: what work on one after another takes."""
+        return copies * max(4 * math.prod(info.shape) for info in self.tensors.values())
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of what `read` gives. Raises SourceError."""

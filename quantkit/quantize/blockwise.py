@@ -122,6 +122,18 @@ def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryP
     return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
 
 
+def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
+    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates."""
+    shapes = dict(stream.linears())
+    operations = tokens * sum(rows * columns for rows, columns in shapes.values())
+    for index, stages in enumerate(stream.known_stages()):
+        for stage in stages:
+            held = [shapes[stream.published(index, name)] for name in stage]
+            width, rows = held[0][1], sum(rows for rows, _ in held)
+            operations += tokens * width**2 // 2 + width**3 + rows * width**2
+    return operations
+
+
 def _planned(
     stream: ModelStream, index: int, block: nn.Module, hidden: HiddenStates, sharing: Sharing, plan: Plan
 ) -> Stages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,12 +31,14 @@ class ConvertReport(Report):
         dtype: of the weights, such as "float16".
         tensors: how many.
         bytes: of all tensors.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
     """
 
     out: Path
     dtype: str
     tensors: int
     bytes: int
+    memory_bytes: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -66,7 +68,8 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_output(target, source.path, options.force)
     plan = plan_folder(source, held)
-    report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
+    made = target, plan.dtype_name, len(plan.tensors), plan.bytes
+    report = ConvertReport(*made, memory_bytes=plan.weights.largest_bytes(2), dry_run=True)
     if options.dry_run:
         return report
     with staged_folder(target) as folder:

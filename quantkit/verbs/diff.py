@@ -71,7 +71,10 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     plan = plan_folder(source, DTYPES["float32" if options.dtype == "auto" else options.dtype])
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     report = DiffReport(
-        target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True, values=values
+        *(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes),
+        memory_bytes=plan.weights.largest_bytes(3),
+        dry_run=True,
+        values=values,
     )
     if options.dry_run:
         return report

@@ -51,12 +51,14 @@ class GgmlReport(Report):
         bytes: of all tensors.
         fidelity: matrices by how they came to their types.
         fallback: matrices whose width is no whole number of blocks of their type, by the type they are instead.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
     """
 
     out: Path
     bytes: int
     tensors: list[GgmlTensor]
     fallback: dict[str, str]
+    memory_bytes: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
     fidelity: dict[str, int] = field(init=False)
@@ -112,7 +114,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}{row.suffix}"
     target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_other_file(target, source, options.force)
-    report = _sizes(target, chosen, progress)
+    report = _sizes(target, weights, chosen, progress)
     job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix)
     write: Callable[[], Path] = load(row.writes)(job)
     if options.dry_run:
@@ -194,7 +196,7 @@ def _holds_codes(source: Source, chosen: Chosen) -> bool:
     return kept and source.from_gptq
 
 
-def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
+def _sizes(target: Path, weights: Weights, chosen: Chosen, progress: Progress) -> GgmlReport:
     fallback = {tensor.name: choice.kind.name for tensor, choice in chosen if choice.fell_back}
     note_fallback(fallback, progress)
     return GgmlReport(
@@ -202,6 +204,7 @@ def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
         sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in chosen),
         [GgmlTensor(tensor.name, choice.kind.name, choice.fidelity) for tensor, choice in chosen],
         fallback,
+        memory_bytes=weights.largest_bytes(3),
         dry_run=True,
     )
 

@@ -25,7 +25,7 @@ from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, Quan
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.blockwise import plan_gptq_memory, quantize_blocks
+from quantkit.quantize.blockwise import gptq_multiplications, plan_gptq_memory, quantize_blocks
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.stagework import LayerStatistics, OnLinear
@@ -54,6 +54,7 @@ class GptqReport(Report):
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
         memory_bytes: estimate of the peak beyond what importing torch takes.
+        multiplications: of the run, with their additions.
         memory_remark: what is done otherwise than with plenty of memory, one line.
     """
 
@@ -67,6 +68,7 @@ class GptqReport(Report):
     bits_per_weight: float
     bytes: int
     memory_bytes: int
+    multiplications: int = field(default=0, kw_only=True)
     memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
     evaluation: PerplexityReport | None = None
@@ -198,6 +200,7 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
         bytes=target.bytes,
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
+        multiplications=gptq_multiplications(stream, math.prod(windows)),
         dry_run=True,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantkit.blocks.open import named, note_source, open_stream
@@ -34,6 +34,7 @@ class ImatrixReport(Report):
         unseen: by tensor, how many of its experts saw no token.
         bytes: size of the sums and counts.
         memory_bytes: estimate of the peak beyond what importing torch takes.
+        multiplications: of the run, with their additions.
     """
 
     out: Path
@@ -43,6 +44,7 @@ class ImatrixReport(Report):
     bytes: int
     memory_bytes: int
     unseen: Mapping[str, int]
+    multiplications: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -81,7 +83,9 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())
     peak = size + plan_squares_memory(stream, chunks * chunk_size).needed
-    report = ImatrixReport(target, len(entries), chunks, chunk_size, size, peak, {}, dry_run=True)
+    work = chunks * chunk_size * sum(rows * columns for _, (rows, columns) in stream.linears())
+    sizes = len(entries), chunks, chunk_size, size, peak
+    report = ImatrixReport(target, *sizes, {}, multiplications=work, dry_run=True)
     if options.dry_run:
         return report
 

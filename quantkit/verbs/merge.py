@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class MergeReport(Report):
         tensors: how many.
         bytes: of all tensors.
         sum: of all values, in float32 before they are cast; None of a dry run.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
     """
 
     out: Path
@@ -50,6 +51,7 @@ class MergeReport(Report):
     tensors: int
     bytes: int
     sum: float | None = None
+    memory_bytes: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -83,7 +85,8 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     target = absolute(options.out)
     check_outside(target, source, options.force)
     plan = plan_folder(source, held)
-    report = MergeReport(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True)
+    made = target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes
+    report = MergeReport(*made, memory_bytes=plan.weights.largest_bytes(3), dry_run=True)
     if options.dry_run:
         return report
     total = Total()

@@ -24,7 +24,7 @@ from quantkit.runs.atomic import file_sha256
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
-from quantkit.verbs.eval.suites import SUITES
+from quantkit.verbs.eval.tasks import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,7 +16,7 @@ import torch
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, GgmlLinear, LinearPlan, Plan
-from quantkit.codes.ggml import type_of
+from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers import load, of_format
 from quantkit.containers.gguf.recipes import (
@@ -53,7 +53,7 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
 
 def on_grid_of(ggml: str) -> dict[str, Any]:
     """The fields of a `QuantSpec` whose codes lie on a GGML type's grid."""
-    kind = type_of(ggml)
+    kind = BLOCK_TYPES[ggml]
     return {"bits": kind.bits, "group_size": kind.group, "sym": not kind.has_minimum, "ggml": ggml}
 
 

@@ -16,8 +16,6 @@ import torch
 from quantkit.codes import QuantizedLinear
 from quantkit.codes.block_types import BLOCK, BLOCK_TYPES, Array, pack_blocks, pack_super_blocks
 
-Fidelity = Literal["exact", "bounded"]
-
 _NIBBLE, _LOW_NIBBLES = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
 
 # From the smallest to the largest; of equal sizes the simpler block first.
@@ -35,7 +33,7 @@ class Reencoding:
     """
 
     type: str
-    fidelity: Fidelity
+    fidelity: Literal["exact", "bounded"]
 
 
 def reencodings(linear: QuantizedLinear) -> Iterator[Reencoding]:

@@ -10,9 +10,8 @@ import numpy as np
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, OUTSIDE, Architecture
+from quantkit.containers.gguf.file import Array
 from quantkit.errors import SourceError
-
-Array = np.ndarray[Any, Any]
 
 _FIELDS = {
     "context_length": "max_position_embeddings",
@@ -22,7 +21,14 @@ _FIELDS = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-_TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+"""What transformers calls a token -> the key of its id, after ``tokenizer.ggml.``."""
+
 # Keys that change what a model computes and that no row of the table can say.
 _NOT_READ = (
     *("expert_count", "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
@@ -105,7 +111,8 @@ def make_config(
     shared = keys.get("attention.head_count_kv") is not None
     settings["num_key_value_heads"] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
     settings["vocab_size"] = shapes["token_embd.weight"][0]
-    settings |= {ours: token_id(keys.values, key, settings["vocab_size"]) for ours, key in _TOKENS.items()}
+    for token in ("bos_token", "eos_token", "pad_token"):
+        settings[f"{token}_id"] = token_id(keys.values, TOKENS[token], settings["vocab_size"])
     settings["tie_word_embeddings"] = "output.weight" not in shapes
     for name, flag in architecture.flags.items():
         settings[flag] = f"blk.0.{name}" in shapes
@@ -221,12 +228,12 @@ def _scaling(keys: ArchitectureKeys) -> dict[str, Any]:
         raise SourceError(
             f"{keys.architecture}.rope.scaling.type {str(kind)[:40]!r} cannot be read; known: linear, yarn"
         )
-    betas = {f"beta_{which}": keys.number(f"rope.scaling.yarn_beta_{which}") for which in ("fast", "slow")}
+    betas = {f"beta_{which}": f"rope.scaling.yarn_beta_{which}" for which in ("fast", "slow")}
     return {
         "rope_type": "yarn",
         "factor": keys.require("rope.scaling.factor"),
         "original_max_position_embeddings": keys.require("rope.scaling.original_context_length"),
-        **{name: value for name, value in betas.items() if value},
+        **{ours: keys.number(key) for ours, key in betas.items() if keys.get(key)},
     }
 
 

@@ -91,15 +91,7 @@ _GPT2_NAMES = (
 )
 _GPT2_DIGITS_NAMES = ("smollm", "starcoder", "refact", "codeshell", "command-r", "exaone", "mellum2", "minerva-7b")
 _LLAMA3_NAMES = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon-h1",
-    "falcon3",
-    "jina-v5-nano",
-    "lfm2",
-    "midm-2.0",
-    "pixtral",
+    *("llama-bpe", "llama3", "llama-v3", "falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "midm-2.0", "pixtral"),
 )
 _QWEN2_AS_IS_NAMES = ("f2llmv2", "grok-2", "hunyuan", "kormo", "megrez", "solar-open", "stablelm2")
 _O200K_NAMES = ("gpt-4o", "kanana2", "llama4", "minimax-m2", "talkie")
@@ -115,7 +107,7 @@ CUTS: dict[str, Cut] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
     **dict.fromkeys(_QWEN2_AS_IS_NAMES, _QWEN2_AS_IS),
     "qwen35": Cut(
-        (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",),
+        (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",)
     ),
     "ufakzeka": Cut((rf"{_WORD}|{DIGIT}|{_REST}",)),
     "seed-coder": Cut((rf"{_LETTERS}|{DIGIT}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)),
@@ -154,13 +146,7 @@ CUTS: dict[str, Cut] = {
     ),
     "deepseek-coder": Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, DIGIT)),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "hy_v4", "joyai-llm"), _DEEPSEEK3),
-    "spark2_5": Cut(
-        (
-            *(_THREE, _CHINESE_KANA),
-            rf"{_PUNCTUATED}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+",
-            DIGIT,
-        )
-    ),
+    "spark2_5": Cut((*(_THREE, _CHINESE_KANA), rf"{_PUNCTUATED}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+", DIGIT)),
     # Groups of three digits are counted from the right.
     "afmoe": Cut((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _ASIAN, _DEEPSEEK_WORDS)),
 }

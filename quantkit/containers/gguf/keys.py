@@ -15,12 +15,7 @@ from transformers import PretrainedConfig
 from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.config import longrope_attention
 from quantkit.containers.gguf.vocabulary import vocabulary
-from quantkit.containers.gguf.writable import (
-    GEMMA,
-    architecture_of,
-    head_width,
-    rope_of,
-)
+from quantkit.containers.gguf.writable import GEMMA, architecture_of, head_width, rope_of
 from quantkit.containers.source import Source
 from quantkit.version import __version__
 
@@ -32,7 +27,7 @@ _OWN = re.compile(r"general\.(architecture|type|size_label|file_type|quantizatio
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
-def header(
+def file_keys(
     source: Source,
     file_type: gguf.LlamaFileType,
     *,

@@ -140,10 +140,7 @@ _RECIPES = {
         Kind.Q4_K,
         {"attn_v": (("first 4", Kind.Q5_K),), "ffn_down": (("first eighth", Kind.Q5_K),), "attn_output": _OF_EXPERTS},
     ),
-    "q4_k_m": _Recipe(
-        Kind.Q4_K,
-        {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6, "attn_output": _OF_EXPERTS},
-    ),
+    "q4_k_m": _Recipe(Kind.Q4_K, {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6, "attn_output": _OF_EXPERTS}),
     "q5_k_s": _Recipe(Kind.Q5_K),
     "q5_k_m": _Recipe(Kind.Q5_K, {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6}),
     "q6_k": _Recipe(Kind.Q6_K),
@@ -240,7 +237,7 @@ def parse_kind(option: str, value: str) -> Kind | None:
 
 def file_type(name: str) -> FileType:
     """What `general.file_type` says of a recipe."""
-    return FileType["ALL_F32" if name == "f32" else _RECIPES[name].file_type or f"MOSTLY_{name.upper()}"]
+    return FileType.__members__["ALL_F32" if name == "f32" else _RECIPES[name].file_type or f"MOSTLY_{name.upper()}"]
 
 
 def recipe_of(

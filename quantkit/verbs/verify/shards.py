@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quantkit.containers.hf.header import Header, Stored, examine_header
-from quantkit.containers.hf.shards import DTYPES, SafetensorsFiles, read_stored
+from quantkit.containers.hf.shards import STORED_DTYPES, SafetensorsFiles, read_stored
 from quantkit.progress import Progress
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
 from quantkit.runs.record import CHECKSUMS
@@ -45,7 +45,7 @@ class Table:
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, 8-bit floats widened; nothing of one that is lost, or of a type that is not read."""
         entry = self.entries.get(name)
-        if entry is None or entry.dtype not in DTYPES:
+        if entry is None or entry.dtype not in STORED_DTYPES:
             return torch.empty(0)
         return read_stored(self.files[name], name, entry)
 
@@ -69,7 +69,7 @@ def check_weights(folder: Path, found: Findings) -> Table:
                 found.problem(f"{path.name}: {text}; download it again")
             _check_format(path.name, headers[path.name].metadata, found)
     entries, holder = _join(headers, found)
-    if unread := [name for name, entry in entries.items() if entry.dtype not in DTYPES]:
+    if unread := [name for name, entry in entries.items() if entry.dtype not in STORED_DTYPES]:
         kinds = ", ".join(sorted({entries[name].dtype for name in unread}))
         found.note(f"values stored as {kinds} are not looked at: {listed(unread)}")
     sound = {name for name, header in headers.items() if not header.problems}

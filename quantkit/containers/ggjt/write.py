@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -193,12 +193,16 @@ def make_vocabulary(tokenizer: Any, size: int, progress: Progress = SILENT) -> V
     _check_fixed_ids(tokenizer, token_of, progress)
     merges = [(left, right) for left, right in model["merges"]]
     pieces = [token_of[number] for number in sorted(token_of) if number >= FIRST_BYTE + 256 and number not in added]
-    scores = _scores(pieces, merges)
+    # SentencePiece's scores count down: pieces in the order in which they are joined, then the others.
+    joined = [left + right for left, right in merges]
+    order = list(dict.fromkeys(joined))
+    if len(order) != sum(1 for _ in groupby(joined)):
+        raise UsageError(
+            "the tokenizer's merges are not in the order of scores, as SentencePiece's are; write GGUF instead"
+        )
+    scores = {piece: float(-rank) for rank, piece in enumerate(dict.fromkeys([*order, *pieces]))}
     unknown = model.get("unk_token")
-    vocabulary = [
-        _entry(number, token, unknown, scores.get(token or ""))
-        for number, token in ((number, token_of.get(number)) for number in range(size))
-    ]
+    vocabulary = [_entry(number, token_of.get(number), unknown, scores) for number in range(size)]
     _check_same_cuts(tokenizer, merges, vocabulary)
     return vocabulary
 
@@ -297,18 +301,7 @@ def _check_fixed_ids(tokenizer: Any, token_of: Mapping[int, str], progress: Prog
         )
 
 
-def _scores(pieces: Iterable[str], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """SentencePiece's scores, which count down: pieces in the order in which they are joined, then the others."""
-    joined = [left + right for left, right in merges]
-    order = list(dict.fromkeys(joined))
-    if len(order) != sum(1 for _ in groupby(joined)):
-        raise UsageError(
-            "the tokenizer's merges are not in the order of scores, as SentencePiece's are; write GGUF instead"
-        )
-    return {piece: float(-rank) for rank, piece in enumerate(dict.fromkeys([*order, *pieces]))}
-
-
-def _entry(number: int, token: str | None, unknown: str | None, score: float | None) -> tuple[bytes, float]:
+def _entry(number: int, token: str | None, unknown: str | None, scores: Mapping[str, float]) -> tuple[bytes, float]:
     """Bytes and score of a token; one without a score was added to the pieces, None is one that there is not."""
     if token is None:
         return b"", ADDED_SCORE
@@ -318,7 +311,7 @@ def _entry(number: int, token: str | None, unknown: str | None, score: float | N
         return UNKNOWN_TEXT.encode(), 0.0
     if FIRST_BYTE <= number < FIRST_BYTE + 256:
         return bytes([number - FIRST_BYTE]), 0.0
-    return (token.encode(), ADDED_SCORE) if score is None else (token.replace(_SPACE, " ").encode(), score)
+    return (token.replace(_SPACE, " ").encode(), scores[token]) if token in scores else (token.encode(), ADDED_SCORE)
 
 
 def _check_same_cuts(tokenizer: Any, merges: Sequence[tuple[str, str]], vocabulary: Vocabulary) -> None:

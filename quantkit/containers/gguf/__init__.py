@@ -5,9 +5,8 @@ packed rows; `file_keys` makes the keys; `GgufWriter` writes into a folder of `r
 `quantkit.containers.gguf.read.GgufSource`.
 """
 
-from quantkit.containers.gguf.keys import file_keys, origin
+from quantkit.containers.gguf.keys import WRITABLE, architecture_of, file_keys, limits, origin
 from quantkit.containers.gguf.tensors import GgufTensor, plan
-from quantkit.containers.gguf.writable import WRITABLE, architecture_of, limits
 from quantkit.containers.gguf.write import GgufWriter, packed_bytes
 
 __all__ = [

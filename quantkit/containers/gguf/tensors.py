@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from quantkit.containers.gguf.architectures import ARCHITECTURES, OUTSIDE
 from quantkit.containers.gguf.config import llama3_factors
 from quantkit.containers.gguf.file import Array
-from quantkit.containers.gguf.writable import architecture_of, head_width
+from quantkit.containers.gguf.keys import architecture_of, head_width
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
 

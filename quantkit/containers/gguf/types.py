@@ -234,13 +234,12 @@ class Chooser:
         """Types that hold the codes of all parts, the smallest first, whatever the codes are."""
         source = self._source.codes
         assert source is not None
-        common: dict[str, Fidelity] | None = None
+        types: list[dict[str, Fidelity]] = []
         for module in linears.values():
             bits, zeros = source.bits(module), source.read_zeros(module)
             expected = expected_reencodings(bits, zeros, source.read_groups(module))
-            types: dict[str, Fidelity] = {found.type: found.fidelity for found in expected}
-            common = types if common is None else {name: fid for name, fid in common.items() if name in types}
-        return common or {}
+            types.append({found.type: found.fidelity for found in expected})
+        return {name: fidelity for name, fidelity in types[0].items() if all(name in others for others in types)}
 
     def _codes(self, linears: Mapping[str, str], name: str) -> Callable[[GgufTensor, str], Array]:
         source = self._source.codes
@@ -275,9 +274,13 @@ class Chooser:
             block, size = gguf.GGML_QUANT_SIZES[kind]
             packed = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
             step = max(1, _VALUES_A_TILE // values.shape[1])
+            by_library = kind not in FLOATS and (own is not None or kind not in _WITHOUT_LIBRARY or libggml.available())
             for start in range(0, len(packed), step):
                 tile = _checked(tensor.values(values[start : start + step]), kind, published)
-                packed[start : start + step] = _packed(tile, kind, own)
+                if by_library:
+                    packed[start : start + step] = libggml.round_to_blocks(tile, kind, own)
+                else:
+                    packed[start : start + step] = np.ascontiguousarray(gguf.quants.quantize(tile, kind)).view(np.uint8)
             return packed
 
         return encode
@@ -294,14 +297,6 @@ def _checked(values: Array, kind: Kind, published: str) -> Array:
         why = "a value is not finite" if wide else "a value is beyond float16; use --type bf16 or f32"
         raise NumericError(f"{published}: {why}")
     return values
-
-
-def _packed(values: Array, kind: Kind, importance: Array | None) -> Array:
-    """float32 [rows, columns] as uint8 [rows, bytes of a row]."""
-    if kind not in FLOATS and (importance is not None or kind not in _WITHOUT_LIBRARY or libggml.available()):
-        return libggml.round_to_blocks(values, kind, importance)
-    packed: Array = gguf.quants.quantize(values, kind)
-    return np.ascontiguousarray(packed).view(np.uint8)
 
 
 def _shown(found: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from quantkit.containers.gguf.file import MAGIC, Array, FileBytes
 from quantkit.containers.gguf.tensors import GgufTensor, in_rotary_order
+from quantkit.containers.hf.write import parts_of
 from quantkit.containers.readback import ReadBack
 from quantkit.errors import OutputError, UsageError
 
@@ -119,7 +120,7 @@ class GgufWriter(PlacedWriter):
         Raises:
             UsageError: a tensor's rows are no whole number of blocks of its type.
         """
-        parts = _parts(tensors, split_max_bytes)
+        parts = parts_of(tensors, lambda typed: packed_bytes(*typed), split_max_bytes)
         names = (
             [path.name]
             if len(parts) == 1
@@ -183,20 +184,6 @@ class GgufWriter(PlacedWriter):
         content = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         name = tensor.name if len(tensor.sources) < 2 else f"{tensor.name}, part {part}"
         self._write(number, start + part * share, name, content)
-
-
-def _parts(tensors: Sequence[TypedTensor], most: int) -> list[list[TypedTensor]]:
-    """The tensors of each file, of at most so many bytes where they are more than one; 0 for a single file."""
-    parts: list[list[TypedTensor]] = [[]]
-    size = 0
-    for tensor, kind in tensors:
-        own = packed_bytes(tensor, kind)
-        if most and parts[-1] and size + own > most:
-            parts.append([])
-            size = 0
-        parts[-1].append((tensor, kind))
-        size += own
-    return parts
 
 
 def _size_label(tensors: Sequence[TypedTensor]) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
 from quantkit.containers.hf.read import OF_TOKENIZERS, copy_companions, has_tokenizer
-from quantkit.containers.hf.shards import DTYPES
+from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import SourceError
 from quantkit.options import Vocabulary
@@ -194,7 +194,7 @@ class PairSource(Source):
 
     def _check_types(self, name: str, ours: TensorInfo, theirs: TensorInfo) -> None:
         for role, info in zip(self.roles, (ours, theirs), strict=True):
-            held = DTYPES.get(info.stored_as)
+            held = STORED_DTYPES.get(info.stored_as)
             integers = held is not None and not held.is_floating_point and ours.stored_as == theirs.stored_as
             if info.stored_as not in _FLOATS and not integers:
                 raise SourceError(

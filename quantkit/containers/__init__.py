@@ -128,10 +128,7 @@ class Container:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-_FULL_PRECISION = {
-    "transformers": Loads(),
-    "vLLM": Loads(unless=f"{_PROGRAMS}:unknown_family"),
-}
+_FULL_PRECISION = {"transformers": Loads(), "vLLM": Loads(unless=f"{_PROGRAMS}:unknown_family")}
 _NEEDS_CODES = {
     **dict.fromkeys(("llama.cpp", "ctransformers"), _READS_GGUF),
     "": f"{_READS_GPTQ}: quantkit gptq makes one of this",

@@ -16,7 +16,7 @@ import torch
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, GgmlLinear, LinearPlan, Plan
-from quantkit.codes.ggml import type_of
+from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers import load, of_format
 from quantkit.containers.gguf.recipes import (
@@ -51,7 +51,7 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
 
 def on_grid_of(ggml: str) -> dict[str, Any]:
     """The fields of a `QuantSpec` whose codes lie on a GGML type's grid."""
-    kind = type_of(ggml)
+    kind = BLOCK_TYPES[ggml]
     return {"bits": kind.bits, "group_size": kind.group, "sym": not kind.has_minimum, "ggml": ggml}
 
 
@@ -198,7 +198,7 @@ class GgufTarget:
         source, weights = stream.source, stream.weights
         self._name, self._architecture = form.name, gguf_files.architecture_of(source)
         origin = gguf_files.origin(from_gptq=METHODS[spec.method].label == "GPTQ")
-        self._keys = gguf_files.header(source, file_type(form.recipe), pre=form.pre, provenance=origin)
+        self._keys = gguf_files.file_keys(source, file_type(form.recipe), pre=form.pre, provenance=origin)
         self.limits = [*gguf_files.limits(source), *gguf_files.cut_otherwise(source, self._keys)]
         tensors = gguf_files.plan(source, weights)
         planned = tensor_kinds(

@@ -20,7 +20,7 @@ from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
 from quantkit.containers.gguf.recipes import file_type, parse_kind, recipe_of
 from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, Kind, TypeOptions
-from quantkit.containers.imatrix.read import Imatrix, read_imatrix
+from quantkit.containers.imatrix import Imatrix, read_imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.options import parse_size
@@ -146,7 +146,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     source, chosen = job.source, job.chosen
     origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
     number = gguf.LlamaFileType.GUESSED if job.recipe is None else file_type(job.recipe)
-    keys = gguf_files.header(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
+    keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
     for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):

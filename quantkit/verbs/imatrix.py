@@ -10,7 +10,7 @@ from pathlib import Path
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
-from quantkit.containers.imatrix.write import Entry, write_imatrix
+from quantkit.containers.imatrix import Entry, write_imatrix
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size

@@ -14,7 +14,7 @@ import torch
 from quantkit.blocks.folder import FolderPlan, plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.blocks.pair import DeltaSource
-from quantkit.containers.hf.shards import DTYPES as STORED
+from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source
 from quantkit.errors import NumericError, UsageError
 from quantkit.options import parse_size
@@ -135,7 +135,7 @@ def dtype_name(source: Source) -> str:
     """What most bytes of the float tensors are stored in; float32 for wider ones."""
     sizes = Counter[str]()
     for info in source.tensors.values():
-        held = STORED.get(info.stored_as, torch.float32)
+        held = STORED_DTYPES.get(info.stored_as, torch.float32)
         if held.is_floating_point:
             sizes[str(held).removeprefix("torch.")] += info.bytes
     found = sizes.most_common(1)[0][0] if sizes else "float32"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantkit.errors import SourceError
 
@@ -31,9 +32,11 @@ def read_pieces(path: Path) -> list[Piece]:
     try:
         for field, value in _fields(path.read_bytes()):
             if field == 1 and isinstance(value, bytes):
-                pieces.append(_piece(value))
+                found: dict[Any, Any] = {(part, type(content)): content for part, content in _fields(value)}
+                score = struct.unpack("<f", found.get((2, bytes), bytes(4)))[0]
+                pieces.append((found.get((1, bytes), b"").decode("utf-8"), score, found.get((3, int), 1)))
             elif field == 2 and isinstance(value, bytes):
-                kind = next((int(found) for field, found in _fields(value) if field == 3), kind)
+                kind = next((int(content) for part, content in _fields(value) if part == 3), kind)
     except (OSError, IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
         raise SourceError(f"{path}: not readable as a SentencePiece model ({error}); download it again") from error
     if kind != _BPE:
@@ -57,18 +60,6 @@ def scores_from_merges(vocabulary: Mapping[str, int], merges: Sequence[tuple[str
                     f"no merge of its tokenizer makes {piece!r}, but llama.cpp would; put its tokenizer.model beside it"
                 )
     return {piece: -float(ranks.get(piece, len(merges) + id_)) for piece, id_ in vocabulary.items()}
-
-
-def _piece(message: bytes) -> Piece:
-    text, score, kind = "", 0.0, 1
-    for field, value in _fields(message):
-        if field == 1 and isinstance(value, bytes):
-            text = value.decode("utf-8")
-        elif field == 2 and isinstance(value, bytes):
-            score = struct.unpack("<f", value)[0]
-        elif field == 3 and isinstance(value, int):
-            kind = value
-    return text, score, kind
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from quantkit.codes import libggml
 from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
 from quantkit.containers.gguf import GgufTensor, architecture_of
+from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.recipes import (
     EMBEDDING,
     FLOATS,
@@ -28,7 +28,7 @@ from quantkit.containers.gguf.recipes import (
     needs_importance,
     tensor_kinds,
 )
-from quantkit.containers.imatrix.read import Imatrix
+from quantkit.containers.imatrix import Imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
 
@@ -43,7 +43,6 @@ _WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 _UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
 _AS_IT_IS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 _VALUES_A_TILE = 1 << 22
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class Chooser:
         found = None if imatrix is None else imatrix.importance(tensor.name, tensor.shape)
         if found is None and kind in _WITHOUT_LIBRARY:
             return None
-        needed = libggml.needs_importance(kind) or needs_importance(self._options.recipe, tensor.name, kind)
+        needed = libggml.requires_imatrix(kind) or needs_importance(self._options.recipe, tensor.name, kind)
         if found is None and needed:
             where = "--imatrix names one" if imatrix is None else f"{imatrix.path.name} has nothing for it"
             raise UsageError(f"{tensor.name}: {kind.name} needs an importance matrix; {where}")
@@ -235,13 +234,12 @@ class Chooser:
         """Types that hold the codes of all parts, the smallest first, whatever the codes are."""
         source = self._source.codes
         assert source is not None
-        common: dict[str, Fidelity] | None = None
+        types: list[dict[str, Fidelity]] = []
         for module in linears.values():
             bits, zeros = source.bits(module), source.read_zeros(module)
             expected = expected_reencodings(bits, zeros, source.read_groups(module))
-            types: dict[str, Fidelity] = {found.type: found.fidelity for found in expected}
-            common = types if common is None else {name: fid for name, fid in common.items() if name in types}
-        return common or {}
+            types.append({found.type: found.fidelity for found in expected})
+        return {name: fidelity for name, fidelity in types[0].items() if all(name in others for others in types)}
 
     def _codes(self, linears: Mapping[str, str], name: str) -> Callable[[GgufTensor, str], Array]:
         source = self._source.codes
@@ -266,16 +264,23 @@ class Chooser:
         def encode(tensor: GgufTensor, published: str) -> Array:
             values = self._weights.read(published)
             if _AS_IT_IS.get(values.dtype) == kind and values.ndim == 2 and not tensor.offset:
-                return _unchanged(values, published)
+                if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
+                    raise NumericError(f"{published}: a value is not finite")
+                octets: Array = values.contiguous().view(torch.uint8).numpy()
+                return octets
             if values.ndim == 1:
                 return _checked(tensor.values(values), kind, published)
             own = None if importance is None else importance[tensor.sources.index(published)]
             block, size = gguf.GGML_QUANT_SIZES[kind]
             packed = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
             step = max(1, _VALUES_A_TILE // values.shape[1])
+            by_library = kind not in FLOATS and (own is not None or kind not in _WITHOUT_LIBRARY or libggml.available())
             for start in range(0, len(packed), step):
                 tile = _checked(tensor.values(values[start : start + step]), kind, published)
-                packed[start : start + step] = _packed(tile, kind, own)
+                if by_library:
+                    packed[start : start + step] = libggml.round_to_blocks(tile, kind, own)
+                else:
+                    packed[start : start + step] = np.ascontiguousarray(gguf.quants.quantize(tile, kind)).view(np.uint8)
             return packed
 
         return encode
@@ -285,14 +290,6 @@ def _fitted(tensor: GgufTensor, kind: Kind) -> Planned:
     return Planned(fitting(kind, tensor.shape[-1]), kind)
 
 
-def _unchanged(values: torch.Tensor, published: str) -> Array:
-    """The bytes of a matrix whose type is the file's, uint8 [rows, bytes of a row]."""
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
-        raise NumericError(f"{published}: a value is not finite")
-    octets: Array = values.contiguous().view(torch.uint8).numpy()
-    return octets
-
-
 def _checked(values: Array, kind: Kind, published: str) -> Array:
     wide = kind in (Kind.F32, Kind.BF16)
     most = float(np.finfo(np.float32 if wide else np.float16).max)
@@ -300,14 +297,6 @@ def _checked(values: Array, kind: Kind, published: str) -> Array:
         why = "a value is not finite" if wide else "a value is beyond float16; use --type bf16 or f32"
         raise NumericError(f"{published}: {why}")
     return values
-
-
-def _packed(values: Array, kind: Kind, importance: Array | None) -> Array:
-    """float32 [rows, columns] as uint8 [rows, bytes of a row]."""
-    if kind not in FLOATS and (importance is not None or kind not in _WITHOUT_LIBRARY or libggml.available()):
-        return libggml.quantize(values, kind, importance)
-    packed: Array = gguf.quants.quantize(values, kind)
-    return np.ascontiguousarray(packed).view(np.uint8)
 
 
 def _shown(found: Mapping[str, str]) -> str:

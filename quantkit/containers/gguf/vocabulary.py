@@ -14,6 +14,7 @@ from typing import Any
 
 from gguf import TokenType
 
+from quantkit.containers.gguf.config import TOKENS
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES, PROBE
 from quantkit.containers.gguf.sentencepiece import Piece, read_pieces, scores_from_merges
 from quantkit.containers.source import Source
@@ -25,12 +26,6 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
 # llama.cpp's converter takes these for control tokens even where a tokenizer calls them no special ones.
 _SPECIAL = re.compile(r"<\|.*\|>$|<\uff5c.*\uff5c>$|<unused.*>$|(<pad>|<mask>|<2mass>|\[@BOS@\])$", re.DOTALL)
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
-_IDS = {
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "unknown_token_id": "unk_token_id",
-    "padding_token_id": "pad_token_id",
-}
 
 
 def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
@@ -55,15 +50,22 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
     if backend is None:
         raise SourceError(f"{source.path}: its tokenizer has no tokenizer.json form, so it cannot be written as GGUF")
     content = json.loads(backend.to_str())
-    if _is_byte_level(source, content):
-        keys = _byte_level(source, tokenizer, content, pre)
-    else:
+    kind, bytes_ = content["model"]["type"], '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]])
+    if kind == "BPE" and content["model"].get("byte_fallback"):
         _refuse_pre(source, pre)
         keys = _sentencepiece(source, content)
-    keys |= {key: getattr(tokenizer, ours) for key, ours in _IDS.items() if getattr(tokenizer, ours) is not None}
-    ids = tokenizer("a").input_ids
-    keys["add_bos_token"] = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    keys["add_eos_token"] = tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]
+    elif kind == "BPE" and bytes_:
+        keys = _byte_level(source, tokenizer, content, pre)
+    else:
+        raise SourceError(
+            f"{source.path}: a {kind} tokenizer of this kind cannot be written as GGUF; byte-level BPE and "
+            "SentencePiece BPE can"
+        )
+    ids = {key: getattr(tokenizer, f"{token}_id") for token, key in TOKENS.items()}
+    keys |= {key: number for key, number in ids.items() if number is not None}
+    letter = tokenizer("a").input_ids
+    keys["add_bos_token"] = tokenizer.bos_token_id is not None and letter[:1] == [tokenizer.bos_token_id]
+    keys["add_eos_token"] = tokenizer.eos_token_id is not None and letter[-1:] == [tokenizer.eos_token_id]
     keys["add_space_prefix"] = "".join(backend.encode("a", add_special_tokens=False).tokens)[:1] in _SPACES
     if keys["add_space_prefix"] and keys["model"] == "gpt2":
         raise SourceError(
@@ -110,28 +112,15 @@ def pre_tokenizer(source: Source, tokenizer: Any) -> str:
     )
 
 
-def _is_byte_level(source: Source, content: Mapping[str, Any]) -> bool:
-    """Raises SourceError for neither kind."""
-    model = content["model"]
-    if model["type"] == "BPE" and model.get("byte_fallback"):
-        return False
-    if model["type"] == "BPE" and '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]]):
-        return True
-    raise SourceError(
-        f"{source.path}: a {model['type']} tokenizer of this kind cannot be written as GGUF; byte-level BPE and "
-        "SentencePiece BPE can"
-    )
-
-
 def _byte_level(source: Source, tokenizer: Any, content: Mapping[str, Any], pre: str | None) -> dict[str, Any]:
     pieces = {id_: (token, 0.0, TokenType.NORMAL) for token, id_ in content["model"]["vocab"].items()}
     pieces |= {token["id"]: (token["content"], 0.0, _added_type(token)) for token in content["added_tokens"]}
-    padded = _padded(source, pieces)
+    tokens, _, types = _padded(source, pieces)
     return {
         "model": "gpt2",
         "pre": pre or pre_tokenizer(source, tokenizer),
-        "tokens": [token for token, _, _ in padded],
-        "token_type": [int(kind) for _, _, kind in padded],
+        "tokens": tokens,
+        "token_type": types,
         "merges": [" ".join(pair) for pair in _merges(content)],
     }
 
@@ -165,14 +154,8 @@ def _sentencepiece(source: Source, content: Mapping[str, Any]) -> dict[str, Any]
     unknown = content["model"]["unk_token"] or "<unk>"
     if unknown in vocab:
         pieces[vocab[unknown]] = (unknown, 0.0, TokenType.UNKNOWN)
-    padded = _padded(source, pieces)
-    return {
-        "model": "llama",
-        "pre": "default",
-        "tokens": [token for token, _, _ in padded],
-        "scores": [score for _, score, _ in padded],
-        "token_type": [int(kind) for _, _, kind in padded],
-    }
+    tokens, scored, types = _padded(source, pieces)
+    return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scored, "token_type": types}
 
 
 def _added_type(token: Mapping[str, Any]) -> TokenType:
@@ -180,15 +163,16 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
     return TokenType.CONTROL if special else TokenType.USER_DEFINED
 
 
-def _padded(source: Source, pieces: Mapping[int, Piece]) -> list[Piece]:
-    """One piece for every row of the embedding. Raises SourceError."""
+def _padded(source: Source, pieces: Mapping[int, Piece]) -> tuple[list[str], list[float], list[int]]:
+    """Texts, scores and types, for every row of the embedding. Raises SourceError."""
     size = source.config.vocab_size
     if max(pieces) >= size:
         raise SourceError(
             f"{source.path}: its tokenizer has the id {max(pieces)}, its embedding only {size} rows; copy the "
             "tokenizer of the same model"
         )
-    return [pieces.get(id_) or (f"[PAD{id_}]", _PAD_SCORE, TokenType.UNUSED) for id_ in range(size)]
+    rows = [pieces.get(id_) or (f"[PAD{id_}]", _PAD_SCORE, TokenType.UNUSED) for id_ in range(size)]
+    return [text for text, _, _ in rows], [score for _, score, _ in rows], [int(kind) for _, _, kind in rows]
 
 
 def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:

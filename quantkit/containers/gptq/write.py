@@ -24,7 +24,7 @@ from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.version import __version__
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}  # as they are; else the source's own dtype
 
 
 def check(linears: Plan) -> None:
@@ -60,7 +60,7 @@ def plan(source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
                 TensorPlan(f"{module}.g_idx", torch.int32, (columns,)),
             ]
         else:
-            tensors.append(TensorPlan(name, _kept_dtype(source, info.stored_as), info.shape))
+            tensors.append(TensorPlan(name, _INTEGERS.get(info.stored_as, source.dtype), info.shape))
     return tensors
 
 
@@ -173,7 +173,7 @@ def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
         NumericError: a value that is not finite there.
     """
     tensor = weights.read(name)
-    dtype = _kept_dtype(source, weights.tensors[name].stored_as)
+    dtype = _INTEGERS.get(weights.tensors[name].stored_as, source.dtype)
     if tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)
@@ -181,8 +181,3 @@ def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
         held = str(dtype).removeprefix("torch.")
         raise NumericError(f"{name}: a value is beyond {held}; convert the model to bfloat16")
     return cast
-
-
-def _kept_dtype(source: Source, stored_as: str) -> torch.dtype:
-    integers = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-    return integers.get(stored_as, source.dtype)

@@ -19,34 +19,17 @@ from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
 
 COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("LICENSE", "LICENSE.txt", "NOTICE"),
 )
 OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
-LOCAL_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "_model_name_or_path",
-        "name_or_path",
-        "tokenizer_file",
-        "vocab_file",
-        "is_local",
-        "local_files_only",
-    }
-)
+LOCAL_KEYS = {
+    *("_name_or_path", "_model_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"),
+    *("is_local", "local_files_only"),
+}
 
 
 class FolderSource(Source):
@@ -201,11 +184,8 @@ def _refuse_code(path: Path, error: Exception) -> None:
 
 def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """float16 or bfloat16 as most bytes of the float tensors are stored; float16 for float32 sources."""
-    sizes = {"F16": 0, "BF16": 0}
-    for info in tensors.values():
-        if info.stored_as in sizes:
-            sizes[info.stored_as] += info.bytes
-    return torch.bfloat16 if sizes["BF16"] > sizes["F16"] else torch.float16
+    half, brain = (sum(info.bytes for info in tensors.values() if info.stored_as == kind) for kind in ("F16", "BF16"))
+    return torch.bfloat16 if brain > half else torch.float16
 
 
 def publishable_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.containers.hf.header import Header, Stored, examine_header
-from quantkit.containers.hf.shards import DTYPES, SafetensorsFiles, read_stored
+from quantkit.containers.hf.shards import STORED_DTYPES, SafetensorsFiles, read_stored
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.progress import Progress
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
@@ -56,7 +56,7 @@ class StoredTensors:
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, 8-bit floats widened; nothing of one that is lost, or of a type that is not read."""
         entry = self.entries.get(name)
-        if entry is None or entry.dtype not in DTYPES:
+        if entry is None or entry.dtype not in STORED_DTYPES:
             return torch.empty(0)
         return read_stored(self.files[name], name, entry)
 
@@ -86,7 +86,7 @@ def check_weights(folder: Path, found: Findings) -> StoredTensors:
                     f"{path.name}: the format in its __metadata__ is {said!r}, not 'pt': transformers 4 refuses it"
                 )
     entries, holder = _join(headers, found)
-    if unread := [name for name, entry in entries.items() if entry.dtype not in DTYPES]:
+    if unread := [name for name, entry in entries.items() if entry.dtype not in STORED_DTYPES]:
         kinds = ", ".join(sorted({entries[name].dtype for name in unread}))
         found.note(f"values stored as {kinds} are not looked at: {listed(unread)}")
     sound = {name for name, header in headers.items() if not header.problems}

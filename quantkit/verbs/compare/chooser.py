@@ -30,7 +30,6 @@ class Limits:
     budget: int | None = None
     max_kl: float | None = None
 
-
     def fits(self, model: Measured) -> bool:
         """Whether the file is within the budget."""
         return self.budget is None or model.bytes <= self.budget

@@ -324,4 +324,4 @@ def test_what_the_command_says(make_model: MakeModel, tmp_path: Path, capsys: py
     assert err.count("\n") == 1
     assert "already exists; use --force" in err
     code, out, err = run(capsys, "convert", tmp_path / "nothing", "--out", tmp_path / "out", "--quiet")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")

@@ -331,7 +331,7 @@ def test_without_the_network_the_suite_ends_in_one_line(model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"suite": "other"}, r"--suite other: choose one of open-llm-leaderboard"),
+        ({"suite": "other"}, r"--suite other: choose open-llm-leaderboard"),
         ({"fewshot": 3}, r"--fewshot is for tasks given with --task"),
         ({"limit": 0}, r"--limit 0: give at least 1"),
         ({"batch_size": 0}, r"--batch-size 0: give at least 1"),

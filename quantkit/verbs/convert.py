@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quantkit.blocks.folder import plan_folder, write_folder
-from quantkit.blocks.open import DTYPES, note_source
+from quantkit.blocks.open import DTYPES, note_left_out, note_source
 from quantkit.containers.source import Source
 from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
@@ -71,7 +71,8 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     held = DTYPES.get(options.dtype, source.dtype)
     target = _output(options.out, source, held)
     check_output(target, source.path, options.force)
-    plan = plan_folder(source, held)
+    plan = plan_folder(source, held, all_alike=options.dtype != "auto")
+    note_left_out(plan.weights, progress)
     report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
     if options.dry_run:
         return report

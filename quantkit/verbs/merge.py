@@ -89,7 +89,7 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     held = DTYPES[_tuned_dtype(source) if options.dtype == "auto" else options.dtype]
     target = absolute(options.out)
     check_outside(target, source, options.force)
-    plan = plan_folder(source, held)
+    plan = plan_folder(source, held, all_alike=options.dtype != "auto")
     report = MergeReport(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True)
     if options.dry_run:
         return report

@@ -33,6 +33,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
+_WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
 LOCAL_KEYS = frozenset(
@@ -58,6 +59,7 @@ class FolderSource(Source):
         self.config = load_config(folder, trust_remote_code)
         self.stored = open_weights(folder)
         self.dtype = stored_dtype(self.stored.tensors)
+        self.float32 = in_float32(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -170,6 +172,15 @@ def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
         if info.stored_as in sizes:
             sizes[info.stored_as] += info.bytes
     return torch.bfloat16 if sizes["BF16"] > sizes["F16"] else torch.float16
+
+
+def in_float32(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Names of the float32 tensors, where most bytes of floats are in half precision or less; else none."""
+    sizes = {True: 0, False: 0}
+    for info in tensors.values():
+        if info.stored_as in _WIDE + _NARROW:
+            sizes[info.stored_as in _NARROW] += info.bytes
+    return frozenset(n for n, i in tensors.items() if i.stored_as == "F32" and sizes[True] > sizes[False])
 
 
 def publishable_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -275,9 +275,10 @@ def _check_zeros(zeros: _Zeros, quantization: Mapping[str, Any], found: Findings
         found.problem(
             f"{listed(wrong)}: their zeros are those of a symmetric {other} file, the label says {label}; {remedy}"
         )
-    if zeros.varying and quantization.get("sym"):
+    wrong = [module for module in zeros.varying if (label_of(module, quantization) or quantization).get("sym")]
+    if wrong:
         found.problem(
-            f"{listed(zeros.varying)}: their zeros vary, the label says sym true, and kernels for symmetric files do "
+            f"{listed(wrong)}: their zeros vary, the label says sym true, and kernels for symmetric files do "
             "not look at zeros; set sym to false"
         )
     if not zeros.varying:

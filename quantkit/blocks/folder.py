@@ -25,10 +25,6 @@ from quantkit.runs.atomic import (
 )
 from quantkit.runs.tensorfile import TensorPlan
 
-# Masks and counters that some checkpoints store; everything else is a weight.
-_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-
-
 # What a progress bar calls the work; by the kind of source.
 _PHASES = {"delta": "merging", "diff": "subtracting"}
 
@@ -47,12 +43,17 @@ class FolderPlan:
         return sum(tensor.bytes for tensor in self.tensors)
 
 
-def plan_folder(source: Source, dtype: torch.dtype) -> FolderPlan:
-    """What a source is as a folder of weights in `dtype`, from headers. Raises SourceError as `whole_weights` does."""
+def plan_folder(source: Source, dtype: torch.dtype, all_alike: bool = True) -> FolderPlan:
+    """What a source is as a folder of weights in `dtype`, from headers. Raises SourceError as `whole_weights` does.
+
+    Where not `all_alike`, tensors that are float32 beside weights in half precision stay that.
+    """
     weights = whole_weights(source)
-    planned = [
-        TensorPlan(name, _INTEGERS.get(info.stored_as, dtype), info.shape) for name, info in weights.tensors.items()
-    ]
+
+    def held(name: str) -> torch.dtype:
+        return weights.dtype(name, torch.float32 if weights.in_float32(name) and not all_alike else dtype)
+
+    planned = [TensorPlan(name, held(name), info.shape) for name, info in weights.tensors.items()]
     return FolderPlan(source, weights, planned, str(dtype).removeprefix("torch."))
 
 

@@ -11,7 +11,8 @@ import torch
 from quantkit.blocks.budget import Budget, free_budget
 from quantkit.blocks.pair import DeltaSource, delta_record
 from quantkit.blocks.stream import ModelStream
-from quantkit.containers.source import Source
+from quantkit.blocks.weights import left_out
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.options import ComputeDtype, parse_size
 from quantkit.progress import Progress
@@ -135,6 +136,13 @@ def memory_budget(device: torch.device, memory: str | int | None = None) -> Budg
         return free
     most = parse_size(memory, "memory")
     return Budget(most, None if free.device is None else min(most, free.device), named=True)
+
+
+def note_left_out(weights: Weights, progress: Progress, parameters_only: bool = False) -> None:
+    """Warn of tensors that the output will lack; `parameters_only` as `left_out` has it."""
+    lost = left_out(weights, parameters_only=parameters_only)
+    if lost is not None:
+        progress.warn(lost)
 
 
 def note_source(source: Source, progress: Progress) -> None:

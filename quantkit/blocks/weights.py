@@ -23,7 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.containers.source import Place, Source, TensorInfo, Weights
+from quantkit.containers.source import Place, Source, TensorInfo, Weights, by_prefix
 from quantkit.errors import SourceError, first_line
 
 
@@ -45,6 +45,11 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     except Exception as error:  # whatever a model class raises on a config it does not like
         raise SourceError(f"{source.path}: cannot build a {config.model_type} model: {first_line(error)}") from error
     return model.eval()
+
+
+_SHOWN = 4  # prefixes of tensors that are left out
+# Old checkpoints store these, which every reader computes from the config.
+_COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_)?bias$|position_ids$")
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
@@ -177,6 +182,7 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places: dict[str, Place] = {}
     found: dict[str, str] = {}
+    left_out: list[str] = []
     prefix = f"{model.base_model_prefix}."
     for stored in source.tensors:
         name = _usual_expert(rename_source_key(stored, renamings, [])[0], fused, names)
@@ -198,6 +204,8 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
                 found[f"{module}.{part}"] = f"{module}.{part}"
         elif not any(re.search(pattern, stored) for pattern in ignored):
             places[stored] = Place(stored)
+        elif not _COMPUTED.search(stored):
+            left_out.append(stored)
     for name in wanted:  # GPTQModel writes Phi-3's gate_up_proj as gate_proj and up_proj
         gate, up = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
         if name not in found and gate != name and gate in places and up in places:
@@ -205,7 +213,28 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             found[name] = name
     untied = _tie(source, model, places, found, untie)
     tensors = {published: _info(source, place) for published, place in places.items()}
-    return Weights(tensors, found, untied, source, places)
+    return Weights(tensors, found, untied, tuple(left_out), source, places)
+
+
+def left_out(weights: Weights, source: str = "", parameters_only: bool = False) -> str | None:
+    """Which of a source's tensors an output lacks, by what their names begin with, one line; None where none.
+
+    Args:
+        weights: of the source.
+        source: what to call it, such as " of BASE".
+        parameters_only: the output holds nothing but the model's parameters, as a GGUF file.
+    """
+    known = set(weights.names.values())
+    unread = (name for name in weights.tensors if name not in known and not _COMPUTED.search(name))
+    lost = [*weights.left_out, *(unread if parameters_only else ())]
+    if not lost:
+        return None
+    shown = [f"{prefix} ({len(names)})" for prefix, names in by_prefix(lost, known).items()]
+    more = [f"{len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
+    return (
+        f"{len(lost)} tensors{source} are left out, which the text model's class does not read: "
+        f"{', '.join(shown[:_SHOWN] + more)}"
+    )
 
 
 def _usual_expert(name: str, fused: Mapping[str, nn.Module], names: ExpertNames) -> str:

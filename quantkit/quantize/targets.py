@@ -6,6 +6,7 @@ headers alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.gguf.types import Choice, Chooser, Kind
-from quantkit.containers.source import Source, Weights
+from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.options import METHODS, CheckpointFormat, GgmlType, QuantSpec, matches
 from quantkit.runs.tensorfile import TensorPlan
@@ -66,6 +67,23 @@ def modules_in_block(stream: ModelStream, plan: Plan) -> list[list[str]]:
             group += [name for name in inside if name not in seen]
             seen.update(dict.fromkeys(inside, group))
     return list({id(group): group for group in seen.values()}.values())
+
+
+def named_alike(stream: ModelStream, plan: Plan, modules: Sequence[Sequence[str]]) -> list[str]:
+    """Regular expressions of what readers would look for as codes by its name, and is none of the blocks' Linears.
+
+    So are the Linears of a vision tower, of layers beyond the last, and those that no forward calls.
+    """
+    ends = tuple(f".{name}" for stage in modules for name in stage)
+    stored = (name.removesuffix(".weight") for name in stream.weights.tensors if name.endswith(".weight"))
+    linears = {name for name, _ in stream.linears()}
+    alike = [module for module in stored if module.endswith(ends) and module not in linears]
+    found: dict[str, None] = {}
+    for prefix, inside in by_prefix(alike, plan).items():
+        exact = re.escape(prefix) + ("$" if inside == [prefix] else r"\.")
+        of_all = re.sub(r"(?<=\.)\d+(?=\\\.|\$)", r"\\d+", exact)  # of every block, where that is no quantized one's
+        found[exact if any(re.match(of_all, module) for module in plan) else of_all] = None
+    return list(found)
 
 
 class CodesWriter(Protocol):
@@ -111,9 +129,13 @@ class Layout(Protocol):
         """Refuse what the container cannot hold, by its row and by shapes. Raises UsageError."""
 
     def quantization_config(
-        self, spec: QuantSpec, checkpoint_format: CheckpointFormat, modules: Sequence[Sequence[str]]
+        self,
+        spec: QuantSpec,
+        checkpoint_format: CheckpointFormat,
+        modules: Sequence[Sequence[str]],
+        kept: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The quantization that config.json says."""
+        """The quantization that config.json says; `kept` are regular expressions of modules beside the Linears."""
 
     def plan(self, source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
         """Every tensor that the checkpoint will hold, in the source's order."""
@@ -145,7 +167,9 @@ class CheckpointTarget:
         self.plan = plan_linears(stream, spec)
         self._layout: Layout = load(of_format(format).writes)
         self._layout.check(self.plan)
-        self._quantization = self._layout.quantization_config(spec, format, modules_in_block(stream, self.plan))
+        modules = modules_in_block(stream, self.plan)
+        kept = named_alike(stream, self.plan, modules)
+        self._quantization = self._layout.quantization_config(spec, format, modules, kept)
         tensors = self._layout.plan(self._source, self._weights, self.plan)
         parts = [(tensor.bytes, *tensor.name.rpartition(".")) for tensor in tensors]
         self.bytes = sum(tensor.bytes for tensor in tensors)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quantkit.blocks.folder import plan_folder, write_folder
-from quantkit.blocks.open import DTYPES, note_source
+from quantkit.blocks.open import DTYPES, note_left_out, note_source
 from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
 from quantkit.progress import SILENT, Progress, size
@@ -67,7 +67,8 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     name = f"{variant_name(source.label)}-{_SUFFIXES[held]}"
     target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_output(target, source.path, options.force)
-    plan = plan_folder(source, held)
+    plan = plan_folder(source, held, all_alike=options.dtype != "auto")
+    note_left_out(plan.weights, progress)
     made = target, plan.dtype_name, len(plan.tensors), plan.bytes
     report = ConvertReport(*made, memory_bytes=plan.weights.largest_bytes(2), dry_run=True)
     if options.dry_run:

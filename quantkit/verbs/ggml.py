@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import torch
 
-from quantkit.blocks.open import named, note_source, open_model
+from quantkit.blocks.open import named, note_left_out, note_source, open_model
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
@@ -102,6 +102,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     if row.admits:
         load(row.admits)(source, progress)
     weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
+    note_left_out(weights, progress, parameters_only=True)
     allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
     plan = gguf_files.plan(source, weights)
     chosen = list(zip(plan, Chooser(source, weights, types, allowed).choose(plan), strict=True))

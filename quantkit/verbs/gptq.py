@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
+from quantkit.blocks.open import model_or_default, note_left_out, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.containers import CONTAINERS, of_format
@@ -370,6 +370,8 @@ def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
     note_source(stream.source, progress)
+    into_file = any(linear.spec.ggml for linear in plan.values())
+    note_left_out(stream.weights, progress, parameters_only=into_file)
     if missing := shortfall(stream.device):
         progress.note(missing)
     if stream.discovered:
@@ -381,7 +383,7 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     left = sum(1 for _ in stream.linears()) - len(plan)
     if left:
         progress.note(f"{left} Linears stay as they are")
-    if any(linear.spec.ggml for linear in plan.values()):  # of a GGUF file, whose types are listed when it is made
+    if into_file:  # whose types are listed when it is made
         return
     if _parts_fused_layers(stream, plan):
         progress.note(

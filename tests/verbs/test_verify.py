@@ -116,6 +116,7 @@ CLEAN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"bits": 3, "group_size": -1, "sym": False}),
     ({}, {"bits": 8, "group_size": 64, "act_order": "dynamic"}),
     ({}, {"bits": 2, "override": {"*.down_proj": {"bits": 8}}, "exclude": ["*.k_proj"]}),
+    ({}, {"override": {"*.up_proj": {"sym": False}}}),
     ({"family": "gpt2"}, {}),
     ({"family": "mixtral"}, {}),
     ({"family": "gemma3_text", "dtype": "bfloat16", "tied": True}, {}),
@@ -132,6 +133,31 @@ def test_a_checkpoint_that_quantkit_wrote(
     assert found.kind == "gptq"
     assert found.sentence is not None
     assert found.sentence.startswith("The capital of France is")
+
+
+def test_what_is_named_as_quantized_linears_and_stays_is_labelled(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    """A vision tower's Linears, those of layers beyond the last, and of a module beside the blocks."""
+    model = shutil.copytree(make_model(), tmp_path / "model")
+    more = {
+        f"{place}.{name}.weight": torch.ones(64, 64)
+        for place in ("vision_tower.layers.0", "vision_tower.layers.1", "model.layers.2", "mtp")
+        for name in ("self_attn.q_proj", "other.q_proj")
+    }
+    edit_tensors(model, lambda tensors: tensors.update(more))
+    quantkit.gptq(model, tmp_path / "out", calibration=tiny_tokens, override={"*.q_proj": {"bits": 8}}, **SMALL)
+    assert problems(tmp_path / "out") == []
+    label = json.loads((tmp_path / "out" / "quantize_config.json").read_text(encoding="utf-8"))
+    *rules, _ = label["dynamic"]
+    assert sorted(rules) == [r"-:^model\.layers\.2\.", r"-:^mtp\.", r"-:^vision_tower\."]
+
+
+def test_zeros_that_vary_are_told_by_each_linears_own_label(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(made(override={"*.up_proj": {"sym": False}}), tmp_path / "checkpoint")
+    for name in ("config.json", "quantize_config.json"):
+        edit_json(folder / name, lambda content: content.get("quantization_config", content).pop("dynamic"))
+    only(problems(forget(folder)), "up_proj", "zeros vary", "set sym to false")
 
 
 @pytest.mark.parametrize("shards", ["5GB", "60KB"])

@@ -24,6 +24,7 @@ COMPANIONS = (
     *("LICENSE", "LICENSE.txt", "NOTICE"),
 )
 OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
+_WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
 LOCAL_KEYS = {
@@ -42,6 +43,7 @@ class FolderSource(Source):
         self.config = load_config(folder, trust_remote_code)
         self.stored = open_weights(folder)
         self.dtype = stored_dtype(self.stored.tensors)
+        self.float32 = in_float32(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -186,6 +188,15 @@ def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """float16 or bfloat16 as most bytes of the float tensors are stored; float16 for float32 sources."""
     half, brain = (sum(info.bytes for info in tensors.values() if info.stored_as == kind) for kind in ("F16", "BF16"))
     return torch.bfloat16 if brain > half else torch.float16
+
+
+def in_float32(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Names of the float32 tensors, where most bytes of floats are in half precision or less; else none."""
+    sizes = {True: 0, False: 0}
+    for info in tensors.values():
+        if info.stored_as in _WIDE + _NARROW:
+            sizes[info.stored_as in _NARROW] += info.bytes
+    return frozenset(n for n, i in tensors.items() if i.stored_as == "F32" and sizes[True] > sizes[False])
 
 
 def publishable_config(config: dict[str, Any]) -> dict[str, Any]:

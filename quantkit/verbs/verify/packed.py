@@ -245,9 +245,9 @@ class _Packed:
             found.problem(
                 f"{listed(wrong)}: their zeros are those of a symmetric {other} file, the label says {named}; {remedy}"
             )
-        if zeros.varying and self.label.get("sym"):
+        if wrong := [name for name in zeros.varying if (label_of(name, self.label) or self.label).get("sym")]:
             found.problem(
-                f"{listed(zeros.varying)}: their zeros vary, the label says sym true, and kernels for symmetric files "
+                f"{listed(wrong)}: their zeros vary, the label says sym true, and kernels for symmetric files "
                 "do not look at zeros; set sym to false"
             )
         if zeros.varying and not zeros.means:

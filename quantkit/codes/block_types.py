@@ -43,18 +43,18 @@ class BlockType:
 
 
 BLOCK_TYPES = {
-    "Q4_0": BlockType(4, False),
-    "Q4_1": BlockType(4, True),
-    "Q5_0": BlockType(5, False),
-    "Q5_1": BlockType(5, True),
-    "Q8_0": BlockType(8, False),
     "Q2_K": BlockType(2, True, 16, 4),
     "Q3_K": BlockType(3, False, 16, 6),
+    "Q4_0": BlockType(4, False),
     "Q4_K": BlockType(4, True, 32, 6),
+    "Q4_1": BlockType(4, True),
+    "Q5_0": BlockType(5, False),
     "Q5_K": BlockType(5, True, 32, 6),
+    "Q5_1": BlockType(5, True),
     "Q6_K": BlockType(6, False, 16, 8),
+    "Q8_0": BlockType(8, False),
 }
-"""By GGML's name."""
+"""By GGML's name, from the smallest to the largest; of equal sizes the simpler block first."""
 
 
 def pack_blocks(name: str, codes: Array, d: Array, m: Array | None = None) -> Array:

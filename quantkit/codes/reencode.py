@@ -18,9 +18,6 @@ from quantkit.codes.block_types import BLOCK, BLOCK_TYPES, Array, pack_blocks, p
 
 _NIBBLE, _LOW_NIBBLES = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
 
-# From the smallest to the largest; of equal sizes the simpler block first.
-_BY_SIZE = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
-
 
 @dataclass(frozen=True)
 class Reencoding:
@@ -52,8 +49,7 @@ def expected_reencodings(bits: int, zeros: torch.Tensor, group: torch.Tensor) ->
 
 def _types(bits: int, low: int, high: int, zero: int, run: int) -> Iterator[Reencoding]:
     """Types for steps (code - zero) of low..high, zeros up to `zero`, and runs of columns of one group."""
-    for name in _BY_SIZE:
-        kind = BLOCK_TYPES[name]
+    for name, kind in BLOCK_TYPES.items():
         if run % kind.columns:
             continue
         half = 2 ** (kind.bits - 1)

@@ -209,11 +209,11 @@ class _Dat:
         self._entries: dict[str, Array] = {}
 
     def read(self) -> Imatrix:
-        for _ in range(self._count("entries")):
-            name = self._text(self._count("characters of a name"))
+        for _ in range(self._int("entries")):
+            name = self._text(self._int("characters of a name"))
             if name in self._entries:
                 raise self._broken(f"it holds {name} twice")
-            calls, length = self._int(), self._count(f"values of {name}")
+            calls, length = self._int(), self._int(f"values of {name}")
             values = _checked(np.frombuffer(self._take(4 * length), "<f4").astype(np.float32), self._path, name)
             self._entries[name] = values[None] / np.float32(calls if calls > 0 else 1)
         # What follows came later: first the chunks, then the data set.
@@ -230,14 +230,10 @@ class _Dat:
         except UnicodeDecodeError:
             raise self._broken("a name is no text") from None
 
-    def _count(self, what: str) -> int:
-        value = self._int()
-        if value < 1:
-            raise self._broken(f"{value} {what}")
-        return value
-
-    def _int(self) -> int:
+    def _int(self, counted: str = "") -> int:
         value: int = struct.unpack("<i", self._take(4))[0]
+        if counted and value < 1:
+            raise self._broken(f"{value} {counted}")
         return value
 
     def _take(self, size: int) -> bytes:

@@ -25,7 +25,7 @@ from quantkit.containers.gguf.recipes import (
     fitting,
     tensor_kinds,
 )
-from quantkit.containers.gguf.types import Choice, Chooser, Kind
+from quantkit.containers.gguf.types import Choice, Chooser, Kind, TypeOptions
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.options import METHODS, CheckpointFormat, GgmlType, QuantSpec, matches
@@ -230,7 +230,7 @@ class GgufTarget:
         )
         asked = plan_linears(stream, spec)
         linears = {name for name, _ in stream.linears()}
-        chooser = Chooser.of_run(source, weights)
+        chooser = Chooser(source, weights, TypeOptions(requantize=True))
         kinds: dict[str, Kind] = {}
         self._typed: list[tuple[gguf_files.GgufTensor, Kind]] = []
         self._others: list[tuple[gguf_files.GgufTensor, Choice]] = []

@@ -38,8 +38,8 @@ from quantkit.containers.gguf import (
 )
 from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES
-from quantkit.containers.gguf.sentencepiece import read_pieces
 from quantkit.containers.gguf.tensors import in_rotary_order
+from quantkit.containers.gguf.vocabulary import read_pieces
 from quantkit.containers.source import Source
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.runs.atomic import staged_files

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.file import GgufFile, StoredTensor, bytes_of
-from quantkit.containers.gguf.read import GgmlSource, Stored
+from quantkit.containers.gguf.read import GgmlSource, InFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import publishable_config, stored_dtype
 from quantkit.errors import SourceError
@@ -35,9 +35,8 @@ BOS, EOS, FIRST_BYTE = 1, 2, 3
 UNKNOWN_TEXT = " \u2047 "
 ADDED_SCORE = -1000.0
 
-EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
-OUTSIDE = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", OUTPUT: "lm_head"}
-BLOCK = {
+_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -60,8 +59,8 @@ _SPACE = "\u2581"
 
 def names_of(layers: int) -> dict[str, str]:
     """Hugging Face name -> the format's name, of every tensor that a Llama of so many layers has."""
-    blocks = {f"model.layers.{i}.{ours}": f"layers.{i}.{name}" for i in range(layers) for name, ours in BLOCK.items()}
-    outside = {ours: name for name, ours in OUTSIDE.items()}
+    blocks = {f"model.layers.{i}.{ours}": f"layers.{i}.{name}" for i in range(layers) for name, ours in _BLOCK.items()}
+    outside = {ours: name for name, ours in _OUTSIDE.items()}
     return {f"{ours}.weight": f"{name}.weight" for ours, name in {**outside, **blocks}.items()}
 
 
@@ -147,7 +146,7 @@ class GgjtSource(GgmlSource):
         self.path = path
         self.label = label or path.stem
         self._file = GgjtFile(path)
-        self._stored = {name: Stored(self._file, stored) for name, stored in self._names().items()}
+        self._stored = {name: InFile(self._file, stored) for name, stored in self._names().items()}
         self.config: PretrainedConfig = self._config()
         self._check_shapes()
         self.dtype = stored_dtype(self.tensors)
@@ -155,7 +154,7 @@ class GgjtSource(GgmlSource):
     def _names(self) -> dict[str, str]:
         """`names_of` the header's layers, which must be the names of the file's tensors."""
         layers, stored = self._file.sizes["n_layer"], self._file.tensors
-        wanted = len(OUTSIDE) + len(BLOCK) * layers
+        wanted = len(_OUTSIDE) + len(_BLOCK) * layers
         if len(stored) < wanted:  # before anything is made of a number of layers that may be absurd
             raise SourceError(f"{self.path}: {layers} layers have {wanted} tensors, but the file holds {len(stored)}")
         names = names_of(layers)

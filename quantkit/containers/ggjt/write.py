@@ -21,20 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PretrainedConfig
 
-from quantkit.containers.ggjt.read import (
-    ADDED_SCORE,
-    ALIGNMENT,
-    BOS,
-    EOS,
-    FIRST_BYTE,
-    MAGIC,
-    RMS_EPS,
-    ROPE_THETA,
-    UNKNOWN_TEXT,
-    VERSION,
-    names_of,
-    rebuilt_tokenizer,
-)
+from quantkit.containers.ggjt import read as ggjt
 from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.write import PlacedWriter
 from quantkit.containers.source import Source, TensorInfo
@@ -46,7 +33,7 @@ Vocabulary = list[tuple[bytes, float]]
 
 # Types of matrices, and the header's number for a file of mostly that type.
 FILE_TYPES = {Kind.F32: 0, Kind.F16: 1, Kind.Q4_0: 2, Kind.Q4_1: 3, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q5_1: 9}
-_EPSILONS = (RMS_EPS, 1e-6)  # of llama.cpp from July 2023 on, and before
+_EPSILONS = (ggjt.RMS_EPS, 1e-6)  # of llama.cpp from July 2023 on, and before
 _COMMON_MULTIPLE = 256  # Meta's own n_mult
 _SPACE = "\u2581"
 # Where a vocabulary that is not SentencePiece's would be cut otherwise.
@@ -111,10 +98,10 @@ def check(source: Source, progress: Progress = SILENT) -> None:
             f"the norms' epsilon is {config.rms_norm_eps:g}; a ggjt file cannot say so, and its readers assume "
             f"{_EPSILONS[0]:g} (those of before August 2023 {_EPSILONS[1]:g}): give it to the reader, or write GGUF"
         )
-    if rope["rope_theta"] != ROPE_THETA:
+    if rope["rope_theta"] != ggjt.ROPE_THETA:
         progress.warn(
             f"the rotary base is {rope['rope_theta']:g}; a ggjt file cannot say so, and its readers assume "
-            f"{ROPE_THETA:g}: give it to the reader (--rope-freq-base), or write GGUF"
+            f"{ggjt.ROPE_THETA:g}: give it to the reader (--rope-freq-base), or write GGUF"
         )
 
 
@@ -145,7 +132,7 @@ def plan(config: PretrainedConfig, tensors: Mapping[str, TensorInfo], kinds: Map
     Raises:
         UsageError: a type or a tensor that the format has no place for, or a width that is no multiple of a block.
     """
-    known = names_of(config.num_hidden_layers)
+    known = ggjt.names_of(config.num_hidden_layers)
     for name in tensors:
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UsageError(f"tensor {name} has no place in a ggjt file; write GGUF instead")
@@ -192,7 +179,7 @@ def make_vocabulary(tokenizer: Any, size: int, progress: Progress = SILENT) -> V
         raise UsageError(f"the tokenizer has {max(token_of) + 1} tokens, but the model embeds only {size}")
     _check_fixed_ids(tokenizer, token_of, progress)
     merges = [(left, right) for left, right in model["merges"]]
-    pieces = [token_of[number] for number in sorted(token_of) if number >= FIRST_BYTE + 256 and number not in added]
+    pieces = [token_of[i] for i in sorted(token_of) if i >= ggjt.FIRST_BYTE + 256 and i not in added]
     # SentencePiece's scores count down: pieces in the order in which they are joined, then the others.
     joined = [left + right for left, right in merges]
     order = list(dict.fromkeys(joined))
@@ -208,11 +195,7 @@ def make_vocabulary(tokenizer: Any, size: int, progress: Progress = SILENT) -> V
 
 
 class GgjtWriter(PlacedWriter):
-    """Writes one file, each planned tensor exactly once, in any order, then `finish`.
-
-    It has its name from the start, so it must lie where nobody takes it for finished
-    (`quantkit.runs.atomic.staged_files`).
-    """
+    """Writes one file, each planned tensor exactly once, in any order, then `finish`."""
 
     def __init__(
         self, path: Path, config: PretrainedConfig, vocabulary: Vocabulary, tensors: Sequence[GgjtTensor]
@@ -227,7 +210,7 @@ class GgjtWriter(PlacedWriter):
         for tensor in tensors:
             name, shape = tensor.name.encode(), tensor.shape[::-1]
             head = struct.pack(f"<{3 + len(shape)}I", len(shape), len(name), tensor.kind, *shape) + name
-            head += bytes(-(at + len(head)) % ALIGNMENT)
+            head += bytes(-(at + len(head)) % ggjt.ALIGNMENT)
             self._heads[tensor.name] = at, head
             at += len(head) + tensor.bytes
 
@@ -266,7 +249,7 @@ def _header(config: Any, vocabulary: Vocabulary, tensors: Sequence[GgjtTensor]) 
         *(config.hidden_size // heads, FILE_TYPES[weights.most_common(1)[0][0]]),
     )
     tokens = b"".join(struct.pack("<I", len(text)) + text + struct.pack("<f", score) for text, score in vocabulary)
-    return MAGIC + struct.pack("<8I", VERSION, *sizes) + tokens
+    return ggjt.MAGIC + struct.pack("<8I", ggjt.VERSION, *sizes) + tokens
 
 
 def _encoded(tensor: GgjtTensor, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -287,16 +270,16 @@ def _encoded(tensor: GgjtTensor, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _check_fixed_ids(tokenizer: Any, token_of: Mapping[int, str], progress: Progress) -> None:
     """Readers of the time know some ids by heart."""
-    ids = range(FIRST_BYTE, FIRST_BYTE + 256)
-    others = [token_of.get(number) for number in ids if token_of.get(number) != f"<0x{number - FIRST_BYTE:02X}>"]
-    if others or tokenizer.bos_token_id != BOS:
+    ids = range(ggjt.FIRST_BYTE, ggjt.FIRST_BYTE + 256)
+    others = [token_of.get(number) for number in ids if token_of.get(number) != f"<0x{number - ggjt.FIRST_BYTE:02X}>"]
+    if others or tokenizer.bos_token_id != ggjt.BOS:
         raise UsageError(
-            f"readers of ggjt files take id {BOS} for the BOS and {ids[0]} to {ids[-1]} for the bytes, and "
+            f"readers of ggjt files take id {ggjt.BOS} for the BOS and {ids[0]} to {ids[-1]} for the bytes, and "
             f"the tokenizer has {others[0] if others else tokenizer.bos_token!r} elsewhere; write GGUF instead"
         )
-    if tokenizer.eos_token_id != EOS:
+    if tokenizer.eos_token_id != ggjt.EOS:
         progress.warn(
-            f"readers of ggjt files stop at id {EOS}, and the model at {tokenizer.eos_token_id} "
+            f"readers of ggjt files stop at id {ggjt.EOS}, and the model at {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token!r}): give that to the reader as a stop text, or write GGUF"
         )
 
@@ -304,20 +287,22 @@ def _check_fixed_ids(tokenizer: Any, token_of: Mapping[int, str], progress: Prog
 def _entry(number: int, token: str | None, unknown: str | None, scores: Mapping[str, float]) -> tuple[bytes, float]:
     """Bytes and score of a token; one without a score was added to the pieces, None is one that there is not."""
     if token is None:
-        return b"", ADDED_SCORE
-    if number in (BOS, EOS):
+        return b"", ggjt.ADDED_SCORE
+    if number in (ggjt.BOS, ggjt.EOS):
         return b"", 0.0
     if token == unknown:
-        return UNKNOWN_TEXT.encode(), 0.0
-    if FIRST_BYTE <= number < FIRST_BYTE + 256:
-        return bytes([number - FIRST_BYTE]), 0.0
-    return (token.replace(_SPACE, " ").encode(), scores[token]) if token in scores else (token.encode(), ADDED_SCORE)
+        return ggjt.UNKNOWN_TEXT.encode(), 0.0
+    if ggjt.FIRST_BYTE <= number < ggjt.FIRST_BYTE + 256:
+        return bytes([number - ggjt.FIRST_BYTE]), 0.0
+    if token in scores:
+        return token.replace(_SPACE, " ").encode(), scores[token]
+    return token.encode(), ggjt.ADDED_SCORE
 
 
 def _check_same_cuts(tokenizer: Any, merges: Sequence[tuple[str, str]], vocabulary: Vocabulary) -> None:
     """A reader joins any two neighbours that make a piece, begins text with a space, and changes nothing else in it."""
     try:
-        rebuilt: Any = rebuilt_tokenizer(vocabulary)
+        rebuilt: Any = ggjt.rebuilt_tokenizer(vocabulary)
     except SourceError as error:
         raise UsageError(f"a ggjt file cannot hold this tokenizer: {error}; write GGUF instead") from error
     theirs = [tuple(pair) for pair in json.loads(rebuilt.backend_tokenizer.to_str())["model"]["merges"]]

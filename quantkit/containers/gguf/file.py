@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class FileBytes:
         Raises:
             OSError: the disk fails, or the file has become shorter.
         """
-        found: npt.NDArray[Any] = np.empty(stop - start, dtype=np.uint8)
+        found: Array = np.empty(stop - start, dtype=np.uint8)
         read_into(self.path, start, found.data)
         return found
 
@@ -209,13 +209,12 @@ class GgufFile:
         for name, tensor in found.items():
             if tensor.offset % alignment:
                 raise ValueError(f"the offset of {name} is no multiple of {alignment}")
-            placed = StoredTensor(tensor.shape, tensor.kind, start + tensor.offset, tensor.bytes)
-            if placed.offset + placed.bytes > self._bytes.size:
+            self.tensors[name] = replace(tensor, offset=start + tensor.offset)
+            if start + tensor.offset + tensor.bytes > self._bytes.size:
                 raise ValueError(f"it ends before the end of {name}")
-            self.tensors[name] = placed
-        inside = sorted(self.tensors, key=lambda name: self.tensors[name].offset)
-        for one, next_ in pairwise(inside):
-            if self.tensors[one].offset + self.tensors[one].bytes > self.tensors[next_].offset:
+        inside = sorted(self.tensors.items(), key=lambda item: item[1].offset)
+        for (one, tensor), (next_, after) in pairwise(inside):
+            if tensor.offset + tensor.bytes > after.offset:
                 raise ValueError(f"{one} and {next_} overlap")
 
     def _tensor(self) -> tuple[str, StoredTensor]:

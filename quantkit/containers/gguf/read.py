@@ -24,7 +24,7 @@ from quantkit.errors import SourceError, first_line
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
-class Stored(NamedTuple):
+class InFile(NamedTuple):
     """Where a published tensor is: a tensor of a file, or one expert's part of it."""
 
     file: GgufFile
@@ -35,7 +35,7 @@ class Stored(NamedTuple):
 class GgmlSource(Source):
     """A file of GGML's types. Tensors have Hugging Face names and layout; quantized ones are given as float32."""
 
-    _stored: Mapping[str, Stored]
+    _stored: Mapping[str, InFile]
     _permuted = True
     _norm_offset = 0.0
 
@@ -193,7 +193,7 @@ class GgufSource(GgmlSource):
         except Exception as error:  # whatever a config class raises on values it does not like
             raise SourceError(f"{self.path}: cannot make a config from its metadata: {first_line(error)}") from error
 
-    def _names(self) -> Iterator[tuple[str, Stored]]:
+    def _names(self) -> Iterator[tuple[str, InFile]]:
         """Hugging Face name and where it is stored, for every tensor of the file."""
         for name, part in self._holder.items():
             if name in IN_CONFIG:
@@ -205,10 +205,10 @@ class GgufSource(GgmlSource):
                 raise SourceError(f"{self.path}: tensor {name} is not one that a {kind} model is read with")
             published = f"model.layers.{block[1]}.{ours}" if block else ours
             if "*" not in published:
-                yield published, Stored(part, name)
+                yield published, InFile(part, name)
                 continue
             for expert in range(part.tensors[name].shape[0]):
-                yield published.replace("*", str(expert)), Stored(part, name, expert)
+                yield published.replace("*", str(expert)), InFile(part, name, expert)
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         return make_tokenizer(self._field, self._architecture, self.config.vocab_size)

@@ -67,7 +67,7 @@ class TypeOptions:
     """What is asked for.
 
     Attributes:
-        recipe: one of `ggml_recipes.RECIPES`; None for the smallest type that keeps codes and blocks as they are, and
+        recipe: one of `recipes.RECIPES`; None for the smallest type that keeps codes and blocks as they are, and
             the source's own precision for the rest.
         pure: the recipe's main type for every matrix.
         embedding, output: of these two matrices, whatever the recipe says.
@@ -99,11 +99,6 @@ class Chooser:
         self._own = Kind.BF16 if source.dtype == torch.bfloat16 and Kind.BF16 in allowed else Kind.F16
         self._modules = frozenset[str]() if source.codes is None else frozenset(source.codes.quantized_names())
         self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
-
-    @classmethod
-    def of_run(cls, source: Source, weights: Weights) -> Chooser:
-        """For what a run writes beside its own codes."""
-        return cls(source, weights, TypeOptions(requantize=True))
 
     def choose(self, plan: Sequence[GgufTensor]) -> list[Choice]:
         """A choice for each tensor.

@@ -1,22 +1,24 @@
 """A GGUF file's `tokenizer.*` keys: a byte-level vocabulary ("gpt2") or a SentencePiece one ("llama").
 
 Which tokens are found in a text first, and whether a BOS comes before it, is asked of the tokenizer itself, so that the
-file does what the tokenizer does.
+file does what the tokenizer does. A SentencePiece model file is a protobuf message (sentencepiece_model.proto,
+`ModelProto`); the few fields that count are read here, so that no package is needed for it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 
 from quantkit.containers.gguf.config import TOKENS
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES, PROBE
-from quantkit.containers.gguf.sentencepiece import Piece, read_pieces, scores_from_merges
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
 
@@ -26,6 +28,10 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
 # llama.cpp's converter takes these for control tokens even where a tokenizer calls them no special ones.
 _SPECIAL = re.compile(r"<\|.*\|>$|<\uff5c.*\uff5c>$|<unused.*>$|(<pad>|<mask>|<2mass>|\[@BOS@\])$", re.DOTALL)
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
+_Piece = tuple[str, float, int]  # text, score, and type: SentencePiece's numbers are those of gguf.TokenType
+_BPE = 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_SIZES = {_FIXED64: 8, _FIXED32: 4}
 
 
 def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
@@ -129,7 +135,7 @@ def _sentencepiece(source: Source, content: Mapping[str, Any]) -> dict[str, Any]
     model_file = source.path / "tokenizer.model"
     vocab: dict[str, int] = content["model"]["vocab"]
     added = {token["id"]: token for token in content["added_tokens"]}
-    pieces: dict[int, Piece] = {}
+    pieces: dict[int, _Piece] = {}
     if model_file.is_file():
         pieces = dict(enumerate(read_pieces(model_file)))
         for token, id_ in vocab.items():
@@ -163,7 +169,7 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
     return TokenType.CONTROL if special else TokenType.USER_DEFINED
 
 
-def _padded(source: Source, pieces: Mapping[int, Piece]) -> tuple[list[str], list[float], list[int]]:
+def _padded(source: Source, pieces: Mapping[int, _Piece]) -> tuple[list[str], list[float], list[int]]:
     """Texts, scores and types, for every row of the embedding. Raises SourceError."""
     size = source.config.vocab_size
     if max(pieces) >= size:
@@ -190,3 +196,77 @@ def _templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
     if others:
         keys["tokenizer.chat_templates"] = sorted(others)
     return keys | {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+
+
+def read_pieces(path: Path) -> list[_Piece]:
+    """The pieces of a ``tokenizer.model``, by id.
+
+    Raises:
+        SourceError: it cannot be read, or its pieces are not joined by score (a Unigram model).
+    """
+    kind = 1  # Unigram, where the file does not say
+    pieces = []
+    try:
+        for field, value in _fields(path.read_bytes()):
+            if field == 1 and isinstance(value, bytes):
+                found: dict[Any, Any] = {(part, type(content)): content for part, content in _fields(value)}
+                score = struct.unpack("<f", found.get((2, bytes), bytes(4)))[0]
+                pieces.append((found.get((1, bytes), b"").decode("utf-8"), score, found.get((3, int), 1)))
+            elif field == 2 and isinstance(value, bytes):
+                kind = next((int(content) for part, content in _fields(value) if part == 3), kind)
+    except (OSError, IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
+        raise SourceError(f"{path}: not readable as a SentencePiece model ({error}); download it again") from error
+    if kind != _BPE:
+        raise SourceError(f"{path}: not a BPE model; llama.cpp would cut text otherwise than its Unigram does")
+    return pieces
+
+
+def scores_from_merges(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Scores that make llama.cpp join pieces in the order of `merges`; pieces that none makes come after all others.
+
+    Raises:
+        SourceError: llama.cpp would make a piece that no merge makes.
+    """
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    for piece in vocabulary.keys() - ranks.keys():
+        for cut in range(1, len(piece)):
+            if piece[:cut] in vocabulary and piece[cut:] in vocabulary:
+                raise SourceError(
+                    f"no merge of its tokenizer makes {piece!r}, but llama.cpp would; put its tokenizer.model beside it"
+                )
+    return {piece: -float(ranks.get(piece, len(merges) + id_)) for piece, id_ in vocabulary.items()}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message; fixed-size numbers as their bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == _VARINT:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        if kind == _BYTES:
+            size, at = _varint(message, at)
+        elif kind in _SIZES:
+            size = _SIZES[kind]
+        else:
+            raise ValueError(f"wire type {kind}")
+        if at + size > len(message):
+            raise ValueError("it ends early")
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+        shift += 7

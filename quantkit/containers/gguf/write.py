@@ -53,7 +53,11 @@ def packed_bytes(tensor: GgufTensor, kind: GGMLQuantizationType) -> int:
 
 
 class PlacedWriter:
-    """Files of which each tensor has its place from the start; what was written is read back."""
+    """Files of which each tensor has its place from the start; what was written is read back.
+
+    They have their final names from the start too, so they must lie where nobody takes them for finished
+    (`quantkit.runs.atomic.staged_files`).
+    """
 
     def __init__(self, pending: Iterable[str]) -> None:
         self._pending = set(pending)
@@ -93,8 +97,7 @@ class PlacedWriter:
 class GgufWriter(PlacedWriter):
     """Writes the planned tensors, each exactly once.
 
-    Order of use: `write` for every source of every tensor, `finish`. Files have their final names from the start, so
-    they must lie where nobody takes them for finished (`quantkit.runs.atomic.staged_files`).
+    Order of use: `write` for every source of every tensor, `finish`.
 
     Attributes:
         paths: the files, in order: `path`, or its parts (``NAME-00001-of-00003.gguf``).

@@ -94,9 +94,9 @@ class WeightFiles(ABC):
             SourceError: it cannot be read.
         """
 
+    @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a stored tensor, as `read` gives them."""
-        return self.read(name)[start:stop]
 
     @abstractmethod
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:

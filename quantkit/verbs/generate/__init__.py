@@ -22,7 +22,7 @@ from quantkit.runs.atomic import absolute
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.generate.decoding import Answer, Request
-from quantkit.verbs.generate.prompts import PromptLine, read_prompts
+from quantkit.verbs.generate.prompts import read_prompts
 from quantkit.verbs.generate.speaker import Speaker
 
 
@@ -113,9 +113,12 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
             for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
                 batch = slice(start, start + options.batch_size)
                 found = speaker.answer(loaded.model, requests[batch])
+                lines = [
+                    line_of(prompt, speaker.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids))
+                    for prompt, request, new in zip(wanted[batch], requests[batch], found, strict=True)
+                ]
                 fresh = max(done - start, 0)
-                rows = zip(wanted[batch], requests[batch], found, strict=True)
-                file.write([_line(speaker, *row) for row in rows][fresh:])
+                file.write(lines[fresh:])
                 answers += found[fresh:]
                 advance(len(found) - fresh)
     except KeyboardInterrupt:
@@ -141,10 +144,6 @@ def _recipe(speaker: Speaker, stream: ModelStream, system: str | None) -> dict[s
         "device": stream.device.type,
         "dtype": str(stream.dtype).removeprefix("torch."),
     }
-
-
-def _line(speaker: Speaker, prompt: PromptLine, request: Request, answer: Answer) -> dict[str, Any]:
-    return line_of(prompt, speaker.text(answer.ids, prompt.record), answer.finish, len(request.ids), len(answer.ids))
 
 
 def _note_room(requests: Sequence[Request], speaker: Speaker, progress: Progress) -> None:

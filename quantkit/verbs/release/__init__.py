@@ -102,9 +102,12 @@ def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
     model = named(model_of(plan) if given.base is None else None, given.base, given.delta)
     source = open_model(model, given.revision, options.trust_remote_code)
     _check_place(place, source)
-    forecasts = _forecast(plan, source, options.trust_remote_code, options.dry_run)
-    if options.dry_run:
-        return ReleaseReport(place, forecasts, dry_run=True)
+    with TemporaryDirectory() as folder:
+        forecaster = Forecaster(plan, source, Path(folder), options.trust_remote_code)
+        forecasts = [forecaster.reference(), *map(forecaster.variant, plan.variants)]
+        if options.dry_run:
+            made = sum(part.refused is None for part in forecasts)
+            return ReleaseReport(place, [*forecasts, forecaster.comparison(made)], dry_run=True)
     refused = {forecast.name: forecast.refused for forecast in forecasts if forecast.refused is not None}
     makeable = [variant for variant in plan.variants if step_name(variant) not in refused]
     lost = []
@@ -144,14 +147,6 @@ def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
     for place in (out, out / ".release" / "files"):
         for left in set(place.glob(".*.unfinished")) - goes_on:
             shutil.rmtree(left)
-
-
-def _forecast(recipe: Recipe, source: Source, trust_remote_code: bool, whole: bool) -> list[Forecast]:
-    with TemporaryDirectory() as folder:
-        asked = Forecaster(recipe, source, Path(folder), trust_remote_code)
-        parts = [asked.reference(), *(asked.variant(variant) for variant in recipe.variants)]
-        made = sum(part.refused is None for part in parts)
-        return [*parts, asked.comparison(made)] if whole else parts
 
 
 def _original(source: Source) -> str | None:

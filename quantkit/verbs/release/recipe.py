@@ -231,17 +231,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Where a recipe names files: (section, key).
-_PATHS = (
-    ("source", "model"),
-    ("source", "base"),
-    ("source", "delta"),
-    ("calibration", "data"),
-    ("evaluation", "texts"),
-    ("evaluation", "tasks_dir"),
-    ("card", "template"),
-    ("card", "original"),
-)
+# Where a recipe names files: keys by section.
+_PATHS = {
+    "source": ("model", "base", "delta"),
+    "calibration": ("data",),
+    "evaluation": ("texts", "tasks_dir"),
+    "card": ("template", "original"),
+}
 
 
 def _located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -254,15 +250,14 @@ def _located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         return str(path) if path is not None and path.exists() else value
 
     located = dict(content)
-    for section, key in _PATHS:
+    for section, keys in _PATHS.items():
         part = located.get(section)
-        if isinstance(part, dict) and part.get(key):
-            located[section] = {**part, key: found(part[key])}
+        if isinstance(part, dict):
+            located[section] = {**part, **{key: found(part[key]) for key in keys if part.get(key)}}
     return located
 
 
 def _repository(name: str) -> str:
-
     if re.fullmatch(_REPOSITORY, name) is None or len(name) > 96:
         raise ValueError(f"{name!r} is no name that the Hub takes (letters, digits, and single . _ - between them)")
     return name

@@ -5,7 +5,7 @@ packed rows; `file_keys` makes the keys; `GgufWriter` writes into a folder of `r
 `quantkit.containers.gguf.read.GgufSource`.
 """
 
-from quantkit.containers.gguf.keys import WRITABLE, architecture_of, file_keys, limits, origin
+from quantkit.containers.gguf.keys import WRITABLE, architecture_of, cut_otherwise, file_keys, limits, origin
 from quantkit.containers.gguf.tensors import GgufTensor, plan
 from quantkit.containers.gguf.write import GgufWriter, packed_bytes
 
@@ -14,6 +14,7 @@ __all__ = [
     "GgufTensor",
     "GgufWriter",
     "architecture_of",
+    "cut_otherwise",
     "file_keys",
     "limits",
     "origin",

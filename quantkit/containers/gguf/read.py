@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, IN_CONFIG, OUTSIDE
-from quantkit.containers.gguf.config import ArchitectureKeys, make_config, token_id
+from quantkit.containers.gguf.config import LENIENT, ArchitectureKeys, make_config, token_id
 from quantkit.containers.gguf.file import Array, Blocks, GgufFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
@@ -126,6 +126,12 @@ class GgufSource(GgmlSource):
     def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
         self._parts = [GgufFile(part) for part in _parts(path)]
+        if self._field("general.type") == "adapter":
+            base = self._field("general.base_model.0.name") or "its base model"
+            raise SourceError(
+                f"{path}: a LoRA adapter, no model: merge it into {str(base)[:60]} first (llama-export-lora, or peft's "
+                "merge_and_unload), and give what comes of it"
+            )
         name = self._field("general.architecture")
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -134,6 +140,7 @@ class GgufSource(GgmlSource):
         self._permuted, self._norm_offset = self._architecture.permuted, self._architecture.norm_offset
         self.metadata = self._parts[0].keys
         self.from_gptq = self._field("quantkit.weights") is not None
+        self.remarks = self._unnamed()
         self.label = label or model_stem(path)
         self._holder = {name: part for part in self._parts for name in part.tensors}
         self._check_parts()
@@ -143,6 +150,16 @@ class GgufSource(GgmlSource):
 
     def _field(self, key: str) -> Any:
         return self._parts[0].keys.get(key)
+
+    def _unnamed(self) -> list[str]:
+        """What the file says of tokens that it does not have."""
+        count = len(self._field("tokenizer.ggml.tokens") or ())
+        keys = {key: self._field(f"tokenizer.ggml.{key}") for key in LENIENT}
+        return [
+            f"tokenizer.ggml.{key} is {str(number)[:40]}, but there are {count} tokens: taken for none"
+            for key, number in keys.items()
+            if type(number) is int and not 0 <= number < count
+        ]
 
     def _check_parts(self) -> None:
         """Each part must be the one that its name says, and of one model with the first; each tensor lies in one."""

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from quantkit.cli import console
 from quantkit.cli.signals import farewell, heeded
-from quantkit.errors import QuantkitError, describe, interrupt_came
+from quantkit.errors import QuantkitError, describe, first_line, interrupt_came, shortened
 from quantkit.runs import ranks as parallel
 from quantkit.runs.watch import RankError
 from quantkit.version import __version__
@@ -118,6 +118,11 @@ def _run(arguments: list[str]) -> int:
         return _report(error, "--debug" in arguments)
     except Exception as error:
         return _interrupted(error, arguments) if interrupt_came() else _report(error, "--debug" in arguments)
+    except BaseException as error:  # a panic of a library in Rust, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        failed = QuantkitError(f"the tokenizers library failed on this text: {shortened(first_line(error))}")
+        return _report(failed, "--debug" in arguments)
 
 
 def _interrupted(stop: BaseException, arguments: list[str]) -> int:

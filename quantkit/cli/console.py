@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from quantkit.errors import shortened, visible
 from quantkit.progress import Advance
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from quantkit.report import Shown, Table
 
 _LINE_SECONDS = 15.0
+_LONGEST_LINE = 8000  # characters of a note or an error
 
 
 # rich is imported for what it draws: help and a wrong option are to be there at once.
@@ -45,7 +48,8 @@ def _console(stderr: bool) -> Console:
 
 
 def say(text: str, style: str = "") -> None:
-    """A line on stderr, on a terminal in a colour or style."""
+    """A line on stderr, on a terminal in a colour or style; what files bring along is made visible in it."""
+    text = visible(shortened(text, _LONGEST_LINE))
     if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
         log().print(text, markup=False, style=style)
     else:
@@ -80,7 +84,7 @@ class Bars:
         say(f"warning: {text}", "yellow")
 
     def detail(self, text: str) -> None:
-        self._detail = text
+        self._detail = text = visible(text)
         if self._bar is not None:
             self._bar.update(self._task, detail=text)
 
@@ -104,7 +108,7 @@ class Bars:
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
         with Progress(*columns, console=log()) as bar:
-            task = bar.add_task(name, total=total, detail="")
+            task = bar.add_task(visible(name), total=total, detail="")
             self._bar, self._task = bar, task
             try:
                 yield lambda steps: bar.advance(task, steps)
@@ -131,9 +135,14 @@ class Bars:
         self._detail = ""
 
 
+# json.dumps escapes those below 0x20 itself.
+_UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(content, ensure_ascii=False, allow_nan=False))
+    written = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    print(re.sub(_UNSEEN_IN_JSON, lambda found: f"\\u{ord(found[0]):04x}", written))
 
 
 def show(lines: Iterable[Shown]) -> None:
@@ -143,11 +152,11 @@ def show(lines: Iterable[Shown]) -> None:
     for line in lines:
         match line:
             case str():
-                results().print(line, markup=False)
+                results().print(visible(line, lines=True), markup=False)
             case Line():
-                results().print(line.text, markup=False, style=line.style)
+                results().print(visible(line.text, lines=True), markup=False, style=line.style)
             case Rule():
-                results().rule(line.title, align="left")
+                results().rule(visible(line.title), align="left")
             case Table():
                 _print_table(line)
 
@@ -166,6 +175,6 @@ def _print_table(table: Table) -> None:
             no_wrap=column.overflow is None,
         )
     for row in table.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(visible(cell) for cell in row))
     width = None if results().is_terminal else table.width
     Console(highlight=False, markup=False, emoji=False, width=width).print(drawn)

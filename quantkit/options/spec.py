@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, shortened
 
 S = TypeVar("S", bound="Spec")
 
@@ -165,8 +165,9 @@ def make(spec: type[S], **fields: Any) -> S:
     if where and issubclass(spec, Options):
         option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
         within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""
-        raise UsageError(f"{option}: {within}{said}" if within else f"{option} {given}: {said}")
-    got = f" (got {first['input']!r})" if where and first["type"] not in ("missing", "union_tag_not_found") else ""
+        raise UsageError(f"{option}: {within}{said}" if within else f"{option} {shortened(str(given))}: {said}")
+    shown = where and first["type"] not in ("missing", "union_tag_not_found")
+    got = f" (got {shortened(repr(first['input']))})" if shown else ""
     raise UsageError("".join(f"{part}: " for part in where) + said + got)
 
 

@@ -338,7 +338,7 @@ def _evaluate_written(
         if ranks.first:
             write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
     except QuantkitError as error:
-        raise type(error)(f"{error}\n{out} is complete; only its evaluation failed") from error
+        raise type(error)(f"{error}; {out} is complete, only its evaluation failed") from error
     except OSError as error:
         raise OutputError(f"{out} is complete, but its evaluation was not noted: {error.strerror}") from error
     except KeyboardInterrupt:

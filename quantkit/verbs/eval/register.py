@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from quantkit.errors import MissingPackageError, QuantkitError
+from quantkit.errors import MissingPackageError, QuantkitError, visible
 
 NAME = "quantkit"
 
@@ -37,5 +37,5 @@ def run_harness() -> None:
 
         cli_evaluate()
     except QuantkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -93,7 +93,7 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
         if problems:
             more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             found = "; ".join(problems[:_SHOWN]) + more
-            raise OutputError(f"not published, `quantkit verify` finds: {found}\n--no-verify publishes it as it is")
+            raise OutputError(f"not published, `quantkit verify` finds: {found}; --no-verify publishes it as it is")
     changes = changes_between(files, state.files, options.delete)
     sent = sum(change.bytes for change in changes if change.state in ("new", "changed"))
     private = not options.public if state.private is None else state.private

@@ -210,17 +210,12 @@ def _rope_parameters(
     if turned < head:
         rope["partial_rotary_factor"] = turned / head
     if "rope_factors_long.weight" in shapes:
-        return rope | _longrope(keys, read)
-    if "rope_freqs.weight" not in shapes:
-        return rope | _scaling(keys)
-    factors = read("rope_freqs.weight")  # [head / 2] in float32
-    if bool((factors == 1).all()):
-        return rope
-    for published in _llama3_candidates(rope["rope_theta"], factors.astype(np.float64)):
-        scaling = {"rope_type": "llama3", "factor": float(str(np.float32(factors.max()))), **published}
-        if np.allclose(llama3_factors(rope["rope_theta"], scaling, len(factors)), factors, rtol=1e-4):
-            return rope | scaling
-    raise SourceError("rope_freqs.weight does not hold Llama 3's scaling; read the original folder instead")
+        rope |= _longrope(keys, read)
+    elif "rope_freqs.weight" in shapes:
+        rope |= _llama3(rope["rope_theta"], read("rope_freqs.weight"))
+    else:
+        rope |= _scaling(keys)
+    return rope
 
 
 def _scaling(keys: ArchitectureKeys) -> dict[str, Any]:
@@ -267,6 +262,17 @@ def longrope_attention(length: int, original: int) -> float:
     """What longrope multiplies by, of a model whose context was made longer than its original one."""
     stretch = length / original
     return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+
+
+def _llama3(theta: float, factors: Array) -> dict[str, Any]:
+    """The scaling whose factors these are, [head / 2] in float32; raises SourceError where none makes them."""
+    if bool((factors == 1).all()):
+        return {}
+    for published in _llama3_candidates(theta, factors.astype(np.float64)):
+        scaling = {"rope_type": "llama3", "factor": float(str(np.float32(factors.max()))), **published}
+        if np.allclose(llama3_factors(theta, scaling, len(factors)), factors, rtol=1e-4):
+            return scaling
+    raise SourceError("rope_freqs.weight does not hold Llama 3's scaling; read the original folder instead")
 
 
 def _llama3_candidates(theta: float, factors: Array) -> Iterator[dict[str, float]]:

@@ -169,7 +169,7 @@ def _print_table(table: Table) -> None:
     drawn = RichTable()
     for column in table.columns:
         drawn.add_column(
-            column.head,
+            visible(column.head),
             justify=column.justify,
             overflow=column.overflow or "ellipsis",
             no_wrap=column.overflow is None,

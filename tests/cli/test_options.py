@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from quantkit.verbs.eval.suites import SUITES
+from quantkit.verbs.eval.tasks import SUITES
 
 import quantkit
 from quantkit.cli import app as cli

@@ -278,7 +278,8 @@ class GgjtSource(Source):
         return [self.path]
 
     def config_dict(self) -> dict[str, Any]:
-        return publishable_config({**self.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]})
+        content = {**self.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]}
+        return publishable_config(content, type(self.config))
 
     def copy_companions(self, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
+from quantkit.blocks.weights import ExpertNames, bind, build_on_meta, put_together
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source, Weights
@@ -96,11 +94,7 @@ def whole_weights(source: Source) -> Weights:
     weights = bind(source, model, {}, ExpertNames(), untie=False)
     lost = sorted(name for name, _ in model.named_parameters() if name not in weights.names)
     # Parameters that transformers puts together from the published tensors while it loads them are not.
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
-    converted = {name for name, pattern in found if pattern is not None}
+    converted = put_together(model, weights)
     missing = next((name for name in lost if name not in converted), None)
     if missing:
         raise SourceError(

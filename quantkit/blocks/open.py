@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import left_out
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
-from quantkit.options import ComputeDtype, parse_size
+from quantkit.options import ComputeDtype, EvaluationSpec, make, parse_size
 from quantkit.progress import Progress
 from quantkit.sources import default_source, open_source
 
@@ -106,6 +107,16 @@ def stream_of(
     stream = ModelStream(source, place, own if dtype == "auto" else DTYPES[dtype], untie)
     stream.memory = None if memory is None else memory_budget(place, memory)
     return stream
+
+
+def fitted(spec: EvaluationSpec, streams: Sequence[ModelStream], asked: bool) -> EvaluationSpec:
+    """The spec with windows that all of the models have positions for; UsageError where others were `asked` for."""
+    if asked:
+        for stream in streams:
+            stream.check_length(spec.seq_len)
+        return spec
+    lengths = [spec.seq_len, *(stream.longest for stream in streams if stream.longest is not None)]
+    return make(EvaluationSpec, **(spec.model_dump() | {"seq_len": min(lengths)}))
 
 
 def resolve_device(device: str) -> torch.device:

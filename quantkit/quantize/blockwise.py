@@ -15,6 +15,7 @@ from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
 from quantkit.codes import Codes, Plan, put_together, take_apart
+from quantkit.errors import SourceError
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.sharing import BY_ITSELF, Sharing
 from quantkit.quantize.stagework import OnLinear, StageWork
@@ -140,6 +141,10 @@ def _planned(
     """The block's stages without the Linears that stay as they are."""
     # A forward may be needed to see them, and the first rank is sure to have a sample.
     stages: Stages = sharing.ranks.from_first(lambda: stream.stages(index, block, 0, hidden[0]))
+    reached = {stream.published(index, name) for stage in stages for name in stage}
+    missed = [name for name, _ in stream.linears_in(index) if name in plan and name not in reached]
+    if missed:
+        raise SourceError(f"the forward never calls {', '.join(missed)}; leave it out with --exclude")
     kept = (tuple(name for name in stage if stream.published(index, name) in plan) for stage in stages)
     return tuple(stage for stage in kept if stage)
 

@@ -42,7 +42,7 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
     overridden = tuple(pattern for pattern, _ in spec.overrides)
     for option, patterns in (("include", spec.include), ("exclude", spec.exclude), ("override", overridden)):
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in shapes):
+            if not any(matches(pattern, name) for name in (*shapes, *stream.uncalled)):
                 raise UsageError(f"--{option} {pattern}: no Linear has such a name; one is {next(iter(shapes))}")
     plan = {name: LinearPlan(shape, own) for name, shape in shapes.items() if (own := spec.of(name)) is not None}
     if not plan:

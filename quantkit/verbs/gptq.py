@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.open import model_or_default, note_left_out, note_source, open_stream, pair_of
+from quantkit.blocks.open import fitted, model_or_default, note_left_out, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.containers import CONTAINERS, of_format
@@ -41,6 +41,7 @@ from quantkit.tokens import TokenMatrix
 from quantkit.tokens.text import calibration_windows, check_tokens
 from quantkit.verbs import verb
 from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
+from quantkit.verbs.verify.findings import listed
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     judging = make(EvaluationSpec, text=options.text, seq_len=default_seq_len(options.text), template=options.template)
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
     stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
+    stream.check_length(_windows(options)[1])
+    judging = fitted(judging, [stream], asked=False)
     name = _variant(stream.source, spec, options)
     target = _target(stream, spec, options, name, progress)
     note_plan(stream, target.plan, progress)
@@ -182,10 +185,15 @@ def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, prog
     return target
 
 
+def _windows(options: Gptq) -> Sequence[int]:
+    """How many windows of calibration text, and of how many tokens."""
+    given = options.calibration
+    return given.tokens.shape if isinstance(given, TokenMatrix) else (options.samples, options.seq_len)
+
+
 def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
     """Sizes from headers alone."""
-    given = options.calibration
-    windows = given.tokens.shape if isinstance(given, TokenMatrix) else (options.samples, options.seq_len)
+    windows = _windows(options)
     memory = plan_gptq_memory(stream, *windows)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
@@ -383,6 +391,13 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     left = sum(1 for _ in stream.linears()) - len(plan)
     if left:
         progress.note(f"{left} Linears stay as they are")
+    if stream.uncalled:
+        progress.note(
+            f"{len(stream.uncalled)} Linears stay as they are, for no forward calls them as such: "
+            f"{listed(sorted(stream.uncalled))}"
+        )
+    if not into_file:
+        warn_unquantized(stream, progress)
     if into_file:  # whose types are listed when it is made
         return
     if _parts_fused_layers(stream, plan):
@@ -398,6 +413,30 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
             fits = [g for g in sizes if 0 < g <= group and all(width % g == 0 for width in widths)]
             advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them"
             progress.note(f"widths {', '.join(short)} are no multiple of {group}: their last group is short; {advice}")
+
+
+_MUCH = 0.05  # of the blocks' weights
+
+
+def warn_unquantized(stream: ModelStream, progress: Progress) -> None:
+    """Warn where much of the blocks is no Linear that can be quantized, such as experts that are not taken apart."""
+    linears = {name for name, _ in stream.linears()}
+    sizes: Counter[str] = Counter()
+    total = 0
+    for index, (prefix, block) in enumerate(zip(stream.blocks, stream.modules, strict=True)):
+        for name, parameter in block.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            total += parameter.numel()
+            published = stream.weights.names[f"{prefix}.{name}"]
+            if published.removesuffix(".weight") not in linears:
+                sizes[published.split(f".{index}.", 1)[-1]] += parameter.numel()
+    share = sizes.total() / max(total, 1)
+    if share >= _MUCH:
+        progress.warn(
+            f"{share:.0%} of the blocks' weights can't be quantized and stay as they are: "
+            f"{listed([name for name, _ in sizes.most_common()])}"
+        )
 
 
 def _parts_fused_layers(stream: ModelStream, plan: Plan) -> bool:

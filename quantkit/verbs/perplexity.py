@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quantkit.blocks.open import note_source, open_stream
+from quantkit.blocks.open import fitted, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
@@ -56,6 +56,7 @@ def perplexity(options: Perplexity, *, progress: Progress = SILENT, ranks: Ranks
         raise UsageError("name at least one model")
     progress = ranks.reporting(progress)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
+    spec = fitted(spec, streams, asked=options.seq_len is not None)
     return evaluate_streams(streams, spec, options.against is not None, progress, ranks)
 
 

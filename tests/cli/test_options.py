@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from quantkit.verbs.eval.tasks import SUITES
 
 import quantkit
 from quantkit.cli import app as cli
@@ -21,6 +20,7 @@ from quantkit.containers.gguf.recipes import RECIPES, base_kind
 from quantkit.errors import UsageError
 from quantkit.options import Ends, GgmlType, Grid, Options, QuantSpec, SuiteName, Terminal, make, values, verbs
 from quantkit.tokens import KNOWN_NAMES
+from quantkit.verbs.eval.tasks import SUITES
 
 SPECS = {name: spec_of(name) for name in cli.COMMANDS}
 BESIDES = {"progress", "ranks", "person"}

@@ -220,7 +220,8 @@ class GgjtSource(GgmlSource):
         return [self.path]
 
     def config_dict(self) -> dict[str, Any]:
-        return publishable_config({**self.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]})
+        content = {**self.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]}
+        return publishable_config(content, type(self.config))
 
 
 def rebuilt_tokenizer(vocabulary: Sequence[tuple[bytes, float]]) -> PreTrainedTokenizerBase:

@@ -228,7 +228,7 @@ class GgufSource(GgmlSource):
         content = {**self.config.to_diff_dict(), "architectures": [architecture]}
         if "expert_count" in self._architecture.fields:  # which transformers 5 calls num_local_experts
             content["num_experts"] = self.config.num_experts
-        return publishable_config(content)
+        return publishable_config(content, type(self.config))
 
 
 def model_stem(path: Path) -> str:

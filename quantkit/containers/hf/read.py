@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,8 @@ class FolderSource(Source):
         return self.stored.shards()
 
     def config_dict(self) -> dict[str, Any]:
-        config = publishable_config(read_json(self.path / "config.json"))
-        return {key: value for key, value in config.items() if key != "quantization_config"}
+        config = {k: v for k, v in read_json(self.path / "config.json").items() if k != "quantization_config"}
+        return publishable_config(config, type(self.config))
 
     def copy_companions(self, folder: Path) -> None:
         copy_companions(self.path, folder)
@@ -199,13 +201,32 @@ def in_float32(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     return frozenset(n for n, i in tensors.items() if i.stored_as == "F32" and sizes[True] > sizes[False])
 
 
-def publishable_config(config: dict[str, Any]) -> dict[str, Any]:
+def publishable_config(config: dict[str, Any], read_by: type[PretrainedConfig]) -> dict[str, Any]:
     """A config.json without local paths, that readers before transformers 5 understand too.
 
     transformers 5 keeps all about rotary embeddings in rope_parameters; transformers 4 reads keys beside it, and takes
-    its defaults without a word where they are missing.
+    its defaults without a word where they are missing. They are written where the config's class reads the same with
+    them: one that is newer than these keys may take them for layers without parameters.
     """
     cleaned = {key: value for key, value in config.items() if key not in LOCAL_KEYS}
+    widened = _with_older_keys(cleaned)
+    try:
+        same = _rope(read_by, widened) == _rope(read_by, cleaned)
+    except Exception:  # whatever a config class raises on keys that it does not know
+        same = False
+    return widened if same else cleaned
+
+
+def _rope(read_by: type[PretrainedConfig], config: dict[str, Any]) -> Any:
+    """What a class makes of a config's rotary parameters."""
+    with warnings.catch_warnings():  # of keys that it calls old
+        warnings.simplefilter("ignore")
+        return getattr(read_by.from_dict(deepcopy(config)), "rope_parameters", None)
+
+
+def _with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the keys that transformers 4 reads."""
+    cleaned = dict(config)
     rope = cleaned.get("rope_parameters")
     if isinstance(rope, dict) and {"full_attention", "sliding_attention"} <= rope.keys():  # Gemma 3
         cleaned.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))

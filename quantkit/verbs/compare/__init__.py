@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.open import note_source, open_stream
+from quantkit.blocks.open import fitted, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
@@ -92,6 +92,7 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     progress = ranks.reporting(progress)
     names = (options.reference, *options.variants)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
+    specs = [fitted(spec, streams, asked=options.seq_len is not None) for spec in specs]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
     for source in sources:

@@ -229,7 +229,7 @@ class GgufFile:
                 f"{self.path}: {name} is of type {_REMOVED[number]}, which llama.cpp has removed: it holds the "
                 f"blocks of {_REMOVED[number][:-4]} in another order; take the {_REMOVED[number][:-4]} file instead"
             )
-        if number not in _KINDS and number < _NUMBERS:
+        if max(_KINDS) < number < _NUMBERS:
             raise SourceError(
                 f"{self.path}: {name} is of type {number}, which the installed gguf package does not know; try "
                 "pip install --upgrade gguf"

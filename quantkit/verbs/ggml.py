@@ -113,7 +113,8 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
     allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
     plan = gguf_files.plan(source, weights)
-    chosen = list(zip(plan, Chooser(source, weights, types, allowed).choose(plan), strict=True))
+    chooser = Chooser(source, weights, types, allowed)
+    chosen = list(zip(plan, chooser.choose(plan), strict=True))
     kinds = [choice.kind for _, choice in chosen]
     recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
@@ -126,6 +127,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     if options.dry_run:
         return report
     first = write()
+    chooser.underflow.warn(progress, "--type bf16 or f32 keeps them")
     return replace(report, out=first, seconds=time.perf_counter() - started, dry_run=False)
 
 

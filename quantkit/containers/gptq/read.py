@@ -117,8 +117,11 @@ class GptqSource(FolderSource):
         return scales
 
     def _read_scales(self, module: str) -> torch.Tensor:
-        """float32 [groups, out]."""
-        return self.stored.read(f"{module}.scales").float()
+        """float32 [groups, out]. Raises SourceError where one is not finite."""
+        scales = self.stored.read(f"{module}.scales").float()
+        if not bool(torch.isfinite(scales).all()):
+            raise SourceError(f"{self.path}: {module}.scales hold NaN or infinity; the model's files are damaged")
+        return scales
 
     def read_unpacked(self, module: str) -> torch.Tensor:
         """Codes of one Linear, uint8 [out, in]."""

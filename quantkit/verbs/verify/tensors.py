@@ -96,4 +96,7 @@ def _check_floats(name: str, values: torch.Tensor, may_be_zero: bool, found: Fin
         what = "NaN" if bool(torch.isnan(values).any()) else "infinity"
         found.problem(f"{name}: {int((~finite).sum())} values are {what}; the file is damaged, download it again")
     elif values.ndim > 1 and not may_be_zero and not bool(values.any()):
-        found.problem(f"{name}: all values are 0; it was not written, or lost; download it again")
+        found.problem(
+            f"{name}: all values are 0; it was not written, lost, or below what float16 holds; download it "
+            "again, or convert with --dtype bfloat16"
+        )

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
+from quantkit.containers.hf.read import OF_TOKENIZERS, copy_companions, has_tokenizer
 from quantkit.containers.hf.shards import DTYPES
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import SourceError
@@ -66,6 +67,15 @@ class PairSource(Source):
             self.vocab, reason = self._choose(self._grown[0]) if vocab == "auto" else (vocab, "as asked")
             self.remarks.append(self._explain(self.vocab, reason))
         self.choices = {"vocab": self.vocab}
+        self._speaks = other
+        if other.path.is_dir() and not has_tokenizer(other.path):
+            if has_tokenizer(base.path) and not self._grown:
+                self._speaks = base
+                self.remarks.append(f"{other.label} has no tokenizer: {base.label}'s is taken")
+            else:
+                self.remarks.append(
+                    f"{other.label} has no tokenizer, and {base.label} none for as many tokens: what is made has none"
+                )
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -114,7 +124,7 @@ class PairSource(Source):
                 yield combined(self.base.read(name), self.other.read(name), self.sign, False)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.other.tokenizer()
+        return self._speaks.tokenizer()
 
     def weight_files(self) -> Sequence[Path]:
         return self.other.weight_files()
@@ -124,6 +134,8 @@ class PairSource(Source):
 
     def copy_companions(self, folder: Path) -> None:
         self.other.copy_companions(folder)
+        if self._speaks is self.base:
+            copy_companions(self.base.path, folder, OF_TOKENIZERS)
 
     # -- checks before anything is read ------------------------------------------------------------------------------
 

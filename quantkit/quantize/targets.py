@@ -212,9 +212,9 @@ class GgufTarget:
         """
         source, weights = stream.source, stream.weights
         self._name, self._architecture = form.name, gguf_files.architecture_of(source)
-        self.limits = gguf_files.limits(source)
         origin = gguf_files.origin(from_gptq=METHODS[spec.method].label == "GPTQ")
         self._keys = gguf_files.header(source, file_type(form.recipe), pre=form.pre, provenance=origin)
+        self.limits = [*gguf_files.limits(source), *gguf_files.cut_otherwise(source, self._keys)]
         tensors = gguf_files.plan(source, weights)
         planned = tensor_kinds(
             *(form.recipe, tensors, source.config, self._architecture), embedding=form.embedding, output=form.output

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import math
 import os
 import re
@@ -25,10 +27,21 @@ from quantkit.tokens.datasets import (
     find_source,
     read_bundled,
 )
-from quantkit.tokens.records import Record, parse_record
+from quantkit.tokens.records import Record, parse_record, whole_characters
 
 _PIECE_CHARACTERS = 4000
 _WEIGHTED = re.compile(r"(?P<data>.+):(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
+
+
+# How a compressed file begins: its kind, what is added to its name, and what reads it.
+_PACKED: dict[bytes, tuple[str, str, Callable[[BinaryIO], object] | None]] = {
+    b"\x1f\x8b": ("gzip", ".gz", lambda file: gzip.GzipFile(fileobj=file)),
+    b"\xfd7zXZ\x00": ("xz", ".xz", lzma.LZMAFile),
+    b"BZh": ("bzip2", ".bz2", bz2.BZ2File),
+    b"\x28\xb5\x2f\xfd": ("zstd", ".zst", None),
+    b"PK\x03\x04": ("zip", ".zip", None),
+    b"7z\xbc\xaf\x27\x1c": ("7z", ".7z", None),
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,8 @@ class Dataset:
 def load_dataset(spec: str, progress: Progress = SILENT) -> Dataset:
     """Load the data that `spec` names: an existing local file, a known name, or a Hub data set, tried in this order.
 
-    - A local file is read by its suffix: `.json`, `.jsonl`, `.parquet`, and anything else as plain text; with `.gz`
-      after it, unpacked.
+    - A local file is read by its suffix: `.json`, `.jsonl`, `.parquet`, and anything else as plain text; gzip,
+      xz and bzip2 are unpacked.
     - Known names are `KNOWN_NAMES`; `NAME:FILE` reads a local copy as the set of that name, with its licence.
     - On the Hub, `owner/name` takes the only data file there is, `owner/name:path` the one named;
       `owner/name@revision` and `owner/name@revision:path` take them from a branch, tag or commit.
@@ -85,8 +98,8 @@ def read_source(source: DataFiles, progress: Progress = SILENT) -> Dataset:
                 hashlib.file_digest(file, lambda: digest)
                 file.seek(0)
                 found, text = _read_file(name, file, source, len(records))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise CalibrationError(f"{name}: not a readable gzip file: {error}") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise CalibrationError(f"{name}: not a readable {name.rpartition('.')[2]} file: {error}") from None
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from None
         records += found
@@ -101,9 +114,15 @@ def read_source(source: DataFiles, progress: Progress = SILENT) -> Dataset:
 def _read_file(name: str, file: BinaryIO, source: DataFiles, index: int) -> tuple[list[Record], str | None]:
     """The records of a file, numbered from `index`, and its text where it is one text."""
     suffixes = name.lower()
-    if suffixes.endswith(".gz"):
-        suffixes = suffixes.removesuffix(".gz")
-        file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    start = file.read(8)
+    file.seek(0)
+    for first, (kind, suffix, unpack) in _PACKED.items():
+        if not start.startswith(first) and not suffixes.endswith(suffix):
+            continue
+        if unpack is None:
+            raise CalibrationError(f"{name}: the file is compressed ({kind}): unpack it, and give what was in it")
+        suffixes = suffixes.removesuffix(suffix)
+        file = cast(BinaryIO, unpack(file))
     if not any(chunk.strip() for chunk in iter(lambda: file.read(1 << 16), b"")):
         raise CalibrationError(f"{name}: the file is empty")
     file.seek(0)
@@ -112,7 +131,7 @@ def _read_file(name: str, file: BinaryIO, source: DataFiles, index: int) -> tupl
         text = _decode(name, file.read())
         return _cut_text(text), text
     rows = enumerate(islice(reader(name, file), source.first), index)
-    records = [parse_record(raw, number, name) for number, raw in rows]
+    records = [parse_record(whole_characters(raw), number, name) for number, raw in rows]
     if not source.joined:
         return records, None
     lines = [record.text for record in records if record.text is not None]

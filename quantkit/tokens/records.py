@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.options import TemplateName
@@ -142,6 +142,15 @@ def parse_record(raw: object, index: int, name: str) -> Record:
     found = ", ".join(map(str, raw)) or "none"
     known = "; ".join(" + ".join(keys) for keys, _ in LAYOUTS)
     raise CalibrationError(f"{name}: record {record_id} has an unknown layout. Keys found: {found}. Known: {known}.")
+
+
+def whole_characters(value: Any) -> Any:
+    """JSON's value with U+FFFD in the place of halves of surrogate pairs, as scraped data has them."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, Mapping):
+        return {key: whole_characters(item) for key, item in value.items()}
+    return [whole_characters(item) for item in value] if isinstance(value, list) else value
 
 
 # -- as the text that a model of a family was trained on ---------------------------------------------------------------

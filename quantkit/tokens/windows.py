@@ -153,7 +153,9 @@ def draw(
     stream = _Stream(spec.seq_len, _own_bos(tokenizer))
     needed = spec.samples * stream.payload
     with progress.phase("calibration text", needed) as advance:
-        for record, ids in _tokenized([dataset.records[index] for index in order], template, tokenizer, exclude):
+        refused: list[CalibrationError] = []
+        records = [dataset.records[index] for index in order]
+        for record, ids in _tokenized(records, template, tokenizer, refused, exclude):
             if ids is None:
                 stream.dropped += 1
                 continue
@@ -162,6 +164,7 @@ def draw(
             advance(min(len(stream.ids), needed) - before)
             if len(stream.ids) >= needed:
                 break
+    _say_refused(refused, stream, dataset, progress)
     if exclude and stream.dropped:
         progress.note(f"{dataset.name}: left out {stream.dropped} records that also occur in {exclude.name}")
     matrix = stream.matrix(dataset, template=template, seed=spec.seed, asked=spec.samples)
@@ -250,9 +253,11 @@ def windows_in_order(
     template = resolve(template, tokenizer)
     stream = _Stream(seq_len, _own_bos(tokenizer))
     with progress.phase("evaluation text", len(dataset.records)) as advance:
-        for record, ids in _tokenized(dataset.records, template, tokenizer):
+        refused: list[CalibrationError] = []
+        for record, ids in _tokenized(dataset.records, template, tokenizer, refused):
             stream.add(record.id, ids or [])
             advance(1)
+    _say_refused(refused, stream, dataset, progress)
     return stream.matrix(dataset, template=template, seed=None, asked=None)
 
 
@@ -342,20 +347,34 @@ def _own_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return int(bos) if isinstance(bos, int) and ids[:1] == [bos] else None
 
 
+def _say_refused(refused: list[CalibrationError], stream: _Stream, dataset: Dataset, progress: Progress) -> None:
+    """Records that a chat template refuses are left out, with a warning. Raises CalibrationError where none is left."""
+    if refused and not stream.ids:
+        raise CalibrationError(f"{refused[0]}; --template vicuna, or another, renders records without it")
+    if refused:
+        progress.warn(f"{dataset.name}: left out {len(refused)} records that the chat template refuses: {refused[0]}")
+
+
 def _tokenized(
     records: Sequence[Record],
     template: TemplateName,
     tokenizer: PreTrainedTokenizerBase,
+    refused: list[CalibrationError],
     exclude: TextIndex | None = None,
 ) -> Iterator[tuple[Record, list[int] | None]]:
-    """Each record and its token ids, or None where `exclude` holds the record."""
+    """Each record and its token ids, or None where `exclude` holds it; without those that go to `refused`."""
     for start in range(0, len(records), _BATCH):
-        batch = records[start : start + _BATCH]
-        out = [exclude is not None and exclude.holds(record) for record in batch]
-        texts = [render(record, template, tokenizer) for record, held in zip(batch, out, strict=True) if not held]
+        rendered: list[tuple[Record, str | None]] = []
+        for record in records[start : start + _BATCH]:
+            held = exclude is not None and exclude.holds(record)
+            try:
+                rendered.append((record, None if held else render(record, template, tokenizer)))
+            except CalibrationError as error:
+                refused.append(error)
+        texts = [text for _, text in rendered if text is not None]
         ids = iter(_token_ids(tokenizer, texts, add_special_tokens=False) if texts else [])
-        for record, held in zip(batch, out, strict=True):
-            yield record, None if held else next(ids)
+        for record, text in rendered:
+            yield record, None if text is None else next(ids)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:

@@ -115,6 +115,8 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     plan = gguf_files.plan(source, weights)
     chooser = Chooser(source, weights, types, allowed)
     chosen = list(zip(plan, chooser.choose(plan), strict=True))
+    if types.imatrix is not None:
+        _check_imatrix(types.imatrix, chosen, progress)
     kinds = [choice.kind for _, choice in chosen]
     recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
@@ -157,7 +159,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     keys = gguf_files.header(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
-    for text in gguf_files.limits(source):
+    for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):
         job.progress.warn(text)
 
     def write() -> Path:
@@ -229,6 +231,27 @@ def _type_options(options: Ggml) -> TypeOptions:
         options.requantize,
         None if options.imatrix is None else read_imatrix(options.imatrix),
     )
+
+
+def _check_imatrix(imatrix: Imatrix, chosen: Chosen, progress: Progress) -> None:
+    """Embeddings and outputs aside, which few have, it should have an entry for every matrix that is rounded.
+
+    Raises:
+        UsageError: it has one for none.
+    """
+    rounded = [tensor.name for tensor, choice in chosen if gguf.GGML_QUANT_SIZES[choice.kind][0] > 1]
+    blocks = [name for name in rounded if name.startswith("blk.")]
+    missing = [name for name in blocks if name not in imatrix.entries]
+    if missing and len(missing) == len(blocks):
+        raise UsageError(
+            f"--imatrix {imatrix.path}: none of its {len(imatrix.names)} entries is for a matrix of this model, as "
+            f"{missing[0]}; it was made for another one"
+        )
+    if missing:
+        progress.warn(
+            f"{imatrix.path.name} has no entry for {len(missing)} of {len(blocks)} matrices, such as {missing[0]}: "
+            "these are rounded without it"
+        )
 
 
 def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:

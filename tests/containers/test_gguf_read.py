@@ -26,6 +26,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import quantkit
 from quantkit.blocks.stream import ModelStream
+from quantkit.containers.gguf.config import _llama3 as rope_of_factors
+from quantkit.containers.gguf.config import llama3_factors
 from quantkit.containers.gguf.cuts import CUTS, NOT_BYTES
 from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.pretokenizers import NAMES
@@ -776,7 +778,9 @@ def test_keys_that_no_model_has_are_named(keys: dict[str, Any], said: str, write
         ({"merges": [1]}, "merges is no list of strings"),
         ({"merges": ["ab"]}, "merges holds 'ab', which is no pair"),
         ({"merges": ["never seen"]}, "cannot make its tokenizer: .*never"),
-        ({"unknown_token_id": 400}, "unknown_token_id is '400', but there are 320 tokens"),
+        ({"unknown_token_id": "x"}, "unknown_token_id is 'x', but there are 320 tokens"),
+        ({"../chat_templates": "rag"}, "tokenizer.chat_templates is no list of names"),
+        ({"../chat_templates": ["rag"], "../chat_template.rag": 7}, "tokenizer.chat_template.rag is no text"),
         ({"pre": 1}, "pre '1' is not known"),
         ({"model": ["gpt2"]}, "model .* is not a vocabulary"),
         ({"../chat_template": 7}, "tokenizer.chat_template is no text"),
@@ -788,6 +792,78 @@ def test_a_vocabulary_that_does_not_fit_together_is_named(keys: dict[str, Any], 
     source = open_source(write(tiny("llama"), keys=named))
     with pytest.raises(SourceError, match=rf"tiny\.gguf: .*{said}"):
         source.tokenizer()
+
+
+@pytest.mark.parametrize("number", [320, -1, 2**32 - 1])
+@pytest.mark.parametrize("key", ["padding_token_id", "unknown_token_id"])
+def test_a_number_of_no_token_is_none_where_llama_cpp_takes_none(key: str, number: int, write: Any) -> None:
+    source = open_source(write(tiny("llama"), keys={f"tokenizer.ggml.{key}": number}))
+    assert source.remarks == [f"tokenizer.ggml.{key} is {number}, but there are 320 tokens: taken for none"]
+    tokenizer = source.tokenizer()
+    assert (tokenizer.pad_token if key == "padding_token_id" else tokenizer.unk_token) is None
+    assert source.config.pad_token_id is None or key != "padding_token_id"
+
+
+@pytest.mark.parametrize("usual", [CHAT_TEMPLATE, None])
+def test_named_chat_templates_are_read_and_written(usual: str | None, write: Any, tmp_path: Path) -> None:
+    named = {"rag": "{{ documents }}", "tool_use": "{{ tools }}"}
+    keys = {"tokenizer.chat_templates": sorted(named), "tokenizer.chat_template": usual}
+    keys |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    source = open_source(write(tiny("llama"), keys=keys))
+    wanted = named if usual is None else {"default": usual, **named}
+    assert source.tokenizer().chat_template == wanted
+    quantkit.convert(source.path, out=tmp_path / "folder")
+    assert open_source(tmp_path / "folder").tokenizer().chat_template == wanted
+
+
+@pytest.mark.parametrize("head", [16, 32, 128])
+@pytest.mark.parametrize(
+    ("original", "low", "high", "theta"),
+    [(512, 1.0, 4.0, 1e4), (4096, 1.0, 4.0, 5e5), (777, 1.3, 2.0, 1e6), (8192, 2.0, 2.2, 2.3e5), (64, 0.5, 9.0, 1e4)],
+)
+def test_llama3_scaling_is_read_from_its_factors_alone(
+    original: int, low: float, high: float, theta: float, head: int
+) -> None:
+    scaling = {"factor": 12.5, "low_freq_factor": low, "high_freq_factor": high}
+    scaling["original_max_position_embeddings"] = original
+    factors = llama3_factors(theta, scaling, head // 2).astype(np.float32)
+    found = rope_of_factors(theta, factors)
+    if found:
+        np.testing.assert_allclose(llama3_factors(theta, found, head // 2), factors, rtol=1e-4)
+    else:
+        assert (factors == 1).all()
+    if (low, high, head) == (1.0, 4.0, 128):
+        assert found == {"rope_type": "llama3", **scaling}
+
+
+def test_factors_that_no_llama3_scaling_makes_are_refused() -> None:
+    with pytest.raises(SourceError, match="does not hold Llama 3's scaling"):
+        rope_of_factors(1e4, np.array([1, 2, 1.5, 8], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (31, "of type Q4_0_4_4, which llama.cpp has removed: .* take the Q4_0 file instead"),
+        (38, "of type IQ4_NL_8_8, which llama.cpp has removed: .* take the IQ4_NL file instead"),
+        (99, "of type 99, which the installed gguf package does not know; try pip install --upgrade gguf"),
+        (2**31, "broken or cut short GGUF file"),
+    ],
+)
+def test_a_type_that_cannot_be_read_is_told_from_damage(number: int, said: str, write: Any) -> None:
+    path = write(tiny("llama"))
+    content, name = path.read_bytes(), b"blk.0.attn_q.weight"
+    at = content.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
+    at += 4 + 8 * int.from_bytes(content[at : at + 4], "little")
+    path.write_bytes(content[:at] + number.to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(SourceError, match=said):
+        open_source(path)
+
+
+def test_an_adapter_is_told_from_a_model(write: Any) -> None:
+    keys = {"general.type": "adapter", "general.base_model.0.name": "Tiny"}
+    with pytest.raises(SourceError, match=r"a LoRA adapter, no model: merge it into Tiny first"):
+        open_source(write(tiny("llama"), keys=keys))
 
 
 def test_scores_of_another_count_than_the_pieces_are_named(tmp_path: Path) -> None:

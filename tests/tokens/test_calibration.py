@@ -661,3 +661,25 @@ def test_bundled_data_of_an_installed_package_comes_first(tmp_path: Path, monkey
     assert datasets.bundled_folder() == tmp_path / "calibration"
     (package / "data").mkdir()
     assert datasets.bundled_folder() == package / "data"
+
+
+ALTERNATE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+)
+
+
+def test_conversations_that_the_template_refuses_are_left_out_and_counted(recorder: Recorder) -> None:
+    tokenizer = make_tokenizer(adds_bos=False, chat_template=ALTERNATE)
+    good = [Record(f"good{i}", turns=(Turn("user", "Why?"), Turn("assistant", "So it is."))) for i in range(8)]
+    bad = Record("bad", turns=(Turn("assistant", "So."), Turn("user", "Why?")))
+    mixed = Dataset("mixed", "0" * 64, (*good[:4], bad, *good[4:]))
+    matrix = windows_in_order(mixed, seq_len=8, template="chat", tokenizer=tokenizer, progress=recorder)
+    alone = windows_in_order(Dataset("mixed", "0" * 64, tuple(good)), seq_len=8, template="chat", tokenizer=tokenizer)
+    assert torch.equal(matrix.tokens, alone.tokens)
+    assert len(recorder.warnings) == 1
+    assert recorder.warnings[0].startswith("mixed: left out 1 records that the chat template refuses: record bad: ")
+    spec = CalibrationSpec(samples=2, seq_len=8, template="chat")
+    assert "bad" not in draw(mixed, spec, tokenizer).provenance.records
+    with pytest.raises(CalibrationError, match="roles must alternate; --template vicuna"):
+        draw(Dataset("bad", "0" * 64, (bad,)), spec, tokenizer)

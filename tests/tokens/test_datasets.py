@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -319,9 +321,9 @@ def test_compressed_plain_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (LINES, "a.jsonl.gz: not a readable gzip file: "),
-        (gzip.compress(LINES * 9999)[:-20], "a.jsonl.gz: not a readable gzip file: "),
-        (gzip.compress(LINES)[:12] + b"\xff" * 30, "a.jsonl.gz: not a readable gzip file: "),
+        (LINES, "a.jsonl.gz: not a readable gz file: "),
+        (gzip.compress(LINES * 9999)[:-20], "a.jsonl.gz: not a readable gz file: "),
+        (gzip.compress(LINES)[:12] + b"\xff" * 30, "a.jsonl.gz: not a readable gz file: "),
         (b"", "a.jsonl.gz: the file is empty"),
         (gzip.compress(b" \n"), "a.jsonl.gz: the file is empty"),
         (gzip.compress(LINES + b"oops\n"), "a.jsonl.gz: line 3 is not JSON"),
@@ -331,6 +333,31 @@ def test_bad_compressed_files(tmp_path: Path, content: bytes, message: str) -> N
     with pytest.raises(CalibrationError, match=re.escape(message)) as caught:
         load_dataset(write(tmp_path, "a.jsonl.gz", content))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".xz", lzma.compress), (".bz2", bz2.compress), ("", gzip.compress)])
+def test_other_compressed_files(suffix: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    assert load_dataset(write(tmp_path, f"a.jsonl{suffix}", pack(LINES))).records == READ
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("val.jsonl.zst", bytes.fromhex("28b52ffd2000010000"), "zstd"),
+        ("val.jsonl", bytes.fromhex("28b52ffd2000010000"), "zstd"),
+        ("val.zip", b"PK\x03\x04rest", "zip"),
+    ],
+)
+def test_a_file_to_be_unpacked_first(name: str, content: bytes, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=rf"{name}: the file is compressed \({kind}\): unpack it"):
+        load_dataset(write(tmp_path, name, content))
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character(tmp_path: Path) -> None:
+    line = r'{"instruction": "a \ud83d b", "output": "whole \ud83d\ude80"}'
+    (record,) = load_dataset(write(tmp_path, "a.jsonl", line.encode())).records
+    assert record.turns is not None
+    assert [turn.text for turn in record.turns] == ["a \ufffd b", "whole \U0001f680"]
 
 
 # Mixtures

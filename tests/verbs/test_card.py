@@ -459,6 +459,26 @@ def test_licence_of_a_gguf_file(made: Path, tmp_path: Path) -> None:
     assert head["license"] == "apache-2.0"
 
 
+@pytest.mark.parametrize(
+    ("front", "licence", "language"),
+    [
+        ("license: apache-2.0\nlanguage:\n- no\n- nb\n", "apache-2.0", ["no", "nb"]),
+        ("license: mit\nlanguage: on\ndate: 2023-05-01\n", "mit", "on"),
+        ("# ---------- licence ---\nlicense: cc-by-nc-4.0\nlanguage: de\n", "cc-by-nc-4.0", "de"),
+        ("license: other\nlanguage: 010\n", "other", "010"),
+    ],
+)
+def test_front_matter_is_read_as_the_hub_reads_it(
+    front: str, licence: str, language: Any, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}---\nThe text.\n")
+    with pytest.raises(UsageError, match=f"--licence unlicense: .* is under {licence}"):
+        card(folder, original=tmp_path / "README.md", licence="unlicense", force=True)
+    write(folder, original=tmp_path / "README.md")
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.language) == (licence, language)
+
+
 def test_an_original_beside_other_weights_is_refused(folder: Path, make_model: MakeModel, tmp_path: Path) -> None:
     for seed, right in ((0, True), (5, False)):
         place = tmp_path / f"source{seed}"

@@ -488,3 +488,26 @@ def test_what_float16_makes_zeros_of_is_said(make_model: MakeModel, recorder: Re
         ]
         assert len(said) == loses, (make, options)
         assert all("bfloat16" in text or "bf16" in text for text in said)
+
+
+def test_an_importance_matrix_of_another_model(
+    make_model: MakeModel, tiny_gguf: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    part = random_imatrix(tmp_path / "part.gguf", tiny_gguf, leave_out="blk.1.attn_k.weight")
+    asked: dict[str, Any] = {"type": "q4_0", "pre": "gpt-2", "progress": recorder}
+    quantkit.ggml(make_model("llama"), tmp_path / "part-Q4_0.gguf", imatrix=part, **asked)
+    said = "part.gguf has no entry for 1 of 14 matrices, such as blk.1.attn_k.weight: these are rounded without it"
+    assert said in recorder.warnings
+    other = read_imatrix(part).entries
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "")
+    writer.add_type(gguf.GGUFType.IMATRIX)
+    for name, values in other.items():
+        writer.add_tensor(f"{name.replace('attn_', 'other_').replace('ffn_', 'other_')}.in_sum2", values)
+        writer.add_tensor(f"{name.replace('attn_', 'other_').replace('ffn_', 'other_')}.counts", values[:, :1])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UsageError, match=r"none of its \d+ entries is for a matrix of this model, as blk\.0\."):
+        quantkit.ggml(make_model("llama"), tmp_path / "out.gguf", imatrix=tmp_path / "other.gguf", **asked)
+    assert not (tmp_path / "out.gguf").exists()

@@ -629,3 +629,20 @@ def test_what_the_commands_say(base: Path, padded: Path, tmp_path: Path, capsys:
     assert "--out" in err
     code, said, err = run(capsys, "gptq", "--base", base, "--quiet")
     assert (code, err) == (2, "error: --base and --delta belong together: a model is their sum\n")
+
+
+def test_a_delta_without_a_tokenizer_takes_the_bases(
+    base: Path, tuned: Path, padded: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    for name, other in (("same", tuned), ("larger", padded)):
+        quantkit.diff(base, other, tmp_path / f"{name}-delta")
+        for path in (tmp_path / f"{name}-delta").iterdir():
+            if "token" in path.name:
+                path.unlink()
+        quantkit.merge(base, tmp_path / f"{name}-delta", tmp_path / name, progress=recorder)
+    assert f"same-delta has no tokenizer: {base.name}'s is taken" in recorder.notes
+    assert f"larger-delta has no tokenizer, and {base.name} none for as many tokens: what is made has none" in (
+        recorder.notes
+    )
+    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert not list((tmp_path / "larger").glob("tokenizer*"))

@@ -6,6 +6,7 @@ packed rows; `header` makes the keys; `GgufWriter` writes into a folder of `runs
 """
 
 from quantkit.containers.gguf.keys import header, origin
+from quantkit.containers.gguf.probe import cut_otherwise
 from quantkit.containers.gguf.tensors import GgufTensor, plan
 from quantkit.containers.gguf.writable import WRITABLE, architecture_of, limits
 from quantkit.containers.gguf.write import GgufWriter, packed_bytes
@@ -15,6 +16,7 @@ __all__ = [
     "GgufTensor",
     "GgufWriter",
     "architecture_of",
+    "cut_otherwise",
     "header",
     "limits",
     "origin",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,9 @@ _NOT_READ = (
 
 _LARGEST = 2**31  # what llama.cpp counts with
 
-# Llama 3's scaling is stored as one factor a frequency. These three have been the same in every model so far.
+# Llama 3's scaling is stored as one factor a frequency. These three are the same in nearly every model.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LENIENT = ("padding_token_id", "unknown_token_id")
 _YARN_KEYS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
@@ -147,9 +149,12 @@ def _further(keys: Keys, architecture: Architecture) -> dict[str, Any]:
 
 
 def token_id(values: Callable[[str], Any], key: str, vocabulary: int) -> int | None:
-    """The id that ``tokenizer.ggml.<key>`` names, if it names one; raises SourceError for what is no token's."""
+    """The id that ``tokenizer.ggml.<key>`` names, if it names one; raises SourceError for what is no token's.
+
+    Published files have numbers of no token for padding and unknown text, which llama.cpp takes for none.
+    """
     number = values(f"tokenizer.ggml.{key}")
-    if number is None:
+    if number is None or (key in LENIENT and type(number) is int and not 0 <= number < vocabulary):
         return None
     if type(number) is not int or not 0 <= number < vocabulary:
         raise SourceError(f"tokenizer.ggml.{key} is {str(number)[:40]!r}, but there are {vocabulary} tokens")
@@ -275,13 +280,43 @@ def longrope_attention(length: int, original: int) -> float:
 
 
 def _llama3(theta: float, factors: Array) -> dict[str, Any]:
-    """The scaling whose factors these are, [head / 2] in float32."""
+    """The scaling whose factors these are, [head / 2] in float32; raises SourceError where none makes them."""
     if bool((factors == 1).all()):
         return {}
-    scaling: dict[str, Any] = {"rope_type": "llama3", "factor": float(str(np.float32(factors.max()))), **_LLAMA3}
-    if not np.allclose(llama3_factors(theta, scaling, len(factors)), factors, rtol=1e-4):
-        raise SourceError("rope_freqs.weight does not hold Llama 3's scaling; read the original folder instead")
-    return scaling
+    for published in _llama3_candidates(theta, factors.astype(np.float64)):
+        scaling = {"rope_type": "llama3", "factor": float(str(np.float32(factors.max()))), **published}
+        if np.allclose(llama3_factors(theta, scaling, len(factors)), factors, rtol=1e-4):
+            return scaling
+    raise SourceError("rope_freqs.weight does not hold Llama 3's scaling; read the original folder instead")
+
+
+def _llama3_candidates(theta: float, factors: Array) -> Iterator[dict[str, float]]:
+    """Lengths and bounds that may have made the factors: those of nearly all models, then what follows.
+
+    The share of its own speed that a frequency keeps is a line in the frequency, cut off at 0 and 1. Two points give
+    the line; any length then has bounds that make it, and one is taken whose lower bound is 1.
+    """
+    yield _LLAMA3
+    whole = 1 / factors.astype(np.float64)
+    if not 0 < whole.min() < 1 or whole.max() > 1 + 1e-6:
+        return
+    kept = (whole - whole.min()) / (1 - whole.min())
+    speeds = theta ** (-np.arange(len(kept)) / len(kept))
+    between = np.flatnonzero((kept > 1e-6) & (kept < 1 - 1e-6))
+    first = between[0] if len(between) else np.flatnonzero(kept > 0.5).max(initial=0)
+    last = between[-1] if len(between) else first + 1
+    # Of one frequency in between, or none, the line goes through a neighbour that is just cut off.
+    near = sorted({at for at in (first, last, first - 1, last + 1) if 0 <= at < len(kept)})
+    for one, other in [(first, last), *combinations(near, 2)]:
+        slope = (kept[one] - kept[other]) / (speeds[one] - speeds[other]) if one < other < len(kept) else 0.0
+        height = kept[one] - slope * speeds[one]
+        if slope <= 0 or height >= 0:
+            continue
+        length = max(1, round(-2 * math.pi * slope / height))
+        width = length / (2 * math.pi * slope)
+        for digits in (6, 17):  # as a person wrote them, if they did
+            low, high = (float(f"{bound:.{digits}g}") for bound in (-height * width, (1 - height) * width))
+            yield {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": length}
 
 
 def llama3_factors(theta: float, scaling: Mapping[str, Any], count: int) -> Array:

@@ -48,6 +48,9 @@ _SCALARS = {
     12: "<f8",
 }
 _KINDS = {int(kind): kind for kind in gguf.GGML_QUANT_SIZES}
+# Repacked forms of 2024; what is packed so is made when a file is loaded now.
+_REMOVED = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+_NUMBERS = 128  # a larger number is damage and no newer type
 _PLAIN = {gguf.GGMLQuantizationType.F32: "<f4", gguf.GGMLQuantizationType.F16: "<f2"}
 _WINDOW = 1 << 16
 _PIECE = 1 << 20
@@ -240,6 +243,16 @@ class GgufFile:
             raise ValueError(f"{name} has {dimensions} dimensions")
         shape = tuple(self._number("<u8") for _ in range(dimensions))[::-1]
         number = self._number("<u4")
+        if number in _REMOVED:
+            raise SourceError(
+                f"{self.path}: {name} is of type {_REMOVED[number]}, which llama.cpp has removed: it holds the "
+                f"blocks of {_REMOVED[number][:-4]} in another order; take the {_REMOVED[number][:-4]} file instead"
+            )
+        if number not in _KINDS and number < _NUMBERS:
+            raise SourceError(
+                f"{self.path}: {name} is of type {number}, which the installed gguf package does not know; try "
+                "pip install --upgrade gguf"
+            )
         if number not in _KINDS:
             raise ValueError(f"{name} is of type {number}, which is not known")
         kind = _KINDS[number]

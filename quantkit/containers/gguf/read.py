@@ -21,6 +21,7 @@ from quantkit.containers.gguf.architectures import (
     OUTSIDE,
 )
 from quantkit.containers.gguf.config import (
+    LENIENT,
     Array,
     Keys,
     make_config,
@@ -61,6 +62,12 @@ class GgufSource(Source):
     def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
         self._parts = [GgufFile(part) for part in _parts(path)]
+        if self._field("general.type") == "adapter":
+            base = self._field("general.base_model.0.name") or "its base model"
+            raise SourceError(
+                f"{path}: a LoRA adapter, no model: merge it into {str(base)[:60]} first (llama-export-lora, or peft's "
+                "merge_and_unload), and give what comes of it"
+            )
         name = self._field("general.architecture")
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -68,6 +75,7 @@ class GgufSource(Source):
         self._architecture = ARCHITECTURES[name]
         self.metadata = self._parts[0].keys
         self.from_gptq = self._field("quantkit.weights") is not None
+        self.remarks = self._unnamed()
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.label = label or model_stem(path)
         self._holder = {name: part for part in self._parts for name in part.tensors}
@@ -85,6 +93,16 @@ class GgufSource(Source):
 
     def _tensor(self, stored: str) -> GgufTensor:
         return self._holder[stored].tensors[stored]
+
+    def _unnamed(self) -> list[str]:
+        """What the file says of tokens that it does not have."""
+        count = len(self._field("tokenizer.ggml.tokens") or ())
+        keys = {key: self._field(f"tokenizer.ggml.{key}") for key in LENIENT}
+        return [
+            f"tokenizer.ggml.{key} is {str(number)[:40]}, but there are {count} tokens: taken for none"
+            for key, number in keys.items()
+            if type(number) is int and not 0 <= number < count
+        ]
 
     def _check_parts(self) -> None:
         """Each part must be the one that its name says, and of one model with the first; each tensor lies in one."""

@@ -78,11 +78,22 @@ def make_tokenizer(values: Callable[[str], Any], architecture: Architecture, emb
     adds_bos = bos if ggml("add_bos_token") is None else ggml("add_bos_token")
     _add_ends(backend, named, adds_bos and "bos_token" in named, bool(ggml("add_eos_token")))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    template = values("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise SourceError("tokenizer.chat_template is no text")
-    tokenizer.chat_template = template
+    tokenizer.chat_template = _templates(values)
     return tokenizer
+
+
+def _templates(values: Callable[[str], Any]) -> str | dict[str, str] | None:
+    """The file's chat template; by name, the usual one as "default", where it has several."""
+    names = values("tokenizer.chat_templates") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError("tokenizer.chat_templates is no list of names")
+    found = {"default": values("tokenizer.chat_template")}
+    found |= {name: values(f"tokenizer.chat_template.{name}") for name in names if name != "default"}
+    given = {name: text for name, text in found.items() if text is not None}
+    for name, text in given.items():
+        if not isinstance(text, str):
+            raise SourceError(f"tokenizer.chat_template{'' if name == 'default' else f'.{name}'} is no text")
+    return given if given.keys() - {"default"} else given.get("default")
 
 
 def _strings(ggml: Callable[[str], Any], key: str) -> list[str] | None:

@@ -33,6 +33,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
+OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
 LOCAL_KEYS = frozenset(
@@ -141,6 +142,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
             raise SourceError(
                 f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing"
             )
+    if "gguf_file" not in options:
+        options |= _empty_tokens(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
@@ -149,7 +152,40 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
         if not trust_remote_code:
             _refuse_code(folder / "tokenizer_config.json", error)
         raise SourceError(f"{folder}: cannot load its tokenizer: {first_line(error)}") from error
+    if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
+        _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
+
+
+def _empty_tokens(folder: Path) -> dict[str, None]:
+    """Special tokens that are empty strings, to be taken for none; transformers would look for them without end.
+
+    Raises:
+        SourceError: BOS or EOS is one: a model whose texts begin or end without it is another one.
+    """
+    empty: dict[str, None] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, token in read_json(folder / name).items() if (folder / name).is_file() else ():
+            if not key.endswith("_token") or (token.get("content") if isinstance(token, dict) else token) != "":
+                continue
+            if key in ("bos_token", "eos_token"):
+                raise SourceError(
+                    f'{folder / name}: {key} is ""; write the token there (a LLaMA has "<s>" and "</s>"), or null '
+                    "where the model has none"
+                )
+            empty[key] = None
+    return empty
+
+
+def _check_added(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers numbers added tokens anew where they do not follow the vocabulary. Raises SourceError."""
+    for token, number in read_json(path).items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != number:
+            raise SourceError(
+                f"{path}: {token!r} has the id {number} here, and {found} once transformers has read the folder; put a "
+                "tokenizer.json that holds it beside it, or name the unused ids in between there too"
+            )
 
 
 def _refuse_code(path: Path, error: Exception) -> None:
@@ -197,9 +233,14 @@ def publishable_config(config: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def copy_companions(source: Path, folder: Path) -> None:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary of its own."""
+    return folder.is_dir() and any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANIONS) -> None:
     """Copy tokenizer, generation config, chat template and licence; JSON files lose keys that hold local paths."""
-    for name in COMPANIONS:
+    for name in names:
         path = source / name
         if not path.is_file():
             continue

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from quantkit.containers import CONTAINERS
@@ -48,15 +49,28 @@ def read_original(path: Path) -> Original:
         raise SourceError(f"{place}: cannot be read: {error}") from error
     if MARK in content:
         raise UsageError(f"--original {place}: quantkit wrote this card; give that of the model it was made from")
-    found = re.match(r"\ufeff?---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)", content.replace("\r\n", "\n"), re.DOTALL)
+    content = content.removeprefix("\ufeff").replace("\r\n", "\n")
+    found = REGEX_YAML_BLOCK.match(content)  # the Hub's own
     if not found:
         return Original({}, content.strip())
     try:
-        data = yaml.safe_load(found[1])
+        data = yaml.load(found[2], Loader=_Yaml12)
     except yaml.YAMLError as error:
         raise SourceError(f"{place}: its front matter is no YAML: {' '.join(str(error).split())}") from None
-    text = content.replace("\r\n", "\n")[found.end() :].strip()
-    return Original(data if isinstance(data, dict) else {}, text)
+    return Original(data if isinstance(data, dict) else {}, content[found.end() :].strip())
+
+
+class _Yaml12(yaml.SafeLoader):
+    """As the Hub reads cards: `no`, `on` and `y` are words, and so are dates and numbers to the base 60."""
+
+
+_BOOL, _DATE, _WHOLE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "timestamp", "int"))
+_Yaml12.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rows if tag not in (_BOOL, _DATE, _WHOLE)]
+    for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml12.add_implicit_resolver(_WHOLE, re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
 def licence_of(original: Original, models: Sequence[Model], given: str | None) -> dict[str, Any]:

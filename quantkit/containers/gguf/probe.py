@@ -1,0 +1,54 @@
+"""Whether a reader of the file cuts text as the model's own tokenizer does: seen on a fixed text, before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.containers.gguf.architectures import ARCHITECTURES
+from quantkit.containers.gguf.pretokenizers import PROBE
+from quantkit.containers.gguf.tokenizer import make_tokenizer
+from quantkit.containers.gguf.writable import architecture_of
+from quantkit.containers.source import Source
+from quantkit.errors import SourceError
+
+_TEXTS = (
+    "The QUICK brown Fox, said Anna; isn't it (2 x 12 = 24, 1234567 or 3.14)?",
+    "the \ufb01ne \uff11\uff12 caf\u00e9 cafe\u0301 \u00c5ngstr\u00f6m \u00bd \u2026 \u4f60\u597d\uff0c\u4e16\u754c",
+    "one space,  two spaces,   three,\tone tab\n\n  and lines\n",
+    "ends with one ",
+    " begins with one",
+    "  or with two",
+    *PROBE.split("\n \n"),
+)
+
+
+def cut_otherwise(source: Source, keys: Mapping[str, Any]) -> list[str]:
+    """What the keys' tokenizer makes other ids of than the source's: a line for plain text, one for added tokens.
+
+    Words without a normal form of their own, capitals, digits, runs of spaces and punctuation are asked for, and every
+    added token, with words and spaces on both sides. A GGUF source's own keys go into the file as they are.
+    """
+    if source.metadata:
+        return []
+    theirs: Any = source.tokenizer()
+    try:
+        ours: Any = make_tokenizer(keys.get, ARCHITECTURES[architecture_of(source)], source.config.vocab_size)
+    except SourceError:
+        return []  # a pre-tokenizer that is llama.cpp's alone
+    added = [token.content for token in theirs.added_tokens_decoder.values()]
+    around = [text for token in added for text in (f"word{token}word", f"word {token} word")]
+    found = []
+    for texts, what in ((_TEXTS, "text"), (around, "text around added tokens")):
+        wrong = [text for text in texts if _ids(ours, text) != _ids(theirs, text)]
+        if wrong:
+            first, others = wrong[0], f" and {len(wrong) - 1} more of {len(texts)}" if len(wrong) > 1 else ""
+            found.append(
+                f"a reader of this GGUF file cuts {what} otherwise than the model's tokenizer: {first[:60]!r}{others}"
+            )
+    return found
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids

@@ -53,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.once:
-        with settled(["ggml"]):  # as the command line sets its process
+        with settled("ggml"):  # as the command line sets its process
             print("RESULT " + json.dumps(export_once(args.once, args.work / "export.gguf", args.cold)))
         return
 

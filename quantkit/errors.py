@@ -56,6 +56,28 @@ def describe(error: BaseException) -> str:
     return _out_of_memory(error) or f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
+_UNSEEN = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+}
+_LAID_OUT = {code: shown for code, shown in _UNSEEN.items() if chr(code) not in "\n\t"}
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """Text of files and of others as it may reach a terminal: control and bidirectional characters written out.
+
+    Args:
+        text: what is to be shown.
+        lines: leave line ends and tabs, for text of several lines; without it one line stays one line.
+    """
+    return text.translate(_LAID_OUT if lines else _UNSEEN)
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A value as a line quotes it: without its middle where it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for a one-line report; the last where the first announces a list."""
     lines = str(error).strip().split("\n")

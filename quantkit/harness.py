@@ -1,9 +1,8 @@
 """lm-evaluation-harness with quantkit's models in it: ``python -m quantkit.harness``, `register` for programs."""
 
-from quantkit.verbs.eval.__main__ import main
-from quantkit.verbs.eval.register import NAME, register
+from quantkit.verbs.eval.register import NAME, register, run_harness
 
 __all__ = ["NAME", "register"]
 
 if __name__ == "__main__":
-    main()
+    run_harness()

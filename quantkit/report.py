@@ -150,20 +150,19 @@ def _of(kind: Any, value: Any, where: str) -> Any:
     if origin in (list, tuple) and isinstance(value, list | tuple):
         return origin(_of(inner[0], item, f"{where}[{number}]") for number, item in enumerate(value))
     if origin in (dict, Mapping) and isinstance(value, Mapping):
-        return {_of_key(inner[0], key, where): _of(inner[1], item, _within(where, key)) for key, item in value.items()}
+        read = {}
+        for key, item in value.items():
+            at = _within(where, key)
+            known = int(key) if inner[0] is int and str(key).isdecimal() else key  # JSON has text for numbers
+            read[_of(inner[0], known, at)] = _of(inner[1], item, at)
+        return read
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is Any or type(value) is kind or (kind is float and type(value) is int):
-        return value
-    if origin is Literal and value in inner:
+    whole = kind is float and type(value) is int
+    if kind is Any or type(value) is kind or whole or (origin is Literal and value in inner):
         return value
     wanted = f"one of {', '.join(map(str, inner))}" if origin is Literal else f"of type {kind.__name__}"
     raise ReportError(f"{where} is {reprlib.repr(value)}, not {wanted}")
-
-
-def _of_key(kind: Any, key: Any, where: str) -> Any:
-    """A mapping's key; JSON has text for numbers."""
-    return _of(kind, int(key) if kind is int and str(key).isdecimal() else key, _within(where, key))
 
 
 def _within(where: str, key: Any) -> str:

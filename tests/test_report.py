@@ -42,7 +42,7 @@ def test_json_has_these_keys_in_this_order(name: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_text_is_shown(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console.results, "width", 80)
+    monkeypatch.setattr(console.results(), "width", 80)
     console.show(CASES[name].lines(**DISPLAY.get(name, {})))
     assert capsys.readouterr().out.splitlines() == SAID[name].get("text", [])
 
@@ -168,7 +168,7 @@ def shown(*lines: Shown, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> str
         force_terminal=terminal,
         color_system="standard" if terminal else None,
     )
-    monkeypatch.setattr(console, "results", out)
+    monkeypatch.setattr(console, "results", lambda: out)
     console.show(lines)
     return screen.getvalue()
 

@@ -146,8 +146,7 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
         names: the Linears to sort into stages.
         forward: runs the block.
 
-    Raises:
-        SourceError: a Linear that the forward does not reach.
+    A Linear that the forward does not reach is in none.
     """
     stages: list[tuple[torch.Tensor, list[str]]] = []
     reached: set[str] = set()
@@ -171,10 +170,29 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
     finally:
         for hook in hooks:
             hook.remove()
-    missed = [name for name in names if name not in reached]
-    if missed:
-        raise SourceError(f"the block's forward does not reach {', '.join(missed)}; leave it out with --exclude")
     return tuple(tuple(members) for _, members in stages)
+
+
+def never_called(model: nn.Module, names: Sequence[str], forward: Callable[[], object]) -> set[str]:
+    """The Linears of a model that its forward does not call, as where it takes a weight for a product of its own.
+
+    Args:
+        model: without weights.
+        names: the Linears to look at.
+        forward: runs it without values. Where that cannot be done, nothing is known, and none is returned.
+    """
+    reached: set[str] = set()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: reached.add(name)) for name in names
+    ]
+    try:
+        forward()
+    except Exception:  # whatever a model raises that asks for values
+        return set()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return set(names) - reached
 
 
 def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:

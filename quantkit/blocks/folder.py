@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
+from quantkit.blocks.weights import ExpertNames, bind, build_on_meta, put_together
 from quantkit.codes.underflow import Underflow
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
@@ -25,10 +23,6 @@ from quantkit.runs.atomic import (
     write_json,
 )
 from quantkit.runs.tensorfile import TensorPlan
-
-# Masks and counters that some checkpoints store; everything else is a weight.
-_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-
 
 # What a progress bar calls the work; by the kind of source.
 _PHASES = {"delta": "merging", "diff": "subtracting"}
@@ -48,12 +42,17 @@ class FolderPlan:
         return sum(tensor.bytes for tensor in self.tensors)
 
 
-def plan_folder(source: Source, dtype: torch.dtype) -> FolderPlan:
-    """What a source is as a folder of weights in `dtype`, from headers. Raises SourceError as `whole_weights` does."""
+def plan_folder(source: Source, dtype: torch.dtype, all_alike: bool = True) -> FolderPlan:
+    """What a source is as a folder of weights in `dtype`, from headers. Raises SourceError as `whole_weights` does.
+
+    Where not `all_alike`, tensors that are float32 beside weights in half precision stay that.
+    """
     weights = whole_weights(source)
-    planned = [
-        TensorPlan(name, _INTEGERS.get(info.stored_as, dtype), info.shape) for name, info in weights.tensors.items()
-    ]
+
+    def held(name: str) -> torch.dtype:
+        return weights.dtype(name, torch.float32 if weights.in_float32(name) and not all_alike else dtype)
+
+    planned = [TensorPlan(name, held(name), info.shape) for name, info in weights.tensors.items()]
     return FolderPlan(source, weights, planned, str(dtype).removeprefix("torch."))
 
 
@@ -96,11 +95,7 @@ def whole_weights(source: Source) -> Weights:
     weights = bind(source, model, {}, ExpertNames(), untie=False)
     lost = sorted(name for name, _ in model.named_parameters() if name not in weights.names)
     # Parameters that transformers puts together from the published tensors while it loads them are not.
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
-    converted = {name for name, pattern in found if pattern is not None}
+    converted = put_together(model, weights)
     missing = next((name for name in lost if name not in converted), None)
     if missing:
         raise SourceError(

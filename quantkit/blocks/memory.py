@@ -18,7 +18,7 @@ from quantkit.blocks.stages import paused_bytes
 from quantkit.blocks.states import HiddenPlace
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
-from quantkit.containers.hf.shards import DTYPES
+from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.errors import UsageError
 from quantkit.progress import Progress, size
 
@@ -108,7 +108,7 @@ def _block_bytes(stream: ModelStream, index: int, block: nn.Module, stages: Stag
     stored, largest, weights = 0, 0, 0
     for name, parameter in block.named_parameters():
         info = stream.weights.tensors[stream.weights.names[f"{stream.blocks[index]}.{name}"]]
-        bytes_read = info.bytes if info.stored_as in DTYPES else 4 * parameter.numel()
+        bytes_read = info.bytes if info.stored_as in STORED_DTYPES else 4 * parameter.numel()
         stored, largest, weights = stored + bytes_read, max(largest, bytes_read), weights + item * parameter.numel()
     work = square = 0
     for stage in stages if quantized else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +12,10 @@ import torch
 from quantkit.blocks.budget import Budget, free_budget
 from quantkit.blocks.pair import DeltaSource, delta_record
 from quantkit.blocks.stream import ModelStream
-from quantkit.containers.source import Source
+from quantkit.blocks.weights import left_out
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
-from quantkit.options import ComputeDtype, parse_size
+from quantkit.options import ComputeDtype, EvaluationSpec, make, parse_size
 from quantkit.progress import Progress
 from quantkit.sources import default_source, open_source
 
@@ -107,6 +109,16 @@ def stream_of(
     return stream
 
 
+def fitted(spec: EvaluationSpec, streams: Sequence[ModelStream], asked: bool) -> EvaluationSpec:
+    """The spec with windows that all of the models have positions for; UsageError where others were `asked` for."""
+    if asked:
+        for stream in streams:
+            stream.check_length(spec.seq_len)
+        return spec
+    lengths = [spec.seq_len, *(stream.longest for stream in streams if stream.longest is not None)]
+    return make(EvaluationSpec, **(spec.model_dump() | {"seq_len": min(lengths)}))
+
+
 def resolve_device(device: str) -> torch.device:
     """The torch device of a --device value. Raises UsageError."""
     if device == "auto":
@@ -135,6 +147,13 @@ def memory_budget(device: torch.device, memory: str | int | None = None) -> Budg
         return free
     most = parse_size(memory, "memory")
     return Budget(most, None if free.device is None else min(most, free.device), named=True)
+
+
+def note_left_out(weights: Weights, progress: Progress, parameters_only: bool = False) -> None:
+    """Warn of tensors that the output will lack; `parameters_only` as `left_out` has it."""
+    lost = left_out(weights, parameters_only=parameters_only)
+    if lost is not None:
+        progress.warn(lost)
 
 
 def note_source(source: Source, progress: Progress) -> None:

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from quantkit.blocks.weights import ExpertNames, bind, build_on_meta
+from quantkit.blocks.weights import ExpertNames, bind, build_on_meta, left_out
 from quantkit.containers.hf.read import OF_TOKENIZERS, copy_companions, has_tokenizer
-from quantkit.containers.hf.shards import DTYPES
+from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import SourceError
 from quantkit.options import Vocabulary
@@ -62,6 +62,11 @@ class PairSource(Source):
         self._base, self._other = _bound(base), _bound(other)
         self._partner = self._pair()
         self._grown = self._check_shapes()
+        kept = (n for n, known in self._partner.items() if self._other.in_float32(n) or self._base.in_float32(known))
+        self.float32 = frozenset(kept)
+        for role, weights in zip(self.roles, (self._base, self._other), strict=True):
+            lost = left_out(weights, f" of {role}")
+            self.remarks += [] if lost is None else [lost]
         self.vocab: Vocabulary | None = None
         if self._grown:
             self.vocab, reason = self._choose(self._grown[0]) if vocab == "auto" else (vocab, "as asked")
@@ -194,7 +199,7 @@ class PairSource(Source):
 
     def _check_types(self, name: str, ours: TensorInfo, theirs: TensorInfo) -> None:
         for role, info in zip(self.roles, (ours, theirs), strict=True):
-            held = DTYPES.get(info.stored_as)
+            held = STORED_DTYPES.get(info.stored_as)
             integers = held is not None and not held.is_floating_point and ours.stored_as == theirs.stored_as
             if info.stored_as not in _FLOATS and not integers:
                 raise SourceError(

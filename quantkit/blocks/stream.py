@@ -9,13 +9,15 @@ shared keys and values or scaling of any family.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from quantkit.blocks.budget import Budget, free_budget
@@ -25,15 +27,18 @@ from quantkit.blocks.families import (
     Stages,
     discover_blocks,
     discover_stages,
+    never_called,
     shape_of,
 )
 from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
-from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
+from quantkit.blocks.weights import bind, build_on_meta, expert_names, put_together, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
 from quantkit.containers.source import Source, Weights
-from quantkit.errors import NumericError, SourceError, first_line
+from quantkit.errors import NumericError, SourceError, UsageError, first_line
 
 _RUN_BYTES = 4 * 2**20  # of an embedding, read at once
+_GLANCE = 8  # tokens of a forward that only shows what is called
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|pos(ition)?s?_(embed(dings?)?|emb|encoding))$")
 _GAP = 8  # rows that nobody needs are read along with those around them
 
 
@@ -81,9 +86,66 @@ class ModelStream:
 
     def linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """(published module name, (out, in)) of every Linear of the blocks, in the order of blocks and stages."""
-        for index, block in enumerate(self.modules):
-            for name in self.family.linears(block):
-                yield self.published(index, name), shape_of(block.get_submodule(name))
+        for index in range(len(self.modules)):
+            yield from self.linears_in(index)
+
+    def linears_in(self, index: int) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The same of one block."""
+        for name in self._linears_of(index):
+            yield self.published(index, name), shape_of(self.modules[index].get_submodule(name))
+
+    @cached_property
+    def uncalled(self) -> frozenset[str]:
+        """Published names of Linears in the blocks that no forward calls: they stay as they are.
+
+        Seen by a forward without values, of a discovered family only; a table's stages are all reached.
+        """
+        if self.family.stages is not None:
+            return frozenset()
+        places = {
+            f"{prefix}.{name}": self.published(index, name)
+            for index, (prefix, block) in enumerate(zip(self.blocks, self.modules, strict=True))
+            for name in self.family.linears(block)
+        }
+        model = self._model.base_model
+        with torch.no_grad(), FakeTensorMode():
+            held = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype)
+                for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            }
+            given = {"input_ids": torch.zeros(1, _GLANCE, dtype=torch.int64), "use_cache": False}
+            missed = never_called(
+                self._model, list(places), lambda: torch.func.functional_call(model, held, kwargs=given)
+            )
+        return frozenset(places[name] for name in missed)
+
+    def _linears_of(self, index: int) -> list[str]:
+        """Names within block `index` of the Linears to quantize."""
+        names = self.family.linears(self.modules[index])
+        return [name for name in names if self.published(index, name) not in self.uncalled]
+
+    @cached_property
+    def longest(self) -> int | None:
+        """How many tokens a window may have, of a model that looks its positions up; None of one that computes them."""
+        embedding = self._model.get_input_embeddings()
+        tables = [
+            module.weight.shape[0] - int(getattr(module, "offset", 0)) - (-1 if padding is None else padding) - 1
+            for name, module in self._model.named_modules()
+            if isinstance(module, nn.Embedding) and module is not embedding and _POSITIONS.search(name)
+            for padding in [module.padding_idx]
+        ]
+        tables += [
+            len(table) for name, table in self._model.named_buffers() if _POSITIONS.search(name) and table.ndim > 1
+        ]
+        return min(tables, default=None)
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse windows that the model has no positions for. Raises UsageError."""
+        if self.longest is not None and tokens > self.longest:
+            raise UsageError(
+                f"windows of {tokens} tokens: {self.source.label} has {self.longest} positions; give --seq-len "
+                f"{self.longest} or less"
+            )
 
     def published(self, index: int, name: str) -> str:
         """The published name of the module `name` of block `index`."""
@@ -93,13 +155,13 @@ class ModelStream:
         """Stages of every block as far as they are known from headers: a discovered family's Linears stand alone."""
         if self.family.stages is not None:
             return [self.family.stages_in(block) for block in self.modules]
-        return [tuple((name,) for name in self.family.linears(block)) for block in self.modules]
+        return [tuple((name,) for name in self._linears_of(index)) for index in range(len(self.modules))]
 
     def stages(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> Stages:
         """The stages of a loaded block: the table's, or those that a forward of one batch shows."""
         if self.family.stages is not None:
             return self.family.stages_in(block)
-        names = tuple(self.family.linears(block))
+        names = tuple(self._linears_of(index))
         if names not in self._stages:  # blocks with the same Linears have the same forward
             self._stages[names] = discover_stages(block, names, lambda: self.call(index, block, batch, hidden))
         return self._stages[names]
@@ -121,6 +183,7 @@ class ModelStream:
         self._arguments, self.hands_on = [], False
         if not batches:
             return hidden
+        self.check_length(max(ids.shape[-1] for ids in batches))
         with self._outside(), self._rows_of(torch.cat([ids.reshape(-1) for ids in batches])), self._stand_ins():
             for ids in batches:
                 capture = self._run_with_stand_ins(ids.to(self.device))
@@ -204,10 +267,17 @@ class ModelStream:
         self._last_hidden = None
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        width = self._model.get_input_embeddings().weight.shape[1]
+        embedding = self._model.get_input_embeddings()
         self._last_hidden = hidden
-        nothing = hidden.new_zeros(*hidden.shape[-3:-1], width)  # the last stand-in puts `hidden` in its place
-        output: torch.Tensor = self._model(inputs_embeds=nothing, use_cache=False).logits
+        nothing = hidden.new_zeros(*hidden.shape[-3:-1], embedding.weight.shape[1])
+        ids = torch.zeros(nothing.shape[:-1], dtype=torch.int64, device=nothing.device)
+        # Ids, since some models look up more by them than what enters the first block. The last stand-in puts `hidden`
+        # in the place of what comes of it.
+        embedding.forward = lambda _: nothing
+        try:
+            output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        finally:
+            del embedding.forward
         return output.float()
 
     # -- weights -----------------------------------------------------------------------------------------------------
@@ -325,6 +395,11 @@ class ModelStream:
         try:
             states = self._model.base_model(input_ids=ids, use_cache=False)[0]
         except Exception as error:  # whatever a model raises that does more between its blocks than hand on states
+            if not self._in_tuple:
+                self._in_tuple = True
+                with suppress(SourceError):
+                    return self._run_with_stand_ins(ids)
+                self._in_tuple = False
             if not self.discovered:
                 raise
             kind = self.source.config.model_type
@@ -363,6 +438,7 @@ class ModelStream:
 
         They are filled with NaN first: one that the model's initialisation leaves alone is found, not used.
         """
+        left: list[str] = []
         for name, module in self._model.named_modules():
             made = []
             for key in module._non_persistent_buffers_set:
@@ -372,18 +448,30 @@ class ModelStream:
                     module._buffers[key] = empty.fill_(torch.nan) if empty.is_floating_point() else empty.zero_()
                     made.append(key)
             if made:
-                # The innermost of transformers' models around a module initialises it.
-                parts = name.split(".")
-                around = (self._model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
-                next(model for model in around if isinstance(model, PreTrainedModel))._init_weights(module)
-            for key in made:
-                if bool(torch.isnan(module._buffers[key]).any()):
-                    raise SourceError(f"{self.source.label}: buffer {name}.{key} cannot be computed from the config")
+                self._models_around(name)[0]._init_weights(module)
+            left += [f"{name}.{key}" for key in made if bool(torch.isnan(module._buffers[key]).any())]
+        # Some are the business of a model around the module, which sets those of all its blocks at once.
+        for model in {id(m): m for name in left for m in self._models_around(name.rpartition(".")[0])}.values():
+            model._init_weights(model)
+        for name in left:
+            if bool(torch.isnan(self._model.get_buffer(name)).any()):
+                raise SourceError(f"{self.source.label}: buffer {name} cannot be computed from the config")
+
+    def _models_around(self, name: str) -> list[PreTrainedModel]:
+        """transformers' models that the module `name` is in, the innermost first, which initialises it."""
+        parts = name.split(".")
+        around = (self._model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
+        return [model for model in around if isinstance(model, PreTrainedModel)]
 
     def _check_tensors(self) -> None:
         """Every parameter must be in the source with the shape the config asks for."""
         for name, parameter in self._model.named_parameters():
             if name not in self.weights.names:
+                if name in put_together(self._model, self.weights):
+                    raise SourceError(
+                        f"{self.source.path}: {name} is stored in parts that transformers puts together when it loads "
+                        f"a {self.source.config.model_type}; this form of them is not supported"
+                    )
                 raise SourceError(f"{self.source.path}: tensor {name} is missing")
             stored = self.weights.tensors[self.weights.names[name]]
             if stored.shape != tuple(parameter.shape):

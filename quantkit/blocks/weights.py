@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.containers.source import Place, Source, TensorInfo, Weights
+from quantkit.containers.source import Place, Source, TensorInfo, Weights, by_prefix
 from quantkit.errors import SourceError, first_line
 
 
@@ -47,12 +48,17 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     return model.eval()
 
 
+_SHOWN = 4  # prefixes of tensors that are left out
+# Old checkpoints store these, which every reader computes from the config.
+_COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_)?bias$|position_ids$")
+
+
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What a checkpoint calls an expert's matrices."""
+    """What a checkpoint calls an expert's matrices; experts without a gate have the other two."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -60,7 +66,10 @@ class ExpertNames:
 
 
 class Expert(nn.Module):
-    """One expert: ``down(act(gate(x)) * up(x))`` with the activation of the model's own class."""
+    """One expert: ``down(act(gate(x)) * up(x))`` with the activation of the model's own class, or ``down(act(up(x)))``.
+
+    `activate` receives gate and up side by side, or what the only one gives.
+    """
 
     def __init__(
         self,
@@ -69,17 +78,20 @@ class Expert(nn.Module):
         names: ExpertNames,
         activate: Callable[[torch.Tensor], torch.Tensor],
         bias: bool,
+        gated: bool = True,
     ) -> None:
         super().__init__()
-        self._names, self._activate = names, activate
-        self.add_module(names.gate, nn.Linear(hidden, intermediate, bias=bias))
+        self._down, self._activate = names.down, activate
+        self._first = (names.gate, names.up) if gated else (names.up,)
+        if gated:
+            self.add_module(names.gate, nn.Linear(hidden, intermediate, bias=bias))
         self.add_module(names.up, nn.Linear(hidden, intermediate, bias=bias))
         self.add_module(names.down, nn.Linear(intermediate, hidden, bias=bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [tokens, hidden] -> [tokens, hidden]; no token at all is fine."""
-        gate, up, down = (self.get_submodule(name) for name in (self._names.gate, self._names.up, self._names.down))
-        result: torch.Tensor = down(self._activate(torch.cat([gate(x), up(x)], dim=-1)))
+        first = [self.get_submodule(name)(x) for name in self._first]
+        result: torch.Tensor = self.get_submodule(self._down)(self._activate(torch.cat(first, dim=-1)))
         return result
 
 
@@ -100,7 +112,10 @@ class Experts(nn.Module):
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
         total = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self.children()):
-            token, place = torch.where(top_k_index == number)
+            if isinstance(top_k_index, FakeTensor):  # of which nobody knows where a token goes
+                token = place = top_k_index[:0, 0]
+            else:
+                token, place = torch.where(top_k_index == number)
             result = expert(hidden_states[token]) * top_k_weights[token, place, None]
             total.index_add_(0, token, result.to(total.dtype))
         return total
@@ -116,6 +131,8 @@ def expert_names(model: Any) -> ExpertNames:
     if {"gate_up_proj", "down_proj"} <= sources.keys() and len(sources["gate_up_proj"]) == 2:
         gate, up = sources["gate_up_proj"]
         return ExpertNames(gate, up, sources["down_proj"][0])
+    if {"up_proj", "down_proj"} <= sources.keys():
+        return ExpertNames(up=sources["up_proj"][0], down=sources["down_proj"][0])
     return ExpertNames()
 
 
@@ -130,10 +147,11 @@ def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Mod
 
 def _is_fused(module: nn.Module) -> bool:
     """Whether `module` keeps experts fused in the way that `_as_linears` knows."""
-    fused = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    gated = getattr(module, "has_gate", None)  # which only they have
+    fused = (getattr(module, name, None) for name in ("gate_up_proj" if gated else "up_proj", "down_proj"))
     return (
-        all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in fused)
-        and bool(getattr(module, "has_gate", False))
+        gated is not None
+        and all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in fused)
         and not getattr(module, "has_post_expert_norm", False)
     )
 
@@ -141,20 +159,24 @@ def _is_fused(module: nn.Module) -> bool:
 def _as_linears(fused: Any, names: ExpertNames) -> Experts:
     """The same experts as Linears on the meta device, without weights.
 
-    `fused` has the attributes that transformers' ``use_experts_implementation`` gives: has_bias, is_transposed,
-    is_concatenated, and ``_apply_gate``, which receives gate and up side by side (or interleaved).
+    `fused` has the attributes that transformers' ``use_experts_implementation`` gives: has_gate, has_bias,
+    is_transposed, is_concatenated, and ``_apply_gate``, which receives gate and up side by side (or interleaved);
+    without a gate ``act_fn``.
     """
     count, a, b = fused.down_proj.shape
     hidden, intermediate = (b, a) if fused.is_transposed else (a, b)
 
     def activate(gate_up: torch.Tensor) -> torch.Tensor:
+        if not fused.has_gate:
+            return fused.act_fn(gate_up)  # type: ignore[no-any-return]
         if not fused.is_concatenated:
             gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
         result: torch.Tensor = fused._apply_gate(gate_up)
         return result
 
     with torch.device("meta"):
-        return Experts([Expert(hidden, intermediate, names, activate, bool(fused.has_bias)) for _ in range(count)])
+        kind = hidden, intermediate, names, activate, bool(fused.has_bias), bool(fused.has_gate)
+        return Experts([Expert(*kind) for _ in range(count)])
 
 
 # -- which tensor each parameter is ------------------------------------------------------------------------------------
@@ -177,6 +199,7 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places: dict[str, Place] = {}
     found: dict[str, str] = {}
+    left_out: list[str] = []
     prefix = f"{model.base_model_prefix}."
     for stored in source.tensors:
         name = _usual_expert(rename_source_key(stored, renamings, [])[0], fused, names)
@@ -198,6 +221,8 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
                 found[f"{module}.{part}"] = f"{module}.{part}"
         elif not any(re.search(pattern, stored) for pattern in ignored):
             places[stored] = Place(stored)
+        elif not _COMPUTED.search(stored):
+            left_out.append(stored)
     for name in wanted:  # GPTQModel writes Phi-3's gate_up_proj as gate_proj and up_proj
         gate, up = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
         if name not in found and gate != name and gate in places and up in places:
@@ -205,7 +230,37 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             found[name] = name
     untied = _tie(source, model, places, found, untie)
     tensors = {published: _info(source, place) for published, place in places.items()}
-    return Weights(tensors, found, untied, source, places)
+    return Weights(tensors, found, untied, tuple(left_out), source, places)
+
+
+def put_together(model: Any, weights: Weights) -> set[str]:
+    """Parameters that transformers makes of several published tensors while it loads them."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
+    return {name for name, pattern in found if pattern is not None}
+
+
+def left_out(weights: Weights, source: str = "", parameters_only: bool = False) -> str | None:
+    """Which of a source's tensors an output lacks, by what their names begin with, one line; None where none.
+
+    Args:
+        weights: of the source.
+        source: what to call it, such as " of BASE".
+        parameters_only: the output holds nothing but the model's parameters, as a GGUF file.
+    """
+    known = set(weights.names.values())
+    unread = (name for name in weights.tensors if name not in known and not _COMPUTED.search(name))
+    lost = [*weights.left_out, *(unread if parameters_only else ())]
+    if not lost:
+        return None
+    shown = [f"{prefix} ({len(names)})" for prefix, names in by_prefix(lost, known).items()]
+    more = [f"{len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
+    return (
+        f"{len(lost)} tensors{source} are left out, which the text model's class does not read: "
+        f"{', '.join(shown[:_SHOWN] + more)}"
+    )
 
 
 def _usual_expert(name: str, fused: Mapping[str, nn.Module], names: ExpertNames) -> str:
@@ -226,6 +281,8 @@ def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> It
         if kind.startswith("gate_up_proj"):
             for part, name in enumerate((names.gate, names.up)):
                 yield f"{expert}.{name}.{suffix}", Place(stored, expert, part, not fused.is_concatenated, turned)
+        elif kind.startswith("up_proj"):
+            yield f"{expert}.{names.up}.{suffix}", Place(stored, expert, transposed=turned)
         elif kind.startswith("down_proj"):
             yield f"{expert}.{names.down}.{suffix}", Place(stored, expert, transposed=turned)
 

@@ -12,35 +12,39 @@ import typer
 from typer.core import TyperGroup
 
 from quantkit.cli import console
-from quantkit.cli.command import command_of, described, name_of
-from quantkit.cli.process import settled
 from quantkit.cli.signals import farewell, heeded
-from quantkit.errors import QuantkitError, describe, interrupt_came
-from quantkit.options import Options
-from quantkit.options.verbs import (
-    Card,
-    Chat,
-    Compare,
-    Convert,
-    Diff,
-    Eval,
-    Generate,
-    Ggml,
-    Gptq,
-    Imatrix,
-    Inspect,
-    Merge,
-    Perplexity,
-    Publish,
-    Release,
-    Samples,
-    Verify,
-)
+from quantkit.errors import QuantkitError, describe, first_line, interrupt_came, shortened
 from quantkit.runs import ranks as parallel
 from quantkit.runs.watch import RankError
 from quantkit.version import __version__
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+# What the help says of each command, in its order.
+COMMANDS = {
+    "gptq": "Quantize a model with GPTQ into a folder that transformers, vLLM and others load, or into a GGUF file.",
+    "ggml": "Write a model as a GGUF file for llama.cpp; codes of a GPTQ checkpoint go into it as they are.",
+    "convert": "Write a model as a Hugging Face folder of safetensors; a quantized one is dequantized.",
+    "merge": "Add a delta to the base it was made from, tensor by tensor, into a Hugging Face folder of the tuned "
+    "model.",
+    "diff": "Write what a tuned model changed of its base: a delta, which merge adds to the base again.",
+    "imatrix": "Write an importance matrix for llama.cpp: how much each input column matters on calibration text.",
+    "samples": "Draw and show the text that a gptq run with the same options would calibrate on.",
+    "perplexity": "Measure perplexity with its standard error, and divergence from a reference.",
+    "compare": "Compare variants with the model they come from: size, accuracy, the worst tokens; "
+    "as a report with plots.",
+    "eval": "Measure a model on tasks of lm-evaluation-harness, such as those of the Open LLM Leaderboard.",
+    "generate": "Answer the prompts of a file, in batches, into a file that a killed run goes on with.",
+    "chat": "Talk with a model; a line of standard input is a message. Ctrl-C ends an answer, /quit the conversation.",
+    "inspect": "Show what a model is made of: scheme, sizes, bits per weight, tensors. Reads headers only.",
+    "verify": "Look at a folder or file as a downloader would: list what is wrong (exit code 1), and which programs "
+    "load it.",
+    "card": "Write a folder's model card, README.md, of measured facts only.",
+    "publish": "Upload a folder to the Hugging Face Hub: only what differs, in one commit, by the Hub client's own "
+    "token.",
+    "release": "Make, compare, describe, verify and publish a family of variants; what is done already is not done "
+    "again.",
+}
 
 
 class Verbs(TyperGroup):
@@ -51,49 +55,31 @@ class Verbs(TyperGroup):
         return name, command if name is None else full_command(name), rest
 
 
-app = typer.Typer(
+def _typer(**settings: Any) -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_SETTINGS, **settings)
+
+
+app = _typer(
     cls=Verbs,
     help="Make the variants of a language model that people publish, and measure what each one loses.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings=_SETTINGS,
 )
-
-# In the order of the help, each with what of its report tells of a failure.
-COMMANDS: tuple[tuple[type[Options], str], ...] = (
-    (Gptq, ""),
-    (Ggml, ""),
-    (Convert, ""),
-    (Merge, ""),
-    (Diff, ""),
-    (Imatrix, ""),
-    (Samples, ""),
-    (Perplexity, ""),
-    (Compare, "unmet"),
-    (Eval, ""),
-    (Generate, ""),
-    (Chat, ""),
-    (Inspect, ""),
-    (Verify, "problems"),
-    (Card, ""),
-    (Publish, ""),
-    (Release, "failures"),
-)
-for spec, _ in COMMANDS:
-    app.command()(described(spec))
+for _name, _says in COMMANDS.items():
+    app.command(_name, help=_says)(lambda: None)
 
 
 def full_command(name: str) -> Any:
-    """The command of this name, with its options."""
-    of_one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_SETTINGS)
-    of_one.command()(next(command_of(*row) for row in COMMANDS if name_of(row[0]) == name))
+    """The command of this name, with its options, which take a tenth of a second to import."""
+    from quantkit.cli.command import command_of
+
+    of_one = _typer()
+    of_one.command(name, help=COMMANDS[name])(command_of(name))
     return typer.main.get_command(of_one)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        console.results.print(__version__)
+        console.show([__version__])
         raise typer.Exit
 
 
@@ -118,11 +104,7 @@ def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         # Not app(): Typer would turn an interrupt into a silent exit of its own.
-        with (
-            settled(arguments),
-            heeded(arguments),
-            command.make_context("quantkit", list(arguments)) as context,
-        ):
+        with heeded(arguments), command.make_context("quantkit", list(arguments)) as context:
             command.invoke(context)
         return 0
     except typer.Exit as done:
@@ -136,11 +118,16 @@ def _run(arguments: list[str]) -> int:
         return _report(error, "--debug" in arguments)
     except Exception as error:
         return _interrupted(error, arguments) if interrupt_came() else _report(error, "--debug" in arguments)
+    except BaseException as error:  # a panic of a library in Rust, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        failed = QuantkitError(f"the tokenizers library failed on this text: {shortened(first_line(error))}")
+        return _report(failed, "--debug" in arguments)
 
 
 def _interrupted(stop: BaseException, arguments: list[str]) -> int:
     if not parallel.mute():
-        console.log.print(farewell(stop, arguments), markup=False)
+        console.say(farewell(stop, arguments))
     return 1
 
 
@@ -151,13 +138,13 @@ def _report(error: Exception, debug: bool) -> int:
     parse_message = getattr(error, "format_message", None)
     if parse_message is not None:  # Typer's own: click's, or those of the copy of click that newer Typers carry
         if parse_message():  # empty where the help has been shown instead
-            console.log.print(f"error: {parse_message()}", markup=False, style="red")
+            console.say(f"error: {parse_message()}", "red")
         return 2
     if debug:
         traceback.print_exception(error)
     else:
         hint = "" if isinstance(error, QuantkitError) else " (--debug shows where)"
-        console.log.print(f"error: {describe(error)}{hint}", markup=False, style="red")
+        console.say(f"error: {describe(error)}{hint}", "red")
     return error.exit_code if isinstance(error, QuantkitError) else 1
 
 

@@ -3,61 +3,51 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from rich.markup import escape
 
 from quantkit.cli import console
-from quantkit.options import Terminal, make
+from quantkit.cli.process import settled
+from quantkit.options import Terminal, make, verbs
 from quantkit.options.spec import Options, bare, choices, members
 from quantkit.runs.ranks import joined
 
 _REMEDIES = {True: "go on with --resume, with as many processes as are left", False: "start it again"}
+# What of a verb's report, where it is not empty, ends the command with 1.
+_FAILURES = {"compare": "unmet", "verify": "problems", "release": "failures"}
 _WORDS = {str: "str", Path: "path", int: "int", float: "float"}
 
 
-def command_of(spec: type[Options], failed: str = "") -> Callable[..., None]:
-    """The command of a verb, whose module is imported when it runs.
+def spec_of(name: str) -> type[Options]:
+    """The spec of a verb, whose name is that of its module, its function and its command."""
+    spec: type[Options] = getattr(verbs, name.capitalize())
+    return spec
 
-    Args:
-        spec: of the verb, and of its name.
-        failed: what of its report, where it is not empty, ends the command with 1.
-    """
-    name = name_of(spec)
+
+def command_of(name: str) -> Callable[..., None]:
+    """The command of a verb, whose module is imported when it runs."""
+    spec = spec_of(name)
 
     def command(**given: Any) -> None:
         told = make(Terminal, **{field: given[field] for field in Terminal.model_fields})
         fields = {field: given[field] for field in spec.model_fields if given[field] is not None}
-        _run(name, make(spec, **fields), told, failed)
+        options = make(spec, **fields)
+        with settled(name):
+            _run(name, options, told)
 
     parameters = [_parameter(spec, field) for field in spec.in_order()]
     parameters += [_parameter(Terminal, field) for field in Terminal.in_order() if field not in spec.model_fields]
-    command.__name__, command.__doc__ = name, spec.__doc__
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
 
 
-def described(spec: type[Options]) -> Callable[[], None]:
-    """The same without options, for the list of all commands."""
-
-    def command() -> None:
-        raise NotImplementedError
-
-    command.__name__, command.__doc__ = name_of(spec), spec.__doc__
-    return command
-
-
-def name_of(spec: type[Options]) -> str:
-    """What a verb is called, its module, its function and its command."""
-    return spec.__name__.lower()
-
-
-def _run(name: str, options: Options, told: Terminal, failed: str) -> None:
+def _run(name: str, options: Options, told: Terminal) -> None:
     """Call a verb and show its report. Raises typer.Exit where that tells of a failure."""
     module = import_module(f"quantkit.verbs.{name}")
     verb, bars = getattr(module, name), console.Bars(told.quiet)
@@ -78,16 +68,17 @@ def _run(name: str, options: Options, told: Terminal, failed: str) -> None:
         console.print_json(report.as_dict())
     elif report is not None:
         console.show(report.lines(**display))
-    failure = getattr(report, failed) if failed else None
+    failure = getattr(report, _FAILURES[name]) if name in _FAILURES else None
     if isinstance(failure, str):
-        console.log.print(failure, markup=False, style="red")
+        console.say(failure, "red")
     if failure:
         raise typer.Exit(1)
 
 
 def _parameter(spec: type[Options], name: str) -> inspect.Parameter:
     """A field as Typer takes it. Whatever is no flag is text here, for its spec to read and to refuse."""
-    field, typed, help = spec.model_fields[name], spec.typed(name), escape(" ".join(spec.help_of(name).split()))
+    field, typed = spec.model_fields[name], spec.typed(name)
+    help = re.sub(r"\[(?=[a-z#/@])", r"\\[", " ".join(spec.help_of(name).split()))  # no markup, as rich has it
     given = None if field.is_required() else field.get_default(call_default_factory=True)
     kind, several, word = _kind(field.annotation)
     default: Any = inspect.Parameter.empty if field.is_required() else None

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from quantkit.errors import shortened, visible
 from quantkit.progress import Advance
-from quantkit.report import Line, Rule, Shown, Table
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
-_LINE_SECONDS = 15.0
+    from quantkit.report import Shown, Table
 
-# No emoji: rich would turn ":x:" in a path into a picture.
-results = Console(highlight=False, soft_wrap=True, emoji=False)
-log = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_LINE_SECONDS = 15.0
+_LONGEST_LINE = 8000  # characters of a note or an error
+
+
+# rich is imported for what it draws: help and a wrong option are to be there at once.
+
+
+@cache
+def results() -> Console:
+    """Standard output."""
+    return _console(stderr=False)
+
+
+@cache
+def log() -> Console:
+    """Standard error."""
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    # No emoji: rich would turn ":x:" in a path into a picture.
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def say(text: str, style: str = "") -> None:
+    """A line on stderr, on a terminal in a colour or style; what files bring along is made visible in it."""
+    text = visible(shortened(text, _LONGEST_LINE))
+    if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
+        log().print(text, markup=False, style=style)
+    else:
+        print(text, file=sys.stderr)
 
 
 class Bars:
@@ -36,7 +69,7 @@ class Bars:
     def phase(self, name: str, total: int) -> Iterator[Advance]:
         if self._quiet:
             yield lambda steps: None
-        elif log.is_terminal:
+        elif log().is_terminal:
             with self._drawn(name, total) as advance:
                 yield advance
         else:
@@ -45,19 +78,19 @@ class Bars:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            log.print(text, markup=False)
+            say(text)
 
     def warn(self, text: str) -> None:
-        log.print(f"warning: {text}", markup=False, style="yellow")
+        say(f"warning: {text}", "yellow")
 
     def detail(self, text: str) -> None:
-        self._detail = text
+        self._detail = text = visible(text)
         if self._bar is not None:
             self._bar.update(self._task, detail=text)
 
     @contextmanager
     def _drawn(self, name: str, total: int) -> Iterator[Advance]:
-        from rich.progress import (  # for what draws alone: help and a wrong option are to be there at once
+        from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
             Progress,
@@ -74,8 +107,8 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
-        with Progress(*columns, console=log) as bar:
-            task = bar.add_task(name, total=total, detail="")
+        with Progress(*columns, console=log()) as bar:
+            task = bar.add_task(visible(name), total=total, detail="")
             self._bar, self._task = bar, task
             try:
                 yield lambda steps: bar.advance(task, steps)
@@ -95,45 +128,53 @@ class Bars:
             if done and now - last > _LINE_SECONDS:
                 last = now
                 left = (now - start) / done * (total - done)
-                log.print(f"{name}: {done}/{total}, {left:.0f} s left  {self._detail}", markup=False)
+                say(f"{name}: {done}/{total}, {left:.0f} s left  {self._detail}")
 
         yield advance
-        log.print(f"{name}: {done}/{total} in {time.monotonic() - start:.1f} s", markup=False)
+        say(f"{name}: {done}/{total} in {time.monotonic() - start:.1f} s")
         self._detail = ""
+
+
+# json.dumps escapes those below 0x20 itself.
+_UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(content, ensure_ascii=False, allow_nan=False))
+    written = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    print(re.sub(_UNSEEN_IN_JSON, lambda found: f"\\u{ord(found[0]):04x}", written))
 
 
 def show(lines: Iterable[Shown]) -> None:
     """What a report says, on stdout."""
+    from quantkit.report import Line, Rule, Table
+
     for line in lines:
         match line:
             case str():
-                results.print(line, markup=False)
+                results().print(visible(line, lines=True), markup=False)
             case Line():
-                results.print(line.text, markup=False, style=line.style)
+                results().print(visible(line.text, lines=True), markup=False, style=line.style)
             case Rule():
-                results.rule(line.title, align="left")
+                results().rule(visible(line.title), align="left")
             case Table():
                 _print_table(line)
 
 
 def _print_table(table: Table) -> None:
     """One that is wider than an unknown terminal must not be folded into nothing."""
+    from rich.console import Console
     from rich.table import Table as RichTable
 
     drawn = RichTable()
     for column in table.columns:
         drawn.add_column(
-            column.head,
+            visible(column.head),
             justify=column.justify,
             overflow=column.overflow or "ellipsis",
             no_wrap=column.overflow is None,
         )
     for row in table.rows:
-        drawn.add_row(*row)
-    width = None if results.is_terminal else table.width
+        drawn.add_row(*(visible(cell) for cell in row))
+    width = None if results().is_terminal else table.width
     Console(highlight=False, markup=False, emoji=False, width=width).print(drawn)

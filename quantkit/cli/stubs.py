@@ -63,7 +63,8 @@ def _function(verb: Any) -> str:
 
 def _text(annotation: Any) -> str:
     text = annotation if isinstance(annotation, str) else formatannotation(annotation)
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+    plain = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+    return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", plain)  # of a Literal
 
 
 if __name__ == "__main__":

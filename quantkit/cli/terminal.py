@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from quantkit.cli import console
+from quantkit.errors import visible
 
 
 class Terminal:
@@ -30,7 +31,7 @@ class Terminal:
 
     def say(self, piece: str) -> None:
         if not self._silent:
-            print(piece, end="", flush=True)
+            print(visible(piece, lines=True), end="", flush=True)
 
     def end(self, finish: str) -> None:
         if not self._silent:
@@ -40,7 +41,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            console.log.print(text, markup=False, style="dim")
+            console.say(text, "dim")
 
     @staticmethod
     def _line() -> str | None:

@@ -11,14 +11,7 @@ from typing import Any
 
 import torch
 
-from quantkit.codes.ggml import (
-    Array,
-    BlockType,
-    SuperBlockType,
-    pack_blocks,
-    pack_super_blocks,
-    type_of,
-)
+from quantkit.codes.block_types import BLOCK_TYPES, Array, BlockType, pack_blocks, pack_super_blocks
 from quantkit.options import QuantSpec
 
 _OF_LINEAR = ("codes", "scales", "zeros", "group")
@@ -96,7 +89,7 @@ class GgmlGrid:
     Types without a minimum: ``d * (q - 2**(bits - 1))`` and ``d * sc * (q - 2**(bits - 1))``.
 
     Attributes:
-        type: a key of `codes.ggml.BLOCK_TYPES` or `SUPER_BLOCK_TYPES`.
+        type: a key of `codes.block_types.BLOCK_TYPES`.
         d: float16 [out, in / block].
         dmin: as d; None for types without a minimum.
         sc: int16 [out, in / sub_block]; None for blocks of 32.
@@ -110,9 +103,9 @@ class GgmlGrid:
     m: torch.Tensor | None = None
 
     @property
-    def kind(self) -> BlockType | SuperBlockType:
+    def kind(self) -> BlockType:
         """What the type is made of."""
-        return type_of(self.type)
+        return BLOCK_TYPES[self.type]
 
     @property
     def bits(self) -> int:

@@ -21,19 +21,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.errors import MissingPackageError, NumericError, UsageError
 
 Kind = gguf.GGMLQuantizationType
 
-KINDS = frozenset(
-    {
-        *(Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0),
-        *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
-        *(Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S),
-        *(Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL, Kind.IQ4_XS, Kind.TQ1_0, Kind.TQ2_0),
-    }
+KINDS = (
+    *(Kind.__members__[name] for name in BLOCK_TYPES),
+    *(Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S),
+    *(Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL, Kind.IQ4_XS, Kind.TQ1_0, Kind.TQ2_0),
 )
-"""Types that `quantize` rounds to."""
+"""Types that `round_to_blocks` rounds to."""
 
 _NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 # Up to these, no product of values and importance overflows inside ggml, whose assertions do not expect it.
@@ -47,12 +45,12 @@ def available() -> bool:
     return importlib.util.find_spec("libggml") is not None
 
 
-def needs_importance(kind: Kind) -> bool:
+def requires_imatrix(kind: Kind) -> bool:
     """Whether ggml cannot round to a type without an importance matrix. Raises MissingPackageError."""
     return bool(_library(kind).ggml_quantize_requires_imatrix(int(kind)))
 
 
-def quantize(
+def round_to_blocks(
     values: npt.NDArray[np.float32], kind: Kind, importance: npt.NDArray[np.float32] | None = None
 ) -> npt.NDArray[np.uint8]:
     """Rows rounded to blocks, by as many threads as torch has: each row for itself, so bytes do not depend on them.

@@ -10,11 +10,7 @@ import torch
 
 # For 3 bits, per word: (code, shift of the code inside the word); a negative shift drops the code's low bits, which
 # stand at the top of the word before.
-_THREE_BIT_WORDS = (
-    tuple((j, 3 * j) for j in range(11)),
-    ((10, -2), *((j, 3 * (j - 11) + 1) for j in range(11, 22))),
-    ((21, -1), *((j, 3 * (j - 22) + 2) for j in range(22, 32))),
-)
+_THREE_BIT_WORDS = [[(j, at) for j in range(32) if -3 < (at := 3 * j - start) < 32] for start in (0, 32, 64)]
 
 PACKABLE_BITS = (2, 3, 4, 8)
 
@@ -48,7 +44,11 @@ def pack(codes: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
         raise ValueError(f"{bits}-bit packing needs a multiple of {multiple} codes, not {n}")
     grouped = codes.reshape(n // multiple, multiple, m).to(torch.int64)
     if bits == 3:
-        words = torch.stack([_three_bit_word(grouped, word) for word in _THREE_BIT_WORDS], dim=1)
+        words = grouped.new_zeros(n // 32, 3, m)
+        for index, word in enumerate(_THREE_BIT_WORDS):
+            for code, shift in word:
+                words[:, index] |= grouped[:, code] << shift if shift >= 0 else grouped[:, code] >> -shift
+        words &= 0xFFFFFFFF  # bits above the 32nd belong to the next word
     else:
         shifts = torch.arange(multiple, device=codes.device) * bits
         words = (grouped << shifts[None, :, None]).sum(dim=1, keepdim=True)
@@ -70,24 +70,12 @@ def unpack(words: torch.Tensor, bits: int, axis: int = 0) -> torch.Tensor:
         raise ValueError(f"{bits}-bit codes come in units of {per_unit} words, not {w}")
     if bits == 3:
         units = (words.T.to(torch.int64) & 0xFFFFFFFF).reshape(w // per_unit, per_unit, m)
-        return _three_bit_codes(units).reshape(w * 32 // bits, m).to(torch.uint8).T
+        codes = units.new_zeros(len(units), 32, m)
+        for index, word in enumerate(_THREE_BIT_WORDS):
+            for code, shift in word:
+                part = units[:, index] >> shift if shift >= 0 else units[:, index] << -shift
+                codes[:, code] |= part & 7 if shift >= 0 else part & 7 & ~((1 << -shift) - 1)
+        return codes.reshape(w * 32 // bits, m).to(torch.uint8).T
     octets = words.reshape(-1).view(torch.uint8).reshape(m, w * 4)  # of each word the lowest first
     fields = [(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(fields, dim=2).reshape(m, w * 32 // bits)
-
-
-def _three_bit_word(codes: torch.Tensor, word: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """One of the three words from codes int64 [units, 32, m]; bits above the 32nd belong to the next word."""
-    total = torch.zeros_like(codes[:, 0])
-    for code, shift in word:
-        total |= codes[:, code] << shift if shift >= 0 else codes[:, code] >> -shift
-    return total & 0xFFFFFFFF
-
-
-def _three_bit_codes(words: torch.Tensor) -> torch.Tensor:
-    codes = words.new_zeros(words.shape[0], 32, words.shape[2])
-    for index, word in enumerate(_THREE_BIT_WORDS):
-        for code, shift in word:
-            part = words[:, index] >> shift if shift >= 0 else words[:, index] << -shift
-            codes[:, code] |= part & 7 if shift >= 0 else part & 7 & ~((1 << -shift) - 1)
-    return codes

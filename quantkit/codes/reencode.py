@@ -14,23 +14,9 @@ import numpy as np
 import torch
 
 from quantkit.codes import QuantizedLinear
-from quantkit.codes.ggml import (
-    BLOCK,
-    BLOCK_TYPES,
-    SUPER_BLOCK,
-    SUPER_BLOCK_TYPES,
-    Array,
-    pack_blocks,
-    pack_super_blocks,
-    type_of,
-)
-
-Fidelity = Literal["exact", "bounded"]
+from quantkit.codes.block_types import BLOCK, BLOCK_TYPES, Array, pack_blocks, pack_super_blocks
 
 _NIBBLE, _LOW_NIBBLES = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
-
-# From the smallest to the largest; of equal sizes the simpler block first.
-_BY_SIZE = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -44,7 +30,7 @@ class Reencoding:
     """
 
     type: str
-    fidelity: Fidelity
+    fidelity: Literal["exact", "bounded"]
 
 
 def reencodings(linear: QuantizedLinear) -> Iterator[Reencoding]:
@@ -63,16 +49,15 @@ def expected_reencodings(bits: int, zeros: torch.Tensor, group: torch.Tensor) ->
 
 def _types(bits: int, low: int, high: int, zero: int, run: int) -> Iterator[Reencoding]:
     """Types for steps (code - zero) of low..high, zeros up to `zero`, and runs of columns of one group."""
-    for name in _BY_SIZE:
-        kind = type_of(name)
+    for name, kind in BLOCK_TYPES.items():
         if run % kind.columns:
             continue
         half = 2 ** (kind.bits - 1)
         if not kind.has_minimum:
             if -half <= low and high < half:
                 yield Reencoding(name, "exact")
-        elif bits <= kind.bits and (name in BLOCK_TYPES or zero < 2 ** SUPER_BLOCK_TYPES[name].scale_bits):
-            yield Reencoding(name, "bounded" if name in BLOCK_TYPES else "exact")
+        elif bits <= kind.bits and (not kind.scale_bits or zero < 2**kind.scale_bits):
+            yield Reencoding(name, "exact" if kind.scale_bits else "bounded")
 
 
 def reencode(linear: QuantizedLinear, name: str) -> Array:
@@ -83,15 +68,14 @@ def reencode(linear: QuantizedLinear, name: str) -> Array:
     """
     codes, group = linear.codes.numpy(), linear.group.long().numpy()
     scales, zeros = linear.scales.numpy(), linear.zeros.numpy()
-    kind = type_of(name)
+    kind = BLOCK_TYPES[name]
     d, z = (part[:, group[:: kind.columns]] for part in (scales, zeros))  # of each block: it lies within a group
     if not kind.has_minimum and (zeros != 2 ** (kind.bits - 1)).any():
-        shifted = codes.astype(np.int16) - zeros[:, group] + 2 ** (kind.bits - 1)
-        codes = shifted.astype(np.uint8)
-    if name in BLOCK_TYPES:
+        codes = (codes.astype(np.int16) - zeros[:, group] + 2 ** (kind.bits - 1)).astype(np.uint8)
+    if not kind.scale_bits:
         m = -d.astype(np.float32) * z if kind.has_minimum else None
         return pack_blocks(name, codes, d, None if m is None else m.astype(np.float16))
-    sub_blocks = SUPER_BLOCK // SUPER_BLOCK_TYPES[name].sub_block
+    sub_blocks = kind.columns // kind.group
     ones = np.ones((d.shape[0], d.shape[1] * sub_blocks), dtype=np.int16)
     if not kind.has_minimum:
         return pack_super_blocks(name, codes, d, ones)

@@ -99,7 +99,7 @@ class Container:
         file: of such a variant, its file's name, of `name`, `type` and `title`.
         metadata: function from one of its files to the keys in it; "" where it has none.
         kernels: packages with which transformers multiplies by its codes; empty: nothing does.
-        checks: what `verify` looks at in the tensors as they are stored (as `quantkit.verbs.verify.gptq.check`); "":
+        checks: what `verify` looks at in the tensors as they are stored (as `quantkit.verbs.verify.packed.check`); "":
             it looks at what the source gives.
         shown: in cards.
         loads: programs that load it.
@@ -128,10 +128,7 @@ class Container:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-_FULL_PRECISION = {
-    "transformers": Loads(),
-    "vLLM": Loads(unless=f"{_PROGRAMS}:unknown_family"),
-}
+_FULL_PRECISION = {"transformers": Loads(), "vLLM": Loads(unless=f"{_PROGRAMS}:unknown_family")}
 _NEEDS_CODES = {
     **dict.fromkeys(("llama.cpp", "ctransformers"), _READS_GGUF),
     "": f"{_READS_GPTQ}: quantkit gptq makes one of this",
@@ -161,7 +158,7 @@ _ROWS = (
         writes="quantkit.containers.gptq.write",
         recipe="checkpoint",
         kernels=("gptqmodel", "optimum"),
-        checks="quantkit.verbs.verify.gptq:check",
+        checks="quantkit.verbs.verify.packed:check",
         shown=Shown("GPTQ", "GPTQ checkpoints", "GPTQ checkpoints, for GPUs", ("GPTQ",)),
         loads={
             "transformers": Loads("with gptqmodel and optimum", f"{_PROGRAMS}:transformers"),

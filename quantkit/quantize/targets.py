@@ -6,6 +6,7 @@ headers alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,18 +17,16 @@ import torch
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, GgmlLinear, LinearPlan, Plan
-from quantkit.codes.ggml import type_of
+from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers import load, of_format
 from quantkit.containers.gguf.recipes import (
-    RECIPES,
-    base_kind,
     file_type,
     fitting,
     tensor_kinds,
 )
-from quantkit.containers.gguf.types import Choice, Chooser, Kind
-from quantkit.containers.source import Source, Weights
+from quantkit.containers.gguf.types import Choice, Chooser, Kind, TypeOptions
+from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.options import METHODS, CheckpointFormat, GgmlType, QuantSpec, matches
 from quantkit.runs.tensorfile import TensorPlan
@@ -43,7 +42,7 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
     overridden = tuple(pattern for pattern, _ in spec.overrides)
     for option, patterns in (("include", spec.include), ("exclude", spec.exclude), ("override", overridden)):
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in shapes):
+            if not any(matches(pattern, name) for name in (*shapes, *stream.uncalled)):
                 raise UsageError(f"--{option} {pattern}: no Linear has such a name; one is {next(iter(shapes))}")
     plan = {name: LinearPlan(shape, own) for name, shape in shapes.items() if (own := spec.of(name)) is not None}
     if not plan:
@@ -53,7 +52,7 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
 
 def on_grid_of(ggml: str) -> dict[str, Any]:
     """The fields of a `QuantSpec` whose codes lie on a GGML type's grid."""
-    kind = type_of(ggml)
+    kind = BLOCK_TYPES[ggml]
     return {"bits": kind.bits, "group_size": kind.group, "sym": not kind.has_minimum, "ggml": ggml}
 
 
@@ -70,17 +69,21 @@ def modules_in_block(stream: ModelStream, plan: Plan) -> list[list[str]]:
     return list({id(group): group for group in seen.values()}.values())
 
 
-def gptq_type(recipe: str) -> str:
-    """The type of most Linears of a recipe that GPTQ can run on.
+def named_alike(stream: ModelStream, plan: Plan, modules: Sequence[Sequence[str]]) -> list[str]:
+    """Regular expressions of what readers would look for as codes by its name, and is none of the blocks' Linears.
 
-    Raises:
-        UsageError: no recipe, or one of types that only plain rounding goes to.
+    So are the Linears of a vision tower, of layers beyond the last, and those that no forward calls.
     """
-    known = [name for name in RECIPES if base_kind(name).name in get_args(GgmlType)]
-    if recipe not in known:
-        rounded = f"; `quantkit ggml --type {recipe}` rounds to it" if recipe in RECIPES else ""
-        raise UsageError(f"--ggml {recipe}: GPTQ goes to {', '.join(known)}{rounded}")
-    return str(base_kind(recipe).name)
+    ends = tuple(f".{name}" for stage in modules for name in stage)
+    stored = (name.removesuffix(".weight") for name in stream.weights.tensors if name.endswith(".weight"))
+    linears = {name for name, _ in stream.linears()}
+    alike = [module for module in stored if module.endswith(ends) and module not in linears]
+    found: dict[str, None] = {}
+    for prefix, inside in by_prefix(alike, plan).items():
+        exact = re.escape(prefix) + ("$" if inside == [prefix] else r"\.")
+        of_all = re.sub(r"(?<=\.)\d+(?=\\\.|\$)", r"\\d+", exact)  # of every block, where that is no quantized one's
+        found[exact if any(re.match(of_all, module) for module in plan) else of_all] = None
+    return list(found)
 
 
 class CodesWriter(Protocol):
@@ -126,9 +129,13 @@ class Layout(Protocol):
         """Refuse what the container cannot hold, by its row and by shapes. Raises UsageError."""
 
     def quantization_config(
-        self, spec: QuantSpec, checkpoint_format: CheckpointFormat, modules: Sequence[Sequence[str]]
+        self,
+        spec: QuantSpec,
+        checkpoint_format: CheckpointFormat,
+        modules: Sequence[Sequence[str]],
+        kept: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """The quantization that config.json says."""
+        """The quantization that config.json says; `kept` are regular expressions of modules beside the Linears."""
 
     def plan(self, source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
         """Every tensor that the checkpoint will hold, in the source's order."""
@@ -160,7 +167,9 @@ class CheckpointTarget:
         self.plan = plan_linears(stream, spec)
         self._layout: Layout = load(of_format(format).writes)
         self._layout.check(self.plan)
-        self._quantization = self._layout.quantization_config(spec, format, modules_in_block(stream, self.plan))
+        modules = modules_in_block(stream, self.plan)
+        kept = named_alike(stream, self.plan, modules)
+        self._quantization = self._layout.quantization_config(spec, format, modules, kept)
         tensors = self._layout.plan(self._source, self._weights, self.plan)
         parts = [(tensor.bytes, *tensor.name.rpartition(".")) for tensor in tensors]
         self.bytes = sum(tensor.bytes for tensor in tensors)
@@ -213,7 +222,7 @@ class GgufTarget:
         source, weights = stream.source, stream.weights
         self._name, self._architecture = form.name, gguf_files.architecture_of(source)
         origin = gguf_files.origin(from_gptq=METHODS[spec.method].label == "GPTQ")
-        self._keys = gguf_files.header(source, file_type(form.recipe), pre=form.pre, provenance=origin)
+        self._keys = gguf_files.file_keys(source, file_type(form.recipe), pre=form.pre, provenance=origin)
         self.limits = [*gguf_files.limits(source), *gguf_files.cut_otherwise(source, self._keys)]
         tensors = gguf_files.plan(source, weights)
         planned = tensor_kinds(
@@ -221,7 +230,7 @@ class GgufTarget:
         )
         asked = plan_linears(stream, spec)
         linears = {name for name, _ in stream.linears()}
-        chooser = Chooser.of_run(source, weights)
+        chooser = Chooser(source, weights, TypeOptions(requantize=True))
         kinds: dict[str, Kind] = {}
         self._typed: list[tuple[gguf_files.GgufTensor, Kind]] = []
         self._others: list[tuple[gguf_files.GgufTensor, Choice]] = []

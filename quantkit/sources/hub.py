@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +20,6 @@ _WANTED = ["*.safetensors", SafetensorsFiles.index_name, *_BESIDE]
 # Copies of the weights for other programs: those of subfolders (a pattern's * takes slashes too), and Mistral's own.
 _UNWANTED = ["*/*.safetensors", "consolidated*"]
 _PICKLED = ["pytorch_model*.bin", PickledFiles.index_name, "gptq_model*.bin"]
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-def looks_like_id(name: str) -> bool:
-    """Whether `name` has the form owner/name (or a legacy bare name)."""
-    return bool(_ID.fullmatch(name)) and ".." not in name
 
 
 def download(repo_id: str, revision: str | None, code: bool = False) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError, UsageError
+from quantkit.options.values import no_data
 from quantkit.sources.hub import quiet_client
 
 SAMPLE = "evol-instruct-sample"
@@ -121,10 +122,7 @@ def find_source(spec: str) -> DataFiles:
     hub = _HUB_SPEC.fullmatch(spec)
     # A mistyped local path must not reach for the network.
     if not hub or name.lower().endswith((*_DATA_SUFFIXES, ".txt", ".md", ".raw", ".gz")):
-        raise UsageError(
-            f"no such data: {spec!r} is neither a file nor a known name ({', '.join(KNOWN_NAMES)}) "
-            "nor a Hub data set (owner/name or owner/name:file)"
-        )
+        raise no_data(spec)
     repository, revision = hub["repository"], hub["revision"]
     shown = _shown_name(repository, revision)
     paths = [hub["path"]] if hub["path"] else choose_files(shown, _list_files(repository, revision))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError, SourceError, UsageError
 from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
+from quantkit.options.values import is_wikitext2
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens import (
     Dataset,
@@ -41,11 +42,6 @@ class EvaluationText:
     name: str
     windows: Windows
     provenance: Provenance
-
-
-def default_seq_len(text: str) -> int:
-    """Tokens a window where the user names none: 2048 for the papers' WikiText-2 protocol, else 512."""
-    return 2048 if _is_wikitext2(text) else 512
 
 
 def evaluation_text(
@@ -138,12 +134,12 @@ def _token_matrix(
         return windows_in_order(
             content, seq_len=seq_len, template=spec.template, tokenizer=tokenizer, progress=progress
         )
-    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=_is_wikitext2(spec.text))
+    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=is_wikitext2(spec.text))
 
 
 def _read(text: str, progress: Progress) -> Dataset | str:
     """Records, or one plain text."""
-    if _is_wikitext2(text):
+    if is_wikitext2(text):
         return _wikitext2(text)
     path = Path(text)
     if path.is_file() and path.suffix.lower() not in _DATASET_SUFFIXES:
@@ -173,13 +169,9 @@ def _overlapping(matrix: TokenMatrix, seq_len: int, stride: int) -> tuple[torch.
 
 def _shown_name(text: str) -> str:
     """What reports call the text: a name as it is, a file without its folder."""
-    if _is_wikitext2(text):
+    if is_wikitext2(text):
         return WIKITEXT2
     return Path(text).name if Path(text).is_file() else text
-
-
-def _is_wikitext2(text: str) -> bool:
-    return text == WIKITEXT2 or text.startswith(f"{WIKITEXT2}:")
 
 
 def _wikitext2(text: str) -> str:

@@ -39,7 +39,8 @@ def verb(spec: type[O]) -> Callable[[Callable[Concatenate[O, P], R]], Callable[.
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
             fields = {name: given.pop(name) for name in spec.model_fields if name in given}
-            told = {name: value for name, value in fields.items() if not _defaults(spec, name, value)}
+            required = {name for name, field in spec.model_fields.items() if field.is_required()}
+            told = {name: value for name, value in fields.items() if value is not None or name in required}
             positional: Callable[..., R] = function
             return positional(make(spec, **told), **given)
 
@@ -48,10 +49,6 @@ def verb(spec: type[O]) -> Callable[[Callable[Concatenate[O, P], R]], Callable[.
         return call
 
     return decorate
-
-
-def _defaults(spec: type[Options], name: str, value: Any) -> bool:
-    return value is None and not spec.model_fields[name].is_required()
 
 
 def signature_of(spec: type[Options], function: Callable[..., Any]) -> Signature:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from quantkit.blocks.folder import plan_folder, write_folder
-from quantkit.blocks.open import DTYPES, note_source
-from quantkit.containers.source import Source
+from quantkit.blocks.open import DTYPES, note_left_out, note_source
 from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_output,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, check_output, staged_folder, write_json
 from quantkit.runs.record import checksums, origin
 from quantkit.sources import open_source, variant_name
 from quantkit.verbs import verb
@@ -38,12 +31,14 @@ class ConvertReport(Report):
         dtype: of the weights, such as "float16".
         tensors: how many.
         bytes: of all tensors.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
     """
 
     out: Path
     dtype: str
     tensors: int
     bytes: int
+    memory_bytes: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -69,10 +64,13 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     source = open_source(options.model, options.revision, options.trust_remote_code)
     note_source(source, progress)
     held = DTYPES.get(options.dtype, source.dtype)
-    target = _output(options.out, source, held)
+    name = f"{variant_name(source.label)}-{_SUFFIXES[held]}"
+    target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_output(target, source.path, options.force)
-    plan = plan_folder(source, held)
-    report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
+    plan = plan_folder(source, held, all_alike=options.dtype != "auto")
+    note_left_out(plan.weights, progress)
+    made = target, plan.dtype_name, len(plan.tensors), plan.bytes
+    report = ConvertReport(*made, memory_bytes=plan.weights.largest_bytes(2), dry_run=True)
     if options.dry_run:
         return report
     with staged_folder(target) as folder:
@@ -80,9 +78,3 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
         record = {"recipe": {"dtype": plan.dtype_name}, **origin(source), "files": checksums(folder)}
         write_json(folder / REPORT_NAME, record)
     return replace(report, seconds=time.perf_counter() - started, dry_run=False)
-
-
-def _output(out: str | Path | None, source: Source, dtype: torch.dtype) -> Path:
-    if out is not None:
-        return absolute(out)
-    return Path.cwd() / f"{variant_name(source.label)}-{_SUFFIXES[dtype]}"

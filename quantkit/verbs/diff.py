@@ -17,22 +17,10 @@ from quantkit.blocks.pair import DeltaSource, DiffSource
 from quantkit.options import parse_size
 from quantkit.options.verbs import Diff
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.atomic import (
-    absolute,
-    check_outside,
-    staged_folder,
-)
+from quantkit.runs.atomic import absolute, check_outside, staged_folder
 from quantkit.sources import open_source
 from quantkit.verbs import verb
-from quantkit.verbs.merge import (
-    SLICE,
-    MergeReport,
-    Total,
-    check_sum,
-    dtype_name,
-    finish_folder,
-    open_both,
-)
+from quantkit.verbs.merge import SLICE, MergeReport, Total, check_sum, dtype_name, finish_folder, open_both
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,10 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     plan = plan_folder(source, DTYPES["float32" if options.dtype == "auto" else options.dtype])
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     report = DiffReport(
-        target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True, values=values
+        *(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes),
+        memory_bytes=plan.weights.largest_bytes(3),
+        dry_run=True,
+        values=values,
     )
     if options.dry_run:
         return report

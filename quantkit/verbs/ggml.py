@@ -13,25 +13,14 @@ from typing import Any
 import gguf
 import torch
 
-from quantkit.blocks.open import named, note_source, open_model
+from quantkit.blocks.open import named, note_left_out, note_source, open_model
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
-from quantkit.containers.gguf.recipes import (
-    RECIPES,
-    file_type,
-    parse_kind,
-    recipe_of,
-)
-from quantkit.containers.gguf.types import (
-    Choice,
-    Chooser,
-    Fidelity,
-    Kind,
-    TypeOptions,
-)
-from quantkit.containers.imatrix.read import Imatrix, read_imatrix
+from quantkit.containers.gguf.recipes import file_type, parse_kind, recipe_of
+from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, Kind, TypeOptions
+from quantkit.containers.imatrix import Imatrix, read_imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.options import parse_size
@@ -62,12 +51,14 @@ class GgmlReport(Report):
         bytes: of all tensors.
         fidelity: matrices by how they came to their types.
         fallback: matrices whose width is no whole number of blocks of their type, by the type they are instead.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
     """
 
     out: Path
     bytes: int
     tensors: list[GgmlTensor]
     fallback: dict[str, str]
+    memory_bytes: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
     fidelity: dict[str, int] = field(init=False)
@@ -111,6 +102,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     if row.admits:
         load(row.admits)(source, progress)
     weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
+    note_left_out(weights, progress, parameters_only=True)
     allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
     plan = gguf_files.plan(source, weights)
     chooser = Chooser(source, weights, types, allowed)
@@ -121,9 +113,10 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
-    target = _output(options.out, source, recipe, row.suffix)
+    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}{row.suffix}"
+    target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_other_file(target, source, options.force)
-    report = _sizes(target, chosen, progress)
+    report = _sizes(target, weights, chosen, progress)
     job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix)
     write: Callable[[], Path] = load(row.writes)(job)
     if options.dry_run:
@@ -156,7 +149,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     source, chosen = job.source, job.chosen
     origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
     number = gguf.LlamaFileType.GUESSED if job.recipe is None else file_type(job.recipe)
-    keys = gguf_files.header(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
+    keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
     for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):
@@ -206,7 +199,7 @@ def _holds_codes(source: Source, chosen: Chosen) -> bool:
     return kept and source.from_gptq
 
 
-def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
+def _sizes(target: Path, weights: Weights, chosen: Chosen, progress: Progress) -> GgmlReport:
     fallback = {tensor.name: choice.kind.name for tensor, choice in chosen if choice.fell_back}
     note_fallback(fallback, progress)
     return GgmlReport(
@@ -214,13 +207,12 @@ def _sizes(target: Path, chosen: Chosen, progress: Progress) -> GgmlReport:
         sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in chosen),
         [GgmlTensor(tensor.name, choice.kind.name, choice.fidelity) for tensor, choice in chosen],
         fallback,
+        memory_bytes=weights.largest_bytes(3),
         dry_run=True,
     )
 
 
 def _type_options(options: Ggml) -> TypeOptions:
-    if options.type not in ("auto", *RECIPES):
-        raise UsageError(f"--type {options.type}: choose auto, {', '.join(RECIPES)}")
     if options.type == "auto" and (options.pure or options.imatrix):
         raise UsageError("--pure and --imatrix go with a --type that is rounded to")
     return TypeOptions(
@@ -265,10 +257,3 @@ def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:
         "quantize.imatrix.chunks_count": imatrix.chunks,
     }
     return {key: value for key, value in keys.items() if value}
-
-
-def _output(out: str | Path | None, source: Source, recipe: str | None, suffix: str) -> Path:
-    if out is not None:
-        return absolute(out)
-    name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}"
-    return Path.cwd() / f"{name}{suffix}"

@@ -14,70 +14,35 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.memory import MemoryPlan
-from quantkit.blocks.open import model_or_default, note_source, open_stream, pair_of
+from quantkit.blocks.open import fitted, model_or_default, note_left_out, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.codes.underflow import Underflow
 from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.gguf.recipes import parse_kind
 from quantkit.containers.source import Source
-from quantkit.errors import (
-    Interrupted,
-    NumericError,
-    OutputError,
-    QuantkitError,
-    UsageError,
-)
-from quantkit.options import (
-    METHODS,
-    ActOrder,
-    CheckpointFormat,
-    Ends,
-    EvaluationSpec,
-    Grid,
-    QuantSpec,
-    make,
-    parse_size,
-)
+from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
+from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
+from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.blockwise import plan_gptq_memory, quantize_blocks
+from quantkit.quantize.blockwise import gptq_multiplications, plan_gptq_memory, quantize_blocks
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.stagework import LayerStatistics, OnLinear
-from quantkit.quantize.targets import (
-    CheckpointTarget,
-    GgufForm,
-    GgufTarget,
-    Target,
-    gptq_type,
-    on_grid_of,
-)
+from quantkit.quantize.targets import CheckpointTarget, GgufForm, GgufTarget, Target, on_grid_of
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
-from quantkit.runs.landing import (
-    NOTHING,
-    Every,
-    LandedLinear,
-    Lander,
-    find_landed,
-    parse_every,
-)
+from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import checksums, companions, origin
-from quantkit.runs.unfinished import (
-    Run,
-    check_unfinished,
-    drop_unfinished,
-    finished,
-    working,
-)
+from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
-from quantkit.tokens.text import calibration_windows, check_tokens, default_seq_len
+from quantkit.tokens.text import calibration_windows, check_tokens
 from quantkit.verbs import verb
 from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
+from quantkit.verbs.verify.findings import listed
 
 
 @dataclass(frozen=True)
@@ -91,6 +56,7 @@ class GptqReport(Report):
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
         memory_bytes: estimate of the peak beyond what importing torch takes.
+        multiplications: of the run, with their additions.
         memory_remark: what is done otherwise than with plenty of memory, one line.
     """
 
@@ -104,6 +70,7 @@ class GptqReport(Report):
     bits_per_weight: float
     bytes: int
     memory_bytes: int
+    multiplications: int = field(default=0, kw_only=True)
     memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
     evaluation: PerplexityReport | None = None
@@ -138,60 +105,29 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     """
     started = time.perf_counter()
     progress = ranks.reporting(progress)
-    ggml, calibration = options.ggml, options.calibration
     spec = _quant_spec(options)
     judging = make(EvaluationSpec, text=options.text, seq_len=default_seq_len(options.text), template=options.template)
-    shard_bytes = parse_size(options.max_shard_size)
-    ends = parse_kind("embedding-type", options.embedding_type), parse_kind("output-type", options.output_type)
-    if ggml is None:
-        _refuse_ggml_options(options.part(Ends))
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
     stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
-    source = stream.source
-    if ggml is None:
-        target: Target = CheckpointTarget(stream, spec, options.format, shard_bytes)
-    else:
-        form = GgufForm(ggml, f"{_variant(source, spec, ggml, options.format)}.gguf", ends[0], ends[1], options.pre)
-        target = _gguf_target(stream, spec, form, progress)
+    stream.check_length(_windows(options)[1])
+    judging = fitted(judging, [stream], asked=False)
+    name = _variant(stream.source, spec, options)
+    target = _target(stream, spec, options, name, progress)
     note_plan(stream, target.plan, progress)
-    place = (
-        absolute(options.out) if options.out is not None else Path.cwd() / _variant(source, spec, ggml, options.format)
-    )
+    place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
         check_unfinished(place, options.resume, options.force)
-        check_outside(place, source, options.force or options.resume)
-    windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (options.samples, options.seq_len)
-    report = _sizes(place, stream, spec, ggml, target, plan_gptq_memory(stream, *windows))
-    every = parse_every(options.checkpoint_every)
+        check_outside(place, stream.source, options.force or options.resume)
+    report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report
 
     judged = options.text if options.evaluate else None
-    matrix = ranks.from_first(lambda: calibration_windows(calibration, options, source, judged, progress))
-    check_tokens(matrix.tokens, source)
-    form_of = {"ggml": ggml, **options.part(Ends).model_dump()}
-    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set())
-    recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if ggml is None else form_of)
-    sharing = Sharing(ranks, options.deterministic)
-    sharing.check_alike(stream, recipe)
-    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
-    record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
-    if record is None:
-        if ranks.first:
-            more = {"companions": companions(source), "max_shard_size": shard_bytes, "untie": options.untie}
-            with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
-                if options.resume and not run.resumed:
-                    progress.note("nothing to go on with: starting")
-                made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
-        else:
-            _help_quantize(stream, matrix, target, every, sharing)
-        record, layers = ranks.from_first(lambda: made)
-    else:
-        progress.note(f"{place} is complete already")
-        if ranks.first:
-            drop_unfinished(place)
-        layers = [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
-
+    matrix = ranks.from_first(
+        lambda: calibration_windows(options.calibration, options, stream.source, judged, progress)
+    )
+    check_tokens(matrix.tokens, stream.source)
+    record, layers = _made(place, stream, matrix, target, spec, options, ranks, progress)
     evaluation = None
     if options.evaluate and record["evaluation"] is None:
         evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, ranks, progress)
@@ -211,6 +147,9 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     if options.ggml is None:
         if any(changes.ggml for _, changes in overrides):
             raise UsageError("--override with ggml is for runs with --ggml")
+        for name, value in options.part(Ends).model_dump().items():
+            if value not in (None, "auto"):
+                raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
         return make(QuantSpec, **grid, overrides=overrides)
     base = gptq_type(options.ggml)
     own = on_grid_of(base)
@@ -225,39 +164,43 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     return make(QuantSpec, **(grid | own | {"ggml": None}), overrides=overrides)
 
 
-def _gguf_target(stream: ModelStream, spec: QuantSpec, form: GgufForm, progress: Progress) -> GgufTarget:
-    target = GgufTarget(stream, spec, form)
+def _variant(source: Source, spec: QuantSpec, options: Gptq) -> str:
+    """What the output is called, after the names that such repositories are published under."""
+    name, method = variant_name(source.label), METHODS[spec.method]
+    if options.ggml is not None:
+        return f"{name}-{method.label}-{options.ggml.upper()}"
+    group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
+    order = "-actorder" if spec.act_order == "dynamic" else ""
+    return f"{name}-{of_format(options.format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
+
+
+def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, progress: Progress) -> Target:
+    """What the codes are written into. Says what a GGUF file cannot hold."""
+    if options.ggml is None:
+        return CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
+    ends = parse_kind("embedding-type", options.embedding_type), parse_kind("output-type", options.output_type)
+    target = GgufTarget(stream, spec, GgufForm(options.ggml, f"{name}.gguf", *ends, options.pre))
     note_fallback(target.fallback, progress)
     for text in target.limits:
         progress.warn(text)
     return target
 
 
-def _refuse_ggml_options(ends: Ends) -> None:
-    for name, value in ends.model_dump().items():
-        if value not in (None, "auto"):
-            raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
+def _windows(options: Gptq) -> Sequence[int]:
+    """How many windows of calibration text, and of how many tokens."""
+    given = options.calibration
+    return given.tokens.shape if isinstance(given, TokenMatrix) else (options.samples, options.seq_len)
 
 
-def _variant(source: Source, spec: QuantSpec, ggml: str | None, format: CheckpointFormat) -> str:
-    """What the output is called, after the names that such repositories are published under."""
-    name, method = variant_name(source.label), METHODS[spec.method]
-    if ggml is not None:
-        return f"{name}-{method.label}-{ggml.upper()}"
-    group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
-    order = "-actorder" if spec.act_order == "dynamic" else ""
-    return f"{name}-{of_format(format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
-
-
-def _sizes(
-    out: Path, stream: ModelStream, spec: QuantSpec, ggml: str | None, target: Target, memory: MemoryPlan
-) -> GptqReport:
+def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
     """Sizes from headers alone."""
+    windows = _windows(options)
+    memory = plan_gptq_memory(stream, *windows)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
-        out=out,
-        model=target.model_in(out),
-        ggml=ggml,
+        out=place,
+        model=target.model_in(place),
+        ggml=options.ggml,
         bits=spec.bits,
         group_size=spec.group_size,
         sym=spec.sym,
@@ -266,8 +209,44 @@ def _sizes(
         bytes=target.bytes,
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
+        multiplications=gptq_multiplications(stream, math.prod(windows)),
         dry_run=True,
     )
+
+
+def _made(
+    place: Path,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    spec: QuantSpec,
+    options: Gptq,
+    ranks: Ranks,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear."""
+    sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
+    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set())
+    of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
+    recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if options.ggml is None else of_file)
+    sharing.check_alike(stream, recipe)
+    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
+    record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
+    if record is not None:
+        progress.note(f"{place} is complete already")
+        if ranks.first:
+            drop_unfinished(place)
+        return record, [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
+    if ranks.first:
+        shard_bytes = parse_size(options.max_shard_size)
+        more = {"companions": companions(stream.source), "max_shard_size": shard_bytes, "untie": options.untie}
+        with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
+            if options.resume and not run.resumed:
+                progress.note("nothing to go on with: starting")
+            made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
+    else:
+        _help_quantize(stream, matrix, target, every, sharing)
+    return ranks.from_first(lambda: made)
 
 
 def _decided(
@@ -368,7 +347,7 @@ def _evaluate_written(
         if ranks.first:
             write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
     except QuantkitError as error:
-        raise type(error)(f"{error}\n{out} is complete; only its evaluation failed") from error
+        raise type(error)(f"{error}; {out} is complete, only its evaluation failed") from error
     except OSError as error:
         raise OutputError(f"{out} is complete, but its evaluation was not noted: {error.strerror}") from error
     except KeyboardInterrupt:
@@ -400,8 +379,9 @@ def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
     note_source(stream.source, progress)
-    missing = shortfall(stream.device)
-    if missing:
+    into_file = any(linear.spec.ggml for linear in plan.values())
+    note_left_out(stream.weights, progress, parameters_only=into_file)
+    if missing := shortfall(stream.device):
         progress.note(missing)
     if stream.discovered:
         progress.note(
@@ -412,7 +392,14 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     left = sum(1 for _ in stream.linears()) - len(plan)
     if left:
         progress.note(f"{left} Linears stay as they are")
-    if any(linear.spec.ggml for linear in plan.values()):  # of a GGUF file, whose types are listed when it is made
+    if stream.uncalled:
+        progress.note(
+            f"{len(stream.uncalled)} Linears stay as they are, for no forward calls them as such: "
+            f"{listed(sorted(stream.uncalled))}"
+        )
+    if not into_file:
+        warn_unquantized(stream, progress)
+    if into_file:  # whose types are listed when it is made
         return
     if _parts_fused_layers(stream, plan):
         progress.note(
@@ -427,6 +414,30 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
             fits = [g for g in sizes if 0 < g <= group and all(width % g == 0 for width in widths)]
             advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them"
             progress.note(f"widths {', '.join(short)} are no multiple of {group}: their last group is short; {advice}")
+
+
+_MUCH = 0.05  # of the blocks' weights
+
+
+def warn_unquantized(stream: ModelStream, progress: Progress) -> None:
+    """Warn where much of the blocks is no Linear that can be quantized, such as experts that are not taken apart."""
+    linears = {name for name, _ in stream.linears()}
+    sizes: Counter[str] = Counter()
+    total = 0
+    for index, (prefix, block) in enumerate(zip(stream.blocks, stream.modules, strict=True)):
+        for name, parameter in block.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            total += parameter.numel()
+            published = stream.weights.names[f"{prefix}.{name}"]
+            if published.removesuffix(".weight") not in linears:
+                sizes[published.split(f".{index}.", 1)[-1]] += parameter.numel()
+    share = sizes.total() / max(total, 1)
+    if share >= _MUCH:
+        progress.warn(
+            f"{share:.0%} of the blocks' weights can't be quantized and stay as they are: "
+            f"{listed([name for name, _ in sizes.most_common()])}"
+        )
 
 
 def _parts_fused_layers(stream: ModelStream, plan: Plan) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
-from quantkit.containers.imatrix.write import Entry, write_imatrix
-from quantkit.containers.source import Source
+from quantkit.containers.imatrix import Entry, write_imatrix
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
@@ -35,6 +34,7 @@ class ImatrixReport(Report):
         unseen: by tensor, how many of its experts saw no token.
         bytes: size of the sums and counts.
         memory_bytes: estimate of the peak beyond what importing torch takes.
+        multiplications: of the run, with their additions.
     """
 
     out: Path
@@ -44,6 +44,7 @@ class ImatrixReport(Report):
     bytes: int
     memory_bytes: int
     unseen: Mapping[str, int]
+    multiplications: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -75,13 +76,16 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     note_source(source, progress)
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
-    target = _output(options.out, source)
+    name = f"{variant_name(source.label)}.imatrix.gguf"
+    target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_other_file(target, source, options.force)
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())
     peak = size + plan_squares_memory(stream, chunks * chunk_size).needed
-    report = ImatrixReport(target, len(entries), chunks, chunk_size, size, peak, {}, dry_run=True)
+    work = chunks * chunk_size * sum(rows * columns for _, (rows, columns) in stream.linears())
+    sizes = len(entries), chunks, chunk_size, size, peak
+    report = ImatrixReport(target, *sizes, {}, multiplications=work, dry_run=True)
     if options.dry_run:
         return report
 
@@ -127,7 +131,3 @@ def _unseen(entries: Mapping[str, Entry], progress: Progress) -> dict[str, int]:
             f"{len(entries[worst].counts)}), whose columns count alike; use more --samples, or text of more kinds"
         )
     return unseen
-
-
-def _output(out: str | Path | None, source: Source) -> Path:
-    return Path.cwd() / f"{variant_name(source.label)}.imatrix.gguf" if out is None else absolute(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,14 @@ import torch
 from quantkit.blocks.folder import FolderPlan, plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.blocks.pair import DeltaSource
-from quantkit.containers.hf.shards import DTYPES as STORED
+from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source
 from quantkit.errors import NumericError, UsageError
 from quantkit.options import parse_size
 from quantkit.options.verbs import Merge, Sum
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_outside,
-    file_sha256,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, file_sha256, staged_folder, write_json
 from quantkit.runs.record import CHECKSUMS, checksums, origin
 from quantkit.sources import open_source
 from quantkit.verbs import verb
@@ -49,6 +42,7 @@ class MergeReport(Report):
         tensors: how many.
         bytes: of all tensors.
         sum: of all values, in float32 before they are cast; None of a dry run.
+        memory_bytes: estimate of the peak beyond what importing torch takes.
     """
 
     out: Path
@@ -57,6 +51,7 @@ class MergeReport(Report):
     tensors: int
     bytes: int
     sum: float | None = None
+    memory_bytes: int = field(default=0, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -89,8 +84,9 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     held = DTYPES[_tuned_dtype(source) if options.dtype == "auto" else options.dtype]
     target = absolute(options.out)
     check_outside(target, source, options.force)
-    plan = plan_folder(source, held)
-    report = MergeReport(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes, dry_run=True)
+    plan = plan_folder(source, held, all_alike=options.dtype != "auto")
+    made = target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes
+    report = MergeReport(*made, memory_bytes=plan.weights.largest_bytes(3), dry_run=True)
     if options.dry_run:
         return report
     total = Total()
@@ -139,7 +135,7 @@ def dtype_name(source: Source) -> str:
     """What most bytes of the float tensors are stored in; float32 for wider ones."""
     sizes = Counter[str]()
     for info in source.tensors.values():
-        held = STORED.get(info.stored_as, torch.float32)
+        held = STORED_DTYPES.get(info.stored_as, torch.float32)
         if held.is_floating_point:
             sizes[str(held).removeprefix("torch.")] += info.bytes
     found = sizes.most_common(1)[0][0] if sizes else "float32"

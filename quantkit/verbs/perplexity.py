@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quantkit.blocks.open import note_source, open_stream
+from quantkit.blocks.open import fitted, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
 from quantkit.evaluate.statistics import ModelResult, summarize
-from quantkit.options import (
-    EvaluationSpec,
-    make,
-)
+from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.options.verbs import Perplexity
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.ranks import ALONE, Ranks
-from quantkit.tokens.text import check_tokens, common_text, default_seq_len
+from quantkit.tokens.text import check_tokens, common_text
 from quantkit.verbs import verb
 
 
@@ -59,6 +56,7 @@ def perplexity(options: Perplexity, *, progress: Progress = SILENT, ranks: Ranks
         raise UsageError("name at least one model")
     progress = ranks.reporting(progress)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
+    spec = fitted(spec, streams, asked=options.seq_len is not None)
     return evaluate_streams(streams, spec, options.against is not None, progress, ranks)
 
 

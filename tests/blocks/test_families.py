@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from support.families import DISCOVERED
 from support.streamed import greedy, open_stream, streamed_logits
 from support.tolerance import forward
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantkit
+from quantkit.blocks import weights
 from quantkit.blocks.families import FAMILIES as TABLE
 from quantkit.blocks.families import Family, discover_blocks
 from quantkit.blocks.stream import ModelStream
@@ -263,6 +264,9 @@ def test_a_family_outside_the_table_is_discovered(
     assert any(f"{family} is not in the table" in note for note in recorder.notes)
     assert sum(layer.loss for layer in report.layers) < sum(layer.rtn_loss for layer in report.layers)
     assert not any("router" in layer.name for layer in report.layers)
+    # The written config means the same, and so is read by transformers.
+    config, written = (AutoConfig.from_pretrained(path) for path in (folder, tmp_path / "out"))
+    assert getattr(written, "rope_parameters", None) == getattr(config, "rope_parameters", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -283,14 +287,65 @@ def test_discovery_finds_what_the_table_says(family: str, make_model: MakeModel)
             assert [set(stage) for stage in found] == expected
 
 
-def test_a_linear_that_the_forward_never_reaches_is_named(make_model: MakeModel) -> None:
-    stream = open_stream(make_model("bloom"))
-    with torch.inference_mode():
-        hidden = stream.embed([IDS])
-        with stream.block(0) as block:
-            block.self_attention.spare = torch.nn.Linear(32, 32)
-            with pytest.raises(SourceError, match=r"does not reach self_attention\.spare; .*--exclude"):
-                stream.stages(0, block, 0, hidden[0])
+def test_linears_that_no_forward_calls_stay_as_they_are(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, recorder: Recorder, tmp_path: Path
+) -> None:
+    """Mamba's dt_proj: its weight is used, it is not called. Who excludes it gets the same."""
+    folder, left = folder_of("jamba", make_model, dtype="float32"), "model.layers.0.mamba.dt_proj"
+    report = quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, progress=recorder, **OPTIONS)
+    assert left not in {layer.name for layer in report.layers}
+    assert any("no forward calls them" in note and left in note for note in recorder.notes)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert f"{left}.weight" in written
+    assert quantkit.verify(tmp_path / "out", generate=False).problems == []
+    excluded = quantkit.gptq(folder, exclude=["*.dt_proj"], dry_run=True, **OPTIONS)
+    assert excluded.bytes == report.bytes
+
+
+def test_a_linear_that_turns_out_not_to_be_called_is_named(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a forward without values could not show it."""
+    monkeypatch.setattr(ModelStream, "uncalled", frozenset())
+    folder, left = folder_of("jamba", make_model, dtype="float32"), "model.layers.0.mamba.dt_proj"
+    with pytest.raises(SourceError, match=rf"never calls {re.escape(left)}; leave it out with --exclude"):
+        quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, **OPTIONS)
+    quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, exclude=["*.dt_proj"], **OPTIONS, force=True)
+
+
+def test_experts_that_are_not_taken_apart_are_said_with_their_share(make_model: MakeModel, recorder: Recorder) -> None:
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "moe_layers": [1]}
+    folder = make_model("llama4_text", **moe, no_rope_layers=[1, 0], attention_chunk_size=32)
+    quantkit.gptq(folder, dry_run=True, progress=recorder, **OPTIONS)
+    (warning,) = (text for text in recorder.warnings if "stay as they are" in text)
+    held = load_file(folder / "model.safetensors")
+    blocks = {name: tensor.numel() for name, tensor in held.items() if ".layers." in name and tensor.ndim > 1}
+    share = sum(count for name, count in blocks.items() if "experts" in name or "router" in name) / sum(blocks.values())
+    assert warning.startswith(f"{share:.0%} of the blocks' weights")
+    assert "experts.gate_up_proj" in warning
+
+
+def test_experts_in_parts_that_are_not_supported_are_not_called_missing(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_is_fused", lambda module: False)
+    with pytest.raises(SourceError, match=r"experts\.\w+ is stored in parts .* this form of them is not supported"):
+        open_stream(make_model("mixtral"))
+
+
+def test_windows_longer_than_the_positions_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    sizes = {"max_position_embeddings": None, "n_positions": 64}
+    folder = make_model("gpt2", **sizes)
+    assert open_stream(folder).longest == 64
+    assert open_stream(make_model("opt")).longest == 256  # two rows of its table are for padding
+    assert open_stream(make_model()).longest is None
+    with pytest.raises(UsageError, match="windows of 96 tokens: tiny-gpt2 has 64 positions; give --seq-len 64"):
+        quantkit.gptq(folder, tmp_path / "out", calibration=token_matrix(2, 96), device="cpu")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 20, encoding="utf-8")
+    with pytest.raises(UsageError, match="windows of 96 tokens"):
+        quantkit.perplexity([folder], text=str(text), seq_len=96)
+    assert quantkit.perplexity([folder], text=str(text)).seq_len == 64  # of 512, which nobody asked for
 
 
 def test_a_model_that_cannot_be_run_block_by_block_is_refused(make_model: MakeModel) -> None:

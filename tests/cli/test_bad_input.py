@@ -404,7 +404,7 @@ def test_every_command_refuses_a_broken_model(desk: Desk, verb: str, spoil: Call
 
 
 def test_no_such_path(desk: Desk) -> None:
-    desk.refused(lambda: desk.gptq(desk.folder / "nowhere"), 1, "nowhere", "no such file or folder")
+    desk.refused(lambda: desk.gptq(desk.folder / "nowhere"), 2, "nowhere", "no such file or folder")
 
 
 def shard_missing(model: Path) -> list[str]:
@@ -749,8 +749,8 @@ def test_a_local_path_never_reaches_for_the_hub(desk: Desk, monkeypatch: pytest.
         raise AssertionError("asked the Hub")
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
-    desk.refused(lambda: desk.gptq("./nowhere/model"), 1, "./nowhere/model")
-    desk.refused(lambda: desk.gptq("../model"), 1, "../model")
+    desk.refused(lambda: desk.gptq("./nowhere/model"), 2, "./nowhere/model")
+    desk.refused(lambda: desk.gptq("../model"), 2, "../model")
 
 
 # -- the output ----------------------------------------------------------------------------------------------------

@@ -257,8 +257,8 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(desk: Desk, make_model: Mak
     model = make_model(family, tied=True)
     options = ["--no-eval", "--group-size", "64", "--bits", "3", "--out", "a/made", "--json"]
     before = listing(desk.folder)
-    # Only headers are read: calibration data that is not there does not matter.
-    planned = desk.json(desk.gptq(model, *options, "--dry-run", "--calibration", "nowhere.json"))
+    # Only headers are read: whether there is such calibration data does not matter.
+    planned = desk.json(desk.gptq(model, *options, "--dry-run", "--calibration", "evol-instruct-7k"))
     assert listing(desk.folder) == before
     assert (planned["layers"], planned["evaluation"], planned["dry_run"]) == ([], None, True)
     assert planned["memory_bytes"] > 0
@@ -295,9 +295,9 @@ def test_quiet_says_nothing_beside_the_result(desk: Desk, make_model: MakeModel)
 
 def test_debug_shows_the_traceback(desk: Desk) -> None:
     code, out, err = desk.run("inspect", "nowhere/at/all", "--debug")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "Traceback (most recent call last)" in err
-    assert "SourceError: nowhere/at/all" in err
+    assert "UsageError: nowhere/at/all" in err
 
 
 def test_an_exception_that_nobody_foresaw_is_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

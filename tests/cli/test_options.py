@@ -6,20 +6,26 @@ import inspect
 import pydoc
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.cli.command import name_of
+from quantkit.cli.command import spec_of
 from quantkit.cli.stubs import stubs
+from quantkit.containers.gguf.recipes import RECIPES, base_kind
 from quantkit.errors import UsageError
-from quantkit.options import Grid, Options, QuantSpec, Terminal, make, verbs
+from quantkit.options import Ends, GgmlType, Grid, Options, QuantSpec, SuiteName, Terminal, make, values, verbs
+from quantkit.tokens import KNOWN_NAMES
+from quantkit.verbs.eval.tasks import SUITES
 
-SPECS = {name_of(spec): spec for spec, _ in cli.COMMANDS}
+SPECS = {name: spec_of(name) for name in cli.COMMANDS}
 BESIDES = {"progress", "ranks", "person"}
+EVERY = "give minutes such as 10m, a number of blocks such as 4, or off"
+NO_DATA = "is neither a file nor a known name ("
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -55,7 +61,7 @@ def test_every_verb_is_in_the_table() -> None:
         "tune",
     }
     assert sorted(SPECS) == sorted(
-        name_of(one)
+        one.__name__.lower()
         for one in vars(verbs).values()
         if inspect.isclass(one) and one.__module__ == verbs.__name__
         if one is not verbs.Sum
@@ -83,7 +89,7 @@ def test_words_are_read_blind_to_case() -> None:
 
 def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "gptq", "--act-order", "Off", "no/such/model")
-    assert (code, "no/such/model" in err) == (1, True)
+    assert (code, "no/such/model" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +113,33 @@ def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.Capture
         ("eval m --out o --limit 0", "--limit 0: give at least 1"),
         ("merge a b --out c --vocab zeros", "--vocab zeros: choose auto, mean, delta"),
         ("samples --show x", "--show x: give a whole number"),
+        ("gptq --checkpoint-every 0", f"--checkpoint-every 0: {EVERY}"),
+        ("gptq --device tpu", "--device tpu: not a device to run on; use auto, cpu, cuda or cuda:N"),
+        ("gptq --ggml q4_9", "--ggml q4_9: GPTQ goes to "),
+        ("gptq --ggml iq2_s", "--ggml iq2_s: GPTQ goes to "),
+        ("ggml m --type q4_9", "--type q4_9: choose auto, f32, f16, bf16, q4_0, "),
+        ("ggml m --output-type q4_k_m", "--output-type q4_k_m: choose auto, f32, f16, bf16, q4_0, "),
+        ("eval m --out o --suite x", "--suite x: choose open-llm-leaderboard"),
+        ("compare a b --out c --max-kl -1", "--max-kl -1: give a divergence in nats, such as 0.05"),
+        ("perplexity m --stride 512", "--stride 512: less than --seq-len (512)"),
+        ("compare a b --out c --text wikitext2 --stride 2048", "--stride 2048: less than --seq-len (2048)"),
+        ("gptq /no/model", "/no/model: no such file or folder, and not a Hub id (owner/name)"),
+        ("inspect ./model", "./model: no such file or folder, and not a Hub id (owner/name)"),
+        ("inspect some/model.gguf", "some/model.gguf: no such file or folder, and not a Hub id (owner/name)"),
+        ("compare a b/c/d --out o", "b/c/d: no such file or folder, and not a Hub id (owner/name)"),
+        ("merge a ~/no/model --out o", "~/no/model: no such file or folder, and not a Hub id (owner/name)"),
+        ("gptq --calibration alpaca:1,none.json:2", f"no such data: 'none.json' {NO_DATA}"),
+        ("release none.yaml", "none.yaml: cannot be read: No such file or directory"),
     ],
 )
-def test_a_wrong_value_is_one_line_in_our_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, *arguments.split()) == (2, "", f"error: {said}\n")
+def test_a_wrong_value_is_one_line_in_our_words(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for verb in SPECS:  # none is imported
+        monkeypatch.setitem(sys.modules, f"quantkit.verbs.{verb}", None)
+    code, out, err = run(capsys, *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err == f"error: {said}\n" if said[-1] not in " (" else err.startswith(f"error: {said}")
 
 
 def test_options_may_be_repeated_and_paired(
@@ -135,15 +164,29 @@ def test_options_may_be_repeated_and_paired(
     }
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["gptq", "--help"], ["gptq", "--bits", "5"], ["merge", "a"]])
-def test_nothing_heavy_is_imported_for_help_or_a_wrong_value(arguments: list[str]) -> None:
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "yaml", "gguf"}
+SPECS_OF_VERBS = {"pydantic", "quantkit.options", "quantkit.report"}
+DRAWN = {"rich.console", "rich.markup"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needless"),
+    [
+        (["--help"], HEAVY | SPECS_OF_VERBS),
+        (["gptq", "--help"], HEAVY),
+        (["gptq", "--bits", "5"], HEAVY | DRAWN),
+        (["gptq", "./nowhere"], HEAVY | DRAWN),
+        (["merge", "a"], HEAVY | DRAWN),
+    ],
+)
+def test_nothing_heavy_is_imported_for_help_or_a_wrong_value(arguments: list[str], needless: set[str]) -> None:
     program = f"""
 import sys
 from quantkit.cli import main
 try:
     main({arguments})
 except SystemExit:
-    print("heavy:", sorted({{"torch", "transformers", "numpy", "safetensors"}} & sys.modules.keys()))
+    print("heavy:", sorted({needless} & sys.modules.keys()))
 """
     assert "heavy: []" in alone(program)
 
@@ -176,3 +219,45 @@ def test_a_group_redeclared_keeps_its_help_and_its_place() -> None:
     assert list(QuantSpec.model_fields) == [*Grid.model_fields, "ggml", "overrides"]
     assert issubclass(verbs.Gptq, Options)
     assert verbs.Gptq.in_order()[0] == "model"
+
+
+def test_every_option_is_declared_once() -> None:
+    """But for --template, which of a card is another one than of a prompt."""
+    declared = Counter(
+        name
+        for group in {one for spec in (*SPECS.values(), Terminal) for one in spec.__mro__ if issubclass(one, Options)}
+        for name in inspect.get_annotations(group)
+        if name in group.model_fields
+    )
+    assert {name for name, times in declared.items() if times > 1} == {"template"}
+
+
+@pytest.mark.parametrize("verb", SPECS)
+def test_a_group_is_told_otherwise_only_of_what_it_has(verb: str) -> None:
+    for group in SPECS[verb].__mro__:
+        if issubclass(group, Options):
+            assert group.defaults.keys() | group.helps.keys() <= group.model_fields.keys()
+
+
+def test_a_default_of_none_is_checked_as_the_others_are() -> None:
+    assert make(verbs.Gptq).bits is None
+    assert make(verbs.Gptq, bits=None, seq_len=8).bits is None
+    with pytest.raises(UsageError, match="--seq-len 7: give at least 8"):
+        make(verbs.Perplexity, models=["m"], seq_len=7)
+    with pytest.raises(UsageError, match="out"):
+        make(verbs.Merge, base="a", delta="b")
+
+
+def test_words_that_need_no_torch_are_those_of_the_tables() -> None:
+    assert sorted(values.FILE_TYPES) == sorted(RECIPES)
+    assert values.DATA_NAMES == KNOWN_NAMES
+    assert get_args(SuiteName) == tuple(SUITES)
+    bases = {base_kind(name).name.lower() for name in RECIPES}
+    for name in {*RECIPES, *bases}:
+        if name in bases:
+            assert make(Ends, output_type=name).output_type == name
+        else:
+            with pytest.raises(UsageError, match=f"--output-type {name}: choose auto, f32"):
+                make(Ends, output_type=name)
+    on_grids = {name: base_kind(name).name for name in RECIPES if base_kind(name).name in get_args(GgmlType)}
+    assert {name: values.gptq_type(name) for name in on_grids} == on_grids

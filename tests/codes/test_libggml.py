@@ -37,7 +37,7 @@ def normal(rows: int = 4, columns: int = 512, seed: int = 0) -> Array:
 @pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.name)
 def test_values_come_back_near(kind: Kind) -> None:
     values = normal()
-    packed = libggml.quantize(values, kind)
+    packed = libggml.round_to_blocks(values, kind)
     block, size = gguf.GGML_QUANT_SIZES[kind]
     assert packed.shape == (4, 512 // block * size)
     error = np.abs(gguf.quants.dequantize(packed, kind) - values).mean() / np.abs(values).mean()
@@ -60,7 +60,7 @@ def test_blocks_of_32_are_gguf_pys_to_the_bit(
     generator = np.random.default_rng(seed)
     magnitudes = 10.0 ** (exponent - spread * generator.random((3, 32 * blocks)))
     values = (magnitudes * generator.choice([-1, 0, 1], size=magnitudes.shape)).astype(np.float32)
-    assert np.array_equal(libggml.quantize(values, kind), gguf.quants.quantize(values, kind))
+    assert np.array_equal(libggml.round_to_blocks(values, kind), gguf.quants.quantize(values, kind))
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q4_K, Kind.IQ3_XXS], ids=lambda kind: kind.name)
@@ -68,13 +68,13 @@ def test_bytes_depend_neither_on_threads_nor_on_the_other_rows(kind: Kind) -> No
     values, threads = normal(rows=700), torch.get_num_threads()
     try:
         torch.set_num_threads(5)  # the first call, in which the threads make a grid
-        together = libggml.quantize(values, kind)
+        together = libggml.round_to_blocks(values, kind)
         torch.set_num_threads(1)
-        alone = libggml.quantize(values, kind)
+        alone = libggml.round_to_blocks(values, kind)
         assert np.array_equal(together, alone)
     finally:
         torch.set_num_threads(threads)
-    assert np.array_equal(np.concatenate([libggml.quantize(row[None], kind) for row in values[:9]]), alone[:9])
+    assert np.array_equal(np.concatenate([libggml.round_to_blocks(row[None], kind) for row in values[:9]]), alone[:9])
 
 
 def test_columns_that_count_more_come_back_nearer() -> None:
@@ -82,7 +82,7 @@ def test_columns_that_count_more_come_back_nearer() -> None:
     importance[::4] = 100
     wrong = []
     for weights in (None, importance):
-        back = gguf.quants.dequantize(libggml.quantize(values, Kind.Q2_K, weights), Kind.Q2_K)
+        back = gguf.quants.dequantize(libggml.round_to_blocks(values, Kind.Q2_K, weights), Kind.Q2_K)
         wrong.append(float(np.square(back - values)[:, ::4].mean()))
     assert wrong[1] < 0.8 * wrong[0]
 
@@ -90,7 +90,7 @@ def test_columns_that_count_more_come_back_nearer() -> None:
 def test_a_view_is_rounded_as_its_copy() -> None:
     values = normal(rows=8, columns=1024)
     view = values[::2, 512:]
-    assert np.array_equal(libggml.quantize(view, Kind.Q4_K), libggml.quantize(view.copy(), Kind.Q4_K))
+    assert np.array_equal(libggml.round_to_blocks(view, Kind.Q4_K), libggml.round_to_blocks(view.copy(), Kind.Q4_K))
 
 
 ONES = np.ones(512, dtype=np.float32)
@@ -116,18 +116,18 @@ def test_what_would_end_the_process_is_refused(
     values: Array, kind: Kind, importance: Array | None, error: type[QuantkitError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        libggml.quantize(values, kind, importance)
+        libggml.round_to_blocks(values, kind, importance)
 
 
 def test_nothing_to_round_makes_nothing() -> None:
-    assert libggml.quantize(normal(rows=0), Kind.Q4_K).shape == (0, 288)
+    assert libggml.round_to_blocks(normal(rows=0), Kind.Q4_K).shape == (0, 288)
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not libggml.available()
     with pytest.raises(MissingPackageError, match=r"rounding to Q6_K needs .* pip install 'quantkit\[ggml\]'"):
-        libggml.quantize(normal(), Kind.Q6_K)
+        libggml.round_to_blocks(normal(), Kind.Q6_K)
 
 
 def test_a_package_without_the_library_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +135,11 @@ def test_a_package_without_the_library_is_an_error(tmp_path: Path, monkeypatch: 
     (tmp_path / "libggml" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError, match=r"libggml-python has none of libggml-base\.so"):
-        libggml.quantize(normal(), Kind.Q6_K)
+        libggml.round_to_blocks(normal(), Kind.Q6_K)
     (tmp_path / "libggml" / "lib").mkdir()
     (tmp_path / "libggml" / "lib" / "libggml-base.so").write_bytes(b"not a library")
     with pytest.raises(UsageError, match="libggml-python cannot be used"):
-        libggml.quantize(normal(), Kind.Q6_K)
+        libggml.round_to_blocks(normal(), Kind.Q6_K)
 
 
 ODD_INPUT = """
@@ -154,9 +154,9 @@ for kind in sorted(libggml.KINDS):
         values = (size * generator.choice([-1, 0, 1], size=size.shape)).astype(np.float32)
         weights = (10.0 ** (30 - generator.uniform(0, 75) - 20 * generator.random(256))).astype(np.float32)
         weights[generator.random(256) < generator.choice([0, 0.9, 1])] = 0
-        libggml.quantize(values, kind, weights)
-        if not libggml.needs_importance(kind):
-            libggml.quantize(values, kind)
+        libggml.round_to_blocks(values, kind, weights)
+        if not libggml.requires_imatrix(kind):
+            libggml.round_to_blocks(values, kind)
 print("done")
 """
 

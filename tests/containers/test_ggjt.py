@@ -404,7 +404,7 @@ def test_a_full_disk_leaves_nothing(source: Source, tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writers_ggjt, "_in_rotary_order", full)
+    monkeypatch.setattr(writers_ggjt, "in_rotary_order", full)
     with pytest.raises(
         OutputError, match=r"writing .*tiny.bin failed: No space left on device; nothing was left there"
     ):

@@ -31,14 +31,15 @@ from quantkit.containers.gguf import (
     GgufTensor,
     GgufWriter,
     architecture_of,
-    header,
+    file_keys,
     limits,
     packed_bytes,
     plan,
 )
 from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES
-from quantkit.containers.gguf.sentencepiece import read_pieces
+from quantkit.containers.gguf.tensors import in_rotary_order
+from quantkit.containers.gguf.vocabulary import read_pieces
 from quantkit.containers.source import Source
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.runs.atomic import staged_files
@@ -103,7 +104,7 @@ def publish(
     planned = plan(source, weights) if tensors is None else tensors
     typed = [(tensor, Kind.F32 if tensor.always_f32 else kind) for tensor in planned]
     options.setdefault("pre", "qwen2")
-    keys = header(source, gguf.LlamaFileType.ALL_F32, **options)
+    keys = file_keys(source, gguf.LlamaFileType.ALL_F32, **options)
     with (
         staged_files(path) as staging,
         GgufWriter(staging / path.name, architecture_of(source), keys, typed, split_max_bytes) as writer,
@@ -214,9 +215,8 @@ def test_experts_are_stacked_in_their_order(make_model: MakeModel, tmp_path: Pat
 @given(heads=st.sampled_from([1, 2, 3, 8]), half=st.integers(1, 9))
 def test_the_row_order_is_llama_cpps_permutation(heads: int, half: int) -> None:
     values = np.random.default_rng(0).normal(size=(heads * half * 2, 3))
-    order = GgufTensor("q", ("q",), values.shape, heads=heads).row_order()
-    permuted = values.reshape(heads, 2, half, 3).swapaxes(1, 2).reshape(values.shape)
-    np.testing.assert_array_equal(values[order], permuted)
+    order = [head * 2 * half + i % 2 * half + i // 2 for head in range(heads) for i in range(2 * half)]
+    np.testing.assert_array_equal(in_rotary_order(values, heads), values[order])
 
 
 def test_provenance_and_origin_are_in_the_file(make_model: MakeModel, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_smollm2s_keys_are_those_of_its_own_file(tmp_path: Path) -> None:
     stored = GgufFile(smollm2_gguf()).keys
     told_by_the_file = {key for key in stored if key.startswith("general.") and key != "general.type"}
     for source in (open_source(folder), original):
-        keys = header(source, gguf.LlamaFileType(stored["general.file_type"]))
+        keys = file_keys(source, gguf.LlamaFileType(stored["general.file_type"]))
         shared = {key for key in stored if key in keys} - {"general.name"}
         left_out = set(stored) - set(keys)
         # The architecture is the writer's to add, what a model is called in parts is known to its own card only.
@@ -313,7 +313,7 @@ def test_a_sentencepiece_vocabulary_is_written_as_it_was(
     folder = with_tokenizer(tmp_path / "model", make_model, of_fixture(vocabulary, tmp_path))
     if with_model_file:
         (folder / "tokenizer.model").write_bytes(model_file(vocabulary))
-    keys = header(open_source(folder), gguf.LlamaFileType.ALL_F32)
+    keys = file_keys(open_source(folder), gguf.LlamaFileType.ALL_F32)
     assert keys["tokenizer.ggml.model"] == "llama"
     assert keys["tokenizer.ggml.tokens"] == vocabulary["tokens"]
     assert keys["tokenizer.ggml.token_type"] == [
@@ -385,7 +385,7 @@ def test_a_piece_that_no_merge_makes_is_refused(make_model: MakeModel, tmp_path:
     with pytest.raises(
         SourceError, match=r"model: no merge .* '\u2581the', but llama.cpp would; put its tokenizer.model"
     ):
-        header(open_source(folder), gguf.LlamaFileType.ALL_F32)
+        file_keys(open_source(folder), gguf.LlamaFileType.ALL_F32)
 
 
 def test_added_tokens_keep_their_kind(
@@ -396,7 +396,7 @@ def test_added_tokens_keep_their_kind(
     grown.add_tokens([AddedToken("<think>", special=False), AddedToken("<|tool|>", special=False)])
     grown.add_special_tokens({"additional_special_tokens": ["[CALL]"]})
     folder = with_tokenizer(tmp_path / "model", make_model, grown, vocab_size=VOCABULARY + 6)
-    keys = header(open_source(folder), gguf.LlamaFileType.ALL_F32, pre="gpt-2")
+    keys = file_keys(open_source(folder), gguf.LlamaFileType.ALL_F32, pre="gpt-2")
     assert keys["tokenizer.ggml.tokens"][VOCABULARY:] == [
         "<think>",
         "<|tool|>",
@@ -420,7 +420,7 @@ def test_several_chat_templates_have_keys_of_their_own(make_model: MakeModel, tm
     folder = make_model("llama", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = {"default": "one", "tool_use": "two", "rag": "three"}
-    keys = header(
+    keys = file_keys(
         open_source(with_tokenizer(tmp_path / "model", make_model, tokenizer)), gguf.LlamaFileType.ALL_F32, pre="gpt-2"
     )
     assert {key: value for key, value in keys.items() if "template" in key} == {
@@ -441,18 +441,18 @@ def test_the_names_are_llama_cpps() -> None:
 def test_an_unknown_pre_tokenizer_is_no_guess(make_model: MakeModel) -> None:
     source = open_source(make_model("llama", dtype="float32"))
     with pytest.raises(SourceError, match=r"llama.cpp has no name for how this tokenizer cuts .*: --pre llama-bpe"):
-        header(source, gguf.LlamaFileType.ALL_F32)
+        file_keys(source, gguf.LlamaFileType.ALL_F32)
     with pytest.raises(UsageError, match=r"--pre qwen: llama.cpp knows no pre-tokenizer .* qwen2, "):
-        header(source, gguf.LlamaFileType.ALL_F32, pre="qwen")
-    assert header(source, gguf.LlamaFileType.ALL_F32, pre="tekken")["tokenizer.ggml.pre"] == "tekken"
+        file_keys(source, gguf.LlamaFileType.ALL_F32, pre="qwen")
+    assert file_keys(source, gguf.LlamaFileType.ALL_F32, pre="tekken")["tokenizer.ggml.pre"] == "tekken"
 
 
 def test_a_gguf_sources_pre_tokenizer_is_no_guess_either(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = random_model("llama", tied=True, dtype=torch.float32, seed=0)
     write_model(tmp_path / "old.gguf", model, byte_level(tokenizer, None))
     with pytest.raises(SourceError, match=r"tokenizer.ggml.pre is None, which llama.cpp does not know; give --pre"):
-        header(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32)
-    keys = header(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32, pre="smollm")
+        file_keys(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32)
+    keys = file_keys(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32, pre="smollm")
     assert keys["tokenizer.ggml.pre"] == "smollm"
 
 
@@ -460,21 +460,21 @@ def test_pre_is_for_byte_level_vocabularies_only(make_model: MakeModel, tmp_path
     folder = with_tokenizer(tmp_path / "model", make_model, of_fixture(SENTENCEPIECE["llama"], tmp_path))
     for path in (folder, tmp_path / "fixture.gguf"):
         with pytest.raises(UsageError, match=rf"--pre qwen2: the vocabulary of {path} is not a byte-level one"):
-            header(open_source(path), gguf.LlamaFileType.ALL_F32, pre="qwen2")
+            file_keys(open_source(path), gguf.LlamaFileType.ALL_F32, pre="qwen2")
 
 
 def test_a_model_file_of_another_vocabulary_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     folder = with_tokenizer(tmp_path / "model", make_model, of_fixture(SENTENCEPIECE["llama"], tmp_path))
     (folder / "tokenizer.model").write_bytes(model_file(SENTENCEPIECE["gemma"]))
     with pytest.raises(SourceError, match=r"tokenizer.model: id 3 is '<unk>', in tokenizer.json '<0x00>'; remove one"):
-        header(open_source(folder), gguf.LlamaFileType.ALL_F32)
+        file_keys(open_source(folder), gguf.LlamaFileType.ALL_F32)
 
 
 def test_a_tokenizer_of_another_kind_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     source = open_source(with_tokenizer(tmp_path / "model", make_model, words))
     with pytest.raises(SourceError, match="model: a WordLevel tokenizer of this kind cannot be written as GGUF"):
-        header(source, gguf.LlamaFileType.ALL_F32)
+        file_keys(source, gguf.LlamaFileType.ALL_F32)
 
 
 def test_a_space_that_a_byte_level_tokenizer_puts_first_is_refused(
@@ -485,7 +485,7 @@ def test_a_space_that_a_byte_level_tokenizer_puts_first_is_refused(
     content["pre_tokenizer"]["add_prefix_space"] = True
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(SourceError, match="its tokenizer puts a space before a text"):
-        header(open_source(folder), gguf.LlamaFileType.ALL_F32, pre="gpt-2")
+        file_keys(open_source(folder), gguf.LlamaFileType.ALL_F32, pre="gpt-2")
 
 
 def test_a_model_without_a_tokenizer_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
@@ -500,7 +500,7 @@ def test_a_tokenizer_of_a_larger_model_is_refused(make_model: MakeModel, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(make_model("llama", dtype="float32"))
     folder = with_tokenizer(tmp_path / "model", make_model, tokenizer, vocab_size=VOCABULARY - 1)
     with pytest.raises(SourceError, match=r"tokenizer has the id 319, its embedding only 319 rows"):
-        header(open_source(folder), gguf.LlamaFileType.ALL_F32, pre="gpt-2")
+        file_keys(open_source(folder), gguf.LlamaFileType.ALL_F32, pre="gpt-2")
 
 
 # -- what cannot be written ---------------------------------------------------------------------------------------
@@ -542,7 +542,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 
 def header_and_plan(source: Source) -> None:
     """What a caller asks for before any work."""
-    header(source, gguf.LlamaFileType.ALL_F32, pre="gpt-2")
+    file_keys(source, gguf.LlamaFileType.ALL_F32, pre="gpt-2")
     plan(source, ModelStream(source, CPU, torch.float32).weights)
 
 
@@ -618,7 +618,7 @@ def test_the_bytes_are_those_of_gguf_py(case: str, split: int, make_model: MakeM
     typed = [(tensor, Kind.F32 if tensor.always_f32 else Kind.F16) for tensor in planned]
     for tensor, kind in typed:
         rows = [weights.read(name).numpy() for name in tensor.sources] or [np.array(tensor.computed)]
-        ordered = [part if tensor.row_order() is None else part[tensor.row_order()] for part in rows]
+        ordered = [in_rotary_order(part, tensor.heads) for part in rows]
         values = np.stack(ordered) if len(tensor.shape) == 3 else ordered[0]
         theirs.add_tensor(tensor.name, gguf.quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
     theirs.add_size_label(gguf.size_label(*theirs.get_total_parameter_count()))

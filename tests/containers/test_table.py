@@ -207,7 +207,9 @@ def check(linears: Plan) -> None:
         raise UsageError(refusal)
 
 
-def quantization_config(spec: QuantSpec, checkpoint_format: str, modules: Sequence[Sequence[str]]) -> dict[str, Any]:
+def quantization_config(
+    spec: QuantSpec, checkpoint_format: str, modules: Sequence[Sequence[str]], kept: Sequence[str] = ()
+) -> dict[str, Any]:
     return {"quant_method": checkpoint_format, "bits": spec.bits, "group_size": spec.group_size}
 
 

@@ -17,8 +17,7 @@ from support.smollm2 import smollm2_gguf
 
 import quantkit
 from quantkit.containers.gguf.file import GgufFile
-from quantkit.containers.imatrix.read import read_imatrix
-from quantkit.containers.imatrix.write import Entry, write_imatrix
+from quantkit.containers.imatrix import Entry, read_imatrix, write_imatrix
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 

@@ -19,7 +19,7 @@ import quantkit
 from quantkit.codes import libggml
 from quantkit.containers.gguf import GgufTensor
 from quantkit.containers.gguf.recipes import RECIPES, tensor_kinds
-from quantkit.containers.imatrix.read import read_imatrix
+from quantkit.containers.imatrix import read_imatrix
 from quantkit.sources import open_source
 
 Kind = gguf.GGMLQuantizationType
@@ -173,7 +173,7 @@ def test_types_with_grids_are_llama_quantizes_to_the_byte(made: Callable[..., Ma
         found = weights.importance(tensor.name)
         if kind is not None and found is not None:
             assert tensor.tensor_type == kind
-            ours = libggml.quantize(np.array(values[tensor.name]), kind, found[0])
+            ours = libggml.round_to_blocks(np.array(values[tensor.name]), kind, found[0])
             assert ours.tobytes() == tensor.data.tobytes(), (tensor.name, kind.name)
             seen.add(kind)
     assert seen == set(kinds.values())
@@ -192,7 +192,7 @@ def test_iq1_m_differs_where_two_ways_to_cut_a_block_are_as_good(made: Callable[
         if tensor.tensor_type == Kind.IQ1_M:
             found = read_imatrix(weights).importance(tensor.name)
             assert found is not None
-            ours = libggml.quantize(np.array(values[tensor.name]), Kind.IQ1_M, found[0])
+            ours = libggml.round_to_blocks(np.array(values[tensor.name]), Kind.IQ1_M, found[0])
             size = gguf.GGML_QUANT_SIZES[Kind.IQ1_M][1]
             different += list((ours != tensor.data).reshape(-1, size).any(axis=1))
     assert len(different) == 2 * 3 * 512

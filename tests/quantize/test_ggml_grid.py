@@ -10,11 +10,8 @@ from support.problems import naive_gptq, problem, quantize
 from support.tolerance import summed
 
 from quantkit.codes import GgmlGrid, GgmlLinear, QuantizedLinear
-from quantkit.codes.ggml import (
+from quantkit.codes.block_types import (
     BLOCK_TYPES,
-    SUPER_BLOCK_TYPES,
-    BlockType,
-    type_of,
 )
 from quantkit.codes.reencode import reencode
 from quantkit.errors import NumericError
@@ -24,12 +21,12 @@ from quantkit.quantize.methods import Solved
 
 pytestmark = [pytest.mark.numerics, pytest.mark.fast]
 
-SUPER = tuple(SUPER_BLOCK_TYPES)
-NAMES = (*BLOCK_TYPES, *SUPER)
+SUPER = tuple(name for name, kind in BLOCK_TYPES.items() if kind.scale_bits)
+NAMES = tuple(BLOCK_TYPES)
 
 
 def spec(name: str, damp: float = 0.1) -> QuantSpec:
-    kind = type_of(name)
+    kind = BLOCK_TYPES[name]
     return QuantSpec(bits=kind.bits, group_size=kind.group, sym=not kind.has_minimum, damp=damp, ggml=name)
 
 
@@ -71,7 +68,7 @@ def test_what_ggml_reads_is_what_was_optimised(name: str) -> None:
 @pytest.mark.parametrize("name", SUPER)
 def test_multiples_stay_within_the_bits_of_their_type(name: str) -> None:
     grid = fit_ggml_grid(problem(12, 512, seed=1)[0], torch.ones(512), name)
-    kind = SUPER_BLOCK_TYPES[name]
+    kind = BLOCK_TYPES[name]
     half = 2 ** (kind.scale_bits - 1)
     low, high = (0, 2 * half) if kind.has_minimum else (-half, half)
     for part in (grid.sc, *(() if grid.m is None else (grid.m,))):
@@ -86,7 +83,7 @@ def test_codes_are_the_naive_float64_ones_on_the_frozen_grid(name: str) -> None:
     scale, minimum = (part.double().numpy() for part in of_columns(linear.grid))
     assert (scale != 0).all()
     perm = np.argsort(-np.diag(H.numpy()), kind="stable")
-    codes, _ = naive_gptq(W.numpy(), H.numpy(), perm, 0.01, scale, minimum / scale, type_of(name).bits)
+    codes, _ = naive_gptq(W.numpy(), H.numpy(), perm, 0.01, scale, minimum / scale, BLOCK_TYPES[name].bits)
     differences = np.abs(codes - linear.codes.numpy().astype(np.int64))
     assert differences.max() <= 1
     assert np.mean(differences > 0) < 0.005
@@ -109,15 +106,15 @@ def test_the_fit_is_better_than_extremes_and_feedback_better_than_the_fit(name: 
 
 def _of_extremes(W: torch.Tensor, name: str) -> GgmlGrid:
     """Each group's largest weight just held, snapped to the same units."""
-    kind = type_of(name)
+    kind = BLOCK_TYPES[name]
     groups = W.reshape(W.shape[0], -1, kind.group)
     if kind.has_minimum:
         low = groups.amin(dim=2)
-        low = low if isinstance(kind, BlockType) else low.clamp(max=0)
+        low = low if not kind.scale_bits else low.clamp(max=0)
         scale, minimum = (groups.amax(dim=2) - low) / (2**kind.bits - 1), -low
     else:
         scale, minimum = groups.abs().amax(dim=2) / 2 ** (kind.bits - 1), None
-    if isinstance(kind, BlockType):
+    if not kind.scale_bits:
         return GgmlGrid(name, scale.half(), None if minimum is None else minimum.half())
     limit = 2**kind.scale_bits - 1 if kind.has_minimum else 2 ** (kind.scale_bits - 1) - 1
     blocks = W.shape[1] // kind.columns

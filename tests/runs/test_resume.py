@@ -40,11 +40,11 @@ from quantkit.errors import (
     SourceError,
     UsageError,
 )
+from quantkit.options.values import Every, parse_every
 from quantkit.quantize import blockwise, stagework
 from quantkit.runs import landing, unfinished
 from quantkit.runs import record as provenance
 from quantkit.runs.atomic import read_sealed, write_sealed
-from quantkit.runs.landing import Every, parse_every
 from quantkit.runs.unfinished import (
     ChangedError,
     differences,

@@ -22,7 +22,8 @@ from support.hub_server import HubServer
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import SourceError
-from quantkit.sources import hub, open_source
+from quantkit.options.values import looks_like_id
+from quantkit.sources import open_source
 
 NORM = "model.norm.weight"
 RECORDS = [
@@ -412,4 +413,4 @@ def test_the_command_says_in_one_line_that_the_network_went_away(client: Client,
 
 @pytest.mark.parametrize("name", ["a/b", "Qwen/Qwen3-0.6B", "gpt2", "TheBloke/WizardLM-7B-GPTQ"])
 def test_ids_look_like_ids(name: str) -> None:
-    assert hub.looks_like_id(name)
+    assert looks_like_id(name)

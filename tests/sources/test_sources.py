@@ -48,7 +48,7 @@ def test_a_local_path_never_asks_the_hub(
     with pytest.raises(UsageError, match="--revision is for Hub ids"):
         open_source("someone/model", revision="main")
     for name in ("./missing", "/missing/model", "../x/y", "a/b/c", "missing folder"):
-        with pytest.raises(SourceError, match="no such file or folder"):
+        with pytest.raises(UsageError, match="no such file or folder"):
             open_source(name)
     assert asked == []
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from conftest import random_model
 
-from quantkit.codes import ggml
+from quantkit.codes.block_types import BLOCK_TYPES, pack_super_blocks
 from quantkit.containers.ggjt.read import GgjtSource
 from quantkit.containers.ggjt.write import (
     GgjtWriter,
@@ -123,11 +123,11 @@ def stored_tensor(shape: tuple[int, ...], kind: Kind) -> tuple[tuple[int, ...], 
 
 def packed(kind: Kind, rows: int, columns: int, generator: np.random.Generator) -> np.ndarray:
     """Rows of a K-quant with values of a usual size."""
-    form = ggml.SUPER_BLOCK_TYPES[kind.name]
+    form = BLOCK_TYPES[kind.name]
     codes = generator.integers(0, 2**form.bits, (rows, columns), dtype=np.uint8)
-    blocks, subs = columns // 256, columns // form.sub_block
+    blocks, subs = columns // 256, columns // form.group
     d = (generator.random((rows, blocks)) * 0.3 / 2 ** (form.bits + form.scale_bits)).astype(np.float16)
     sc = generator.integers(1, 2 ** (form.scale_bits - 1), (rows, subs), dtype=np.int16)
     if not form.has_minimum:
-        return ggml.pack_super_blocks(kind.name, codes, d, sc)
-    return ggml.pack_super_blocks(kind.name, codes, d, sc, d * np.float16(2 ** (form.bits - 1)), sc)
+        return pack_super_blocks(kind.name, codes, d, sc)
+    return pack_super_blocks(kind.name, codes, d, sc, d * np.float16(2 ** (form.bits - 1)), sc)

@@ -18,7 +18,7 @@ from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
 from quantkit.verbs.card import CardReport
 from quantkit.verbs.chat import ChatReport
 from quantkit.verbs.compare import CompareReport
-from quantkit.verbs.compare.chooser import Choice
+from quantkit.verbs.compare.chooser import Recommendation
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult
 from quantkit.verbs.convert import ConvertReport
 from quantkit.verbs.diff import DiffReport
@@ -59,6 +59,7 @@ GPTQ = GptqReport(
     bits_per_weight=4.156,
     bytes=123456789,
     memory_bytes=2345678901,
+    multiplications=4_000_000_000_000,
     memory_remark="hidden states go to the disk",
     dry_run=True,
 )
@@ -128,7 +129,7 @@ COMPARE = CompareReport(
         compared("tiny-fp16", 269_000_000, SOURCE, None),
         compared("tiny-GPTQ-4bit-128g", 99_000_000, OWN, [0.001, 0.0025]),
     ],
-    Choice("tiny-GPTQ-4bit-128g", "of the 1 of 1 variants within 100,000,000 bytes it diverges least"),
+    Recommendation("tiny-GPTQ-4bit-128g", "of the 1 of 1 variants within 100,000,000 bytes it diverges least"),
     None,
     quantkit="0.1.0",
 )
@@ -162,10 +163,16 @@ VERIFIED = Verified(
     LOADS,
     "Once  upon\na time",
 )
-MERGE = MergeReport(OUT, "float16", "mean", 291, 13_000_000_000, 50637.1875, 61.25)
-DIFF = DiffReport(OUT, "float16", None, 291, 13_000_000_000, 50637.1875, 61.25, False, 1000, 3, 0.000123)
-CONVERT = ConvertReport(OUT, "bfloat16", 272, 269_000_000, 3.75)
-IMATRIX = ImatrixReport(OUT, 210, 128, 512, 900_000, 1_500_000_000, {"blk.0.ffn_up_exps.weight": 3}, 12.25)
+MERGE = MergeReport(OUT, "float16", "mean", 291, 13_000_000_000, 50637.1875, 61.25, memory_bytes=1_570_000_000)
+DIFF = DiffReport(
+    *(OUT, "float16", None, 291, 13_000_000_000, 50637.1875, 61.25, False, 1000, 3, 0.000123),
+    memory_bytes=1_570_000_000,
+)
+CONVERT = ConvertReport(OUT, "bfloat16", 272, 269_000_000, 3.75, memory_bytes=226_000_000)
+IMATRIX = ImatrixReport(
+    *(OUT, 210, 128, 512, 900_000, 1_500_000_000, {"blk.0.ffn_up_exps.weight": 3}, 12.25),
+    multiplications=7_000_000_000_000,
+)
 GENERATE = GenerateReport(OUT, "chat", "numba", 12, 2, {"eos": 9, "length": 1}, 340, 1000, 61, 33.25)
 GGML = GgmlReport(
     OUT,
@@ -173,6 +180,7 @@ GGML = GgmlReport(
     [GgmlTensor("blk.0.attn_q.weight", "Q4_0", "exact"), GgmlTensor("output_norm.weight", "F32", None)],
     {"blk.0.attn_q.weight": "Q8_0"},
     4.25,
+    memory_bytes=339_000_000,
 )
 PUBLISH = PublishReport(
     "me/tiny",

@@ -20,8 +20,7 @@ import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import SourceError, UsageError
 from quantkit.tokens.records import STYLES
-from quantkit.verbs.card import CardReport, card
-from quantkit.verbs.card.render import render
+from quantkit.verbs.card import CardReport, card, fill_template
 from quantkit.verbs.ggml import ggml
 
 REPO = "someone/tiny-GPTQ"
@@ -601,7 +600,7 @@ def test_numbers_keep_their_digits() -> None:
     template = (
         "{{ 0.2 | number(3) }} {{ 39.18 | number(5) }} {{ 123456.7 | number(3) }} {{ 1e-7 | number(2, sign=True) }}"
     )
-    assert render(template, "x", {}) == "0.200 39.180 123457 +1.0e-07"
+    assert fill_template(template, "x", {}) == "0.200 39.180 123457 +1.0e-07"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from support.browser import chromium, complaints, requests
 
 from quantkit.verbs.compare.labels import _Box, _cost
 from quantkit.verbs.compare.pages import number, visible, write_pages
-from quantkit.verbs.compare.plots import Drawn, draw, short_names
+from quantkit.verbs.compare.plots import Drawn, plot_files, short_names
 
 SIZES = {
     "Q4_0": 91_700_000,
@@ -75,7 +75,7 @@ def drawn(kind: str) -> Drawn:
 @pytest.fixture(scope="module")
 def figures() -> dict[str, bytes]:
     pytest.importorskip("matplotlib")
-    return draw(drawn("fp16"), [drawn(kind) for kind in SIZES])
+    return plot_files(drawn("fp16"), [drawn(kind) for kind in SIZES])
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_plots_hold_no_date_and_no_program(figures: dict[str, bytes]) -> None:
     for name, content in figures.items():
         assert b"atplotlib" not in content.replace(b'"matplotlib.axis', b""), name
         assert not re.search(rb"<dc:date>|tEXt|tIME", content), name
-    assert figures == draw(drawn("fp16"), [drawn(kind) for kind in SIZES])
+    assert figures == plot_files(drawn("fp16"), [drawn(kind) for kind in SIZES])
 
 
 @pytest.mark.parametrize("count", [1, 14])
@@ -122,7 +122,7 @@ def test_plots_of_few_and_of_many_long_names(count: int) -> None:
         )
         for i in range(count)
     ]
-    files = draw(drawn("fp16"), variants)
+    files = plot_files(drawn("fp16"), variants)
     found = texts_in(files["kl.svg"])
     assert all(any(text.endswith(f"long-name-{i}") and "…" in text for text in found) for i in range(count))
     assert "size of the weight files (GB)" in texts_in(files["accuracy-size.svg"])
@@ -139,7 +139,7 @@ def test_names_that_have_no_room_beside_their_points_go_below(crowded: bool) -> 
         )
         for i, (x, y) in enumerate(steps)
     ]
-    svg = ElementTree.fromstring(draw(drawn("fp16"), variants)["accuracy-size.svg"])
+    svg = ElementTree.fromstring(plot_files(drawn("fp16"), variants)["accuracy-size.svg"])
     heights = {
         text.text: float(text.get("y") or re.findall(r"translate\(\S+ (\S+)\)", text.get("transform", ""))[0])
         for text in svg.iter(f"{SVG}text")
@@ -151,11 +151,11 @@ def test_names_that_have_no_room_beside_their_points_go_below(crowded: bool) -> 
 def test_plots_of_variants_that_lose_nothing() -> None:
     pytest.importorskip("matplotlib")
     same = Drawn("F16", 269_000_000, 0.0, True, [0.0, 0.0], np.zeros(9))
-    files = draw(drawn("fp16"), [same])
+    files = plot_files(drawn("fp16"), [same])
     assert "F16 (no divergence)" in texts_in(files["accuracy-size.svg"])
     assert "no token diverges" in texts_in(files["kl.svg"])
     assert "no error in any block, or no blocks to compare" in texts_in(files["layers.svg"])
-    mixed = draw(drawn("fp16"), [same, drawn("Q8_0")])
+    mixed = plot_files(drawn("fp16"), [same, drawn("Q8_0")])
     assert "F16 (no error)" in texts_in(mixed["layers.svg"])
 
 

@@ -19,7 +19,7 @@ from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.streamed import open_stream, streamed_logits
 from support.tolerance import forward
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import quantkit
 from quantkit.blocks import folder as folders
@@ -324,4 +324,59 @@ def test_what_the_command_says(make_model: MakeModel, tmp_path: Path, capsys: py
     assert err.count("\n") == 1
     assert "already exists; use --force" in err
     code, out, err = run(capsys, "convert", tmp_path / "nothing", "--out", tmp_path / "out", "--quiet")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
+
+
+# -- what goes in comes out ------------------------------------------------------------------------------------------
+
+
+def test_float32_beside_half_precision_stays_unless_a_type_is_asked_for(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    """Routers' biases and state spaces' decays are stored so, and mean little in 16 bits."""
+    name, model = "model.norm.weight", Path(shutil.copytree(make_model(), tmp_path / "model"))
+    values = 7 + torch.linspace(0, 0.01, 64)
+    save_file({**stored(model), name: values}, model / "model.safetensors", {"format": "pt"})
+    quantkit.gptq(model, tmp_path / "gptq", calibration=tiny_tokens, **GPTQ)
+    quantkit.convert(model, tmp_path / "same")
+    quantkit.convert(model, tmp_path / "half", dtype="float16")
+    for out in ("gptq", "same"):
+        assert torch.equal(stored(tmp_path / out)[name], values)
+        assert stored(tmp_path / out)["model.embed_tokens.weight"].dtype == torch.float16
+    assert torch.equal(stored(tmp_path / "half")[name], values.half())
+
+
+def test_float32_of_a_base_stays_in_what_is_merged(make_model: MakeModel, tmp_path: Path) -> None:
+    name, base = "model.norm.weight", Path(shutil.copytree(make_model(), tmp_path / "base"))
+    values = 7 + torch.linspace(0, 0.01, 64)
+    save_file({**stored(base), name: values}, base / "model.safetensors", {"format": "pt"})
+    quantkit.diff(base, base, tmp_path / "delta")
+    quantkit.merge(base, tmp_path / "delta", tmp_path / "merged")
+    assert torch.equal(stored(tmp_path / "merged")[name], values)
+    assert stored(tmp_path / "merged")[UP].dtype == torch.float16
+
+
+def test_a_model_of_float32_is_cast_as_a_whole(make_model: MakeModel, tmp_path: Path) -> None:
+    quantkit.convert(make_model(dtype="float32"), tmp_path / "out")
+    assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {torch.float16}
+
+
+def test_tensors_that_the_models_class_passes_over_are_named(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    more = {f"{name}.weight": torch.ones(4) for name in ("model.visual.a", "model.visual.b", "mtp.norm", "extra")}
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # which every reader computes
+    save_file({**stored(model), **more, **old}, model / "model.safetensors", {"format": "pt"})
+    ignored = [r"^mtp", r"visual", r"inv_freq"]
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", ignored)
+    quantkit.convert(model, tmp_path / "out", progress=recorder)
+    quantkit.gptq(model, tmp_path / "gptq", calibration=tiny_tokens, progress=recorder, **GPTQ)
+    quantkit.ggml(model, tmp_path / "out.gguf", type="f16", pre="smollm", progress=recorder)
+    found = [text for text in recorder.warnings if "left out" in text]
+    assert [text.partition(": ")[2] for text in found] == [
+        "model.visual (2), mtp (1)",
+        "model.visual (2), mtp (1)",
+        "model.visual (2), mtp (1), extra (1)",  # the folders hold it as it is
+    ]
+    assert set(stored(model)) - set(stored(tmp_path / "out")) == {*more, *old} - {"extra.weight"}

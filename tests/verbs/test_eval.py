@@ -24,7 +24,7 @@ from quantkit.runs.atomic import file_sha256
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
-from quantkit.verbs.eval.suites import SUITES
+from quantkit.verbs.eval.tasks import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -331,7 +331,7 @@ def test_without_the_network_the_suite_ends_in_one_line(model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"suite": "other"}, r"--suite other: choose one of open-llm-leaderboard"),
+        ({"suite": "other"}, r"--suite other: choose open-llm-leaderboard"),
         ({"fewshot": 3}, r"--fewshot is for tasks given with --task"),
         ({"limit": 0}, r"--limit 0: give at least 1"),
         ({"batch_size": 0}, r"--batch-size 0: give at least 1"),

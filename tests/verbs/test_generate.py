@@ -40,7 +40,6 @@ from quantkit.errors import (
 from quantkit.options import Decoding, make
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
-from quantkit.verbs import generate as generation
 from quantkit.verbs.generate import GenerateReport
 from quantkit.verbs.generate.decoding import (
     Answer,
@@ -201,8 +200,8 @@ def test_templates_and_the_system_message(
 
 def test_a_prompt_keeps_its_own_system_message(tmp_path: Path, model: Path, tokenizer: Any) -> None:
     own = [{"from": "system", "value": "mine"}, {"from": "human", "value": "the sea"}]
-    asked = read_prompts(lines(tmp_path / "p.jsonl", [{"conversations": own}, {"prompt": "b"}]))
-    texts = [prompt_text(p.record, "vicuna", tokenizer) for p in generation.with_system(asked, "theirs")]
+    asked = read_prompts(lines(tmp_path / "p.jsonl", [{"conversations": own}, {"prompt": "b"}]), "theirs")
+    texts = [prompt_text(p.record, "vicuna", tokenizer) for p in asked]
     assert texts[0].startswith("mine USER: the sea")
     assert texts[1].startswith("theirs USER: b")
 

@@ -29,7 +29,7 @@ from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.read import GgufSource
 from quantkit.containers.gguf.types import Kind
 from quantkit.containers.gptq.read import GptqSource
-from quantkit.containers.imatrix.read import read_imatrix
+from quantkit.containers.imatrix import read_imatrix
 from quantkit.errors import (
     MissingPackageError,
     NumericError,
@@ -362,7 +362,7 @@ def test_every_expert_has_its_own_importance(make_model: MakeModel, tmp_path: Pa
     weights = read_imatrix(matrix).importance(name)
     assert weights is not None
     for expert, values, blocks in zip(weights, *stacks, strict=True):
-        assert np.array_equal(libggml.quantize(np.array(values), Kind.Q4_1, expert), blocks)
+        assert np.array_equal(libggml.round_to_blocks(np.array(values), Kind.Q4_1, expert), blocks)
 
 
 def test_what_only_ggml_rounds_to_needs_its_package(

@@ -25,8 +25,7 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit.blocks.stages import run_watched
 from quantkit.containers.gguf.file import GgufFile
-from quantkit.containers.imatrix.read import Imatrix, read_imatrix
-from quantkit.containers.imatrix.write import Entry, write_imatrix
+from quantkit.containers.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from quantkit.errors import (
     NumericError,
     OutputError,

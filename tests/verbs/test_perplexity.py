@@ -19,10 +19,10 @@ import quantkit
 from quantkit.errors import CalibrationError, NumericError, UsageError
 from quantkit.evaluate.scores import TokenScores
 from quantkit.evaluate.statistics import summarize
-from quantkit.options import EvaluationSpec
+from quantkit.options import EvaluationSpec, default_seq_len
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
-from quantkit.tokens.text import default_seq_len, evaluation_text
+from quantkit.tokens.text import evaluation_text
 from quantkit.verbs.perplexity import PerplexityReport
 
 SENTENCES = (

@@ -250,6 +250,23 @@ def test_a_dry_run_tells_what_will_be_and_writes_nothing(
     assert "in all " in table
 
 
+def test_a_part_takes_what_its_verb_says(small: Path, tmp_path: Path) -> None:
+    small.write_text(SMALL + "  - {kind: gguf, type: q4_0, method: round, pre: gpt-2, imatrix: true}\n")
+    parts = {part.name: part for part in quantkit.release(small, tmp_path / "out", dry_run=True).forecasts}
+    model, file = tmp_path / "model", tmp_path / "file"
+    drawn: dict[str, Any] = {"samples": 4, "seq_len": 64, "dry_run": True}
+    held = quantkit.convert(model, file, dry_run=True)
+    codes = quantkit.gptq(model, file, ggml="q8_0", pre="gpt-2", **drawn)
+    rounded = quantkit.ggml(model, type="q4_0", pre="gpt-2", out=file, dry_run=True)
+    weighed = quantkit.imatrix(model, file, **drawn)
+    assert held.memory_bytes > 0
+    assert 0 < weighed.multiplications < codes.multiplications
+    assert (parts["fp16"].bytes, parts["fp16"].memory_bytes) == (held.bytes, held.memory_bytes)
+    assert (parts["gguf Q8_0"].bytes, parts["gguf Q8_0"].memory_bytes) == (codes.bytes, codes.memory_bytes)
+    most = max(rounded.memory_bytes, weighed.memory_bytes)
+    assert (parts["gguf Q4_0"].bytes, parts["gguf Q4_0"].memory_bytes) == (rounded.bytes, most)
+
+
 def test_folders_that_are_not_a_releases(small: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("dear")

@@ -15,7 +15,7 @@ from support.tasks import TASK
 from support.wizard import changed, stored, tune
 
 import quantkit
-from quantkit.containers.imatrix.read import read_imatrix
+from quantkit.containers.imatrix import read_imatrix
 from quantkit.sources import open_source
 from quantkit.verbs.compare import CompareReport
 from quantkit.verbs.gptq import GptqReport

@@ -27,8 +27,8 @@ from quantkit.tokens import TokenMatrix
 from quantkit.verbs.verify import Verified, verify
 from quantkit.verbs.verify.companions import check_strings
 from quantkit.verbs.verify.findings import Findings
-from quantkit.verbs.verify.shards import check_weights
-from quantkit.verbs.verify.tensor_parallel import Linear, tensor_parallel
+from quantkit.verbs.verify.programs import Linear, tensor_parallel
+from quantkit.verbs.verify.stored import check_weights
 
 Edit = Callable[[dict[str, Any]], None]
 Q = "model.layers.0.self_attn.q_proj"
@@ -116,6 +116,7 @@ CLEAN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"bits": 3, "group_size": -1, "sym": False}),
     ({}, {"bits": 8, "group_size": 64, "act_order": "dynamic"}),
     ({}, {"bits": 2, "override": {"*.down_proj": {"bits": 8}}, "exclude": ["*.k_proj"]}),
+    ({}, {"override": {"*.up_proj": {"sym": False}}}),
     ({"family": "gpt2"}, {}),
     ({"family": "mixtral"}, {}),
     ({"family": "gemma3_text", "dtype": "bfloat16", "tied": True}, {}),
@@ -132,6 +133,31 @@ def test_a_checkpoint_that_quantkit_wrote(
     assert found.kind == "gptq"
     assert found.sentence is not None
     assert found.sentence.startswith("The capital of France is")
+
+
+def test_what_is_named_as_quantized_linears_and_stays_is_labelled(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    """A vision tower's Linears, those of layers beyond the last, and of a module beside the blocks."""
+    model = shutil.copytree(make_model(), tmp_path / "model")
+    more = {
+        f"{place}.{name}.weight": torch.ones(64, 64)
+        for place in ("vision_tower.layers.0", "vision_tower.layers.1", "model.layers.2", "mtp")
+        for name in ("self_attn.q_proj", "other.q_proj")
+    }
+    edit_tensors(model, lambda tensors: tensors.update(more))
+    quantkit.gptq(model, tmp_path / "out", calibration=tiny_tokens, override={"*.q_proj": {"bits": 8}}, **SMALL)
+    assert problems(tmp_path / "out") == []
+    label = json.loads((tmp_path / "out" / "quantize_config.json").read_text(encoding="utf-8"))
+    *rules, _ = label["dynamic"]
+    assert sorted(rules) == [r"-:^model\.layers\.2\.", r"-:^mtp\.", r"-:^vision_tower\."]
+
+
+def test_zeros_that_vary_are_told_by_each_linears_own_label(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(made(override={"*.up_proj": {"sym": False}}), tmp_path / "checkpoint")
+    for name in ("config.json", "quantize_config.json"):
+        edit_json(folder / name, lambda content: content.get("quantization_config", content).pop("dynamic"))
+    only(problems(forget(folder)), "up_proj", "zeros vary", "set sym to false")
 
 
 @pytest.mark.parametrize("shards", ["5GB", "60KB"])
@@ -433,34 +459,6 @@ def test_asymmetric_zeros_under_a_symmetric_label(bits: int, made: Callable[...,
     assert any("their zeros vary, the label says sym true" in text for text in problems(relabel(folder, sym=True)))
 
 
-def _groups(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"].flip(0)
-
-
-def _last_group(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"][-1] += 1
-
-
-def _crowded(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"][:] = 0
-
-
-def _shape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.scales"] = tensors[f"{Q}.scales"][:, :-1]
-
-
-def _norm(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
-
-
-def _as_float(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"].float()
-
-
-def _both(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{Q}.weight"] = torch.ones(64, 64).half()
-
-
 def _plain(tensors: dict[str, torch.Tensor]) -> None:
     for part in ("qweight", "qzeros", "scales", "g_idx"):
         del tensors[f"{Q}.{part}"]
@@ -474,11 +472,8 @@ def _put(name: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     return put
 
 
-def _clear(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    def clear(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].zero_()
-
-    return clear
+def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: change(tensors[name])})
 
 
 TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
@@ -486,17 +481,29 @@ TENSORS: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = [
     (_put(f"{Q}.scales", torch.nan), f"{Q}.scales: 1 are NaN"),
     (_put(f"{Q}.scales", 6000.0), f"{Q}.scales: one is 6000, where"),
     (_put(f"{Q}.scales", -6000.0), f"{Q}.scales: one is 6000, where"),
-    (_clear(f"{Q}.scales"), f"{Q}.scales: all are 0"),
+    (_changed(f"{Q}.scales", torch.zeros_like), f"{Q}.scales: all are 0"),
     (_put("model.norm.weight", torch.nan), "model.norm.weight: 1 values are NaN"),
     (_put("lm_head.weight", -torch.inf), "lm_head.weight: 1 values are infinity"),
-    (_clear("lm_head.weight"), "lm_head.weight: all values are 0"),
-    (_last_group, f"{Q}.g_idx: holds groups 0 to 2, there are 0 to 1"),
-    (_groups, f"{Q}.g_idx: groups are not in the order of the columns"),
-    (_crowded, f"{Q}.g_idx: a group has more than 32 columns"),
-    (_shape, f"{Q}.scales is [2, 63]; 4 bits in groups of 32, as config.json says, make it [2, 64]"),
-    (_norm, "model.norm.weight has shape [63], the config asks for [64]"),
-    (_as_float, f"{Q}.g_idx is stored as F32, which must be I32"),
-    (_both, f"{Q} is stored as codes and as a weight too"),
+    (_changed("lm_head.weight", torch.zeros_like), "lm_head.weight: all values are 0"),
+    (
+        _changed(f"{Q}.g_idx", lambda g: torch.cat([g[:-1], g[-1:] + 1])),
+        f"{Q}.g_idx: holds groups 0 to 2, there are 0 to 1",
+    ),
+    (_changed(f"{Q}.g_idx", lambda g: g.flip(0)), f"{Q}.g_idx: groups are not in the order of the columns"),
+    (_changed(f"{Q}.g_idx", torch.zeros_like), f"{Q}.g_idx: a group has more than 32 columns"),
+    (
+        _changed(f"{Q}.scales", lambda s: s[:, :-1]),
+        f"{Q}.scales is [2, 63]; 4 bits in groups of 32, as config.json says, make it [2, 64]",
+    ),
+    (
+        _changed("model.norm.weight", lambda n: n[:-1]),
+        "model.norm.weight has shape [63], the config asks for [64]",
+    ),
+    (_changed(f"{Q}.g_idx", torch.Tensor.float), f"{Q}.g_idx is stored as F32, which must be I32"),
+    (
+        lambda tensors: tensors.update({f"{Q}.weight": torch.ones(64, 64).half()}),
+        f"{Q} is stored as codes and as a weight too",
+    ),
     (_plain, f"{Q}: stored as weights, where the label has them as codes"),
     (lambda tensors: tensors.pop(f"{Q}.qzeros"), f"{Q} has no qzeros"),
     (lambda tensors: tensors.pop(f"{Q}.g_idx"), f"{Q} has no g_idx"),
@@ -682,7 +689,7 @@ def test_a_json_file_cut_short(cut: str, checkpoint: Path) -> None:
 def strings(*texts: str) -> list[str]:
     found = Findings(Path("/nowhere"))
     check_strings("config.json", iter([("key", text) for text in texts]), found)
-    return found.problems
+    return list(found.problems)
 
 
 @pytest.mark.parametrize(

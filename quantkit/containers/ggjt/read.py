@@ -6,23 +6,19 @@ The format says little. What else a reader has to know is taken from the shapes,
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
-from transformers import GenerationConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES
-from quantkit.containers.gguf.file import Blocks, GgufFile, GgufTensor
-from quantkit.containers.gguf.read import unpermute_heads
+from quantkit.containers.gguf.file import GgufFile, StoredTensor, bytes_of
+from quantkit.containers.gguf.read import GgmlSource, InFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
-from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
-from quantkit.containers.source import HoldsBlocks, Source, TensorInfo
-from quantkit.errors import SourceError, first_line
+from quantkit.containers.hf.read import publishable_config, stored_dtype
+from quantkit.errors import SourceError
 
 Kind = gguf.GGMLQuantizationType
 
@@ -39,9 +35,8 @@ BOS, EOS, FIRST_BYTE = 1, 2, 3
 UNKNOWN_TEXT = " \u2047 "
 ADDED_SCORE = -1000.0
 
-EMBEDDING, NORM, OUTPUT = "tok_embeddings", "norm", "output"
-OUTSIDE = {EMBEDDING: "model.embed_tokens", NORM: "model.norm", OUTPUT: "lm_head"}
-BLOCK = {
+_OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
@@ -53,11 +48,9 @@ BLOCK = {
     "ffn_norm": "post_attention_layernorm",
 }
 # The K-quants came later in 2023 and share the version.
-_KINDS = frozenset(
-    {
-        *(Kind.F32, Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0),
-        *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
-    }
+_KINDS = (
+    *(Kind.F32, Kind.F16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0),
+    *(Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
 )
 _SIZES = ("n_vocab", "n_embd", "n_mult", "n_head", "n_layer", "n_rot", "ftype")
 _LONGEST = 1024  # bytes of a token or a tensor's name: more is a broken file, and would take its time
@@ -66,8 +59,8 @@ _SPACE = "\u2581"
 
 def names_of(layers: int) -> dict[str, str]:
     """Hugging Face name -> the format's name, of every tensor that a Llama of so many layers has."""
-    blocks = {f"model.layers.{i}.{ours}": f"layers.{i}.{name}" for i in range(layers) for name, ours in BLOCK.items()}
-    outside = {ours: name for name, ours in OUTSIDE.items()}
+    blocks = {f"model.layers.{i}.{ours}": f"layers.{i}.{name}" for i in range(layers) for name, ours in _BLOCK.items()}
+    outside = {ours: name for name, ours in _OUTSIDE.items()}
     return {f"{ours}.weight": f"{name}.weight" for ours, name in {**outside, **blocks}.items()}
 
 
@@ -91,18 +84,6 @@ class GgjtFile(GgufFile):
 
     def _read_header(self) -> None:
         self._at = 0
-        self._check_version()
-        self.sizes = {name: self._number("<u4") for name in _SIZES}
-        nothing = next((name for name in _SIZES if self.sizes[name] == 0 and name != "ftype"), None)
-        if nothing:
-            raise ValueError(f"{nothing} is 0")
-        if self.sizes["n_vocab"] * 8 > self._bytes.size:
-            raise ValueError(f"it has no room for {self.sizes['n_vocab']} tokens")
-        self.vocabulary = [self._token(number) for number in range(self.sizes["n_vocab"])]
-        while self._at < self._bytes.size:
-            self._read_tensor()
-
-    def _check_version(self) -> None:
         magic = self._take(4)
         if magic not in MAGICS:
             raise ValueError("it does not begin with ggjt")
@@ -112,6 +93,15 @@ class GgjtFile(GgufFile):
                 f"{self.path}: {found} cannot be read, only ggjt version {VERSION} and GGUF; take a newer file of this "
                 "model, or the Hugging Face folder it was made from"
             )
+        self.sizes = {name: self._number("<u4") for name in _SIZES}
+        nothing = next((name for name in _SIZES if self.sizes[name] == 0 and name != "ftype"), None)
+        if nothing:
+            raise ValueError(f"{nothing} is 0")
+        if self.sizes["n_vocab"] * 8 > self._bytes.size:
+            raise ValueError(f"it has no room for {self.sizes['n_vocab']} tokens")
+        self.vocabulary = [self._token(number) for number in range(self.sizes["n_vocab"])]
+        while self._at < self._bytes.size:
+            self._read_tensor()
 
     def _token(self, number: int) -> tuple[bytes, float]:
         text = self._bounded(f"token {number}", self._number("<u4"))
@@ -130,16 +120,12 @@ class GgjtFile(GgufFile):
             raise ValueError(f"it holds {name} twice")
         if number not in _KINDS:
             raise ValueError(f"{name} is of type {number}, which ggjt version {VERSION} has not")
-        kind = Kind(number)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if not math.prod(shape) or shape[-1] % block:
-            raise ValueError(f"{name} of shape {list(shape)} cannot be {kind.name}")
+        size = bytes_of(name, shape, Kind(number))
         self._at += -self._at % ALIGNMENT
-        placed = GgufTensor(shape, kind, self._at, math.prod(shape) // block * size)
-        self._at += placed.bytes
+        self.tensors[name] = StoredTensor(shape, Kind(number), self._at, size)
+        self._at += size
         if self._at > self._bytes.size:
             raise ValueError(f"it ends before the end of {name}")
-        self.tensors[name] = placed
 
     def _bounded(self, what: str, length: int) -> bytes:
         if length > _LONGEST:
@@ -147,8 +133,8 @@ class GgjtFile(GgufFile):
         return self._take(length)
 
 
-class GgjtSource(Source):
-    """A ggjt file. Tensors have Hugging Face names and layout; quantized ones are given as float32."""
+class GgjtSource(GgmlSource):
+    """A ggjt file."""
 
     kind = "ggjt"
     remarks = (
@@ -160,20 +146,15 @@ class GgjtSource(Source):
         self.path = path
         self.label = label or path.stem
         self._file = GgjtFile(path)
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._stored_name = self._names()
+        self._stored = {name: InFile(self._file, stored) for name, stored in self._names().items()}
         self.config: PretrainedConfig = self._config()
         self._check_shapes()
         self.dtype = stored_dtype(self.tensors)
 
-    @property
-    def ggml(self) -> HoldsBlocks:
-        return self
-
     def _names(self) -> dict[str, str]:
         """`names_of` the header's layers, which must be the names of the file's tensors."""
         layers, stored = self._file.sizes["n_layer"], self._file.tensors
-        wanted = len(OUTSIDE) + len(BLOCK) * layers
+        wanted = len(_OUTSIDE) + len(_BLOCK) * layers
         if len(stored) < wanted:  # before anything is made of a number of layers that may be absurd
             raise SourceError(f"{self.path}: {layers} layers have {wanted} tensors, but the file holds {len(stored)}")
         names = names_of(layers)
@@ -228,63 +209,19 @@ class GgjtSource(Source):
             wanted = shapes.get(name.split(".")[-2], (width,))
             if info.shape != wanted:
                 raise SourceError(
-                    f"{self.path}: {self._stored_name[name]} has shape {list(info.shape)}, but the header asks for "
+                    f"{self.path}: {self._stored[name].name} has shape {list(info.shape)}, but the header asks for "
                     f"{list(wanted)}"
                 )
 
-    @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        stored = {name: self._file.tensors[stored] for name, stored in self._stored_name.items()}
-        return {name: TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes) for name, tensor in stored.items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        values, heads = self._file.values(self._stored_name[name]), self._turned_heads(name)
-        return torch.from_numpy(unpermute_heads(values, heads) if heads else values)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if self._turned_heads(name):
-            return self.read(name)[start:stop]
-        return torch.from_numpy(self._file.values(self._stored_name[name], rows=slice(start, stop)))
-
-    def blocks(self, name: str) -> Blocks:
-        """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
-
-        Rows are in the order that `read` gives them.
-        """
-        kind, rows = self._file.blocks(self._stored_name[name])
-        heads = self._turned_heads(name)
-        return kind, unpermute_heads(rows, heads) if heads else rows
-
-    def _turned_heads(self, name: str) -> int:
-        """How many heads share a tensor's rows, where they are in llama.cpp's order; else 0."""
-        heads: dict[str, int] = {
-            "q_proj": self.config.num_attention_heads,
-            "k_proj": self.config.num_key_value_heads,
-        }
-        return heads.get(name.split(".")[-2], 0)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is not None:
-            return self._tokenizer
-        try:
-            self._tokenizer = rebuilt_tokenizer(self._file.vocabulary)
-        except SourceError as error:
-            raise SourceError(f"{self.path}: {error}") from error
-        except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
-            raise SourceError(f"{self.path}: cannot make its tokenizer: {first_line(error)}") from error
-        return self._tokenizer
+    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
+        return rebuilt_tokenizer(self._file.vocabulary)
 
     def weight_files(self) -> Sequence[Path]:
         return [self.path]
 
     def config_dict(self) -> dict[str, Any]:
-        return publishable_config({**self.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]})
-
-    def copy_companions(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            self.tokenizer().save_pretrained(scratch)
-            copy_companions(Path(scratch), folder)
-        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        content = {**self.config.to_diff_dict(), "architectures": ["LlamaForCausalLM"]}
+        return publishable_config(content, type(self.config))
 
 
 def rebuilt_tokenizer(vocabulary: Sequence[tuple[bytes, float]]) -> PreTrainedTokenizerBase:
@@ -318,7 +255,13 @@ def _pieces(vocabulary: Sequence[tuple[bytes, float]]) -> tuple[list[str], list[
     """Tokens as SentencePiece spells them, and their types."""
     last_byte = FIRST_BYTE + 256
     has_bytes = [text for text, _ in vocabulary[FIRST_BYTE:last_byte]] == [bytes([value]) for value in range(256)]
-    added = _first_added([score for _, score in vocabulary])
+    # The last ones were added after training, where they share the score of those.
+    added = len(vocabulary)
+    while added and vocabulary[added - 1][1] == ADDED_SCORE:
+        added -= 1
+    # Scores of pieces count down by one, so one of them has this score too, and may be the last.
+    if 0 < added < len(vocabulary) and vocabulary[added - 1][1] == ADDED_SCORE + 1:
+        added += 1
     tokens, types = [], []
     for number, (raw, _) in enumerate(vocabulary):
         if has_bytes and FIRST_BYTE <= number < last_byte:
@@ -339,13 +282,3 @@ def _pieces(vocabulary: Sequence[tuple[bytes, float]]) -> tuple[list[str], list[
         tokens.append(token)
         types.append(kind)
     return tokens, types
-
-
-def _first_added(scores: Sequence[float]) -> int:
-    """Where the tokens begin that were added after training: the last ones, of a score that all of them share."""
-    start = len(scores)
-    while start and scores[start - 1] == ADDED_SCORE:
-        start -= 1
-    # Scores of pieces count down by one, so one of them has this score too, and may be the last.
-    counted_down = start and start < len(scores) and scores[start - 1] == ADDED_SCORE + 1
-    return start + 1 if counted_down else start

@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,45 +21,19 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PretrainedConfig
 
-from quantkit.containers.ggjt.read import (
-    ADDED_SCORE,
-    ALIGNMENT,
-    BOS,
-    EOS,
-    FIRST_BYTE,
-    MAGIC,
-    RMS_EPS,
-    ROPE_THETA,
-    UNKNOWN_TEXT,
-    VERSION,
-    names_of,
-    rebuilt_tokenizer,
-)
-from quantkit.containers.gguf.file import FileBytes
-from quantkit.containers.readback import ReadBack
+from quantkit.containers.ggjt import read as ggjt
+from quantkit.containers.gguf.tensors import in_rotary_order
+from quantkit.containers.gguf.write import PlacedWriter
 from quantkit.containers.source import Source, TensorInfo
-from quantkit.errors import (
-    NumericError,
-    OutputError,
-    SourceError,
-    UsageError,
-)
+from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.progress import SILENT, Progress
 
 Kind = gguf.GGMLQuantizationType
 Vocabulary = list[tuple[bytes, float]]
 
 # Types of matrices, and the header's number for a file of mostly that type.
-FILE_TYPES = {
-    Kind.F32: 0,
-    Kind.F16: 1,
-    Kind.Q4_0: 2,
-    Kind.Q4_1: 3,
-    Kind.Q8_0: 7,
-    Kind.Q5_0: 8,
-    Kind.Q5_1: 9,
-}
-_EPSILONS = (RMS_EPS, 1e-6)  # of llama.cpp from July 2023 on, and before
+FILE_TYPES = {Kind.F32: 0, Kind.F16: 1, Kind.Q4_0: 2, Kind.Q4_1: 3, Kind.Q8_0: 7, Kind.Q5_0: 8, Kind.Q5_1: 9}
+_EPSILONS = (ggjt.RMS_EPS, 1e-6)  # of llama.cpp from July 2023 on, and before
 _COMMON_MULTIPLE = 256  # Meta's own n_mult
 _SPACE = "\u2581"
 # Where a vocabulary that is not SentencePiece's would be cut otherwise.
@@ -124,10 +98,10 @@ def check(source: Source, progress: Progress = SILENT) -> None:
             f"the norms' epsilon is {config.rms_norm_eps:g}; a ggjt file cannot say so, and its readers assume "
             f"{_EPSILONS[0]:g} (those of before August 2023 {_EPSILONS[1]:g}): give it to the reader, or write GGUF"
         )
-    if rope["rope_theta"] != ROPE_THETA:
+    if rope["rope_theta"] != ggjt.ROPE_THETA:
         progress.warn(
             f"the rotary base is {rope['rope_theta']:g}; a ggjt file cannot say so, and its readers assume "
-            f"{ROPE_THETA:g}: give it to the reader (--rope-freq-base), or write GGUF"
+            f"{ggjt.ROPE_THETA:g}: give it to the reader (--rope-freq-base), or write GGUF"
         )
 
 
@@ -158,7 +132,7 @@ def plan(config: PretrainedConfig, tensors: Mapping[str, TensorInfo], kinds: Map
     Raises:
         UsageError: a type or a tensor that the format has no place for, or a width that is no multiple of a block.
     """
-    known = names_of(config.num_hidden_layers)
+    known = ggjt.names_of(config.num_hidden_layers)
     for name in tensors:
         if name not in known and not name.endswith("rotary_emb.inv_freq"):
             raise UsageError(f"tensor {name} has no place in a ggjt file; write GGUF instead")
@@ -205,46 +179,40 @@ def make_vocabulary(tokenizer: Any, size: int, progress: Progress = SILENT) -> V
         raise UsageError(f"the tokenizer has {max(token_of) + 1} tokens, but the model embeds only {size}")
     _check_fixed_ids(tokenizer, token_of, progress)
     merges = [(left, right) for left, right in model["merges"]]
-    pieces = [token_of[number] for number in sorted(token_of) if number >= FIRST_BYTE + 256 and number not in added]
-    scores = _scores(pieces, merges)
+    pieces = [token_of[i] for i in sorted(token_of) if i >= ggjt.FIRST_BYTE + 256 and i not in added]
+    # SentencePiece's scores count down: pieces in the order in which they are joined, then the others.
+    joined = [left + right for left, right in merges]
+    order = list(dict.fromkeys(joined))
+    if len(order) != sum(1 for _ in groupby(joined)):
+        raise UsageError(
+            "the tokenizer's merges are not in the order of scores, as SentencePiece's are; write GGUF instead"
+        )
+    scores = {piece: float(-rank) for rank, piece in enumerate(dict.fromkeys([*order, *pieces]))}
     unknown = model.get("unk_token")
-    vocabulary = [
-        _entry(number, token, unknown, scores.get(token or ""))
-        for number, token in ((number, token_of.get(number)) for number in range(size))
-    ]
+    vocabulary = [_entry(number, token_of.get(number), unknown, scores) for number in range(size)]
     _check_same_cuts(tokenizer, merges, vocabulary)
     return vocabulary
 
 
-class GgjtWriter:
-    """Writes one file, each planned tensor exactly once, in any order, then `finish`.
-
-    It has its name from the start, so it must lie where nobody takes it for finished
-    (`quantkit.runs.atomic.staged_files`).
-    """
+class GgjtWriter(PlacedWriter):
+    """Writes one file, each planned tensor exactly once, in any order, then `finish`."""
 
     def __init__(
         self, path: Path, config: PretrainedConfig, vocabulary: Vocabulary, tensors: Sequence[GgjtTensor]
     ) -> None:
         assert len(vocabulary) == config.vocab_size
-        self._pending = {tensor.name for tensor in tensors}
-        self._path, self._file = path, path.open("wb")
-        self._read_back = ReadBack()
-        self._spans: dict[str, tuple[int, int]] = {}
+        super().__init__(tensor.name for tensor in tensors)
+        self._files.append(path.open("wb"))
         self._heads: dict[str, tuple[int, bytes]] = {}
         header = _header(config, vocabulary, tensors)
-        self._write("its header", 0, header)
+        self._write(0, 0, "its header", header)
         at = len(header)
         for tensor in tensors:
-            head = _head(tensor, at)
+            name, shape = tensor.name.encode(), tensor.shape[::-1]
+            head = struct.pack(f"<{3 + len(shape)}I", len(shape), len(name), tensor.kind, *shape) + name
+            head += bytes(-(at + len(head)) % ggjt.ALIGNMENT)
             self._heads[tensor.name] = at, head
             at += len(head) + tensor.bytes
-
-    def __enter__(self) -> GgjtWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def write(self, tensor: GgjtTensor, values: npt.NDArray[Any]) -> None:
         """Write one tensor's values, rows in Hugging Face order.
@@ -260,25 +228,7 @@ class GgjtWriter:
         rows = _encoded(tensor, values)
         assert rows.nbytes == tensor.bytes, tensor.name
         at, head = self._heads[tensor.name]
-        self._write(tensor.name, at, head, _in_rotary_order(rows, tensor.heads).tobytes())
-
-    def finish(self) -> None:
-        """Close the file and read it back.
-
-        Raises:
-            OutputError: a planned tensor was never written, or other data was read back than was written.
-        """
-        if self._pending:
-            raise OutputError(f"{len(self._pending)} planned tensors were not written, such as {min(self._pending)}")
-        self._file.close()
-        stored = FileBytes(self._path)
-        self._read_back.compare(lambda _, name: stored.pieces(*self._spans[name]))
-
-    def _write(self, name: str, at: int, *content: bytes) -> None:
-        self._file.seek(at)
-        self._file.writelines(content)
-        self._spans[name] = at, at + sum(map(len, content))
-        self._read_back.wrote(self._path, name, *content)
+        self._write(0, at, tensor.name, head, in_rotary_order(rows, tensor.heads).tobytes())
 
 
 def _refuse(source: Source, why: str) -> NoReturn:
@@ -299,14 +249,7 @@ def _header(config: Any, vocabulary: Vocabulary, tensors: Sequence[GgjtTensor]) 
         *(config.hidden_size // heads, FILE_TYPES[weights.most_common(1)[0][0]]),
     )
     tokens = b"".join(struct.pack("<I", len(text)) + text + struct.pack("<f", score) for text, score in vocabulary)
-    return MAGIC + struct.pack("<8I", VERSION, *sizes) + tokens
-
-
-def _head(tensor: GgjtTensor, at: int) -> bytes:
-    """What comes before a tensor's values, for a head that begins `at` bytes into the file."""
-    name, shape = tensor.name.encode(), tensor.shape[::-1]
-    head = struct.pack(f"<{3 + len(shape)}I", len(shape), len(name), tensor.kind, *shape) + name
-    return head + bytes(-(at + len(head)) % ALIGNMENT)
+    return ggjt.MAGIC + struct.pack("<8I", ggjt.VERSION, *sizes) + tokens
 
 
 def _encoded(tensor: GgjtTensor, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -324,61 +267,44 @@ def _encoded(tensor: GgjtTensor, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return encoded
 
 
-def _in_rotary_order(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Rows [heads * width, ...] of Q or K with the halves of each head interleaved; the same if `heads` is 0."""
-    if not heads:
-        return rows
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
 # -- vocabulary ------------------------------------------------------------------------------------------------------
 
 
 def _check_fixed_ids(tokenizer: Any, token_of: Mapping[int, str], progress: Progress) -> None:
     """Readers of the time know some ids by heart."""
-    ids = range(FIRST_BYTE, FIRST_BYTE + 256)
-    others = [token_of.get(number) for number in ids if token_of.get(number) != f"<0x{number - FIRST_BYTE:02X}>"]
-    if others or tokenizer.bos_token_id != BOS:
+    ids = range(ggjt.FIRST_BYTE, ggjt.FIRST_BYTE + 256)
+    others = [token_of.get(number) for number in ids if token_of.get(number) != f"<0x{number - ggjt.FIRST_BYTE:02X}>"]
+    if others or tokenizer.bos_token_id != ggjt.BOS:
         raise UsageError(
-            f"readers of ggjt files take id {BOS} for the BOS and {ids[0]} to {ids[-1]} for the bytes, and "
+            f"readers of ggjt files take id {ggjt.BOS} for the BOS and {ids[0]} to {ids[-1]} for the bytes, and "
             f"the tokenizer has {others[0] if others else tokenizer.bos_token!r} elsewhere; write GGUF instead"
         )
-    if tokenizer.eos_token_id != EOS:
+    if tokenizer.eos_token_id != ggjt.EOS:
         progress.warn(
-            f"readers of ggjt files stop at id {EOS}, and the model at {tokenizer.eos_token_id} "
+            f"readers of ggjt files stop at id {ggjt.EOS}, and the model at {tokenizer.eos_token_id} "
             f"({tokenizer.eos_token!r}): give that to the reader as a stop text, or write GGUF"
         )
 
 
-def _scores(pieces: Iterable[str], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """SentencePiece's scores, which count down: pieces in the order in which they are joined, then the others."""
-    joined = [left + right for left, right in merges]
-    order = list(dict.fromkeys(joined))
-    if len(order) != sum(1 for _ in groupby(joined)):
-        raise UsageError(
-            "the tokenizer's merges are not in the order of scores, as SentencePiece's are; write GGUF instead"
-        )
-    return {piece: float(-rank) for rank, piece in enumerate(dict.fromkeys([*order, *pieces]))}
-
-
-def _entry(number: int, token: str | None, unknown: str | None, score: float | None) -> tuple[bytes, float]:
+def _entry(number: int, token: str | None, unknown: str | None, scores: Mapping[str, float]) -> tuple[bytes, float]:
     """Bytes and score of a token; one without a score was added to the pieces, None is one that there is not."""
     if token is None:
-        return b"", ADDED_SCORE
-    if number in (BOS, EOS):
+        return b"", ggjt.ADDED_SCORE
+    if number in (ggjt.BOS, ggjt.EOS):
         return b"", 0.0
     if token == unknown:
-        return UNKNOWN_TEXT.encode(), 0.0
-    if FIRST_BYTE <= number < FIRST_BYTE + 256:
-        return bytes([number - FIRST_BYTE]), 0.0
-    return (token.encode(), ADDED_SCORE) if score is None else (token.replace(_SPACE, " ").encode(), score)
+        return ggjt.UNKNOWN_TEXT.encode(), 0.0
+    if ggjt.FIRST_BYTE <= number < ggjt.FIRST_BYTE + 256:
+        return bytes([number - ggjt.FIRST_BYTE]), 0.0
+    if token in scores:
+        return token.replace(_SPACE, " ").encode(), scores[token]
+    return token.encode(), ggjt.ADDED_SCORE
 
 
 def _check_same_cuts(tokenizer: Any, merges: Sequence[tuple[str, str]], vocabulary: Vocabulary) -> None:
     """A reader joins any two neighbours that make a piece, begins text with a space, and changes nothing else in it."""
     try:
-        rebuilt: Any = rebuilt_tokenizer(vocabulary)
+        rebuilt: Any = ggjt.rebuilt_tokenizer(vocabulary)
     except SourceError as error:
         raise UsageError(f"a ggjt file cannot hold this tokenizer: {error}; write GGUF instead") from error
     theirs = [tuple(pair) for pair in json.loads(rebuilt.backend_tokenizer.to_str())["model"]["merges"]]

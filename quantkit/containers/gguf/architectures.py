@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 OUTSIDE = {
@@ -43,10 +44,6 @@ _FOUR_NORMS = {
 }
 
 
-def _named(suffix: str, *tables: Mapping[str, str]) -> dict[str, str]:
-    return {f"{name}.{suffix}": f"{ours}.{suffix}" for table in tables for name, ours in table.items()}
-
-
 @dataclass(frozen=True)
 class Architecture:
     """One `general.architecture`.
@@ -54,8 +51,9 @@ class Architecture:
     Attributes:
         model_type: transformers' name of it.
         windowed_type: the name for a file that sets a sliding window, where `model_type` has none.
-        block: tensors of a block, GGUF name -> transformers' name. A ``*`` stands for the number of an expert: the
-            file holds all experts' in one tensor, one after another.
+        weights: matrices and norms of a block, GGUF name -> transformers' name, both without ``.weight``. A ``*``
+            stands for the number of an expert: the file holds all experts' in one tensor, one after another.
+        biases: the same of its biases.
         flags: a tensor of the first block that some files have -> the config field that says so.
         fields: further GGUF keys -> config fields.
         means: config fields that no key says, since every such model has them so.
@@ -69,7 +67,8 @@ class Architecture:
     """
 
     model_type: str
-    block: Mapping[str, str]
+    weights: Mapping[str, str]
+    biases: Mapping[str, str] = field(default_factory=dict)
     windowed_type: str | None = None
     flags: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -82,25 +81,31 @@ class Architecture:
     bfloat16: bool = False
     rstrip_special: bool = False
 
+    @cached_property
+    def block(self) -> dict[str, str]:
+        """Tensors of a block, GGUF name -> transformers' name."""
+        parts = (("weight", self.weights), ("bias", self.biases))
+        return {f"{name}.{part}": f"{ours}.{part}" for part, table in parts for name, ours in table.items()}
 
-_GATED = _named("weight", _ATTENTION, _MLP, _NORMS)
-_QKV = {name: ours for name, ours in _ATTENTION.items() if name != "attn_output"}
+
+_GATED = {**_ATTENTION, **_MLP, **_NORMS}
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Mistral models of before mistral3 are "llama" too; without a sliding window the two compute the same.
     "llama": Architecture(
         "llama",
-        {**_GATED, **_named("bias", _ATTENTION, _MLP)},
+        _GATED,
+        {**_ATTENTION, **_MLP},
         windowed_type="mistral",
         flags={"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"},
         permuted=True,
     ),
     "mistral3": Architecture("mistral", _GATED, permuted=True),
-    "qwen2": Architecture("qwen2", {**_GATED, **_named("bias", _QKV)}),
-    "qwen3": Architecture("qwen3", {**_GATED, **_named("weight", _HEAD_NORMS)}),
+    "qwen2": Architecture("qwen2", _GATED, {name: _ATTENTION[name] for name in ("attn_q", "attn_k", "attn_v")}),
+    "qwen3": Architecture("qwen3", {**_GATED, **_HEAD_NORMS}),
     "qwen3moe": Architecture(
         "qwen3_moe",
-        _named("weight", _ATTENTION, _NORMS, _HEAD_NORMS, _EXPERTS),
+        {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_EXPERTS},
         fields={
             "expert_count": "num_experts",
             "expert_used_count": "num_experts_per_tok",
@@ -110,7 +115,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma2": Architecture(
         "gemma2",
-        _named("weight", _ATTENTION, _MLP, _FOUR_NORMS),
+        {**_ATTENTION, **_MLP, **_FOUR_NORMS},
         fields={
             "attn_logit_softcapping": "attn_logit_softcapping",
             "final_logit_softcapping": "final_logit_softcapping",
@@ -122,7 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma3": Architecture(
         "gemma3_text",
-        _named("weight", _ATTENTION, _MLP, _FOUR_NORMS, _HEAD_NORMS),
+        {**_ATTENTION, **_MLP, **_FOUR_NORMS, **_HEAD_NORMS},
         fields={"final_logit_softcapping": "final_logit_softcapping"},
         window_pattern=6,
         wide_models=(62,),
@@ -133,11 +138,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(
         "phi3",
         {
-            **_named("weight", _NORMS),
-            "attn_qkv.weight": "self_attn.qkv_proj.weight",
-            "attn_output.weight": "self_attn.o_proj.weight",
-            "ffn_up.weight": "mlp.gate_up_proj.weight",
-            "ffn_down.weight": "mlp.down_proj.weight",
+            **_NORMS,
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
         },
         fields={"rope.scaling.original_context_length": "original_max_position_embeddings"},
         rstrip_special=True,

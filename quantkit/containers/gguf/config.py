@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from quantkit.containers.gguf.architectures import (
-    ARCHITECTURES,
-    BLOCK,
-    OUTSIDE,
-    Architecture,
-)
+from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, OUTSIDE, Architecture
+from quantkit.containers.gguf.file import Array
 from quantkit.errors import SourceError
-
-Array = np.ndarray[Any, Any]
 
 _FIELDS = {
     "context_length": "max_position_embeddings",
@@ -28,19 +22,18 @@ _FIELDS = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-_TOKENS = {
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "padding_token_id",
+TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
 }
+"""What transformers calls a token -> the key of its id, after ``tokenizer.ggml.``."""
+
 # Keys that change what a model computes and that no row of the table can say.
 _NOT_READ = (
-    "expert_count",
-    "attention.temperature_scale",
-    "rope.scaling.yarn_log_multiplier",
-    "logit_scale",
-    "embedding_scale",
-    "residual_scale",
+    *("expert_count", "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
+    *("logit_scale", "embedding_scale", "residual_scale"),
 )
 
 _LARGEST = 2**31  # what llama.cpp counts with
@@ -48,10 +41,9 @@ _LARGEST = 2**31  # what llama.cpp counts with
 # Llama 3's scaling is stored as one factor a frequency. These three are the same in nearly every model.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LENIENT = ("padding_token_id", "unknown_token_id")
-_YARN_KEYS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
-class Keys:
+class ArchitectureKeys:
     """A file's keys by name, those of the architecture without its prefix."""
 
     def __init__(self, architecture: str, values: Callable[[str], Any]) -> None:
@@ -89,7 +81,9 @@ class Keys:
         return value
 
 
-def make_config(keys: Keys, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]) -> PretrainedConfig:
+def make_config(
+    keys: ArchitectureKeys, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]
+) -> PretrainedConfig:
     """The config of a file.
 
     Args:
@@ -106,16 +100,21 @@ def make_config(keys: Keys, shapes: Mapping[str, tuple[int, ...]], read: Callabl
             raise SourceError(f"{keys.architecture}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
     if "token_embd.weight" not in shapes:
         raise SourceError("tensor token_embd.weight is missing")
-    blocks = _check_blocks(keys, shapes)
+    blocks: int = keys.require("block_count", whole=True)
+    found = {int(block[1]) for block in map(BLOCK.match, shapes) if block}
+    if len(found) != blocks or max(found) != blocks - 1:  # whatever is made of a number of blocks takes its time
+        raise SourceError(f"{keys.architecture}.block_count is {blocks}, but the file holds {len(found)} blocks")
     settings = {ours: keys.require(key, whole=ours != "rms_norm_eps") for key, ours in _FIELDS.items()}
-    settings |= _further(keys, architecture)
+    experts = "expert_count" in architecture.fields  # how many there are must be said
+    for key, ours in architecture.fields.items():
+        if experts or keys.get(key) is not None:
+            settings[ours] = keys.require(key, whole=True) if experts else keys.number(key)
     settings |= architecture.means
-    own_heads = keys.get("attention.head_count_kv") is not None
-    settings["num_key_value_heads"] = (
-        keys.require("attention.head_count_kv", whole=True) if own_heads else settings["num_attention_heads"]
-    )
+    shared = keys.get("attention.head_count_kv") is not None
+    settings["num_key_value_heads"] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
     settings["vocab_size"] = shapes["token_embd.weight"][0]
-    settings |= {ours: token_id(keys.values, key, settings["vocab_size"]) for ours, key in _TOKENS.items()}
+    for token in ("bos_token", "eos_token", "pad_token"):
+        settings[f"{token}_id"] = token_id(keys.values, TOKENS[token], settings["vocab_size"])
     settings["tie_word_embeddings"] = "output.weight" not in shapes
     for name, flag in architecture.flags.items():
         settings[flag] = f"blk.0.{name}" in shapes
@@ -141,13 +140,6 @@ def make_config(keys: Keys, shapes: Mapping[str, tuple[int, ...]], read: Callabl
     return config
 
 
-def _further(keys: Keys, architecture: Architecture) -> dict[str, Any]:
-    """The architecture's own fields; how many experts there are must be said."""
-    if "expert_count" in architecture.fields:
-        return {ours: keys.require(key, whole=True) for key, ours in architecture.fields.items()}
-    return {ours: keys.number(key) for key, ours in architecture.fields.items() if keys.get(key) is not None}
-
-
 def token_id(values: Callable[[str], Any], key: str, vocabulary: int) -> int | None:
     """The id that ``tokenizer.ggml.<key>`` names, if it names one; raises SourceError for what is no token's.
 
@@ -159,15 +151,6 @@ def token_id(values: Callable[[str], Any], key: str, vocabulary: int) -> int | N
     if type(number) is not int or not 0 <= number < vocabulary:
         raise SourceError(f"tokenizer.ggml.{key} is {str(number)[:40]!r}, but there are {vocabulary} tokens")
     return number
-
-
-def _check_blocks(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The number of blocks, which must be that of the blocks that the file holds: whatever is made takes its time."""
-    count: int = keys.require("block_count", whole=True)
-    found = {int(block[1]) for block in map(BLOCK.match, shapes) if block}
-    if len(found) != count or max(found) != count - 1:
-        raise SourceError(f"{keys.architecture}.block_count is {count}, but the file holds {len(found)} blocks")
-    return count
 
 
 def _check_shapes(
@@ -205,7 +188,7 @@ def _check_shapes(
             raise SourceError(f"{name} has shape {list(shape)}, but the file's keys ask for {list(expected)}")
 
 
-def _layer_types(keys: Keys, architecture: Architecture, window: int | None, layers: int) -> Iterable[str]:
+def _layer_types(keys: ArchitectureKeys, architecture: Architecture, window: int | None, layers: int) -> Iterable[str]:
     pattern = keys.get("attention.sliding_window_pattern", architecture.window_pattern)
     if not (type(pattern) is int and pattern > 0) and not (isinstance(pattern, list) and len(pattern) == layers):
         said = f"{keys.architecture}.attention.sliding_window_pattern"
@@ -216,7 +199,7 @@ def _layer_types(keys: Keys, architecture: Architecture, window: int | None, lay
 
 
 def _rope_parameters(
-    keys: Keys, head: int, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]
+    keys: ArchitectureKeys, head: int, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]
 ) -> dict[str, Any]:
     """For heads of width `head`."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
@@ -227,15 +210,13 @@ def _rope_parameters(
     if turned < head:
         rope["partial_rotary_factor"] = turned / head
     if "rope_factors_long.weight" in shapes:
-        rope |= _longrope(keys, read)
-    elif "rope_freqs.weight" in shapes:
-        rope |= _llama3(rope["rope_theta"], read("rope_freqs.weight"))
-    else:
-        rope |= _scaling(keys)
-    return rope
+        return rope | _longrope(keys, read)
+    if "rope_freqs.weight" not in shapes:
+        return rope | _scaling(keys)
+    return rope | _llama3(rope["rope_theta"], read("rope_freqs.weight"))
 
 
-def _scaling(keys: Keys) -> dict[str, Any]:
+def _scaling(keys: ArchitectureKeys) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type", "none")
     linear = keys.number("rope.scale_linear", 0.0)  # how files of 2023 say it
     if kind == "none" and linear in (0.0, 1.0):
@@ -246,26 +227,28 @@ def _scaling(keys: Keys) -> dict[str, Any]:
         raise SourceError(
             f"{keys.architecture}.rope.scaling.type {str(kind)[:40]!r} cannot be read; known: linear, yarn"
         )
-    scaling = {
+    betas = {f"beta_{which}": f"rope.scaling.yarn_beta_{which}" for which in ("fast", "slow")}
+    return {
         "rope_type": "yarn",
         "factor": keys.require("rope.scaling.factor"),
         "original_max_position_embeddings": keys.require("rope.scaling.original_context_length"),
+        **{ours: keys.number(key) for ours, key in betas.items() if keys.get(key)},
     }
-    scaling |= {
-        ours: keys.number(f"rope.scaling.{key}") for key, ours in _YARN_KEYS.items() if keys.get(f"rope.scaling.{key}")
-    }
-    return scaling
 
 
-def _longrope(keys: Keys, read: Callable[[str], Array]) -> dict[str, Any]:
+def _longrope(keys: ArchitectureKeys, read: Callable[[str], Array]) -> dict[str, Any]:
     """Phi-3's two sets of factors; the attention factor only where it is not the one that follows from the lengths."""
     original = keys.require("rope.scaling.original_context_length")
     usual = longrope_attention(keys.require("context_length"), original)
     stored = keys.number("rope.scaling.attn_factor", usual)
     scaling: dict[str, Any] = {
         "rope_type": "longrope",
-        "long_factor": _decimals(read("rope_factors_long.weight")),
-        "short_factor": _decimals(read("rope_factors_short.weight")),
+        **{
+            f"{which}_factor": [
+                float(str(value)) for value in read(f"rope_factors_{which}.weight").astype(np.float32).ravel()
+            ]
+            for which in ("long", "short")
+        },
         "original_max_position_embeddings": original,
     }
     if not math.isclose(stored, usual, rel_tol=1e-5):
@@ -326,7 +309,3 @@ def llama3_factors(theta: float, scaling: Mapping[str, Any], count: int) -> Arra
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     factors: Array = 1 / ((1 - smooth) / scaling["factor"] + smooth)
     return factors
-
-
-def _decimals(values: Array) -> list[float]:
-    return [float(str(value)) for value in values.astype(np.float32).ravel()]

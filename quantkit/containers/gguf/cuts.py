@@ -73,17 +73,11 @@ _JAIS_SPACES = "|".join(rf"\s{{{count}}}(?!\S)" for count in ("512", "256", "128
 _NO_HAN = r"&&[^\p{Han}]]"
 _KIMI_CASED = _CASED_SHORT.replace(_UPPER, _UPPER[:-1] + _NO_HAN).replace(_LOWER, _LOWER[:-1] + _NO_HAN)
 
-_GPT2 = Cut((GPT2,))
-_GPT2_DIGITS = Cut((DIGIT, GPT2))
 _LLAMA3 = Cut((rf"{_LETTERS}|{_THREE}|{_REST}",), whole_words=True, bos=True)
-_CL100K = Cut(_LLAMA3.patterns)
 _QWEN2 = Cut((rf"{_LETTERS}|{DIGIT}|{_REST}",), nfc=True)
-_QWEN2_AS_IS = Cut(_QWEN2.patterns)
 _O200K = Cut((rf"{_CASED_SHORT}|{_THREE}|{_REST_SLASH}",))
 _DEEPSEEK3 = Cut((_THREE, _CHINESE_KANA, _DEEPSEEK_WORDS))
 _BAILING = Cut((rf"'(?i:[sdmt]|ll|ve|re)|{_WORD}|{DIGIT}|{_MARKS}|\s*[\r\n]|\s+(?!\S)|\s+",))
-_BLOOM = Cut((_WITHOUT_STOPS,))
-_AYA = Cut((r"\d{1,3}(?=(?:\d{3})*\b)", *_O200K.patterns))
 
 _GPT2_NAMES = (
     *("gpt-2", "a.x-4.0", "exaone4", "gigachat", "granite-docling", "jais", "jina-de", "jina-es", "jina-v1-en"),
@@ -91,31 +85,23 @@ _GPT2_NAMES = (
 )
 _GPT2_DIGITS_NAMES = ("smollm", "starcoder", "refact", "codeshell", "command-r", "exaone", "mellum2", "minerva-7b")
 _LLAMA3_NAMES = (
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "falcon-h1",
-    "falcon3",
-    "jina-v5-nano",
-    "lfm2",
-    "midm-2.0",
-    "pixtral",
+    *("llama-bpe", "llama3", "llama-v3", "falcon-h1", "falcon3", "jina-v5-nano", "lfm2", "midm-2.0", "pixtral"),
 )
 _QWEN2_AS_IS_NAMES = ("f2llmv2", "grok-2", "hunyuan", "kormo", "megrez", "solar-open", "stablelm2")
 _O200K_NAMES = ("gpt-4o", "kanana2", "llama4", "minimax-m2", "talkie")
 
 CUTS: dict[str, Cut] = {
-    **dict.fromkeys(_GPT2_NAMES, _GPT2),
+    **dict.fromkeys(_GPT2_NAMES, Cut((GPT2,))),
     **dict.fromkeys(("mpt", "olmo"), Cut((GPT2,), nfc=True)),
-    **dict.fromkeys(_GPT2_DIGITS_NAMES, _GPT2_DIGITS),
+    **dict.fromkeys(_GPT2_DIGITS_NAMES, Cut((DIGIT, GPT2))),
     **dict.fromkeys(_LLAMA3_NAMES, _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _CL100K),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Cut(_LLAMA3.patterns)),
     **dict.fromkeys(("glm4", "glm5"), Cut(_LLAMA3.patterns, whole_words=True)),
     "jais-2": Cut((rf"{_LETTERS}|{_THREE}|{_MARKS}|\s*[\r\n]+|{_JAIS_SPACES}|\s",)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
-    **dict.fromkeys(_QWEN2_AS_IS_NAMES, _QWEN2_AS_IS),
+    **dict.fromkeys(_QWEN2_AS_IS_NAMES, Cut(_QWEN2.patterns)),
     "qwen35": Cut(
-        (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",),
+        (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",)
     ),
     "ufakzeka": Cut((rf"{_WORD}|{DIGIT}|{_REST}",)),
     "seed-coder": Cut((rf"{_LETTERS}|{DIGIT}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)),
@@ -131,12 +117,12 @@ CUTS: dict[str, Cut] = {
     "tekken": Cut((rf"{_CASED[0]}|{_CASED[1]}|{DIGIT}|{_REST_SLASH}",), whole_words=True, bos=True),
     **dict.fromkeys(_O200K_NAMES, _O200K),
     "granite-embed-multi-97m": Cut(_O200K.patterns, whole_words=True),
-    **dict.fromkeys(("tiny_aya", "cohere2moe"), _AYA),
+    **dict.fromkeys(("tiny_aya", "cohere2moe"), Cut((r"\d{1,3}(?=(?:\d{3})*\b)", *_O200K.patterns))),
     "youtu": Cut((_YOUTU_SCRIPTS, rf"{_CASED_SHORT}|{DIGIT}|{_REST_SLASH}"), whole_words=True),
     "kimi-k2": Cut((rf"[\p{{Han}}]+|{_KIMI_CASED}|{_THREE}|{_REST}",)),
     "superbpe": Cut((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
     "falcon": Cut((r"[\p{P}$+<=>^~|`]+", GPT2, r"[0-9][0-9][0-9]")),
-    **dict.fromkeys(("bloom", "gpt3-finnish", "poro-chat"), _BLOOM),
+    **dict.fromkeys(("bloom", "gpt3-finnish", "poro-chat"), Cut((_WITHOUT_STOPS,))),
     "viking": Cut((_WITHOUT_STOPS, DIGIT)),
     "chameleon": Cut(
         (
@@ -154,13 +140,7 @@ CUTS: dict[str, Cut] = {
     ),
     "deepseek-coder": Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, DIGIT)),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "hy_v4", "joyai-llm"), _DEEPSEEK3),
-    "spark2_5": Cut(
-        (
-            *(_THREE, _CHINESE_KANA),
-            rf"{_PUNCTUATED}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+",
-            DIGIT,
-        )
-    ),
+    "spark2_5": Cut((*(_THREE, _CHINESE_KANA), rf"{_PUNCTUATED}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+", DIGIT)),
     # Groups of three digits are counted from the right.
     "afmoe": Cut((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", _ASIAN, _DEEPSEEK_WORDS)),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from quantkit.containers.hf.header import read_into
 from quantkit.errors import SourceError
 
+Array = npt.NDArray[Any]
 Blocks = tuple[gguf.GGMLQuantizationType, npt.NDArray[np.uint8]]
 """A tensor as it is stored: its type, and the bytes of its rows."""
 
@@ -34,19 +36,8 @@ _LARGEST_ALIGNMENT = 2**31
 # Bytes that the shortest of each takes: a count of more of them than the file has room for is not believed.
 _LEAST_STRING, _LEAST_KEY, _LEAST_TENSOR = 8, 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 # value types of the format by their number
-_SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "|b1",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "|b1")))
+_SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _KINDS = {int(kind): kind for kind in gguf.GGML_QUANT_SIZES}
 # Repacked forms of 2024; what is packed so is made when a file is loaded now.
 _REMOVED = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
@@ -77,14 +68,8 @@ class FileBytes:
         Raises:
             OSError: the disk fails, or the file has become shorter.
         """
-        found: npt.NDArray[Any] = np.empty(stop - start, dtype=np.uint8)
-        rest = found.data
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while rest and (count := file.readinto(rest)):  # at most 2 GB at once
-                rest = rest[count:]
-        if rest:
-            raise OSError("the file has become shorter")
+        found: Array = np.empty(stop - start, dtype=np.uint8)
+        read_into(self.path, start, found.data)
         return found
 
     def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
@@ -113,7 +98,7 @@ class FileBytes:
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class StoredTensor:
     """A stored tensor; `offset` counts bytes from the start of the file."""
 
     shape: tuple[int, ...]
@@ -137,7 +122,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.keys: dict[str, Any] = {}
-        self.tensors: dict[str, GgufTensor] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         try:
             self._bytes = FileBytes(path)
             self._read_header()
@@ -166,7 +151,7 @@ class GgufFile:
             raise SourceError(f"{self.path}: cannot read {name}: {error}") from error
         return tensor.kind, found.reshape(last - first, row)
 
-    def values(self, name: str, expert: int | None = None, rows: slice = slice(None)) -> np.ndarray[Any, Any]:
+    def values(self, name: str, expert: int | None = None, rows: slice = slice(None)) -> Array:
         """A tensor's values, those of one part of a stack or of some rows, dequantized to float32 where it is stored as
         blocks.
 
@@ -181,7 +166,7 @@ class GgufFile:
         if kind in _PLAIN:
             return packed.reshape(-1).view(_PLAIN[kind]).reshape(shape)
         try:
-            values: np.ndarray[Any, Any] = gguf.quants.dequantize(packed, kind).reshape(shape)
+            values: Array = gguf.quants.dequantize(packed, kind).reshape(shape)
         except NotImplementedError as error:
             raise SourceError(f"{self.path}: {kind.name} of {name} has no dequantizer") from error
         return values
@@ -200,8 +185,14 @@ class GgufFile:
         if tensors * _LEAST_TENSOR + keys * _LEAST_KEY > self._bytes.size - self._at:
             raise ValueError(f"it has no room for {keys} keys and {tensors} tensors")
         for _ in range(keys):
-            self._read_key()
-        found: dict[str, GgufTensor] = {}
+            name = self._name("a key", _LONGEST_KEY)
+            if name in self.keys:
+                raise ValueError(f"it holds key {name} twice")
+            kind = self._number("<u4")
+            if kind not in _SCALARS and kind not in (_STRING, _ARRAY):
+                raise ValueError(f"the value of {name} is of type {kind}, which the format has not")
+            self.keys[name] = self._value(kind, name)
+        found: dict[str, StoredTensor] = {}
         for _ in range(tensors):
             name, tensor = self._tensor()
             if name in found:
@@ -209,16 +200,7 @@ class GgufFile:
             found[name] = tensor
         self._place(found)
 
-    def _read_key(self) -> None:
-        name = self._name("a key", _LONGEST_KEY)
-        if name in self.keys:
-            raise ValueError(f"it holds key {name} twice")
-        kind = self._number("<u4")
-        if kind not in _SCALARS and kind not in (_STRING, _ARRAY):
-            raise ValueError(f"the value of {name} is of type {kind}, which the format has not")
-        self.keys[name] = self._value(kind, name)
-
-    def _place(self, found: dict[str, GgufTensor]) -> None:
+    def _place(self, found: dict[str, StoredTensor]) -> None:
         """Count the tensors' offsets from the start of the file, and check that each has a place of its own."""
         alignment = self.keys.get("general.alignment", _ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
@@ -227,16 +209,15 @@ class GgufFile:
         for name, tensor in found.items():
             if tensor.offset % alignment:
                 raise ValueError(f"the offset of {name} is no multiple of {alignment}")
-            placed = GgufTensor(tensor.shape, tensor.kind, start + tensor.offset, tensor.bytes)
-            if placed.offset + placed.bytes > self._bytes.size:
+            self.tensors[name] = replace(tensor, offset=start + tensor.offset)
+            if start + tensor.offset + tensor.bytes > self._bytes.size:
                 raise ValueError(f"it ends before the end of {name}")
-            self.tensors[name] = placed
-        inside = sorted(self.tensors, key=lambda name: self.tensors[name].offset)
-        for one, next_ in pairwise(inside):
-            if self.tensors[one].offset + self.tensors[one].bytes > self.tensors[next_].offset:
+        inside = sorted(self.tensors.items(), key=lambda item: item[1].offset)
+        for (one, tensor), (next_, after) in pairwise(inside):
+            if tensor.offset + tensor.bytes > after.offset:
                 raise ValueError(f"{one} and {next_} overlap")
 
-    def _tensor(self) -> tuple[str, GgufTensor]:
+    def _tensor(self) -> tuple[str, StoredTensor]:
         name = self._name("a tensor's name", _LONGEST_NAME)
         dimensions = self._number("<u4")
         if not 0 < dimensions <= _DIMENSIONS:
@@ -255,11 +236,8 @@ class GgufFile:
             )
         if number not in _KINDS:
             raise ValueError(f"{name} is of type {number}, which is not known")
-        kind = _KINDS[number]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if 0 in shape or shape[-1] % block:
-            raise ValueError(f"{name} of shape {list(shape)} cannot be {kind.name}")
-        return name, GgufTensor(shape, kind, self._number("<u8"), math.prod(shape) // block * size)
+        size = bytes_of(name, shape, _KINDS[number])
+        return name, StoredTensor(shape, _KINDS[number], self._number("<u8"), size)
 
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
@@ -319,6 +297,14 @@ class GgufFile:
         start = self._at
         self._at += size
         return header[start - base : self._at - base]
+
+
+def bytes_of(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+    """Bytes of a tensor. Raises ValueError where it has no values, or its rows are no whole number of blocks."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if 0 in shape or shape[-1] % block:
+        raise ValueError(f"{name} of shape {list(shape)} cannot be {kind.name}")
+    return math.prod(shape) // block * size
 
 
 def read_keys(path: Path) -> Mapping[str, Any]:

@@ -114,15 +114,5 @@ BY_IDS = {
 }
 
 NAMES = frozenset(
-    {
-        *BY_IDS.values(),
-        "glm5",
-        "jina-de",
-        "jina-es",
-        "llada-moe",
-        "llama-v3",
-        "llama3",
-        "mpt",
-        "whitespace",
-    }
+    (*BY_IDS.values(), "glm5", "jina-de", "jina-es", "llada-moe", "llama-v3", "llama3", "mpt", "whitespace")
 )

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES
+from quantkit.containers.gguf.keys import architecture_of
 from quantkit.containers.gguf.pretokenizers import PROBE
 from quantkit.containers.gguf.tokenizer import make_tokenizer
-from quantkit.containers.gguf.writable import architecture_of
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError
 

@@ -5,57 +5,121 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from quantkit.containers.gguf.architectures import (
-    ARCHITECTURES,
-    BLOCK,
-    IN_CONFIG,
-    OUTSIDE,
-)
-from quantkit.containers.gguf.config import (
-    LENIENT,
-    Array,
-    Keys,
-    make_config,
-    token_id,
-)
-from quantkit.containers.gguf.file import (
-    MAGIC,
-    Blocks,
-    GgufFile,
-    GgufTensor,
-)
+from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, IN_CONFIG, OUTSIDE
+from quantkit.containers.gguf.config import LENIENT, ArchitectureKeys, make_config, token_id
+from quantkit.containers.gguf.file import Array, Blocks, GgufFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
 from quantkit.containers.source import HoldsBlocks, Source, TensorInfo
 from quantkit.errors import SourceError, first_line
 
-__all__ = ["MAGIC", "GgufSource", "unpermute_heads"]
-
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a published tensor is: a tensor of the file, or one expert's part of it."""
+class InFile(NamedTuple):
+    """Where a published tensor is: a tensor of a file, or one expert's part of it."""
 
+    file: GgufFile
     name: str
     expert: int | None = None
 
 
-class GgufSource(Source):
-    """A GGUF file, or several that are parts of one model (``-00001-of-00003.gguf``: any of them names it).
+class GgmlSource(Source):
+    """A file of GGML's types. Tensors have Hugging Face names and layout; quantized ones are given as float32."""
 
-    Tensors have Hugging Face names and layout; quantized ones are given as float32.
-    """
+    _stored: Mapping[str, InFile]
+    _permuted = True
+    _norm_offset = 0.0
+
+    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
+        raise NotImplementedError
+
+    def _generation(self) -> GenerationConfig:
+        return GenerationConfig.from_model_config(self.config)
+
+    @property
+    def ggml(self) -> HoldsBlocks:
+        return self
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        shown = {}
+        for name, (file, stored, expert) in self._stored.items():
+            tensor = file.tensors[stored]
+            whole = TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes)
+            of_one = TensorInfo(tensor.shape[1:], tensor.kind.name, tensor.bytes // tensor.shape[0])
+            shown[name] = whole if expert is None else of_one
+        return shown
+
+    def read(self, name: str) -> torch.Tensor:
+        (file, stored, expert), heads = self._stored[name], self._turned_heads(name)
+        values = file.values(stored, expert)
+        values = unpermute_heads(values, heads) if heads else values
+        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        file, stored, expert = self._stored[name]
+        if self._turned_heads(name) or len(self.tensors[name].shape) < 2:
+            return self.read(name)[start:stop]
+        values = file.values(stored, expert, slice(start, stop))
+        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
+
+    def blocks(self, name: str) -> Blocks:
+        """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
+
+        Rows are in the order that `read` gives them.
+
+        Raises:
+            SourceError: what is stored is not what `read` gives: norms that have 1 added, quantized vectors whose
+                values lie in another order.
+        """
+        file, stored, expert = self._stored[name]
+        kind, rows = file.blocks(stored, expert)
+        heads, length = self._turned_heads(name), self.tensors[name].shape[0]
+        if self._offset(name) or (heads and rows.size % length):
+            raise SourceError(f"{self.path}: the bytes of {name} are not the published tensor's; read its values")
+        return kind, unpermute_heads(rows.reshape(length, -1), heads).reshape(rows.shape) if heads else rows
+
+    def _turned_heads(self, name: str) -> int:
+        """How many heads share a tensor's rows, where they are in llama.cpp's order; else 0."""
+        if not self._permuted or ".self_attn." not in name:
+            return 0
+        heads: dict[str, int] = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        return heads.get(name.split(".")[-2], 0)
+
+    def _offset(self, name: str) -> float:
+        """What was added to a tensor's values."""
+        return self._norm_offset if name.endswith("norm.weight") else 0.0
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return self._make_tokenizer()
+        except SourceError as error:
+            raise SourceError(f"{self.path}: {error}") from error
+        except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
+            raise SourceError(f"{self.path}: cannot make its tokenizer: {first_line(error)}") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def copy_companions(self, folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer().save_pretrained(scratch)
+            copy_companions(Path(scratch), folder)
+        self._generation().save_pretrained(folder)
+
+
+class GgufSource(GgmlSource):
+    """A GGUF file, or several that are parts of one model (``-00001-of-00003.gguf``: any of them names it)."""
 
     kind = "gguf"
 
@@ -73,10 +137,10 @@ class GgufSource(Source):
             known = ", ".join(ARCHITECTURES)
             raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported; supported: {known}")
         self._architecture = ARCHITECTURES[name]
+        self._permuted, self._norm_offset = self._architecture.permuted, self._architecture.norm_offset
         self.metadata = self._parts[0].keys
         self.from_gptq = self._field("quantkit.weights") is not None
         self.remarks = self._unnamed()
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.label = label or model_stem(path)
         self._holder = {name: part for part in self._parts for name in part.tensors}
         self._check_parts()
@@ -84,15 +148,8 @@ class GgufSource(Source):
         self._stored = dict(self._names())
         self.dtype = torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
 
-    @property
-    def ggml(self) -> HoldsBlocks:
-        return self
-
     def _field(self, key: str) -> Any:
         return self._parts[0].keys.get(key)
-
-    def _tensor(self, stored: str) -> GgufTensor:
-        return self._holder[stored].tensors[stored]
 
     def _unnamed(self) -> list[str]:
         """What the file says of tokens that it does not have."""
@@ -126,17 +183,19 @@ class GgufSource(Source):
             raise SourceError(f"{self.path}: its parts hold {stored} tensors, not {str(expected)[:20]}")
 
     def _config(self, architecture: str) -> PretrainedConfig:
-        shapes = {name: self._tensor(name).shape for name in self._holder}
+        shapes = {name: part.tensors[name].shape for name, part in self._holder.items()}
         try:
-            return make_config(Keys(architecture, self._field), shapes, lambda name: self._holder[name].values(name))
+            return make_config(
+                ArchitectureKeys(architecture, self._field), shapes, lambda name: self._holder[name].values(name)
+            )
         except SourceError as error:
             raise SourceError(f"{self.path}: {error}") from error
         except Exception as error:  # whatever a config class raises on values it does not like
             raise SourceError(f"{self.path}: cannot make a config from its metadata: {first_line(error)}") from error
 
-    def _names(self) -> Iterator[tuple[str, _Stored]]:
+    def _names(self) -> Iterator[tuple[str, InFile]]:
         """Hugging Face name and where it is stored, for every tensor of the file."""
-        for name in self._holder:
+        for name, part in self._holder.items():
             if name in IN_CONFIG:
                 continue
             block = BLOCK.match(name)
@@ -146,74 +205,20 @@ class GgufSource(Source):
                 raise SourceError(f"{self.path}: tensor {name} is not one that a {kind} model is read with")
             published = f"model.layers.{block[1]}.{ours}" if block else ours
             if "*" not in published:
-                yield published, _Stored(name)
+                yield published, InFile(part, name)
                 continue
-            for expert in range(self._tensor(name).shape[0]):
-                yield published.replace("*", str(expert)), _Stored(name, expert)
+            for expert in range(part.tensors[name].shape[0]):
+                yield published.replace("*", str(expert)), InFile(part, name, expert)
 
-    @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        shown = {}
-        for name, stored in self._stored.items():
-            tensor = self._tensor(stored.name)
-            whole = TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes)
-            of_one = TensorInfo(tensor.shape[1:], tensor.kind.name, tensor.bytes // tensor.shape[0])
-            shown[name] = whole if stored.expert is None else of_one
-        return shown
+    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
+        return make_tokenizer(self._field, self._architecture, self.config.vocab_size)
 
-    def read(self, name: str) -> torch.Tensor:
-        stored, heads = self._stored[name], self._turned_heads(name)
-        values = self._holder[stored.name].values(stored.name, stored.expert)
-        values = unpermute_heads(values, heads) if heads else values
-        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        stored = self._stored[name]
-        if self._turned_heads(name) or len(self.tensors[name].shape) < 2:
-            return self.read(name)[start:stop]
-        values = self._holder[stored.name].values(stored.name, stored.expert, slice(start, stop))
-        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
-
-    def blocks(self, name: str) -> Blocks:
-        """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
-
-        Rows are in the order that `read` gives them.
-
-        Raises:
-            SourceError: what is stored is not what `read` gives: norms that have 1 added, quantized vectors whose
-                values lie in another order.
-        """
-        stored = self._stored[name]
-        kind, rows = self._holder[stored.name].blocks(stored.name, stored.expert)
-        heads, length = self._turned_heads(name), self.tensors[name].shape[0]
-        if self._offset(name) or (heads and rows.size % length):
-            raise SourceError(f"{self.path}: the bytes of {name} are not the published tensor's; read its values")
-        return kind, unpermute_heads(rows.reshape(length, -1), heads).reshape(rows.shape) if heads else rows
-
-    def _turned_heads(self, name: str) -> int:
-        """How many heads share a tensor's rows, where they are in llama.cpp's order; else 0."""
-        if not self._architecture.permuted or ".self_attn." not in name:
-            return 0
-        heads: dict[str, int] = {
-            "q_proj": self.config.num_attention_heads,
-            "k_proj": self.config.num_key_value_heads,
-        }
-        return heads.get(name.split(".")[-2], 0)
-
-    def _offset(self, name: str) -> float:
-        """What was added to a tensor's values."""
-        return self._architecture.norm_offset if name.endswith("norm.weight") else 0.0
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is not None:
-            return self._tokenizer
-        try:
-            self._tokenizer = make_tokenizer(self._field, self._architecture, self.config.vocab_size)
-        except SourceError as error:
-            raise SourceError(f"{self.path}: {error}") from error
-        except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
-            raise SourceError(f"{self.path}: cannot make its tokenizer: {first_line(error)}") from error
-        return self._tokenizer
+    def _generation(self) -> GenerationConfig:
+        generation = super()._generation()
+        turn = token_id(self._field, "eot_token_id", self.config.vocab_size)
+        if turn not in (None, generation.eos_token_id):  # an answer of an instructed model ends here
+            generation.eos_token_id = [generation.eos_token_id, turn]
+        return generation
 
     def weight_files(self) -> Sequence[Path]:
         return [part.path for part in self._parts]
@@ -223,18 +228,7 @@ class GgufSource(Source):
         content = {**self.config.to_diff_dict(), "architectures": [architecture]}
         if "expert_count" in self._architecture.fields:  # which transformers 5 calls num_local_experts
             content["num_experts"] = self.config.num_experts
-        return publishable_config(content)
-
-    def copy_companions(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            self.tokenizer().save_pretrained(scratch)
-            copy_companions(Path(scratch), folder)
-        if not (folder / "generation_config.json").is_file():
-            generation = GenerationConfig.from_model_config(self.config)
-            turn = token_id(self._field, "eot_token_id", self.config.vocab_size)
-            if turn not in (None, generation.eos_token_id):  # an answer of an instructed model ends here
-                generation.eos_token_id = [generation.eos_token_id, turn]
-            generation.save_pretrained(folder)
+        return publishable_config(content, type(self.config))
 
 
 def model_stem(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import gguf
@@ -41,67 +41,29 @@ class _Model:
     is_70b: bool
     importance: bool
 
-
-Condition = Callable[[int, _Model], bool]  # of a block's number
-
-
-def _always(block: int, model: _Model) -> bool:
-    return True
-
-
-def _first_eighth(block: int, model: _Model) -> bool:
-    return block < model.blocks // 8
-
-
-def _first_sixteenth(block: int, model: _Model) -> bool:
-    return block < model.blocks // 16
-
-
-def _middle(block: int, model: _Model) -> bool:
-    return model.blocks // 8 <= block < 7 * model.blocks // 8
-
-
-def _first_last_and_every_third(block: int, model: _Model) -> bool:
-    eighth = model.blocks // 8
-    return block < eighth or block >= 7 * model.blocks // 8 or (block - eighth) % 3 == 2
+    def holding(self, block: int) -> dict[Condition, bool]:
+        """Which conditions hold for a block, by its number."""
+        eighth, last_eighth = self.blocks // 8, 7 * self.blocks // 8
+        spread = block < eighth or block >= last_eighth or (block - eighth) % 3 == 2
+        return {
+            "always": True,
+            "first eighth": block < eighth,
+            "first sixteenth": block < self.blocks // 16,
+            "middle": eighth <= block < last_eighth,
+            "first, last and every third": spread,
+            "first 2": block < 2,
+            "first 4": block < 4,
+            "much shared": self.shared_by >= 4,
+            "much shared or experts": self.shared_by >= 4 or self.experts >= 4,
+            "plain": not self.importance,
+            "plain first eighth": not self.importance and block < eighth,
+            "weighed first eighth": self.importance and block < eighth,
+            "eight experts": self.experts == 8,
+            "first eighth or of eight experts": block < eighth or (self.experts == 8 and spread),
+        }
 
 
-def _first_2(block: int, model: _Model) -> bool:
-    return block < 2
-
-
-def _first_4(block: int, model: _Model) -> bool:
-    return block < 4
-
-
-def _much_shared(block: int, model: _Model) -> bool:
-    return model.shared_by >= 4
-
-
-def _much_shared_or_experts(block: int, model: _Model) -> bool:
-    return model.shared_by >= 4 or model.experts >= 4
-
-
-def _plain(block: int, model: _Model) -> bool:
-    return not model.importance
-
-
-def _plain_first_eighth(block: int, model: _Model) -> bool:
-    return not model.importance and _first_eighth(block, model)
-
-
-def _weighed_first_eighth(block: int, model: _Model) -> bool:
-    return model.importance and _first_eighth(block, model)
-
-
-def _eight_experts(block: int, model: _Model) -> bool:
-    return model.experts == 8
-
-
-def _first_eighth_or_of_eight_experts(block: int, model: _Model) -> bool:
-    return _first_eighth(block, model) or (model.experts == 8 and _first_last_and_every_third(block, model))
-
-
+Condition = str  # a key of `_Model.holding`
 Rules = tuple[tuple[Condition, Kind], ...]
 
 
@@ -110,159 +72,150 @@ class _Recipe:
     """A file type.
 
     Attributes:
-        file_type: llama.cpp's number of it.
         base: of every matrix that no rule names.
         rules: by role.
         embedding: of an embedding that is not the output too; None for the base.
         output: of the output; None for the base.
         lifts: whether values (`attn_v`) of a model of 70B, and keys and values beside eight experts, get more bits.
+        file_type: llama.cpp's name of it, where it is not the recipe's own.
     """
 
-    file_type: FileType
     base: Kind
     rules: Mapping[str, Rules] = field(default_factory=dict)
     embedding: Kind | None = None
     output: Kind | None = Kind.Q6_K
     lifts: bool = True
+    file_type: str = ""
 
 
-def _below_3_bits(file_type: FileType, base: Kind, low: Kind, attention_output: Kind | None = None) -> _Recipe:
-    """The smallest types: `low` for what suffers most."""
-    plain_output = ((_always, attention_output),) if attention_output is not None else ()
-    rules: dict[str, Rules] = {
-        "attn_v": ((_much_shared_or_experts, Kind.Q4_K), (_always, low)),
-        "attn_k": ((_eight_experts, Kind.Q4_K),),
-        "ffn_down": ((_first_eighth, low),),
-        "attn_output": ((_eight_experts, Kind.Q5_K), *plain_output),
-    }
-    return _Recipe(file_type, base, rules, embedding=low, output=Kind.Q5_K, lifts=False)
-
-
-_MORE_TO_Q6: Rules = ((_first_last_and_every_third, Kind.Q6_K),)
-_SHARED_TO_Q4: Rules = ((_much_shared, Kind.Q4_K),)
-_OF_EXPERTS: Rules = ((_eight_experts, Kind.Q5_K),)
+_MORE_TO_Q6: Rules = (("first, last and every third", Kind.Q6_K),)
+_SHARED_TO_Q4: Rules = (("much shared", Kind.Q4_K),)
+_OF_EXPERTS: Rules = (("eight experts", Kind.Q5_K),)
 _IQ4: dict[str, Rules] = {
-    "attn_v": ((_much_shared, Kind.Q5_K),),
-    "ffn_down": ((_plain_first_eighth, Kind.Q5_K),),
+    "attn_v": (("much shared", Kind.Q5_K),),
+    "ffn_down": (("plain first eighth", Kind.Q5_K),),
     "attn_output": _OF_EXPERTS,
 }
 
 _RECIPES = {
-    "f32": _Recipe(FileType.ALL_F32, Kind.F32, output=None, lifts=False),
-    "f16": _Recipe(FileType.MOSTLY_F16, Kind.F16, output=None, lifts=False),
-    "bf16": _Recipe(FileType.MOSTLY_BF16, Kind.BF16, output=None, lifts=False),
-    "q4_0": _Recipe(FileType.MOSTLY_Q4_0, Kind.Q4_0, {"ffn_down": ((_weighed_first_eighth, Kind.Q4_1),)}),
-    "q4_1": _Recipe(FileType.MOSTLY_Q4_1, Kind.Q4_1),
-    "q5_0": _Recipe(FileType.MOSTLY_Q5_0, Kind.Q5_0, {"ffn_down": ((_weighed_first_eighth, Kind.Q5_1),)}),
-    "q5_1": _Recipe(FileType.MOSTLY_Q5_1, Kind.Q5_1),
-    "q8_0": _Recipe(FileType.MOSTLY_Q8_0, Kind.Q8_0, output=None),
+    "f32": _Recipe(Kind.F32, output=None, lifts=False),
+    "f16": _Recipe(Kind.F16, output=None, lifts=False),
+    "bf16": _Recipe(Kind.BF16, output=None, lifts=False),
+    "q4_0": _Recipe(Kind.Q4_0, {"ffn_down": (("weighed first eighth", Kind.Q4_1),)}),
+    "q4_1": _Recipe(Kind.Q4_1),
+    "q5_0": _Recipe(Kind.Q5_0, {"ffn_down": (("weighed first eighth", Kind.Q5_1),)}),
+    "q5_1": _Recipe(Kind.Q5_1),
+    "q8_0": _Recipe(Kind.Q8_0, output=None),
     "q2_k": _Recipe(
-        FileType.MOSTLY_Q2_K,
         Kind.Q2_K,
         {
-            "attn_v": (*_SHARED_TO_Q4, (_always, Kind.Q3_K)),
-            "ffn_down": ((_always, Kind.Q3_K),),
-            "attn_output": (*_OF_EXPERTS, (_always, Kind.Q3_K)),
+            "attn_v": (*_SHARED_TO_Q4, ("always", Kind.Q3_K)),
+            "ffn_down": (("always", Kind.Q3_K),),
+            "attn_output": (*_OF_EXPERTS, ("always", Kind.Q3_K)),
         },
     ),
-    "q2_k_s": _Recipe(
-        FileType.MOSTLY_Q2_K_S, Kind.Q2_K, {"attn_v": _SHARED_TO_Q4, "ffn_down": ((_first_eighth, Kind.Q4_K),)}
-    ),
+    "q2_k_s": _Recipe(Kind.Q2_K, {"attn_v": _SHARED_TO_Q4, "ffn_down": (("first eighth", Kind.Q4_K),)}),
     # Names of mixtures there (q4_k is q4_k_m), of the type itself here: what a GPTQ run writes in one type.
-    "q3_k": _Recipe(FileType.MOSTLY_Q3_K_S, Kind.Q3_K, lifts=False),
-    "q4_k": _Recipe(FileType.MOSTLY_Q4_K_S, Kind.Q4_K, lifts=False),
-    "q5_k": _Recipe(FileType.MOSTLY_Q5_K_S, Kind.Q5_K, lifts=False),
-    "q3_k_s": _Recipe(FileType.MOSTLY_Q3_K_S, Kind.Q3_K, {"attn_output": _OF_EXPERTS}),
+    "q3_k": _Recipe(Kind.Q3_K, lifts=False, file_type="MOSTLY_Q3_K_S"),
+    "q4_k": _Recipe(Kind.Q4_K, lifts=False, file_type="MOSTLY_Q4_K_S"),
+    "q5_k": _Recipe(Kind.Q5_K, lifts=False, file_type="MOSTLY_Q5_K_S"),
+    "q3_k_s": _Recipe(Kind.Q3_K, {"attn_output": _OF_EXPERTS}),
     "q3_k_m": _Recipe(
-        FileType.MOSTLY_Q3_K_M,
         Kind.Q3_K,
         {
-            "attn_v": ((_first_2, Kind.Q5_K), (_always, Kind.Q4_K)),
-            "ffn_down": ((_first_sixteenth, Kind.Q5_K), (_always, Kind.Q4_K)),
-            "attn_output": (*_OF_EXPERTS, (_always, Kind.Q4_K)),
+            "attn_v": (("first 2", Kind.Q5_K), ("always", Kind.Q4_K)),
+            "ffn_down": (("first sixteenth", Kind.Q5_K), ("always", Kind.Q4_K)),
+            "attn_output": (*_OF_EXPERTS, ("always", Kind.Q4_K)),
         },
     ),
     "q3_k_l": _Recipe(
-        FileType.MOSTLY_Q3_K_L,
         Kind.Q3_K,
         {
-            "attn_v": ((_always, Kind.Q5_K),),
-            "ffn_down": ((_always, Kind.Q5_K),),
-            "attn_output": ((_eight_experts, Kind.Q3_K), (_always, Kind.Q5_K)),
+            "attn_v": (("always", Kind.Q5_K),),
+            "ffn_down": (("always", Kind.Q5_K),),
+            "attn_output": (("eight experts", Kind.Q3_K), ("always", Kind.Q5_K)),
         },
     ),
     "q4_k_s": _Recipe(
-        FileType.MOSTLY_Q4_K_S,
         Kind.Q4_K,
-        {"attn_v": ((_first_4, Kind.Q5_K),), "ffn_down": ((_first_eighth, Kind.Q5_K),), "attn_output": _OF_EXPERTS},
+        {"attn_v": (("first 4", Kind.Q5_K),), "ffn_down": (("first eighth", Kind.Q5_K),), "attn_output": _OF_EXPERTS},
     ),
-    "q4_k_m": _Recipe(
-        FileType.MOSTLY_Q4_K_M,
-        Kind.Q4_K,
-        {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6, "attn_output": _OF_EXPERTS},
-    ),
-    "q5_k_s": _Recipe(FileType.MOSTLY_Q5_K_S, Kind.Q5_K),
-    "q5_k_m": _Recipe(FileType.MOSTLY_Q5_K_M, Kind.Q5_K, {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6}),
-    "q6_k": _Recipe(FileType.MOSTLY_Q6_K, Kind.Q6_K),
-    "iq1_s": _below_3_bits(FileType.MOSTLY_IQ1_S, Kind.IQ1_S, Kind.Q2_K, Kind.IQ2_XXS),
-    "iq1_m": _below_3_bits(FileType.MOSTLY_IQ1_M, Kind.IQ1_M, Kind.Q2_K, Kind.IQ2_XXS),
-    "iq2_xxs": _below_3_bits(FileType.MOSTLY_IQ2_XXS, Kind.IQ2_XXS, Kind.Q2_K),
-    "iq2_xs": _below_3_bits(FileType.MOSTLY_IQ2_XS, Kind.IQ2_XS, Kind.Q2_K),
-    "iq2_s": _below_3_bits(FileType.MOSTLY_IQ2_S, Kind.IQ2_XS, Kind.IQ3_S, Kind.IQ3_S),
-    "iq2_m": _below_3_bits(FileType.MOSTLY_IQ2_M, Kind.IQ2_S, Kind.IQ3_S, Kind.IQ3_S),
+    "q4_k_m": _Recipe(Kind.Q4_K, {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6, "attn_output": _OF_EXPERTS}),
+    "q5_k_s": _Recipe(Kind.Q5_K),
+    "q5_k_m": _Recipe(Kind.Q5_K, {"attn_v": _MORE_TO_Q6, "ffn_down": _MORE_TO_Q6}),
+    "q6_k": _Recipe(Kind.Q6_K),
+    # The smallest types: `low` for what suffers most.
+    **{
+        name: _Recipe(
+            base,
+            {
+                "attn_v": (("much shared or experts", Kind.Q4_K), ("always", low)),
+                "attn_k": (("eight experts", Kind.Q4_K),),
+                "ffn_down": (("first eighth", low),),
+                "attn_output": (*_OF_EXPERTS, ("always", attention_output or base)),
+            },
+            embedding=low,
+            output=Kind.Q5_K,
+            lifts=False,
+        )
+        for name, base, low, attention_output in (
+            ("iq1_s", Kind.IQ1_S, Kind.Q2_K, Kind.IQ2_XXS),
+            ("iq1_m", Kind.IQ1_M, Kind.Q2_K, Kind.IQ2_XXS),
+            ("iq2_xxs", Kind.IQ2_XXS, Kind.Q2_K, None),
+            ("iq2_xs", Kind.IQ2_XS, Kind.Q2_K, None),
+            ("iq2_s", Kind.IQ2_XS, Kind.IQ3_S, Kind.IQ3_S),
+            ("iq2_m", Kind.IQ2_S, Kind.IQ3_S, Kind.IQ3_S),
+        )
+    },
     "iq3_xxs": _Recipe(
-        FileType.MOSTLY_IQ3_XXS,
         Kind.IQ3_XXS,
         {
-            "attn_v": (*_SHARED_TO_Q4, (_plain, Kind.IQ3_S)),
-            "attn_k": ((_always, Kind.IQ2_S),),
-            "attn_q": ((_always, Kind.IQ2_S),),
-            "ffn_down": ((_plain_first_eighth, Kind.Q4_K), (_plain, Kind.Q3_K)),
-            "attn_output": (*_OF_EXPERTS, (_always, Kind.IQ3_S)),
+            "attn_v": (*_SHARED_TO_Q4, ("plain", Kind.IQ3_S)),
+            "attn_k": (("always", Kind.IQ2_S),),
+            "attn_q": (("always", Kind.IQ2_S),),
+            "ffn_down": (("plain first eighth", Kind.Q4_K), ("plain", Kind.Q3_K)),
+            "attn_output": (*_OF_EXPERTS, ("always", Kind.IQ3_S)),
         },
         embedding=Kind.IQ3_S,
         output=Kind.Q5_K,
     ),
     "iq3_xs": _Recipe(
-        FileType.MOSTLY_IQ3_XS,
         Kind.IQ3_S,
         {
             "attn_v": _SHARED_TO_Q4,
-            "attn_k": ((_always, Kind.IQ3_XXS),),
-            "attn_q": ((_always, Kind.IQ3_XXS),),
+            "attn_k": (("always", Kind.IQ3_XXS),),
+            "attn_q": (("always", Kind.IQ3_XXS),),
             "attn_output": _OF_EXPERTS,
-            "ffn_gate": ((_middle, Kind.IQ3_XXS),),
-            "ffn_up": ((_middle, Kind.IQ3_XXS),),
+            "ffn_gate": (("middle", Kind.IQ3_XXS),),
+            "ffn_up": (("middle", Kind.IQ3_XXS),),
         },
     ),
-    "iq3_s": _Recipe(FileType.MOSTLY_IQ3_S, Kind.IQ3_S, {"attn_v": _SHARED_TO_Q4, "attn_output": _OF_EXPERTS}),
+    "iq3_s": _Recipe(Kind.IQ3_S, {"attn_v": _SHARED_TO_Q4, "attn_output": _OF_EXPERTS}),
     "iq3_m": _Recipe(
-        FileType.MOSTLY_IQ3_M,
         Kind.IQ3_S,
         {
-            "attn_v": ((_always, Kind.Q4_K),),
-            "ffn_down": ((_first_eighth_or_of_eight_experts, Kind.Q4_K),),
-            "attn_output": (*_OF_EXPERTS, (_always, Kind.Q4_K)),
+            "attn_v": (("always", Kind.Q4_K),),
+            "ffn_down": (("first eighth or of eight experts", Kind.Q4_K),),
+            "attn_output": (*_OF_EXPERTS, ("always", Kind.Q4_K)),
         },
     ),
-    "iq4_nl": _Recipe(FileType.MOSTLY_IQ4_NL, Kind.IQ4_NL, _IQ4),
-    "iq4_xs": _Recipe(FileType.MOSTLY_IQ4_XS, Kind.IQ4_XS, _IQ4),
-    "tq1_0": _Recipe(FileType.MOSTLY_TQ1_0, Kind.TQ1_0, embedding=Kind.Q4_K),
-    "tq2_0": _Recipe(FileType.MOSTLY_TQ2_0, Kind.TQ2_0, embedding=Kind.Q4_K),
+    "iq4_nl": _Recipe(Kind.IQ4_NL, _IQ4),
+    "iq4_xs": _Recipe(Kind.IQ4_XS, _IQ4),
+    "tq1_0": _Recipe(Kind.TQ1_0, embedding=Kind.Q4_K),
+    "tq2_0": _Recipe(Kind.TQ2_0, embedding=Kind.Q4_K),
 }
 RECIPES: tuple[str, ...] = tuple(_RECIPES)
 """Names of all recipes, as `--type` takes them."""
 
+_NEEDS_IMPORTANCE = (Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS)
 # What a matrix becomes whose width is no multiple of 256; where it is none of 32 either, F16.
 _SMALLER_BLOCKS = {
-    **dict.fromkeys((Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S), Kind.IQ4_NL),
-    **dict.fromkeys((Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_XS), Kind.IQ4_NL),
+    **dict.fromkeys((*_NEEDS_IMPORTANCE, Kind.IQ3_S, Kind.IQ4_XS), Kind.IQ4_NL),
     **dict.fromkeys((Kind.Q2_K, Kind.Q3_K, Kind.TQ1_0, Kind.TQ2_0), Kind.Q4_0),
     Kind.Q4_K: Kind.Q5_0,
     Kind.Q5_K: Kind.Q5_1,
     Kind.Q6_K: Kind.Q8_0,
 }
-_NEEDS_IMPORTANCE = (Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS)
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _ROLE = re.compile(r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_qkv|attn_output|ffn_up|ffn_gate|ffn_down)(_exps)?\.weight$")
 
@@ -274,15 +227,17 @@ def base_kind(name: str) -> Kind:
 
 def parse_kind(option: str, value: str) -> Kind | None:
     """The GGML type that an option names; None for auto. Raises UsageError."""
-    known = {base_kind(name).name.lower(): base_kind(name) for name in RECIPES}
-    if value not in ("auto", *known):
+    if value == "auto":
+        return None
+    known = {recipe.base.name.lower(): recipe.base for recipe in _RECIPES.values()}
+    if value not in known:
         raise UsageError(f"--{option} {value}: choose auto, {', '.join(known)}")
-    return known.get(value)
+    return known[value]
 
 
 def file_type(name: str) -> FileType:
     """What `general.file_type` says of a recipe."""
-    return _RECIPES[name].file_type
+    return FileType.__members__["ALL_F32" if name == "f32" else _RECIPES[name].file_type or f"MOSTLY_{name.upper()}"]
 
 
 def recipe_of(
@@ -326,7 +281,11 @@ def tensor_kinds(
         importance: whether there is an importance matrix: some recipes then take a smaller type.
     """
     recipe = _RECIPES[name]
-    model = _model(config, architecture, importance)
+    blocks, heads = config.num_hidden_layers, config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    # llama.cpp tells by the number of blocks, and only of these two architectures.
+    is_70b = blocks == 80 and (architecture == "qwen2" or (architecture == "llama" and keys != heads))
+    model = _Model(blocks, heads // keys, getattr(config, "num_experts", None) or 0, is_70b, importance)
     tied = all(tensor.name != OUTPUT for tensor in plan)
 
     def wanted(tensor: GgufTensor) -> Kind:
@@ -366,14 +325,6 @@ def needs_importance(name: str | None, tensor: str, kind: Kind) -> bool:
     return kind in _NEEDS_IMPORTANCE or (kind == Kind.Q2_K and name == "q2_k_s")
 
 
-def _model(config: PretrainedConfig, architecture: str, importance: bool) -> _Model:
-    blocks, heads = config.num_hidden_layers, config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    # llama.cpp tells by the number of blocks, and only of these two architectures.
-    is_70b = blocks == 80 and (architecture == "qwen2" or (architecture == "llama" and keys != heads))
-    return _Model(blocks, heads // keys, getattr(config, "num_experts", None) or 0, is_70b, importance)
-
-
 def _of_block(recipe: _Recipe, model: _Model, name: str) -> Kind:
     found = _ROLE.match(name)
     if found is None:
@@ -381,8 +332,8 @@ def _of_block(recipe: _Recipe, model: _Model, name: str) -> Kind:
     block, role = int(found[1]), "attn_v" if found[2] == "attn_qkv" else found[2]
     if recipe.lifts and model.experts == 8 and role in ("attn_k", "attn_v"):
         return Kind.Q8_0
-    rules = recipe.rules.get(role, ())
-    kind = next((kind for holds, kind in rules if holds(block, model)), recipe.base)
+    holding = model.holding(block)
+    kind = next((kind for condition, kind in recipe.rules.get(role, ()) if holding[condition]), recipe.base)
     # Eight heads share one value there, so it costs little.
     if recipe.lifts and model.is_70b and role == "attn_v" and kind in (Kind.Q3_K, Kind.Q4_K):
         return Kind.Q5_K

@@ -8,22 +8,18 @@ finished blocks. Values change only where norms get 1 added.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES, OUTSIDE
 from quantkit.containers.gguf.config import llama3_factors
-from quantkit.containers.gguf.writable import architecture_of, head_width
+from quantkit.containers.gguf.file import Array
+from quantkit.containers.gguf.keys import architecture_of, head_width
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
-
-Array = npt.NDArray[Any]
 
 _ROUTER = "ffn_gate_inp.weight"
 _EMBEDDING, _HEAD, _FIRST = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0."
@@ -52,18 +48,19 @@ class GgufTensor:
     computed: tuple[float, ...] = ()
     always_f32: bool = False
 
-    def row_order(self) -> Array | None:
-        """int64 [rows]: which published row each row of the file is; None where they are the same."""
-        if not self.heads:
-            return None
-        rows = np.arange(self.shape[0])
-        order: Array = rows.reshape(self.heads, 2, -1).swapaxes(1, 2).reshape(-1)
-        return order
-
     def values(self, tensor: torch.Tensor) -> Array:
         """float32 values to write for a published tensor, its rows still in their published order."""
         values: Array = tensor.detach().cpu().float().numpy()
         return values + np.float32(self.offset) if self.offset else values
+
+
+def in_rotary_order(rows: Array, heads: int) -> Array:
+    """Rows [heads * width, ...] with the halves of each head interleaved, as llama.cpp's rotary wants Q and K; the same
+    where `heads` is 0.
+    """
+    if not heads:
+        return rows
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def plan(source: Source, weights: Weights) -> list[GgufTensor]:
@@ -82,13 +79,17 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
         raise SourceError(
             f"{source.path}: a gemma2 GGUF file has no output matrix beside the embedding; keep them tied"
         )
-    stacks = _stacks(names)
+    # Published names by parameter, those of a block's experts under one name in the order of their numbers.
+    numbered: dict[str, dict[int, str]] = {}
+    for parameter, published in names.items():
+        expert = _EXPERT.search(parameter)
+        numbered.setdefault(_EXPERT.sub("experts.*.", parameter), {})[int(expert[1]) if expert else 0] = published
+    stacks = {parameter: tuple(stack[i] for i in sorted(stack)) for parameter, stack in numbered.items()}
     first = {parameter.removeprefix(_FIRST) for parameter in stacks if parameter.startswith(_FIRST)}
     tensors = []
     for parameter, name in _wanted(architecture, source.config.num_hidden_layers).items():
-        published = stacks.pop(parameter, None)
-        if published:
-            tensors.append(_tensor(source, weights, architecture, name, published))
+        if parameter in stacks:
+            tensors.append(_tensor(source, weights, architecture, name, stacks.pop(parameter)))
         elif name != "output.weight" and (name.endswith(".weight") or parameter.split(".", 3)[-1] in first):
             raise SourceError(f"{source.path}: the model has no {parameter}, which a {architecture} GGUF file needs")
     if stacks:
@@ -107,16 +108,6 @@ def _wanted(architecture: str, blocks: int) -> dict[str, str]:
     for block in range(blocks):
         wanted |= {f"model.layers.{block}.{ours}": f"blk.{block}.{name}" for ours, name in inside.items()}
     return wanted | outside
-
-
-def _stacks(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Published names by parameter, those of a block's experts under one name in the order of their numbers."""
-    stacks: dict[str, dict[int, str]] = {}
-    for parameter, published in names.items():
-        expert = _EXPERT.search(parameter)
-        together = _EXPERT.sub("experts.*.", parameter)
-        stacks.setdefault(together, {})[int(expert[1]) if expert else 0] = published
-    return {parameter: tuple(stack[number] for number in sorted(stack)) for parameter, stack in stacks.items()}
 
 
 def _tensor(source: Source, weights: Weights, architecture: str, name: str, published: tuple[str, ...]) -> GgufTensor:
@@ -141,11 +132,12 @@ def _rope_tensors(config: PretrainedConfig, architecture: str) -> list[GgufTenso
     kind = rope.get("rope_type", "default")
     if kind == "llama3" and architecture == "llama":
         factors = llama3_factors(rope["rope_theta"], rope, head_width(config) // 2)
-        return [_computed("rope_freqs.weight", factors.tolist())]
-    if kind == "longrope" and architecture == "phi3":
-        return [_computed(f"rope_factors_{which}.weight", rope[f"{which}_factor"]) for which in ("long", "short")]
-    return []
-
-
-def _computed(name: str, values: list[float]) -> GgufTensor:
-    return GgufTensor(name, (), (len(values),), computed=tuple(values), always_f32=True)
+        computed = {"rope_freqs.weight": factors.tolist()}
+    elif kind == "longrope" and architecture == "phi3":
+        computed = {f"rope_factors_{which}.weight": rope[f"{which}_factor"] for which in ("long", "short")}
+    else:
+        return []
+    return [
+        GgufTensor(name, (), (len(values),), computed=tuple(values), always_f32=True)
+        for name, values in computed.items()
+    ]

@@ -8,21 +8,15 @@ model that is only a little worse.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from quantkit.containers.gguf.architectures import Architecture
-from quantkit.containers.gguf.config import token_id
-from quantkit.containers.gguf.cuts import (
-    CUTS,
-    DIGIT,
-    GPT2,
-    NOT_BYTES,
-    Cut,
-)
+from quantkit.containers.gguf.config import TOKENS, token_id
+from quantkit.containers.gguf.cuts import CUTS, DIGIT, GPT2, NOT_BYTES
 from quantkit.errors import SourceError
 
 # tokenizer.ggml.token_type, as gguf.TokenType has them
@@ -30,12 +24,6 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPACE = "\u2581"
 _REMEDY = "convert the model again with a current llama.cpp, or name its original Hugging Face folder"
 _LONGEST = 4096  # characters of a token: the merges of a longer one take their time, and no model has any
-_KEYS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
 
 
 def make_tokenizer(values: Callable[[str], Any], architecture: Architecture, embedded: int) -> PreTrainedTokenizerFast:
@@ -61,22 +49,25 @@ def make_tokenizer(values: Callable[[str], Any], architecture: Architecture, emb
         raise SourceError(f"tokenizer.ggml.tokens holds {len(tokens)} tokens, but the model embeds only {embedded}")
     types = _numbers(ggml, "token_type", len(tokens)) or [1] * len(tokens)
     if kind == "gpt2":
-        cut = _known_cut(ggml("pre"))
-        backend, bos = _byte_level(tokens, _strings(ggml, "merges"), cut), cut.bos
+        backend, bos = _byte_level(ggml, tokens)
     elif kind == "llama":
-        prefix = ggml("add_space_prefix") is not False
         # User-defined ones are stored as they look in text; the vocabulary is searched with marks for the spaces.
         tokens = [token.replace(" ", _SPACE) if types[i] == _USER_DEFINED else token for i, token in enumerate(tokens)]
-        backend, bos = _sentencepiece(tokens, types, _joins(ggml, tokens, types), prefix), True
+        backend, bos = _sentencepiece(ggml, tokens, types), True
     else:
         raise SourceError(
             f"tokenizer.ggml.model {str(kind)[:40]!r} is not a vocabulary that can be read; known: gpt2, llama"
         )
     _add_tokens(backend, tokens, types, rstrip=architecture.rstrip_special and kind == "llama")
-    ids = {name: token_id(values, key, len(tokens)) for name, key in _KEYS.items()}
+    ids = {name: token_id(values, key, len(tokens)) for name, key in TOKENS.items()}
     named = {name: tokens[number] for name, number in ids.items() if number is not None}
     adds_bos = bos if ggml("add_bos_token") is None else ggml("add_bos_token")
-    _add_ends(backend, named, adds_bos and "bos_token" in named, bool(ggml("add_eos_token")))
+    first = [named["bos_token"]] if adds_bos and "bos_token" in named else []
+    last = [named["eos_token"]] if ggml("add_eos_token") and "eos_token" in named else []
+    one = [*first, "$A:0", *last]
+    two = [*one, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)]
+    ends = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
+    backend.post_processor = processors.TemplateProcessing(single=one, pair=two, special_tokens=ends)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     tokenizer.chat_template = _templates(values)
     return tokenizer
@@ -115,16 +106,17 @@ def _numbers(ggml: Callable[[str], Any], key: str, count: int) -> list[Any] | No
     return found
 
 
-def _known_cut(name: Any) -> Cut:
-    if isinstance(name, str) and name in CUTS:
-        return CUTS[name]
+def _byte_level(ggml: Callable[[str], Any], tokens: Sequence[str]) -> tuple[Tokenizer, bool]:
+    """The backend, and whether BOS comes first where the file does not say."""
+    name = ggml("pre")
     if isinstance(name, str) and name in NOT_BYTES:
         raise SourceError(f"tokenizer.ggml.pre {name!r}: only vocabularies of bytes can be read; {_REMEDY}")
-    what = "tokenizer.ggml.pre is missing" if name is None else f"tokenizer.ggml.pre {str(name)[:40]!r} is not known"
-    raise SourceError(f"{what}, so its text cannot be cut as the model learned it; {_REMEDY}")
-
-
-def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, cut: Cut) -> Tokenizer:
+    if not isinstance(name, str) or name not in CUTS:
+        what = (
+            "tokenizer.ggml.pre is missing" if name is None else f"tokenizer.ggml.pre {str(name)[:40]!r} is not known"
+        )
+        raise SourceError(f"{what}, so its text cannot be cut as the model learned it; {_REMEDY}")
+    cut, merges = CUTS[name], _strings(ggml, "merges")
     if merges is None:
         raise SourceError("the file has no merges (tokenizer.ggml.merges)")
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -142,7 +134,7 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, cut: Cut) -
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     backend.decoder = decoders.ByteLevel()
-    return backend
+    return backend, cut.bos
 
 
 def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
@@ -152,26 +144,19 @@ def _pairs(merges: Sequence[str]) -> list[tuple[str, str]]:
     return [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
 
 
-def _joins(ggml: Callable[[str], Any], tokens: Sequence[str], types: Sequence[int]) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece vocabulary: few files list them, the others' follow from the scores."""
+def _sentencepiece(ggml: Callable[[str], Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    # Few files list the merges, the others' follow from the scores.
     merges, scores = _strings(ggml, "merges"), _numbers(ggml, "scores", len(tokens))
-    if merges is not None:
-        return _pairs(merges)
-    if scores is None:
+    if merges is None and scores is None:
         raise SourceError("the file has neither scores nor merges for its vocabulary (tokenizer.ggml.scores)")
-    return _merges(tokens, types, scores)
-
-
-def _sentencepiece(
-    tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[str, str]], prefix: bool
-) -> Tokenizer:
+    pairs = _merges(tokens, types, scores or ()) if merges is None else _pairs(merges)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
     unknown = unknown or ("<unk>" if "<unk>" in vocabulary else None)
-    backend = Tokenizer(models.BPE(vocabulary, list(merges), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     marks = normalizers.Replace(" ", _SPACE)
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix:
+    if ggml("add_space_prefix") is not False:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), marks])
         steps.append(decoders.Strip(" ", 1, 0))
     else:
@@ -211,12 +196,3 @@ def _add_tokens(backend: Tokenizer, tokens: Sequence[str], types: Sequence[int],
         elif kind == _USER_DEFINED:
             added.append(AddedToken(token, normalized=False, special=False, rstrip=rstrip and token == "</s>"))
     backend.add_tokens(added)
-
-
-def _add_ends(backend: Tokenizer, named: Mapping[str, str], bos: bool, eos: bool) -> None:
-    first = [named["bos_token"]] if bos else []
-    last = [named["eos_token"]] if eos and "eos_token" in named else []
-    one = [*first, "$A:0", *last]
-    two = [*one, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)]
-    ends = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
-    backend.post_processor = processors.TemplateProcessing(single=one, pair=two, special_tokens=ends)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from quantkit.codes import libggml
 from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
 from quantkit.codes.underflow import Underflow
 from quantkit.containers.gguf import GgufTensor, architecture_of
+from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.recipes import (
     EMBEDDING,
     FLOATS,
@@ -29,7 +29,7 @@ from quantkit.containers.gguf.recipes import (
     needs_importance,
     tensor_kinds,
 )
-from quantkit.containers.imatrix.read import Imatrix
+from quantkit.containers.imatrix import Imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
 
@@ -44,8 +44,7 @@ _WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 _UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
 _AS_IT_IS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 _VALUES_A_TILE = 1 << 22
-_READABLE = frozenset(gguf.quants._type_traits)
-Array = npt.NDArray[Any]
+_READABLE = frozenset(gguf.quants._type_traits)  # blocks that gguf-py can take apart
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class TypeOptions:
     """What is asked for.
 
     Attributes:
-        recipe: one of `ggml_recipes.RECIPES`; None for the smallest type that keeps codes and blocks as they are, and
+        recipe: one of `recipes.RECIPES`; None for the smallest type that keeps codes and blocks as they are, and
             the source's own precision for the rest.
         pure: the recipe's main type for every matrix.
         embedding, output: of these two matrices, whatever the recipe says.
@@ -103,11 +102,6 @@ class Chooser:
         self._modules = frozenset[str]() if source.codes is None else frozenset(source.codes.quantized_names())
         self.underflow = Underflow()
         self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
-
-    @classmethod
-    def of_run(cls, source: Source, weights: Weights) -> Chooser:
-        """For what a run writes beside its own codes."""
-        return cls(source, weights, TypeOptions(requantize=True))
 
     def choose(self, plan: Sequence[GgufTensor]) -> list[Choice]:
         """A choice for each tensor.
@@ -220,7 +214,7 @@ class Chooser:
         found = None if imatrix is None else imatrix.importance(tensor.name, tensor.shape)
         if found is None and kind in _WITHOUT_LIBRARY:
             return None
-        needed = libggml.needs_importance(kind) or needs_importance(self._options.recipe, tensor.name, kind)
+        needed = libggml.requires_imatrix(kind) or needs_importance(self._options.recipe, tensor.name, kind)
         if found is None and needed:
             where = "--imatrix names one" if imatrix is None else f"{imatrix.path.name} has nothing for it"
             raise UsageError(f"{tensor.name}: {kind.name} needs an importance matrix; {where}")
@@ -238,13 +232,12 @@ class Chooser:
         """Types that hold the codes of all parts, the smallest first, whatever the codes are."""
         source = self._source.codes
         assert source is not None
-        common: dict[str, Fidelity] | None = None
+        types: list[dict[str, Fidelity]] = []
         for module in linears.values():
             bits, zeros = source.bits(module), source.read_zeros(module)
             expected = expected_reencodings(bits, zeros, source.read_groups(module))
-            types: dict[str, Fidelity] = {found.type: found.fidelity for found in expected}
-            common = types if common is None else {name: fid for name, fid in common.items() if name in types}
-        return common or {}
+            types.append({found.type: found.fidelity for found in expected})
+        return {name: fidelity for name, fidelity in types[0].items() if all(name in others for others in types)}
 
     def _codes(self, linears: Mapping[str, str], name: str) -> Callable[[GgufTensor, str], Array]:
         source = self._source.codes
@@ -264,30 +257,38 @@ class Chooser:
         stored = self._weights.stored(published)
         assert self._source.ggml is not None and stored is not None
         kind, rows = self._source.ggml.blocks(stored)
-        if kind in FLOATS:
-            _unchanged(self._weights.read(published), published)
-            return rows
         step = max(1, _VALUES_A_TILE // (rows.shape[1] or 1))
-        with np.errstate(all="ignore"):
-            tiles = (gguf.quants.dequantize(rows[start : start + step], kind) for start in range(0, len(rows), step))
-            if kind in _READABLE and not all(np.isfinite(tile).all() for tile in tiles):
+        if kind in FLOATS:
+            if not bool(torch.isfinite(self._weights.read(published)).all()):
                 raise _damaged(published)
+        elif kind in _READABLE:
+            with np.errstate(all="ignore"):
+                for start in range(0, len(rows), step):
+                    if not np.isfinite(gguf.quants.dequantize(rows[start : start + step], kind)).all():
+                        raise _damaged(published)
         return rows
 
     def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
         def encode(tensor: GgufTensor, published: str) -> Array:
             values = self._weights.read(published)
             if _AS_IT_IS.get(values.dtype) == kind and values.ndim == 2 and not tensor.offset:
-                return _unchanged(values, published)
+                if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
+                    raise _damaged(published)
+                octets: Array = values.contiguous().view(torch.uint8).numpy()
+                return octets
             if values.ndim == 1:
                 return self._held(tensor.values(values), kind, published)
             own = None if importance is None else importance[tensor.sources.index(published)]
             block, size = gguf.GGML_QUANT_SIZES[kind]
             packed = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
             step = max(1, _VALUES_A_TILE // values.shape[1])
+            by_library = kind not in FLOATS and (own is not None or kind not in _WITHOUT_LIBRARY or libggml.available())
             for start in range(0, len(packed), step):
                 tile = self._held(tensor.values(values[start : start + step]), kind, published)
-                packed[start : start + step] = _packed(tile, kind, own)
+                if by_library:
+                    packed[start : start + step] = libggml.round_to_blocks(tile, kind, own)
+                else:
+                    packed[start : start + step] = np.ascontiguousarray(gguf.quants.quantize(tile, kind)).view(np.uint8)
             return packed
 
         return encode
@@ -303,14 +304,6 @@ def _fitted(tensor: GgufTensor, kind: Kind) -> Planned:
     return Planned(fitting(kind, tensor.shape[-1]), kind)
 
 
-def _unchanged(values: torch.Tensor, published: str) -> Array:
-    """The bytes of a matrix whose type is the file's, uint8 [rows, bytes of a row]."""
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
-        raise _damaged(published)
-    octets: Array = values.contiguous().view(torch.uint8).numpy()
-    return octets
-
-
 def _checked(values: Array, kind: Kind, published: str) -> Array:
     wide = kind in (Kind.F32, Kind.BF16)
     most = float(np.finfo(np.float32 if wide else np.float16).max)
@@ -323,14 +316,6 @@ def _checked(values: Array, kind: Kind, published: str) -> Array:
 
 def _damaged(published: str) -> NumericError:
     return NumericError(f"{published} holds NaN or infinity; the model's files are damaged")
-
-
-def _packed(values: Array, kind: Kind, importance: Array | None) -> Array:
-    """float32 [rows, columns] as uint8 [rows, bytes of a row]."""
-    if kind not in FLOATS and (importance is not None or kind not in _WITHOUT_LIBRARY or libggml.available()):
-        return libggml.quantize(values, kind, importance)
-    packed: Array = gguf.quants.quantize(values, kind)
-    return np.ascontiguousarray(packed).view(np.uint8)
 
 
 def _shown(found: Mapping[str, str]) -> str:

@@ -1,21 +1,24 @@
 """A GGUF file's `tokenizer.*` keys: a byte-level vocabulary ("gpt2") or a SentencePiece one ("llama").
 
 Which tokens are found in a text first, and whether a BOS comes before it, is asked of the tokenizer itself, so that the
-file does what the tokenizer does.
+file does what the tokenizer does. A SentencePiece model file is a protobuf message (sentencepiece_model.proto,
+`ModelProto`); the few fields that count are read here, so that no package is needed for it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 
+from quantkit.containers.gguf.config import TOKENS
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES, PROBE
-from quantkit.containers.gguf.sentencepiece import Piece, read_pieces, scores_from_merges
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
 
@@ -25,12 +28,10 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
 # llama.cpp's converter takes these for control tokens even where a tokenizer calls them no special ones.
 _SPECIAL = re.compile(r"<\|.*\|>$|<\uff5c.*\uff5c>$|<unused.*>$|(<pad>|<mask>|<2mass>|\[@BOS@\])$", re.DOTALL)
 _ADDED_SCORE, _PAD_SCORE = -1000.0, -10000.0
-_IDS = {
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "unknown_token_id": "unk_token_id",
-    "padding_token_id": "pad_token_id",
-}
+_Piece = tuple[str, float, int]  # text, score, and type: SentencePiece's numbers are those of gguf.TokenType
+_BPE = 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_SIZES = {_FIXED64: 8, _FIXED32: 4}
 
 
 def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
@@ -55,15 +56,22 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
     if backend is None:
         raise SourceError(f"{source.path}: its tokenizer has no tokenizer.json form, so it cannot be written as GGUF")
     content = json.loads(backend.to_str())
-    if _is_byte_level(source, content):
-        keys = _byte_level(source, tokenizer, content, pre)
-    else:
+    kind, bytes_ = content["model"]["type"], '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]])
+    if kind == "BPE" and content["model"].get("byte_fallback"):
         _refuse_pre(source, pre)
         keys = _sentencepiece(source, content)
-    keys |= {key: getattr(tokenizer, ours) for key, ours in _IDS.items() if getattr(tokenizer, ours) is not None}
-    ids = tokenizer("a").input_ids
-    keys["add_bos_token"] = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    keys["add_eos_token"] = tokenizer.eos_token_id is not None and ids[-1:] == [tokenizer.eos_token_id]
+    elif kind == "BPE" and bytes_:
+        keys = _byte_level(source, tokenizer, content, pre)
+    else:
+        raise SourceError(
+            f"{source.path}: a {kind} tokenizer of this kind cannot be written as GGUF; byte-level BPE and "
+            "SentencePiece BPE can"
+        )
+    ids = {key: getattr(tokenizer, f"{token}_id") for token, key in TOKENS.items()}
+    keys |= {key: number for key, number in ids.items() if number is not None}
+    letter = tokenizer("a").input_ids
+    keys["add_bos_token"] = tokenizer.bos_token_id is not None and letter[:1] == [tokenizer.bos_token_id]
+    keys["add_eos_token"] = tokenizer.eos_token_id is not None and letter[-1:] == [tokenizer.eos_token_id]
     keys["add_space_prefix"] = "".join(backend.encode("a", add_special_tokens=False).tokens)[:1] in _SPACES
     if keys["add_space_prefix"] and keys["model"] == "gpt2":
         raise SourceError(
@@ -110,28 +118,15 @@ def pre_tokenizer(source: Source, tokenizer: Any) -> str:
     )
 
 
-def _is_byte_level(source: Source, content: Mapping[str, Any]) -> bool:
-    """Raises SourceError for neither kind."""
-    model = content["model"]
-    if model["type"] == "BPE" and model.get("byte_fallback"):
-        return False
-    if model["type"] == "BPE" and '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]]):
-        return True
-    raise SourceError(
-        f"{source.path}: a {model['type']} tokenizer of this kind cannot be written as GGUF; byte-level BPE and "
-        "SentencePiece BPE can"
-    )
-
-
 def _byte_level(source: Source, tokenizer: Any, content: Mapping[str, Any], pre: str | None) -> dict[str, Any]:
     pieces = {id_: (token, 0.0, TokenType.NORMAL) for token, id_ in content["model"]["vocab"].items()}
     pieces |= {token["id"]: (token["content"], 0.0, _added_type(token)) for token in content["added_tokens"]}
-    padded = _padded(source, pieces)
+    tokens, _, types = _padded(source, pieces)
     return {
         "model": "gpt2",
         "pre": pre or pre_tokenizer(source, tokenizer),
-        "tokens": [token for token, _, _ in padded],
-        "token_type": [int(kind) for _, _, kind in padded],
+        "tokens": tokens,
+        "token_type": types,
         "merges": [" ".join(pair) for pair in _merges(content)],
     }
 
@@ -140,7 +135,7 @@ def _sentencepiece(source: Source, content: Mapping[str, Any]) -> dict[str, Any]
     model_file = source.path / "tokenizer.model"
     vocab: dict[str, int] = content["model"]["vocab"]
     added = {token["id"]: token for token in content["added_tokens"]}
-    pieces: dict[int, Piece] = {}
+    pieces: dict[int, _Piece] = {}
     if model_file.is_file():
         pieces = dict(enumerate(read_pieces(model_file)))
         for token, id_ in vocab.items():
@@ -165,14 +160,8 @@ def _sentencepiece(source: Source, content: Mapping[str, Any]) -> dict[str, Any]
     unknown = content["model"]["unk_token"] or "<unk>"
     if unknown in vocab:
         pieces[vocab[unknown]] = (unknown, 0.0, TokenType.UNKNOWN)
-    padded = _padded(source, pieces)
-    return {
-        "model": "llama",
-        "pre": "default",
-        "tokens": [token for token, _, _ in padded],
-        "scores": [score for _, score, _ in padded],
-        "token_type": [int(kind) for _, _, kind in padded],
-    }
+    tokens, scored, types = _padded(source, pieces)
+    return {"model": "llama", "pre": "default", "tokens": tokens, "scores": scored, "token_type": types}
 
 
 def _added_type(token: Mapping[str, Any]) -> TokenType:
@@ -180,15 +169,16 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
     return TokenType.CONTROL if special else TokenType.USER_DEFINED
 
 
-def _padded(source: Source, pieces: Mapping[int, Piece]) -> list[Piece]:
-    """One piece for every row of the embedding. Raises SourceError."""
+def _padded(source: Source, pieces: Mapping[int, _Piece]) -> tuple[list[str], list[float], list[int]]:
+    """Texts, scores and types, for every row of the embedding. Raises SourceError."""
     size = source.config.vocab_size
     if max(pieces) >= size:
         raise SourceError(
             f"{source.path}: its tokenizer has the id {max(pieces)}, its embedding only {size} rows; copy the "
             "tokenizer of the same model"
         )
-    return [pieces.get(id_) or (f"[PAD{id_}]", _PAD_SCORE, TokenType.UNUSED) for id_ in range(size)]
+    rows = [pieces.get(id_) or (f"[PAD{id_}]", _PAD_SCORE, TokenType.UNUSED) for id_ in range(size)]
+    return [text for text, _, _ in rows], [score for _, score, _ in rows], [int(kind) for _, _, kind in rows]
 
 
 def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -206,3 +196,77 @@ def _templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
     if others:
         keys["tokenizer.chat_templates"] = sorted(others)
     return keys | {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+
+
+def read_pieces(path: Path) -> list[_Piece]:
+    """The pieces of a ``tokenizer.model``, by id.
+
+    Raises:
+        SourceError: it cannot be read, or its pieces are not joined by score (a Unigram model).
+    """
+    kind = 1  # Unigram, where the file does not say
+    pieces = []
+    try:
+        for field, value in _fields(path.read_bytes()):
+            if field == 1 and isinstance(value, bytes):
+                found: dict[Any, Any] = {(part, type(content)): content for part, content in _fields(value)}
+                score = struct.unpack("<f", found.get((2, bytes), bytes(4)))[0]
+                pieces.append((found.get((1, bytes), b"").decode("utf-8"), score, found.get((3, int), 1)))
+            elif field == 2 and isinstance(value, bytes):
+                kind = next((int(content) for part, content in _fields(value) if part == 3), kind)
+    except (OSError, IndexError, struct.error, UnicodeDecodeError, ValueError) as error:
+        raise SourceError(f"{path}: not readable as a SentencePiece model ({error}); download it again") from error
+    if kind != _BPE:
+        raise SourceError(f"{path}: not a BPE model; llama.cpp would cut text otherwise than its Unigram does")
+    return pieces
+
+
+def scores_from_merges(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Scores that make llama.cpp join pieces in the order of `merges`; pieces that none makes come after all others.
+
+    Raises:
+        SourceError: llama.cpp would make a piece that no merge makes.
+    """
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    for piece in vocabulary.keys() - ranks.keys():
+        for cut in range(1, len(piece)):
+            if piece[:cut] in vocabulary and piece[cut:] in vocabulary:
+                raise SourceError(
+                    f"no merge of its tokenizer makes {piece!r}, but llama.cpp would; put its tokenizer.model beside it"
+                )
+    return {piece: -float(ranks.get(piece, len(merges) + id_)) for piece, id_ in vocabulary.items()}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message; fixed-size numbers as their bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == _VARINT:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        if kind == _BYTES:
+            size, at = _varint(message, at)
+        elif kind in _SIZES:
+            size = _SIZES[kind]
+        else:
+            raise ValueError(f"wire type {kind}")
+        if at + size > len(message):
+            raise ValueError("it ends early")
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+        shift += 7

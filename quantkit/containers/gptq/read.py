@@ -29,8 +29,12 @@ class GptqSource(FolderSource):
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         super().__init__(folder, label, trust_remote_code)
         self.quantization = quantization_of(folder)
-        self._checked("bits", PACKABLE_BITS)
-        self.checkpoint_format = self._checked("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+        self.checkpoint_format = self.quantization.get("checkpoint_format", "gptq")
+        told = {"bits": self.quantization.get("bits"), "checkpoint_format": self.checkpoint_format}
+        for key, known in (("bits", PACKABLE_BITS), ("checkpoint_format", ("gptq", "gptq_v2"))):
+            if told[key] not in known:
+                choices = ", ".join(map(str, known))
+                raise SourceError(f"{self.path / 'config.json'}: {key} {told[key]!r} is not one of {choices}")
         writers = (self.quantization.get("meta") or {}).get("quantizer") or []
         names = [writers] if isinstance(writers, str) else writers
         self._by_gptqmodel = any(str(name).startswith("gptqmodel") for name in names)
@@ -38,14 +42,6 @@ class GptqSource(FolderSource):
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
         for module in self._modules:
             self._check_shapes(module)
-
-    def _checked(self, key: str, known: tuple[Any, ...], default: Any = None) -> Any:
-        value = self.quantization.get(key, default)
-        if value not in known:
-            raise SourceError(
-                f"{self.path / 'config.json'}: {key} {value!r} is not one of {', '.join(map(str, known))}"
-            )
-        return value
 
     @property
     def codes(self) -> HoldsCodes:
@@ -77,13 +73,12 @@ class GptqSource(FolderSource):
         return shown
 
     def quantized_names(self) -> Iterable[str]:
-        """Module names of the quantized Linears."""
         return self._modules
 
     def read(self, name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and f"{module}.qweight" in self.stored.tensors:
-            scales, group = self._read_scales(module).T, self.read_groups(module).long()
+            scales, group = self._finite_scales(module).T, self.read_groups(module).long()
             steps = self.read_unpacked(module).float() - self.read_zeros(module).float()[:, group]
             return steps * scales[:, group]
         return self.stored.read(name)
@@ -94,21 +89,14 @@ class GptqSource(FolderSource):
         return self.read(name)[start:stop]
 
     def read_codes(self, module: str) -> QuantizedLinear:
-        """Codes of one Linear, exactly as they were written.
-
-        Raises:
-            SourceError: its scales are not float16 numbers, so its codes cannot be taken as they are.
-        """
         codes, scales, zeros = self.read_unpacked(module), self.read_scales(module), self.read_zeros(module)
         return QuantizedLinear(codes, scales.T.contiguous(), zeros, self.read_groups(module), self.bits(module))
 
     def read_words(self, module: str) -> torch.Tensor:
-        """Packed codes of one Linear, int32 [in * bits / 32, out]."""
         return self.stored.read(f"{module}.qweight")
 
     def read_scales(self, module: str) -> torch.Tensor:
-        """Scales of one Linear, float16 [groups, out]. Raises SourceError where they are more than float16 numbers."""
-        stored = self._read_scales(module)
+        stored = self._finite_scales(module)
         scales = stored.half()
         if not torch.equal(scales.float(), stored):
             raise SourceError(
@@ -116,8 +104,8 @@ class GptqSource(FolderSource):
             )
         return scales
 
-    def _read_scales(self, module: str) -> torch.Tensor:
-        """float32 [groups, out]. Raises SourceError where one is not finite."""
+    def _finite_scales(self, module: str) -> torch.Tensor:
+        """float32 [groups, out]. Raises SourceError."""
         scales = self.stored.read(f"{module}.scales").float()
         if not bool(torch.isfinite(scales).all()):
             raise SourceError(f"{self.path}: {module}.scales hold NaN or infinity; the model's files are damaged")
@@ -128,33 +116,21 @@ class GptqSource(FolderSource):
         return unpack(self.read_words(module), self.bits(module)).T.contiguous()
 
     def read_zeros(self, module: str) -> torch.Tensor:
-        """Zeros of one Linear, uint8 [out, groups]. Where v1 stores a zero of 0, its writer's own reading counts."""
+        """As of every source of codes; where v1 stores a zero of 0, its writer's own reading counts."""
         bits, words = self.bits(module), self.stored.read(f"{module}.qzeros")
-        if self.checkpoint_format == "gptq_v2":
-            return unpack(words, bits, axis=1).T.contiguous()
-        if self._by_gptqmodel and bits != 3:  # it subtracts and adds whole words, so fields borrow and carry
-            ones = sum(1 << shift for shift in range(0, 32, bits))
-            return unpack(words + ones, bits, axis=1).T.contiguous()
-        zeros = unpack(words, bits, axis=1) + 1
-        if bits != 3 or self._by_gptqmodel:  # as AutoGPTQ's qlinear_cuda_old.py, which masks all but 3 bits
-            zeros = zeros & (2**bits - 1)
+        v1 = self.checkpoint_format != "gptq_v2"
+        whole_words = v1 and self._by_gptqmodel and bits != 3  # it subtracts and adds these: fields borrow and carry
+        zeros = unpack(words + sum(1 << at for at in range(0, 32, bits)) if whole_words else words, bits, axis=1)
+        if v1 and not whole_words:
+            zeros = zeros + 1
+            if bits != 3 or self._by_gptqmodel:  # as AutoGPTQ's qlinear_cuda_old.py, which masks all but 3 bits
+                zeros = zeros & (2**bits - 1)
         return zeros.T.contiguous()
 
     def read_groups(self, module: str) -> torch.Tensor:
-        """Group of each column of one Linear, int32 [in]."""
-        stored = f"{module}.g_idx" in self.stored.tensors
-        return self.stored.read(f"{module}.g_idx").int() if stored else self._in_order(module)
-
-    def bits(self, module: str) -> int:
-        """Bits of a module's codes, from its shapes: per-module overrides need not be understood."""
-        stored = self.stored.tensors
-        return stored[f"{module}.qzeros"].shape[1] * 32 // stored[f"{module}.qweight"].shape[1]
-
-    def _columns(self, module: str) -> int:
-        return self.stored.tensors[f"{module}.qweight"].shape[0] * 32 // self.bits(module)
-
-    def _in_order(self, module: str) -> torch.Tensor:
-        """Groups in the order of the columns, for a checkpoint that leaves g_idx out."""
+        if f"{module}.g_idx" in self.stored.tensors:
+            return self.stored.read(f"{module}.g_idx").int()
+        # In the order of the columns, for a checkpoint that leaves g_idx out.
         columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
         if groups == 1:
             return contiguous_groups(columns, -1)
@@ -163,6 +139,13 @@ class GptqSource(FolderSource):
         if size is None or self.quantization.get("desc_act"):
             raise SourceError(f"{self.path}: {module} has no g_idx, so which group a column is in cannot be told")
         return contiguous_groups(columns, size)
+
+    def bits(self, module: str) -> int:
+        stored = self.stored.tensors  # their shapes tell it: per-module overrides need not be understood
+        return stored[f"{module}.qzeros"].shape[1] * 32 // stored[f"{module}.qweight"].shape[1]
+
+    def _columns(self, module: str) -> int:
+        return self.stored.tensors[f"{module}.qweight"].shape[0] * 32 // self.bits(module)
 
     def _check_shapes(self, module: str) -> None:
         shapes = {}

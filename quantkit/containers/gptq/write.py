@@ -24,8 +24,6 @@ from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.version import __version__
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
 
 def check(linears: Plan) -> None:
     """Refuse what this container cannot hold, before any work.
@@ -60,12 +58,12 @@ def plan(source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
                 TensorPlan(f"{module}.g_idx", torch.int32, (columns,)),
             ]
         else:
-            tensors.append(TensorPlan(name, _kept_dtype(source, info.stored_as), info.shape))
+            tensors.append(TensorPlan(name, weights.dtype(name), info.shape))
     return tensors
 
 
 def quantization_config(
-    spec: QuantSpec, checkpoint_format: CheckpointFormat, modules: Sequence[Sequence[str]]
+    spec: QuantSpec, checkpoint_format: CheckpointFormat, modules: Sequence[Sequence[str]], kept: Sequence[str] = ()
 ) -> dict[str, Any]:
     """``quantization_config`` of config.json; quantize_config.json holds the same.
 
@@ -73,6 +71,8 @@ def quantization_config(
         spec: what most Linears are quantized to, and the patterns of those that are not.
         checkpoint_format: v1 or v2.
         modules: names within a block of the quantized Linears, by stage.
+        kept: patterns, after Python's `re`, of modules that have such names and stay as they are, which no pattern of
+            `spec` says.
     """
     content: dict[str, Any] = {
         "quant_method": "gptq",
@@ -90,6 +90,7 @@ def quantization_config(
     }
     # GPTQModel's rules for modules, of which the first that matches a name counts: ``-:`` leaves it as it is.
     dynamic: dict[str, Any] = {f"-:^{pattern_regex(pattern)}$": {} for pattern in spec.exclude}
+    dynamic |= {f"-:^{pattern}": {} for pattern in kept}
     if spec.include:
         dynamic[f"-:^(?!(?:{'|'.join(map(pattern_regex, spec.include))})$)"] = {}
     dynamic |= {f"+:^{pattern_regex(pattern)}$": override.changes() for pattern, override in spec.overrides}
@@ -135,7 +136,7 @@ class GptqWriter:
         self._tensors.write(f"{module}.g_idx", linear.group.cpu())
 
     def add_others(self) -> None:
-        """Copy every tensor that is not quantized, float ones in the source's publishing dtype."""
+        """Copy every tensor that is not quantized, each in the dtype that the source keeps it in."""
         for name in self._weights.tensors:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in self._linears):
                 self._tensors.write(name, kept_tensor(self.source, self._weights, name))
@@ -173,7 +174,7 @@ def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
         NumericError: a value that is not finite there.
     """
     tensor = weights.read(name)
-    dtype = _kept_dtype(source, weights.tensors[name].stored_as)
+    dtype = weights.dtype(name)
     if tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)
@@ -181,8 +182,3 @@ def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
         held = str(dtype).removeprefix("torch.")
         raise NumericError(f"{name}: a value is beyond {held}; convert the model to bfloat16")
     return cast
-
-
-def _kept_dtype(source: Source, stored_as: str) -> torch.dtype:
-    integers = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-    return integers.get(stored_as, source.dtype)

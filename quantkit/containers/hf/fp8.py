@@ -13,9 +13,8 @@ from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError
 from quantkit.runs.atomic import read_json
 
-_SCALE = (
-    "_scale_inv"  # of `NAME.weight` is `NAME.weight_scale_inv`; weights are multiplied by it, whatever it is called
-)
+# Of `NAME.weight` it is `NAME.weight_scale_inv`; weights are multiplied by it, whatever it is called.
+_SCALE = "_scale_inv"
 _HIDDEN = (_SCALE, ".activation_scale")  # the latter is for arithmetic in 8 bits
 
 
@@ -72,9 +71,7 @@ class Fp8Source(FolderSource):
             raise SourceError(f"{self.path}: {name} has scales, but is {info.stored_as} {shape}; F8 matrices are read")
         if torch.Size(scale.shape).numel() == 1:
             return
-        wanted = (
-            None if self._block is None else tuple(-(-n // b) for n, b in zip(info.shape, self._block, strict=True))
-        )
+        wanted = self._block and tuple(-(-n // b) for n, b in zip(info.shape, self._block, strict=True))
         if scale.shape != wanted:
             block = "the whole weight" if self._block is None else f"blocks of {self._block[0]} x {self._block[1]}"
             raise SourceError(f"{self.path}: {name}{_SCALE} is {list(scale.shape)}, which does not fit {block}")

@@ -202,3 +202,13 @@ def _gaps(entries: Mapping[str, Stored], at: int, size: int) -> list[str]:
             return [f"{name} begins at byte {stored.start}, the tensor before it ends at {at}"]
         at = stored.stop
     return [] if at == size else [f"it has {size} bytes, its tensors end at {at}"]
+
+
+def read_into(path: Path, start: int, rest: memoryview) -> None:
+    """Fill a buffer with a file's bytes from `start` on. Raises OSError, also where the file has become shorter."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while rest and (count := file.readinto(rest)):  # at most 2 GB at once
+            rest = rest[count:]
+    if rest:
+        raise OSError("the file has become shorter")

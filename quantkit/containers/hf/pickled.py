@@ -12,16 +12,11 @@ from typing import Any
 
 import torch
 
-from quantkit.containers.hf.shards import (
-    DTYPES,
-    WeightFiles,
-    tensor_info,
-    widened,
-)
+from quantkit.containers.hf.shards import STORED_DTYPES, WeightFiles, tensor_info, widened
 from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError, first_line
 
-_STORED_AS = {dtype: name for name, dtype in DTYPES.items()}
+_STORED_AS = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _ZIP_MAGIC = b"PK\x03\x04"
 # Where training programs put the weights in a checkpoint that holds more.
 _WRAPPERS = ("state_dict", "model", "module")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +21,18 @@ from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
 
 COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("LICENSE", "LICENSE.txt", "NOTICE"),
 )
 OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
+_WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
-LOCAL_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "_model_name_or_path",
-        "name_or_path",
-        "tokenizer_file",
-        "vocab_file",
-        "is_local",
-        "local_files_only",
-    }
-)
+LOCAL_KEYS = {
+    *("_name_or_path", "_model_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"),
+    *("is_local", "local_files_only"),
+}
 
 
 class FolderSource(Source):
@@ -59,6 +45,7 @@ class FolderSource(Source):
         self.config = load_config(folder, trust_remote_code)
         self.stored = open_weights(folder)
         self.dtype = stored_dtype(self.stored.tensors)
+        self.float32 = in_float32(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -70,8 +57,8 @@ class FolderSource(Source):
         return self.stored.shards()
 
     def config_dict(self) -> dict[str, Any]:
-        config = publishable_config(read_json(self.path / "config.json"))
-        return {key: value for key, value in config.items() if key != "quantization_config"}
+        config = {k: v for k, v in read_json(self.path / "config.json").items() if k != "quantization_config"}
+        return publishable_config(config, type(self.config))
 
     def copy_companions(self, folder: Path) -> None:
         copy_companions(self.path, folder)
@@ -201,20 +188,45 @@ def _refuse_code(path: Path, error: Exception) -> None:
 
 def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """float16 or bfloat16 as most bytes of the float tensors are stored; float16 for float32 sources."""
-    sizes = {"F16": 0, "BF16": 0}
+    half, brain = (sum(info.bytes for info in tensors.values() if info.stored_as == kind) for kind in ("F16", "BF16"))
+    return torch.bfloat16 if brain > half else torch.float16
+
+
+def in_float32(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Names of the float32 tensors, where most bytes of floats are in half precision or less; else none."""
+    sizes = {True: 0, False: 0}
     for info in tensors.values():
-        if info.stored_as in sizes:
-            sizes[info.stored_as] += info.bytes
-    return torch.bfloat16 if sizes["BF16"] > sizes["F16"] else torch.float16
+        if info.stored_as in _WIDE + _NARROW:
+            sizes[info.stored_as in _NARROW] += info.bytes
+    return frozenset(n for n, i in tensors.items() if i.stored_as == "F32" and sizes[True] > sizes[False])
 
 
-def publishable_config(config: dict[str, Any]) -> dict[str, Any]:
+def publishable_config(config: dict[str, Any], read_by: type[PretrainedConfig]) -> dict[str, Any]:
     """A config.json without local paths, that readers before transformers 5 understand too.
 
     transformers 5 keeps all about rotary embeddings in rope_parameters; transformers 4 reads keys beside it, and takes
-    its defaults without a word where they are missing.
+    its defaults without a word where they are missing. They are written where the config's class reads the same with
+    them: one that is newer than these keys may take them for layers without parameters.
     """
     cleaned = {key: value for key, value in config.items() if key not in LOCAL_KEYS}
+    widened = _with_older_keys(cleaned)
+    try:
+        same = _rope(read_by, widened) == _rope(read_by, cleaned)
+    except Exception:  # whatever a config class raises on keys that it does not know
+        same = False
+    return widened if same else cleaned
+
+
+def _rope(read_by: type[PretrainedConfig], config: dict[str, Any]) -> Any:
+    """What a class makes of a config's rotary parameters."""
+    with warnings.catch_warnings():  # of keys that it calls old
+        warnings.simplefilter("ignore")
+        return getattr(read_by.from_dict(deepcopy(config)), "rope_parameters", None)
+
+
+def _with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the keys that transformers 4 reads."""
+    cleaned = dict(config)
     rope = cleaned.get("rope_parameters")
     if isinstance(rope, dict) and {"full_attention", "sliding_attention"} <= rope.keys():  # Gemma 3
         cleaned.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))

@@ -10,13 +10,13 @@ from typing import ClassVar
 
 import torch
 
-from quantkit.containers.hf.header import Stored, read_header
+from quantkit.containers.hf.header import Stored, read_header, read_into
 from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError
 from quantkit.runs.atomic import read_json
 
 # By safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -94,9 +94,9 @@ class WeightFiles(ABC):
             SourceError: it cannot be read.
         """
 
+    @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a stored tensor, as `read` gives them."""
-        return self.read(name)[start:stop]
 
     @abstractmethod
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
@@ -145,30 +145,24 @@ class SafetensorsFiles(WeightFiles):
 
 
 def read_stored(shard: Path, name: str, stored: Stored) -> torch.Tensor:
-    """A tensor of a safetensors file, of one of `DTYPES`, as `WeightFiles.read` gives it. Raises SourceError."""
+    """A tensor of a safetensors file, of one of `STORED_DTYPES`, as `WeightFiles.read` gives it. Raises SourceError."""
     if math.prod(side or 1 for side in stored.shape) > _LARGEST:
         raise SourceError(f"{shard}: {name} has shape {list(stored.shape)}, which no tensor can have")
     # Memory of its own: what a mapped file gives is read through page faults, and copied after all.
-    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
-    rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+    tensor = torch.empty(stored.shape, dtype=STORED_DTYPES[stored.dtype])
     try:
-        with shard.open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            while rest and (found := file.readinto(rest)):  # at most 2 GB at once
-                rest = rest[found:]
+        read_into(shard, stored.start, tensor.reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:
         raise SourceError(f"{shard}: cannot read {name}: {error}") from error
-    if rest:
-        raise SourceError(f"{shard}: cannot read {name}: the file has become shorter")
     return widened(tensor)
 
 
 def tensor_info(shard: Path, name: str, shape: Iterable[int], stored_as: str) -> TensorInfo:
     """A header's entry. Raises SourceError for a type that is not read."""
-    if stored_as not in DTYPES:
-        raise SourceError(f"{shard}: {name} is stored as {stored_as}; read are {', '.join(DTYPES)}")
+    if stored_as not in STORED_DTYPES:
+        raise SourceError(f"{shard}: {name} is stored as {stored_as}; read are {', '.join(STORED_DTYPES)}")
     sides = tuple(shape)
-    return TensorInfo(sides, stored_as, DTYPES[stored_as].itemsize * math.prod(sides))
+    return TensorInfo(sides, stored_as, STORED_DTYPES[stored_as].itemsize * math.prod(sides))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

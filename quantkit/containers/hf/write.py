@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from quantkit.containers.readback import ReadBack
 from quantkit.errors import OutputError
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan, header, tensor_bytes
+
+T = TypeVar("T")
 
 
 class ShardedWriter:
@@ -28,7 +30,7 @@ class ShardedWriter:
 
     def __init__(self, folder: Path, plan: Sequence[TensorPlan], max_shard_bytes: int) -> None:
         self.folder = folder
-        shards = _split(plan, max_shard_bytes)
+        shards = parts_of(plan, lambda tensor: tensor.bytes, max_shard_bytes)
         if len(shards) == 1:
             self.names = ["model.safetensors"]
         else:
@@ -97,13 +99,14 @@ class ShardedWriter:
             file.close()
 
 
-def _split(plan: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:
-    shards: list[list[TensorPlan]] = [[]]
-    size = 0
-    for tensor in plan:
-        if shards[-1] and size + tensor.bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.bytes
-    return shards
+def parts_of(items: Sequence[T], size: Callable[[T], int], most: int) -> list[list[T]]:
+    """Runs of items of at most so many bytes where they are more than one; all in one where `most` is 0."""
+    parts: list[list[T]] = [[]]
+    held = 0
+    for item in items:
+        if most and parts[-1] and held + size(item) > most:
+            parts.append([])
+            held = 0
+        parts[-1].append(item)
+        held += size(item)
+    return parts

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from jinja2.sandbox import SandboxedEnvironment
+
 from quantkit.containers import CONTAINERS
-from quantkit.errors import OutputError, UsageError
+from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options.verbs import Card
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, file_sha256, staged_files
 from quantkit.verbs import verb
-from quantkit.verbs.card.asked import prompt_of
-from quantkit.verbs.card.facts import Model, models_in
-from quantkit.verbs.card.front import (
-    MARK,
-    Original,
-    bases_of,
-    front_matter,
-    licence_of,
-    read_original,
-)
-from quantkit.verbs.card.loading_hints import hints
-from quantkit.verbs.card.measured import Measurements, measurements
-from quantkit.verbs.card.render import read_template, render
+from quantkit.verbs.card.facts import ModelFacts, models_in
+from quantkit.verbs.card.front import MARK, Original, bases_of, front_matter, licence_of, read_original
+from quantkit.verbs.card.measured import measurements
+from quantkit.verbs.card.usage import hints, prompt_of
 from quantkit.version import __version__
 
 CARD = "README.md"
+BUILT_IN = ("default", "thebloke-2023")
+_COMPILED = "<template>"  # what jinja2 calls the file of a template that came as text
 # What `compare` draws, and what is to be seen there; PNG, since pages of the Hub show that anywhere.
 _PLOTS = {
     "accuracy-size.png": "KL divergence against size",
@@ -91,16 +89,19 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
     measured = measurements(models, reports, options.evals)
     bases, relation = bases_of(models[0], options.base_model)
     inherited = licence_of(source, models, options.licence)
-    report = _report(
-        root / CARD, options.template, models, measured, inherited, bases, _plots(root, reports, options.force)
-    )
-    for what in report.missing:
+    licence = inherited.get("license")
+    plots = _plots(root, reports, options.force)
+    names = [model.name for model in models]
+    evaluated = [name for name, found in zip(names, measured, strict=True) if found.losses or found.tasks]
+    missing = _missing(names, evaluated, licence, bases)
+    for what in missing:
         progress.warn(f"the card does not say {what}")
-    title = (options.repo or root.name).rpartition("/")[2]
+    repo = options.repo or root.name
+    title = repo.rpartition("/")[2]
     head = front_matter(
         models,
         measured,
-        _index_names(models, title),
+        title,
         original=source,
         licence=inherited,
         bases=bases,
@@ -109,22 +110,27 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
     )
     variables = {
         "title": title,
-        "repo": options.repo or root.name,
+        "repo": repo,
         "version": __version__,
-        "licence": inherited.get("license"),
+        "licence": licence,
         "base_models": bases,
         "models": [
             {**vars(model), **vars(found), **_provenance(model)} for model, found in zip(models, measured, strict=True)
         ],
         "siblings": [_sibling(name) for name in options.siblings or ()],
         "prompt": prompt_of(root, models, options.prompt_template),
-        "programs": hints(models, options.repo or root.name, bases[0] if bases else "SOURCE_MODEL"),
-        "plots": [{"file": plot, "title": _PLOTS[plot]} for plot in report.plots],
+        "programs": hints(models, repo, bases[0] if bases else "SOURCE_MODEL"),
+        "plots": [{"file": name, "title": _PLOTS[name]} for name in plots],
         "original": source.text,
     }
-    body = render(text, options.template, variables)
-    _write(root, f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", options.reports, report.plots)
-    return report
+    body = fill_template(text, options.template, variables)
+    with staged_files(root / CARD) as staging:  # the card and its plots, all or nothing
+        (staging / CARD).write_text(f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", encoding="utf-8")
+        for name, plot in plots.items():
+            if not plot.is_file():
+                raise OutputError(f"{name} has gone while the card was made")
+            shutil.copyfile(plot, staging / name)
+    return CardReport(root / CARD, options.template, names, licence, bases, evaluated, list(plots), missing)
 
 
 def _check_place(root: Path, original: Path | None, force: bool) -> None:
@@ -139,23 +145,28 @@ def _check_place(root: Path, original: Path | None, force: bool) -> None:
     raise UsageError(f"{place} already exists; --force replaces it{kept}")
 
 
-def _check_source(original: Path | None, models: Sequence[Model]) -> None:
+def _check_source(original: Path | None, models: Sequence[ModelFacts]) -> None:
     """Where the original card lies beside weights, they must be those that the models were made from."""
     if original is None or not original.is_dir():
         return
-    here = {name: original / name for model in models for name in _source_hashes(model)}
     for model in models:
-        for name, sha256 in _source_hashes(model).items():
-            if here[name].is_file() and file_sha256(here[name]) != sha256:
+        hashes = (model.record.get("source") or {}).get("sha256")
+        for name, sha256 in hashes.items() if isinstance(hashes, dict) else ():
+            if (original / name).is_file() and file_sha256(original / name) != sha256:
                 raise UsageError(f"--original {original}: {model.name} was made from another {name} than lies there")
 
 
-def _source_hashes(model: Model) -> Mapping[str, str]:
-    hashes = (model.record.get("source") or {}).get("sha256")
-    return hashes if isinstance(hashes, dict) else {}
+def _missing(names: Sequence[str], evaluated: Sequence[str], licence: object, bases: Sequence[str]) -> list[str]:
+    unmeasured = ", ".join(name for name in names if name not in evaluated)
+    absent = {
+        "its licence, which no source says: --original or --licence": licence is None,
+        "which model it was made from: --base-model": not bases,
+        f"what quantizing cost {unmeasured}: --report of `quantkit compare`": len(evaluated) < len(names),
+    }
+    return [what for what, lacking in absent.items() if lacking]
 
 
-def _provenance(model: Model) -> dict[str, Any]:
+def _provenance(model: ModelFacts) -> dict[str, Any]:
     """What a model was made from, on what and by what, as lists that are empty where nothing says so."""
     source, text = model.record.get("source") or {}, model.calibration or {}
     parts = [source, *(source[role] for role in ("base", "delta", "tuned") if isinstance(source.get(role), dict))]
@@ -174,40 +185,6 @@ def _provenance(model: Model) -> dict[str, Any]:
     }
 
 
-def _report(
-    out: Path,
-    template: str,
-    models: Sequence[Model],
-    measured: Sequence[Measurements],
-    licence: Mapping[str, Any],
-    bases: list[str],
-    plots: list[str],
-) -> CardReport:
-    made = CardReport(
-        out,
-        template,
-        [model.name for model in models],
-        licence.get("license"),
-        bases,
-        [model.name for model, found in zip(models, measured, strict=True) if found.losses or found.tasks],
-        plots,
-    )
-    absent = {
-        "its licence, which no source says: --original or --licence": made.licence is None,
-        "which model it was made from: --base-model": not bases,
-        f"what quantizing cost {', '.join(m.name for m in models if m.name not in made.evaluated)}: "
-        "--report of `quantkit compare`": len(made.evaluated) < len(models),
-    }
-    return replace(made, missing=[what for what, lacking in absent.items() if lacking])
-
-
-def _index_names(models: Sequence[Model], title: str) -> list[str]:
-    """What each model is called in model-index: the repository, and where it holds several the branch or file too."""
-    if len(models) == 1:
-        return [title]
-    return [f"{title}/{m.name if m.is_file else m.branch}" for m in models]
-
-
 def _sibling(text: str) -> dict[str, str]:
     """A repository, and what it is: as the user says, or as its name tells."""
     name, _, said = text.partition("=")
@@ -216,30 +193,48 @@ def _sibling(text: str) -> dict[str, str]:
     return {"repo": name.strip(), "what": said.strip() or next((w for e, w in endings.items() if name.endswith(e)), "")}
 
 
-def _plots(root: Path, reports: Sequence[str | Path], force: bool) -> list[str]:
+def _plots(root: Path, reports: Sequence[str | Path], force: bool) -> dict[str, Path]:
     """Plots beside the first report that has any. Raises UsageError where another one of the name is in the way."""
-    folder = _plots_folder(reports)
-    if folder is None:
-        return []
-    names = [name for name in _PLOTS if (folder / name).is_file()]
-    for name in names:
-        place = root / name
-        if not force and place.exists() and place.read_bytes() != (folder / name).read_bytes():
-            raise UsageError(f"{place} already exists and is another plot; --force replaces it")
-    return names
+    beside = ({name: Path(report).parent / name for name in _PLOTS} for report in reports)
+    there = ({name: plot for name, plot in plots.items() if plot.is_file()} for plots in beside)
+    found = next(filter(None, there), {})
+    for name, plot in found.items():
+        if not force and (root / name).exists() and (root / name).read_bytes() != plot.read_bytes():
+            raise UsageError(f"{root / name} already exists and is another plot; --force replaces it")
+    return found
 
 
-def _plots_folder(reports: Sequence[str | Path]) -> Path | None:
-    folders = (Path(report).parent for report in reports)
-    return next((folder for folder in folders if any((folder / name).is_file() for name in _PLOTS)), None)
+def read_template(name: str) -> str:
+    """The text of a built-in template, or of a file. Raises UsageError."""
+    if name in BUILT_IN:
+        return (files("quantkit.verbs.card") / "templates" / f"{name}.md.j2").read_text(encoding="utf-8")
+    place = Path(name).expanduser()
+    if not place.is_file():
+        raise UsageError(f"--template {name}: choose {', '.join(BUILT_IN)}, or name a file (.md.j2)")
+    try:
+        return place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{place}: cannot be read: {error}") from error
 
 
-def _write(root: Path, text: str, reports: Sequence[str | Path], plots: Sequence[str]) -> None:
-    """The card and its plots, all or nothing."""
-    folder = _plots_folder(reports)
-    with staged_files(root / CARD) as staging:
-        (staging / CARD).write_text(text, encoding="utf-8")
-        for name in plots:
-            if folder is None or not (folder / name).is_file():
-                raise OutputError(f"{name} has gone while the card was made")
-            shutil.copyfile(folder / name, staging / name)
+def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str:
+    """The template with the variables put in; docs/publish.md lists them.
+
+    Raises:
+        UsageError: names the line of the template with an error, or with a variable that there is not.
+    """
+    # No HTML is escaped: Markdown is text, and the values are the publisher's own.
+    environment = SandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters.update(size=size, number=significant)
+    # Text that fits into a cell of a Markdown table.
+    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    try:
+        return environment.from_string(template).render(variables)
+    except jinja2.TemplateSyntaxError as error:
+        raise UsageError(f"--template {name}, line {error.lineno}: {error.message}") from None
+    except Exception as error:  # whatever an expression in a template raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _COMPILED]
+        where = f", line {lines[-1]}" if lines else ""
+        raise UsageError(f"--template {name}{where}: {error}") from None

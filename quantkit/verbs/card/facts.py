@@ -21,7 +21,7 @@ KV_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """A folder's model or one of its files, as a card's templates see it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Model:
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def models_in(folder: Path, branch: str) -> list[Model]:
+def models_in(folder: Path, branch: str) -> list[ModelFacts]:
     """The models of a folder: that of its config.json, and every GGUF and ggjt file, of split ones the first part.
 
     Raises:
@@ -74,22 +74,18 @@ def models_in(folder: Path, branch: str) -> list[Model]:
         SourceError: one that cannot be read, or another one than quantkit.json says.
     """
     found = [open_source(folder)] if (folder / "config.json").is_file() else []
-    found += [open_source(path) for path in _model_files(folder)]
+    files: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        if of_file(path):
+            files.setdefault(model_stem(path), path)
+    found += [open_source(path) for path in files.values()]
     if not found:
         raise UsageError(f"{folder}: no model here, so there is nothing to write a card of")
     record = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
     return [_model(source, branch, record, alone=len(found) == 1) for source in found]
 
 
-def _model_files(folder: Path) -> list[Path]:
-    files: dict[str, Path] = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        if of_file(path):
-            files.setdefault(model_stem(path), path)
-    return list(files.values())
-
-
-def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) -> Model:
+def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) -> ModelFacts:
     paths = [Path(path) for path in source.weight_files()]
     files = {path.name: file_sha256(path) for path in paths}
     own = record if _is_of(record, files, source, alone) else {}
@@ -98,7 +94,11 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
     keys, shown = source.metadata, CONTAINERS[source.kind].shown
     seen = describe(source)
     memory, tokens = _memory(source, seen.bytes)
-    return Model(
+    recipe, calibration = own.get("recipe") or {}, own.get("calibration")
+    settings = dict(source.settings)
+    if "act_order" in recipe:
+        settings |= {"act_order": recipe["act_order"], "damp": recipe.get("damp", settings.get("damp"))}
+    return ModelFacts(
         name=paths[0].name if source.path.is_file() else source.label,
         branch=branch,
         kind=source.kind,
@@ -112,10 +112,11 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
         bits_per_weight=seen.bits_per_weight,
         memory_bytes=memory,
         kv_tokens=tokens,
-        loads=tuple(programs(_program_facts(source, keys, len(paths)))),
+        calibration=calibration if isinstance(calibration, dict) else None,
+        loads=tuple(programs(Facts.of(source))),
         record=own,
         keys={key: value for key, value in keys.items() if key.startswith(("general.", "quantkit."))},
-        **_settings(source, own),
+        **settings,
     )
 
 
@@ -130,16 +131,6 @@ def _is_of(record: Mapping[str, Any], files: Mapping[str, str], source: Source, 
             f"{wrong} is another file than {REPORT_NAME} says, which was written with it; `quantkit verify` says more"
         )
     return all(name in noted for name in files)
-
-
-def _settings(source: Source, record: Mapping[str, Any]) -> dict[str, Any]:
-    """How the model was quantized, as far as it says so itself or its record does."""
-    recipe: Mapping[str, Any] = record.get("recipe") or {}
-    found = dict(source.settings)
-    if "act_order" in recipe:
-        found |= {"act_order": recipe["act_order"], "damp": recipe.get("damp", found.get("damp"))}
-    calibration = record.get("calibration")
-    return found | ({"calibration": calibration} if isinstance(calibration, dict) else {})
 
 
 def _scheme(source: Source, keys: Mapping[str, Any], described: str) -> str:
@@ -163,18 +154,3 @@ def _memory(source: Source, weights: int) -> tuple[int | None, int]:
         return None, tokens
     width = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     return weights + 2 * 2 * layers * heads * width * tokens, tokens
-
-
-def _program_facts(source: Source, keys: Mapping[str, Any], parts: int) -> Facts:
-    content = read_json(source.path / "config.json") if source.path.is_dir() else {}
-    return Facts(
-        source.kind,
-        source.config,
-        content,
-        source.tensors,
-        source.quantization or {},
-        (source.path / "quantize_config.json").is_file(),
-        vocabulary=str(keys.get("tokenizer.ggml.model", "")),
-        architecture=str(keys.get("general.architecture", "")),
-        parts=parts,
-    )

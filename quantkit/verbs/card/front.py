@@ -15,11 +15,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from quantkit.containers import CONTAINERS
 from quantkit.errors import SourceError, UsageError
-from quantkit.verbs.card.facts import Model
-from quantkit.verbs.card.measured import Loss, Measurements, Tasks
+from quantkit.verbs.card.facts import ModelFacts
+from quantkit.verbs.card.measured import Loss, Measurements, TaskScores
 
 MARK = "<!-- Written by quantkit card. -->"
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 _KL_ARGS = ("median", "p90", "p99", "p999", "max")
@@ -73,7 +72,7 @@ _Yaml12.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|
 _Yaml12.add_implicit_resolver(_WHOLE, re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
-def licence_of(original: Original, models: Sequence[Model], given: str | None) -> dict[str, Any]:
+def licence_of(original: Original, models: Sequence[ModelFacts], given: str | None) -> dict[str, Any]:
     """The keys about the licence: the source's, as its card or a GGUF file says; else the one that is given.
 
     Raises:
@@ -85,11 +84,11 @@ def licence_of(original: Original, models: Sequence[Model], given: str | None) -
         return {} if given is None else {"license": given}
     if given is not None and given != inherited:
         raise UsageError(f"--licence {given}: the model it was made from is under {inherited}, which this one inherits")
-    found = {key: original.data[key] for key in _INHERITED[1:3] if key in original.data}
-    return {"license": inherited, **found}
+    about = ("license_name", "license_link")
+    return {"license": inherited, **{key: original.data[key] for key in about if key in original.data}}
 
 
-def bases_of(model: Model, given: Sequence[str]) -> tuple[list[str], str | None]:
+def bases_of(model: ModelFacts, given: Sequence[str]) -> tuple[list[str], str | None]:
     """Repositories of the models that one was made from, and how ("quantized", "merge"), as far as its record says."""
     source = model.record.get("source") or {}
     pair = source.get("kind") == "delta"
@@ -100,9 +99,9 @@ def bases_of(model: Model, given: Sequence[str]) -> tuple[list[str], str | None]
 
 
 def front_matter(
-    models: Sequence[Model],
+    models: Sequence[ModelFacts],
     measured: Sequence[Measurements],
-    names: Sequence[str],
+    title: str,
     *,
     original: Original,
     licence: Mapping[str, Any],
@@ -110,12 +109,16 @@ def front_matter(
     relation: str | None,
     quantized_by: str | None,
 ) -> str:
-    """The YAML, without its lines of dashes. `names` are the models' in `model-index`."""
+    """The YAML, without its lines of dashes. In `model-index` a model is `title`, of several with branch or file."""
     kinds = list(dict.fromkeys(model.kind for model in models))
+    tags = [model.short.lower() for model in models if CONTAINERS[model.kind].quantized]
+    tags += [f"{model.bits}-bit" for model in models if model.bits]
     index = []
-    for found, name in zip(measured, names, strict=True):
-        if results := _results(found):
-            index += eval_results_to_model_index(name, results)
+    for model, found in zip(models, measured, strict=True):
+        name = f"{title}/{model.name if model.is_file else model.branch}" if len(models) > 1 else title
+        results = [result for loss in found.losses for result in _loss_results(loss)]
+        results += [_task_result(task, tasks) for tasks in found.tasks for task in tasks.tasks]
+        index += eval_results_to_model_index(name, results) if results else []
     data: dict[str, Any] = {
         **licence,
         "language": original.data.get("language"),
@@ -123,7 +126,7 @@ def front_matter(
         "pipeline_tag": original.data.get("pipeline_tag", "text-generation"),
         "base_model": bases[0] if len(bases) == 1 else list(bases) or None,
         "base_model_relation": relation if bases else None,
-        "tags": _tags(models),
+        "tags": [*dict.fromkeys([*(["quantized"] if tags else []), *tags]), "quantkit"],
         "inference": False,
         "quantized_by": quantized_by,
         "model-index": index or None,
@@ -132,17 +135,6 @@ def front_matter(
     if index:
         card["model-index"] = index
     return str(card.to_yaml(original_order=[key for key in data if key in card]))
-
-
-def _tags(models: Sequence[Model]) -> list[str]:
-    tags = [model.short.lower() for model in models if CONTAINERS[model.kind].quantized]
-    tags += [f"{model.bits}-bit" for model in models if model.bits]
-    return [*dict.fromkeys([*(["quantized"] if tags else []), *tags]), "quantkit"]
-
-
-def _results(found: Measurements) -> list[EvalResult]:
-    results = [result for loss in found.losses for result in _loss_results(loss)]
-    return results + [result for tasks in found.tasks for result in _task_results(tasks)]
 
 
 def _loss_results(loss: Loss) -> list[EvalResult]:
@@ -175,25 +167,20 @@ def _loss_results(loss: Loss) -> list[EvalResult]:
     return rows
 
 
-def _task_results(tasks: Tasks) -> list[EvalResult]:
-    results = []
-    for task in tasks.tasks:
-        args = {"num_few_shot": task.get("fewshot"), "limit": tasks.limit}
-        spread = task.get("stderr")
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text generation",
-                dataset_type=task.get("dataset") or task["task"],
-                dataset_name=task["name"],
-                dataset_config=task["task"],
-                dataset_split=task.get("split"),
-                dataset_args={key: value for key, value in args.items() if value is not None},
-                metric_type=task["metric"],
-                metric_value=task["value"],
-                metric_args=None if spread is None else {"stderr": spread},
-                source_name=tasks.harness,
-                source_url=_HARNESS,
-            )
-        )
-    return results
+def _task_result(task: Mapping[str, Any], tasks: TaskScores) -> EvalResult:
+    args = {"num_few_shot": task.get("fewshot"), "limit": tasks.limit}
+    spread = task.get("stderr")
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text generation",
+        dataset_type=task.get("dataset") or task["task"],
+        dataset_name=task["name"],
+        dataset_config=task["task"],
+        dataset_split=task.get("split"),
+        dataset_args={key: value for key, value in args.items() if value is not None},
+        metric_type=task["metric"],
+        metric_value=task["value"],
+        metric_args=None if spread is None else {"stderr": spread},
+        source_name=tasks.harness,
+        source_url=_HARNESS,
+    )

@@ -11,9 +11,8 @@ from quantkit.errors import SourceError, UsageError
 from quantkit.evaluate.statistics import Numbers
 from quantkit.report import Report, ReportError
 from quantkit.runs.atomic import REPORT_NAME, read_json
-from quantkit.verbs.card.facts import Model
+from quantkit.verbs.card.facts import ModelFacts
 from quantkit.verbs.compare import CompareReport
-from quantkit.verbs.compare.rows import ComparedModel
 from quantkit.verbs.eval import EvalResults
 from quantkit.verbs.perplexity import PerplexityReport
 
@@ -43,7 +42,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Tasks:
+class TaskScores:
     """What a model scored in lm-evaluation-harness; `limit`: on that many records of each task only."""
 
     harness: str
@@ -58,11 +57,11 @@ class Measurements:
     """Of one model."""
 
     losses: tuple[Loss, ...]
-    tasks: tuple[Tasks, ...]
+    tasks: tuple[TaskScores, ...]
 
 
 def measurements(
-    models: Sequence[Model], reports: Sequence[str | Path], evals: Sequence[str | Path]
+    models: Sequence[ModelFacts], reports: Sequence[str | Path], evals: Sequence[str | Path]
 ) -> list[Measurements]:
     """Of each model what reports say of files with its hashes; and its own run's evaluation, of texts beyond these.
 
@@ -71,16 +70,26 @@ def measurements(
         SourceError: a record with another evaluation than runs end with.
     """
     losses: list[list[Loss]] = [[] for _ in models]
-    tasks: list[list[Tasks]] = [[] for _ in models]
+    tasks: list[list[TaskScores]] = [[] for _ in models]
     for path in reports:
         report = _read(path, CompareReport, "a report.json of `quantkit compare`", out=Path(path).parent)
         files = [compared.files for compared in report.models]
         for index, row in _pairs(files, models, path):
-            losses[index] += _of_report(report.models[row], report)
+            compared = report.models[row]
+            reference = None if compared.reference else report.reference
+            losses[index] += [
+                Loss(
+                    text.name, text.tokens, text.seq_len, text.stride, text.tokens_sha256, reference, **_numbers(scores)
+                )
+                for text in report.texts
+                if (scores := compared.texts.get(text.name)) is not None
+            ]
     for path in evals:
         results = _read(path, EvalResults, "results of `quantkit eval`")
         for index, _ in _pairs([results.files], models, path):
-            tasks[index].append(_of_eval(results))
+            harness = f"{results.harness.name} {results.harness.version}"
+            scored = tuple(vars(task) for task in results.tasks)
+            tasks[index].append(TaskScores(harness, results.suite, results.limit, scored, results.average))
     for model, found in zip(models, losses, strict=True):
         seen = {loss.text for loss in found}
         found += [loss for loss in _of_record(model) if loss.text not in seen]
@@ -97,7 +106,7 @@ def _read(path: str | Path, kind: type[_Written], what: str, **left_out: Any) ->
         raise UsageError(f"{path}: not {what}: {error}") from None
 
 
-def _pairs(rows: Sequence[Mapping[str, str]], models: Sequence[Model], path: str | Path) -> list[tuple[int, int]]:
+def _pairs(rows: Sequence[Mapping[str, str]], models: Sequence[ModelFacts], path: str | Path) -> list[tuple[int, int]]:
     """Models, and the rows that are of them: by the content of all their files, whatever they are called."""
     found = []
     for number, row in enumerate(rows):
@@ -109,16 +118,7 @@ def _pairs(rows: Sequence[Mapping[str, str]], models: Sequence[Model], path: str
     return found
 
 
-def _of_report(row: ComparedModel, report: CompareReport) -> list[Loss]:
-    reference = None if row.reference else report.reference
-    return [
-        Loss(text.name, text.tokens, text.seq_len, text.stride, text.tokens_sha256, reference, **_numbers(scores))
-        for text in report.texts
-        if (scores := row.texts.get(text.name)) is not None
-    ]
-
-
-def _of_record(model: Model) -> list[Loss]:
+def _of_record(model: ModelFacts) -> list[Loss]:
     """The comparison with its source that the run ended with."""
     evaluation = model.record.get("evaluation")
     if evaluation is None:
@@ -130,20 +130,9 @@ def _of_record(model: Model) -> list[Loss]:
     if len(found.results) != 2:
         return []
     source, own = found.results
-    text = found.text, found.tokens, found.seq_len, found.stride
-    return [Loss(*text, None, source.model, **_numbers(own))]
+    return [Loss(found.text, found.tokens, found.seq_len, found.stride, None, source.model, **_numbers(own))]
 
 
 def _numbers(scores: Numbers) -> dict[str, Any]:
     held = scores.as_dict()
     return {field.name: held[field.name] for field in fields(Numbers)}
-
-
-def _of_eval(results: EvalResults) -> Tasks:
-    return Tasks(
-        harness=f"{results.harness.name} {results.harness.version}",
-        suite=results.suite,
-        limit=results.limit,
-        tasks=tuple(vars(task) for task in results.tasks),
-        average=results.average,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,46 +11,26 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.open import note_source, open_stream
+from quantkit.blocks.open import fitted, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.evaluate.statistics import numbers_of
-from quantkit.options import (
-    EvaluationSpec,
-    make,
-    parse_size,
-)
+from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_outside,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, staged_folder, write_json
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
-from quantkit.tokens.text import EvaluationText, check_tokens, common_text, default_seq_len
+from quantkit.tokens.text import EvaluationText, check_tokens, common_text
 from quantkit.verbs import verb
-from quantkit.verbs.compare.chooser import (
-    Choice,
-    Limits,
-    choose,
-    pareto,
-)
+from quantkit.verbs.compare.chooser import Limits, Recommendation, choose, pareto
 from quantkit.verbs.compare.pages import write_pages
-from quantkit.verbs.compare.plots import Drawn, draw
-from quantkit.verbs.compare.rows import (
-    ComparedModel,
-    TextFacts,
-    TextResult,
-    decode_worst,
-)
+from quantkit.verbs.compare.plots import Drawn, plot_files
+from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult, decode_worst
 from quantkit.version import __version__
 
 
@@ -72,16 +52,13 @@ class CompareReport(Report):
     reference: str
     texts: list[TextFacts]
     models: list[ComparedModel]
-    choice: Choice | None
+    choice: Recommendation | None
     unmet: str | None
 
     def lines(self) -> Iterator[Shown]:
         heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
-        columns = [
-            Column("model", "left", overflow="fold"),
-            *map(Column, heads),
-            Column("front", "center", overflow="ellipsis"),
-        ]
+        front = Column("front", "center", overflow="ellipsis")
+        columns = [Column("model", "left", overflow="fold"), *map(Column, heads), front]
         for text in self.texts:
             yield f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}"
             rows = [[model.model, *_cells(model, text.name), "*" if model.pareto else ""] for model in self.models]
@@ -105,12 +82,17 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     """
     budget = None if options.budget is None else parse_size(options.budget)
     place, limits = absolute(options.out), Limits(budget, options.max_kl)
-    specs = _specs(options)
+    shared = {"stride": options.stride, "template": options.template}
+    specs = [
+        make(EvaluationSpec, text=text, seq_len=options.seq_len or default_seq_len(text), **shared)
+        for text in options.texts
+    ]
     if not options.variants:
         raise UsageError("name at least one variant to compare with the reference")
     progress = ranks.reporting(progress)
     names = (options.reference, *options.variants)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
+    specs = [fitted(spec, streams, asked=options.seq_len is not None) for spec in specs]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
     for source in sources:
@@ -121,10 +103,18 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
 
     def written() -> CompareReport:
-        origins = _origins(sources, progress)
+        origins = []
+        with progress.phase("hashing", len(sources)) as advance:
+            for source in sources:
+                origins.append(origin(source))
+                advance(1)
+        facts = [
+            TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
+            for text, spec, rows in zip(windows, specs, scores.texts, strict=True)
+        ]
         models = _models(sources, windows, scores, origins)
         choice, unmet = choose(models[1:], limits)
-        report = CompareReport(place, models[0].model, _facts(windows, specs, scores), models, choice, unmet)
+        report = CompareReport(place, models[0].model, facts, models, choice, unmet)
         figures = _figures(models, scores, progress) if options.plots else {}
         with staged_folder(place) as folder:
             write_json(folder / "report.json", report.as_dict())
@@ -140,19 +130,6 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
 # -- parts of the flow -----------------------------------------------------------------------------------------------
 
 
-def _specs(options: Compare) -> list[EvaluationSpec]:
-    return [
-        make(
-            EvaluationSpec,
-            text=text,
-            seq_len=default_seq_len(text) if options.seq_len is None else options.seq_len,
-            stride=options.stride,
-            template=options.template,
-        )
-        for text in options.texts
-    ]
-
-
 def _label_apart(sources: Sequence[Source]) -> None:
     """Give models of the same name distinct labels: with the file's suffix, else with the name of the folder above.
 
@@ -160,26 +137,21 @@ def _label_apart(sources: Sequence[Source]) -> None:
         UsageError: a model is named twice, or those names do not tell two apart.
     """
     paths = [source.path.resolve() for source in sources]
-    twice = [path for path, count in Counter(paths).items() if count > 1]
+    twice = [source for source, path in zip(sources, paths, strict=True) if paths.count(path) > 1]
     if twice:
-        raise UsageError(f"{sources[paths.index(twice[0])].label} is named twice; compare each model once")
-    forms: tuple[Callable[[Source], str], ...] = (
-        lambda source: source.label,
-        lambda source: source.path.resolve().name,
-        lambda source: f"{source.path.resolve().parent.name}/{source.label}",
-        lambda source: f"{source.path.resolve().parent.name}/{source.path.resolve().name}",
-    )
+        raise UsageError(f"{twice[0].label} is named twice; compare each model once")
     counts = Counter(source.label for source in sources)
-    alike = [source for source in sources if counts[source.label] > 1]
-    others = {source.label for source in sources if counts[source.label] == 1}
-    for form in forms:
-        labels = {form(source) for source in alike}
-        if len(labels) == len(alike) and not labels & others:
+    alike = [(source, path) for source, path in zip(sources, paths, strict=True) if counts[source.label] > 1]
+    others = {label for label, count in counts.items() if count == 1}
+    labels: list[str] = []
+    for form in ("{name}", "{folder}/{label}", "{folder}/{name}"):
+        labels = [form.format(name=path.name, folder=path.parent.name, label=source.label) for source, path in alike]
+        if len(set(labels)) == len(alike) and not others.intersection(labels):
             break
     else:
-        raise UsageError(f"two models are called {forms[-1](alike[0])}; rename a file or the folder it is in")
-    for source in alike:
-        source.label = form(source)
+        raise UsageError(f"two models are called {labels[0]}; rename a file or the folder it is in")
+    for (source, _), label in zip(alike, labels, strict=True):
+        source.label = label
 
 
 def _windows(sources: Sequence[Source], specs: Sequence[EvaluationSpec], progress: Progress) -> list[EvaluationText]:
@@ -194,22 +166,6 @@ def _windows(sources: Sequence[Source], specs: Sequence[EvaluationSpec], progres
     return texts
 
 
-def _facts(texts: Sequence[EvaluationText], specs: Sequence[EvaluationSpec], scores: Scores) -> list[TextFacts]:
-    return [
-        TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
-        for text, spec, rows in zip(texts, specs, scores.texts, strict=True)
-    ]
-
-
-def _origins(sources: Sequence[Source], progress: Progress) -> list[dict[str, Any]]:
-    origins = []
-    with progress.phase("hashing", len(sources)) as advance:
-        for source in sources:
-            origins.append(origin(source))
-            advance(1)
-    return origins
-
-
 def _models(
     sources: Sequence[Source], texts: Sequence[EvaluationText], scores: Scores, origins: Sequence[dict[str, Any]]
 ) -> list[ComparedModel]:
@@ -219,23 +175,22 @@ def _models(
         windows = text.windows.tokens.tolist()
         for result, numbers, row in zip(results, numbers_of(rows), rows, strict=True):
             result[text.name] = TextResult(**vars(numbers), worst=decode_worst(row.worst, windows, tokenizer))
-    models = []
-    for number, source in enumerate(sources):
-        found = describe(source)
-        models.append(
-            ComparedModel(
-                model=source.label,
-                kind=source.kind,
-                scheme=found.scheme,
-                reference=number == 0,
-                bytes=sum(path.stat().st_size for path in source.weight_files()),
-                bits_per_weight=found.bits_per_weight,
-                files=origins[number]["source"]["sha256"],
-                pareto=False,
-                texts=results[number],
-                layers=scores.layers[number],
-            )
+    described = [describe(source) for source in sources]
+    models = [
+        ComparedModel(
+            model=source.label,
+            kind=source.kind,
+            scheme=found.scheme,
+            reference=source is sources[0],
+            bytes=sum(path.stat().st_size for path in source.weight_files()),
+            bits_per_weight=found.bits_per_weight,
+            files=made["source"]["sha256"],
+            pareto=False,
+            texts=result,
+            layers=layers,
         )
+        for source, found, made, result, layers in zip(sources, described, origins, results, scores.layers, strict=True)
+    ]
     return [replace(model, pareto=best) for model, best in zip(models, pareto(models), strict=True)]
 
 
@@ -245,27 +200,30 @@ def _figures(models: Sequence[ComparedModel], scores: Scores, progress: Progress
         progress.note("no plots: they need matplotlib (pip install 'quantkit[plots]'); --no-plots leaves out this line")
         return {}
 
-    def drawn(number: int, model: ComparedModel) -> Drawn:
+    drawn = []
+    for number, model in enumerate(models):
         found = [rows[number].kl for rows in scores.texts]
         kl = torch.cat([torch.zeros(0) if values is None else values for values in found]).numpy()
-        return Drawn(model.model, model.bytes, model.mean_kl, model.pareto, model.layers, kl)
-
-    reference, *variants = (drawn(number, model) for number, model in enumerate(models))
-    return draw(reference, variants)
+        drawn.append(Drawn(model.model, model.bytes, model.mean_kl, model.pareto, model.layers, kl))
+    return plot_files(drawn[0], drawn[1:])
 
 
 def _record(
     report: CompareReport, texts: Sequence[EvaluationText], stream: ModelStream, origins: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """quantkit.json: everything that decided the result, and nothing that differs between equal runs."""
-    windows = [{"seq_len": text.seq_len, "stride": text.stride} for text in report.texts]
     return {
         "recipe": {
             "dtype": str(stream.dtype).removeprefix("torch."),
             "device": stream.device.type,
             "texts": [
-                {"name": text.name, **text.provenance.model_dump(mode="json"), **cut}
-                for text, cut in zip(texts, windows, strict=True)
+                {
+                    "name": text.name,
+                    **text.provenance.model_dump(mode="json"),
+                    "seq_len": cut.seq_len,
+                    "stride": cut.stride,
+                }
+                for text, cut in zip(texts, report.texts, strict=True)
             ],
         },
         "sources": [found["source"] for found in origins],

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from quantkit.errors import UsageError
-
 
 class Measured(Protocol):
     """What a choice looks at: `bytes` on disk, and `mean_kl` from the reference in nats."""
@@ -32,29 +30,18 @@ class Limits:
     budget: int | None = None
     max_kl: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.max_kl is not None and not 0 <= self.max_kl < float("inf"):
-            raise UsageError(f"--max-kl {self.max_kl}: give a divergence in nats, such as 0.05")
-
-    @property
-    def given(self) -> bool:
-        return self.budget is not None or self.max_kl is not None
-
     def fits(self, model: Measured) -> bool:
         """Whether the file is within the budget."""
         return self.budget is None or model.bytes <= self.budget
 
-    def near(self, model: Measured) -> bool:
-        """Whether the divergence is within its limit."""
-        return self.max_kl is None or model.mean_kl <= self.max_kl
-
     def __str__(self) -> str:
         size = [] if self.budget is None else [f"within {self.budget:,} bytes"]
-        return " and ".join(size + ([] if self.max_kl is None else [f"with a mean KL divergence of {self.max_kl:g}"]))
+        kl = [] if self.max_kl is None else [f"with a mean KL divergence of {self.max_kl:g} or less"]
+        return " and ".join(size + kl)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """The variant to take, and why."""
 
     model: str
@@ -64,48 +51,32 @@ class Choice:
 def pareto(models: Sequence[Measured]) -> list[bool]:
     """For each model, whether it is on the Pareto front of size and mean divergence: whether no other one is at least
     as good in both and better in one."""
-    return [not any(_beats(other, model) for other in models) for model in models]
+    measures = [(model.bytes, model.mean_kl) for model in models]
+    return [
+        not any(other <= size and lost <= kl and (other, lost) != (size, kl) for other, lost in measures)
+        for size, kl in measures
+    ]
 
 
-def choose(variants: Sequence[Measured], limits: Limits) -> tuple[Choice | None, str | None]:
+def choose(variants: Sequence[Measured], limits: Limits) -> tuple[Recommendation | None, str | None]:
     """The variant to take, or None and in one line what would come nearest; (None, None) without limits.
 
     With a budget it is the one that diverges least of those that fit. With a limit of divergence it is the smallest of
     those that keep to it; with both, the smallest that keeps to both. Equal ones are told apart by the other measure.
+    Nearest is, of those that fit, the one that diverges least; where none fits, the smallest.
     """
-    if not limits.given:
+    if limits == Limits():
         return None, None
-    kept = [model for model in variants if limits.fits(model) and limits.near(model)]
-    if not kept:
-        return None, _nearest(variants, limits)
-    if limits.max_kl is None:
-        found = min(kept, key=lambda model: (model.mean_kl, model.bytes))
-        why = f"of {_those(len(kept), len(variants))} {limits} it diverges least: {_measures(found)}"
-    else:
-        found = min(kept, key=lambda model: (model.bytes, model.mean_kl))
-        why = f"of {_those(len(kept), len(variants))} {limits} or less it is the smallest: {_measures(found)}"
-    return Choice(found.model, why), None
-
-
-def _nearest(variants: Sequence[Measured], limits: Limits) -> str:
-    """With a limit of divergence, the nearest of those that fit; where none fits, the smallest."""
     fitting = [model for model in variants if limits.fits(model)]
-    if fitting:
-        found = min(fitting, key=lambda model: (model.mean_kl, model.bytes))
-    else:
-        found = min(variants, key=lambda model: (model.bytes, model.mean_kl))
-    less = "" if limits.max_kl is None else " or less"
-    return f"no variant is {limits}{less}; the nearest is {found.model}: {_measures(found)}"
-
-
-def _those(kept: int, all_of: int) -> str:
-    return f"the {kept} of {all_of} variants"
-
-
-def _measures(model: Measured) -> str:
-    return f"{model.bytes:,} bytes, mean KL divergence {model.mean_kl:.4g}"
-
-
-def _beats(other: Measured, model: Measured) -> bool:
-    as_good = other.bytes <= model.bytes and other.mean_kl <= model.mean_kl
-    return as_good and (other.bytes < model.bytes or other.mean_kl < model.mean_kl)
+    kept = [model for model in fitting if limits.max_kl is None or model.mean_kl <= limits.max_kl]
+    nearest = bool(fitting) and (not kept or limits.max_kl is None)
+    found = min(
+        kept or fitting or variants,
+        key=lambda model: (model.mean_kl, model.bytes) if nearest else (model.bytes, model.mean_kl),
+    )
+    measures = f"{found.bytes:,} bytes, mean KL divergence {found.mean_kl:.4g}"
+    if not kept:
+        return None, f"no variant is {limits}; the nearest is {found.model}: {measures}"
+    best = "it diverges least" if nearest else "it is the smallest"
+    why = f"of the {len(kept)} of {len(variants)} variants {limits} {best}: {measures}"
+    return Recommendation(found.model, why), None

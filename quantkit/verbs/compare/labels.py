@@ -29,12 +29,8 @@ class _Box(NamedTuple):
         return max(width, 0.0) * max(height, 0.0)
 
     def outside(self, frame: _Box) -> float:
-        return (
-            max(frame.left - self.left, 0.0)
-            + max(self.right - frame.right, 0.0)
-            + max(frame.bottom - self.bottom, 0.0)
-            + max(self.top - frame.top, 0.0)
-        )
+        across = max(frame.left - self.left, 0.0) + max(self.right - frame.right, 0.0)
+        return across + max(frame.bottom - self.bottom, 0.0) + max(self.top - frame.top, 0.0)
 
 
 def place_labels(
@@ -46,7 +42,10 @@ def place_labels(
     Positions are data coordinates; the figure's layout must not change any more. Returns whether there was room: where
     a label would cover something or be far from its point, none is written.
     """
-    renderer = _fixed_layout(figure)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    canvas = figure.canvas
+    renderer = canvas.get_renderer() if hasattr(canvas, "get_renderer") else figure._get_renderer()
     scale = 72 / figure.dpi
     frame = _Box(*(scale * value for value in axes.get_window_extent(renderer).extents))
 
@@ -60,13 +59,17 @@ def place_labels(
     lines = [*_along([pixels(point) for point in front]), _Box(at - 1, frame.bottom, at + 1, frame.top)]
     places: list[tuple[int, tuple[int, int]]] = []
     for (x, y), label in zip(spots, labels, strict=True):
-        options = list(_options(x, y, *_size(axes, label, renderer, scale)))
+        text = axes.text(0, 0, label, fontsize="small")
+        extent = text.get_window_extent(renderer)
+        text.remove()
+        options = list(_options(x, y, scale * extent.width, scale * extent.height))
         cost = [_cost(box, distance, taken, lines, frame) for box, distance, _ in options]
         if min(cost) > _MOST:
             return False
         box, distance, side = options[cost.index(min(cost))]
         taken.append(box)
         places.append((distance, side))
+    leader = {"arrowstyle": "-", "color": axes.xaxis.label.get_color(), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
     for point, label, (distance, (dx, dy)) in zip(points, labels, places, strict=True):
         axes.annotate(
             label,
@@ -76,22 +79,9 @@ def place_labels(
             ha=_ALIGN[dx][0],
             va=_ALIGN[dy][1],
             fontsize="small",
-            arrowprops=_leader(axes) if distance > _DISTANCES[0] else None,
+            arrowprops=leader if distance > _DISTANCES[0] else None,
         ).set_in_layout(False)
     return True
-
-
-def _fixed_layout(figure: Any) -> Any:
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else figure._get_renderer()
-
-
-def _size(axes: Any, label: str, renderer: Any, scale: float) -> Point:
-    text = axes.text(0, 0, label, fontsize="small")
-    extent = text.get_window_extent(renderer)
-    text.remove()
-    return scale * extent.width, scale * extent.height
 
 
 def _options(x: float, y: float, width: float, height: float) -> Iterator[tuple[_Box, int, tuple[int, int]]]:
@@ -116,7 +106,3 @@ def _along(points: Sequence[Point]) -> Iterator[_Box]:
         for step in range(steps + 1):
             at_x, at_y = x + (to_x - x) * step / steps, y + (to_y - y) * step / steps
             yield _Box(at_x - 1, at_y - 1, at_x + 1, at_y + 1)
-
-
-def _leader(axes: Any) -> dict[str, Any]:
-    return {"arrowstyle": "-", "color": axes.xaxis.label.get_color(), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}

@@ -42,6 +42,7 @@ _SETTINGS: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
 _LONGEST = 34  # letters of a label
 _LEAST_KL = 1e-6  # nats; below it lies the noise of float32 arithmetic
 
@@ -65,7 +66,7 @@ class Drawn:
     kl: NDArray[Any]
 
 
-def draw(reference: Drawn, variants: Sequence[Drawn]) -> dict[str, bytes]:
+def plot_files(reference: Drawn, variants: Sequence[Drawn]) -> dict[str, bytes]:
     """The plots as files, by name: accuracy-size, layers and kl, each as PNG and as SVG."""
     import matplotlib
 
@@ -86,27 +87,24 @@ def draw(reference: Drawn, variants: Sequence[Drawn]) -> dict[str, bytes]:
 
 def short_names(labels: Sequence[str]) -> list[str]:
     """Labels without what all begin with, cut in the middle where they are still long; each stays distinct."""
-    start = _shared(labels) if len(labels) > 1 else 0
+    start = 0  # behind the last mark of what all begin with; every label goes on there
+    for at in range(1, min(map(len, labels)) if len(labels) > 1 else 0):
+        if len({label[:at] for label in labels}) == 1 and labels[0][at - 1] in "-_./":
+            start = at
     names = [label[start:] for label in labels]
     short = [name if len(name) <= _LONGEST else f"{name[:16]}…{name[-16:]}" for name in names]
     return short if len(set(short)) == len(short) else names
-
-
-def _shared(labels: Sequence[str]) -> int:
-    """Letters up to the last mark of what all labels begin with; every label goes on behind it."""
-    shared = 0
-    for at in range(1, min(map(len, labels))):
-        if len({label[:at] for label in labels}) == 1 and labels[0][at - 1] in "-_./":
-            shared = at
-    return shared
 
 
 # -- accuracy against size -------------------------------------------------------------------------------------------
 
 
 def _accuracy_size(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
-    figure, axes = _figure("Accuracy against size")
-    unit, factor = _unit(max(reference.bytes, *(variant.bytes for variant in variants)))
+    largest = max(reference.bytes, *(variant.bytes for variant in variants))
+    # Powers of ten, as the Hub shows them.
+    unit, factor = next(scale for scale in _UNITS if largest >= scale[1] or scale[1] == 1.0)
+    labels = f"size of the weight files ({unit})", "mean KL divergence (nats per token)"
+    figure, axes = _figure("Accuracy against size", *labels)
     least, is_log = _y_axis(axes, [variant.mean_kl for variant in variants])
     points = [(variant.bytes / factor, max(variant.mean_kl, least)) for variant in variants]
     front = sorted(point for point, variant in zip(points, variants, strict=True) if variant.pareto)
@@ -117,12 +115,9 @@ def _accuracy_size(reference: Drawn, variants: Sequence[Drawn], names: Sequence[
     for number, (point, variant) in enumerate(zip(points, variants, strict=True)):
         colour, marker = _COLOURS[number % 10], _MARKERS[number // 10 % 4]
         face = colour if variant.pareto else PAPER
-        look = {"color": colour, "markersize": 7, "markerfacecolor": face, "markeredgewidth": 1.6, "zorder": 3}
-        markers += axes.plot(*point, marker, linestyle="", **look)
+        markers += axes.plot(*point, marker, color=colour, ms=7, mfc=face, mew=1.6, linestyle="", zorder=3)
     if any(not variant.pareto for variant in variants):
         axes.plot([], [], "o", color=INK, markersize=6, markerfacecolor=PAPER, label="not on the front")
-    axes.set_xlabel(f"size of the weight files ({unit})")
-    axes.set_ylabel("mean KL divergence (nats per token)")
     axes.margins(x=0.12)
     _plain_ticks(axes.yaxis) if is_log else axes.set_ylim(bottom=0)
     _legend(figure)
@@ -151,24 +146,17 @@ def _y_axis(axes: Any, values: Sequence[float]) -> tuple[float, bool]:
     return least, True
 
 
-def _unit(size: int) -> tuple[str, float]:
-    """Powers of ten, as the Hub shows them."""
-    return next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0)) if size >= f or f == 1.0)
-
-
 # -- by layer, and by token ------------------------------------------------------------------------------------------
 
 
 def _layers(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
-    figure, axes = _figure("Error by layer")
+    figure, axes = _figure("Error by layer", "decoder block", "relative squared error of its output")
     for number, (variant, name) in enumerate(zip(variants, names, strict=True)):
         if variant.layers is not None:
             values = np.where(np.array(variant.layers) > 0, variant.layers, np.nan)
             marker = "." if len(values) < 80 else ""
             label = name if any(variant.layers) else f"{name} (no error)"
             axes.plot(range(len(values)), values, **_line(number), marker=marker, markersize=4, label=label)
-    axes.set_xlabel("decoder block")
-    axes.set_ylabel("relative squared error of its output")
     axes.xaxis.get_major_locator().set_params(integer=True)
     if any(any(variant.layers or []) for variant in variants):
         axes.set_yscale("log")
@@ -180,46 +168,35 @@ def _layers(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -
 
 
 def _kl(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
-    figure, axes = _figure("Distribution of KL divergence")
+    labels = "KL divergence at a token (nats)", "share of tokens that diverge more"
+    figure, axes = _figure("Distribution of KL divergence", *labels)
     for number, (variant, name) in enumerate(zip(variants, names, strict=True)):
-        values, shares = _exceeded(variant.kl)
+        # Divergences and the share of tokens above each: some hundred points, evenly spread on logarithmic axes.
+        ranks = np.unique(np.geomspace(1, len(variant.kl), 300).astype(int))
+        values = np.sort(variant.kl)[::-1][ranks - 1]
+        values, shares = values[values > _LEAST_KL], ranks[values > _LEAST_KL] / len(variant.kl)
         axes.plot(values, shares, **_line(number), label=name if len(values) else f"{name} (no divergence)")
-    axes.set_xlabel("KL divergence at a token (nats)")
-    axes.set_ylabel("share of tokens that diverge more")
     if any((variant.kl > _LEAST_KL).any() for variant in variants):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlim(left=_LEAST_KL)
         _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis, _percent)
+        _plain_ticks(axes.yaxis, lambda share: f"{100 * share:g} %")
     else:
         _nothing(axes, "no token diverges")
     _legend(figure)
     return figure
 
 
-def _exceeded(kl: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Divergences and the share of tokens above each: some hundred points, evenly spread on logarithmic axes."""
-    ordered = np.sort(kl)[::-1]
-    ranks = np.unique(np.geomspace(1, len(ordered), 300).astype(int))
-    values = ordered[ranks - 1]
-    keep = values > _LEAST_KL
-    return values[keep], ranks[keep] / len(ordered)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g} %"
-
-
 # -- what they share -------------------------------------------------------------------------------------------------
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def _figure(title: str, across: str, up: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained", facecolor=PAPER)
     axes = figure.add_subplot(facecolor=PAPER)
-    axes.set_title(title)
+    axes.set(title=title, xlabel=across, ylabel=up)
     axes.grid(True)
     axes.set_axisbelow(True)
     return figure, axes

@@ -18,18 +18,8 @@ from quantkit.runs.atomic import absolute, check_other_file, write_json
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.eval.register import register
-from quantkit.verbs.eval.suites import SUITES
-from quantkit.verbs.eval.tasks import (
-    TaskResult,
-    every_number,
-    load_tasks,
-    measured,
-    run_tasks,
-    set_fewshot,
-)
+from quantkit.verbs.eval.tasks import SUITES, TaskResult, every_number, load_tasks, number_of, run_tasks, set_fewshot
 from quantkit.version import __version__
-
-LEADERBOARD = "open-llm-leaderboard"
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,7 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
         progress=progress,
     )
     results = run_tasks(lm, loaded, options.limit)
-    scores = [measured(results, loaded, measure) for measure in measures]
+    scores = [number_of(results, loaded, m.task, m.key, m.title, m.metric) for m in measures]
     named_ones = [number for name in task for number in every_number(results, loaded, name)]
     found = EvalResults(
         model=source.label,
@@ -143,9 +133,7 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
 
 
 def _suite(options: Eval) -> str | None:
-    suite = LEADERBOARD if options.suite is None and not options.task else options.suite
-    if suite is not None and suite not in SUITES:
-        raise UsageError(f"--suite {suite}: choose one of {', '.join(SUITES)}")
+    suite = next(iter(SUITES)) if options.suite is None and not options.task else options.suite
     if options.fewshot is not None and not options.task:
         raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
     return suite

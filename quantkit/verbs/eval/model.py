@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
-from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
 from quantkit.blocks.open import named, note_source, open_model, stream_of
 from quantkit.blocks.whole import load_on_kernels
 from quantkit.containers.source import Source
 from quantkit.options import ComputeDtype
-from quantkit.progress import SILENT, Advance, Progress
+from quantkit.progress import SILENT, Progress
 
 
 class QuantkitLM(HFLM):  # type: ignore[misc]  # lm_eval is not typed
@@ -73,17 +73,8 @@ class QuantkitLM(HFLM):  # type: ignore[misc]  # lm_eval is not typed
             return run(requests, disable_tqdm)
         before = self.cache_hook
         with self._progress.phase(name, len(requests)) as advance:
-            self.cache_hook = _Counting(advance)
+            self.cache_hook = SimpleNamespace(add_partial=lambda *finished: advance(1))
             try:
                 return run(requests, disable_tqdm=True)
             finally:
                 self.cache_hook = before
-
-
-class _Counting(CacheHook):  # type: ignore[misc]
-    def __init__(self, advance: Advance) -> None:
-        super().__init__(None)
-        self._advance = advance
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self._advance(1)

@@ -7,7 +7,9 @@ same for programs that call it as a library.
 
 from __future__ import annotations
 
-from quantkit.errors import MissingPackageError
+import sys
+
+from quantkit.errors import MissingPackageError, QuantkitError, visible
 
 NAME = "quantkit"
 
@@ -25,3 +27,15 @@ def register() -> None:
         raise MissingPackageError("lm-eval", "eval", "evaluating on tasks") from None
     if NAME not in model_registry:
         model_registry.register(NAME, target="quantkit.verbs.eval.model:QuantkitLM")
+
+
+def run_harness() -> None:
+    """Run the harness's own command line with this process's arguments."""
+    try:
+        register()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except QuantkitError as error:
+        print(f"error: {visible(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)

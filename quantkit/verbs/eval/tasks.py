@@ -1,20 +1,54 @@
-"""Tasks of lm-evaluation-harness: found by name, loaded with their data, run, and their numbers taken out."""
+"""Tasks of lm-evaluation-harness: suites of them, loaded by name with their data, run, and their numbers taken out."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError, first_line
-from quantkit.verbs.eval.suites import Measure
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner and name; not a path, nor a kind of file
 _SEED = 1234  # the harness's own choice, which decides on the examples before a question
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a suite.
+
+    Attributes:
+        task: the harness's name for it.
+        folder: where below the harness's tasks it is described.
+        title: what the leaderboard calls it.
+        fewshot: examples before each question.
+        metric: what the leaderboard calls the number.
+        key: what the harness does, metric and filter.
+    """
+
+    task: str
+    folder: str
+    title: str
+    fewshot: int
+    metric: str
+    key: str
+
+
+# The Open LLM Leaderboard of 2023 (its first version). Its GSM8k looked for the number after "####": the strict filter.
+SUITES: dict[str, tuple[Measure, ...]] = {
+    "open-llm-leaderboard": (
+        Measure("arc_challenge", "arc", "AI2 Reasoning Challenge (25-Shot)", 25, "acc_norm", "acc_norm,none"),
+        Measure("hellaswag", "hellaswag", "HellaSwag (10-Shot)", 10, "acc_norm", "acc_norm,none"),
+        Measure("mmlu", "mmlu/default", "MMLU (5-Shot)", 5, "acc", "acc,none"),
+        Measure("truthfulqa_mc2", "truthfulqa", "TruthfulQA (0-shot)", 0, "mc2", "acc,none"),
+        Measure("winogrande", "winogrande", "Winogrande (5-shot)", 5, "acc", "acc,none"),
+        Measure("gsm8k", "gsm8k", "GSM8k (5-shot)", 5, "acc", "exact_match,strict-match"),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -59,15 +93,17 @@ def load_tasks(names: Sequence[str], measures: Sequence[Measure], folder: Path |
     built_in = Path(lm_eval.tasks.__file__).parent
     places = [built_in / measure.folder for measure in measures] + ([folder] if folder else [])
     wanted = [measure.task for measure in measures] + list(names)
-    with _quiet():
+    with redirect_stdout(sys.stderr):  # what the harness prints: standard output is for results
         manager = TaskManager(include_path=places, include_defaults=False)
         if any(name not in manager.all_tasks for name in wanted):  # the index of all tasks takes a while
             manager = TaskManager(include_path=folder)
     for name in wanted:
         if name not in manager.all_tasks:
-            raise UsageError(f"--task {name}: no such task{_similar(name, manager.all_tasks)}")
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3))
+            hint = f"near it are {near}" if near else "`lm_eval ls tasks` lists them"
+            raise UsageError(f"--task {name}: no such task; {hint}")
     try:
-        with _quiet(), chdir(folder or Path.cwd()):
+        with redirect_stdout(sys.stderr), chdir(folder or Path.cwd()):
             loaded: dict[str, Any] = dict(manager.load(wanted))
     except Exception as error:  # whatever the harness and its data library raise on a task's file or data
         raise QuantkitError(
@@ -80,8 +116,8 @@ def load_tasks(names: Sequence[str], measures: Sequence[Measure], folder: Path |
 def set_fewshot(loaded: Mapping[str, Any], counts: Mapping[str, int]) -> None:
     """Set how many examples tasks are asked with, by the name of a task or group; others keep what they say."""
     for name, count in counts.items():
-        for task in _leaves(loaded, name):
-            loaded["tasks"][task].set_config(key="num_fewshot", value=count)
+        for leaf in _leaves(loaded, name):
+            loaded["tasks"][leaf].set_config(key="num_fewshot", value=count)
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -101,7 +137,7 @@ def run_tasks(lm: Any, loaded: Mapping[str, Any], limit: int | None) -> dict[str
         if getattr(task, "UNSAFE_CODE", False):
             raise UsageError(f"--task {name} runs code that the model writes; use python -m quantkit.harness for it")
     try:
-        with _quiet():
+        with redirect_stdout(sys.stderr):
             results: dict[str, Any] = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False)
     except QuantkitError:
         raise
@@ -110,28 +146,21 @@ def run_tasks(lm: Any, loaded: Mapping[str, Any], limit: int | None) -> dict[str
     return results
 
 
-def measured(results: Mapping[str, Any], loaded: Mapping[str, Any], measure: Measure) -> TaskResult:
-    """The number of a suite. Raises QuantkitError where the harness has none of that name."""
-    return _result(results, loaded, measure.task, measure.key, measure.title, measure.metric)
-
-
 def every_number(results: Mapping[str, Any], loaded: Mapping[str, Any], name: str) -> list[TaskResult]:
     """All numbers of a task or group; a group that puts none together has those of its tasks."""
     found = results["results"].get(name, {})
-    keys = [key for key, value in found.items() if _is_number(key, value)]
+    numbers = (key for key, value in found.items() if isinstance(value, (int, float)))
+    keys = [key for key in numbers if "," in key and not key.partition(",")[0].endswith("_stderr")]
     if not keys and name not in loaded["tasks"]:
         return [number for task in _leaves(loaded, name) for number in every_number(results, loaded, task)]
-    return [_result(results, loaded, name, key, name, key.removesuffix(",none")) for key in keys]
+    return [number_of(results, loaded, name, key, name, key.removesuffix(",none")) for key in keys]
 
 
-def _is_number(key: str, value: Any) -> bool:
-    metric, comma, _ = key.partition(",")
-    return bool(comma) and not metric.endswith("_stderr") and isinstance(value, (int, float))
-
-
-def _result(
+def number_of(
     results: Mapping[str, Any], loaded: Mapping[str, Any], task: str, key: str, title: str, metric: str
 ) -> TaskResult:
+    """One number: `key` of a task or group, under the names `title` and `metric`. Raises QuantkitError where the
+    harness has none of that name."""
     found = results["results"].get(task, {})
     if key not in found:
         raise QuantkitError(f"{task}: the harness gives no {key}, but {', '.join(found) or 'nothing'}")
@@ -139,11 +168,12 @@ def _result(
     stderr = found.get(f"{kind}_stderr,{chosen}")
     leaves = _leaves(loaded, task)
     config = loaded["tasks"][leaves[0]].config
+    held = config.dataset_path or ""
     counts = {loaded["tasks"][leaf].get_config("num_fewshot") for leaf in leaves}
     return TaskResult(
         task=task,
         name=title,
-        dataset=_hub_id(config.dataset_path),
+        dataset=held if _HUB_ID.fullmatch(held) and not Path(held).exists() else None,
         split=config.test_split or config.validation_split,
         fewshot=counts.pop() if len(counts) == 1 else None,
         metric=metric,
@@ -159,29 +189,5 @@ def _leaves(loaded: Mapping[str, Any], name: str) -> list[str]:
         return [name]
     if name in loaded["groups"]:
         return [task.task_name for task in loaded["groups"][name].get_all_tasks()]
-    tagged = [task for task, held in loaded["tasks"].items() if name in _tags(held)]
-    return tagged or list(loaded["tasks"])
-
-
-def _tags(task: Any) -> list[str]:
-    tags = getattr(task.config, "tag", None) or []
-    return [tags] if isinstance(tags, str) else list(tags)
-
-
-def _hub_id(dataset: str | None) -> str | None:
-    """A data set's id, of owner and name; not a path, nor a kind of file."""
-    return (
-        dataset if dataset and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not Path(dataset).exists() else None
-    )
-
-
-def _similar(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 3)
-    return f"; near it are {', '.join(near)}" if near else "; `lm_eval ls tasks` lists them"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Standard output is for results: what the harness prints goes to standard error."""
-    with redirect_stdout(sys.stderr):
-        yield
+    tags = {task: getattr(held.config, "tag", None) or [] for task, held in loaded["tasks"].items()}
+    return [task for task, own in tags.items() if name in ([own] if isinstance(own, str) else own)] or list(tags)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,12 @@ from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.answers import (
-    appending,
-    begun,
-    check_answers,
-    line_of,
-)
+from quantkit.runs.answers import appending, begun, check_answers, line_of
 from quantkit.runs.atomic import absolute
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.generate.decoding import Answer, Request
-from quantkit.verbs.generate.prompts import Prompt, read_prompts, with_system
+from quantkit.verbs.generate.prompts import read_prompts
 from quantkit.verbs.generate.speaker import Speaker
 
 
@@ -92,7 +86,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     spec = options.part(Decoding)
     target, asked = absolute(options.out), Path(options.prompts).expanduser()
     check_answers(target, asked, options.resume, options.force)
-    wanted = with_system(read_prompts(asked), options.system)
+    wanted = read_prompts(asked, options.system)
     stream = open_stream(named(options.model, options.base, options.delta), options)
     note_source(stream.source, progress)
     speaker = Speaker.of(stream.source, options.template, spec)
@@ -113,16 +107,22 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
         begun(target, settings, wanted)
     answers: list[Answer] = []
     phase = progress.phase("answering", len(wanted) - done)
-    with _kept(target), appending(target, settings, done) as file, phase as advance:
-        # The batches are those of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
-        for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
-            batch = slice(start, start + options.batch_size)
-            found = speaker.answer(loaded.model, requests[batch])
-            lines = [_line(speaker, *row) for row in zip(wanted[batch], requests[batch], found, strict=True)]
-            fresh = max(done - start, 0)
-            file.write(lines[fresh:])
-            answers += found[fresh:]
-            advance(len(found) - fresh)
+    try:
+        with appending(target, settings, done) as file, phase as advance:
+            # The batches of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
+            for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
+                batch = slice(start, start + options.batch_size)
+                found = speaker.answer(loaded.model, requests[batch])
+                lines = [
+                    line_of(prompt, speaker.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids))
+                    for prompt, request, new in zip(wanted[batch], requests[batch], found, strict=True)
+                ]
+                fresh = max(done - start, 0)
+                file.write(lines[fresh:])
+                answers += found[fresh:]
+                advance(len(found) - fresh)
+    except KeyboardInterrupt:
+        raise Interrupted(f"--resume goes on with the answers that are in {target}") from None
     return replace(
         report,
         kernels=loaded.kernels,
@@ -134,28 +134,16 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     )
 
 
-@contextmanager
-def _kept(out: Path) -> Iterator[None]:
-    """Say of an interrupt what goes on with the answers so far."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"--resume goes on with the answers that are in {out}") from None
-
-
 def _recipe(speaker: Speaker, stream: ModelStream, system: str | None) -> dict[str, Any]:
     """What decides the answers, beside model and prompts. A batch's size decides on nothing but rounding."""
     return {
         "template": speaker.template,
         "system": system,
-        **speaker.spec.model_dump(),
+        **speaker.spec.model_dump(exclude={"seed"}),
+        "seed": speaker.spec.seed,
         "device": stream.device.type,
         "dtype": str(stream.dtype).removeprefix("torch."),
     }
-
-
-def _line(speaker: Speaker, prompt: Prompt, request: Request, answer: Answer) -> dict[str, Any]:
-    return line_of(prompt, speaker.text(answer.ids, prompt.record), answer.finish, len(request.ids), len(answer.ids))
 
 
 def _note_room(requests: Sequence[Request], speaker: Speaker, progress: Progress) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,81 +71,58 @@ def decode(
         NumericError: the model's logits are not finite.
     """
     if spec.num_beams > 1:
-        return [_beams(model, request, spec, stops) for request in requests]
+        answers: list[Answer] = []
+        for request in requests:
+            # transformers' own beam search draws from the global generator: it is lent a seed, and put back.
+            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(own_seed(spec.seed, request.key))
+                answers += _batch(model, [request], spec, stops, None)
+        return answers
     # Those with less room go apart: a row that has ended is computed until all have, and must not leave its context.
     apart: dict[int, list[int]] = {}
     for place, request in enumerate(requests):
         apart.setdefault(request.room, []).append(place)
     found: dict[int, Answer] = {}
-    for room, places in apart.items():
-        rows = _rows(model, [requests[place] for place in places], spec, stops, room, each)
-        found |= zip(places, (_answer(row, stops) for row in rows), strict=True)
+    for places in apart.values():
+        found |= zip(places, _batch(model, [requests[place] for place in places], spec, stops, each), strict=True)
     return [found[place] for place in range(len(requests))]
 
 
-def _rows(
+def _batch(
     model: PreTrainedModel,
     requests: Sequence[Request],
     spec: Decoding,
     stops: Sequence[int],
-    room: int,
     each: Callable[[list[int]], None] | None,
-) -> list[list[int]]:
-    """New ids of requests that have the same room."""
-    ids, mask = _padded(requests, model.device)
-    config = _config(spec, stops, room)
-    with _generation_config(model, config):
-        out = _generate(model)(
-            input_ids=ids,
-            attention_mask=mask,
+) -> list[Answer]:
+    """Answers to requests that have the same room. What fills a row up is its own first token, which is masked."""
+    longest = max(len(request.ids) for request in requests)
+    rows = [[request.ids[0]] * (longest - len(request.ids)) + list(request.ids) for request in requests]
+    masks = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
+    generator: Any = model  # a PreTrainedModel is not typed as one that has transformers' loop
+    own = model.generation_config
+    # The model's own defaults out of the way: transformers takes from them whatever a config leaves open.
+    model.generation_config = config = _config(spec, stops, requests[0].room)
+    try:
+        out = generator.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(masks, device=model.device),
             generation_config=config,
             logits_processor=_processors(requests, spec),
             streamer=None if each is None else _Watch(each),
         )
-    rows: list[list[int]] = out[:, ids.shape[1] :].tolist()
-    return rows
-
-
-def _beams(model: PreTrainedModel, request: Request, spec: Decoding, stops: Sequence[int]) -> Answer:
-    """transformers' own beam search, whose draws come from the global generator: it is lent a seed, and put back."""
-    config = _config(spec, stops, request.room)
-    ids, mask = _padded([request], model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    processors = LogitsProcessorList([_Finite()])
-    if spec.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(spec.repetition_penalty))
-    with torch.random.fork_rng(devices=devices), _generation_config(model, config):
-        torch.manual_seed(own_seed(spec.seed, request.key))
-        out = _generate(model)(
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
-        )
-    return _answer(out[0, ids.shape[1] :].tolist(), stops)
-
-
-def _generate(model: Any) -> Callable[..., torch.Tensor]:
-    """transformers' loop. A PreTrainedModel is not typed as one that has it."""
-    method: Callable[..., torch.Tensor] = model.generate
-    return method
-
-
-def _answer(row: list[int], stops: Sequence[int]) -> Answer:
-    end = next((place for place, token in enumerate(row) if token in stops), None)
-    return Answer(row, "length") if end is None else Answer(row[:end], "eos")
-
-
-def _padded(requests: Sequence[Request], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 [batch, longest] and their mask; what fills a row up is its own first token, which is masked."""
-    longest = max(len(request.ids) for request in requests)
-    rows = [[request.ids[0]] * (longest - len(request.ids)) + list(request.ids) for request in requests]
-    masks = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
-    return torch.tensor(rows, device=device), torch.tensor(masks, device=device)
+    finally:
+        model.generation_config = own
+    found = []
+    for row in out[:, longest:].tolist():
+        end = next((place for place, token in enumerate(row) if token in stops), None)
+        found.append(Answer(row, "length") if end is None else Answer(row[:end], "eos"))
+    return found
 
 
 def _config(spec: Decoding, stops: Sequence[int], room: int) -> GenerationConfig:
     """Every choice that is not ours to leave open; sampling without beams is done by `_Draw`."""
-    drawn = {} if spec.num_beams == 1 or spec.greedy else {"temperature": spec.temperature, "top_p": spec.top_p}
-    if drawn:
-        drawn["top_k"] = spec.top_k
+    drawn = {} if spec.num_beams == 1 or spec.greedy else spec.model_dump(include={"temperature", "top_p", "top_k"})
     return GenerationConfig(
         max_new_tokens=room,
         num_beams=spec.num_beams,
@@ -158,24 +134,14 @@ def _config(spec: Decoding, stops: Sequence[int], room: int) -> GenerationConfig
     )
 
 
-@contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """The model's own defaults out of the way: transformers takes from them whatever a config leaves open."""
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def _processors(requests: Sequence[Request], spec: Decoding) -> LogitsProcessorList:
-    """In transformers' order: the penalty, temperature, top-k, top-p; then the draw itself."""
+    """In transformers' order: the penalty, temperature, top-k, top-p; then the draw itself, which beams do not leave
+    to us."""
     found: list[Any] = [_Finite()]
     if spec.repetition_penalty != 1:
         # What fills a row up is its own first token, so the filling is not penalised on top.
         found.append(RepetitionPenaltyLogitsProcessor(spec.repetition_penalty))
-    if not spec.greedy:
+    if spec.num_beams == 1 and not spec.greedy:
         if spec.temperature != 1:
             found.append(TemperatureLogitsWarper(spec.temperature))
         if spec.top_k:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ _ANSWERED = {"instruction": "output", "prompt": "response"}
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptLine:
     """One line of a file of prompts.
 
     Attributes:
@@ -41,21 +41,21 @@ class Prompt:
         return json.dumps(self.id, ensure_ascii=False, sort_keys=True)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, system: str | None = None) -> list[PromptLine]:
     """The prompts of a file of JSON lines.
 
     A line has `Instruction`, `instruction` (with or without `input`), `prompt` or `text`, or a conversation under
     `messages` or `conversations` whose turns are role and content, or from and value. Where a conversation ends with
-    an answer, that one is left out and asked for again.
+    an answer, that one is left out and asked for again. `system` is a system message for those that bring none.
 
     Raises:
         UsageError: no such file.
         CalibrationError: names the line that is not JSON, has nothing to answer, or an id that another line has.
     """
-    prompts: list[Prompt] = []
+    prompts: list[PromptLine] = []
     seen: dict[str, str] = {}
     for number, raw in _lines(path):
-        prompt = _prompt(raw, len(prompts), f"{path.name}: line {number}")
+        prompt = _prompt(raw, len(prompts), f"{path.name}: line {number}", system)
         if prompt.key in seen:
             raise CalibrationError(f"{prompt.where}: its id {prompt.key} is also that of {seen[prompt.key]}")
         seen[prompt.key] = f"line {number}"
@@ -63,18 +63,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise CalibrationError(f"{path.name}: no prompt in it")
     return prompts
-
-
-def with_system(prompts: Sequence[Prompt], system: str | None) -> list[Prompt]:
-    """The prompts, with a system message for those that bring none."""
-    if system is None:
-        return list(prompts)
-    return [
-        prompt
-        if prompt.record.system or prompt.record.turns is None
-        else replace(prompt, record=replace(prompt.record, system=system))
-        for prompt in prompts
-    ]
 
 
 def prompt_text(record: Record, template: TemplateName, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -95,29 +83,25 @@ def prompt_ids(text: str, template: TemplateName, tokenizer: PreTrainedTokenizer
 
 
 def stop_ids(declared: Any, template: TemplateName, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the EOS ids of model and tokenizer, and the token that ends a turn in the chat template.
+    """Ids that end an answer: the EOS ids of model and tokenizer, and the special token that the chat
+    template writes right after an answer, where it writes one.
 
     `declared` is the model's eos_token_id: an id, several or None.
     """
     ids = {declared} if isinstance(declared, int) else set(declared or ())
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
-    if template == "chat":
-        ids |= _turn_end(tokenizer)
-    return sorted(ids)
-
-
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special token that a chat template writes right after an answer, where it writes one."""
+    if template != "chat":
+        return sorted(ids)
     mark = "the answer"
     turns = (Turn("user", "a question"), Turn("assistant", mark))
     try:
         _, found, after = render(Record("stop", turns=turns), "chat", tokenizer).rpartition(mark)
     except CalibrationError:
-        return set()
-    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
+        return sorted(ids)
+    behind: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"] if found else []
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return set(ids[:1]) & special
+    return sorted(ids | (special & set(behind[:1])))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -147,28 +131,26 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _prompt(raw: Any, index: int, where: str) -> Prompt:
+def _prompt(raw: Any, index: int, where: str, system: str | None) -> PromptLine:
     if not isinstance(raw, dict):
         raise CalibrationError(f"{where}: not an object but {type(raw).__name__}; one object a line is wanted")
     record = parse_record(_unanswered(raw), index, where)
-    if record.turns is not None and record.turns and record.turns[-1].role == "assistant":
-        record = replace(record, turns=record.turns[:-1])
+    if record.turns is not None:
+        turns = record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns
+        record = replace(record, turns=turns, system=record.system or system)
     if record.is_empty or (record.turns is not None and record.turns[-1].role != "user"):
         raise CalibrationError(f"{where}: nothing to answer in it; a conversation must end with the user's turn")
     given = next((raw[key] for key in ("id", "idx") if raw.get(key) is not None), index)
-    return Prompt(given, raw, record, where)
+    return PromptLine(given, raw, record, where)
 
 
 def _unanswered(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The line as a record that calibration data would have: with an empty answer where its layout has one."""
     for key in _CONVERSATIONS:
         if isinstance(raw.get(key), list) and all(isinstance(message, dict) for message in raw[key]):
-            return {**raw, "messages": [_message(message) for message in raw[key]]}
-    for prompt, answer in _ANSWERED.items():
-        if prompt in raw:
-            return {**raw, answer: ""}
-    return dict(raw)
-
-
-def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    return {"role": message.get("role", message.get("from")), "content": message.get("content", message.get("value"))}
+            turns = [
+                {"role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))}
+                for turn in raw[key]
+            ]
+            return {**raw, "messages": turns}
+    return {**raw, **{answer: "" for prompt, answer in _ANSWERED.items() if prompt in raw}}

@@ -15,17 +15,8 @@ from quantkit.errors import CalibrationError
 from quantkit.options import Decoding, TemplateName
 from quantkit.tokens.records import Record, resolve
 from quantkit.tokens.text import check_tokens
-from quantkit.verbs.generate.decoding import (
-    Answer,
-    Request,
-    decode,
-)
-from quantkit.verbs.generate.prompts import (
-    Prompt,
-    prompt_ids,
-    prompt_text,
-    stop_ids,
-)
+from quantkit.verbs.generate.decoding import Answer, Request, decode
+from quantkit.verbs.generate.prompts import PromptLine, prompt_ids, prompt_text, stop_ids
 
 
 @dataclass(frozen=True)
@@ -77,15 +68,12 @@ class Speaker:
             room = min(room, self.context - len(ids))
         return Request(ids, room, key)
 
-    def requests(self, prompts: Sequence[Prompt]) -> list[Request]:
+    def requests(self, prompts: Sequence[PromptLine]) -> list[Request]:
         """Those of all prompts; raises as `request` does."""
         return [self.request(prompt.record, prompt.key, prompt.where) for prompt in prompts]
 
     def answer(
-        self,
-        model: PreTrainedModel,
-        requests: Sequence[Request],
-        each: Callable[[list[int]], None] | None = None,
+        self, model: PreTrainedModel, requests: Sequence[Request], each: Callable[[list[int]], None] | None = None
     ) -> list[Answer]:
         """Answers of one batch; see `decode`."""
         return decode(model, requests, self.spec, self.stops, each)

@@ -14,12 +14,7 @@ from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.verbs import verb
-from quantkit.verbs.publish.files import (
-    Change,
-    LocalFile,
-    compare,
-    local_files,
-)
+from quantkit.verbs.publish.files import Change, LocalFile, changes_between, local_files
 from quantkit.verbs.publish.remote import Remote, RemoteState, check_token
 from quantkit.version import __version__
 
@@ -92,8 +87,17 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     if "README.md" not in files and "README.md" not in state.files:
         progress.warn(f"{options.folder} has no README.md: `quantkit card` writes one")
     if options.verify:
-        _verify(root, not options.dry_run, progress)
-    report = _report(remote, state, options.public, compare(files, state.files, options.delete))
+        from quantkit.verbs.verify import verify
+
+        problems = verify(root, generate=not options.dry_run, progress=progress).problems
+        if problems:
+            more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            found = "; ".join(problems[:_SHOWN]) + more
+            raise OutputError(f"not published, `quantkit verify` finds: {found}; --no-verify publishes it as it is")
+    changes = changes_between(files, state.files, options.delete)
+    sent = sum(change.bytes for change in changes if change.state in ("new", "changed"))
+    private = not options.public if state.private is None else state.private
+    report = PublishReport(remote.repo, target, private, state.private is None, changes, sent, dry_run=True)
     if options.dry_run:
         return report
     text = options.message or f"Upload with quantkit {__version__}"
@@ -127,13 +131,13 @@ def _attempt(remote: Remote, files: dict[str, LocalFile], public: bool, delete: 
     if state.head is None:
         remote.create(state, public)
         state = remote.look()
-    changes = compare(files, state.files, delete)
+    changes = changes_between(files, state.files, delete)
     added = {change.path: files[change.path] for change in changes if change.state in ("new", "changed")}
     deleted = [change.path for change in changes if change.state == "deleted"]
     if not added and not deleted:
         return str(state.head)
     commit = remote.commit(added, deleted, message, state.head)
-    after = compare(files, remote.look().files, delete)
+    after = changes_between(files, remote.look().files, delete)
     lost = [change.path for change in after if change.state in ("new", "changed")]
     if lost:
         raise OutputError(f"{remote.repo}: the Hub did not take {', '.join(lost[:_SHOWN])}; is there a .gitignore?")
@@ -148,25 +152,3 @@ def _say(repo: str, state: RemoteState, public: bool, progress: Progress) -> Non
         progress.warn(f"{repo} is private and stays so: make it public in its settings on the Hub")
     elif not state.private and not public:
         progress.warn(f"{repo} is public already: everybody will see what is uploaded")
-
-
-def _verify(folder: Path, generate: bool, progress: Progress) -> None:
-    from quantkit.verbs.verify import verify
-
-    problems = verify(folder, generate=generate, progress=progress).problems
-    if problems:
-        more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "; ".join(problems[:_SHOWN])
-        raise OutputError(f"not published, `quantkit verify` finds: {listed}{more}\n--no-verify publishes it as it is")
-
-
-def _report(remote: Remote, state: RemoteState, public: bool, changes: list[Change]) -> PublishReport:
-    return PublishReport(
-        remote.repo,
-        remote.branch,
-        not public if state.private is None else state.private,
-        state.private is None,
-        changes,
-        sum(change.bytes for change in changes if change.state in ("new", "changed")),
-        dry_run=True,
-    )

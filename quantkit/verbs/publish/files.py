@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ State = Literal["new", "changed", "same", "kept", "deleted"]
 """`kept` and `deleted` are files that only the Hub has."""
 
 # Hidden files are passed over altogether: caches, staging folders, and .gitattributes, which the Hub itself keeps.
-_LITTER = ("__pycache__", "*.pyc", "*.partial", "*.incomplete", "*.lock", "Thumbs.db", "desktop.ini")
+_LITTER = (".*", "__pycache__", "*.pyc", "*.partial", "*.incomplete", "*.lock", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class LocalFile:
     def oid(self, lfs: bool) -> str:
         """Its hash as `RemoteFile` has it."""
         if lfs not in self.known:
-            self.known[lfs] = _hash(self.path, self.bytes, lfs)
+            digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % self.bytes, usedforsecurity=False)
+            with self.path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            self.known[lfs] = digest.hexdigest()
         return self.known[lfs]
 
 
@@ -61,7 +65,11 @@ def local_files(folder: Path, patterns: Sequence[str] = ()) -> dict[str, LocalFi
         raise UsageError(f"{folder}: no such folder")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in paths}
-    named = {name: path for name, path in named.items() if not any(map(_is_litter, name.split("/")))}
+    named = {
+        name: path
+        for name, path in named.items()
+        if not any(fnmatch.fnmatch(part, pattern) for part in name.split("/") for pattern in _LITTER)
+    }
     for pattern in patterns:
         if not fnmatch.filter(named, pattern):
             raise UsageError(f"--only {pattern}: no file of {folder} matches")
@@ -72,31 +80,17 @@ def local_files(folder: Path, patterns: Sequence[str] = ()) -> dict[str, LocalFi
     return {name: LocalFile(path, path.stat().st_size) for name, path in named.items()}
 
 
-def compare(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], delete: bool) -> list[Change]:
+def changes_between(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], delete: bool) -> list[Change]:
     """What happens to each file, by path. Only where sizes agree is a file hashed."""
-    changes = [Change(name, _state(file, remote.get(name)), file.bytes) for name, file in local.items()]
-    beyond: Iterable[str] = (name for name in remote if name not in local)
-    # What is hidden is not published, so that the folder lacks it says nothing.
-    changes += [
-        Change(name, "deleted" if delete and not name.startswith(".") else "kept", remote[name].bytes)
-        for name in beyond
-    ]
-    return sorted(changes, key=lambda change: change.path)
-
-
-def _state(file: LocalFile, remote: RemoteFile | None) -> State:
-    if remote is None:
-        return "new"
-    return "same" if file.bytes == remote.bytes and file.oid(remote.lfs) == remote.oid else "changed"
-
-
-def _is_litter(part: str) -> bool:
-    return part.startswith(".") or any(fnmatch.fnmatch(part, pattern) for pattern in _LITTER)
-
-
-def _hash(path: Path, size: int, lfs: bool) -> str:
-    digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    changes = []
+    for name in sorted({*local, *remote}):
+        here, there = local.get(name), remote.get(name)
+        state: State
+        if here is None:  # what is hidden is not published, so that the folder lacks it says nothing
+            state = "deleted" if delete and not name.startswith(".") else "kept"
+        elif there is None:
+            state = "new"
+        else:
+            state = "same" if here.bytes == there.bytes and here.oid(there.lfs) == there.oid else "changed"
+        changes.append(Change(name, state, (here or remote[name]).bytes))
+    return changes

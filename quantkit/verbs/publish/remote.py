@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
 from huggingface_hub.hf_api import RepoFile
@@ -32,6 +32,7 @@ from quantkit.version import __version__
 T = TypeVar("T")
 
 _WAITS = (2, 8, 30)  # seconds between attempts that got nowhere; the client itself retries requests within each
+_NO_TOKEN = "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN"
 _LATER = (408, 429)  # statuses below 500 that mean: try again
 
 
@@ -77,9 +78,9 @@ class Remote:
                 failures = failures + 1 if len(self.uploaded) == before else 1
                 before = len(self.uploaded)
                 if not _may_pass(error) or failures > len(_WAITS):
-                    problem = _explained(error, name)
                     # A traceback would show what a server has quoted.
-                    raise problem from (None if _holds_token(error) else error)
+                    quoted = any(_without_token(str(cause)) != str(cause) for cause in _chain(error))
+                    raise _explained(error, name) from (None if quoted else error)
                 wait = _WAITS[failures - 1]
                 self._progress.note(f"{name}: {_line(error)}; again in {wait} s")
             time.sleep(wait)
@@ -95,7 +96,12 @@ class Remote:
         except errors.RevisionNotFoundError:
             return RemoteState(private, None, {})
         tree = self._api.list_repo_tree(self.repo, revision=head, recursive=True)
-        return RemoteState(private, head, {e.path: _remote_file(e) for e in tree if isinstance(e, RepoFile)})
+        files = {}
+        for e in tree:
+            if isinstance(e, RepoFile):
+                kept = (e.size, e.blob_id, False) if e.lfs is None else (e.lfs.size, e.lfs.sha256, True)
+                files[e.path] = RemoteFile(*kept)
+        return RemoteState(private, head, files)
 
     def create(self, state: RemoteState, public: bool) -> None:
         """Make what is missing: the repository, the branch. A branch begins at the repository's first commit."""
@@ -111,8 +117,10 @@ class Remote:
         A commit to the branch since `parent` was looked at is a refusal, so nobody's work is undone.
         """
         with self._progress.phase("uploading", len(added)) as advance, ExitStack() as opened:
-            xet = self._has_xet()
-            operations = []
+            # Whether the server hands out tokens for Xet storage. The client takes that for granted.
+            url = f"{self._api.endpoint}/api/models/{self.repo}/xet-write-token/{self.branch}"
+            xet = get_session().get(url, headers=build_hf_headers()).status_code != 404
+            operations: list[Any] = []
             for name, file in added.items():
                 self._progress.detail(name)
                 operation = CommitOperationAdd(name, str(file.path))
@@ -125,32 +133,16 @@ class Remote:
                 self.uploaded.add(name)
                 operations.append(operation)
                 advance(1)
-            removals = [CommitOperationDelete(name) for name in deleted]
-            done = self._api.create_commit(
-                self.repo,
-                [*operations, *removals],
-                commit_message=message,
-                revision=self.branch,
-                parent_commit=parent,
-            )
+            operations += map(CommitOperationDelete, deleted)
+            to: Any = {"revision": self.branch, "parent_commit": parent}
+            done = self._api.create_commit(self.repo, operations, commit_message=message, **to)
         return str(done.oid)
-
-    def _has_xet(self) -> bool:
-        """Whether the server hands out tokens for Xet storage. The client takes that for granted."""
-        url = f"{self._api.endpoint}/api/models/{self.repo}/xet-write-token/{self.branch}"
-        return int(get_session().get(url, headers=build_hf_headers()).status_code) != 404
 
 
 def check_token() -> None:
     """Raise OutputError where the Hub client has no token."""
     if get_token() is None:
-        raise OutputError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
-
-
-def _remote_file(entry: RepoFile) -> RemoteFile:
-    if entry.lfs is not None:
-        return RemoteFile(entry.lfs.size, entry.lfs.sha256, True)
-    return RemoteFile(entry.size, entry.blob_id, False)
+        raise OutputError(_NO_TOKEN)
 
 
 @contextmanager
@@ -199,7 +191,7 @@ def _explained(error: Exception, name: str) -> QuantkitError:
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in _chain(error)):
         return OutputError(f"{name}: HF_HUB_OFFLINE is set; unset it to publish")
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return OutputError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
+        return OutputError(_NO_TOKEN)
     status = _status(error)
     reasons = {
         401: "the Hub does not accept the token; `hf auth login` stores another, HF_TOKEN counts before that one",
@@ -225,10 +217,6 @@ def _line(error: BaseException) -> str:
     if told is None and len(causes) > 1 and line.startswith("Error while uploading"):
         line = first_line(causes[1])
     return _without_token(re.sub(r"\?\S*", "", line))
-
-
-def _holds_token(error: BaseException) -> bool:
-    return any(_without_token(str(cause)) != str(cause) for cause in _chain(error))
 
 
 def _without_token(text: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
-from quantkit.blocks.open import Pair, open_model
-from quantkit.blocks.pair import PairSource as PairSource
+from quantkit.blocks.open import named, open_model
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options.verbs import Release
@@ -22,16 +21,10 @@ from quantkit.runs.steps import Outcome, Step, run_steps
 from quantkit.runs.unfinished import folder_of
 from quantkit.verbs import verb
 from quantkit.verbs.card.front import MARK
-from quantkit.verbs.release.family import Family
+from quantkit.verbs.release.family import FamilySteps
 from quantkit.verbs.release.forecast import Forecast, Forecaster
 from quantkit.verbs.release.recipe import Recipe, load_recipe
-from quantkit.verbs.release.variants import (
-    Calibration,
-    Setting,
-    Workshop,
-    model_of,
-    step_name,
-)
+from quantkit.verbs.release.variants import CalibrationWindows, Setting, Workshop, model_of, step_name
 
 _STYLES: Final = {"done": "green", "unchanged": "dim", "failed": "red", "refused": "yellow", "skipped": "red"}
 
@@ -73,7 +66,13 @@ class ReleaseReport(Report):
     def _planned(self) -> Iterator[Shown]:
         yield f"would make {self.out}"
         columns = [Column("part", "left"), Column("size"), Column("memory"), Column("time")]
-        yield Table(columns, [[part.name, *_numbers(part)] for part in self.forecasts])
+        rows = [
+            [part.name, size(part.bytes) if part.bytes else "", size(part.memory_bytes), duration(part.seconds)]
+            if part.refused is None
+            else [part.name, "", "", ""]
+            for part in self.forecasts
+        ]
+        yield Table(columns, rows)
         for part in self.forecasts:
             if part.refused is not None:
                 yield f"{part.name} cannot be made: {part.refused}"
@@ -96,37 +95,38 @@ def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
         UsageError: a recipe that does not fit, or a folder that another release works in.
         QuantkitError: the source or the calibration data cannot be read.
     """
-    given = options.recipe
-    plan = load_recipe(given) if isinstance(given, str | Path) else Recipe.model_validate(given)
+    asked = options.recipe
+    plan = load_recipe(asked) if isinstance(asked, str | Path) else Recipe.model_validate(asked)
     place = absolute(options.out) if options.out is not None else Path.cwd() / f"{plan.name}-release"
-    source = _open(plan, options.trust_remote_code)
+    given = plan.source
+    model = named(model_of(plan) if given.base is None else None, given.base, given.delta)
+    source = open_model(model, given.revision, options.trust_remote_code)
     _check_place(place, source)
-    forecasts = _forecast(plan, source, options.trust_remote_code, options.dry_run)
-    if options.dry_run:
-        return ReleaseReport(place, forecasts, dry_run=True)
+    with TemporaryDirectory() as folder:
+        forecaster = Forecaster(plan, source, Path(folder), options.trust_remote_code)
+        forecasts = [forecaster.reference(), *map(forecaster.variant, plan.variants)]
+        if options.dry_run:
+            made = sum(part.refused is None for part in forecasts)
+            return ReleaseReport(place, [*forecasts, forecaster.comparison(made)], dry_run=True)
     refused = {forecast.name: forecast.refused for forecast in forecasts if forecast.refused is not None}
     makeable = [variant for variant in plan.variants if step_name(variant) not in refused]
-    lost = [
-        _refusal(step_name(v), refused[step_name(v)], v.optional, progress) for v in plan.variants if v not in makeable
-    ]
+    lost = []
+    for variant in plan.variants:
+        if (name := step_name(variant)) in refused:
+            say, told = (progress.note, "is not made") if variant.optional else (progress.warn, "cannot be made")
+            say(f"{name} {told}: {refused[name]}")
+            lost.append(Outcome(name, "refused" if variant.optional else "failed", refused[name]))
     with locked(place):
         ledger = Ledger(place)
-        calibration = Calibration(plan, source, progress)
         setting = Setting(place, ledger, options.trust_remote_code, progress)
-        workshop = Workshop(plan, setting, makeable, calibration, _hashes(source, ledger))
-        family = Family(plan, setting, workshop.places, plan.card.original or _original(source))
+        hashes = {role: ledger.tree(part.path) for role, part in source.parts.items()}
+        workshop = Workshop(plan, setting, makeable, CalibrationWindows(plan, source, progress), hashes)
+        family = FamilySteps(plan, setting, workshop.places, plan.card.original or _original(source))
         if plan.publish is not None and options.publishing:
             family.add_publishing(plan.publish)
         _drop_stale(place, workshop.steps)
         outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, options.debug)
     return ReleaseReport(place, [], lost + outcomes)
-
-
-def _open(recipe: Recipe, trust_remote_code: bool) -> Source:
-    given = recipe.source
-    if given.base is not None and given.delta is not None:
-        return open_model(Pair(given.base, given.delta), given.revision, trust_remote_code)
-    return open_model(model_of(recipe), given.revision, trust_remote_code)
 
 
 def _check_place(out: Path, source: Source) -> None:
@@ -149,35 +149,7 @@ def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
             shutil.rmtree(left)
 
 
-def _forecast(recipe: Recipe, source: Source, trust_remote_code: bool, whole: bool) -> list[Forecast]:
-    with TemporaryDirectory() as folder:
-        asked = Forecaster(recipe, source, Path(folder), trust_remote_code)
-        parts = [asked.reference(), *(asked.variant(variant) for variant in recipe.variants)]
-        made = sum(part.refused is None for part in parts)
-        return [*parts, asked.comparison(made)] if whole else parts
-
-
-def _refusal(name: str, why: str, optional: bool, progress: Progress) -> Outcome:
-    if optional:
-        progress.note(f"{name} is not made: {why}")
-    else:
-        progress.warn(f"{name} cannot be made: {why}")
-    return Outcome(name, "refused" if optional else "failed", why)
-
-
 def _original(source: Source) -> str | None:
     """The card of the source, of a pair of its delta, where there is one that quantkit did not write."""
     path = source.path / "README.md"
     return str(path) if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace") else None
-
-
-def _hashes(source: Source, ledger: Ledger) -> Mapping[str, Any]:
-    """Of every file that the source is read from."""
-    return {role: ledger.tree(part.path) for role, part in source.parts.items()}
-
-
-def _numbers(part: Forecast) -> list[str]:
-    if part.refused is not None:
-        return ["", "", ""]
-    written = size(part.bytes) if part.bytes else ""
-    return [written, size(part.memory_bytes), duration(part.seconds)]

@@ -14,20 +14,20 @@ from quantkit.verbs.compare import compare
 from quantkit.verbs.eval import eval as run_tasks
 from quantkit.verbs.publish import publish
 from quantkit.verbs.release.recipe import PublishingRecipe, Recipe
-from quantkit.verbs.release.variants import REFERENCE, Made, Place, Setting
+from quantkit.verbs.release.variants import REFERENCE, Made, ReleaseFolder, Setting
 from quantkit.verbs.verify import verify
 
 COMPARE = "compare"
 
 
-class Family:
+class FamilySteps:
     """The steps after a recipe's files.
 
     Attributes:
         steps: in an order in which they can be done.
     """
 
-    def __init__(self, recipe: Recipe, setting: Setting, places: list[Place], original: str | None) -> None:
+    def __init__(self, recipe: Recipe, setting: Setting, places: list[ReleaseFolder], original: str | None) -> None:
         """
         Args:
             recipe: the release's.
@@ -41,14 +41,11 @@ class Family:
         self._made_by = tuple(dict.fromkeys(step for place, model in self._models for step in (model.step, place.step)))
         self.report = setting.out / "report"
         self.steps: list[Step] = [self._comparison()]
-        self._evals = {model.step: self._add_eval(place, model) for place, model in self._models if self._tries}
+        tried = self._models if recipe.evaluation.runs_tasks else []
+        self._evals = {model.step: self._add_eval(place, model) for place, model in tried}
         for place in places:
             self._add_card(place)
             self._add_verification(place)
-
-    @property
-    def _tries(self) -> bool:
-        return self._recipe.evaluation.runs_tasks
 
     def add_publishing(self, where: PublishingRecipe) -> None:
         """One step for each repository's branch; branches besides main come after it, which they start from."""
@@ -56,7 +53,7 @@ class Family:
             if self._goes_out(place):
                 self._add_publication(place, where)
 
-    def _goes_out(self, place: Place) -> bool:
+    def _goes_out(self, place: ReleaseFolder) -> bool:
         return place.step != REFERENCE or self._recipe.source.publish
 
     def _comparison(self) -> Step:
@@ -74,7 +71,7 @@ class Family:
         options = {"seq_len": judging.seq_len, "texts": list(judging.texts), "read": read}
         return Step(COMPARE, self.report, run, options, (REFERENCE,), self._made_by)
 
-    def _add_eval(self, place: Place, model: Made) -> str:
+    def _add_eval(self, place: ReleaseFolder, model: Made) -> str:
         judging = self._recipe.evaluation
         out = self._out / "evals" / f"{model.path.name}.json"
         options = {**judging.model_dump(include={"suite", "tasks_dir", "limit"}), "task": list(judging.tasks)}
@@ -87,15 +84,19 @@ class Family:
         self.steps.append(Step(name, out, run, decides, (model.step, place.step)))
         return name
 
-    def _add_card(self, place: Place) -> None:
-        evals = {self._evals[model.step]: model.path.name for model in place.models} if self._tries else {}
+    def _add_card(self, place: ReleaseFolder) -> None:
+        evals = {self._evals[m.step]: m.path.name for m in place.models if m.step in self._evals}
+        owner = None if self._recipe.publish is None else self._recipe.publish.owner
+        away = [other.repo for other in self._places if other.repo != place.repo and self._goes_out(other)]
         options = {
             **self._recipe.card.model_dump(mode="json", exclude={"original"}),
-            "siblings": self._siblings(place),
-            "repo": self._repo(place),
+            "siblings": [f"{owner}/{repo}" for repo in dict.fromkeys(away)] if owner else [],
+            "repo": f"{owner}/{place.repo}" if owner else None,
             "branch": place.branch,
         }
-        others = self._branches_beside(place)
+        # What the card on a repository's main tells of besides.
+        beside = [other for other in self._places if other.repo == place.repo and other is not place]
+        others = beside if place.branch == "main" else []
 
         def run(done: frozenset[str]) -> None:
             card(
@@ -112,9 +113,9 @@ class Family:
         wants = (COMPARE, *evals, *(other.step for other in others))
         out = place.folder / "README.md"
         decides = {**options, "read": self._ledger.read_by([self._recipe.card.template, self._original])}
-        self.steps.append(Step(self._card_of(place), out, run, decides, (place.step,), wants, adds=True))
+        self.steps.append(Step(place.card, out, run, decides, (place.step,), wants, adds=True))
 
-    def _add_verification(self, place: Place) -> None:
+    def _add_verification(self, place: ReleaseFolder) -> None:
         def run(out: Path) -> None:
             report = verify(place.folder, generate=False, progress=self._progress)
             if report.problems:
@@ -122,18 +123,17 @@ class Family:
                 raise QuantkitError(f"{report.problems[0]}{more}")
             write_json(out, {"problems": []})
 
-        self._add_receipt(f"verify {place.folder.name}", run, {}, (place.step, self._card_of(place)))
+        self._add_receipt(f"verify {place.folder.name}", run, {}, (place.step, place.card))
 
-    def _add_publication(self, place: Place, where: PublishingRecipe) -> None:
+    def _add_publication(self, place: ReleaseFolder, where: PublishingRecipe) -> None:
         repo = f"{where.owner}/{place.repo}"
 
         def run(out: Path) -> None:
-            to: dict[str, Any] = {"branch": place.branch, "public": where.public}
-            made = publish(place.folder, repo, **to, verify=False, progress=self._progress)
+            made = publish(place.folder, **options, verify=False, progress=self._progress)
             write_json(out, {"repo": repo, "branch": place.branch, "commit": made.commit})
 
-        options = {"repo": repo, "branch": place.branch, "public": where.public}
-        needs = (place.step, self._card_of(place), f"verify {place.folder.name}")
+        options: dict[str, Any] = {"repo": repo, "branch": place.branch, "public": where.public}
+        needs = (place.step, place.card, f"verify {place.folder.name}")
         self._add_receipt(f"publish {repo} {place.branch}", run, options, needs)
 
     def _add_receipt(
@@ -147,21 +147,3 @@ class Family:
             run(out)
 
         self.steps.append(Step(name, out, noted, options, needs))
-
-    def _card_of(self, place: Place) -> str:
-        return f"card {place.folder.name}"
-
-    def _repo(self, place: Place) -> str | None:
-        where = self._recipe.publish
-        return None if where is None else f"{where.owner}/{place.repo}"
-
-    def _branches_beside(self, place: Place) -> list[Place]:
-        """What the card on a repository's main tells of besides."""
-        beside = [other for other in self._places if other.repo == place.repo and other is not place]
-        return beside if place.branch == "main" else []
-
-    def _siblings(self, place: Place) -> list[str]:
-        """The other repositories of the family, where it has an owner."""
-        told = [other for other in self._places if other.repo != place.repo and self._goes_out(other)]
-        names = (self._repo(other) for other in told)
-        return list(dict.fromkeys(name for name in names if name is not None))

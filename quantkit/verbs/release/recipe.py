@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from quantkit.containers import CONTAINERS
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, shortened
 from quantkit.options import (
     METHODS,
     CalibrationSpec,
@@ -208,7 +208,7 @@ def load_recipe(path: str | Path) -> Recipe:
         content = yaml.load(place.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with name, source and variants")
@@ -221,7 +221,17 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's own loader keeps the last without a word."""
+    """Refuses a key that is given twice, of which YAML's own loader keeps the last without a word, and aliases.
+
+    A few lines of aliases stand for more values than there is memory for; no recipe needs one.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "an alias: write the value out", event.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -231,17 +241,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# Where a recipe names files: (section, key).
-_PATHS = (
-    ("source", "model"),
-    ("source", "base"),
-    ("source", "delta"),
-    ("calibration", "data"),
-    ("evaluation", "texts"),
-    ("evaluation", "tasks_dir"),
-    ("card", "template"),
-    ("card", "original"),
-)
+# Where a recipe names files: keys by section.
+_PATHS = {
+    "source": ("model", "base", "delta"),
+    "calibration": ("data",),
+    "evaluation": ("texts", "tasks_dir"),
+    "card": ("template", "original"),
+}
 
 
 def _located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -250,19 +256,23 @@ def _located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     def found(value: Any) -> Any:
         if isinstance(value, list):
             return [found(one) for one in value]
-        path = folder / Path(value).expanduser() if isinstance(value, str) else None
-        return str(path) if path is not None and path.exists() else value
+        if not isinstance(value, str):
+            return value
+        try:
+            path = folder / Path(value).expanduser()
+            return str(path) if path.exists() else value
+        except (OSError, RuntimeError, ValueError) as error:  # too long, or nobody's home
+            raise UsageError(f"{shortened(value)}: no file can have this name: {shortened(str(error))}") from None
 
     located = dict(content)
-    for section, key in _PATHS:
+    for section, keys in _PATHS.items():
         part = located.get(section)
-        if isinstance(part, dict) and part.get(key):
-            located[section] = {**part, key: found(part[key])}
+        if isinstance(part, dict):
+            located[section] = {**part, **{key: found(part[key]) for key in keys if part.get(key)}}
     return located
 
 
 def _repository(name: str) -> str:
-
     if re.fullmatch(_REPOSITORY, name) is None or len(name) > 96:
         raise ValueError(f"{name!r} is no name that the Hub takes (letters, digits, and single . _ - between them)")
     return name

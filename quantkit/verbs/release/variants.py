@@ -14,20 +14,15 @@ from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
+from quantkit.options.values import gptq_type
 from quantkit.progress import Progress
-from quantkit.quantize.targets import gptq_type
 from quantkit.runs.atomic import REPORT_NAME, read_json, staged_folder, write_json
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.record import checksums, origin
 from quantkit.runs.steps import Step
 from quantkit.runs.unfinished import ChangedError, folder_of
 from quantkit.sources import default_source, open_source, variant_name
-from quantkit.tokens import (
-    TextIndex,
-    TokenMatrix,
-    draw,
-    load_calibration,
-)
+from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
 from quantkit.tokens.text import text_index
 from quantkit.verbs.convert import ConvertReport, convert
 from quantkit.verbs.ggml import ggml
@@ -35,14 +30,7 @@ from quantkit.verbs.gptq import gptq
 from quantkit.verbs.imatrix import imatrix
 from quantkit.verbs.merge import MergeReport, merge
 from quantkit.verbs.publish import branch_name
-from quantkit.verbs.release.recipe import (
-    AnyVariant,
-    FileVariant,
-    GgjtVariant,
-    GgufVariant,
-    GptqVariant,
-    Recipe,
-)
+from quantkit.verbs.release.recipe import AnyVariant, FileVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe
 
 REFERENCE = "fp16"
 """Name of the step that makes the full-precision folder."""
@@ -79,7 +67,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Place:
+class ReleaseFolder:
     """A folder of the release, which `step` makes: one repository's, or one branch's of it."""
 
     step: str
@@ -89,8 +77,13 @@ class Place:
     branch: str
     models: tuple[Made, ...]
 
+    @property
+    def card(self) -> str:
+        """Name of the step that describes it."""
+        return f"card {self.folder.name}"
 
-class Calibration:
+
+class CalibrationWindows:
     """The windows that every variant is calibrated on, without what the family is judged on; drawn when first asked."""
 
     def __init__(self, recipe: Recipe, source: Source, progress: Progress) -> None:
@@ -116,7 +109,7 @@ class Workshop:
         recipe: Recipe,
         setting: Setting,
         variants: Collection[AnyVariant],
-        calibration: Calibration,
+        calibration: CalibrationWindows,
         source_hashes: Mapping[str, Any],
     ) -> None:
         """
@@ -131,7 +124,7 @@ class Workshop:
             UsageError: two variants would go to one branch.
         """
         self.steps: list[Step] = []
-        self.places: list[Place] = []
+        self.places: list[ReleaseFolder] = []
         self._recipe, self._out, self._calibration = recipe, setting.out, calibration
         self._hidden, self._common = setting.out / ".release", setting.common
         self._add_reference(source_hashes)
@@ -158,7 +151,7 @@ class Workshop:
 
         options = {**reference_options(self._recipe), "source": dict(source_hashes)}
         self.steps.append(Step(REFERENCE, folder, run, options))
-        self.places.append(Place(REFERENCE, "fp16", folder, repo, "main", (Made(REFERENCE, folder, folder),)))
+        self.places.append(ReleaseFolder(REFERENCE, "fp16", folder, repo, "main", (Made(REFERENCE, folder, folder),)))
 
     def _add_checkpoint(self, variant: GptqVariant) -> None:
         name, repo = step_name(variant), self._recipe.repo_of(variant)
@@ -172,7 +165,7 @@ class Workshop:
         options = gptq_options(variant)
         run = partial(self._quantize, folder, options)
         self._add_calibrated(Step(name, folder, run, options, (REFERENCE,), optional=variant.optional))
-        self.places.append(Place(name, variant.kind, folder, repo, branch, (Made(name, folder, folder),)))
+        self.places.append(ReleaseFolder(name, variant.kind, folder, repo, branch, (Made(name, folder, folder),)))
 
     def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str]) -> None:
         given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
@@ -204,18 +197,15 @@ class Workshop:
         optional = all(variant.optional for variant in variants)
         self.steps.append(Step(name, folder, run, {}, (REFERENCE,), steps, optional))
         kind = next(iter(variants)).kind
-        self.places.append(Place(name, kind, folder, repo, "main", made))
+        self.places.append(ReleaseFolder(name, kind, folder, repo, "main", made))
 
     def _add_file(self, variant: GgufVariant | GgjtVariant, folder: Path) -> Made:
-        name, by_gptq = step_name(variant), runs_gptq(variant)
-        ggjt = isinstance(variant, GgjtVariant)
-        pattern = CONTAINERS[variant.kind].file
-        file = pattern.format(name=self._recipe.name, type=variant.type, title=variant.title)
-        options = file_options(variant)
+        name, by_gptq, options = step_name(variant), runs_gptq(variant), file_options(variant)
+        file = CONTAINERS[variant.kind].file.format(name=self._recipe.name, type=variant.type, title=variant.title)
         model, needs = self.reference, [REFERENCE]
         if by_gptq:
             codes = self._add_codes(variant)
-            if not ggjt and options["split_max_size"] is None:
+            if isinstance(variant, GgufVariant) and variant.split_max_size is None:
                 return Made(codes.step, codes.at, folder / file)
             model, needs = codes.at, [codes.step]
         weights = None
@@ -267,14 +257,9 @@ def model_of(recipe: Recipe) -> str | Path:
 def reference_options(recipe: Recipe) -> dict[str, Any]:
     """The arguments of `convert`, or of `merge` for a pair, for the full-precision folder."""
     given = recipe.source
-    options: dict[str, Any] = {
-        "dtype": given.dtype,
-        "max_shard_size": given.max_shard_size,
-        "revision": given.revision,
-    }
-    if given.base is not None:
-        options |= {"vocab": given.vocab, "expect_sum": given.expect_sum, "base_revision": given.base_revision}
-    return options
+    of_both = {"dtype", "max_shard_size", "revision"}
+    of_pairs = set() if given.base is None else {"vocab", "expect_sum", "base_revision"}
+    return given.model_dump(include=of_both | of_pairs)
 
 
 def make_reference(recipe: Recipe, folder: Path, **common: Any) -> ConvertReport | MergeReport:
@@ -351,7 +336,10 @@ def gather(models: Collection[Made], folder: Path) -> None:
         for model in models:
             for part in _parts(model.at):
                 name = part.name.replace(model.at.stem, model.path.stem)
-                _link(part, staged / name)
+                try:
+                    os.link(part, staged / name)
+                except OSError:  # a file system without links, which cost no space
+                    shutil.copyfile(part, staged / name)
                 record = read_json(model.at.parent / REPORT_NAME)
                 records[name] = {key: value for key, value in record.items() if key != "files"}
         write_json(staged / REPORT_NAME, {"variants": records, "files": checksums(staged)})
@@ -360,11 +348,3 @@ def gather(models: Collection[Made], folder: Path) -> None:
 def _parts(path: Path) -> list[Path]:
     """A file, or the parts that it was split into."""
     return [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, which costs no space; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

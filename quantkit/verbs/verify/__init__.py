@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from transformers import PretrainedConfig
 
@@ -24,17 +25,10 @@ from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
 from quantkit.sources import open_source
 from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour
-from quantkit.verbs.verify.companions import (
-    check_folder_paths,
-    check_ids,
-    check_metadata_paths,
-    check_tokenizer,
-)
+from quantkit.verbs.verify.companions import check_folder_paths, check_ids, check_metadata_paths, check_tokenizer
 from quantkit.verbs.verify.findings import Findings
-from quantkit.verbs.verify.gptq import LOST
 from quantkit.verbs.verify.programs import Facts, Load, programs
-from quantkit.verbs.verify.shards import Table, check_checksums, check_weights
-from quantkit.verbs.verify.tensors import Held, check_model, check_values
+from quantkit.verbs.verify.stored import StoredTensors, check_checksums, check_model, check_values, check_weights
 
 
 @dataclass(frozen=True)
@@ -63,9 +57,13 @@ class Verified(Report):
             yield f"  problem: {text}"
         for text in self.notes:
             yield f"  note: {text}"
-        width = max((len(program.program) for program in self.loads), default=0)
-        for program in self.loads:
-            yield f"  {_load_line(program, width)}"
+        width = max((len(row.program) for row in self.loads), default=0)
+        for row in self.loads:
+            line = f"  {row.program:<{width}}  {'yes' if row.ok else 'no '}  {row.why}".rstrip()
+            if row.tensor_parallel:
+                line += f"; tensor parallel {', '.join(map(str, row.tensor_parallel))}"
+                line += next((f" (not {size}: {why})" for size, why in row.limits.items()), "")
+            yield line
         if self.sentence is not None:
             yield f"  it writes: {' '.join(self.sentence.split())}"
 
@@ -134,8 +132,6 @@ class _Run:
     device: str
     progress: Progress
 
-    # -- folders -----------------------------------------------------------------------------------------------------
-
     def folder(self, folder: Path) -> Verified:
         found = Findings(folder)
         with found.guard("checksums"):
@@ -143,72 +139,54 @@ class _Run:
                 found.note("no checksums are recorded beside it, so changed weights show only in what the model says")
         with found.guard("metadata"):
             check_folder_paths(folder, found)
-        config, content = _config(folder, found)
-        table = Table({}, frozenset(), {})
-        if PickledFiles.present(folder) and not SafetensorsFiles.present(folder):
-            found.note(
-                "weights are pickled (pytorch_model.bin): vLLM and llama.cpp's converter like safetensors better"
-            )
-        elif SafetensorsFiles.present(folder):
-            with found.guard("weights"):
-                table = check_weights(folder, found)
-                for file, metadata in table.metadata.items():
-                    check_metadata_paths(file, metadata, found)
-        else:
-            found.problem("no weights here: no safetensors file, no pytorch_model.bin; download them")
-        label: dict[str, Any] = {}
+        config: PretrainedConfig | None = None
+        content: dict[str, Any] = {}
         with found.guard("config.json"):
-            label = quantization_of(folder) if content else {}
-        container = of_folder(label) or CONTAINERS["hf"]
-        tensors, delta = self._tensors(folder, container, table, label, config, found)
-        if config is not None:
-            self._tokenizer(folder, config, found)
+            config = load_config(folder, trust_remote_code=False)
+            content = read_json(folder / "config.json")
+        container, label, tensors, delta = self._tensors(folder, config, content, found)
         loads: list[Load] = []
-        if config is not None and tensors:
+        if config is not None:
+            with found.guard("generation_config.json"):
+                check_ids(folder, config, found)
+            with found.guard("tokenizer"):
+                tokenizer = load_tokenizer(folder, trust_remote_code=False)
+                check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), found)
             with found.guard("programs"):
                 copies = (folder / "quantize_config.json").is_file()
-                loads = programs(Facts(container.name, config, content, tensors, label, copies))
+                facts = Facts(container.name, config, content, tensors, label, copies)
+                loads = programs(facts) if tensors else []
         sentence = None if delta else self._behave(folder, found)
         return _verified(folder.name, container.name, found, loads, sentence)
 
     def _tensors(
-        self,
-        folder: Path,
-        container: Container,
-        table: Table,
-        label: Mapping[str, Any],
-        config: PretrainedConfig | None,
-        found: Findings,
-    ) -> tuple[Mapping[str, TensorInfo], bool]:
-        """The tensors as the model sees them, all checked; and whether they are a delta's."""
-        names: Mapping[str, TensorInfo] = {name: entry.info for name, entry in table.entries.items()}
-        tensors: Mapping[str, TensorInfo] = {**names, **dict.fromkeys(table.lost, LOST)}
+        self, folder: Path, config: PretrainedConfig | None, content: Mapping[str, Any], found: Findings
+    ) -> tuple[Container, Mapping[str, Any], Mapping[str, TensorInfo], bool]:
+        """Container, label, the tensors as the model sees them, all checked; and whether they are a delta's."""
+        table = _weights(folder, found)
+        label: dict[str, Any] = {}
+        with found.guard("config.json"):
+            label = quantization_of(folder) if content else {}
+        container = of_folder(label) or CONTAINERS["hf"]
+        plain: Collection[str] = table.entries
+        tensors: Mapping[str, TensorInfo] = table.tensors
         read, delta = table.read, False
         if container.checks:
-            tensors, names = load(container.checks)(folder, table, label, found, self.progress)
+            tensors, plain = load(container.checks)(folder, table, label, found, self.progress)
         elif container.method or (config is not None and not table.entries and PickledFiles.present(folder)):
             with found.guard("weights"):
                 source = open_source(folder)
-                tensors, names, read = source.tensors, source.tensors, source.read
+                tensors, plain, read = source.tensors, source.tensors, source.read
         if config is not None and tensors:
-            with found.guard("config.json"):
-                check_model(Held(folder, folder.name, container.name, config, tensors, read), found)
+            with found.guard("config.json"):  # of files that `open_source` may refuse
+                about = {"path": folder, "label": folder.name, "kind": container.name, "config": config}
+                check_model(cast(Source, SimpleNamespace(**about, tensors=tensors, read=read)), found)
         with found.guard(REPORT_NAME):
-            record = _record(folder)
-            delta = isinstance(record.get("delta"), dict)
+            delta = isinstance(_record(folder).get("delta"), dict)
             if delta:
                 found.note("a delta, no model of its own: it is not run, and zeros in it are what did not change")
-        check_values(names, read, delta, found, self.progress)
-        return tensors, delta
-
-    def _tokenizer(self, folder: Path, config: PretrainedConfig, found: Findings) -> None:
-        with found.guard("generation_config.json"):
-            check_ids(folder, config, found)
-        with found.guard("tokenizer"):
-            tokenizer = load_tokenizer(folder, trust_remote_code=False)
-            check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), found)
-
-    # -- files -------------------------------------------------------------------------------------------------------
+        check_values(plain, read, delta, found, self.progress)
+        return container, label, tensors, delta
 
     def file(self, path: Path, beside: Path | None) -> Verified:
         """A file of any container; checksums recorded in the folder `beside` are compared."""
@@ -216,37 +194,33 @@ class _Run:
         held = of_file(path)
         # What neither name nor content tells is taken for the oldest kind, whose files had any name.
         container = _named_like(path) or held or CONTAINERS["ggjt"]
-        kind = container.name
         if held is None:
             with path.open("rb") as opened:
                 magic = opened.read(4)
             known = " or ".join(row.word for row in files())
             found.problem(f"{path.name}: begins with {magic!r}: no {known} file, or a damaged one; download it again")
-            return _verified(path.name, kind, found, [], None)
+            return _verified(path.name, container.name, found)
         source: Source | None = None
         with found.guard(path.name):
             source = load(container.opens)(path)
-        parts = _parts_there(path) if source is None else [Path(part) for part in source.weight_files()]
+        if source is None:
+            stem, there = model_stem(path), sorted(path.parent.glob(f"*{path.suffix}"))
+            parts = [other for other in there if model_stem(other) == stem]
+        else:
+            parts = [Path(part) for part in source.weight_files()]
         if beside is not None:
             with found.guard("checksums"):
                 check_checksums(beside, {part.name for part in parts}, found, self.progress)
-        keys: Mapping[str, Any] = {}
         for part in parts if container.metadata else []:
             with found.guard(part.name):
-                own = load(container.metadata)(part)
-                check_metadata_paths(part.name, own, found)
-                keys = keys or own
+                check_metadata_paths(part.name, load(container.metadata)(part), found)
         if source is None:
-            return _verified(path.name, kind, found, [], None)
-        loads, sentence = self._file_model(source, keys, len(parts), found)
-        return _verified(path.name, kind, found, loads, sentence)
+            return _verified(path.name, container.name, found)
+        return self._opened(path.name, container.name, source, found)
 
-    def _file_model(
-        self, source: Source, keys: Mapping[str, Any], parts: int, found: Findings
-    ) -> tuple[list[Load], str | None]:
+    def _opened(self, name: str, kind: str, source: Source, found: Findings) -> Verified:
         with found.guard("metadata"):
-            held = Held(source.path, source.label, source.kind, source.config, source.tensors, source.read)
-            check_model(held, found)
+            check_model(source, found)
         check_values(source.tensors, source.read, False, found, self.progress)
         with found.guard("tokenizer"):
             check_tokenizer(source.tokenizer(), source.config.vocab_size, found)
@@ -254,22 +228,8 @@ class _Run:
             found.note(text)
         loads: list[Load] = []
         with found.guard("programs"):
-            vocabulary, architecture = (
-                str(keys.get(key, "")) for key in ("tokenizer.ggml.model", "general.architecture")
-            )
-            facts = Facts(
-                source.kind,
-                source.config,
-                {},
-                source.tensors,
-                vocabulary=vocabulary,
-                architecture=architecture,
-                parts=parts,
-            )
-            loads = programs(facts)
-        return loads, self._behave(source, found)
-
-    # -- running -----------------------------------------------------------------------------------------------------
+            loads = programs(Facts.of(source))
+        return _verified(name, kind, found, loads, self._behave(source, found))
 
     def _behave(self, model: Path | Source, found: Findings) -> str | None:
         """Run the model, as far as what is wrong with its files allows."""
@@ -279,8 +239,11 @@ class _Run:
         run = Findings(found.root)
         with run.guard("running it"):
             source = open_source(model) if isinstance(model, Path) else model
-            record = _record_of(source)
-            sentence = check_behaviour(source, record, self.device, run, self.progress)
+            whole = source.path.is_dir()
+            record = _record(source.path if whole else source.path.parent)
+            results = [{}] if whole else (record.get("evaluation") or {}).get("results") or [{}]
+            own = whole or results[-1].get("model") == source.label  # what lies beside a file may be of another
+            sentence = check_behaviour(source, record if own else {}, self.device, run, self.progress)
         damaged = sentence is None and bool(found.problems)
         for text in run.notes:
             found.note(text)
@@ -290,13 +253,18 @@ class _Run:
         return sentence
 
 
-def _config(folder: Path, found: Findings) -> tuple[PretrainedConfig | None, dict[str, Any]]:
-    content: dict[str, Any] = {}
-    config: PretrainedConfig | None = None
-    with found.guard("config.json"):
-        config = load_config(folder, trust_remote_code=False)
-        content = read_json(folder / "config.json")
-    return config, content
+def _weights(folder: Path, found: Findings) -> StoredTensors:
+    table = StoredTensors({}, frozenset(), {})
+    if SafetensorsFiles.present(folder):
+        with found.guard("weights"):
+            table = check_weights(folder, found)
+            for file, metadata in table.metadata.items():
+                check_metadata_paths(file, metadata, found)
+    elif PickledFiles.present(folder):
+        found.note("weights are pickled (pytorch_model.bin): vLLM and llama.cpp's converter like safetensors better")
+    else:
+        found.problem("no weights here: no safetensors file, no pytorch_model.bin; download them")
+    return table
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -304,27 +272,11 @@ def _record(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _record_of(source: Source) -> dict[str, Any]:
-    """What quantkit noted of a model: of a folder in it; of a file beside it, where its evaluation is the file's."""
-    if source.path.is_dir():
-        return _record(source.path)
-    record = _record(source.path.parent)
-    results = (record.get("evaluation") or {}).get("results") or [{}]
-    return record if results[-1].get("model") == source.label else {}
-
-
-def _parts_there(path: Path) -> list[Path]:
-    stem = model_stem(path)
-    return [other for other in sorted(path.parent.glob(f"*{path.suffix}")) if model_stem(other) == stem]
-
-
 def _model_files(folder: Path) -> list[Path]:
     """Files of a folder that hold a model, of split ones the first part that is there."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix == ".safetensors":
-            continue
-        if of_file(path) or _named_like(path):
+        if path.is_file() and path.suffix != ".safetensors" and (of_file(path) or _named_like(path)):
             found.setdefault(model_stem(path) + path.suffix, path)
     return list(found.values())
 
@@ -334,14 +286,7 @@ def _named_like(path: Path) -> Container | None:
     return next((row for row in files() if path.suffix and row.suffix == path.suffix), None)
 
 
-def _verified(name: str, kind: str, found: Findings, loads: list[Load], sentence: str | None) -> Verified:
+def _verified(
+    name: str, kind: str, found: Findings, loads: Sequence[Load] = (), sentence: str | None = None
+) -> Verified:
     return Verified(name, kind, tuple(found.problems), tuple(found.notes), tuple(loads), sentence)
-
-
-def _load_line(load: Load, width: int) -> str:
-    line = f"{load.program:<{width}}  {'yes' if load.ok else 'no '}  {load.why}".rstrip()
-    if not load.tensor_parallel:
-        return line
-    line += f"; tensor parallel {', '.join(map(str, load.tensor_parallel))}"
-    why = next(iter(load.limits.items()), None)
-    return line if why is None else f"{line} (not {why[0]}: {why[1]})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from quantkit.containers.source import Source
 from quantkit.evaluate.scores import score
 from quantkit.options import HELDOUT, EvaluationSpec, make
 from quantkit.progress import Progress
-from quantkit.tokens.text import EvaluationText, check_tokens, evaluation_text
+from quantkit.tokens.text import check_tokens, evaluation_text
 from quantkit.tokens.windows import Windows
 from quantkit.verbs.verify.findings import Findings
 
@@ -39,13 +39,16 @@ def check_behaviour(
     """Score held-out text and continue a sentence; returns the sentence, None where it was not got as far."""
     place = resolve_device(device)
     stream = ModelStream(source, place, torch.float32 if place.type == "cpu" else source.dtype)
-    expected = _recorded(record)
-    fluent = _check_perplexity(stream, expected, found, progress)
+    fluent = _check_perplexity(stream, _recorded(record), found, progress)
     ids = continuation(stream, progress)
-    if fluent:
-        _check_sentence(source, ids, found)
-    prompt = source.tokenizer()(PROMPT)["input_ids"]
-    return str(source.tokenizer().decode([*prompt, *ids], skip_special_tokens=True))
+    tokenizer = source.tokenizer()
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    odd = sum(not (letter.isprintable() or letter.isspace()) or letter == "\ufffd" for letter in text)
+    if fluent and odd * 4 > len(text) > 0:
+        found.problem(f"it writes {text[:60]!r}, which is no text; quantize or download it again")
+    if fluent and any(len(set(ids[at : at + _STUCK])) == 1 for at in range(len(ids) - _STUCK + 1)):
+        found.problem(f"it writes {text[:60]!r}, one token again and again; quantize or download it again")
+    return str(tokenizer.decode([*tokenizer(PROMPT)["input_ids"], *ids], skip_special_tokens=True))
 
 
 def continuation(stream: ModelStream, progress: Progress) -> list[int]:
@@ -59,11 +62,8 @@ def continuation(stream: ModelStream, progress: Progress) -> list[int]:
         for _ in range(count):
             states = stream.embed([torch.tensor([ids])])[0]
             for index in range(depth):
-                if keep:
-                    states = stream.call(index, kept[index], 0, states)
-                else:
-                    with stream.block(index) as block:
-                        states = stream.call(index, block, 0, states)
+                with nullcontext(kept[index]) if keep else stream.block(index) as block:
+                    states = stream.call(index, block, 0, states)
             with stream.head() as logits:
                 ids.append(int(logits(states[..., -1:, :]).reshape(-1).argmax()))
             advance(1)
@@ -82,22 +82,24 @@ def _recorded(record: Mapping[str, Any]) -> dict[str, Any] | None:
     results = evaluation.get("results")
     if not isinstance(results, list) or not results:
         return None
-    row = results[-1]  # the source's comes first
-    return {"seq_len": evaluation["seq_len"], "tokens": evaluation["tokens"], **row}
+    return {"seq_len": evaluation["seq_len"], "tokens": evaluation["tokens"], **results[-1]}  # the source's is first
 
 
 def _check_perplexity(
     stream: ModelStream, expected: Mapping[str, Any] | None, found: Findings, progress: Progress
 ) -> bool:
     """Whether it is low enough for sentences to be expected; a wrong one is a problem."""
-    text = _text(stream, expected)
+    config = stream.source.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or 512
+    seq_len = expected["seq_len"] if expected is not None else max(8, min(512, int(longest)))
+    text = evaluation_text(make(EvaluationSpec, text=HELDOUT, seq_len=seq_len), stream.source.tokenizer())
     check_tokens(text.windows.tokens, stream.source)
     seq_len = text.windows.tokens.shape[1]
     count = max(1, _SCORED_TOKENS // seq_len)
     windows = Windows(text.windows.tokens[:count], text.windows.first_scored[:count])
     nll = score([stream], windows, False, progress)[0].nll
     value, tokens = float(nll.mean()), nll.numel()
-    limit = _SPEECHLESS * math.log(int(stream.source.config.get_text_config().vocab_size))
+    limit = _SPEECHLESS * math.log(int(config.vocab_size))
     if expected is not None:
         wanted = math.log(expected["perplexity"])
         spread = expected["stderr"] / expected["perplexity"] * math.sqrt(expected["tokens"])
@@ -116,22 +118,6 @@ def _check_perplexity(
         )
     found.note(f"perplexity {_shown(value)} on the first {tokens} tokens of {text.name}")
     return value <= limit
-
-
-def _text(stream: ModelStream, expected: Mapping[str, Any] | None) -> EvaluationText:
-    longest = getattr(stream.source.config.get_text_config(), "max_position_embeddings", None) or 512
-    seq_len = expected["seq_len"] if expected is not None else max(8, min(512, int(longest)))
-    return evaluation_text(make(EvaluationSpec, text=HELDOUT, seq_len=seq_len), stream.source.tokenizer())
-
-
-def _check_sentence(source: Source, ids: list[int], found: Findings) -> None:
-    """A model that predicts text well must also write some."""
-    text = str(source.tokenizer().decode(ids, skip_special_tokens=True))
-    odd = sum(not (letter.isprintable() or letter.isspace()) or letter == "\ufffd" for letter in text)
-    if odd * 4 > len(text) > 0:
-        found.problem(f"it writes {text[:60]!r}, which is no text; quantize or download it again")
-    if len(ids) >= _STUCK and any(len(set(ids[at : at + _STUCK])) == 1 for at in range(len(ids) - _STUCK + 1)):
-        found.problem(f"it writes {text[:60]!r}, one token again and again; quantize or download it again")
 
 
 def _shown(log_perplexity: float) -> str:

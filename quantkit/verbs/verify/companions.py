@@ -57,16 +57,14 @@ def check_copies(folder: Path, config: Mapping[str, Any], found: Findings) -> No
     other = read_json(path)
     for key in sorted({*one, *other, *_DECIDING}):
         default = _DECIDING.get(key)
-        values = one.get(key, default), other.get(key, default)
-        if values[0] == values[1] and type(values[0]) is type(values[1]):
-            continue
-        if key in _DECIDING or (key in one and key in other):
+        here, there = one.get(key, default), other.get(key, default)
+        same = here == there and type(here) is type(there)
+        if not same and (key in _DECIDING or (key in one and key in other)):
             found.problem(
-                f"{key} is {values[0]!r} in config.json's quantization_config and {values[1]!r} in {path.name}; "
+                f"{key} is {here!r} in config.json's quantization_config and {there!r} in {path.name}; "
                 "make both the same"
             )
-    alone = sorted((one.keys() ^ other.keys()) - _DECIDING.keys())
-    if alone:
+    if alone := sorted((one.keys() ^ other.keys()) - _DECIDING.keys()):
         found.note(f"only one of the two quantization configs has {listed(alone)}")
 
 
@@ -105,18 +103,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
     if not ids or not str(text).strip():
         found.problem("the tokenizer gives nothing for an English sentence; copy that of the model it was made from")
     if tokenizer.chat_template:
-        _check_template(tokenizer, found)
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, found: Findings) -> None:
-    messages = [{"role": "user", "content": _PROBE}]
-    try:
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is the model's own program and may raise anything
-        found.problem(f"the chat template cannot be rendered: {first_line(error)}; copy that of the source model")
-        return
-    if _PROBE not in rendered:
-        found.problem("the chat template leaves the user's words out; copy that of the source model")
+        messages = [{"role": "user", "content": _PROBE}]
+        try:
+            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is the model's own program and may raise anything
+            found.problem(f"the chat template cannot be rendered: {first_line(error)}; copy that of the source model")
+            return
+        if _PROBE not in rendered:
+            found.problem("the chat template leaves the user's words out; copy that of the source model")
 
 
 # -- local paths -----------------------------------------------------------------------------------------------------
@@ -138,8 +132,7 @@ def check_folder_paths(folder: Path, found: Findings) -> None:
 
 def check_metadata_paths(file: str, metadata: Mapping[str, Any], found: Findings) -> None:
     """The same of a weight file's own keys; a vocabulary is none of them."""
-    values = {key: value for key, value in metadata.items() if not key.startswith("tokenizer.")}
-    check_strings(file, _strings(values), found)
+    check_strings(file, _strings({k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}), found)
 
 
 def check_strings(
@@ -149,8 +142,9 @@ def check_strings(
     person = _person()
     for place, text in strings:
         match = pattern.search(text) or (person.search(text) if person else None)
-        local = place.rsplit(".", 1)[-1] in LOCAL_KEYS and _is_path(text)
-        if match or local:
+        # ``owner/name`` of the Hub is no path.
+        is_path = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1 or "\\" in text
+        if match or (is_path and place.rsplit(".", 1)[-1] in LOCAL_KEYS):
             shown = match[0] if match else text
             found.problem(f"{file}: {place} holds {shown!r}, a local path or user name; remove it before publishing")
 
@@ -165,22 +159,14 @@ def _strings(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict):
         for key, item in value.items():
             if key not in _TEXTS:
-                inner = f"{place}.{key}" if place else str(key)
                 yield f"{place} (key)" if place else "a key", str(key)
-                yield from _strings(item, inner)
-
-
-def _is_path(text: str) -> bool:
-    """Whether a key that libraries fill with paths holds one; ``owner/name`` of the Hub is none."""
-    return text.startswith(("/", "./", "../", "~")) or text.count("/") > 1 or "\\" in text
+                yield from _strings(item, f"{place}.{key}" if place else str(key))
 
 
 def _person() -> re.Pattern[str] | None:
     """This machine's user and home folder as whole words; not as the owner of a repository."""
-    names = []
     try:
-        user = getpass.getuser()
-        home = str(Path.home())
+        user, home, names = getpass.getuser(), str(Path.home()), []
     except (KeyError, OSError, RuntimeError):  # a user without an entry
         return None
     if len(user) > 3 and user.lower() not in _COMMON:

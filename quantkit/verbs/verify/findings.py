@@ -16,26 +16,22 @@ class Findings:
 
     Attributes:
         root: absolute path of the folder; it is left out of what libraries raise.
-        problems: what is wrong, in the order of finding, each once.
-        notes: what a user may want to know.
+        problems: what is wrong, as keys: in the order of finding, each once.
+        notes: what a user may want to know, as keys.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-        self._said: set[str] = set()
+        self.problems: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
 
     def problem(self, text: str) -> None:
         """Note a fault: what it is of, what it is, what to do."""
-        if text not in self._said:
-            self._said.add(text)
-            self.problems.append(text)
+        self.problems[text] = None
 
     def note(self, text: str) -> None:
         """Note what is no fault."""
-        if text not in self.notes:
-            self.notes.append(text)
+        self.notes[text] = None
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:

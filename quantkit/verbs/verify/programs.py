@@ -6,7 +6,7 @@ Nothing is loaded here; what a program reads is known from its code, or was meas
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,12 @@ from transformers import PretrainedConfig
 
 from quantkit.blocks.families import FAMILIES
 from quantkit.containers import CONTAINERS, load
-from quantkit.containers.source import TensorInfo
-from quantkit.verbs.verify.gptq import label_of
-from quantkit.verbs.verify.tensor_parallel import Linear, tensor_parallel
+from quantkit.containers.source import Source, TensorInfo
+from quantkit.runs.atomic import read_json
+from quantkit.verbs.verify.packed import label_of
+
+PROGRAMS = ("transformers", "vLLM", "GPTQModel", "AutoGPTQ", "ExLlama", "ExLlamaV2", "llama.cpp", "ctransformers")
+SIZES = (1, 2, 4, 8)
 
 # Of docs/judges.md: families that a program misreads, and why.
 _TRANSFORMERS_NOT = {
@@ -34,11 +37,15 @@ _EXLLAMA2 = ("gemma2", "granite", "gpt2", "llama", "mistral", "mixtral", "phi3",
 _MARLIN_GROUPS = (-1, 32, 64, 128)
 # Linears that vLLM and SGLang fuse into one, which then has one precision.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-_CTRANSFORMERS_TYPES = {
-    *("F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-}
 _GGJT_TYPES = {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
+_CTRANSFORMERS_TYPES = _GGJT_TYPES | {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+# Linears whose input is what the GPUs have cut: their columns are shared out, all others' rows.
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "c_proj", "w2")
+_KEYS = ("k_proj", "v_proj")
+# What every GPU keeps whole: routers, the head (padded to a multiple of 64 rows).
+_WHOLE = ("gate", "router", "shared_expert_gate", "lm_head", "embed_out", "wte", "wpe")
+# Where columns are in act-order only Marlin cuts them, in tiles of so many columns and rows.
+_MARLIN_COLUMNS, _MARLIN_ROWS = 128, 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,21 @@ class Load:
     why: str = ""
     tensor_parallel: tuple[int, ...] = ()
     limits: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix [rows, columns]; `bits` 0 of what is not GPTQ codes; `group` columns a scale or GGML block, -1 a row."""
+
+    module: str
+    rows: int
+    columns: int
+    bits: int
+    group: int
+
+    @property
+    def name(self) -> str:
+        return self.module.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -82,38 +104,71 @@ class Facts:
     architecture: str = ""
     parts: int = 1
 
+    @classmethod
+    def of(cls, source: Source) -> Facts:
+        """Of an open folder or file."""
+        keys = source.metadata
+        return cls(
+            source.kind,
+            source.config,
+            read_json(source.path / "config.json") if source.path.is_dir() else {},
+            source.tensors,
+            source.quantization or {},
+            (source.path / "quantize_config.json").is_file(),
+            vocabulary=str(keys.get("tokenizer.ggml.model", "")),
+            architecture=str(keys.get("general.architecture", "")),
+            parts=len(source.weight_files()),
+        )
+
     @property
     def family(self) -> str:
         return str(self.config.model_type)
 
     @property
+    def is_v2(self) -> bool:
+        return bool(self.label.get("checkpoint_format") == "gptq_v2")
+
+    @property
     def linears(self) -> list[Linear]:
         """Matrices of the blocks, with the bits and groups of those that are packed."""
+        import gguf
+
+        blocks = {kind.name: int(gguf.GGML_QUANT_SIZES[kind][0]) for kind in gguf.GGMLQuantizationType}
         found = []
         for name, info in self.tensors.items():
             if not name.endswith(".weight") or len(info.shape) != 2 or 0 in info.shape or "embed" in name:
                 continue
-            module = name.removesuffix(".weight")
-            if info.bits:
-                group = int((label_of(module, self.label) or self.label).get("group_size", -1))
-            else:
-                group = _block(info.stored_as)
-            found.append(Linear(module, info.shape[0], info.shape[1], info.bits, group))
+            module, block = name.removesuffix(".weight"), blocks.get(info.stored_as, 1)
+            label = label_of(module, self.label) or self.label
+            group = int(label.get("group_size", -1)) if info.bits else block if block > 1 else -1
+            found.append(Linear(module, *info.shape, info.bits, group))
         return found
 
+    @property
+    def packed(self) -> list[Linear]:
+        return [linear for linear in self.linears if linear.bits]
 
-def _block(stored_as: str) -> int:
-    """Columns that a GGML type's block has; -1 for plain numbers."""
-    import gguf
-
-    kind = gguf.GGMLQuantizationType.__members__.get(stored_as)
-    columns = 1 if kind is None else int(gguf.GGML_QUANT_SIZES[kind][0])
-    return columns if columns > 1 else -1
+    @property
+    def short(self) -> Linear | None:
+        """A packed Linear whose last group has fewer columns than the others."""
+        return next((one for one in self.packed if one.group > 0 and one.columns % one.group), None)
 
 
 def programs(facts: Facts) -> list[Load]:
     """Every program with its answer."""
-    return [_answer(program, facts) for program in PROGRAMS]
+    container, answers = CONTAINERS[facts.kind], []
+    for program in PROGRAMS:
+        known = container.loads.get(program)
+        if known is None:
+            answers.append(Load(program, False, container.refused.get(program, container.refused.get("", ""))))
+        elif reasons := list(load(known.unless)(facts)) if known.unless else []:
+            answers.append(Load(program, False, "; ".join(reasons)))
+        elif program != "vLLM":
+            answers.append(Load(program, True, known.needs))
+        else:
+            gpus = tensor_parallel(facts.config, facts.linears, bool(facts.label.get("desc_act")))
+            answers.append(Load(program, True, known.needs, *gpus))
+    return answers
 
 
 # -- GPTQ folders ----------------------------------------------------------------------------------------------------
@@ -129,12 +184,12 @@ def gptqmodel(facts: Facts) -> Iterator[str]:
         yield _GPTQMODEL_NOT[facts.family]
     writers = (facts.label.get("meta") or {}).get("quantizer") or []
     own = any(str(name).startswith("gptqmodel") for name in ([writers] if isinstance(writers, str) else writers))
-    if not facts.label.get("sym") and not _is_v2(facts) and not own:
+    if not facts.label.get("sym") and not facts.is_v2 and not own:
         yield "of asymmetric files that others wrote it takes gptq_v2 only: --format gptq_v2"
 
 
 def vllm(facts: Facts) -> Iterator[str]:
-    packed = [linear for linear in facts.linears if linear.bits]
+    packed = facts.packed
     yield from unknown_family(facts)
     if not facts.label.get("sym"):
         yield "its kernels take symmetric codes only: --sym"
@@ -142,14 +197,8 @@ def vllm(facts: Facts) -> Iterator[str]:
         yield f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
     if odd := sorted({linear.group for linear in packed} - set(_MARLIN_GROUPS)):
         yield f"its kernels take groups of 32, 64, 128 or whole rows, not {', '.join(map(str, odd))}"
-    short = next((linear for linear in packed if linear.has_short_group), None)
-    if short:
+    if short := facts.short:
         yield f"{short.module} is {short.columns} wide, no multiple of its group of {short.group}"
-    yield from _parted(facts)
-
-
-def _parted(facts: Facts) -> Iterator[str]:
-    """Fused layers of several precisions."""
     by_parent: dict[str, dict[str, Linear]] = defaultdict(dict)
     for linear in facts.linears:
         parent, _, name = linear.module.rpartition(".")
@@ -165,23 +214,18 @@ def _parted(facts: Facts) -> Iterator[str]:
 def autogptq(facts: Facts) -> Iterator[str]:
     if facts.family not in _AUTOGPTQ:
         yield f"it has no class for {facts.family}, or runs beside transformers 4 only, which has none"
-    if _is_v2(facts):
+    if facts.is_v2:
         yield "it does not know gptq_v2 and reads every zero one too high, without a word: --format gptq"
-    short = next((linear for linear in facts.linears if linear.bits and linear.has_short_group), None)
-    if short and not facts.label.get("desc_act"):
+    if (short := facts.short) and not facts.label.get("desc_act"):
         yield f"its kernel has no short last group, as {short.module} has ({short.columns} in groups of {short.group})"
     if not facts.copies:
         yield "it reads quantize_config.json, which is missing"
-    yield from _untied(facts)
-    yield from _rotary(facts)
+    yield from _of_transformers_4(facts)
 
 
-def _untied(facts: Facts) -> Iterator[str]:
+def _of_transformers_4(facts: Facts) -> Iterator[str]:
     if facts.config.get_text_config().tie_word_embeddings and "lm_head.weight" not in facts.tensors:
         yield "it needs lm_head.weight in the file although it is tied: --untie"
-
-
-def _rotary(facts: Facts) -> Iterator[str]:
     rope = facts.content.get("rope_parameters")
     base = rope.get("rope_theta") if isinstance(rope, dict) else None
     if base not in (None, 10000, 10000.0) and "rope_theta" not in facts.content:
@@ -192,8 +236,7 @@ def exllama(facts: Facts) -> Iterator[str]:
     yield from _four_bits(facts)
     if facts.family != "llama":
         yield f"it runs Llamas only, not {facts.family}"
-    yield from _untied(facts)
-    yield from _rotary(facts)
+    yield from _of_transformers_4(facts)
 
 
 def exllama2(facts: Facts) -> Iterator[str]:
@@ -203,18 +246,12 @@ def exllama2(facts: Facts) -> Iterator[str]:
 
 
 def _four_bits(facts: Facts) -> Iterator[str]:
-    packed = [linear for linear in facts.linears if linear.bits]
-    if any(linear.bits != 4 for linear in packed):
+    if any(linear.bits != 4 for linear in facts.packed):
         yield "its kernel takes 4 bits only"
-    if _is_v2(facts):
+    if facts.is_v2:
         yield "it adds one to every zero, which gptq_v2 has added already: --format gptq"
-    short = next((linear for linear in packed if linear.has_short_group), None)
-    if short:
+    if short := facts.short:
         yield f"{short.module} is {short.columns} wide, no multiple of its group of {short.group}"
-
-
-def _is_v2(facts: Facts) -> bool:
-    return bool(facts.label.get("checkpoint_format") == "gptq_v2")
 
 
 # -- other folders, and files ----------------------------------------------------------------------------------------
@@ -258,18 +295,50 @@ def ggjt_by_ctransformers(facts: Facts) -> Iterator[str]:
         yield f"types {', '.join(odd)} were not measured in ggjt files"
 
 
-def _answer(program: str, facts: Facts) -> Load:
-    container = CONTAINERS[facts.kind]
-    known = container.loads.get(program)
-    if known is None:
-        return Load(program, False, container.refused.get(program, container.refused.get("", "")))
-    reasons = list(load(known.unless)(facts)) if known.unless else []
-    if reasons:
-        return Load(program, False, "; ".join(reasons))
-    if program != "vLLM":
-        return Load(program, True, known.needs)
-    sizes, limits = tensor_parallel(facts.config, facts.linears, bool(facts.label.get("desc_act")))
-    return Load(program, True, known.needs, sizes, limits)
+# -- tensor parallelism -----------------------------------------------------------------------------------------------
 
 
-PROGRAMS = ("transformers", "vLLM", "GPTQModel", "AutoGPTQ", "ExLlama", "ExLlamaV2", "llama.cpp", "ctransformers")
+def tensor_parallel(
+    config: PretrainedConfig, linears: Sequence[Linear], desc_act: bool
+) -> tuple[tuple[int, ...], dict[int, str]]:
+    """By vLLM's rules: of 1, 2, 4 and 8 GPUs those that the model can be cut for, and why not for the others."""
+    limits = {size: next(_obstacles(config, linears, desc_act, size), "") for size in SIZES[1:]}
+    return tuple(size for size in SIZES if not limits.get(size)), {size: why for size, why in limits.items() if why}
+
+
+def _obstacles(config: PretrainedConfig, linears: Sequence[Linear], desc_act: bool, size: int) -> Iterator[str]:
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    if heads % size:
+        yield f"{heads} attention heads cannot be shared by {size}"
+    if keys % size and size % keys:
+        yield f"{keys} heads of keys and values cannot be shared by {size}, nor each be on the same number of GPUs"
+    for linear in linears:
+        if linear.name in _ROW_PARALLEL:
+            yield from _by_columns(linear, desc_act, size)
+        if linear.name in (*_WHOLE, *_ROW_PARALLEL):
+            continue
+        parts = min(size, keys) if linear.name in _KEYS else size
+        rows, rest = divmod(linear.rows, parts)
+        if rest:
+            yield f"{linear.module}: {linear.rows} rows cannot be shared by {parts}"
+        elif linear.bits and rows % (32 // linear.bits):  # each part must be whole words of zeros
+            yield (
+                f"{linear.module}: {linear.rows} rows over {parts} are {rows}, no whole number of words of "
+                f"{32 // linear.bits} codes"
+            )
+
+
+def _by_columns(linear: Linear, desc_act: bool, size: int) -> Iterator[str]:
+    """The input is cut: each part must be whole groups and whole words."""
+    part = linear.columns // size
+    where = f"{linear.module}: {linear.columns} columns over {size} are {linear.columns / size:g}"
+    if linear.columns % size:
+        yield f"{linear.module}: {linear.columns} columns cannot be shared by {size}"
+    elif linear.bits and part % (32 // linear.bits):
+        yield f"{where}, which is no whole number of words of {32 // linear.bits} codes"
+    elif linear.group > 0 and part % linear.group:
+        yield f"{where}, no multiple of the {'group' if linear.bits else 'block'} of {linear.group}"
+    elif linear.bits and desc_act and linear.group > 0 and (part % _MARLIN_COLUMNS or linear.rows % _MARLIN_ROWS):
+        yield f"{where} x {linear.rows} rows; with desc_act the cut needs multiples of 128 x 64"

@@ -1,29 +1,31 @@
 """Importance matrices: the mean square of every column of each Linear's input, by the tensor's name in a GGUF file.
 
-llama.cpp's tools write them in a GGUF file of sums and counts, and wrote a plain binary form (``.dat``) before that,
-which many published ones still have. Both are read to the numbers that llama-quantize makes of them.
+llama.cpp's tools write them in a GGUF file, per tensor the sums of squared inputs and over how many tokens, and wrote a
+plain binary form (``.dat``) before that, which many published ones still have. Both are read to the numbers that
+llama-quantize makes of them; the first is written.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf import GGUFWriter
 
 from quantkit.containers.gguf.file import MAGIC, GgufFile
+from quantkit.containers.readback import ReadBack
 from quantkit.errors import SourceError, UsageError
 
 Array = npt.NDArray[np.float32]
 
-SUMS, COUNTS = ".in_sum2", ".counts"
-"""What follows a tensor's name in the names of the two tensors that a GGUF file has for it."""
+# What follows a tensor's name in the names of the two tensors that a GGUF file has for it.
+_SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,72 @@ def read_imatrix(path: str | Path) -> Imatrix:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What one tensor's Linears read; of a stack of experts each has a row.
+
+    Attributes:
+        sums: float32 [experts or 1, columns], squares summed over tokens.
+        counts: float32 [experts or 1, 1], the tokens.
+    """
+
+    sums: Array
+    counts: Array
+
+    @classmethod
+    def empty(cls, experts: int, columns: int) -> Entry:
+        """An entry that saw nothing yet."""
+        return cls(np.zeros((experts, columns), dtype=np.float32), np.zeros((experts, 1), dtype=np.float32))
+
+    @property
+    def bytes(self) -> int:
+        """Of both tensors' data."""
+        return self.sums.nbytes + self.counts.nbytes
+
+
+def write_imatrix(
+    path: Path,
+    entries: Mapping[str, Entry],
+    datasets: Sequence[str],
+    chunks: int,
+    chunk_size: int,
+    provenance: Mapping[str, str],
+) -> None:
+    """Write the file and read it back; equal arguments give equal bytes.
+
+    Args:
+        path: where nobody takes it for finished yet (`quantkit.runs.atomic.staged_files`).
+        entries: by the tensor's name in a GGUF file.
+        datasets: names of the calibration data, without local paths.
+        chunks, chunk_size: windows of text, and tokens in each.
+        provenance: further keys.
+
+    Raises:
+        OutputError: other data was read back than was written.
+    """
+    file = GGUFWriter(path, arch="")  # which leaves general.architecture out, as llama.cpp's files have none
+    file.add_type(gguf.GGUFType.IMATRIX)
+    file.add_array(gguf.Keys.IMatrix.DATASETS, list(datasets))
+    file.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, chunks)
+    file.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, chunk_size)
+    for key, value in provenance.items():
+        file.add_string(key, value)
+    read_back = ReadBack()
+    for name, entry in sorted(entries.items()):
+        for part, both in ((_SUMS, entry.sums), (_COUNTS, entry.counts)):
+            values = both[0] if len(both) == 1 else both  # ggml stores no dimension of 1
+            file.add_tensor(name + part, values)
+            read_back.wrote(path, name + part, values)
+    try:
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+    finally:
+        file.close()
+    stored = GgufFile(path)
+    read_back.compare(lambda _, name: [stored.values(name)])
+
+
 def _read_gguf(path: Path) -> Imatrix:
     file = GgufFile(path)
     if file.keys.get("general.type") != gguf.GGUFType.IMATRIX:
@@ -101,7 +169,7 @@ def _read_gguf(path: Path) -> Imatrix:
     if not isinstance(chunks, int):
         raise SourceError(f"{path}: broken importance matrix: {gguf.Keys.IMatrix.CHUNK_COUNT} is no count")
     names = dict.fromkeys(
-        tensor.removesuffix(s) for tensor in file.tensors for s in (SUMS, COUNTS) if tensor.endswith(s)
+        tensor.removesuffix(s) for tensor in file.tensors for s in (_SUMS, _COUNTS) if tensor.endswith(s)
     )
     if not names:
         raise SourceError(f"{path}: an importance matrix without entries; make it again")
@@ -111,7 +179,7 @@ def _read_gguf(path: Path) -> Imatrix:
 def _mean(file: GgufFile, name: str) -> Array:
     """float32 [experts or 1, columns] of the entry `name`."""
     parts = []
-    for suffix in (SUMS, COUNTS):
+    for suffix in (_SUMS, _COUNTS):
         tensor = file.tensors.get(name + suffix)
         if tensor is None or tensor.kind != gguf.GGMLQuantizationType.F32 or not tensor.bytes:
             raise SourceError(f"{file.path}: broken importance matrix: {name}{suffix} is missing, empty or not float32")
@@ -125,11 +193,10 @@ def _mean(file: GgufFile, name: str) -> Array:
     return means
 
 
-def _checked(values: npt.NDArray[Any], path: Path, name: str) -> Array:
+def _checked(values: Array, path: Path, name: str) -> Array:
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise SourceError(f"{path}: the entry {name} has a value that is negative or not finite; make the file again")
-    checked: Array = values
-    return checked
+    return values
 
 
 class _Dat:
@@ -142,11 +209,11 @@ class _Dat:
         self._entries: dict[str, Array] = {}
 
     def read(self) -> Imatrix:
-        for _ in range(self._count("entries")):
-            name = self._text(self._count("characters of a name"))
+        for _ in range(self._int("entries")):
+            name = self._text(self._int("characters of a name"))
             if name in self._entries:
                 raise self._broken(f"it holds {name} twice")
-            calls, length = self._int(), self._count(f"values of {name}")
+            calls, length = self._int(), self._int(f"values of {name}")
             values = _checked(np.frombuffer(self._take(4 * length), "<f4").astype(np.float32), self._path, name)
             self._entries[name] = values[None] / np.float32(calls if calls > 0 else 1)
         # What follows came later: first the chunks, then the data set.
@@ -163,14 +230,10 @@ class _Dat:
         except UnicodeDecodeError:
             raise self._broken("a name is no text") from None
 
-    def _count(self, what: str) -> int:
-        value = self._int()
-        if value < 1:
-            raise self._broken(f"{value} {what}")
-        return value
-
-    def _int(self) -> int:
+    def _int(self, counted: str = "") -> int:
         value: int = struct.unpack("<i", self._take(4))[0]
+        if counted and value < 1:
+            raise self._broken(f"{value} {counted}")
         return value
 
     def _take(self, size: int) -> bytes:

@@ -16,85 +16,52 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
+BLOCK, SUPER_BLOCK = 32, 256
+
+
 @dataclass(frozen=True)
 class BlockType:
-    """A block type of 32 weights.
+    """A block type of 32 weights, or a K-quant: super-blocks of 256 weights in sub-blocks.
 
     Attributes:
         bits: of a code.
-        has_minimum: value d * q + m; without it d * (q - 2**(bits - 1)).
+        has_minimum: value d * q + m; without it d * (q - 2**(bits - 1)). Of a K-quant d * sc * q - dmin * m, sc and m
+            without a sign; without it d * sc * (q - 2**(bits - 1)), sc with a sign.
+        group: weights that share a scale: of a block, of a K-quant's sub-block.
+        scale_bits: of a sub-block's scale; 0 for blocks of 32.
     """
 
     bits: int
     has_minimum: bool
+    group: int = BLOCK
+    scale_bits: int = 0
 
     @property
     def columns(self) -> int:
-        """Weights of a block."""
-        return BLOCK
-
-    @property
-    def group(self) -> int:
-        """Weights that share a scale."""
-        return BLOCK
+        """Weights of a block or super-block."""
+        return SUPER_BLOCK if self.scale_bits else BLOCK
 
 
-@dataclass(frozen=True)
-class SuperBlockType:
-    """A K-quant: super-blocks of 256 weights in sub-blocks.
-
-    Attributes:
-        bits: of a code.
-        sub_block: weights that share a scale.
-        scale_bits: of a sub-block's scale.
-        has_minimum: value d * sc * q - dmin * m, sc and m without a sign; without it d * sc * (q - 2**(bits - 1)),
-            sc with a sign.
-    """
-
-    bits: int
-    sub_block: int
-    scale_bits: int
-    has_minimum: bool
-
-    @property
-    def columns(self) -> int:
-        """Weights of a super-block."""
-        return SUPER_BLOCK
-
-    @property
-    def group(self) -> int:
-        """Weights that share a scale."""
-        return self.sub_block
-
-
-BLOCK = 32
-SUPER_BLOCK = 256
 BLOCK_TYPES = {
+    "Q2_K": BlockType(2, True, 16, 4),
+    "Q3_K": BlockType(3, False, 16, 6),
     "Q4_0": BlockType(4, False),
+    "Q4_K": BlockType(4, True, 32, 6),
     "Q4_1": BlockType(4, True),
     "Q5_0": BlockType(5, False),
+    "Q5_K": BlockType(5, True, 32, 6),
     "Q5_1": BlockType(5, True),
+    "Q6_K": BlockType(6, False, 16, 8),
     "Q8_0": BlockType(8, False),
 }
-SUPER_BLOCK_TYPES = {
-    "Q2_K": SuperBlockType(2, 16, 4, True),
-    "Q3_K": SuperBlockType(3, 16, 6, False),
-    "Q4_K": SuperBlockType(4, 32, 6, True),
-    "Q5_K": SuperBlockType(5, 32, 6, True),
-    "Q6_K": SuperBlockType(6, 16, 8, False),
-}
-
-
-def type_of(name: str) -> BlockType | SuperBlockType:
-    """What a type is made of, by GGML's name. Raises KeyError."""
-    return BLOCK_TYPES.get(name) or SUPER_BLOCK_TYPES[name]
+"""By GGML's name, from the smallest to the largest; of equal sizes the simpler block first."""
 
 
 def pack_blocks(name: str, codes: Array, d: Array, m: Array | None = None) -> Array:
     """Rows of a 32-weight type.
 
     Args:
-        name: a key of `BLOCK_TYPES`.
+        name: of a type of 32 weights in `BLOCK_TYPES`.
         codes: uint8 [rows, columns]; columns a multiple of 32.
         d, m: float16 [rows, columns / 32]; m for types with a minimum only.
 
@@ -117,7 +84,7 @@ def pack_super_blocks(
     """Rows of a K-quant.
 
     Args:
-        name: a key of `SUPER_BLOCK_TYPES`.
+        name: of a K-quant in `BLOCK_TYPES`.
         codes: uint8 [rows, columns]; columns a multiple of 256.
         d: float16 [rows, columns / 256].
         sc: int16 [rows, columns / sub_block], what the sub-block's scale is in units of d.
@@ -126,28 +93,29 @@ def pack_super_blocks(
     Returns:
         uint8 [rows, bytes].
     """
-    kind = SUPER_BLOCK_TYPES[name]
-    q = _blocks(codes, SUPER_BLOCK)
-    scales = _blocks(sc, SUPER_BLOCK // kind.sub_block)
+    subs = SUPER_BLOCK // BLOCK_TYPES[name].group
+    q, scales = _blocks(codes, SUPER_BLOCK), _blocks(sc, subs)
     if name == "Q6_K":
         return _rows([_nibbles(q & 15, 64), _pairs(q >> 4), scales.astype(np.int8).view(np.uint8), _as_bytes(d)])
     if name == "Q3_K":
-        return _rows(
-            [_bit_planes(q >> 2), _pairs(q & 3), _six_bit_scales((scales + 32).astype(np.uint8)), _as_bytes(d)]
-        )
+        # Sixteen scales 0..63 in twelve bytes: low nibbles of j and j + 8, then four high pairs a byte.
+        sixths = (scales + 32).astype(np.uint8)
+        high = _merge((sixths >> 4).reshape(*sixths.shape[:2], 4, 4), 2)
+        return _rows([_bit_planes(q >> 2), _pairs(q & 3), _nibbles(sixths & 15, 8), high, _as_bytes(d)])
     assert dmin is not None and m is not None
-    sc8, m8 = scales.astype(np.uint8), _blocks(m, SUPER_BLOCK // kind.sub_block).astype(np.uint8)
+    sc8, m8 = scales.astype(np.uint8), _blocks(m, subs).astype(np.uint8)
     if name == "Q2_K":
         return _rows([sc8 | m8 << 4, _pairs(q), _as_bytes(d), _as_bytes(dmin)])
+    # Eight scales and minima of six bits in twelve bytes.
+    six = [(part[..., :4] & 63) | (part[..., 4:] >> 4) << 6 for part in (sc8, m8)]
+    six.append((sc8[..., 4:] & 15) | (m8[..., 4:] & 15) << 4)
     fifth = [_bit_planes(q >> 4)] if name == "Q5_K" else []
-    return _rows([_as_bytes(d), _as_bytes(dmin), _scales_and_minima(sc8, m8), *fifth, _nibbles(q & 15, 32)])
+    return _rows([_as_bytes(d), _as_bytes(dmin), *six, *fifth, _nibbles(q & 15, 32)])
 
 
 def _blocks(values: Array, size: int) -> Array:
-    rows, columns = values.shape
-    assert columns % size == 0
-    blocks: Array = values.reshape(rows, columns // size, size)
-    return blocks
+    assert values.shape[1] % size == 0
+    return values.reshape(len(values), -1, size)
 
 
 def _as_bytes(d: Array) -> Array:
@@ -174,21 +142,6 @@ def _pairs(q: Array) -> Array:
 def _bit_planes(bits: Array) -> Array:
     """One bit each: element 32 * plane + l is bit `plane` of byte l."""
     return _merge(bits.reshape(*bits.shape[:2], 8, 32), 1)
-
-
-def _six_bit_scales(sc: Array) -> Array:
-    """Q3_K's sixteen scales 0..63 in twelve bytes: low nibbles of j and j + 8, then four high pairs a byte."""
-    low = (sc[..., :8] & 15) | (sc[..., 8:] & 15) << 4
-    high = _merge((sc >> 4).reshape(*sc.shape[:2], 4, 4), 2)
-    return np.concatenate([low, high], axis=-1)
-
-
-def _scales_and_minima(sc: Array, m: Array) -> Array:
-    """Q4_K's and Q5_K's eight scales and minima of six bits in twelve bytes."""
-    first = (sc[..., :4] & 63) | (sc[..., 4:] >> 4) << 6
-    second = (m[..., :4] & 63) | (m[..., 4:] >> 4) << 6
-    third = (sc[..., 4:] & 15) | (m[..., 4:] & 15) << 4
-    return np.concatenate([first, second, third], axis=-1)
 
 
 def _merge(values: Array, bits: int) -> Array:

@@ -63,7 +63,7 @@ class StoredTensors:
 
 def check_weights(folder: Path, found: Findings) -> StoredTensors:
     """The folder's safetensors files and their index."""
-    files, index = sorted(folder.glob("*.safetensors")), folder / _INDEX
+    files, index = sorted(path for path in folder.glob("*.safetensors") if path.is_file()), folder / _INDEX
     weight_map, total = _read_index(index, found) if index.is_file() else ({}, None)
     wanted = sorted(set(weight_map.values()))
     if weight_map:

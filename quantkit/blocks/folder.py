@@ -10,6 +10,7 @@ import torch
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import ExpertNames, bind, build_on_meta, put_together
+from quantkit.codes.underflow import Underflow
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source, Weights
@@ -107,24 +108,27 @@ def whole_weights(source: Source) -> Weights:
 def _write(
     folder: Path, plan: FolderPlan, max_shard_bytes: int, progress: Progress, watch: Callable[[torch.Tensor], None]
 ) -> None:
-    planned = plan.tensors
+    planned, underflow = plan.tensors, Underflow()
     writer = ShardedWriter(folder, planned, max_shard_bytes)
     try:
         with progress.phase(_PHASES.get(plan.source.kind, "converting"), len(planned)) as advance:
             for tensor in planned:
-                values = _cast(plan.weights, tensor, watch)
+                values = _cast(plan.weights, tensor, watch, underflow)
                 writer.write(tensor.name, values)
                 del values  # before the next one is read
                 advance(1)
             writer.finish()
     finally:
         writer.close()
+    underflow.warn(progress, "--dtype bfloat16 or float32 keeps them")
     written = open_weights(folder)
     with progress.phase("reading back", len(planned)) as advance:
         writer.read_back(written.read, advance)
 
 
-def _cast(weights: Weights, tensor: TensorPlan, watch: Callable[[torch.Tensor], None]) -> torch.Tensor:
+def _cast(
+    weights: Weights, tensor: TensorPlan, watch: Callable[[torch.Tensor], None], underflow: Underflow
+) -> torch.Tensor:
     """The tensor in the type it is written in.
 
     Raises:
@@ -135,6 +139,7 @@ def _cast(weights: Weights, tensor: TensorPlan, watch: Callable[[torch.Tensor], 
         stored = weights.tensors[tensor.name].stored_as
         raise SourceError(f"{tensor.name} is stored as {stored}, which is no type of a weight")
     watch(values)
+    underflow.see(tensor.name, values, tensor.dtype)
     cast = values.to(tensor.dtype)
     if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
         if not bool(torch.isfinite(values).all()):

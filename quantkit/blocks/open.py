@@ -160,6 +160,9 @@ def note_source(source: Source, progress: Progress) -> None:
     """Say what had to be assumed of a model whose format does not say all, or of a pair."""
     for text in source.remarks:
         progress.note(text)
+    for part in source.parts.values():
+        for text in part.left_out:
+            progress.warn(text)
     if source.doubt is not None:
         progress.warn(source.doubt)
     if len(source.parts) == 1 and delta_record(source):

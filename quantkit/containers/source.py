@@ -77,6 +77,7 @@ class Source(Protocol):
         dtype: dtype of the tensors that are not quantized, as published variants should keep it.
         float32: names of the tensors that are float32 beside weights in half precision, and stay that.
         remarks: what a user should know of what was chosen or assumed to read it, a line each.
+        left_out: what lies beside it and no output takes along, a line each.
         doubt: why it may not be what it is taken for; None where nothing says so.
         choices: what was chosen to read it, for the record beside a result.
         quantization: the quantization of its config, of folders that hold codes; None of others.
@@ -91,6 +92,7 @@ class Source(Protocol):
     dtype: torch.dtype
     float32: frozenset[str] = frozenset()
     remarks: Sequence[str] = ()
+    left_out: Sequence[str] = ()
     doubt: str | None = None
     choices: Mapping[str, Any] = MappingProxyType({})
     quantization: dict[str, Any] | None = None

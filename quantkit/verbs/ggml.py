@@ -105,7 +105,8 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     note_left_out(weights, progress, parameters_only=True)
     allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
     plan = gguf_files.plan(source, weights)
-    chosen = list(zip(plan, Chooser(source, weights, types, allowed).choose(plan), strict=True))
+    chooser = Chooser(source, weights, types, allowed)
+    chosen = list(zip(plan, chooser.choose(plan), strict=True))
     if types.imatrix is not None:
         _check_imatrix(types.imatrix, chosen, progress)
     kinds = [choice.kind for _, choice in chosen]
@@ -121,6 +122,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     if options.dry_run:
         return report
     first = write()
+    chooser.underflow.warn(progress, "--type bf16 or f32 keeps them")
     return replace(report, out=first, seconds=time.perf_counter() - started, dry_run=False)
 
 

@@ -17,6 +17,7 @@ import torch
 from quantkit.blocks.open import fitted, model_or_default, note_left_out, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
+from quantkit.codes.underflow import Underflow
 from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.gguf.recipes import parse_kind
 from quantkit.containers.source import Source
@@ -474,15 +475,19 @@ def check_finite(stream: ModelStream, target: Target, progress: Progress = SILEN
     Raises:
         NumericError: names a tensor that holds NaN or infinity, or that is to be kept and cannot be in its dtype.
     """
-    names = list(stream.weights.tensors)
+    names, underflow = list(stream.weights.tensors), Underflow()
     mine = ranks.share(len(names))
     with progress.phase("checking weights", len(mine)) as advance:
         for name in names[mine.start : mine.stop]:
-            if not _all_finite(stream.weights.read(name)):
+            values, is_kept = stream.weights.read(name), name.removesuffix(".weight") not in target.plan
+            if not _all_finite(values):
                 raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
-            if name.removesuffix(".weight") not in target.plan:
+            # Scales of codes are float16, whatever the rest is in.
+            underflow.see(name, values, stream.source.dtype if is_kept else torch.float16)
+            if is_kept:
                 target.check_kept(name)
             advance(1)
+    underflow.warn(progress, "`quantkit convert --dtype bfloat16` keeps what is not quantized")
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import quantkit
 from quantkit.codes import libggml
 from quantkit.containers.ggjt.read import GgjtSource
 from quantkit.containers.gguf import types as ggml_types
+from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.read import GgufSource
 from quantkit.containers.gguf.types import Kind
 from quantkit.containers.gptq.read import GptqSource
@@ -30,6 +33,7 @@ from quantkit.containers.imatrix import read_imatrix
 from quantkit.errors import (
     MissingPackageError,
     NumericError,
+    QuantkitError,
     SourceError,
     UsageError,
 )
@@ -433,6 +437,57 @@ def test_ggjt_refuses_what_it_cannot_say(make_model: MakeModel, sentencepiece_ll
     with pytest.raises(UsageError, match="BF16 has no place in this file"):
         quantkit.ggml(sentencepiece_llama, tmp_path / "out.bin", container="ggjt", type="bf16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_codes_with_a_scale_that_is_no_number_go_nowhere(
+    value: float, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+) -> None:
+    model = quantized(make_model, tiny_tokens, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.scales"
+    tensors[name][0, 3] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for make in (partial(quantkit.ggml, pre="gpt-2"), quantkit.convert):
+        with pytest.raises(QuantkitError, match=rf"{name} hold NaN or infinity; the model's files are damaged"):
+            make(model, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_blocks_with_a_scale_that_is_no_number_are_not_copied(make_model: MakeModel, tmp_path: Path) -> None:
+    first = tmp_path / "first.gguf"
+    quantkit.ggml(make_model("llama"), type="q8_0", pre="gpt-2", out=first)
+    tensor = GgufFile(first).tensors["blk.0.ffn_down.weight"]
+    with first.open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(np.float16(np.inf).tobytes())
+    with pytest.raises(NumericError, match=r"layers\.0\.mlp\.down_proj\.weight holds NaN or infinity"):
+        quantkit.ggml(first, type="q8_0", out=tmp_path / "second.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["first.gguf"]
+
+
+def test_what_float16_makes_zeros_of_is_said(make_model: MakeModel, recorder: Recorder, tmp_path: Path) -> None:
+    model = shutil.copytree(make_model("llama", dtype="float32"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 1e-9
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    for number, (make, options, loses) in enumerate(
+        [
+            (quantkit.convert, {}, True),
+            (quantkit.convert, {"dtype": "bfloat16"}, False),
+            (quantkit.ggml, {"type": "f16", "pre": "gpt-2"}, True),
+            (quantkit.ggml, {"type": "q8_0", "pre": "gpt-2"}, True),
+            (quantkit.ggml, {"type": "f32", "pre": "gpt-2"}, False),
+            (quantkit.gptq, {"calibration": token_matrix(2, 16), "evaluate": False, "device": "cpu"}, True),
+        ]
+    ):
+        recorder.warnings.clear()
+        make(model, out=tmp_path / str(number), progress=recorder, **options)
+        said = [
+            text for text in recorder.warnings if "makes zeros of 100 % of the values of model.embed_tokens" in text
+        ]
+        assert len(said) == loses, (make, options)
+        assert all("bfloat16" in text or "bf16" in text for text in said)
 
 
 def test_an_importance_matrix_of_another_model(

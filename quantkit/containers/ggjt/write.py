@@ -260,6 +260,8 @@ def _encoded(tensor: GgjtTensor, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     floats = values.astype(np.float32, copy=False)
     limit = np.finfo(np.float32 if tensor.kind == Kind.F32 else np.float16).max  # scales of blocks are float16 too
     if not bool((np.abs(floats) <= limit).all()):
+        if not bool(np.isfinite(floats).all()):
+            raise NumericError(f"{tensor.published} holds NaN or infinity; the model's files are damaged")
         raise NumericError(f"{tensor.published}: a value is not finite in {tensor.kind.name}; choose F32 for it")
     encoded: npt.NDArray[Any] = gguf.quants.quantize(floats, tensor.kind)
     return encoded

@@ -16,6 +16,7 @@ import torch
 
 from quantkit.codes import libggml
 from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
+from quantkit.codes.underflow import Underflow
 from quantkit.containers.gguf import GgufTensor, architecture_of
 from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.recipes import (
@@ -43,6 +44,7 @@ _WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 _UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
 _AS_IT_IS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 _VALUES_A_TILE = 1 << 22
+_READABLE = frozenset(gguf.quants._type_traits)  # blocks that gguf-py can take apart
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Chooser:
         self._source, self._weights, self._options, self._allowed = source, weights, options, allowed
         self._own = Kind.BF16 if source.dtype == torch.bfloat16 and Kind.BF16 in allowed else Kind.F16
         self._modules = frozenset[str]() if source.codes is None else frozenset(source.codes.quantized_names())
+        self.underflow = Underflow()
         self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
 
     def choose(self, plan: Sequence[GgufTensor]) -> list[Choice]:
@@ -253,25 +256,35 @@ class Chooser:
     def _blocks(self, _: GgufTensor, published: str) -> Array:
         stored = self._weights.stored(published)
         assert self._source.ggml is not None and stored is not None
-        return self._source.ggml.blocks(stored)[1]
+        kind, rows = self._source.ggml.blocks(stored)
+        step = max(1, _VALUES_A_TILE // (rows.shape[1] or 1))
+        if kind in FLOATS:
+            if not bool(torch.isfinite(self._weights.read(published)).all()):
+                raise _damaged(published)
+        elif kind in _READABLE:
+            with np.errstate(all="ignore"):
+                for start in range(0, len(rows), step):
+                    if not np.isfinite(gguf.quants.dequantize(rows[start : start + step], kind)).all():
+                        raise _damaged(published)
+        return rows
 
     def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
         def encode(tensor: GgufTensor, published: str) -> Array:
             values = self._weights.read(published)
             if _AS_IT_IS.get(values.dtype) == kind and values.ndim == 2 and not tensor.offset:
                 if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
-                    raise NumericError(f"{published}: a value is not finite")
+                    raise _damaged(published)
                 octets: Array = values.contiguous().view(torch.uint8).numpy()
                 return octets
             if values.ndim == 1:
-                return _checked(tensor.values(values), kind, published)
+                return self._held(tensor.values(values), kind, published)
             own = None if importance is None else importance[tensor.sources.index(published)]
             block, size = gguf.GGML_QUANT_SIZES[kind]
             packed = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
             step = max(1, _VALUES_A_TILE // values.shape[1])
             by_library = kind not in FLOATS and (own is not None or kind not in _WITHOUT_LIBRARY or libggml.available())
             for start in range(0, len(packed), step):
-                tile = _checked(tensor.values(values[start : start + step]), kind, published)
+                tile = self._held(tensor.values(values[start : start + step]), kind, published)
                 if by_library:
                     packed[start : start + step] = libggml.round_to_blocks(tile, kind, own)
                 else:
@@ -279,6 +292,12 @@ class Chooser:
             return packed
 
         return encode
+
+    def _held(self, values: Array, kind: Kind, published: str) -> Array:
+        """Values that the type holds; those that it makes zeros of are counted. Raises NumericError."""
+        if kind not in (Kind.F32, Kind.BF16):
+            self.underflow.see(published, torch.from_numpy(values))
+        return _checked(values, kind, published)
 
 
 def _fitted(tensor: GgufTensor, kind: Kind) -> Planned:
@@ -289,9 +308,14 @@ def _checked(values: Array, kind: Kind, published: str) -> Array:
     wide = kind in (Kind.F32, Kind.BF16)
     most = float(np.finfo(np.float32 if wide else np.float16).max)
     if not (values.min(initial=0) >= -most and values.max(initial=0) <= most):  # nor where they are NaN
-        why = "a value is not finite" if wide else "a value is beyond float16; use --type bf16 or f32"
-        raise NumericError(f"{published}: {why}")
+        if not np.isfinite(values).all():
+            raise _damaged(published)
+        raise NumericError(f"{published}: a value is beyond float16; use --type bf16 or f32")
     return values
+
+
+def _damaged(published: str) -> NumericError:
+    return NumericError(f"{published} holds NaN or infinity; the model's files are damaged")
 
 
 def _shown(found: Mapping[str, str]) -> str:

@@ -78,7 +78,7 @@ class GptqSource(FolderSource):
     def read(self, name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and f"{module}.qweight" in self.stored.tensors:
-            scales, group = self.stored.read(f"{module}.scales").float().T, self.read_groups(module).long()
+            scales, group = self._finite_scales(module).T, self.read_groups(module).long()
             steps = self.read_unpacked(module).float() - self.read_zeros(module).float()[:, group]
             return steps * scales[:, group]
         return self.stored.read(name)
@@ -96,12 +96,19 @@ class GptqSource(FolderSource):
         return self.stored.read(f"{module}.qweight")
 
     def read_scales(self, module: str) -> torch.Tensor:
-        stored = self.stored.read(f"{module}.scales").float()
+        stored = self._finite_scales(module)
         scales = stored.half()
         if not torch.equal(scales.float(), stored):
             raise SourceError(
                 f"{self.path}: {module}.scales hold more than float16; its codes cannot be taken as they are"
             )
+        return scales
+
+    def _finite_scales(self, module: str) -> torch.Tensor:
+        """float32 [groups, out]. Raises SourceError."""
+        scales = self.stored.read(f"{module}.scales").float()
+        if not bool(torch.isfinite(scales).all()):
+            raise SourceError(f"{self.path}: {module}.scales hold NaN or infinity; the model's files are damaged")
         return scales
 
     def read_unpacked(self, module: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
+from quantkit.runs.links import first_pipe, is_foreign
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -47,6 +48,12 @@ class FolderSource(Source):
         self.dtype = stored_dtype(self.stored.tensors)
         self.float32 = in_float32(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        beside = [folder / name for name in COMPANIONS if (folder / name).is_file()] + _templates(folder)
+        self.left_out = tuple(
+            f"{path}: is a link to outside the folder, and is left out; put a copy in its place"
+            for path in dict.fromkeys(beside)
+            if is_foreign(path, folder)
+        )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -130,6 +137,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
                 f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing"
             )
     if "gguf_file" not in options:
+        if (pipe := first_pipe(folder)) is not None:
+            raise SourceError(f"{pipe}: is no file, so it is not opened; remove it, or download the folder again")
         options |= _empty_tokens(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -139,9 +148,18 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
         if not trust_remote_code:
             _refuse_code(folder / "tokenizer_config.json", error)
         raise SourceError(f"{folder}: cannot load its tokenizer: {first_line(error)}") from error
+    if any(is_foreign(path, folder) for path in _templates(folder)):
+        own = folder / "tokenizer_config.json"
+        tokenizer.chat_template = read_json(own).get("chat_template") if own.is_file() else None
     if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
         _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
+
+
+def _templates(folder: Path) -> list[Path]:
+    """Files of chat templates, which transformers takes as they are."""
+    named = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return [path for path in (folder / "chat_template.jinja", *named) if path.is_file()]
 
 
 def _empty_tokens(folder: Path) -> dict[str, None]:
@@ -254,7 +272,7 @@ def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANION
     """Copy tokenizer, generation config, chat template and licence; JSON files lose keys that hold local paths."""
     for name in names:
         path = source / name
-        if not path.is_file():
+        if not path.is_file() or is_foreign(path, source):
             continue
         if name in ("tokenizer_config.json", "generation_config.json"):
             content = {key: value for key, value in read_json(path).items() if key not in LOCAL_KEYS}
@@ -263,7 +281,9 @@ def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANION
             (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             shutil.copyfile(path, folder / name)
-    for path in sorted((source / "additional_chat_templates").glob("*.jinja")):
+    for path in _templates(source):
+        if path.parent == source or is_foreign(path, source):
+            continue
         target = folder / "additional_chat_templates"
         target.mkdir(exist_ok=True)
         shutil.copyfile(path, target / path.name)

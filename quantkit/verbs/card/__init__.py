@@ -19,6 +19,7 @@ from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, file_sha256, staged_files
+from quantkit.runs.links import lies_within
 from quantkit.verbs import verb
 from quantkit.verbs.card.facts import ModelFacts, models_in
 from quantkit.verbs.card.front import MARK, Original, bases_of, front_matter, licence_of, read_original
@@ -196,7 +197,10 @@ def _sibling(text: str) -> dict[str, str]:
 def _plots(root: Path, reports: Sequence[str | Path], force: bool) -> dict[str, Path]:
     """Plots beside the first report that has any. Raises UsageError where another one of the name is in the way."""
     beside = ({name: Path(report).parent / name for name in _PLOTS} for report in reports)
-    there = ({name: plot for name, plot in plots.items() if plot.is_file()} for plots in beside)
+    there = (
+        {name: plot for name, plot in plots.items() if plot.is_file() and lies_within(plot, plot.parent)}
+        for plots in beside
+    )
     found = next(filter(None, there), {})
     for name, plot in found.items():
         if not force and (root / name).exists() and (root / name).read_bytes() != plot.read_bytes():

@@ -15,6 +15,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from quantkit.containers import CONTAINERS
 from quantkit.errors import SourceError, UsageError
+from quantkit.runs.links import is_foreign
 from quantkit.verbs.card.facts import ModelFacts
 from quantkit.verbs.card.measured import Loss, Measurements, TaskScores
 
@@ -42,6 +43,8 @@ def read_original(path: Path) -> Original:
     place = path / "README.md" if path.is_dir() else path
     if not place.is_file():
         raise UsageError(f"--original {path}: no card there (a README.md)")
+    if path.is_dir() and is_foreign(place, path):
+        raise UsageError(f"--original {path}: its README.md is a link to outside the folder; name that file itself")
     try:
         content = place.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,6 +13,7 @@ from quantkit.options.verbs import Publish
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute
+from quantkit.runs.links import foreign_files
 from quantkit.verbs import verb
 from quantkit.verbs.publish.files import Change, LocalFile, changes_between, local_files
 from quantkit.verbs.publish.remote import Remote, RemoteState, check_token
@@ -77,6 +78,8 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     """
     root = absolute(options.folder)
     files = local_files(root, options.only)
+    for path in foreign_files(root):
+        progress.warn(f"{path.relative_to(root)} is a link to outside {options.folder}, and is not sent")
     target = branch_of(root) if options.branch == "auto" else options.branch
     if not _BRANCH.fullmatch(target):
         raise UsageError(f"--branch {target}: not a name for a branch")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit.errors import UsageError
+from quantkit.runs.links import is_foreign
 
 State = Literal["new", "changed", "same", "kept", "deleted"]
 """`kept` and `deleted` are files that only the Hub has."""
@@ -58,12 +59,14 @@ class Change:
 def local_files(folder: Path, patterns: Sequence[str] = ()) -> dict[str, LocalFile]:
     """Files of a folder by their paths in it, without litter; with `patterns` those that match one.
 
+    Links out of the folder are none of them, but those that lead to a part of a model.
+
     Raises:
         UsageError: no such folder, nothing to publish in it, or a pattern that no file matches.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not is_foreign(path, folder))
     named = {path.relative_to(folder).as_posix(): path for path in paths}
     named = {
         name: path

@@ -17,6 +17,7 @@ from quantkit.progress import SILENT, Progress, duration, size
 from quantkit.report import Column, Line, Report, Shown, Table
 from quantkit.runs.atomic import absolute
 from quantkit.runs.ledger import Ledger, locked
+from quantkit.runs.links import is_foreign
 from quantkit.runs.steps import Outcome, Step, run_steps
 from quantkit.runs.unfinished import folder_of
 from quantkit.verbs import verb
@@ -152,4 +153,6 @@ def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
 def _original(source: Source) -> str | None:
     """The card of the source, of a pair of its delta, where there is one that quantkit did not write."""
     path = source.path / "README.md"
-    return str(path) if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace") else None
+    if not path.is_file() or is_foreign(path, source.path):
+        return None
+    return str(path) if MARK not in path.read_text(encoding="utf-8", errors="replace") else None

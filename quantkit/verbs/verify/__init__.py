@@ -25,7 +25,13 @@ from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
 from quantkit.sources import open_source
 from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour
-from quantkit.verbs.verify.companions import check_folder_paths, check_ids, check_metadata_paths, check_tokenizer
+from quantkit.verbs.verify.companions import (
+    check_folder_paths,
+    check_ids,
+    check_links,
+    check_metadata_paths,
+    check_tokenizer,
+)
 from quantkit.verbs.verify.findings import Findings
 from quantkit.verbs.verify.programs import Facts, Load, programs
 from quantkit.verbs.verify.stored import StoredTensors, check_checksums, check_model, check_values, check_weights
@@ -122,6 +128,7 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
         return VerifyReport(name, (run.folder(place), *models))
     found = Findings(place)
     check_checksums(place, None, found, progress)
+    check_links(place, found)
     check_folder_paths(place, found)
     return VerifyReport(name, tuple(models), tuple(found.problems))
 
@@ -138,6 +145,7 @@ class _Run:
             if not check_checksums(folder, None, found, self.progress):
                 found.note("no checksums are recorded beside it, so changed weights show only in what the model says")
         with found.guard("metadata"):
+            check_links(folder, found)
             check_folder_paths(folder, found)
         config: PretrainedConfig | None = None
         content: dict[str, Any] = {}

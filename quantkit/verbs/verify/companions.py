@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from quantkit.containers.hf.read import LOCAL_KEYS
 from quantkit.errors import first_line
 from quantkit.runs.atomic import read_json
+from quantkit.runs.links import foreign_files
 from quantkit.verbs.verify.findings import Findings, listed
 
 # What decides how a file is read, and what a reader takes where it is not said.
@@ -111,6 +112,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
             return
         if _PROBE not in rendered:
             found.problem("the chat template leaves the user's words out; copy that of the source model")
+
+
+def check_links(folder: Path, found: Findings) -> None:
+    """Links that lead out of the folder to what is no part of a model: a copy of the folder would hold that."""
+    for path in foreign_files(folder):
+        found.problem(
+            f"{path.relative_to(folder)} is a link to outside the folder, to something that is no part of a model; "
+            "remove it, or put a copy in its place"
+        )
 
 
 # -- local paths -----------------------------------------------------------------------------------------------------

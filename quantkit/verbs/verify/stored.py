@@ -63,7 +63,7 @@ class StoredTensors:
 
 def check_weights(folder: Path, found: Findings) -> StoredTensors:
     """The folder's safetensors files and their index."""
-    files, index = sorted(folder.glob("*.safetensors")), folder / _INDEX
+    files, index = sorted(path for path in folder.glob("*.safetensors") if path.is_file()), folder / _INDEX
     weight_map, total = _read_index(index, found) if index.is_file() else ({}, None)
     wanted = sorted(set(weight_map.values()))
     if weight_map:
@@ -284,5 +284,5 @@ def check_values(
                     what = "NaN" if bool(torch.isnan(values).any()) else "infinity"
                     found.problem(f"{name}: {broken} values are {what}; the file is damaged, download it again")
                 elif floats and values.ndim > 1 and not may_be_zero and not bool(values.any()):
-                    found.problem(f"{name}: all values are 0; it was not written, or lost; download it again")
+                    found.problem(f"{name}: all values are 0; it was not written, lost, or below what float16 holds")
             advance(1)

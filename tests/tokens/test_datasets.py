@@ -47,6 +47,11 @@ PAIRS = [{"instruction": "Q1", "output": "A1"}, {"instruction": "Q2", "output": 
 LINES = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
 
 
+def packed(content: bytes) -> bytes:
+    """gzip without the time: names of tests that hold it are to be the same in every process."""
+    return gzip.compress(content, mtime=0)
+
+
 def exchange(record_id: str, question: str, answer: str) -> Record:
     return Record(record_id, turns=(Turn("user", question), Turn("assistant", answer)))
 
@@ -233,7 +238,7 @@ def test_known_names_ask_for_their_file_and_show_their_licence(tmp_path: Path, m
     def download(repo_id: str, filename: str, *, repo_type: str, revision: str | None) -> str:
         assert (repo_type, revision) == ("dataset", None)
         asked.append((repo_id, filename))
-        content = json.dumps(PAIRS).encode() if filename.endswith(".json") else gzip.compress(b'{"text": "T"}')
+        content = json.dumps(PAIRS).encode() if filename.endswith(".json") else packed(b'{"text": "T"}')
         if filename.endswith(".parquet"):
             row = {"instruction": "Q", "input": "", "output": "A"} if "alpaca" in repo_id else {}
             content = write_parquet(tmp_path / "p", [{**row, "text": "T"}])
@@ -276,7 +281,7 @@ def test_of_c4_only_the_first_records_are_read(tmp_path: Path) -> None:
     assert first is not None
     lines = b"".join(b'{"text": "T%d", "url": "u", "timestamp": "t"}\n' % number for number in range(first + 5))
     # The end of the file is damaged: it is never reached.
-    path = write(tmp_path, "c4.json.gz", gzip.compress(lines + b"not JSON\n" + b"x" * 200_000)[:-100])
+    path = write(tmp_path, "c4.json.gz", packed(lines + b"not JSON\n" + b"x" * 200_000)[:-100])
     dataset = load_dataset(f"c4:{path}")
     assert (len(dataset.records), dataset.first, dataset.license) == (first, first, "odc-by")
     assert dataset.records[-1] == Record(f"#{first - 1}", text=f"T{first - 1}")
@@ -309,24 +314,24 @@ def test_a_local_copy_of_wikitext2_without_text_is_refused(tmp_path: Path) -> No
     ],
 )
 def test_compressed_files(tmp_path: Path, name: str, content: bytes) -> None:
-    packed = gzip.compress(content)
-    dataset = load_dataset(write(tmp_path, name, packed))
-    assert (dataset.name, dataset.records, dataset.sha256) == (name, READ, hashlib.sha256(packed).hexdigest())
+    data = packed(content)
+    dataset = load_dataset(write(tmp_path, name, data))
+    assert (dataset.name, dataset.records, dataset.sha256) == (name, READ, hashlib.sha256(data).hexdigest())
 
 
 def test_compressed_plain_text(tmp_path: Path) -> None:
-    assert load_dataset(write(tmp_path, "a.txt.gz", gzip.compress(b"one\n\ntwo"))).text == "one\n\ntwo"
+    assert load_dataset(write(tmp_path, "a.txt.gz", packed(b"one\n\ntwo"))).text == "one\n\ntwo"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (LINES, "a.jsonl.gz: not a readable gz file: "),
-        (gzip.compress(LINES * 9999)[:-20], "a.jsonl.gz: not a readable gz file: "),
-        (gzip.compress(LINES)[:12] + b"\xff" * 30, "a.jsonl.gz: not a readable gz file: "),
+        (packed(LINES * 9999)[:-20], "a.jsonl.gz: not a readable gz file: "),
+        (packed(LINES)[:12] + b"\xff" * 30, "a.jsonl.gz: not a readable gz file: "),
         (b"", "a.jsonl.gz: the file is empty"),
-        (gzip.compress(b" \n"), "a.jsonl.gz: the file is empty"),
-        (gzip.compress(LINES + b"oops\n"), "a.jsonl.gz: line 3 is not JSON"),
+        (packed(b" \n"), "a.jsonl.gz: the file is empty"),
+        (packed(LINES + b"oops\n"), "a.jsonl.gz: line 3 is not JSON"),
     ],
 )
 def test_bad_compressed_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -335,7 +340,7 @@ def test_bad_compressed_files(tmp_path: Path, content: bytes, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".xz", lzma.compress), (".bz2", bz2.compress), ("", gzip.compress)])
+@pytest.mark.parametrize(("suffix", "pack"), [(".xz", lzma.compress), (".bz2", bz2.compress), ("", packed)])
 def test_other_compressed_files(suffix: str, pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
     assert load_dataset(write(tmp_path, f"a.jsonl{suffix}", pack(LINES))).records == READ
 
@@ -594,7 +599,7 @@ def test_nothing_but_the_evaluation_text_is_refused(tokenizer: PreTrainedTokeniz
 def test_every_kind_of_evaluation_text_is_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "judge.txt", POEM.encode())
-    write(tmp_path, "judge.txt.gz", gzip.compress(POEM.encode()))
+    write(tmp_path, "judge.txt.gz", packed(POEM.encode()))
     write(tmp_path, "judge.jsonl", json.dumps({"instruction": POEM, "output": "A"}).encode())
     index = text_index(name)
     assert index.name == name.split(":")[0]

@@ -1028,5 +1028,5 @@ def test_an_evaluation_that_fails_says_that_the_checkpoint_is_complete(desk: Des
     model = desk.model()
     (desk.folder / "short.txt").write_text("too little")
     outcome = desk.gptq(model, "--eval", "--text", "short.txt")
-    assert_one_clear_error(outcome, 1, "short.txt", "is complete; only its evaluation failed")
+    assert_one_clear_error(outcome, 1, "short.txt", "is complete, only its evaluation failed")
     assert json.loads((desk.out / "quantkit.json").read_text())["evaluation"] is None

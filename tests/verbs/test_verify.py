@@ -23,6 +23,7 @@ from quantkit.cli import app as cli
 from quantkit.codes.packing import pack, unpack
 from quantkit.containers.hf.header import examine_header
 from quantkit.errors import SourceError, UsageError
+from quantkit.runs.links import is_foreign
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.verify import Verified, verify
 from quantkit.verbs.verify.companions import check_strings
@@ -649,7 +650,16 @@ def test_links_into_a_cache_and_pickled_weights(checkpoint: Path, make_model: Ma
     linked.mkdir()
     for path in checkpoint.iterdir():
         (linked / path.name).symlink_to(path)
-    assert problems(linked) == []
+    others = [path.name for path in sorted(checkpoint.iterdir()) if is_foreign(linked / path.name, linked)]
+    assert "chat_template.jinja" in others
+    assert not {"config.json", "model.safetensors", "tokenizer.json"} & set(others)
+    assert [text.partition(" is a link to outside the folder")[0] for text in problems(linked)] == others
+    cache = tmp_path / "models--a--b"
+    shutil.copytree(checkpoint, cache / "blobs")
+    (cache / "snapshots" / "0").mkdir(parents=True)
+    for path in (cache / "blobs").iterdir():
+        (cache / "snapshots" / "0" / path.name).symlink_to(path)
+    assert problems(cache / "snapshots" / "0") == []
     shutil.copytree(make_model("llama"), pickled, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = load_file(make_model("llama") / "model.safetensors")
     torch.save(tensors, pickled / "pytorch_model.bin")

@@ -298,7 +298,7 @@ def test_an_output_that_not_all_see(start: Start, tmp_path: Path) -> None:
     assert [outcome.code for outcome in lost] == [1, 1]
     assert lost[0].err.startswith("error: rank 1 on ")
     assert "must lie on a file system that all machines share, or use --no-eval" in lost[0].err
-    assert "is complete; only its evaluation failed" in lost[0].err
+    assert "is complete, only its evaluation failed" in lost[0].err
     assert lost[1].err == ""
     assert (tmp_path / "apart/out/quantkit.json").exists()
 

@@ -16,13 +16,8 @@ from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_output,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.outputs import check_output, staged_folder
 from quantkit.runs.record import checksums, origin
 from quantkit.sources import open_source, variant_name
 from quantkit.verbs import verb
@@ -75,7 +70,7 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     report = ConvertReport(target, plan.dtype_name, len(plan.tensors), plan.bytes, dry_run=True)
     if options.dry_run:
         return report
-    with staged_folder(target) as folder:
+    with staged_folder(target, options.force) as folder:
         write_folder(folder, plan, shard_bytes, progress)
         record = {"recipe": {"dtype": plan.dtype_name}, **origin(source), "files": checksums(folder)}
         write_json(folder / REPORT_NAME, record)

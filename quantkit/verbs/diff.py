@@ -17,11 +17,8 @@ from quantkit.blocks.pair import DeltaSource, DiffSource
 from quantkit.options import parse_size
 from quantkit.options.verbs import Diff
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.atomic import (
-    absolute,
-    check_outside,
-    staged_folder,
-)
+from quantkit.runs.atomic import absolute
+from quantkit.runs.outputs import check_outside, staged_folder
 from quantkit.sources import open_source
 from quantkit.verbs import verb
 from quantkit.verbs.merge import (
@@ -87,7 +84,7 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     )
     if options.dry_run:
         return report
-    with staged_folder(target) as folder:
+    with staged_folder(target, options.force) as folder:
         write_folder(folder, plan, shard_bytes, progress)
         found = _merge_again(folder, source, progress)
         check_sum(found["sum"], options.expect_sum)

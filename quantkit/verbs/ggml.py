@@ -38,7 +38,8 @@ from quantkit.options import parse_size
 from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, check_other_file, staged_files
+from quantkit.runs.atomic import absolute
+from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.verbs import verb
 from quantkit.verbs.gptq import note_fallback
@@ -119,9 +120,10 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
     target = _output(options.out, source, recipe, row.suffix)
-    check_other_file(target, source, options.force)
+    if not split:
+        check_other_file(target, source, options.force)
     report = _sizes(target, chosen, progress)
-    job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix)
+    job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix, options.force)
     write: Callable[[], Path] = load(row.writes)(job)
     if options.dry_run:
         return report
@@ -145,6 +147,7 @@ class Job:
     recipe: str | None
     pre: str | None
     imatrix: Imatrix | None
+    force: bool
 
 
 def plan_gguf(job: Job) -> Callable[[], Path]:
@@ -155,11 +158,13 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     keys = gguf_files.header(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
+    names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
+    check_other_file(job.target, source, job.force, names if len(names) > 1 else ())
     for text in gguf_files.limits(source):
         job.progress.warn(text)
 
     def write() -> Path:
-        with staged_files(job.target) as folder:
+        with staged_files(job.target, job.force, names if len(names) > 1 else ()) as folder:
             path = folder / job.target.name
             with gguf_files.GgufWriter(path, architecture, keys, typed, job.split_max_bytes) as writer:
                 with job.progress.phase("writing", len(chosen)) as advance:
@@ -183,7 +188,7 @@ def plan_ggjt(job: Job) -> Callable[[], Path]:
 
     def write() -> Path:
         with (
-            staged_files(job.target) as folder,
+            staged_files(job.target, job.force) as folder,
             ggjt.GgjtWriter(folder / job.target.name, config, vocabulary, tensors) as writer,
         ):
             with job.progress.phase("writing", len(tensors)) as advance:

@@ -54,7 +54,7 @@ from quantkit.quantize.targets import (
     on_grid_of,
 )
 from quantkit.report import Report, Shown
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.landing import (
     NOTHING,
     Every,
@@ -63,6 +63,7 @@ from quantkit.runs.landing import (
     find_landed,
     parse_every,
 )
+from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import checksums, companions, origin
 from quantkit.runs.unfinished import (
@@ -157,7 +158,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         absolute(options.out) if options.out is not None else Path.cwd() / _variant(source, spec, ggml, options.format)
     )
     if ranks.first:
-        check_unfinished(place, options.resume, options.force)
+        check_unfinished(place, options.resume, options.force, options.dry_run)
         check_outside(place, source, options.force or options.resume)
     windows = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else (options.samples, options.seq_len)
     report = _sizes(place, stream, spec, ggml, target, plan_gptq_memory(stream, *windows))
@@ -296,7 +297,7 @@ def _quantize(
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
     equal runs, and what happened to each Linear."""
-    landed = sharing.ranks.from_first(lambda: find_landed(run.folder, run.total, progress))
+    landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
@@ -308,7 +309,7 @@ def _quantize(
                 layers.append(LayerStatistics(**linear.statistics))
                 writer.add_linear(linear.name, put_together(linear.tensors, linear.fields))
         since = landed.blocks - landed.start
-        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since) as lander:
+        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
             budget = stream.budget // sharing.ranks.here
             arguments = stream, matrix.tokens, target.plan, _landing(lander, writer.add_linear), budget, progress
             quantize_blocks(*arguments, landed, lander.land, sharing)

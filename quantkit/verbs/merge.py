@@ -21,14 +21,8 @@ from quantkit.options import parse_size
 from quantkit.options.verbs import Merge, Sum
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    absolute,
-    check_outside,
-    file_sha256,
-    staged_folder,
-    write_json,
-)
+from quantkit.runs.atomic import REPORT_NAME, absolute, file_sha256, write_json
+from quantkit.runs.outputs import check_outside, staged_folder
 from quantkit.runs.record import CHECKSUMS, checksums, origin
 from quantkit.sources import open_source
 from quantkit.verbs import verb
@@ -94,7 +88,7 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     if options.dry_run:
         return report
     total = Total()
-    with staged_folder(target) as folder:
+    with staged_folder(target, options.force) as folder:
         write_folder(folder, plan, shard_bytes, progress, total.add)
         for frequencies in source.rotary():
             total.add(frequencies)

@@ -220,7 +220,7 @@ class GgjtWriter:
     """Writes one file, each planned tensor exactly once, in any order, then `finish`.
 
     It has its name from the start, so it must lie where nobody takes it for finished
-    (`quantkit.runs.atomic.staged_files`).
+    (`quantkit.runs.outputs.staged_files`).
     """
 
     def __init__(

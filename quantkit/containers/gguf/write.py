@@ -38,11 +38,17 @@ def packed_bytes(tensor: GgufTensor, kind: GGMLQuantizationType) -> int:
     return math.prod(tensor.shape) // block * size
 
 
+def part_names(path: Path, tensors: Sequence[Typed], split_max_bytes: int = 0) -> list[str]:
+    """What the files are called that `GgufWriter` writes: the file's own name, or those of its parts."""
+    count = len(_parts(tensors, split_max_bytes))
+    return [path.name] if count == 1 else [f"{path.stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+
+
 class GgufWriter:
     """Writes the planned tensors, each exactly once.
 
     Order of use: `write` for every source of every tensor, `finish`. Files have their final names from the start, so
-    they must lie where nobody takes them for finished (`quantkit.runs.atomic.staged_files`).
+    they must lie where nobody takes them for finished (`quantkit.runs.outputs.staged_files`).
 
     Attributes:
         paths: the files, in order: `path`, or its parts (``NAME-00001-of-00003.gguf``).
@@ -69,12 +75,7 @@ class GgufWriter:
             UsageError: a tensor's rows are no whole number of blocks of its type.
         """
         parts = _parts(tensors, split_max_bytes)
-        names = (
-            [path.name]
-            if len(parts) == 1
-            else [f"{path.stem}-{number:05d}-of-{len(parts):05d}.gguf" for number in range(1, len(parts) + 1)]
-        )
-        self.paths = [path.with_name(name) for name in names]
+        self.paths = [path.with_name(name) for name in part_names(path, tensors, split_max_bytes)]
         self._tensors = {tensor.name: (tensor, kind) for tensor, kind in tensors}
         self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
         self._pending = set(self._parts)

@@ -13,7 +13,8 @@ from quantkit.errors import OutputError, UsageError
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, file_sha256, staged_files
+from quantkit.runs.atomic import absolute, file_sha256
+from quantkit.runs.outputs import staged_files
 from quantkit.verbs import verb
 from quantkit.verbs.card.asked import prompt_of
 from quantkit.verbs.card.facts import Model, models_in
@@ -123,7 +124,7 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         "original": source.text,
     }
     body = render(text, options.template, variables)
-    _write(root, f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", options.reports, report.plots)
+    _write(root, f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", options.reports, report.plots, options.force)
     return report
 
 
@@ -234,10 +235,10 @@ def _plots_folder(reports: Sequence[str | Path]) -> Path | None:
     return next((folder for folder in folders if any((folder / name).is_file() for name in _PLOTS)), None)
 
 
-def _write(root: Path, text: str, reports: Sequence[str | Path], plots: Sequence[str]) -> None:
+def _write(root: Path, text: str, reports: Sequence[str | Path], plots: Sequence[str], force: bool) -> None:
     """The card and its plots, all or nothing."""
-    folder = _plots_folder(reports)
-    with staged_files(root / CARD) as staging:
+    folder, names = _plots_folder(reports), (CARD, *plots)
+    with staged_files(root / CARD, force or {name for name in names if (root / name).exists()}, names) as staging:
         (staging / CARD).write_text(text, encoding="utf-8")
         for name in plots:
             if folder is None or not (folder / name).is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_on_kernels
-from quantkit.errors import Interrupted
 from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
@@ -22,6 +20,7 @@ from quantkit.runs.answers import (
     appending,
     begun,
     check_answers,
+    is_complete,
     line_of,
 )
 from quantkit.runs.atomic import absolute
@@ -76,7 +75,7 @@ class GenerateReport(Report):
 
 @verb(Generate)
 def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateReport:
-    """Answer every prompt of a file. Each batch of answers is on the disk before the next is begun.
+    """Answer every prompt of a file. Each batch of answers is on the disk before the next is begun, for `resume`.
 
     A line of `out` is its prompt's line with `id`, `output`, `finish_reason` ("eos", or "length" where the room ended),
     `prompt_tokens` and `output_tokens`; lines are in the order of the prompts. Beside it, `OUT.quantkit.json` says how
@@ -104,8 +103,8 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     if options.dry_run:
         return replace(report, prompt_tokens=sum(len(request.ids) for request in requests))
     settings = {"recipe": _recipe(speaker, stream, options.system), **origin(stream.source)}
-    done = begun(target, settings, wanted) if options.resume and target.exists() else 0
-    if options.resume and done == len(wanted):
+    done = begun(target, settings, wanted) if options.resume else 0
+    if options.resume and done == len(wanted) and is_complete(target):
         return replace(report, resumed=done, seconds=time.perf_counter() - started)
     loaded = load_on_kernels(stream, options.trust_remote_code, progress)
     settings["recipe"]["kernels"] = loaded.kernels
@@ -113,7 +112,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
         begun(target, settings, wanted)
     answers: list[Answer] = []
     phase = progress.phase("answering", len(wanted) - done)
-    with _kept(target), appending(target, settings, done) as file, phase as advance:
+    with appending(target, settings, done, options.resume, options.force) as file, phase as advance:
         # The batches are those of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
         for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
             batch = slice(start, start + options.batch_size)
@@ -132,15 +131,6 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
         output_tokens=sum(len(answer.ids) for answer in answers),
         seconds=time.perf_counter() - started,
     )
-
-
-@contextmanager
-def _kept(out: Path) -> Iterator[None]:
-    """Say of an interrupt what goes on with the answers so far."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"--resume goes on with the answers that are in {out}") from None
 
 
 def _recipe(speaker: Speaker, stream: ModelStream, system: str | None) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def card(
     prompt_template: str | None = ...,
     base_model: Sequence[str] = ...,
     original: Path | str | None = ...,
+    trust_remote_code: bool = ...,
     progress: Progress = ...,
 ) -> CardReport: ...
 def chat(
@@ -214,6 +215,7 @@ def gptq(
     out: Path | str | None = ...,
     *,
     ggml: str | None = ...,
+    requantize: bool = ...,
     base: str | Path | None = ...,
     delta: str | Path | None = ...,
     revision: str | None = ...,
@@ -319,6 +321,7 @@ def publish(
     message: str | None = ...,
     verify: bool = ...,
     dry_run: bool = ...,
+    trust_remote_code: bool = ...,
     public: bool = ...,
     progress: Progress = ...,
 ) -> PublishReport: ...
@@ -351,6 +354,7 @@ def verify(
     path: Path | str,
     *,
     generate: bool = ...,
+    trust_remote_code: bool = ...,
     device: str = ...,
     progress: Progress = ...,
 ) -> VerifyReport: ...

@@ -60,6 +60,8 @@ class Gptq(OrSmolLM2, Pair, Trust, Grid, Overrides, Ends, Calibration, Evaluatio
 
     ggml: str | None = None
     """Write a GGUF file instead, with GPTQ on the grids of this type: q4_0, q5_0, q8_0, q4_k_m, ..."""
+    requantize: bool = False
+    """Allow codes of a GPTQ checkpoint to be rounded again."""
 
     @model_validator(mode="after")
     def _check_bits(self) -> Self:
@@ -203,7 +205,7 @@ class Inspect(Model, Trust):
     """List every tensor."""
 
 
-class Verify(Device):
+class Verify(Trust, Device):
     """Look at a folder or file as a downloader would: list what is wrong (exit code 1), and which programs load it."""
 
     arguments: ClassVar[tuple[str, ...]] = ("path",)
@@ -213,7 +215,7 @@ class Verify(Device):
     """Run the model: perplexity of held-out text, and a sentence."""
 
 
-class Card(CardFacts, Force):
+class Card(CardFacts, Trust, Force):
     """Write a folder's model card, README.md, of measured facts only."""
 
     arguments: ClassVar[tuple[str, ...]] = ("folder",)
@@ -237,7 +239,7 @@ class Card(CardFacts, Force):
     """Replace a README.md and plots."""
 
 
-class Publish(Public):
+class Publish(Trust, Public):
     """Upload a folder to the Hugging Face Hub: only what differs, in one commit, by the Hub client's own token."""
 
     arguments: ClassVar[tuple[str, ...]] = ("folder", "repo")

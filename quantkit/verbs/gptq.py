@@ -156,6 +156,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     else:
         form = GgufForm(ggml, f"{_variant(source, spec, ggml, options.format)}.gguf", ends[0], ends[1], options.pre)
         target = _gguf_target(stream, spec, form, progress)
+    refuse_codes(stream, target.plan, options.requantize)
     note_plan(stream, target.plan, progress)
     place = (
         absolute(options.out) if options.out is not None else Path.cwd() / _variant(source, spec, ggml, options.format)
@@ -365,7 +366,8 @@ def _evaluate_written(
     """
     try:
         ranks.wait_for(model)
-        written = ModelStream(open_source(model), reference.device, reference.dtype)
+        opened = open_source(model, trust_remote_code=reference.source.trusts_code)
+        written = ModelStream(opened, reference.device, reference.dtype)
         evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)
         if ranks.first:
             write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
@@ -399,11 +401,29 @@ def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
         )
 
 
+def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:
+    """Refuse Linears that are codes already. Raises UsageError."""
+    coded = [name for name in plan if stream.weights.tensors[f"{name}.weight"].bits]
+    if coded and not requantize:
+        bits = stream.weights.tensors[f"{coded[0]}.weight"].bits
+        raise UsageError(
+            f"{stream.source.label} is quantized already ({bits}-bit codes): "
+            "its weights would be rounded again. Name the model it was made from; --requantize does it all the same"
+        )
+
+
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
     note_source(stream.source, progress)
     into_file = any(linear.spec.ggml for linear in plan.values())
     note_left_out(stream.weights, progress, parameters_only=into_file)
+    rounded = Counter(stream.weights.tensors[f"{name}.weight"].stored_as for name in plan) if stream.source.ggml else {}
+    twice = [kind for kind in rounded if kind not in ("F64", "F32", "F16", "BF16")]
+    if twice:
+        progress.note(
+            f"{stream.source.label} was rounded before: what is quantized is {str(stream.source.dtype)[6:]} from "
+            f"{', '.join(sorted(twice))}"
+        )
     missing = shortfall(stream.device)
     if missing:
         progress.note(missing)

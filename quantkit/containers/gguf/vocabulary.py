@@ -16,6 +16,7 @@ from gguf import TokenType
 
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES, PROBE
 from quantkit.containers.gguf.sentencepiece import Piece, read_pieces, scores_from_merges
+from quantkit.containers.hf.read import unused_beyond
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
 
@@ -55,6 +56,8 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
     if backend is None:
         raise SourceError(f"{source.path}: its tokenizer has no tokenizer.json form, so it cannot be written as GGUF")
     content = json.loads(backend.to_str())
+    unused = unused_beyond(tokenizer, source.config.vocab_size)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in unused]
     if _is_byte_level(source, content):
         keys = _byte_level(source, tokenizer, content, pre)
     else:

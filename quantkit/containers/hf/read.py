@@ -20,6 +20,7 @@ from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
 
+# Names, or patterns of them.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -28,6 +29,13 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -35,6 +43,13 @@ COMPANIONS = (
     "LICENSE.txt",
     "NOTICE",
 )
+_GPTQ_LABEL = "add the quantize_config.json that belongs to them, with bits, group_size, sym and desc_act"
+_OTHER_LABEL = "config.json has no quantization_config; take that of the repository they are from"
+# The last part of a tensor's name that only quantized weights have.
+_PACKED = {
+    "qweight": _GPTQ_LABEL,
+    **dict.fromkeys(("weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax", "quant_map"), _OTHER_LABEL),
+}
 _WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
@@ -57,7 +72,7 @@ class FolderSource(Source):
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         self.path = folder
         self.label = label or folder.resolve().name
-        self._trust_remote_code = trust_remote_code
+        self.trusts_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
         self.stored = open_weights(folder)
         self.dtype = stored_dtype(self.stored.tensors)
@@ -66,7 +81,7 @@ class FolderSource(Source):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path, self._trust_remote_code)
+            self._tokenizer = load_tokenizer(self.path, self.trusts_code)
         return self._tokenizer
 
     def weight_files(self) -> Sequence[Path]:
@@ -81,9 +96,19 @@ class FolderSource(Source):
 
 
 class HfSource(FolderSource):
-    """A Hugging Face folder of full-precision weights."""
+    """A Hugging Face folder of full-precision weights. Raises SourceError for codes that no label explains."""
 
     kind = "hf"
+
+    def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
+        super().__init__(folder, label, trust_remote_code)
+        for name in self.stored.tensors:
+            part = name.rpartition(".")[2]
+            if part in _PACKED:
+                raise SourceError(
+                    f"{folder}: holds quantized weights ({name}), but nothing says how they are to be read: "
+                    f"{_PACKED[part]}"
+                )
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -154,6 +179,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
             _refuse_code(folder / "tokenizer_config.json", error)
         raise SourceError(f"{folder}: cannot load its tokenizer: {first_line(error)}") from error
     return tokenizer
+
+
+def unused_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """Special tokens with ids that a model of `size` embedded ids lacks, and that nothing asks for: as Gemma 3's image
+    token in its text models. None that has a role, or that the chat template writes."""
+    roles = {getattr(tokenizer, role, None) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    templates = json.dumps(tokenizer.chat_template, ensure_ascii=False) if tokenizer.chat_template else ""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    beyond = {number: token for number, token in added.items() if number >= size}
+    return {
+        number: str(token)
+        for number, token in beyond.items()
+        if token.special and str(token) not in roles and str(token) not in templates
+    }
 
 
 def _refuse_code(path: Path, error: Exception) -> None:
@@ -229,13 +268,42 @@ def _with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, chat template and licence; JSON files lose keys that hold local paths."""
-    for name in COMPANIONS:
-        path = source / name
-        if not path.is_file():
+def companions(folder: Path) -> list[Path]:
+    """What of `COMPANIONS` lies in a folder."""
+    return [path for name in COMPANIONS for path in sorted(folder.glob(name)) if path.is_file()]
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The Python files that its configs name for transformers (`auto_map`), and what these import beside them.
+
+    None that a link takes out of the folder, or of its repository in the Hub's cache.
+    """
+    named = [folder / "config.json", *(path for path in companions(folder) if path.name.endswith("_config.json"))]
+    maps = json.dumps([read_json(path).get("auto_map") for path in named if path.is_file()])
+    wanted, found = re.findall(r'\b(\w+)\.\w+"', re.sub(r'"[^"]*--[^"]*"', "", maps)), dict[str, Path]()
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    while wanted:
+        name = f"{wanted.pop()}.py"
+        path = folder / name
+        if name in found or not path.is_file() or not path.resolve().is_relative_to(root):
             continue
-        if name in ("tokenizer_config.json", "generation_config.json"):
+        found[name] = path
+        text = path.read_text(encoding="utf-8", errors="replace")
+        wanted += re.findall(r"^\s*from\s+\.(\w+)\s+import", text, re.MULTILINE)
+        for names in re.findall(r"^\s*from\s+\.\s+import\s+(.+)$", text, re.MULTILINE):
+            wanted += re.findall(r"\w+", names)
+    return [found[name] for name in sorted(found)]
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, processors, generation config, chat template, licence, and the code that configs name.
+
+    JSON files that libraries write paths into lose the keys that hold them.
+    """
+    for path in (*companions(source), *code_files(source)):
+        name = path.name
+        if name.endswith("_config.json"):
             content = {key: value for key, value in read_json(path).items() if key not in LOCAL_KEYS}
             if content.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 does not know this name
                 content["tokenizer_class"] = "PreTrainedTokenizerFast"

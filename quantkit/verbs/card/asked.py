@@ -29,7 +29,7 @@ class Prompt:
     origin: str
 
 
-def prompt_of(folder: Path, models: Sequence[Model], given: str | None) -> Prompt | None:
+def prompt_of(folder: Path, models: Sequence[Model], given: str | None, trust: bool = False) -> Prompt | None:
     """The template that is given by name, the chat template that comes with the model, or that of the calibration text.
 
     Raises:
@@ -43,7 +43,7 @@ def prompt_of(folder: Path, models: Sequence[Model], given: str | None) -> Promp
         return None
     if given in STYLES:
         return _of_style(str(given), "")
-    chat = _chat(folder, models)
+    chat = _chat(folder, models, trust)
     if chat is None and given == "chat":
         raise UsageError("--prompt-template chat: the tokenizer has no chat template; name another one")
     if chat is not None:
@@ -63,12 +63,12 @@ def _calibrated_on(calibration: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _chat(folder: Path, models: Sequence[Model]) -> Prompt | None:
+def _chat(folder: Path, models: Sequence[Model], trust: bool) -> Prompt | None:
     """The tokenizer's own template, where it has one that a single question can be put into."""
     first = models[0]
     place = folder / first.name if first.is_file else folder
     try:
-        tokenizer = open_source(place).tokenizer()
+        tokenizer = open_source(place, trust_remote_code=trust).tokenizer()
         if not tokenizer.chat_template:
             return None
         asked = [{"role": "user", "content": _ASKED}]

@@ -66,14 +66,14 @@ class Model:
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def models_in(folder: Path, branch: str) -> list[Model]:
+def models_in(folder: Path, branch: str, trust: bool = False) -> list[Model]:
     """The models of a folder: that of its config.json, and every GGUF and ggjt file, of split ones the first part.
 
     Raises:
         UsageError: no model there.
         SourceError: one that cannot be read, or another one than quantkit.json says.
     """
-    found = [open_source(folder)] if (folder / "config.json").is_file() else []
+    found = [open_source(folder, trust_remote_code=trust)] if (folder / "config.json").is_file() else []
     found += [open_source(path) for path in _model_files(folder)]
     if not found:
         raise UsageError(f"{folder}: no model here, so there is nothing to write a card of")

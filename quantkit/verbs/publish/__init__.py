@@ -92,7 +92,7 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     if "README.md" not in files and "README.md" not in state.files:
         progress.warn(f"{options.folder} has no README.md: `quantkit card` writes one")
     if options.verify:
-        _verify(root, not options.dry_run, progress)
+        _verify(root, not options.dry_run, options.trust_remote_code, progress)
     report = _report(remote, state, options.public, compare(files, state.files, options.delete))
     if options.dry_run:
         return report
@@ -150,10 +150,10 @@ def _say(repo: str, state: RemoteState, public: bool, progress: Progress) -> Non
         progress.warn(f"{repo} is public already: everybody will see what is uploaded")
 
 
-def _verify(folder: Path, generate: bool, progress: Progress) -> None:
+def _verify(folder: Path, generate: bool, trust: bool, progress: Progress) -> None:
     from quantkit.verbs.verify import verify
 
-    problems = verify(folder, generate=generate, progress=progress).problems
+    problems = verify(folder, generate=generate, trust_remote_code=trust, progress=progress).problems
     if problems:
         more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "; ".join(problems[:_SHOWN])

@@ -114,7 +114,7 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     if not place.exists():
         raise UsageError(f"{options.path}: no such file or folder; verify takes what lies on this disk")
     resolve_device(options.device)
-    run = _Run(options.generate, options.device, progress)
+    run = _Run(options.generate, options.device, options.trust_remote_code, progress)
     name = place.name
     if place.is_file():
         return VerifyReport(name, (run.file(place, place.parent),))
@@ -132,6 +132,7 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
 class _Run:
     generate: bool
     device: str
+    trust: bool
     progress: Progress
 
     # -- folders -----------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ class _Run:
                 found.note("no checksums are recorded beside it, so changed weights show only in what the model says")
         with found.guard("metadata"):
             check_folder_paths(folder, found)
-        config, content = _config(folder, found)
+        config, content = _config(folder, self.trust, found)
         table = Table({}, frozenset(), {})
         if PickledFiles.present(folder) and not SafetensorsFiles.present(folder):
             found.note(
@@ -188,11 +189,11 @@ class _Run:
             tensors, names = load(container.checks)(folder, table, label, found, self.progress)
         elif container.method or (config is not None and not table.entries and PickledFiles.present(folder)):
             with found.guard("weights"):
-                source = open_source(folder)
+                source = open_source(folder, trust_remote_code=self.trust)
                 tensors, names, read = source.tensors, source.tensors, source.read
         if config is not None and tensors:
             with found.guard("config.json"):
-                check_model(Held(folder, folder.name, container.name, config, tensors, read), found)
+                check_model(Held(folder, folder.name, container.name, config, tensors, read, self.trust), found)
         with found.guard(REPORT_NAME):
             record = _record(folder)
             delta = isinstance(record.get("delta"), dict)
@@ -205,7 +206,7 @@ class _Run:
         with found.guard("generation_config.json"):
             check_ids(folder, config, found)
         with found.guard("tokenizer"):
-            tokenizer = load_tokenizer(folder, trust_remote_code=False)
+            tokenizer = load_tokenizer(folder, self.trust)
             check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), found)
 
     # -- files -------------------------------------------------------------------------------------------------------
@@ -278,7 +279,7 @@ class _Run:
         sentence: str | None = None
         run = Findings(found.root)
         with run.guard("running it"):
-            source = open_source(model) if isinstance(model, Path) else model
+            source = open_source(model, trust_remote_code=self.trust) if isinstance(model, Path) else model
             record = _record_of(source)
             sentence = check_behaviour(source, record, self.device, run, self.progress)
         damaged = sentence is None and bool(found.problems)
@@ -290,11 +291,11 @@ class _Run:
         return sentence
 
 
-def _config(folder: Path, found: Findings) -> tuple[PretrainedConfig | None, dict[str, Any]]:
+def _config(folder: Path, trust: bool, found: Findings) -> tuple[PretrainedConfig | None, dict[str, Any]]:
     content: dict[str, Any] = {}
     config: PretrainedConfig | None = None
     with found.guard("config.json"):
-        config = load_config(folder, trust_remote_code=False)
+        config = load_config(folder, trust)
         content = read_json(folder / "config.json")
     return config, content
 

@@ -32,6 +32,7 @@ class Held:
     config: PretrainedConfig
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str], torch.Tensor]
+    trusts_code: bool = False
 
 
 def check_model(held: Held, found: Findings) -> None:

@@ -649,7 +649,8 @@ def test_a_tokenizer_left_out(checkpoint: Path) -> None:
 
 def test_a_tokenizer_of_another_model(checkpoint: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
-        content["added_tokens"].append({**content["added_tokens"][0], "id": 999, "content": "<extra>"})
+        token = {**content["added_tokens"][0], "id": 999, "content": "extra", "special": False}
+        content["added_tokens"].append(token)
 
     edit_json(forget(checkpoint) / "tokenizer.json", edit)
     assert any("the tokenizer has ids up to" in text for text in problems(checkpoint))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -380,3 +381,16 @@ def test_tensors_that_the_models_class_passes_over_are_named(
         "model.visual (2), mtp (1), extra (1)",  # the folders hold it as it is
     ]
     assert set(stored(model)) - set(stored(tmp_path / "out")) == {*more, *old} - {"extra.weight"}
+
+
+def test_more_shards_than_a_process_may_have_open(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 12, limits[1]))
+    try:
+        report = quantkit.convert(model, tmp_path / "out", max_shard_size="1KB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(list(report.out.glob("*.safetensors"))) > 16
+    assert_same_model(report.out, model)

@@ -35,8 +35,9 @@ class GptqSource(FolderSource):
             if told[key] not in known:
                 choices = ", ".join(map(str, known))
                 raise SourceError(f"{self.path / 'config.json'}: {key} {told[key]!r} is not one of {choices}")
-        writers = (self.quantization.get("meta") or {}).get("quantizer") or []
-        names = [writers] if isinstance(writers, str) else writers
+        meta = self.quantization.get("meta")
+        writers = meta.get("quantizer") if isinstance(meta, dict) else None
+        names = writers if isinstance(writers, list) else [writers]
         self._by_gptqmodel = any(str(name).startswith("gptqmodel") for name in names)
         self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
@@ -129,7 +130,10 @@ class GptqSource(FolderSource):
 
     def read_groups(self, module: str) -> torch.Tensor:
         if f"{module}.g_idx" in self.stored.tensors:
-            return self.stored.read(f"{module}.g_idx").int()
+            stored, groups = self.stored.read(f"{module}.g_idx").int(), self.stored.tensors[f"{module}.scales"].shape[0]
+            if int(stored.min()) < 0 or int(stored.max()) >= groups:
+                raise SourceError(f"{self.path}: {module}.g_idx names groups that are not there (0 to {groups - 1})")
+            return stored
         # In the order of the columns, for a checkpoint that leaves g_idx out.
         columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
         if groups == 1:
@@ -155,6 +159,8 @@ class GptqSource(FolderSource):
                 shapes[part] = info.shape
             elif part != "g_idx":
                 raise SourceError(f"{self.path}: {module} has qweight but no {part}")
+        if any(len(shapes[part]) != 2 or 0 in shapes[part] for part in _PARTS[:3]):
+            raise SourceError(f"{self.path}: {module}: its parts are of shapes {shapes}: not a GPTQ layout")
         groups, rows = shapes["scales"][0], shapes["qweight"][1]
         bits = self.bits(module)
         if bits not in PACKABLE_BITS:

@@ -37,12 +37,11 @@ class ShardedWriter:
             self.names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         self._pending = {tensor.name: tensor for tensor in plan}
         self._place: dict[str, tuple[int, int]] = {}
-        self._files: list[BinaryIO] = []
+        # One shard is open at a time: there may be more than a process may have open.
+        self._open: tuple[int, BinaryIO] | None = None
         for number, shard in enumerate(shards):
             head, offsets = header(shard)
-            file = (folder / self.names[number]).open("wb")
-            self._files.append(file)
-            file.write(head)
+            (folder / self.names[number]).write_bytes(head)
             self._place.update({name: (number, len(head) + start) for name, start in offsets.items()})
         self._read_back = ReadBack()
         self._total = sum(tensor.bytes for tensor in plan)
@@ -58,9 +57,12 @@ class ShardedWriter:
         planned = self._pending.pop(name)
         assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), name
         number, offset = self._place[name]
-        self._files[number].seek(offset)
-        content = tensor_bytes(tensor)
-        self._files[number].write(content)
+        if self._open is None or self._open[0] != number:
+            self.close()
+            self._open = number, (self.folder / self.names[number]).open("r+b")
+        content, file = tensor_bytes(tensor), self._open[1]
+        file.seek(offset)
+        file.write(content)
         understood = content if meaning is None else tensor_bytes(meaning)
         self._read_back.wrote(self.folder / self.names[number], name, understood)
 
@@ -95,8 +97,9 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Close the files without checking anything."""
-        for file in self._files:
-            file.close()
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
 
 
 def parts_of(items: Sequence[T], size: Callable[[T], int], most: int) -> list[list[T]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import regex
 import torch
 
 from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import PACKABLE_BITS, unpack
 from quantkit.containers.source import TensorInfo
+from quantkit.errors import SourceError
 from quantkit.progress import Progress
 from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.companions import check_copies
@@ -28,6 +29,7 @@ _ABSURD_WEIGHT, _ABSURD_RATIO = 64.0, 1000.0
 # How near to a whole step the mean of all codes must lie, in steps, to tell the two readings of the zeros apart.
 _NEAR = 0.3
 _DECIDABLE_BITS = 4
+_PATTERN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,17 @@ def check(
 def label_of(module: str, label: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The label of one module: GPTQModel's `dynamic` rules over the rest; None where they leave it as it is."""
     for pattern, changes in (label.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+        if _matches(pattern.removeprefix("-:").removeprefix("+:"), module):
             return None if pattern.startswith("-:") else {**label, **changes}
     return label
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a file's pattern is of this module; `re` would try some of them until the end of days."""
+    try:
+        return regex.match(pattern, module, timeout=_PATTERN_SECONDS) is not None
+    except (regex.error, TimeoutError) as error:
+        raise SourceError(f"config.json: the `dynamic` rule {pattern[:80]!r} is no pattern: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -382,9 +382,7 @@ def test_values_that_a_type_cannot_hold_are_named(kind: Kind, value: float, sour
     matrix = next(tensor for tensor in tensors if tensor.published.endswith("q_proj.weight"))
     values = source.read(matrix.published).numpy().copy()
     values[3, 5] = value
-    said = (
-        f": a value is not finite in {kind.name}" if np.isfinite(value) else " holds NaN or infinity"
-    )
+    said = f": a value is not finite in {kind.name}" if np.isfinite(value) else " holds NaN or infinity"
     with (
         pytest.raises(NumericError, match=f"{matrix.published}{said}"),
         GgjtWriter(tmp_path / "tiny.bin", source.config, vocabulary, tensors) as writer,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import shortened, visible
+from quantkit.errors import UNSEEN, shortened, visible
 from quantkit.progress import Advance
 
 if TYPE_CHECKING:
@@ -135,14 +134,13 @@ class Bars:
         self._detail = ""
 
 
-# json.dumps escapes those below 0x20 itself.
-_UNSEEN_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNSEEN_IN_JSON = {code: f"\\u{code:04x}" for code in UNSEEN}  # those below 0x20 json.dumps escapes itself
 
 
 def print_json(content: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     written = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    print(re.sub(_UNSEEN_IN_JSON, lambda found: f"\\u{ord(found[0]):04x}", written))
+    print(written.translate(_UNSEEN_IN_JSON))
 
 
 def show(lines: Iterable[Shown]) -> None:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from transformers import PretrainedConfig
 
 from quantkit.containers.ggjt import read as ggjt
+from quantkit.containers.gguf.probe import cut_differently
 from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.write import PlacedWriter
 from quantkit.containers.source import Source, TensorInfo
@@ -313,8 +314,7 @@ def _check_same_cuts(tokenizer: Any, merges: Sequence[tuple[str, str]], vocabula
             f"the tokenizer joins pieces in {len(set(merges))} ways, and a reader of a ggjt file would in "
             f"{len(set(theirs))}: it would cut text otherwise; write GGUF instead"
         )
-    for text in _PROBES:
-        if rebuilt(text, add_special_tokens=False).input_ids != tokenizer(text, add_special_tokens=False).input_ids:
-            raise UsageError(
-                f"a reader of a ggjt file would cut {text!r} otherwise than the tokenizer; write GGUF instead"
-            )
+    if wrong := cut_differently(rebuilt, tokenizer, _PROBES):
+        raise UsageError(
+            f"a reader of a ggjt file would cut {wrong[0]!r} otherwise than the tokenizer; write GGUF instead"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES
@@ -40,8 +40,7 @@ def cut_otherwise(source: Source, keys: Mapping[str, Any]) -> list[str]:
     around = [text for token in added for text in (f"word{token}word", f"word {token} word")]
     found = []
     for texts, what in ((_TEXTS, "text"), (around, "text around added tokens")):
-        wrong = [text for text in texts if _ids(ours, text) != _ids(theirs, text)]
-        if wrong:
+        if wrong := cut_differently(ours, theirs, texts):
             first, others = wrong[0], f" and {len(wrong) - 1} more of {len(texts)}" if len(wrong) > 1 else ""
             found.append(
                 f"a reader of this GGUF file cuts {what} otherwise than the model's tokenizer: {first[:60]!r}{others}"
@@ -49,6 +48,10 @@ def cut_otherwise(source: Source, keys: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-    return ids
+def cut_differently(one: Any, other: Any, texts: Iterable[str]) -> list[str]:
+    """The texts of which two tokenizers make different ids, special tokens that they add themselves left out."""
+
+    def ids(tokenizer: Any, text: str) -> Any:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    return [text for text in texts if ids(one, text) != ids(other, text)]

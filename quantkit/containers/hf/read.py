@@ -127,7 +127,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if "gguf_file" not in options and not trust_remote_code:
         # For some model types transformers makes up a vocabulary of a few tokens where there is none.
         names = [path.name for path in folder.iterdir()]
-        if not any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names):
+        if not has_tokenizer(folder):
             raise SourceError(
                 f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made "
                 "from"
@@ -265,7 +265,8 @@ def _with_older_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a vocabulary of its own."""
-    return folder.is_dir() and any((folder / name).is_file() for name in _VOCABULARIES)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names)
 
 
 def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANIONS) -> None:

@@ -20,6 +20,7 @@ from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import first_pipe, is_foreign
+from quantkit.runs.panics import panics_as
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -141,9 +142,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
             raise SourceError(f"{pipe}: is no file, so it is not opened; remove it, or download the folder again")
         options |= _empty_tokens(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **options
-        )
+        with panics_as(SourceError, str(folder)):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **options
+            )
+            tokenizer("a")
+    except SourceError:
+        raise
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         if not trust_remote_code:
             _refuse_code(folder / "tokenizer_config.json", error)

@@ -1,4 +1,4 @@
-"""Panics of libraries that are written in Rust: no Exceptions, and told on stderr past Python."""
+"""Panics of the tokenizers library, which is written in Rust: no Exceptions, and told on stderr past Python."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _stderr = RLock()
 
 @contextmanager
 def panics_as(kind: type[QuantkitError], what: str) -> Iterator[None]:
-    """Raise a panic inside as an error of this kind, about `what`; what the library prints of it is left out.
+    """Raise a panic of the library inside, or its bare Exception, as an error of this kind, about `what`.
 
-    What anybody else writes to stderr meanwhile appears at the end.
+    What it prints of a panic is left out; what anybody else writes to stderr meanwhile appears at the end.
     """
     with _stderr, tempfile.TemporaryFile() as held:
         kept, panicked = _held(held.fileno()), False
@@ -25,7 +25,7 @@ def panics_as(kind: type[QuantkitError], what: str) -> Iterator[None]:
             yield
         except BaseException as error:
             panicked = type(error).__name__ == "PanicException"  # pyo3 has it in no module that could be imported
-            if not panicked:
+            if not panicked and type(error) is not Exception:
                 raise
             raise kind(f"{what}: its tokenizer gives up ({shortened(first_line(error))}); it is damaged") from error
         finally:

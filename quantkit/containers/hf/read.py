@@ -30,6 +30,8 @@ COMPANIONS = (
 OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
 _WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
+# Long enough for a pattern that looks back without end to be told before the work.
+_TRIED = "the quick brown fox jumps over the lazy dog " * 20
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
 LOCAL_KEYS = {
     *("_name_or_path", "_model_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"),
@@ -146,7 +148,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, **options
             )
-            tokenizer("a")
+            tokenizer(_TRIED)
     except SourceError:
         raise
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer

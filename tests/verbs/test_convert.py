@@ -15,6 +15,7 @@ import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, token_matrix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.few_files import few_files
 from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.streamed import open_stream, streamed_logits
@@ -380,3 +381,11 @@ def test_tensors_that_the_models_class_passes_over_are_named(
         "model.visual (2), mtp (1), extra (1)",  # the folders hold it as it is
     ]
     assert set(stored(model)) - set(stored(tmp_path / "out")) == {*more, *old} - {"extra.weight"}
+
+
+def test_more_shards_than_a_process_may_have_open(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with few_files():
+        report = quantkit.convert(model, tmp_path / "out", max_shard_size="1KB")
+    assert len(list(report.out.glob("*.safetensors"))) > 16
+    assert_same_model(report.out, model)

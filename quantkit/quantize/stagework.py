@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,11 +16,13 @@ from torch import nn
 from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan
-from quantkit.errors import NumericError
+from quantkit.errors import NumericError, SourceError
 from quantkit.options import QuantSpec
 from quantkit.progress import Progress
 from quantkit.quantize.methods import Fallback, Solved, method_of
 from quantkit.quantize.sharing import Gathering, Sharing
+from quantkit.runs.atomic import REPORT_NAME
+from quantkit.runs.records import read_record
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class LayerStatistics:
     fallback: Fallback
     tokens: int
     seconds: float
+
+
+def recorded_layers(folder: Path) -> list[LayerStatistics]:
+    """What a finished run noted of each Linear. Raises SourceError where the record is not as it was written."""
+    try:
+        return [LayerStatistics(**layer, seconds=0.0) for layer in read_record(folder)["layers"]]
+    except (KeyError, TypeError) as error:
+        raise SourceError(f"{folder / REPORT_NAME}: layers: {error}; the record is damaged, make it again") from None
 
 
 OnLinear = Callable[[str, Codes, LayerStatistics], None]

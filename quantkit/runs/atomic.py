@@ -53,8 +53,13 @@ def file_sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError."""
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: is no file, so it is not opened")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half of a pair is text that no file could hold again
+            json.dumps(content, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -208,7 +213,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any] | None:
     """What `write_sealed` wrote; None where it is not there, or not as it was written."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or "seal" not in content:

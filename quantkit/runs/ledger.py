@@ -131,8 +131,28 @@ def _files(out: Path, output: Hashes) -> Iterator[tuple[str, Path]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What the file says; of a file that is damaged what can be read of it, the rest counts as not done."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # nothing done yet; a file that is damaged counts as that
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        content = None
+    steps, files = (content.get(key) if isinstance(content, dict) else None for key in ("steps", "files"))
+    return {
+        "steps": {name: entry for name, entry in _items(steps) if _is_step(entry)},
+        "files": {path: known for path, known in _items(files) if _is_hashed(known)},
+    }
+
+
+def _items(found: Any) -> Iterable[tuple[str, Any]]:
+    return found.items() if isinstance(found, dict) else ()
+
+
+def _is_step(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("fingerprint"), str):
+        return False
+    output = entry.get("output")
+    return output is None or (isinstance(output, dict) and all(isinstance(sha256, str) for sha256 in output.values()))
+
+
+def _is_hashed(known: Any) -> bool:
+    return isinstance(known, list) and [type(value) for value in known] == [int, int, str]

@@ -29,7 +29,7 @@ from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.blockwise import gptq_multiplications, plan_gptq_memory, quantize_blocks
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
-from quantkit.quantize.stagework import LayerStatistics, OnLinear
+from quantkit.quantize.stagework import LayerStatistics, OnLinear, recorded_layers
 from quantkit.quantize.targets import CheckpointTarget, GgufForm, GgufTarget, Target, on_grid_of
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
@@ -236,7 +236,7 @@ def _made(
         progress.note(f"{place} is complete already")
         if ranks.first:
             drop_unfinished(place)
-        return record, [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
+        return record, recorded_layers(place)
     if ranks.first:
         shard_bytes = parse_size(options.max_shard_size)
         more = {"companions": companions(stream.source), "max_shard_size": shard_bytes, "untie": options.untie}

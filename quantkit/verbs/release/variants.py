@@ -16,9 +16,10 @@ from quantkit.errors import UsageError
 from quantkit.options import METHODS
 from quantkit.options.values import gptq_type
 from quantkit.progress import Progress
-from quantkit.runs.atomic import REPORT_NAME, read_json, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, staged_folder, write_json
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.record import checksums, origin
+from quantkit.runs.records import read_record
 from quantkit.runs.steps import Step
 from quantkit.runs.unfinished import ChangedError, folder_of
 from quantkit.sources import default_source, open_source, variant_name
@@ -222,8 +223,7 @@ class Workshop:
     ) -> None:
         """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
         ggml(model, at, **options, imatrix=weights, **self._common)
-        before = model.parent / REPORT_NAME
-        record = read_json(before) if before.is_file() else {"recipe": dict(options), **origin(open_source(model))}
+        record = read_record(model.parent) or {"recipe": dict(options), **origin(open_source(model))}
         write_json(at.parent / REPORT_NAME, record)
 
     def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:
@@ -340,7 +340,7 @@ def gather(models: Collection[Made], folder: Path) -> None:
                     os.link(part, staged / name)
                 except OSError:  # a file system without links, which cost no space
                     shutil.copyfile(part, staged / name)
-                record = read_json(model.at.parent / REPORT_NAME)
+                record = read_record(model.at.parent)
                 records[name] = {key: value for key, value in record.items() if key != "files"}
         write_json(staged / REPORT_NAME, {"variants": records, "files": checksums(staged)})
 

@@ -104,10 +104,10 @@ class Forecaster:
             return [gptq(**self._model, **self._drawn, **gptq_options(variant), out=run)]
         options = file_options(variant, self._recipe)
         if runs_gptq(variant):
-            steps = [gptq(**self._model, **self._drawn, **codes_options(variant, self._recipe), out=run)]
-            if self._recipe.shares(variant):  # then what is rounded from the model has the types of the file
-                steps.append(ggml(**self._model, **options, requantize=True, out=file))
-            return steps
+            # Asked for first, rounded from the model: it has the file's types, and may have no place for the model.
+            of_shared = {**self._model, **options, "requantize": True, "out": file}
+            files = [ggml(**of_shared)] if self._recipe.shares(variant) else []
+            return [gptq(**self._model, **self._drawn, **codes_options(variant, self._recipe), out=run), *files]
         if not isinstance(variant, GgufVariant) or not variant.imatrix:
             return [ggml(**self._model, **options, out=file)]
         try:

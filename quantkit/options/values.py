@@ -64,6 +64,13 @@ def _sized(size: str | int) -> str | int:
     return size
 
 
+def _tokens(number: str | int) -> str | int:
+    text = str(number).strip().lower()
+    if text != "all" and not (text.isdecimal() and int(text) > 0):
+        raise ValueError("give a number of tokens such as 8192, or all")
+    return text if text == "all" else int(text)
+
+
 @dataclass(frozen=True)
 class Every:
     """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
@@ -208,6 +215,8 @@ Place = Path | str
 Size = Annotated[str | int, AfterValidator(_sized)]
 """Such as "5GB", or bytes."""
 Interval = Annotated[str, AfterValidator(_timed)]
+TokenCount = Annotated[str | int, AfterValidator(_tokens)]
+"""A number, or "all"."""
 Natural = Annotated[int, Field(ge=1)]
 Divergence = Annotated[float, AfterValidator(_divergence)]
 SeqLen = Annotated[int, Field(ge=8)]

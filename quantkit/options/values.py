@@ -122,9 +122,13 @@ def _divergence(nats: float) -> float:
 # -- names of things ---------------------------------------------------------------------------------------------------
 
 
+# Who mistypes a file's name does not want the Hub to be asked for it.
+_FILE_SUFFIXES = (".gguf", ".ggml", ".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".json", ".zip")
+
+
 def looks_like_id(name: str) -> bool:
-    """Whether `name` has the form owner/name (or a legacy bare name) of the Hub."""
-    return bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(".gguf")
+    """Whether `name` has the form owner/name (or a legacy bare name) of the Hub, and not that of a file."""
+    return bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILE_SUFFIXES)
 
 
 def check_model(name: str | Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.options import Drawing, Spec, TemplateName
 from quantkit.progress import SILENT, Progress
+from quantkit.runs.panics import panics_as
 from quantkit.tokens.overlap import TextIndex
 from quantkit.tokens.readers import Dataset, Mixture
 from quantkit.tokens.records import Record, render, resolve
@@ -388,6 +389,7 @@ def _tokenized(
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
     # Not verbose: a text longer than the model's context is cut into windows, so that warning would mislead.
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    with panics_as(CalibrationError, "the text cannot be taken apart"):
+        encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids

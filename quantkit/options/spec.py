@@ -4,7 +4,7 @@
 
 import ast
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from inspect import cleandoc, get_annotations, getsource
@@ -44,12 +44,12 @@ class Spec(BaseModel):
     def _blind_to_case(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        return {
-            name: _as_spelled(value, choices(cls.model_fields[name].annotation))
-            if isinstance(value, str) and name in cls.model_fields
-            else value
-            for name, value in given.items()
-        }
+        found = dict(given)
+        for name, value in given.items():
+            if isinstance(value, str) and name in cls.model_fields:
+                words = choices(cls.model_fields[name].annotation)
+                found[name] = next((word for word in words if word.lower() == value.lower()), value)
+        return found
 
     def part(self, group: type[S]) -> S:
         """The fields of one of its groups by themselves."""
@@ -146,10 +146,6 @@ def bare(kind: Any) -> Any:
 def choices(kind: Any) -> tuple[str, ...]:
     """The words of a Literal, or of one in a union; else none."""
     return next((get_args(one) for one in members(kind) if get_origin(one) is Literal), ())
-
-
-def _as_spelled(value: str, words: Iterable[str]) -> str:
-    return next((word for word in words if word.lower() == value.lower()), value)
 
 
 # -- wrong values ------------------------------------------------------------------------------------------------------

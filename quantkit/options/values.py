@@ -5,7 +5,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
@@ -59,18 +59,6 @@ def _bytes(size: str | int) -> int:
     return value
 
 
-def _sized(size: str | int) -> str | int:
-    _bytes(size)
-    return size
-
-
-def _tokens(number: str | int) -> str | int:
-    text = str(number).strip().lower()
-    if text != "all" and not (text.isdecimal() and int(text) > 0):
-        raise ValueError("give a number of tokens such as 8192, or all")
-    return text if text == "all" else int(text)
-
-
 @dataclass(frozen=True)
 class Every:
     """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
@@ -96,27 +84,20 @@ def parse_every(text: str) -> Every:
     return Every(seconds=number * {"s": 1, "m": 60, "h": 3600}[found[2]]) if found[2] else Every(blocks=number)
 
 
-def _timed(text: str) -> str:
-    parse_every(text)
-    return text
+def _parsed(parse: Callable[[Any], object]) -> AfterValidator:
+    """For values that stay as they are typed: `parse` refuses what it cannot read."""
+    return AfterValidator(lambda value: (parse(value), value)[1])
 
 
-def _codable(bits: int) -> int:
-    if not 2 <= bits <= 8:
-        raise ValueError("give 2, 3, 4 or 8")
-    return bits
+def _must(hold: Callable[[Any], object], advice: str) -> AfterValidator:
+    """For values that must `hold`; of others `advice` says what to give."""
 
+    def check(value: Any) -> Any:
+        if not hold(value):
+            raise ValueError(advice)
+        return value
 
-def _grouped(columns: int) -> int:
-    if columns != -1 and (columns <= 0 or columns % 8):
-        raise ValueError("give -1 (one group a row) or a positive multiple of 8")
-    return columns
-
-
-def _divergence(nats: float) -> float:
-    if not 0 <= nats < math.inf:
-        raise ValueError("give a divergence in nats, such as 0.05")
-    return nats
+    return AfterValidator(check)
 
 
 # -- names of things ---------------------------------------------------------------------------------------------------
@@ -176,31 +157,6 @@ def gptq_type(recipe: str) -> GgmlType:
     return known[recipe]
 
 
-def _on_grid(recipe: str) -> str:
-    gptq_type(recipe)
-    return recipe
-
-
-def _file_type(name: str) -> str:
-    if name not in ("auto", *FILE_TYPES):
-        raise ValueError(f"choose auto, {', '.join(FILE_TYPES)}")
-    return name
-
-
-def _kind(name: str) -> str:
-    own = (kind for kind in FILE_TYPES if kind not in ("iq2_m", "iq3_xs", "iq3_m"))
-    kinds = list(dict.fromkeys(re.sub(r"_k_[sml]$", "_k", kind) for kind in own))
-    if name not in ("auto", *kinds):
-        raise ValueError(f"choose auto, {', '.join(kinds)}")
-    return name
-
-
-def _device(name: str) -> str:
-    if re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", name) is None:
-        raise ValueError("not a device to run on; use auto, cpu, cuda or cuda:N")
-    return name
-
-
 def _named_folders(given: Any) -> Any:
     """``NAME=DIR`` texts as a mapping."""
     if not isinstance(given, tuple | list):
@@ -216,22 +172,35 @@ def _named_folders(given: Any) -> Any:
 Name = str | Path
 """What a model is opened by: folder, file or Hub id."""
 Place = Path | str
-Size = Annotated[str | int, AfterValidator(_sized)]
+Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
-Interval = Annotated[str, AfterValidator(_timed)]
-TokenCount = Annotated[str | int, AfterValidator(_tokens)]
-"""A number, or "all"."""
+Interval = Annotated[str, _parsed(parse_every)]
+TokenCount = Annotated[
+    str | int,
+    _must(lambda number: re.fullmatch(r"all|0*[1-9]\d*", str(number)), "give a number of tokens such as 8192, or all"),
+]
 Natural = Annotated[int, Field(ge=1)]
-Divergence = Annotated[float, AfterValidator(_divergence)]
+Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]
-Bits = Annotated[int, AfterValidator(_codable)]
+Bits = Annotated[int, _must(lambda bits: 2 <= bits <= 8, "give 2, 3, 4 or 8")]
 """Checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6."""
-GroupSize = Annotated[int, AfterValidator(_grouped)]
-DeviceName = Annotated[str, AfterValidator(_device)]
-FileType = Annotated[str, AfterValidator(_file_type)]
-KindName = Annotated[str, AfterValidator(_kind)]
+GroupSize = Annotated[
+    int,
+    _must(
+        lambda columns: columns == -1 or (columns > 0 and columns % 8 == 0),
+        "give -1 (one group a row) or a positive multiple of 8",
+    ),
+]
+DeviceName = Annotated[
+    str,
+    _must(re.compile(r"(auto|(cpu|cuda)(:\d+)?)").fullmatch, "not a device to run on; use auto, cpu, cuda or cuda:N"),
+]
+FileType = Annotated[str, _must(("auto", *FILE_TYPES).__contains__, f"choose auto, {', '.join(FILE_TYPES)}")]
+_MIXTURES = ("iq2_m", "iq3_xs", "iq3_m")  # which have no kind of their name
+_KINDS = tuple(dict.fromkeys(re.sub(r"_k_[sml]$", "_k", kind) for kind in FILE_TYPES if kind not in _MIXTURES))
+KindName = Annotated[str, _must(("auto", *_KINDS).__contains__, f"choose auto, {', '.join(_KINDS)}")]
 """A type of matrices."""
-GridType = Annotated[str, AfterValidator(_on_grid)]
+GridType = Annotated[str, _parsed(gptq_type)]
 Folders = Annotated[Mapping[str, Place], BeforeValidator(_named_folders)]
 
 

@@ -17,8 +17,8 @@ import torch
 from quantkit.blocks.open import fitted, model_or_default, note_left_out, note_source, open_stream, pair_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
-from quantkit.codes.underflow import Underflow
 from quantkit.containers import CONTAINERS, of_format
+from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size

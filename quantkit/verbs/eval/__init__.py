@@ -89,7 +89,10 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     """
     started = time.perf_counter()
     register()
-    suite, task = _suite(options), options.task
+    task = options.task
+    if options.fewshot is not None and not task:
+        raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
+    suite = next(iter(SUITES)) if options.suite is None and not task else options.suite
     folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-dir {options.tasks_dir}: no such folder")
@@ -136,13 +139,6 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, found.as_dict())
     return report
-
-
-def _suite(options: Eval) -> str | None:
-    suite = next(iter(SUITES)) if options.suite is None and not options.task else options.suite
-    if options.fewshot is not None and not options.task:
-        raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
-    return suite
 
 
 def _files(source: Source) -> dict[str, str]:

@@ -435,6 +435,13 @@ class Ends(Options):
     """Name of the pre-tokenizer, where it is not known."""
 
 
+class Twice(Options):
+    """What has been rounded before."""
+
+    requantize: bool = False
+    """Round again what has been rounded before."""
+
+
 class Split(Options):
     """A GGUF file in parts."""
 

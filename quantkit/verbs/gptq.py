@@ -118,6 +118,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     judging = fitted(judging, [stream], asked=False)
     name = _variant(stream.source, spec, options)
     target = _target(stream, spec, options, name, progress)
+    refuse_codes(stream, target.plan, options.requantize)
     note_plan(stream, target.plan, progress)
     place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
@@ -341,7 +342,8 @@ def _evaluate_written(
     """
     try:
         ranks.wait_for(model)
-        written = ModelStream(open_source(model), reference.device, reference.dtype)
+        opened = open_source(model, trust_remote_code=reference.source.trusts_code)
+        written = ModelStream(opened, reference.device, reference.dtype)
         evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)
         if ranks.first:
             write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
@@ -365,11 +367,26 @@ def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
             table.writerow([layer.name, *numbers, layer.fallback, layer.tokens])
 
 
+def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:
+    """Refuse Linears that are codes already. Raises UsageError."""
+    coded = [name for name in plan if stream.weights.tensors[f"{name}.weight"].bits]
+    if coded and not requantize:
+        bits = stream.weights.tensors[f"{coded[0]}.weight"].bits
+        raise UsageError(
+            f"{stream.source.label} is quantized already ({bits}-bit codes): "
+            "its weights would be rounded again. Name the model it was made from; --requantize does it all the same"
+        )
+
+
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
     note_source(stream.source, progress)
     into_file = any(linear.spec.ggml for linear in plan.values())
     note_left_out(stream.weights, progress, parameters_only=into_file)
+    rounded = {stream.weights.tensors[f"{name}.weight"].stored_as for name in plan} if stream.source.ggml else set()
+    if twice := sorted(rounded - {"F64", "F32", "F16", "BF16"}):
+        kind = str(stream.source.dtype).removeprefix("torch.")
+        progress.note(f"{stream.source.label} was rounded before: what is quantized is {kind} from {', '.join(twice)}")
     if missing := shortfall(stream.device):
         progress.note(missing)
     if stream.discovered:

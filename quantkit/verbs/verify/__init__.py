@@ -118,7 +118,7 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     if not place.exists():
         raise UsageError(f"{options.path}: no such file or folder; verify takes what lies on this disk")
     resolve_device(options.device)
-    run = _Run(options.generate, options.device, progress)
+    run = _Run(options.generate, options.device, options.trust_remote_code, progress)
     name = place.name
     if place.is_file():
         return VerifyReport(name, (run.file(place, place.parent),))
@@ -137,6 +137,7 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
 class _Run:
     generate: bool
     device: str
+    trust: bool
     progress: Progress
 
     def folder(self, folder: Path) -> Verified:
@@ -150,7 +151,7 @@ class _Run:
         config: PretrainedConfig | None = None
         content: dict[str, Any] = {}
         with found.guard("config.json"):
-            config = load_config(folder, trust_remote_code=False)
+            config = load_config(folder, self.trust)
             content = read_json(folder / "config.json")
         container, label, tensors, delta = self._tensors(folder, config, content, found)
         loads: list[Load] = []
@@ -158,7 +159,7 @@ class _Run:
             with found.guard("generation_config.json"):
                 check_ids(folder, config, found)
             with found.guard("tokenizer"):
-                tokenizer = load_tokenizer(folder, trust_remote_code=False)
+                tokenizer = load_tokenizer(folder, self.trust)
                 check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), found)
             with found.guard("programs"):
                 copies = (folder / "quantize_config.json").is_file()
@@ -183,12 +184,13 @@ class _Run:
             tensors, plain = load(container.checks)(folder, table, label, found, self.progress)
         elif container.method or (config is not None and not table.entries and PickledFiles.present(folder)):
             with found.guard("weights"):
-                source = open_source(folder)
+                source = open_source(folder, trust_remote_code=self.trust)
                 tensors, plain, read = source.tensors, source.tensors, source.read
         if config is not None and tensors:
             with found.guard("config.json"):  # of files that `open_source` may refuse
                 about = {"path": folder, "label": folder.name, "kind": container.name, "config": config}
-                check_model(cast(Source, SimpleNamespace(**about, tensors=tensors, read=read)), found)
+                held = SimpleNamespace(**about, tensors=tensors, read=read, trusts_code=self.trust)
+                check_model(cast(Source, held), found)
         with found.guard(REPORT_NAME):
             delta = isinstance(_record(folder).get("delta"), dict)
             if delta:
@@ -246,7 +248,7 @@ class _Run:
         sentence: str | None = None
         run = Findings(found.root)
         with run.guard("running it"):
-            source = open_source(model) if isinstance(model, Path) else model
+            source = open_source(model, trust_remote_code=self.trust) if isinstance(model, Path) else model
             whole = source.path.is_dir()
             record = _record(source.path if whole else source.path.parent)
             results = [{}] if whole else (record.get("evaluation") or {}).get("results") or [{}]

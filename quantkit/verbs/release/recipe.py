@@ -32,6 +32,7 @@ from quantkit.options import (
     WindowLength,
     make,
 )
+from quantkit.options.values import gptq_type
 
 if TYPE_CHECKING:
     CheckpointKind = str
@@ -195,6 +196,24 @@ class Recipe(Spec):
     def repo_of(self, variant: AnyVariant) -> str:
         """Name of a variant's repository, without its owner."""
         return variant.repo or f"{self.name}-{CONTAINERS[variant.kind].shown.endings[0]}"
+
+    def shares(self, variant: FileVariant) -> bool:
+        """Whether a ggjt file takes the codes of a variant's GPTQ run, be it this one or another of its type."""
+        takers = (one for one in self.variants if isinstance(one, GgjtVariant) and one.type == variant.type)
+        return runs_gptq(variant) and any(runs_gptq(one) for one in takers)
+
+
+def runs_gptq(variant: FileVariant) -> bool:
+    """Whether a file's codes come of a GPTQ run. Raises UsageError where they are to, and the type has no grid."""
+    if variant.method == "round":
+        return False
+    try:
+        gptq_type(variant.type)
+    except UsageError:
+        if variant.method == "gptq":
+            raise
+        return False
+    return True
 
 
 def load_recipe(path: str | Path) -> Recipe:

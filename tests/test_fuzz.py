@@ -50,7 +50,7 @@ def run(root: Path, asked: dict[str, tuple[int, int]], seconds: float = 0) -> li
     command = [sys.executable, process.__file__, str(root), json.dumps({"counts": asked, "seconds": seconds})]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, f"{done.stdout.decode()}{done.stderr.decode(errors='replace')[-4000:]}"
     return [json.loads(line) for line in done.stdout.splitlines()]
 

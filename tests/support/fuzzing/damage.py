@@ -41,7 +41,9 @@ def bytes_of(dice: Random, data: bytes) -> bytes:
             width = dice.choice((1, 2, 4, 8))
             content[at : at + width] = struct.pack("<Q", dice.choice(EXTREMES))[:width]
         elif what == "insert":
-            content[at:at] = dice.choice((b"\0", b"\xff\xfe", b"\x1b]0;x\x07", "\u202e".encode(), dice.randbytes(length)))
+            content[at:at] = dice.choice(
+                (b"\0", b"\xff\xfe", b"\x1b]0;x\x07", "\u202e".encode(), dice.randbytes(length))
+            )
         elif what == "remove":
             del content[at : at + length]
         elif what == "repeat":
@@ -130,10 +132,59 @@ def _nested(depth: int) -> Any:
 
 
 ODD: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 7, 64, 10**4, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, -(10**30)),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        7,
+        64,
+        10**4,
+        2**31,
+        2**32,
+        2**53 + 1,
+        2**63 - 1,
+        2**63,
+        2**64,
+        10**30,
+        -(10**30),
+    ),
     *(10**400, 0.0, -0.0, 0.5, 1e-320, 1e308, -1.5, float("nan"), float("inf"), -float("inf")),
-    *("", " ", "0", "-1", "1e9", "null", "true", "a", "\n", "\x1b[2J", "\u202eabc", "\x00", "\ud800", "\U0001f600", "é" * 99),
-    *("x" * 5000, "../../etc/passwd", "/etc/passwd", ".", "..", "~", "model.safetensors", "a/b", "llama", "{{ 7*7 }}", "%s", "{0}"),
+    *(
+        "",
+        " ",
+        "0",
+        "-1",
+        "1e9",
+        "null",
+        "true",
+        "a",
+        "\n",
+        "\x1b[2J",
+        "\u202eabc",
+        "\x00",
+        "\ud800",
+        "\U0001f600",
+        "é" * 99,
+    ),
+    *(
+        "x" * 5000,
+        "../../etc/passwd",
+        "/etc/passwd",
+        ".",
+        "..",
+        "~",
+        "model.safetensors",
+        "a/b",
+        "llama",
+        "{{ 7*7 }}",
+        "%s",
+        "{0}",
+    ),
     *([], {}, [[]], [None], [1, "a"], {"": None}, {"a": {"b": 1}}, [0] * 300, {str(n): n for n in range(50)}),
     *(_nested(51), _nested(300), _nested(301)),
 )
@@ -188,15 +239,23 @@ def _near(dice: Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
-        return dice.choice((value + 1, value - 1, -value, value * 2, value // 2, value * 1000, float(value), str(value)))
+        return dice.choice(
+            (value + 1, value - 1, -value, value * 2, value // 2, value * 1000, float(value), str(value))
+        )
     if isinstance(value, float):
-        return dice.choice((-value, value * 1e9, 1 / value if value else 1, int(value) if abs(value) < 1e300 else 0, str(value)))
+        return dice.choice(
+            (-value, value * 1e9, 1 / value if value else 1, int(value) if abs(value) < 1e300 else 0, str(value))
+        )
     if isinstance(value, str):
         at = dice.randint(0, len(value))
-        added = dice.choice(("", "\n", "\x1b[0m", "\u202e", " ", "\ud83d", "'", '"', "`", "|", "\\", "$(id)", "%", "a" * 999))
+        added = dice.choice(
+            ("", "\n", "\x1b[0m", "\u202e", " ", "\ud83d", "'", '"', "`", "|", "\\", "$(id)", "%", "a" * 999)
+        )
         return dice.choice((value[:at], value[:at] + added + value[at:], value.upper(), value[::-1], value * 2))
     if isinstance(value, list):
-        return dice.choice((value[1:], value[::-1], value + value[:1], value[0] if value else None, dict.fromkeys(map(str, value))))
+        return dice.choice(
+            (value[1:], value[::-1], value + value[:1], value[0] if value else None, dict.fromkeys(map(str, value)))
+        )
     return dice.choice((list(value.values()), list(value), None, {**value, "unknown": 1}))
 
 
@@ -211,8 +270,30 @@ def json_of(dice: Random, data: bytes) -> bytes:
 
 
 _JSON_PIECES = (
-    *(b"[" * 100_000, b'{"a":' * 50_000, b"NaN", b"-Infinity", b"1" * 5000, b"1e99999", b"-0", b'"\\ud800"', b'"\\u0000"'),
-    *(b"null", b",", b"}", b"]", b"//", b"\xef\xbb\xbf", b"\xff\xfe", b'"a":1,"a":2', b'"\x1b[2J"', b'"\xe2\x80\xae"', b"\x00"),
+    *(
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b"NaN",
+        b"-Infinity",
+        b"1" * 5000,
+        b"1e99999",
+        b"-0",
+        b'"\\ud800"',
+        b'"\\u0000"',
+    ),
+    *(
+        b"null",
+        b",",
+        b"}",
+        b"]",
+        b"//",
+        b"\xef\xbb\xbf",
+        b"\xff\xfe",
+        b'"a":1,"a":2',
+        b'"\x1b[2J"',
+        b'"\xe2\x80\xae"',
+        b"\x00",
+    ),
 )
 
 
@@ -263,10 +344,54 @@ def yaml_of(dice: Random, data: bytes) -> bytes:
 
 
 _YAML_PIECES = (
-    *(b"&a [*a]", b"*a", b"<<: *a\n", b"<<: {name: x}\n", b"!!python/object/apply:os.system [id]", b"!!binary aGk=", b"!!set {a}"),
-    *(b"!!timestamp 2001-99-99", b"2001-99-99", b"!!int x", b"1:99:99", b"0x", b"0b2", b".nan", b".inf", b"-.inf", b"~", b"? [a]\n: b\n"),
-    *(b"- " * 3000, b"[" * 3000, b"{a: " * 3000, b"\t", b"---\n", b"...\n", b"|\n", b">\n", b"'", b'"', b'"\\x1b[2J"', b'"\\uD800"', b"#"),
-    *(b"%YAML 9.9\n---\n", b"%TAG ! x\n", b"!!float 1e", b"!!null x", b"!!omap [a]", b"!!pairs 3", b"\xe2\x80\xae", b"\x00", b"1" * 5000),
+    *(
+        b"&a [*a]",
+        b"*a",
+        b"<<: *a\n",
+        b"<<: {name: x}\n",
+        b"!!python/object/apply:os.system [id]",
+        b"!!binary aGk=",
+        b"!!set {a}",
+    ),
+    *(
+        b"!!timestamp 2001-99-99",
+        b"2001-99-99",
+        b"!!int x",
+        b"1:99:99",
+        b"0x",
+        b"0b2",
+        b".nan",
+        b".inf",
+        b"-.inf",
+        b"~",
+        b"? [a]\n: b\n",
+    ),
+    *(
+        b"- " * 3000,
+        b"[" * 3000,
+        b"{a: " * 3000,
+        b"\t",
+        b"---\n",
+        b"...\n",
+        b"|\n",
+        b">\n",
+        b"'",
+        b'"',
+        b'"\\x1b[2J"',
+        b'"\\uD800"',
+        b"#",
+    ),
+    *(
+        b"%YAML 9.9\n---\n",
+        b"%TAG ! x\n",
+        b"!!float 1e",
+        b"!!null x",
+        b"!!omap [a]",
+        b"!!pairs 3",
+        b"\xe2\x80\xae",
+        b"\x00",
+        b"1" * 5000,
+    ),
     *(b"\xef\xbb\xbf", b"2020-01-01T25:61:61Z", b"9" * 20, b"!!bool maybe", b"key: value\n", b": ", b"? ", b"- "),
 )
 
@@ -285,12 +410,54 @@ def template_of(dice: Random, data: bytes) -> bytes:
 
 
 _JINJA_PIECES = (
-    *(b"{{", b"}}", b"{%", b"%}", b"{#", b"{% if %}", b"{% for a in %}", b"{% endfor %}", b"{{ x.y.z }}", b"{{ 1/0 }}", b"{{ 'a' + 1 }}"),
-    *(b"{{ raise_exception('\x1b[2J\n no') }}", b"{{ messages[99].x }}", b"{{ ''.__class__.__mro__ }}", b"{{ messages.pop() }}"),
-    *(b"{% include 'x' %}", b"{% import 'x' as y %}", b"{% extends 'x' %}", b"{{ range(10**9) | list }}", b"{{ 'a' * 10**10 }}"),
-    *(b"{{ 10**10**7 }}", b"{{ strftime_now('%') }}", b"{{ messages | tojson }}", b"{% set x = 1 %}", b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"),
-    *(b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", b"{{ cycler }}", b"{{ '%s' | format }}", b"{% break %}"),
-    *(b"{{ " + b"(" * 500, b"{% if x %}" * 300, b"\x00", b"\x1b[2J", b"\xe2\x80\xae", b"{{ messages[0]['content'].encode() }}", b"{{ lipsum() }}"),
+    *(
+        b"{{",
+        b"}}",
+        b"{%",
+        b"%}",
+        b"{#",
+        b"{% if %}",
+        b"{% for a in %}",
+        b"{% endfor %}",
+        b"{{ x.y.z }}",
+        b"{{ 1/0 }}",
+        b"{{ 'a' + 1 }}",
+    ),
+    *(
+        b"{{ raise_exception('\x1b[2J\n no') }}",
+        b"{{ messages[99].x }}",
+        b"{{ ''.__class__.__mro__ }}",
+        b"{{ messages.pop() }}",
+    ),
+    *(
+        b"{% include 'x' %}",
+        b"{% import 'x' as y %}",
+        b"{% extends 'x' %}",
+        b"{{ range(10**9) | list }}",
+        b"{{ 'a' * 10**10 }}",
+    ),
+    *(
+        b"{{ 10**10**7 }}",
+        b"{{ strftime_now('%') }}",
+        b"{{ messages | tojson }}",
+        b"{% set x = 1 %}",
+        b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    ),
+    *(
+        b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        b"{{ cycler }}",
+        b"{{ '%s' | format }}",
+        b"{% break %}",
+    ),
+    *(
+        b"{{ " + b"(" * 500,
+        b"{% if x %}" * 300,
+        b"\x00",
+        b"\x1b[2J",
+        b"\xe2\x80\xae",
+        b"{{ messages[0]['content'].encode() }}",
+        b"{{ lipsum() }}",
+    ),
 )
 
 
@@ -320,7 +487,10 @@ def zip_of(dice: Random, data: bytes) -> bytes:
     if what == "content":
         members[at] = name, bytes_of(dice, content)
     elif what == "rename":
-        members[at] = dice.choice(("../x", "/etc/x", "data.pkl", f"{name}x", "a" * 3000, "\x1b[2J", members[0][0])), content
+        members[at] = (
+            dice.choice(("../x", "/etc/x", "data.pkl", f"{name}x", "a" * 3000, "\x1b[2J", members[0][0])),
+            content,
+        )
     elif what == "repeat":
         members.append((name, content))
     elif what == "drop":

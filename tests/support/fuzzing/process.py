@@ -28,13 +28,14 @@ from typing import Any
 
 from support.fuzzing.readers import READERS, Reader, prepare
 
+from quantkit.cli.console import shown
 from quantkit.errors import UNSEEN, QuantkitError, SourceError, describe, visible
 
 MEMORY = 2**30
 PATIENCE = 5.0
 """Seconds that one case may take."""
-LONGEST = 1500
-"""Characters of an error's line, folders' names not counted."""
+LONGEST = 3000
+"""Characters of an error's line."""
 MOST_FAULTS = 40
 
 
@@ -46,22 +47,21 @@ def _alarm(*_: object) -> None:
     raise TooSlow
 
 
-def fault_of(error: BaseException, folder: Path) -> str | None:
+def fault_of(error: BaseException) -> str | None:
     """What is wrong with how a case ended; None where it is the project's own error, in one clean line."""
     if not isinstance(error, QuantkitError):
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if f"{os.sep}quantkit{os.sep}" in frame.filename] or frames
         where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}"
         return f"{type(error).__name__} in {where}: {visible(str(error))[:300]}"
-    line = visible(describe(error))
+    line = shown(describe(error))
     if any(ord(letter) in UNSEEN for letter in line) or re.search(r"Traceback|\x1b", line):
         return f"control characters or a traceback in {line!r}"
     try:
         line.encode()
     except UnicodeEncodeError:
         return f"half of a character in {line!r}"
-    shown = line.replace(str(folder), "")
-    return f"a line of {len(shown)} characters: {shown[:200]}" if len(shown) > LONGEST else None
+    return f"a line of {len(line)} characters: {line[:200]}" if len(line) > LONGEST else None
 
 
 def tried(reader: Reader, dice: Random, case: Path) -> BaseException | None:
@@ -91,7 +91,7 @@ def _cases(root: Path, name: str, numbers: Iterator[int], write: int) -> None:
             dice, file = prepare(reader, root / "whole", folder, number, name)
             error = tried(reader, dice, folder / "case")
             ended = "read" if error is None else "refused"
-            fault = None if error is None else fault_of(error, folder)
+            fault = None if error is None else fault_of(error)
             if fault is not None:
                 ended = "fault"
                 trace = "".join(traceback.format_exception(error))

@@ -252,9 +252,15 @@ READERS: dict[str, Reader] = {
     "config": Reader("model", {"config.json": damage.json_of}, model, 4),
     "tokenizer": Reader("model", _TOKENIZER, tokenizer, 4),
     "tokenizer-slow": Reader("words", {"vocab.json": damage.json_of, "merges.txt": damage.bytes_of}, tokenizer),
-    "sentencepiece": Reader("pieces", {"tokenizer.model": damage.bytes_of, "added_tokens.json": damage.json_of}, tokenizer),
-    "generation": Reader("model", {"generation_config.json": damage.json_of}, lambda f, d: d.choice((verified, written))(f)),
-    "checksums": Reader("checked", {"SHA256SUMS": damage.bytes_of, "quantkit.json": damage.json_of}, lambda f, _: verified(f)),
+    "sentencepiece": Reader(
+        "pieces", {"tokenizer.model": damage.bytes_of, "added_tokens.json": damage.json_of}, tokenizer
+    ),
+    "generation": Reader(
+        "model", {"generation_config.json": damage.json_of}, lambda f, d: d.choice((verified, written))(f)
+    ),
+    "checksums": Reader(
+        "checked", {"SHA256SUMS": damage.bytes_of, "quantkit.json": damage.json_of}, lambda f, _: verified(f)
+    ),
     "template": Reader("model", {"chat_template.jinja": damage.template_of}, tokenizer),
     "gptq": Reader("gptq", {"*.safetensors": damage.safetensors_of}, model, 2),
     "gptq-label": Reader("gptq", dict.fromkeys(("config.json", "quantize_config.json"), damage.json_of), model, 2),

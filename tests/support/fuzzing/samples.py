@@ -34,7 +34,13 @@ LINE = "the quick brown fox jumps over the lazy dog while the user asks the assi
 RECORDS = [
     {"instruction": LINE, "input": "", "output": LINE, "id": 1},
     {"prompt": LINE, "response": LINE, "skill": "sea"},
-    {"conversations": [{"from": "system", "value": "Be short."}, {"from": "human", "value": LINE}, {"from": "gpt", "value": LINE}]},
+    {
+        "conversations": [
+            {"from": "system", "value": "Be short."},
+            {"from": "human", "value": LINE},
+            {"from": "gpt", "value": LINE},
+        ]
+    },
     {"messages": [{"role": "user", "content": LINE}, {"role": "assistant", "content": LINE}]},
     {"text": LINE * 2},
 ]
@@ -96,7 +102,9 @@ def _models(root: Path, model: Any, tokenizer: Any) -> None:
     (words / "vocab.json").write_text(json.dumps(content["vocab"]))
     (words / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in content["merges"]))
     (words / "tokenizer.json").unlink()
-    (words / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": SPECIAL[2]}))
+    (words / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": SPECIAL[2]})
+    )
     _pieces(root / "pieces")
     _deltas(root, model, tokenizer, plain)
 
@@ -165,7 +173,9 @@ def _files(root: Path, tokenizer: Any) -> None:
     sentence = sentencepiece(LLAMA)
 
     def write(name: str, family: str, vocabulary: Any, kind: Any, **config: Any) -> None:
-        model = random_model(family, tied=family.startswith("gemma"), dtype=torch.float32, seed=0, **{**SIZES, **config})
+        model = random_model(
+            family, tied=family.startswith("gemma"), dtype=torch.float32, seed=0, **{**SIZES, **config}
+        )
         if vocabulary is sentence:
             model.resize_token_embeddings(len(LLAMA["tokens"]), mean_resizing=False)
         gguf_models.write_model(folder / name, model, vocabulary, kind=kind)

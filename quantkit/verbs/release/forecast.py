@@ -89,7 +89,8 @@ class Forecaster:
         recipe, source = self._recipe.evaluation, self._source
         tokens = 0
         for text in recipe.texts:
-            spec = make(EvaluationSpec, text=text, seq_len=recipe.seq_len or default_seq_len(text))
+            seq_len = recipe.seq_len or default_seq_len(text)
+            spec = make(EvaluationSpec, text=text, seq_len=seq_len, eval_tokens=recipe.eval_tokens)
             tokens += evaluation_text(spec, source.tokenizer()).windows.tokens.numel()
         stream, config = ModelStream(source, self._device, torch.float32), source.config.get_text_config()
         width, weights = int(config.hidden_size), sum(rows * columns for _, (rows, columns) in stream.linears())

@@ -14,6 +14,7 @@ from quantkit.containers import CONTAINERS
 from quantkit.errors import UsageError, shortened
 from quantkit.options import (
     METHODS,
+    Amount,
     CalibrationSpec,
     CardFacts,
     Checkpoint,
@@ -118,7 +119,7 @@ class GgjtVariant(FileVariant):
 AnyVariant = GptqVariant | GgufVariant | GgjtVariant
 
 
-class JudgingRecipe(Texts, WindowLength, Tasks):
+class JudgingRecipe(Texts, Amount, WindowLength, Tasks):
     """What variants are compared on, and which tasks of lm-evaluation-harness they do.
 
     `seq_len` None: 2048 for wikitext2, else 512. `tasks` go beside those of `suite`; `limit` is for trials.

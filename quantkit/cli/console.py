@@ -50,7 +50,7 @@ def _console(stderr: bool) -> Console:
 
 def shown(text: str) -> str:
     """A line as it may be shown: what files bring along is made visible in it, and shortened where it has no end."""
-    words = re.sub(r"\S{%d,}" % _LONGEST_WORD, lambda found: shortened(found[0], _LONGEST_WORD), text)
+    words = re.sub(r"\S{200,}", lambda found: shortened(found[0], _LONGEST_WORD), text)
     return visible(shortened(words, _LONGEST_LINE))
 
 

@@ -26,10 +26,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from support.fuzzing.readers import READERS, Reader, prepare
-
 from quantkit.cli.console import shown
 from quantkit.errors import UNSEEN, QuantkitError, SourceError, describe, visible
+from support.fuzzing.readers import READERS, Reader, prepare
 
 MEMORY = 2**30
 PATIENCE = 5.0

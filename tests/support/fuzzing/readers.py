@@ -13,8 +13,6 @@ from random import Random
 from typing import Any
 
 import torch
-from support.fuzzing import damage
-from support.fuzzing.damage import Damage
 
 import quantkit
 from quantkit.containers.imatrix import read_imatrix
@@ -28,6 +26,8 @@ from quantkit.tokens.readers import load_dataset
 from quantkit.tokens.records import render
 from quantkit.verbs.generate.prompts import prompt_ids, prompt_text, read_prompts
 from quantkit.verbs.release.recipe import load_recipe
+from support.fuzzing import damage
+from support.fuzzing.damage import Damage
 
 TEXT = "The quick  brown fox, 2024"
 DECIDES = {"recipe": {"bits": 4, "calibration": {"seed": 0, "tokens_sha256": "ab" * 32}}, "source": {"model": "tiny"}}

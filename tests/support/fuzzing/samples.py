@@ -16,11 +16,6 @@ import numpy as np
 import torch
 from conftest import SPECIAL, random_model, token_matrix, train_tokenizer
 from safetensors.torch import save_file
-from support import gguf_models
-from support.fuzzing.readers import DECIDES, SETTINGS
-from support.ggjt_models import LLAMA, Parts, parts_tensors
-from support.gguf_models import Quantization, byte_level, sentencepiece
-from support.recipes import SMALL, write_recipe
 
 import quantkit
 from quantkit.runs.answers import appending, line_of
@@ -28,6 +23,11 @@ from quantkit.runs.landing import LandedLinear, keep_states, land_block
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.unfinished import folder_of, working
 from quantkit.verbs.generate.prompts import read_prompts
+from support import gguf_models
+from support.fuzzing.readers import DECIDES, SETTINGS
+from support.ggjt_models import LLAMA, Parts, parts_tensors
+from support.gguf_models import Quantization, byte_level, sentencepiece
+from support.recipes import SMALL, write_recipe
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
 LINE = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question"
@@ -219,7 +219,7 @@ def _texts(root: Path) -> None:
     import pyarrow.parquet
 
     lines = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
-    texts = [record for record in RECORDS[:1] * 8]
+    texts = RECORDS[:1] * 8
     made = {
         **{"json": ("data.json", json.dumps({"data": RECORDS}).encode()), "jsonl": ("data.jsonl", lines)},
         **{"gz": ("data.jsonl.gz", gzip.compress(lines, mtime=0)), "xz": ("data.jsonl.xz", lzma.compress(lines))},

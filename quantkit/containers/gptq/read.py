@@ -130,11 +130,11 @@ class GptqSource(FolderSource):
 
     def read_groups(self, module: str) -> torch.Tensor:
         if f"{module}.g_idx" in self.stored.tensors:
-            groups = self.stored.read(f"{module}.g_idx").int()
-            most = self.stored.tensors[f"{module}.scales"].shape[0] - 1
-            if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) <= most:
-                raise SourceError(f"{self.path}: {module}.g_idx names groups beyond its {most + 1}; it is damaged")
-            return groups
+            named = self.stored.read(f"{module}.g_idx").int()
+            count = self.stored.tensors[f"{module}.scales"].shape[0]
+            if named.numel() and not 0 <= int(named.min()) <= int(named.max()) < count:
+                raise SourceError(f"{self.path}: {module}.g_idx names groups beyond its {count}; it is damaged")
+            return named
         # In the order of the columns, for a checkpoint that leaves g_idx out.
         columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
         if groups == 1:

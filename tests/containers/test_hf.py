@@ -507,6 +507,15 @@ def test_other_quantizations_are_refused_by_name(make_model: MakeModel, tmp_path
     assert "\n" not in str(error.value)
 
 
+def test_half_of_a_character_in_a_config_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    """JSON may escape what no file could hold again."""
+    shutil.copytree(make_model("llama"), tmp_path / "half")
+    path = tmp_path / "half" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "note": "\ud800"}))
+    with pytest.raises(SourceError, match=r"config\.json: not readable as JSON: .*surrogates"):
+        open_source(tmp_path / "half")
+
+
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
     for name in ("training_args.bin", "optimizer.bin"):
         torch.save({"lr": torch.ones(1)}, tmp_path / name)

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
-from quantkit.errors import SourceError, first_line
+from quantkit.errors import SourceError, first_line, shortened
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import first_pipe, is_foreign
 from quantkit.runs.panics import panics_as
@@ -143,7 +143,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     except Exception as error:  # whatever a config class raises on values it does not like
         if model_type not in CONFIG_MAPPING and not trust_remote_code:
             _refuse_code(folder / "config.json", error)
-        raise SourceError(f"{folder / 'config.json'}: {first_line(error)}") from error
+        raise SourceError(f"{folder / 'config.json'}: {shortened(first_line(error), 500)}") from error
     return config
 
 

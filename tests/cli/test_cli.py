@@ -55,6 +55,8 @@ RESULT_KEYS = {
     "top1_agreement",
     "delta_ln_ppl",
     "delta_ln_ppl_stderr",
+    "kl_divergence_stderr",
+    "top1_agreement_stderr",
 }
 LINEARS = (
     "self_attn.q_proj",

@@ -17,7 +17,7 @@ from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
-from quantkit.evaluate.statistics import numbers_of
+from quantkit.evaluate.statistics import heads, numbers_of
 from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
@@ -56,13 +56,11 @@ class CompareReport(Report):
     unmet: str | None
 
     def lines(self) -> Iterator[Shown]:
-        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
-        front = Column("front", "center", overflow="ellipsis")
-        columns = [Column("model", "left", overflow="fold"), *map(Column, heads), front]
+        front = Column("front", "center", drop=1)
+        columns = [Column("model", "left"), Column("size"), Column("bits/w", drop=4), *heads(True), front]
         for text in self.texts:
             yield f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}"
-            rows = [[model.model, *_cells(model, text.name), "*" if model.pareto else ""] for model in self.models]
-            yield Table(columns, rows, width=160)
+            yield Table(columns, [_row(model, text.name) for model in self.models], short=True)
         if self.choice is not None:
             yield f"take {self.choice.model}: {self.choice.why}"
         yield f"report: {self.out / 'report.html'}"
@@ -231,13 +229,6 @@ def _record(
     }
 
 
-def _cells(model: ComparedModel, text: str) -> list[str]:
-    numbers = model.texts[text]
-    cells = [size(model.bytes), f"{model.bits_per_weight:.2f}"]
-    cells += [f"{numbers.perplexity:.3f}", f"{numbers.stderr:.3f}"]
-    kl = numbers.kl_divergence
-    if kl is None:
-        return [*cells, *[""] * 7]
-    cells += [f"{numbers.delta_ln_ppl:+.4f}", f"{numbers.delta_ln_ppl_stderr:.4f}"]
-    cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
-    return [*cells, f"{100 * (numbers.top1_agreement or 0):.1f} %"]
+def _row(model: ComparedModel, text: str) -> list[str]:
+    own = [model.model, size(model.bytes), f"{model.bits_per_weight:.2f}"]
+    return [*own, *model.texts[text].cells(True), "*" if model.pareto else ""]

@@ -53,7 +53,7 @@ def perplexity(options: Perplexity, *, progress: Progress = SILENT, ranks: Ranks
         raise UsageError("name at least one model")
     progress = ranks.reporting(progress)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
-    spec = fitted(spec, streams, asked=options.seq_len is not None)
+    spec = fitted(spec, streams, asked=options.seq_len is not None, progress=progress)
     return evaluate_streams(streams, spec, options.against is not None, progress, ranks)
 
 

@@ -33,6 +33,8 @@ from quantkit.verbs.compare.plots import Drawn, plot_files
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult, decode_worst
 from quantkit.version import __version__
 
+_WHOLE = 15.5  # bits per weight of what is not quantized, or more
+
 
 @dataclass(frozen=True)
 class CompareReport(Report):
@@ -90,9 +92,10 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     progress = ranks.reporting(progress)
     names = (options.reference, *options.variants)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
-    specs = [fitted(spec, streams, asked=options.seq_len is not None) for spec in specs]
+    specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
+    _warn_of_order(sources, progress)
     for source in sources:
         if ranks.first:
             check_outside(place, source, options.force)
@@ -150,6 +153,17 @@ def _label_apart(sources: Sequence[Source]) -> None:
         raise UsageError(f"two models are called {labels[0]}; rename a file or the folder it is in")
     for (source, _), label in zip(alike, labels, strict=True):
         source.label = label
+
+
+def _warn_of_order(sources: Sequence[Source], progress: Progress) -> None:
+    """Say that the reference is quantized and a variant is not: they may have been swapped."""
+    bits = [describe(source).bits_per_weight for source in sources]
+    whole = [source.label for source, held in zip(sources, bits, strict=True) if held >= _WHOLE > bits[0]]
+    if whole:
+        progress.warn(
+            f"the reference, {sources[0].label}, is quantized ({bits[0]:.2f} bits per weight) and {whole[0]} is not: "
+            "the reference comes first, then its variants"
+        )
 
 
 def _windows(sources: Sequence[Source], specs: Sequence[EvaluationSpec], progress: Progress) -> list[EvaluationText]:

@@ -336,7 +336,7 @@ def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
 
     config: Any = facts.config.get_text_config()
     name = architecture.replace("moe", "_moe") if architecture not in GGUF_CONFIG_MAPPING else architecture
-    keys = GGUF_CONFIG_MAPPING.get(name, {})
+    keys: dict[str, Any] = GGUF_CONFIG_MAPPING.get(name, {})
     kind = f"{name}_text" if f"{name}_text" in CONFIG_MAPPING else name
     usual: Any = CONFIG_MAPPING[kind](**GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {}))
     if scaled := rope_types(config):
@@ -350,7 +350,7 @@ def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
 
 
 def _computed_with(one: Any, key: str, config: Any) -> Any:
-    """What a config has a model of `config`'s size compute with; 0 for none, which a window is that no text outgrows."""
+    """What a config has a model of `config`'s size compute with; 0: none, as a window is that no text outgrows."""
     value = getattr(one, key, None) or 0
     if key == "partial_rotary_factor":
         return (getattr(one, "rope_parameters", None) or {}).get(key, 1.0)

@@ -59,6 +59,13 @@ def _bytes(size: str | int) -> int:
     return value
 
 
+def _tokens(number: str | int) -> str | int:
+    text = str(number).strip().lower()
+    if text != "all" and not (text.isdecimal() and int(text) > 0):
+        raise ValueError("give a number of tokens such as 8192, or all")
+    return text if text == "all" else int(text)
+
+
 @dataclass(frozen=True)
 class Every:
     """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
@@ -103,9 +110,13 @@ def _must(hold: Callable[[Any], object], advice: str) -> AfterValidator:
 # -- names of things ---------------------------------------------------------------------------------------------------
 
 
+# Who mistypes a file's name does not want the Hub to be asked for it.
+_FILE_SUFFIXES = (".gguf", ".ggml", ".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".json", ".zip")
+
+
 def looks_like_id(name: str) -> bool:
-    """Whether `name` has the form owner/name (or a legacy bare name) of the Hub."""
-    return bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(".gguf")
+    """Whether `name` has the form owner/name (or a legacy bare name) of the Hub, and not that of a file."""
+    return bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILE_SUFFIXES)
 
 
 def check_model(name: str | Path) -> None:
@@ -171,6 +182,8 @@ Place = Path | str
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
 Interval = Annotated[str, _parsed(parse_every)]
+TokenCount = Annotated[str | int, AfterValidator(_tokens)]
+"""A number, or "all"."""
 Natural = Annotated[int, Field(ge=1)]
 Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]

@@ -52,7 +52,7 @@ def evaluation_text(
     ``wikitext2`` is the protocol of the GPTQ paper and its successors: the raw test split, records joined with blank
     lines, tokenized as one string, cut into windows, no overlap. ``wikitext2:FILE`` reads a local copy (Parquet, or
     text that is already joined). Instruction data (a known name, .json, .jsonl, .parquet) is rendered with the
-    template, record after record; any other file is plain text.
+    template, record after record; any other file is plain text. `spec.eval_tokens` takes the first windows of it.
 
     Raises:
         CalibrationError: text that cannot be read, or is shorter than one window.
@@ -60,11 +60,15 @@ def evaluation_text(
     # With overlapping windows the text is first cut at the stride, then put together again.
     # (At least 2, so that a window's own BOS leaves room for a token.)
     cut = spec.seq_len if spec.stride is None else max(spec.stride, 2)
+    at_most = None if spec.eval_tokens == "all" else -(-max(int(spec.eval_tokens), spec.seq_len) // cut)
     name, content = _shown_name(spec.text), _read(spec.text, progress)
     if isinstance(content, Dataset):
-        matrix = windows_in_order(content, seq_len=cut, template=spec.template, tokenizer=tokenizer, progress=progress)
+        matrix = windows_in_order(
+            content, seq_len=cut, template=spec.template, tokenizer=tokenizer, progress=progress, at_most=at_most
+        )
     else:
-        matrix = window_text(content, name, cut, tokenizer, leading_bos_once=is_wikitext2(spec.text))
+        once = is_wikitext2(spec.text)
+        matrix = window_text(content, name, cut, tokenizer, leading_bos_once=once, at_most=at_most)
     tokens = matrix.tokens
     first_scored = torch.ones(tokens.shape[0], dtype=torch.int64)
     if spec.stride is not None:

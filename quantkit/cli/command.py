@@ -39,7 +39,7 @@ def command_of(name: str) -> Callable[..., None]:
         told = make(Terminal, **{field: given[field] for field in Terminal.model_fields})
         fields = {field: given[field] for field in spec.model_fields if given[field] is not None}
         options = make(spec, **fields)
-        with _settled(name):
+        with settled(name):
             _run(name, options, told)
 
     parameters = [_parameter(spec, field) for field in spec.in_order()]
@@ -50,7 +50,7 @@ def command_of(name: str) -> Callable[..., None]:
 
 
 @contextmanager
-def _settled(verb: str) -> Iterator[None]:
+def settled(verb: str) -> Iterator[None]:
     """The process as a verb wants it: its allocator tuned, and for an export no search for cycles.
 
     A vocabulary's hundred thousand words are no cycles, and while they are made Python goes over everything that is

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,8 +63,9 @@ def evaluation_text(
     at_most = None if spec.eval_tokens == "all" else -(-max(int(spec.eval_tokens), spec.seq_len) // cut)
     name, content = _shown_name(spec.text), _read(spec.text, progress)
     if isinstance(content, Dataset):
-        in_order = partial(windows_in_order, template=spec.template, tokenizer=tokenizer, progress=progress)
-        matrix = in_order(content, seq_len=cut, at_most=at_most)
+        matrix = windows_in_order(
+            content, seq_len=cut, template=spec.template, tokenizer=tokenizer, progress=progress, at_most=at_most
+        )
     else:
         once = is_wikitext2(spec.text)
         matrix = window_text(content, name, cut, tokenizer, leading_bos_once=once, at_most=at_most)

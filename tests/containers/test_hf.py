@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import weakref
 import zipfile
@@ -597,3 +598,27 @@ def test_codes_without_a_label_are_told(part: str, wanted: str, make_model: Make
     save_file({**load_file(model / "model.safetensors"), **extra}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=rf"holds quantized weights \(.*{part}\).*{wanted}"):
         open_source(model)
+    assert any("holds quantized weights" in text for text in quantkit.verify(model, generate=False).problems)
+
+
+@pytest.mark.parametrize(
+    ("renamed", "kind", "wanted"),
+    [
+        ("up_proj.W_q", torch.uint8, "holds quantized weights"),  # HQQ
+        ("up_proj.weight._data", torch.int8, "holds quantized weights"),  # Quanto
+        ("up_proj.weight", torch.int8, "holds quantized weights"),
+        ("up_proj.base_layer.weight", torch.float16, "parts of an adapter.*merge"),  # PEFT, saved unmerged
+        ("up_proj.lora_A.default.weight", torch.float16, "parts of an adapter.*merge"),
+    ],
+)
+def test_a_folder_whose_weights_are_something_else_is_told_so(
+    renamed: str, kind: torch.dtype, wanted: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """Whole numbers under a weight's name would be quantized as they are; of the others one is not missing."""
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    tensors, prefix = load_file(model / "model.safetensors"), "model.layers.0.mlp."
+    tensors[prefix + renamed] = tensors.pop(prefix + "up_proj.weight").to(kind)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=wanted):
+        open_source(model)
+    assert any(re.search(wanted, text) for text in quantkit.verify(model, generate=False).problems)

@@ -14,7 +14,7 @@ from quantkit.blocks.open import resolve_device
 from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.hf.pickled import PickledFiles
-from quantkit.containers.hf.read import load_config, load_tokenizer, quantization_of
+from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import UsageError
@@ -180,6 +180,9 @@ class _Run:
         plain: Collection[str] = table.entries
         tensors: Mapping[str, TensorInfo] = table.tensors
         read, delta = table.read, False
+        if not label:
+            with found.guard("weights"):
+                check_plain(folder, tensors)
         if container.checks:
             tensors, plain = load(container.checks)(folder, table, label, found, self.progress)
         elif container.method or (config is not None and not table.entries and PickledFiles.present(folder)):

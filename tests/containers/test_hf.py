@@ -554,6 +554,8 @@ def test_code_that_comes_with_a_model_goes_with_it(
         assert quantkit.verify(folder, generate=False, trust_remote_code=True).problems == []
     with pytest.raises(SourceError, match="--trust-remote-code"):
         open_source(tmp_path / "out")
+    (problem,) = quantkit.verify(tmp_path / "out", generate=False).problems
+    assert "--trust-remote-code" in problem
     left_out = open_source(model, trust_remote_code=True).left_out
     assert [text.partition(":")[0] for text in left_out] == [str(model / "away.py")]
 
@@ -568,6 +570,21 @@ def test_companions_of_all_kinds_are_copied(make_model: MakeModel, tmp_path: Pat
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {"size": 1}
 
 
+def test_a_template_that_only_processors_read(make_model: MakeModel, tmp_path: Path) -> None:
+    """In chat_template.json; llama.cpp's converter takes it where the tokenizer has none of its own."""
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    for path in model.glob("chat_template*"):
+        path.unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not open_source(model).tokenizer().chat_template
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    quantkit.convert(model, tmp_path / "out")
+    for folder in (model, tmp_path / "out"):
+        assert open_source(folder).tokenizer().chat_template == "{{ messages }}"
+
+
 @pytest.mark.parametrize("with_config", [False, True])
 def test_an_adapter_is_no_model(with_config: bool, make_model: MakeModel, tmp_path: Path) -> None:
     base = make_model()
@@ -577,6 +594,8 @@ def test_an_adapter_is_no_model(with_config: bool, make_model: MakeModel, tmp_pa
         shutil.copy(base / "config.json", tmp_path)
     with pytest.raises(SourceError, match=r"an adapter and no model of its own; merge it .*someone/base"):
         open_source(tmp_path)
+    if with_config:
+        assert "an adapter and no model of its own" in quantkit.verify(tmp_path, generate=False).problems[0]
 
 
 def test_an_adapter_beside_a_model_is_left_out_with_a_warning(
@@ -588,6 +607,9 @@ def test_an_adapter_beside_a_model_is_left_out_with_a_warning(
     save_file({"base_model.model.q_proj.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
     quantkit.convert(model, tmp_path / "out", progress=recorder)
     assert any("adapter" in text for text in recorder.warnings)
+    (found,) = quantkit.verify(model, generate=False).models
+    assert any("adapter" in text for text in found.notes)
+    assert not any("adapter" in text for text in found.problems)
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(model / "weights.safetensors"))
 
 

@@ -22,7 +22,7 @@ from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Report
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
-from quantkit.sources import open_source
+from quantkit.sources import check_adapter, open_source
 from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour
 from quantkit.verbs.verify.companions import (
@@ -145,6 +145,9 @@ class _Run:
         with found.guard("checksums"):
             if not check_checksums(folder, None, found, self.progress):
                 found.note("no checksums are recorded beside it, so changed weights show only in what the model says")
+        with found.guard("adapter"):
+            if doubt := check_adapter(folder):
+                found.note(doubt)
         with found.guard("metadata"):
             check_links(folder, found)
             check_folder_paths(folder, found)
@@ -180,7 +183,7 @@ class _Run:
         plain: Collection[str] = table.entries
         tensors: Mapping[str, TensorInfo] = table.tensors
         read, delta = table.read, False
-        if not label:
+        if config is not None and not label:
             with found.guard("weights"):
                 check_plain(folder, tensors)
         if container.checks:

@@ -30,7 +30,12 @@ DATA_NAMES = (
 )
 """Data sets that have a name here; a test holds them against `tokens.datasets`."""
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md", ".raw", ".gz")
+PACKED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".zip", ".7z")
+"""Of files that are packed, whatever they hold; a test holds them against `tokens.readers`."""
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md", ".raw", *PACKED_SUFFIXES)
+"""Of files of records or text."""
+
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NO_OWNERS = ("models", "datasets", "spaces")  # the Hub gives these names to nobody
 _WIKITEXT2 = "wikitext2"
@@ -130,7 +135,7 @@ def check_data(spec: str) -> str:
     parts = [spec] if os.path.isfile(spec) else [re.sub(r":[\d.]+$", "", part.strip()) for part in spec.split(",")]
     for part in parts:
         name = part.partition(":")[0]
-        is_path = name.lower().endswith(_DATA_SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
+        is_path = name.lower().endswith(DATA_SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
         if is_path and not os.path.exists(part):
             raise no_data(part)
     return spec

@@ -59,14 +59,7 @@ def variant_name(label: str) -> str:
 
 
 def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> Source:
-    adapter = (folder / ADAPTER).is_file()
-    if adapter and not any(kind.present(folder) for kind in (SafetensorsFiles, PickledFiles)):
-        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
-        raise SourceError(
-            f"{folder}: an adapter and no model of its own; merge it into its base first "
-            f"({base if isinstance(base, str) else 'which its card names'}; PEFT's merge_and_unload), and name the "
-            "folder that it is saved to"
-        )
+    doubt = check_adapter(folder)
     if not (folder / "config.json").is_file():
         names = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; it holds GGUF files, name one of them: {', '.join(names)}" if names else ""
@@ -78,12 +71,23 @@ def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> So
         method = quantization.get("quant_method")
         raise SourceError(f"{folder}: quantized with {method!r}; {', '.join(first)} and {last} folders can be read")
     source: Source = load(container.opens)(folder, label, trust_remote_code)
-    if adapter:
-        source.doubt = (
-            f"{ADAPTER} lies beside the weights of {source.label}: transformers would load that adapter too; here it "
-            "is left out"
-        )
+    if doubt:
+        source.doubt = f"{source.label}: {doubt}"
     return source
+
+
+def check_adapter(folder: Path) -> str | None:
+    """What is to be said of an adapter that lies beside weights. Raises SourceError where it has none beside it."""
+    if not (folder / ADAPTER).is_file():
+        return None
+    if any(kind.present(folder) for kind in (SafetensorsFiles, PickledFiles)):
+        return f"{ADAPTER} lies beside its weights: transformers would load that adapter too; here it is left out"
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    raise SourceError(
+        f"{folder}: an adapter and no model of its own; merge it into its base first "
+        f"({base if isinstance(base, str) else 'which its card names'}; PEFT's merge_and_unload), and name the "
+        "folder that it is saved to"
+    )
 
 
 def _open_file(path: Path) -> Source:

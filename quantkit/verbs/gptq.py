@@ -391,7 +391,7 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     note_source(stream.source, progress)
     into_file = any(linear.spec.ggml for linear in plan.values())
     note_left_out(stream.weights, progress, parameters_only=into_file)
-    rounded = {stream.weights.tensors[f"{name}.weight"].stored_as for name in plan} if stream.source.ggml else set()
+    rounded = {stream.weights.tensors[f"{name}.weight"].stored_as for name in plan}
     if twice := sorted(rounded - {"F64", "F32", "F16", "BF16"}):
         kind = str(stream.source.dtype).removeprefix("torch.")
         progress.note(f"{stream.source.label} was rounded before: what is quantized is {kind} from {', '.join(twice)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import weakref
 import zipfile
@@ -562,6 +563,8 @@ def test_code_that_comes_with_a_model_goes_with_it(
         assert quantkit.verify(folder, generate=False, trust_remote_code=True).problems == []
     with pytest.raises(SourceError, match="--trust-remote-code"):
         open_source(tmp_path / "out")
+    (problem,) = quantkit.verify(tmp_path / "out", generate=False).problems
+    assert "--trust-remote-code" in problem
     left_out = open_source(model, trust_remote_code=True).left_out
     assert [text.partition(":")[0] for text in left_out] == [str(model / "away.py")]
 
@@ -576,6 +579,21 @@ def test_companions_of_all_kinds_are_copied(make_model: MakeModel, tmp_path: Pat
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {"size": 1}
 
 
+def test_a_template_that_only_processors_read(make_model: MakeModel, tmp_path: Path) -> None:
+    """In chat_template.json; llama.cpp's converter takes it where the tokenizer has none of its own."""
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    for path in model.glob("chat_template*"):
+        path.unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not open_source(model).tokenizer().chat_template
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    quantkit.convert(model, tmp_path / "out")
+    for folder in (model, tmp_path / "out"):
+        assert open_source(folder).tokenizer().chat_template == "{{ messages }}"
+
+
 @pytest.mark.parametrize("with_config", [False, True])
 def test_an_adapter_is_no_model(with_config: bool, make_model: MakeModel, tmp_path: Path) -> None:
     base = make_model()
@@ -585,6 +603,8 @@ def test_an_adapter_is_no_model(with_config: bool, make_model: MakeModel, tmp_pa
         shutil.copy(base / "config.json", tmp_path)
     with pytest.raises(SourceError, match=r"an adapter and no model of its own; merge it .*someone/base"):
         open_source(tmp_path)
+    if with_config:
+        assert "an adapter and no model of its own" in quantkit.verify(tmp_path, generate=False).problems[0]
 
 
 def test_an_adapter_beside_a_model_is_left_out_with_a_warning(
@@ -596,6 +616,9 @@ def test_an_adapter_beside_a_model_is_left_out_with_a_warning(
     save_file({"base_model.model.q_proj.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
     quantkit.convert(model, tmp_path / "out", progress=recorder)
     assert any("adapter" in text for text in recorder.warnings)
+    (found,) = quantkit.verify(model, generate=False).models
+    assert any("adapter" in text for text in found.notes)
+    assert not any("adapter" in text for text in found.problems)
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(model / "weights.safetensors"))
 
 
@@ -606,3 +629,27 @@ def test_codes_without_a_label_are_told(part: str, wanted: str, make_model: Make
     save_file({**load_file(model / "model.safetensors"), **extra}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=rf"holds quantized weights \(.*{part}\).*{wanted}"):
         open_source(model)
+    assert any("holds quantized weights" in text for text in quantkit.verify(model, generate=False).problems)
+
+
+@pytest.mark.parametrize(
+    ("renamed", "kind", "wanted"),
+    [
+        ("up_proj.W_q", torch.uint8, "holds quantized weights"),  # HQQ
+        ("up_proj.weight._data", torch.int8, "holds quantized weights"),  # Quanto
+        ("up_proj.weight", torch.int8, "holds quantized weights"),
+        ("up_proj.base_layer.weight", torch.float16, "parts of an adapter.*merge"),  # PEFT, saved unmerged
+        ("up_proj.lora_A.default.weight", torch.float16, "parts of an adapter.*merge"),
+    ],
+)
+def test_a_folder_whose_weights_are_something_else_is_told_so(
+    renamed: str, kind: torch.dtype, wanted: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """Whole numbers under a weight's name would be quantized as they are; of the others one is not missing."""
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    tensors, prefix = load_file(model / "model.safetensors"), "model.layers.0.mlp."
+    tensors[prefix + renamed] = tensors.pop(prefix + "up_proj.weight").to(kind)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=wanted):
+        open_source(model)
+    assert any(re.search(wanted, text) for text in quantkit.verify(model, generate=False).problems)

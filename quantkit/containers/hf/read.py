@@ -39,7 +39,10 @@ _OTHER_LABEL = "config.json has no quantization_config; take that of the reposit
 _PACKED = {
     "qweight": _GPTQ_LABEL,
     **dict.fromkeys(("weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax", "quant_map"), _OTHER_LABEL),
+    **dict.fromkeys(("W_q", "q_weight", "codebooks", "_data"), _OTHER_LABEL),  # HQQ, ExLlamaV2, AQLM, Quanto
 }
+# Parts of names that PEFT gives to what an adapter adds, and to the weights below it.
+_ADAPTED = {"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "ia3_l", "hada_w1_a"}
 _WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Long enough for a pattern that looks back without end to be told before the work.
@@ -93,13 +96,7 @@ class HfSource(FolderSource):
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         super().__init__(folder, label, trust_remote_code)
-        for name in self.stored.tensors:
-            part = name.rpartition(".")[2]
-            if part in _PACKED:
-                raise SourceError(
-                    f"{folder}: holds quantized weights ({name}), but nothing says how they are to be read: "
-                    f"{_PACKED[part]}"
-                )
+        check_plain(folder, self.stored.tensors)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -110,6 +107,23 @@ class HfSource(FolderSource):
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.stored.read_rows(name, start, stop)
+
+
+def check_plain(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises SourceError for what no model in full precision has: codes that nothing explains, parts of an adapter."""
+    for name, info in tensors.items():
+        parts = name.split(".")
+        codes = parts[-1] == "weight" and info.stored_as[0] in "IU" and len(info.shape) > 1
+        if codes or parts[-1] in _PACKED:
+            raise SourceError(
+                f"{folder}: holds quantized weights ({name}), but nothing says how they are to be read: "
+                f"{_PACKED.get(parts[-1], _OTHER_LABEL)}"
+            )
+        if not _ADAPTED.isdisjoint(parts) or parts[:2] == ["base_model", "model"]:
+            raise SourceError(
+                f"{folder}: holds parts of an adapter ({name}) among its weights; merge them first (PEFT's "
+                "merge_and_unload), and save the model that comes of it"
+            )
 
 
 def open_weights(folder: Path) -> WeightFiles:
@@ -180,6 +194,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if any(is_foreign(path, folder) for path in _templates(folder)):
         own = folder / "tokenizer_config.json"
         tokenizer.chat_template = read_json(own).get("chat_template") if own.is_file() else None
+    beside = folder / "chat_template.json"  # which processors read, and llama.cpp's converter
+    if not tokenizer.chat_template and beside.is_file() and not is_foreign(beside, folder):
+        held = read_json(beside).get("chat_template")
+        tokenizer.chat_template = held if isinstance(held, str) else None
     if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
         _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
@@ -232,8 +250,7 @@ def unused_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, st
     roles = {getattr(tokenizer, role, None) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
     template: Any = tokenizer.chat_template or ""
     written = "\n".join(template.values()) if isinstance(template, dict) else template
-    with panics_as(SourceError, "text cannot be taken apart"):
-        always = set(tokenizer("a").input_ids)
+    always = set(tokenizer("a").input_ids)
     return {n: token for n, token in beyond.items() if token not in roles and token not in written and n not in always}
 
 
@@ -332,9 +349,7 @@ def code_files(folder: Path) -> list[Path]:
         found[name] = path
         if not is_foreign(path, folder):
             text = path.read_text(encoding="utf-8", errors="replace")
-            wanted += re.findall(r"^\s*(?:from\s+|import\s+)\.(\w+)", text, re.MULTILINE)
-            for names in re.findall(r"^\s*from\s+\.\s+import\s+(\([^)]*\)|.+)$", text, re.MULTILINE):
-                wanted += re.findall(r"\w+", names)
+            wanted += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE)  # as transformers has it
     return [found[name] for name in sorted(found)]
 
 

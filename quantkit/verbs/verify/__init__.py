@@ -14,7 +14,7 @@ from quantkit.blocks.open import resolve_device
 from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.hf.pickled import PickledFiles
-from quantkit.containers.hf.read import load_config, load_tokenizer, quantization_of
+from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import UsageError
@@ -22,7 +22,7 @@ from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
-from quantkit.sources import open_source
+from quantkit.sources import check_adapter, open_source
 from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour
 from quantkit.verbs.verify.companions import (
@@ -151,6 +151,9 @@ class _Run:
         with found.guard("checksums"):
             if not check_checksums(folder, None, found, self.progress):
                 found.note("no checksums are recorded beside it, so changed weights show only in what the model says")
+        with found.guard("adapter"):
+            if doubt := check_adapter(folder):
+                found.note(doubt)
         with found.guard("metadata"):
             check_links(folder, found)
             check_folder_paths(folder, found)
@@ -186,6 +189,9 @@ class _Run:
         plain: Collection[str] = table.entries
         tensors: Mapping[str, TensorInfo] = table.tensors
         read, delta = table.read, False
+        if config is not None and not label:
+            with found.guard("weights"):
+                check_plain(folder, tensors)
         if container.checks:
             tensors, plain = load(container.checks)(folder, table, label, found, self.progress)
         elif container.method or (config is not None and not table.entries and PickledFiles.present(folder)):

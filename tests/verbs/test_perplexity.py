@@ -386,7 +386,8 @@ def test_the_first_tokens_of_a_text_are_judged_where_a_number_is_given(
         count = len(part.windows.tokens)
         assert torch.equal(part.windows.tokens, whole.windows.tokens[:count])
         scored = (part.windows.tokens.shape[1] - part.windows.first_scored).sum().item()
-        assert 200 - 64 <= scored <= 200 + 64 and count < len(whole.windows.tokens)
+        assert 200 - 64 <= scored <= 200 + 64
+        assert count < len(whole.windows.tokens)
         assert part.provenance.tokens_sha256 != whole.provenance.tokens_sha256
         assert set(part.provenance.records) <= set(whole.provenance.records)
     report = quantkit.perplexity([base], text=str(text), seq_len=64, stride=stride, eval_tokens="200")

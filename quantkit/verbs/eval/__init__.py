@@ -20,7 +20,16 @@ from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.eval.code import check_tasks, sandboxed
 from quantkit.verbs.eval.register import register
-from quantkit.verbs.eval.tasks import SUITES, TaskResult, every_number, load_tasks, number_of, run_tasks, set_fewshot
+from quantkit.verbs.eval.tasks import (
+    SUITES,
+    TaskResult,
+    check_answers,
+    every_number,
+    load_tasks,
+    number_of,
+    run_tasks,
+    set_fewshot,
+)
 from quantkit.version import __version__
 
 
@@ -82,7 +91,7 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     Raises:
         UsageError: options out of range, no such task, an output in the way.
         MissingPackageError: lm-eval is not installed.
-        QuantkitError: a data set cannot be had, or the model failed.
+        QuantkitError: a data set cannot be had, its questions have no answers, or the model failed.
     """
     started = time.perf_counter()
     register()
@@ -104,6 +113,7 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     measures = SUITES[suite] if suite else ()
     with progress.phase("loading tasks", 1) as advance, nullcontext() if trusted else sandboxed():
         loaded = load_tasks(task, measures, folder)
+        check_answers(loaded, options.limit)
         advance(1)
     counts = {measure.task: measure.fewshot for measure in measures}
     set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))

@@ -351,7 +351,7 @@ def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
 
 
 def _computed_with(one: Any, key: str, config: Any) -> Any:
-    """What a config has a model of `config`'s size compute with; 0: none, as a window is that no text outgrows."""
+    """What a model of `config`'s size computes with by a config; 0 for none, as a window is that no text outgrows."""
     value = getattr(one, key, None) or 0
     if key == "partial_rotary_factor":
         return (getattr(one, "rope_parameters", None) or {}).get(key, 1.0)

@@ -239,13 +239,10 @@ def _near(dice: Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
-        return dice.choice(
-            (value + 1, value - 1, -value, value * 2, value // 2, value * 1000, float(value), str(value))
-        )
+        near = (value + 1, value - 1, -value, value * 2, value // 2, value * 1000, str(value)[:400])
+        return dice.choice((*near, float(value)) if abs(value) < 2**900 else near)
     if isinstance(value, float):
-        return dice.choice(
-            (-value, value * 1e9, 1 / value if value else 1, int(value) if abs(value) < 1e300 else 0, str(value))
-        )
+        return dice.choice((-value, value * 1e9, 1 / value if value else 1, round(value) if abs(value) < 1e300 else 0))
     if isinstance(value, str):
         at = dice.randint(0, len(value))
         added = dice.choice(

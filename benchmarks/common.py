@@ -19,7 +19,7 @@ from quantkit.containers.gptq import write as container
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source
 from quantkit.options import QuantSpec
-from quantkit.quantize.rounding import round_to_nearest
+from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.targets import modules_in_block, plan_linears
 from quantkit.runs.atomic import staged_folder, write_json
 from quantkit.sources import default_source, open_source

@@ -36,6 +36,7 @@ from quantkit.options.values import (
     Place,
     SeqLen,
     Size,
+    TokenCount,
     check_data,
     check_model,
 )
@@ -220,6 +221,14 @@ class Texts(Options):
         return value
 
 
+class Amount(Options):
+    """How much of a text a model is judged on."""
+
+    panel: ClassVar[str] = "Judging"
+    eval_tokens: Annotated[TokenCount, Typed(metavar="N|all")] = "all"
+    """Judge on the first N tokens of the text, in whole windows; all: the whole text."""
+
+
 class Evaluation(Text):
     """Whether what was made is compared with what it was made from."""
 
@@ -236,7 +245,7 @@ class WindowLength(Length):
     helps: ClassVar[Mapping[str, str]] = {"seq_len": "Tokens a window; default 2048 for wikitext2, else 512."}
 
 
-class Cutting(WindowLength, Prompt):
+class Cutting(Amount, WindowLength, Prompt):
     """How a text is cut into windows."""
 
     panel: ClassVar[str] = "Judging"

@@ -65,6 +65,13 @@ def _sized(size: str | int) -> str | int:
     return size
 
 
+def _tokens(number: str | int) -> str | int:
+    text = str(number).strip().lower()
+    if text != "all" and not (text.isdecimal() and int(text) > 0):
+        raise ValueError("give a number of tokens such as 8192, or all")
+    return text if text == "all" else int(text)
+
+
 @dataclass(frozen=True)
 class Every:
     """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
@@ -116,10 +123,14 @@ def _divergence(nats: float) -> float:
 # -- names of things ---------------------------------------------------------------------------------------------------
 
 
+# Who mistypes a file's name does not want the Hub to be asked for it.
+_FILE_SUFFIXES = (".gguf", ".ggml", ".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx", ".json", ".zip")
+
+
 def looks_like_id(name: str) -> bool:
-    """Whether `name` has the form owner/name of the Hub, and its first part is no folder here."""
+    """Whether `name` has the form owner/name of the Hub, is not that of a file, and its owner is no folder here."""
     owner = name.partition("/")[0]
-    formed = bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(".gguf")
+    formed = bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILE_SUFFIXES)
     return formed and owner not in _NO_OWNERS and not os.path.isdir(owner)
 
 
@@ -215,6 +226,8 @@ Place = Path | str
 Size = Annotated[str | int, AfterValidator(_sized)]
 """Such as "5GB", or bytes."""
 Interval = Annotated[str, AfterValidator(_timed)]
+TokenCount = Annotated[str | int, AfterValidator(_tokens)]
+"""A number, or "all"."""
 Natural = Annotated[int, Field(ge=1)]
 Divergence = Annotated[float, AfterValidator(_divergence)]
 SeqLen = Annotated[int, Field(ge=8)]

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options import (
+    Amount,
     Arithmetic,
     Base,
     Batches,
@@ -64,8 +65,22 @@ _ELSEWHERE = {
 
 
 class Gptq(
-    OrSmolLM2, Pair, Opened, Trust, Grid, Overrides, Ends, Calibration, Evaluation, Compute, Run, Checkpoint, Output
+    OrSmolLM2,
+    Pair,
+    Opened,
+    Trust,
+    Grid,
+    Overrides,
+    Ends,
+    Calibration,
+    Evaluation,
+    Amount,
+    Compute,
+    Run,
+    Checkpoint,
+    Output,
 ):
+    defaults: ClassVar[Mapping[str, Any]] = {"eval_tokens": 8192}
     ggml: GridType | None = None
     """Write a GGUF file instead, with GPTQ on the grids of this type: q4_0, q5_0, q8_0, q4_k_m, ..."""
 

@@ -17,11 +17,11 @@ import torch
 
 from quantkit.codes import Codes, contiguous_groups
 from quantkit.options import QuantSpec
-from quantkit.quantize.gptq_grid import GptqGrid, fit_grid
+from quantkit.quantize.gptq_grid import GptqGrid, fit_grid, round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, InverseFactor, column_order, factorize, row_losses
-from quantkit.quantize.kernels import Beside, column_loop
+from quantkit.quantize.kernels import beside, column_loop
 from quantkit.quantize.methods import Need, Solved, fit
-from quantkit.quantize.rounding import rounded, rounding_loss
+from quantkit.quantize.rounding import rounded
 
 needs: tuple[Need, ...] = ()
 _BLOCK = 128  # columns; those behind a block get its errors in one matrix product
@@ -45,10 +45,10 @@ def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> li
     Raises:
         NumericError: a group's scale is beyond float16.
     """
-    beside = Beside(H.device)
+    aside = beside(H.device)
     tiles = [W.float() for W in tiles]
-    rtn_losses = [rounding_loss(W, H, spec) for W in tiles]
-    with beside:
+    rtn_losses = [row_losses(W, round_to_nearest(W, spec), H) for W in tiles]
+    with aside:
         factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
     solved = []
     for W, rtn_loss in zip(tiles, rtn_losses, strict=True):

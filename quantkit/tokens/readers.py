@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from quantkit.errors import CalibrationError, MissingPackageError, UsageError
+from quantkit.errors import CalibrationError, MissingPackageError, UsageError, first_line
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens.datasets import (
     HELD_OUT,
@@ -27,7 +27,7 @@ from quantkit.tokens.datasets import (
     find_source,
     read_bundled,
 )
-from quantkit.tokens.records import Record, parse_record, whole_characters
+from quantkit.tokens.records import COLUMNS, Record, parse_record, whole_characters
 
 _PIECE_CHARACTERS = 4000
 _WEIGHTED = re.compile(r"(?P<data>.+):(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
@@ -131,7 +131,10 @@ def _read_file(name: str, file: BinaryIO, source: DataFiles, index: int) -> tupl
         text = _decode(name, file.read())
         return _cut_text(text), text
     rows = enumerate(islice(reader(name, file), source.first), index)
-    records = [parse_record(whole_characters(raw), number, name) for number, raw in rows]
+    try:
+        records = [parse_record(whole_characters(raw), number, name) for number, raw in rows]
+    except RecursionError:
+        raise CalibrationError(f"{name}: a record is nested too deeply") from None
     if not source.joined:
         return records, None
     lines = [record.text for record in records if record.text is not None]
@@ -158,6 +161,8 @@ def _read_json(name: str, file: BinaryIO) -> Iterable[object]:
         value = json.loads(_decode(name, file.read()))
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{name}: line {error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise CalibrationError(f"{name}: is not JSON that can be read: {first_line(error)}") from None
     if isinstance(value, dict):
         value = value.get("data", [value])
     if not isinstance(value, list):
@@ -171,7 +176,7 @@ def _is_json_lines(file: BinaryIO) -> bool:
     first, second = next(lines, b""), next(lines, b"")
     try:
         return bool(second) and isinstance(json.loads(first.decode("utf-8-sig")), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -184,8 +189,9 @@ def _read_json_lines(name: str, file: BinaryIO) -> Iterator[object]:
             yield json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
             raise CalibrationError(f"{name}: line {number} is not UTF-8: save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{name}: line {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or first_line(error)
+            raise CalibrationError(f"{name}: line {number} is not JSON: {reason}") from None
 
 
 def _read_parquet(name: str, file: BinaryIO) -> Iterable[object]:
@@ -195,10 +201,13 @@ def _read_parquet(name: str, file: BinaryIO) -> Iterable[object]:
     except ImportError:
         raise MissingPackageError("pyarrow", "hub", f"reading {name}") from None
     try:
-        rows: list[object] = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise CalibrationError(f"{name}: not a readable parquet file: {first_line}") from None
+        opened = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read()))
+        names = opened.schema_arrow.names
+        # The other columns may hold what no Python value can be, such as a date beyond the year 9999.
+        known = [key for key in names if key in COLUMNS]
+        rows: list[object] = opened.read(columns=known).to_pylist() if known else [dict.fromkeys(names)]
+    except Exception as error:  # pyarrow's own, and whatever Python raises on a value
+        raise CalibrationError(f"{name}: not a readable parquet file: {first_line(error)}") from None
     return rows
 
 

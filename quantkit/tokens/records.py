@@ -125,6 +125,9 @@ LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[_Fields, str], Record]], ...] = 
     (("text",), _plain),
 )
 
+COLUMNS = frozenset(key for keys, _ in LAYOUTS for key in keys) | {"id", "idx", "input", "skill", "Skill"}
+"""Every key that a record is read from."""
+
 
 def parse_record(raw: object, index: int, name: str) -> Record:
     """Turn one raw record of the file `name` into a `Record`.

@@ -52,7 +52,7 @@ def evaluation_text(
     ``wikitext2`` is the protocol of the GPTQ paper and its successors: the raw test split, records joined with blank
     lines, tokenized as one string, cut into windows, no overlap. ``wikitext2:FILE`` reads a local copy (Parquet, or
     text that is already joined). Instruction data (a known name, .json, .jsonl, .parquet) is rendered with the
-    template, record after record; any other file is plain text.
+    template, record after record; any other file is plain text. `spec.eval_tokens` takes the first windows of it.
 
     Raises:
         CalibrationError: text that cannot be read, or is shorter than one window.
@@ -60,7 +60,8 @@ def evaluation_text(
     # With overlapping windows the text is first cut at the stride, then put together again.
     # (At least 2, so that a window's own BOS leaves room for a token.)
     cut = spec.seq_len if spec.stride is None else max(spec.stride, 2)
-    matrix = _token_matrix(spec, cut, tokenizer, progress)
+    at_most = None if spec.eval_tokens == "all" else -(-max(int(spec.eval_tokens), spec.seq_len) // cut)
+    matrix = _token_matrix(spec, cut, tokenizer, progress, at_most)
     tokens = matrix.tokens
     first_scored = torch.ones(tokens.shape[0], dtype=torch.int64)
     if spec.stride is not None:
@@ -127,14 +128,20 @@ def check_tokens(tokens: torch.Tensor, source: Source) -> None:
 
 
 def _token_matrix(
-    spec: EvaluationSpec, seq_len: int, tokenizer: PreTrainedTokenizerBase, progress: Progress
+    spec: EvaluationSpec, seq_len: int, tokenizer: PreTrainedTokenizerBase, progress: Progress, at_most: int | None
 ) -> TokenMatrix:
     content = _read(spec.text, progress)
     if isinstance(content, Dataset):
         return windows_in_order(
-            content, seq_len=seq_len, template=spec.template, tokenizer=tokenizer, progress=progress
+            content,
+            seq_len=seq_len,
+            template=spec.template,
+            tokenizer=tokenizer,
+            progress=progress,
+            at_most=at_most,
         )
-    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=is_wikitext2(spec.text))
+    once = is_wikitext2(spec.text)
+    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=once, at_most=at_most)
 
 
 def _read(text: str, progress: Progress) -> Dataset | str:

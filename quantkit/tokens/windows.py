@@ -16,6 +16,7 @@ import torch
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.options import Drawing, Spec, TemplateName
 from quantkit.progress import SILENT, Progress
+from quantkit.runs.panics import panics_as
 from quantkit.tokens.overlap import TextIndex
 from quantkit.tokens.readers import Dataset, Mixture
 from quantkit.tokens.records import Record, render, resolve
@@ -248,8 +249,9 @@ def windows_in_order(
     template: TemplateName,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = SILENT,
+    at_most: int | None = None,
 ) -> TokenMatrix:
-    """All records in file order, packed and cut as `draw` does; a last, short window is left out. For evaluation."""
+    """Records in file order, packed and cut as `draw` does, to so many windows; a last, short one is left out."""
     template = resolve(template, tokenizer)
     stream = _Stream(seq_len, _own_bos(tokenizer))
     with progress.phase("evaluation text", len(dataset.records)) as advance:
@@ -257,14 +259,22 @@ def windows_in_order(
         for record, ids in _tokenized(dataset.records, template, tokenizer, refused):
             stream.add(record.id, ids or [])
             advance(1)
+            if at_most is not None and len(stream.ids) >= at_most * stream.payload:
+                break
     _say_refused(refused, stream, dataset, progress)
-    return stream.matrix(dataset, template=template, seed=None, asked=None)
+    return stream.matrix(dataset, template=template, seed=None, asked=at_most)
 
 
 def window_text(
-    text: str, name: str, seq_len: int, tokenizer: PreTrainedTokenizerBase, *, leading_bos_once: bool
+    text: str,
+    name: str,
+    seq_len: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    leading_bos_once: bool,
+    at_most: int | None = None,
 ) -> TokenMatrix:
-    """Plain text tokenized as one string and cut into windows; a last, short window is left out. For perplexity.
+    """Plain text tokenized as one string and cut into so many windows; a last, short one is left out. For perplexity.
 
     `leading_bos_once`: the tokenizer's special tokens stand once, around the whole text, as in the GPTQ paper's
     perplexities. Otherwise every window opens with a BOS where the tokenizer adds one. The provenance's
@@ -275,7 +285,7 @@ def window_text(
     stream = _Stream(seq_len, None if leading_bos_once else bos)
     stream.add(None, _token_ids(tokenizer, [text], add_special_tokens=leading_bos_once)[0])
     bos_use: BosUse | None = "start" if leading_bos_once and bos is not None else None
-    return stream.matrix(dataset, template="none", seed=None, asked=None, bos_use=bos_use)
+    return stream.matrix(dataset, template="none", seed=None, asked=at_most, bos_use=bos_use)
 
 
 class _Stream:
@@ -379,6 +389,7 @@ def _tokenized(
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
     # Not verbose: a text longer than the model's context is cut into windows, so that warning would mislead.
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    with panics_as(CalibrationError, "the text cannot be taken apart"):
+        encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids

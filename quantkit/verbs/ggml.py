@@ -26,11 +26,11 @@ from quantkit.errors import UsageError
 from quantkit.options import parse_size
 from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size
+from quantkit.quantize.gguf_target import note_fallback
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute, check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.verbs import verb
-from quantkit.verbs.gptq import note_fallback
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import csv
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,18 +27,22 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.codes.underflow import Underflow
 from quantkit.containers import CONTAINERS, of_format
-from quantkit.containers.gguf.recipes import parse_kind
 from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.blockwise import gptq_multiplications, plan_gptq_memory, quantize_blocks
+from quantkit.quantize.blockwise import (
+    LayerStatistics,
+    OnLinear,
+    gptq_multiplications,
+    plan_gptq_memory,
+    quantize_blocks,
+)
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
-from quantkit.quantize.stagework import LayerStatistics, OnLinear
-from quantkit.quantize.targets import CheckpointTarget, GgufForm, GgufTarget, Target, on_grid_of
+from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
@@ -114,7 +118,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     started = time.perf_counter()
     progress = ranks.reporting(progress)
     spec = _quant_spec(options)
-    judging = make(EvaluationSpec, text=options.text, seq_len=default_seq_len(options.text), template=options.template)
+    shared = options.model_dump(include={"text", "template", "eval_tokens"})
+    judging = make(EvaluationSpec, seq_len=default_seq_len(options.text), **shared)
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
     stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
     check_windows(stream, _windows(options)[1], progress)
@@ -186,8 +191,9 @@ def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, prog
     """What the codes are written into. Says what a GGUF file cannot hold."""
     if options.ggml is None:
         return CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
-    ends = parse_kind("embedding-type", options.embedding_type), parse_kind("output-type", options.output_type)
-    target = GgufTarget(stream, spec, GgufForm(options.ggml, f"{name}.gguf", *ends, options.pre))
+    from quantkit.quantize.gguf_target import GgufTarget, note_fallback
+
+    target = GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
     note_fallback(target.fallback, progress)
     for text in target.limits:
         progress.warn(text)
@@ -238,7 +244,15 @@ def _made(
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if options.ggml is None else of_file)
     sharing.check_alike(stream, recipe)
-    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
+
+    def decides() -> dict[str, Any]:
+        """What of quantkit.json is known before the work: everything that decides the result."""
+        with progress.phase("hashing the source", 1) as advance:
+            known = {"recipe": recipe, **origin(stream.source), "compute": sharing.compute(stream)}
+            advance(1)
+        return known | {"calibration": matrix.provenance.model_dump(mode="json")}
+
+    decided = ranks.from_first(decides)
     record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
     if record is not None:
         progress.note(f"{place} is complete already")
@@ -255,21 +269,6 @@ def _made(
     else:
         _help_quantize(stream, matrix, target, every, sharing)
     return ranks.from_first(lambda: made)
-
-
-def _decided(
-    stream: ModelStream, recipe: Mapping[str, Any], matrix: TokenMatrix, sharing: Sharing, progress: Progress
-) -> dict[str, Any]:
-    """What of quantkit.json is known before the work: everything that decides the result."""
-    with progress.phase("hashing the source", 1) as advance:
-        known = {
-            "recipe": recipe,
-            **origin(stream.source),
-            "compute": sharing.compute(stream),
-            "calibration": matrix.provenance.model_dump(mode="json"),
-        }
-        advance(1)
-    return known
 
 
 def _quantize(
@@ -374,16 +373,6 @@ def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
             table.writerow([layer.name, *numbers, layer.fallback, layer.tokens])
 
 
-def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
-    """Say which matrices of a GGUF file get another type than the one meant for them."""
-    if fallback:
-        held = ", ".join(f"{count} {name}" for name, count in Counter(fallback.values()).most_common())
-        progress.note(
-            f"{len(fallback)} matrices are no whole number of blocks wide and get other types ({held}): "
-            f"{next(iter(fallback))}, ..."
-        )
-
-
 def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     """Say what a user may not expect of what will be quantized."""
     note_source(stream.source, progress)
@@ -405,11 +394,15 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
             f"{len(stream.uncalled)} Linears stay as they are, for no forward calls them as such: "
             f"{listed(sorted(stream.uncalled))}"
         )
-    if not into_file:
-        warn_unquantized(stream, progress)
     if into_file:  # whose types are listed when it is made
         return
-    if _parts_fused_layers(stream, plan):
+    warn_unquantized(stream, progress)
+    stages = [
+        {own.spec if (own := plan.get(stream.published(index, name))) else None for name in stage}
+        for index, stages in enumerate(stream.known_stages())
+        for stage in stages
+    ]
+    if any(len(precisions) > 1 for precisions in stages):
         progress.note(
             "some Linears that read the same input differ in precision: vLLM and SGLang fuse q, k and v, and gate and "
             "up, and need one precision for each"
@@ -446,16 +439,6 @@ def warn_unquantized(stream: ModelStream, progress: Progress) -> None:
             f"{share:.0%} of the blocks' weights can't be quantized and stay as they are: "
             f"{listed([name for name, _ in sizes.most_common()])}"
         )
-
-
-def _parts_fused_layers(stream: ModelStream, plan: Plan) -> bool:
-    """Whether a stage mixes precisions, or quantized Linears with others."""
-    for index, stages in enumerate(stream.known_stages()):
-        for stage in stages:
-            planned = [plan.get(stream.published(index, name)) for name in stage]
-            if len({None if linear is None else linear.spec for linear in planned}) > 1:
-                return True
-    return False
 
 
 def warn_starved_experts(

@@ -47,7 +47,8 @@ def perplexity(options: Perplexity, *, progress: Progress = SILENT, ranks: Ranks
         QuantkitError: a model or the text cannot be read.
     """
     length = default_seq_len(options.text) if options.seq_len is None else options.seq_len
-    spec = make(EvaluationSpec, text=options.text, seq_len=length, stride=options.stride, template=options.template)
+    shared = options.model_dump(include={"text", "stride", "template", "eval_tokens"})
+    spec = make(EvaluationSpec, seq_len=length, **shared)
     names = ([] if options.against is None else [options.against]) + list(options.models)
     if not names:
         raise UsageError("name at least one model")

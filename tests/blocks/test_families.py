@@ -26,7 +26,7 @@ from quantkit.blocks.families import Family, discover_blocks
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import SourceError, UsageError
 from quantkit.options import QuantSpec
-from quantkit.quantize.rounding import round_to_nearest
+from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.targets import plan_linears
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix

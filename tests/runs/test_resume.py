@@ -41,7 +41,7 @@ from quantkit.errors import (
     UsageError,
 )
 from quantkit.options.values import Every, parse_every
-from quantkit.quantize import blockwise, stagework
+from quantkit.quantize import blockwise
 from quantkit.runs import landing, unfinished
 from quantkit.runs import record as provenance
 from quantkit.runs.atomic import read_sealed, write_sealed
@@ -577,7 +577,7 @@ def slow(land: Callable[..., None]) -> Callable[..., None]:
 def test_numbers_that_would_fail_again_leave_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = stagework.StageWork.quantize
+    quantize = blockwise.StageWork.quantize
     calls: list[int] = []
 
     def fail(self: Any, stage: int) -> None:
@@ -586,7 +586,7 @@ def test_numbers_that_would_fail_again_leave_nothing(
             raise NumericError("not finite")
         quantize(self, stage)
 
-    monkeypatch.setattr(stagework.StageWork, "quantize", fail)
+    monkeypatch.setattr(blockwise.StageWork, "quantize", fail)
     with pytest.raises(NumericError, match=r"^not finite$"):
         run(model, tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
@@ -745,7 +745,7 @@ def test_an_interrupt_when_the_output_is_complete_leaves_nothing_else(
 def test_an_interrupt_that_c_code_made_another_error_of_is_one(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quantize, calls = stagework.StageWork.quantize, []
+    quantize, calls = blockwise.StageWork.quantize, []
 
     def swallow(self: Any, stage: int) -> None:
         calls.append(stage)
@@ -755,7 +755,7 @@ def test_an_interrupt_that_c_code_made_another_error_of_is_one(
             raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
         quantize(self, stage)
 
-    monkeypatch.setattr(stagework.StageWork, "quantize", swallow)
+    monkeypatch.setattr(blockwise.StageWork, "quantize", swallow)
     (tmp_path / "text.txt").write_text("The river carries the boats. " * 400)
     capsys.readouterr()
     options = ["--calibration", tmp_path / "text.txt", "--samples", "4", "--seq-len", "32", "--group-size", "32"]

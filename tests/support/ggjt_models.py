@@ -36,9 +36,9 @@ VOCABULARY = len(LLAMA["tokens"])
 SIZES = {"num_key_value_heads": 4, "rms_norm_eps": 5e-6, "intermediate_size": 192}
 
 
-def tiny(tied: bool = False) -> Any:
+def tiny(tied: bool = False, **sizes: int) -> Any:
     """A random Llama with as many ids as the vocabulary has."""
-    model = random_model("llama", tied=tied, dtype=torch.float32, seed=6, **SIZES)
+    model = random_model("llama", tied=tied, dtype=torch.float32, seed=6, **SIZES | sizes)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     return model
 

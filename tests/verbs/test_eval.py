@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -429,3 +430,48 @@ def test_registering_is_as_good_twice() -> None:
     harness.register()
     harness.register()
     assert get_model("quantkit") is importlib.import_module("quantkit.verbs.eval.model").QuantkitLM
+
+
+# -- code of a task's author -----------------------------------------------------------------------------------------
+
+ESCAPE = "{{ question.__class__.__mro__[1].__subclasses__() }}"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("doc_to_text: ", "doc_to_text: !function utils.text # "), "choice.yaml names code (!function utils.text)"),
+        (("task: ", "include: parts/base\ntask: "), "base names code (!function utils.text)"),
+        (("task: ", "x: !!python/object/apply:os.getcwd []\ntask: "), "names code (!object/apply:os.getcwd"),
+        (("task: ", "class: utils.Task\ntask: "), "names code (class utils.Task)"),
+        (("metric: acc_norm", "metric: someone/theirs"), "names code (metric someone/theirs"),
+        (("dataset_path: json", "dataset_path: pandas"), "names code (dataset_path pandas)"),
+        (("dataset_path: json", "dataset_path: ./data.py"), "names code (dataset_path ./data.py)"),
+        (('"Question: {{question}}', f'"{ESCAPE}'), "unsafe"),
+    ],
+    ids=["function", "included", "python", "class", "metric", "pickle", "script", "template"],
+)
+def test_tasks_bring_no_code_without_leave(
+    changed: tuple[str, str], said: str, model: Path, tasks: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks, folder)
+    (folder / "parts").mkdir()
+    (folder / "parts" / "base").write_text("doc_to_text: !function utils.text\n")
+    for place in (folder, folder / "parts"):
+        (place / "utils.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef text(doc): return 'x'\n")
+    (folder / "choice.yaml").write_text(CHOICE.replace(*changed, 1))
+    with pytest.raises(QuantkitError) as refused:
+        run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=folder, limit=1)
+    assert said in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+    if "!function utils" in said:
+        run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=folder, limit=1, trust_remote_code=True)
+        assert (tmp_path / "ran").exists()
+
+
+def test_a_pipe_among_tasks_is_never_opened(model: Path, tasks: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tasks, tmp_path / "tasks")
+    os.mkfifo(folder / "other.yaml")
+    with pytest.raises(UsageError, match=r"other\.yaml: is no file, so it is not opened"):
+        run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=folder, limit=1)

@@ -396,3 +396,26 @@ def test_time_left_of_an_evaluation_counts_tokens_times_layers(base: Path, tmp_p
     assert (alone, both) == (done, both_done)
     assert both == 2 * alone
     assert alone % 3 == 0  # two blocks and a head over as many batches
+
+
+@pytest.mark.parametrize("stride", [None, 16])
+def test_the_first_tokens_of_a_text_are_judged_where_a_number_is_given(
+    base: Path, text: Path, stride: int | None
+) -> None:
+    """In whole windows, of plain text and of records; what was read of it is what the provenance names."""
+    tokenizer = open_source(base).tokenizer()
+    for name in (str(text), "evol-instruct-sample:heldout"):
+        asked = {"text": name, "seq_len": 64, "stride": stride}
+        whole = evaluation_text(EvaluationSpec(**asked), tokenizer)
+        part = evaluation_text(EvaluationSpec(**asked, eval_tokens=200), tokenizer)
+        count = len(part.windows.tokens)
+        assert torch.equal(part.windows.tokens, whole.windows.tokens[:count])
+        scored = (part.windows.tokens.shape[1] - part.windows.first_scored).sum().item()
+        assert 200 - 64 <= scored <= 200 + 64
+        assert count < len(whole.windows.tokens)
+        assert part.provenance.tokens_sha256 != whole.provenance.tokens_sha256
+        assert set(part.provenance.records) <= set(whole.provenance.records)
+    report = quantkit.perplexity([base], text=str(text), seq_len=64, stride=stride, eval_tokens="200")
+    assert abs(report.tokens - 200) <= 64
+    with pytest.raises(UsageError, match="--eval-tokens 0: give a number of tokens such as 8192, or all"):
+        quantkit.perplexity([base], text=str(text), eval_tokens=0)

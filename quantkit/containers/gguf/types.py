@@ -206,7 +206,9 @@ class Chooser:
     def _check_allowed(self, tensor: GgufTensor, kind: Kind) -> None:
         if kind not in self._allowed:
             held = ", ".join(kind.name for kind in self._allowed)
-            raise UsageError(f"{tensor.name}: {kind.name} has no place in this file; it holds {held}")
+            option = {EMBEDDING: "; --embedding-type chooses one", OUTPUT: "; --output-type chooses one"}
+            hint = option.get(tensor.name, "")
+            raise UsageError(f"{tensor.name}: {kind.name} has no place in this file; it holds {held}{hint}")
 
     def _importance(self, tensor: GgufTensor, kind: Kind) -> Array | None:
         """float32 [experts or 1, columns]; None without. Sees to it that there is what rounds to the type."""

@@ -20,6 +20,7 @@ from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import first_pipe, is_foreign
+from quantkit.runs.panics import panics_as
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -29,6 +30,8 @@ COMPANIONS = (
 OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
 _WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
+# Long enough for a pattern that looks back without end to be told before the work.
+_TRIED = "the quick brown fox jumps over the lazy dog " * 20
 # Keys that libraries write into JSON companions and that hold the path a model was loaded from.
 LOCAL_KEYS = {
     *("_name_or_path", "_model_name_or_path", "name_or_path", "tokenizer_file", "vocab_file"),
@@ -141,9 +144,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
             raise SourceError(f"{pipe}: is no file, so it is not opened; remove it, or download the folder again")
         options |= _empty_tokens(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, **options
-        )
+        with panics_as(SourceError, str(folder)):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **options
+            )
+            tokenizer(_TRIED)
+    except SourceError:
+        raise
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         if not trust_remote_code:
             _refuse_code(folder / "tokenizer_config.json", error)

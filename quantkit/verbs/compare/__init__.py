@@ -82,7 +82,7 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     """
     budget = None if options.budget is None else parse_size(options.budget)
     place, limits = absolute(options.out), Limits(budget, options.max_kl)
-    shared = {"stride": options.stride, "template": options.template}
+    shared = options.model_dump(include={"stride", "template", "eval_tokens"})
     specs = [
         make(EvaluationSpec, text=text, seq_len=options.seq_len or default_seq_len(text), **shared)
         for text in options.texts

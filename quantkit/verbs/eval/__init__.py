@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.atomic import absolute, check_other_file, write_json
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
+from quantkit.verbs.eval.code import check_tasks, sandboxed
 from quantkit.verbs.eval.register import register
 from quantkit.verbs.eval.tasks import SUITES, TaskResult, every_number, load_tasks, number_of, run_tasks, set_fewshot
 from quantkit.version import __version__
@@ -88,13 +90,16 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-dir {options.tasks_dir}: no such folder")
+    trusted = folder is None or options.trust_remote_code  # the harness's own tasks are its own code
+    if folder is not None and not trusted:
+        check_tasks(folder)
     target = absolute(options.out)
     source = open_model(named(options.model, options.base, options.delta), options.revision, options.trust_remote_code)
     check_other_file(target, source, options.force)
     if options.limit is not None:
         progress.warn(f"--limit {options.limit}: numbers of so few questions are to try things out, not to compare")
     measures = SUITES[suite] if suite else ()
-    with progress.phase("loading tasks", 1) as advance:
+    with progress.phase("loading tasks", 1) as advance, nullcontext() if trusted else sandboxed():
         loaded = load_tasks(task, measures, folder)
         advance(1)
     counts = {measure.task: measure.fewshot for measure in measures}
@@ -109,7 +114,8 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
         batch_size=options.batch_size,
         progress=progress,
     )
-    results = run_tasks(lm, loaded, options.limit)
+    with nullcontext() if trusted else sandboxed():
+        results = run_tasks(lm, loaded, options.limit)
     scores = [number_of(results, loaded, m.task, m.key, m.title, m.metric) for m in measures]
     named_ones = [number for name in task for number in every_number(results, loaded, name)]
     found = EvalResults(

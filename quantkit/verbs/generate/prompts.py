@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quantkit.errors import CalibrationError, UsageError, first_line
 from quantkit.options import TemplateName
+from quantkit.runs.panics import panics_as
 from quantkit.tokens.records import Record, Turn, parse_record, render
 
 _CONVERSATIONS = ("messages", "conversations")
@@ -77,7 +78,8 @@ def prompt_text(record: Record, template: TemplateName, tokenizer: PreTrainedTok
 def prompt_ids(text: str, template: TemplateName, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a prompt: with the BOS that the tokenizer adds by itself, but after a chat template, whose own
     text has all that is wanted."""
-    ids: list[int] = tokenizer(text, add_special_tokens=template != "chat", verbose=False)["input_ids"]
+    with panics_as(CalibrationError, "the prompt cannot be taken apart"):
+        ids: list[int] = tokenizer(text, add_special_tokens=template != "chat", verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
     return ids[:-1] if template != "chat" and ids[-1:] == [eos] and not text.endswith(str(tokenizer.eos_token)) else ids
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -22,6 +23,7 @@ from quantkit.runs.steps import Outcome, Step, run_steps
 from quantkit.runs.unfinished import folder_of
 from quantkit.verbs import verb
 from quantkit.verbs.card.front import MARK
+from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.release.family import FamilySteps
 from quantkit.verbs.release.forecast import Forecast, Forecaster
 from quantkit.verbs.release.recipe import Recipe, load_recipe
@@ -99,7 +101,9 @@ def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
     asked = options.recipe
     plan = load_recipe(asked) if isinstance(asked, str | Path) else Recipe.model_validate(asked)
     place = absolute(options.out) if options.out is not None else Path.cwd() / f"{plan.name}-release"
-    given = plan.source
+    given, judging = plan.source, plan.evaluation
+    if judging.runs_tasks and judging.tasks_dir and not options.trust_remote_code and find_spec("lm_eval"):
+        check_tasks(Path(judging.tasks_dir))  # before the work, not after it
     model = named(model_of(plan) if given.base is None else None, given.base, given.delta)
     source = open_model(model, given.revision, options.trust_remote_code)
     _check_place(place, source)

@@ -58,17 +58,17 @@ class FamilySteps:
 
     def _comparison(self) -> Step:
         judging = self._recipe.evaluation
+        judged = judging.model_dump(include={"texts", "seq_len", "eval_tokens"})
 
         def run(done: frozenset[str]) -> None:
             variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]
             if not variants:
                 raise UsageError("no variant was made")
             reference = self._places[0].folder
-            texts = {"texts": judging.texts, "seq_len": judging.seq_len}
-            compare(reference, variants, out=self.report, **texts, **self._common)
+            compare(reference, variants, out=self.report, **judged, **self._common)
 
         read = self._ledger.read_by(judging.texts)
-        options = {"seq_len": judging.seq_len, "texts": list(judging.texts), "read": read}
+        options = {**judged, "texts": list(judging.texts), "read": read}
         return Step(COMPARE, self.report, run, options, (REFERENCE,), self._made_by)
 
     def _add_eval(self, place: ReleaseFolder, model: Made) -> str:

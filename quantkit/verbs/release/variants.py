@@ -14,7 +14,6 @@ from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
-from quantkit.options.values import gptq_type
 from quantkit.progress import Progress
 from quantkit.runs.atomic import REPORT_NAME, read_json, staged_folder, write_json
 from quantkit.runs.ledger import Ledger
@@ -30,7 +29,7 @@ from quantkit.verbs.gptq import gptq
 from quantkit.verbs.imatrix import imatrix
 from quantkit.verbs.merge import MergeReport, merge
 from quantkit.verbs.publish import branch_name
-from quantkit.verbs.release.recipe import AnyVariant, FileVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe
+from quantkit.verbs.release.recipe import AnyVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
 
 REFERENCE = "fp16"
 """Name of the step that makes the full-precision folder."""
@@ -200,12 +199,12 @@ class Workshop:
         self.places.append(ReleaseFolder(name, kind, folder, repo, "main", made))
 
     def _add_file(self, variant: GgufVariant | GgjtVariant, folder: Path) -> Made:
-        name, by_gptq, options = step_name(variant), runs_gptq(variant), file_options(variant)
+        name, by_gptq, options = step_name(variant), runs_gptq(variant), file_options(variant, self._recipe)
         file = CONTAINERS[variant.kind].file.format(name=self._recipe.name, type=variant.type, title=variant.title)
         model, needs = self.reference, [REFERENCE]
         if by_gptq:
             codes = self._add_codes(variant)
-            if isinstance(variant, GgufVariant) and variant.split_max_size is None:
+            if isinstance(variant, GgufVariant) and variant.split_max_size is None and not self._recipe.shares(variant):
                 return Made(codes.step, codes.at, folder / file)
             model, needs = codes.at, [codes.step]
         weights = None
@@ -228,8 +227,8 @@ class Workshop:
 
     def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:
         """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
-        options = codes_options(variant)
-        told = "".join(f" {key} {value}" for key, value in ends_of(variant).items() if value not in (None, "auto"))
+        options = codes_options(variant, self._recipe)
+        told = "".join(f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto"))
         name = f"codes {variant.title}{told}"
         folder = self._hidden / "files" / name.replace(" ", "-")
         # Not optional: what is told of it is why the variants are missing that need it.
@@ -294,32 +293,25 @@ def ends_of(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
     return {"embedding_type": variant.embedding_type, "output_type": variant.output_type, "pre": variant.pre}
 
 
-def codes_options(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
-    """The arguments of `gptq` for a file's codes."""
-    return {"ggml": variant.type, **ends_of(variant)}
+def codes_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `gptq` for a file's codes.
+
+    Codes that a ggjt file takes stand beside an embedding and an output in full precision, for each file to round into
+    a type of its own: of most mixtures the output is Q6_K, which ggjt has no place for.
+    """
+    ends = {"embedding_type": "f32", "output_type": "f32"} if recipe.shares(variant) else ends_of(variant)
+    return {"ggml": variant.type, **ends}
 
 
-def file_options(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
-    """The arguments of `ggml` for a file: of the reference, or of codes of a GPTQ run, whose types are chosen then."""
+def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `ggml` for a file: of the reference, or of codes of a GPTQ run, which keep their types."""
     by_gptq = runs_gptq(variant)
-    options: dict[str, Any] = {"type": "auto" if by_gptq else variant.type}
     if isinstance(variant, GgjtVariant):
-        return options | {"split_max_size": None, "container": "ggjt"}
-    ends = {"pre": variant.pre} if by_gptq else ends_of(variant)
-    return options | {"split_max_size": variant.split_max_size, **ends}
-
-
-def runs_gptq(variant: FileVariant) -> bool:
-    """Whether a file's codes come of a GPTQ run. Raises UsageError where they are to, and the type has no grid."""
-    if variant.method == "round":
-        return False
-    try:
-        gptq_type(variant.type)
-    except UsageError:
-        if variant.method == "gptq":
-            raise
-        return False
-    return True
+        ends = {"output_type": "q8_0"} if by_gptq else {}
+        return {"type": variant.type, **ends, "split_max_size": None, "container": "ggjt"}
+    if by_gptq and not recipe.shares(variant):
+        return {"type": "auto", "pre": variant.pre, "split_max_size": variant.split_max_size}
+    return {"type": variant.type, "split_max_size": variant.split_max_size, **ends_of(variant)}
 
 
 def gather(models: Collection[Made], folder: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.containers.hf.read import LOCAL_KEYS
-from quantkit.errors import first_line
+from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import foreign_files
+from quantkit.runs.panics import panics_as
 from quantkit.verbs.verify.findings import Findings, listed
 
 # What decides how a file is read, and what a reader takes where it is not said.
@@ -99,7 +100,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
             number = tokenizer.get_vocab().get(str(one))
             if number is None or not 0 <= number < vocabulary:
                 found.problem(f"the tokenizer's {role} {one!r} has id {number}, which the model does not embed")
-    ids = tokenizer(_PROBE)["input_ids"]
+    with panics_as(SourceError, "an English sentence cannot be taken apart"):
+        ids = tokenizer(_PROBE)["input_ids"]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if not ids or not str(text).strip():
         found.problem("the tokenizer gives nothing for an English sentence; copy that of the model it was made from")

@@ -3,6 +3,7 @@
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
 import ast
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def make(spec: type[S], **fields: Any) -> S:
     except ValidationError as error:
         found = error.errors()  # a key that is misspelled comes before the one that is missing for it
         first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-        where, said = [str(part) for part in first["loc"] if "[" not in str(part)], _said(first)
+        where, said = [str(part) for part in first["loc"] if not _MEMBER.match(str(part))], _said(first)
     if where and issubclass(spec, Options):
         option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
         within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""
@@ -199,6 +200,7 @@ def _specs(kind: Any) -> list[type[Spec]]:
     return [found for one in get_args(kind) for found in _specs(one)]
 
 
+_MEMBER = re.compile(r"(lax-or-strict|function-\w+|is-instance)\[")  # what pydantic calls a member of a union
 _WORDS = {
     "greater_than": "give more than {gt}",
     "greater_than_equal": "give at least {ge}",

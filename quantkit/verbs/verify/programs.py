@@ -336,9 +336,9 @@ def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
 
     config: Any = facts.config.get_text_config()
     name = architecture.replace("moe", "_moe") if architecture not in GGUF_CONFIG_MAPPING else architecture
-    keys: dict[str, Any] = GGUF_CONFIG_MAPPING.get(name, {})
+    keys: Any = GGUF_CONFIG_MAPPING.get(name, {})
     kind = f"{name}_text" if f"{name}_text" in CONFIG_MAPPING else name
-    defaults: dict[str, Any] = GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {})
+    defaults: Any = GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {})
     usual: Any = CONFIG_MAPPING[kind](**defaults)
     if scaled := rope_types(config):
         yield f"transformers reads no rope scaling ({', '.join(scaled)}) of GGUF files and computes other numbers"

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import Origin, file_sha256
+from quantkit.runs.atomic import REPORT_NAME, Origin, file_sha256, read_json
 from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"
@@ -30,6 +30,13 @@ def origin(source: Origin) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def made_from(source: Origin) -> str | None:
+    """The kind of the model that quantkit made a folder from, by the record beside it. Raises SourceError."""
+    path = source.path / REPORT_NAME
+    made = read_json(path).get("source") if path.is_file() else None
+    return str(made.get("kind")) if isinstance(made, dict) else None
 
 
 def companions(source: Origin) -> dict[str, Any]:

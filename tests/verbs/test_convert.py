@@ -201,7 +201,7 @@ def missing(tensors: dict[str, torch.Tensor]) -> None:
     [
         (large, NumericError, rf"{UP}: a value is beyond float16; use --dtype bfloat16 or float32"),
         (nan, NumericError, rf"{UP} holds NaN or infinity; the model's files are damaged"),
-        (integers, SourceError, rf"{UP} is stored as I16, which is no type of a weight"),
+        (integers, SourceError, rf"holds quantized weights \({UP}\), but nothing says how"),
         (missing, SourceError, rf"tensor {UP} is missing"),
     ],
 )
@@ -382,6 +382,9 @@ def test_tensors_that_the_models_class_passes_over_are_named(
     assert set(stored(model)) - set(stored(tmp_path / "out")) == {*more, *old} - {"extra.weight"}
 
 
-def test_what_was_rounded_before_is_called_so(tiny_gguf: Path, recorder: Recorder) -> None:
+def test_what_was_rounded_before_is_called_so(tiny_gguf: Path, recorder: Recorder, tmp_path: Path) -> None:
     quantkit.gptq(tiny_gguf, dry_run=True, progress=recorder, **GPTQ)
     assert any("was rounded before: what is quantized is float16 from Q4_0, Q8_0" in text for text in recorder.notes)
+    quantkit.convert(tiny_gguf, tmp_path / "out")
+    quantkit.gptq(tmp_path / "out", dry_run=True, progress=recorder, **GPTQ)
+    assert "out was made from a GGUF file (its quantkit.json): what that rounded stays so" in recorder.notes

@@ -111,11 +111,26 @@ def stream_of(
     return stream
 
 
-def fitted(spec: EvaluationSpec, streams: Sequence[ModelStream], asked: bool) -> EvaluationSpec:
+def check_windows(stream: ModelStream, tokens: int, progress: Progress) -> None:
+    """Refuse windows that the model has no positions for, and warn of those longer than it is made for.
+
+    Raises:
+        UsageError: the first.
+    """
+    stream.check_length(tokens)
+    most = getattr(stream.source.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and tokens > most:
+        progress.warn(
+            f"windows of {tokens} tokens: {stream.source.label} is made for {most} at most, and loses its way beyond; "
+            f"--seq-len {most} keeps within"
+        )
+
+
+def fitted(spec: EvaluationSpec, streams: Sequence[ModelStream], asked: bool, progress: Progress) -> EvaluationSpec:
     """The spec with windows that all of the models have positions for; UsageError where others were `asked` for."""
     if asked:
         for stream in streams:
-            stream.check_length(spec.seq_len)
+            check_windows(stream, spec.seq_len, progress)
         return spec
     lengths = [spec.seq_len, *(stream.longest for stream in streams if stream.longest is not None)]
     return make(EvaluationSpec, **(spec.model_dump() | {"seq_len": min(lengths)}))

@@ -55,6 +55,7 @@ class PairSource(Source):
     def __init__(self, base: Source, other: Source, vocab: Vocabulary = "auto") -> None:
         self.base, self.other = base, other
         self.path, self.config, self.dtype = other.path, other.config, other.dtype
+        self.trusts_code = other.trusts_code
         self.label = re.sub(r"[-_](w?diff|delta)(?=[-_@]|$)", "", other.label)
         self.doubt: str | None = None
         self.remarks: list[str] = []

@@ -238,6 +238,13 @@ class ModelStream:
         """Rows of the head."""
         return int(self._model.get_output_embeddings().weight.shape[0])
 
+    @property
+    def head_layers(self) -> int:
+        """How many decoder blocks the head is as much work as, by their weights."""
+        weights = sum(weight.numel() for weight in self.modules.parameters()) or 1
+        head = self._model.get_output_embeddings().weight.numel()
+        return max(1, round(len(self.blocks) * int(head) / weights))
+
     @contextmanager
     def head_rows(self, start: int, stop: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """As `head`, of some rows of the vocabulary only: logits float32 [batch, seq, stop - start].

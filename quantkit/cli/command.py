@@ -112,15 +112,22 @@ def _parameter(spec: type[Options], name: str) -> inspect.Parameter:
     else:
         shown = default not in (None, inspect.Parameter.empty)
         spelled = typed.spelled.split("/") if typed.spelled.endswith("-q") else [spec.spelling(name)]
+        spelled += [typed.also] if typed.also else []
         info = typer.Option(
             *spelled,
             metavar=None if kind is bool else f"<{word}>",
             help=help,
             show_default=shown,
             rich_help_panel=spec.panel_of(name),
+            autocompletion=_words(choices(field.annotation)),
         )
     annotation = Annotated[taken, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _words(known: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    """What a shell offers for a value; None: names of files."""
+    return (lambda incomplete: [word for word in known if word.startswith(incomplete.lower())]) if known else None
 
 
 def _kind(annotation: Any) -> tuple[Any, bool, str]:

@@ -117,7 +117,10 @@ def score_texts(
     layers: list[list[Ratios] | None] = [
         [] if against and number and own == sizes[0] else None for number, own in enumerate(sizes)
     ]
-    with ExitStack() as stack, progress.phase("evaluating", depth * len(models) + len(batches)) as advance:
+    work = [-(-ids.numel() // _BATCH_TOKENS) for ids in tokens]  # of a layer, for each batch
+    head_layers = sum(model.head_layers for model in models)
+    passes = head_layers + sum(len(model.blocks) for model in models)
+    with ExitStack() as stack, progress.phase("evaluating", passes * sum(work)) as advance:
         alone = not memory.side_by_side or any(model.hands_on for model in models)
         workers = stack.enter_context(Workers(even_shares(len(batches), 1 if alone else count)))
         for model in models:
@@ -129,13 +132,17 @@ def score_texts(
                         forward = partial(_forward, model, index, block, states)
                         for i, state in workers.each(forward):
                             states[i] = state
+                            advance(work[i])
                 errors = layers[number]
                 if errors is not None:
                     errors.append(_relative_errors(states, hidden[0], batches))
-                advance(1)
         stack.close()
         heads = _score_heads if memory.head_rows is None else partial(_score_slices, rows=memory.head_rows)
-        own = _Share(heads(models, hidden, batches, len(texts), against, advance), layers)
+
+        def headed(batch: int) -> None:
+            advance(work[batch] * head_layers)
+
+        own = _Share(heads(models, hidden, batches, len(texts), against, headed), layers)
     return _merged(models, ranks.gather(own), len(texts), against)
 
 
@@ -190,7 +197,7 @@ def _score_heads(
                     kept[batch.text][m].add(logprobs, piece.targets.to(model.device), reference, piece.place)
                     if m == 0 and against:
                         reference = logprobs
-            advance(1)
+            advance(number)
     return kept
 
 
@@ -234,7 +241,8 @@ def _score_slices(
                     kl, (window, position) = found[m][p].kl[i : i + 1].float(), pieces[p].place
                     targets = pieces[p].targets[i : i + 1]
                     kept[text][m].worst.offer(kl, (window, position + i), targets, reference, logprobs)
-    advance(len(batches))
+    for number in range(len(batches)):
+        advance(number)
     return kept
 
 

@@ -431,6 +431,13 @@ class Ends(Options):
     """Name of the pre-tokenizer, where it is not known."""
 
 
+class Twice(Options):
+    """What has been rounded before."""
+
+    requantize: bool = False
+    """Round again what has been rounded before."""
+
+
 class Split(Options):
     """A GGUF file in parts."""
 
@@ -445,7 +452,7 @@ class CardFacts(Options):
     panel: ClassVar[str] = "Card"
     template: str = "default"
     """default, thebloke-2023, or a jinja2 file."""
-    licence: str | None = None
+    licence: Annotated[str | None, Typed(also="--license")] = None
     """Where the source says none."""
     prompt_template: str | None = None
     """vicuna, wizardlm-7b, alpaca, chat or none; default: the model's own."""

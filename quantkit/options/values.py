@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkabl
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, meant
 
 GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 """Types on whose grids GPTQ runs."""
@@ -30,8 +30,14 @@ DATA_NAMES = (
 )
 """Data sets that have a name here; a test holds them against `tokens.datasets`."""
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md", ".raw", ".gz")
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PACKED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".zip", ".7z")
+"""Of files that are packed, whatever they hold; a test holds them against `tokens.readers`."""
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md", ".raw", *PACKED_SUFFIXES)
+"""Of files of records or text."""
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NO_OWNERS = ("models", "datasets", "spaces")  # the Hub gives these names to nobody
 _WIKITEXT2 = "wikitext2"
 
 
@@ -57,13 +63,6 @@ def _bytes(size: str | int) -> int:
     if value <= 0:
         raise ValueError("give a size such as 5GB or 500MB")
     return value
-
-
-def _tokens(number: str | int) -> str | int:
-    text = str(number).strip().lower()
-    if text != "all" and not (text.isdecimal() and int(text) > 0):
-        raise ValueError("give a number of tokens such as 8192, or all")
-    return text if text == "all" else int(text)
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,20 @@ _FILE_SUFFIXES = (".gguf", ".ggml", ".bin", ".safetensors", ".pt", ".pth", ".ckp
 
 
 def looks_like_id(name: str) -> bool:
-    """Whether `name` has the form owner/name (or a legacy bare name) of the Hub, and not that of a file."""
-    return bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILE_SUFFIXES)
+    """Whether `name` has the form owner/name of the Hub, not a file's, and its first part is no folder here."""
+    owner = name.partition("/")[0]
+    formed = bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILE_SUFFIXES)
+    return formed and owner not in _NO_OWNERS and not os.path.isdir(owner)
 
 
 def check_model(name: str | Path) -> None:
     """Refuse what is neither a path that exists nor may be a Hub id. Raises UsageError."""
-    if not (Path(name).expanduser().exists() or looks_like_id(str(name))):
-        raise UsageError(f"{name}: no such file or folder, and not a Hub id (owner/name)")
+    path = Path(name).expanduser()
+    if path.exists() or looks_like_id(str(name)):
+        return
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = meant(path.name, beside)
+    raise UsageError(f"{name}: no such file or folder, and not a Hub id (owner/name){near}")
 
 
 def check_data(spec: str) -> str:
@@ -130,7 +135,7 @@ def check_data(spec: str) -> str:
     parts = [spec] if os.path.isfile(spec) else [re.sub(r":[\d.]+$", "", part.strip()) for part in spec.split(",")]
     for part in parts:
         name = part.partition(":")[0]
-        is_path = name.lower().endswith(_DATA_SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
+        is_path = name.lower().endswith(DATA_SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
         if is_path and not os.path.exists(part):
             raise no_data(part)
     return spec
@@ -166,7 +171,7 @@ def gptq_type(recipe: str) -> GgmlType:
 
 def _named_folders(given: Any) -> Any:
     """``NAME=DIR`` texts as a mapping."""
-    if not isinstance(given, tuple | list):
+    if not isinstance(given, tuple | list) or not all(isinstance(one, str) for one in given):
         return given
     pairs = [(text, *text.partition("=")) for text in given]
     for text, name, equals, folder in pairs:
@@ -182,8 +187,10 @@ Place = Path | str
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
 Interval = Annotated[str, _parsed(parse_every)]
-TokenCount = Annotated[str | int, AfterValidator(_tokens)]
-"""A number, or "all"."""
+TokenCount = Annotated[
+    str | int,
+    _must(lambda number: re.fullmatch(r"all|0*[1-9]\d*", str(number)), "give a number of tokens such as 8192, or all"),
+]
 Natural = Annotated[int, Field(ge=1)]
 Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]

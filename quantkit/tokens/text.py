@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError, SourceError, UsageError
 from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
-from quantkit.options.values import is_wikitext2
+from quantkit.options.values import PACKED_SUFFIXES, is_wikitext2
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens import (
     Dataset,
@@ -32,7 +32,7 @@ from quantkit.tokens.windows import Windows
 
 WIKITEXT2 = "wikitext2"
 _WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
-_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
+_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", *PACKED_SUFFIXES)
 
 
 @dataclass(frozen=True)

@@ -380,3 +380,8 @@ def test_tensors_that_the_models_class_passes_over_are_named(
         "model.visual (2), mtp (1), extra (1)",  # the folders hold it as it is
     ]
     assert set(stored(model)) - set(stored(tmp_path / "out")) == {*more, *old} - {"extra.weight"}
+
+
+def test_what_was_rounded_before_is_called_so(tiny_gguf: Path, recorder: Recorder) -> None:
+    quantkit.gptq(tiny_gguf, dry_run=True, progress=recorder, **GPTQ)
+    assert any("was rounded before: what is quantized is float16 from Q4_0, Q8_0" in text for text in recorder.notes)

@@ -22,7 +22,8 @@ import quantkit
 from quantkit.codes import GgmlLinear, QuantizedLinear
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.errors import UsageError
-from quantkit.options import METHODS, MethodName, MethodRow, QuantSpec
+from quantkit.options import METHODS, MethodName, QuantSpec
+from quantkit.options.grid import MethodRow
 from quantkit.quantize import gptq, rounding
 from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, row_losses

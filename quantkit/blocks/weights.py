@@ -313,10 +313,9 @@ def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> It
         if kind.startswith("gate_up_proj"):
             for part, name in enumerate((names.gate, names.up)):
                 yield f"{expert}.{name}.{suffix}", Place(stored, expert, part, not fused.is_concatenated, turned)
-        elif kind.startswith("up_proj"):
-            yield f"{expert}.{names.up}.{suffix}", Place(stored, expert, transposed=turned)
-        elif kind.startswith("down_proj"):
-            yield f"{expert}.{names.down}.{suffix}", Place(stored, expert, transposed=turned)
+        elif kind.startswith(("up_proj", "down_proj")):
+            name = names.up if kind.startswith("up_proj") else names.down
+            yield f"{expert}.{name}.{suffix}", Place(stored, expert, transposed=turned)
 
 
 def _tie(source: Source, model: Any, places: dict[str, Place], found: dict[str, str], untie: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,16 +13,18 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import UNSEEN, shortened, visible
-from quantkit.progress import Advance
+from quantkit.progress import Advance, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from quantkit.report import Shown, Table
+    from quantkit.report import Shown
 
 _LINE_SECONDS = 15.0
+_BESIDE_BAR = 64  # of a line's columns: what a phase is called, count and times
 _LONGEST_LINE = 8000  # characters of a note or an error
+_LONGEST_WORD = 1000  # of what has no space in it, such as a path
 
 
 # rich is imported for what it draws: help and a wrong option are to be there at once.
@@ -46,9 +49,15 @@ def _console(stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
 
+def shown(text: str) -> str:
+    """A line as it may be shown: what files bring along is made visible in it, and shortened where it has no end."""
+    words = re.sub(r"\S{200,}", lambda found: shortened(found[0], _LONGEST_WORD), text)
+    return visible(shortened(words, _LONGEST_LINE))
+
+
 def say(text: str, style: str = "") -> None:
-    """A line on stderr, on a terminal in a colour or style; what files bring along is made visible in it."""
-    text = visible(shortened(text, _LONGEST_LINE))
+    """A line on stderr, on a terminal in a colour or style."""
+    text = shown(text)
     if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
         log().print(text, markup=False, style=style)
     else:
@@ -89,49 +98,72 @@ class Bars:
 
     @contextmanager
     def _drawn(self, name: str, total: int) -> Iterator[Advance]:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        """The bar. On a narrow terminal the detail gives way, then the bar; never the count or the time left."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
+        clock = Clock(total)
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(max(8, min(40, log().width - _BESIDE_BAR))),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[clock]}", style="cyan", table_column=Column(no_wrap=True)),
+            TextColumn(
+                "{task.fields[detail]}",
+                style="dim",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
         )
-        with Progress(*columns, console=log()) as bar:
-            task = bar.add_task(visible(name), total=total, detail="")
+        shown = shortened(visible(name), max(12, log().width // 4))
+        with Progress(*columns, console=log(), expand=True) as bar:
+            task = bar.add_task(shown, total=total, detail="", clock=clock)
             self._bar, self._task = bar, task
+
+            def advance(steps: int) -> None:
+                clock.advance(steps)
+                bar.advance(task, steps)
+
             try:
-                yield lambda steps: bar.advance(task, steps)
+                yield advance
                 bar.update(task, detail="")
             finally:
                 self._bar = None
 
     @contextmanager
     def _written(self, name: str, total: int) -> Iterator[Advance]:
-        start = last = time.monotonic()
-        done = 0
+        clock = Clock(total)
+        last = clock.start
 
         def advance(steps: int) -> None:
-            nonlocal done, last
-            done += steps
+            nonlocal last
+            clock.advance(steps)
             now = time.monotonic()
-            if done and now - last > _LINE_SECONDS:
+            if clock.done and now - last > _LINE_SECONDS:
                 last = now
-                left = (now - start) / done * (total - done)
-                say(f"{name}: {done}/{total}, {left:.0f} s left  {self._detail}")
+                say(f"{name}: {clock.done}/{total}, {clock}  {self._detail}")
 
         yield advance
-        say(f"{name}: {done}/{total} in {time.monotonic() - start:.1f} s")
+        say(f"{name}: {clock.done}/{total} in {time.monotonic() - clock.start:.1f} s")
         self._detail = ""
+
+
+class Clock:
+    """The time that a phase has left, from the steps that are done; between steps it runs down."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self.done = total, 0
+        self.start = self._last = time.monotonic()
+
+    def advance(self, steps: int) -> None:
+        self.done, self._last = self.done + steps, time.monotonic()
+
+    def __str__(self) -> str:
+        if not self.done:
+            return ""
+        left = (self._last - self.start) / self.done * (self._total - self.done)
+        return f"{duration(max(0.0, left - (time.monotonic() - self._last)))} left"
 
 
 _UNSEEN_IN_JSON = {code: f"\\u{code:04x}" for code in UNSEEN}  # those below 0x20 json.dumps escapes itself
@@ -145,6 +177,7 @@ def print_json(content: dict[str, Any]) -> None:
 
 def show(lines: Iterable[Shown]) -> None:
     """What a report says, on stdout."""
+    from quantkit.cli.tables import lines_of
     from quantkit.report import Line, Rule, Table
 
     for line in lines:
@@ -156,23 +189,6 @@ def show(lines: Iterable[Shown]) -> None:
             case Rule():
                 results().rule(visible(line.title), align="left")
             case Table():
-                _print_table(line)
-
-
-def _print_table(table: Table) -> None:
-    """One that is wider than an unknown terminal must not be folded into nothing."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    drawn = RichTable()
-    for column in table.columns:
-        drawn.add_column(
-            visible(column.head),
-            justify=column.justify,
-            overflow=column.overflow or "ellipsis",
-            no_wrap=column.overflow is None,
-        )
-    for row in table.rows:
-        drawn.add_row(*(visible(cell) for cell in row))
-    width = None if results().is_terminal else table.width
-    Console(highlight=False, markup=False, emoji=False, width=width).print(drawn)
+                width = results().width if results().is_terminal else None
+                for text in lines_of(line, width):
+                    results().print(text, markup=False)

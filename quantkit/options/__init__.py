@@ -456,7 +456,7 @@ class CardFacts(Options):
     panel: ClassVar[str] = "Card"
     template: str = "default"
     """default, thebloke-2023, or a jinja2 file."""
-    licence: str | None = None
+    licence: Annotated[str | None, Typed(also="--license")] = None
     """Where the source says none."""
     prompt_template: str | None = None
     """vicuna, wizardlm-7b, alpaca, chat or none; default: the model's own."""

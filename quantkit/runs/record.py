@@ -57,6 +57,13 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
+def delta_record(source: Origin) -> dict[str, Any]:
+    """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
+    path = source.path / REPORT_NAME
+    found = read_json(path).get("delta") if path.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
 def _identity(source: Origin) -> dict[str, Any]:
     """Name, kind and hashes; of a pair those of both."""
     if len(source.parts) > 1:

@@ -14,11 +14,19 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.open import fitted, model_or_default, note_left_out, note_source, open_stream, pair_of
+from quantkit.blocks.open import (
+    check_windows,
+    fitted,
+    model_or_default,
+    note_left_out,
+    note_source,
+    open_stream,
+    pair_of,
+)
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
-from quantkit.codes.underflow import Underflow
 from quantkit.containers import CONTAINERS, of_format
+from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
@@ -114,8 +122,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     judging = make(EvaluationSpec, seq_len=default_seq_len(options.text), **shared)
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
     stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
-    stream.check_length(_windows(options)[1])
-    judging = fitted(judging, [stream], asked=False)
+    check_windows(stream, _windows(options)[1], progress)
+    judging = fitted(judging, [stream], asked=False, progress=progress)
     name = _variant(stream.source, spec, options)
     target = _target(stream, spec, options, name, progress)
     refuse_codes(stream, target.plan, options.requantize)

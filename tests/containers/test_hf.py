@@ -508,6 +508,34 @@ def test_other_quantizations_are_refused_by_name(make_model: MakeModel, tmp_path
     assert "\n" not in str(error.value)
 
 
+def test_half_of_a_character_in_a_config_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    """JSON may escape what no file could hold again."""
+    shutil.copytree(make_model("llama"), tmp_path / "half")
+    path = tmp_path / "half" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "note": "\ud800"}))
+    with pytest.raises(SourceError, match=r"config\.json: not readable as JSON: .*surrogates"):
+        open_source(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": ["llama"]}, r"config\.json: model_type is \['llama'\], not a name"),
+        ({"model_type": {"a": 1}}, "not a name"),
+        ({"max_position_embeddings": -256}, r"context_length would be -256, which no GGUF file holds"),
+        ({"max_position_embeddings": 2**40}, "which no GGUF file holds"),
+    ],
+)
+def test_a_config_of_what_no_model_has(
+    change: dict[str, Any], said: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make_model("llama"), tmp_path / "m")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(SourceError, match=said):
+        quantkit.ggml(folder, out=tmp_path / "m.gguf", pre="gpt-2")
+
+
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
     for name in ("training_args.bin", "optimizer.bin"):
         torch.save({"lr": torch.ones(1)}, tmp_path / name)

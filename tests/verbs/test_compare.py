@@ -279,6 +279,7 @@ def test_report_json_has_the_keys_that_others_read(
         for result in model["texts"].values():
             assert set(result) == {
                 *("perplexity", "stderr", "delta_ln_ppl", "delta_ln_ppl_stderr", "kl_divergence", "top1_agreement"),
+                *("kl_divergence_stderr", "top1_agreement_stderr"),
                 "worst",
             }
     reference, gptq, gguf, _ = content["models"]

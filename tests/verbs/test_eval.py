@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Recorder
+from support.tasks import TASK
 from support.tolerance import longest_path, rounding
 
 import quantkit
@@ -355,6 +357,41 @@ def test_a_task_whose_file_is_not_there(model: Path, tmp_path: Path) -> None:
     (tmp_path / "choice.yaml").write_text(CHOICE)
     with pytest.raises(QuantkitError, match=r"the data of tiny_choice cannot be had: .*questions.jsonl"):
         run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "limit", "said"),
+    [
+        ([None, None, None], None, "3 of 3"),
+        (["", "", ""], None, "3 of 3"),
+        ([-1, -1, -1], None, "3 of 3"),
+        ([0, 2, 1], None, "1 of 3"),
+        ([0, 1, None], 2, ""),
+    ],
+)
+def test_questions_without_answers_give_no_number(
+    labels: list[Any], limit: int | None, said: str, model: Path, tmp_path: Path
+) -> None:
+    """As test splits have them; the harness counts each as wrong, and gives 0."""
+    rows = [{"question": "a b", "choices": ["a", "b"], "label": label} for label in labels]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(TASK)
+    options: dict[str, Any] = {"task": ["tiny"], "tasks_dir": tmp_path, "limit": limit}
+    if not said:
+        assert run(model, tmp_path / "r.json", **options).tasks[0].questions == limit
+        return
+    with pytest.raises(QuantkitError, match=f"tiny: {said} questions have no answer"):
+        run(model, tmp_path / "r.json", **options)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_texts_to_be_written_without_answers_give_no_number(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"question": "a b", "label": null}\n' * 2)
+    words = "output_type: generate_until\ngeneration_kwargs: {until: [x], max_gen_toks: 2}\n"
+    task = re.sub("output_type: .*\n|doc_to_choice: .*\n|metric_list: .*\n", "", TASK)
+    (tmp_path / "tiny.yaml").write_text(f"{task}{words}metric_list: [{{metric: exact_match}}]\n")
+    with pytest.raises(QuantkitError, match="tiny: 2 of 2 questions have no answer"):
+        run(model, tmp_path / "r.json", task=["tiny"], tasks_dir=tmp_path)
 
 
 def test_too_few_examples_to_show(model: Path, tasks: Path, tmp_path: Path) -> None:

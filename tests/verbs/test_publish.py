@@ -266,6 +266,16 @@ def test_no_token_asks_for_one_before_any_request(server: HubServer, folder: Pat
     assert server.requests == []
 
 
+def test_a_dry_run_needs_no_token(server: HubServer, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf-home" / "token").unlink()
+    report = send(folder, dry_run=True)
+    assert set(states(report).values()) == {"new"}
+    recorder = Recorder()
+    report = send(folder, dry_run=True, repo="tiny", progress=recorder)
+    assert (report.repo, report.looked) == ("tiny", False)
+    assert "without a look at the Hub every file counts as new" in recorder.notes[0]
+
+
 def test_somebody_elses_repository(server: HubServer, folder: Path, naps: list[float]) -> None:
     assert "may not write there" in refused(folder, repo="other/model")
     assert naps == []
@@ -275,7 +285,13 @@ def test_somebody_elses_repository(server: HubServer, folder: Path, naps: list[f
 def test_offline(folder: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(folder)
-    assert naps == []
+    recorder = Recorder()
+    report = send(folder, dry_run=True, progress=recorder)
+    assert (report.looked, set(states(report).values()), naps) == (False, {"new"}, [])
+    assert "not looked at" in next(iter(report.lines()))
+    assert recorder.notes == [
+        "HF_HUB_OFFLINE is set; unset it to publish; without a look at the Hub every file counts as new"
+    ]
 
 
 def test_a_connection_dropped_within_an_object_is_taken_up_again(server: HubServer, folder: Path) -> None:
@@ -442,7 +458,7 @@ def test_the_command(server: HubServer, folder: Path, capsys: pytest.CaptureFixt
     code, out, _ = run(capsys, "publish", folder, REPO, "--no-verify", "--json")
     report = json.loads(out)
     assert code == 0
-    assert {"repo", "branch", "private", "created", "changes", "bytes", "commit", "dry_run"} == set(report)
+    assert {"repo", "branch", "private", "created", "changes", "bytes", "commit", "dry_run", "looked"} == set(report)
     code, out, _ = run(capsys, "publish", folder, REPO, "--no-verify")
     assert code == 0
     assert f"{REPO}, branch main (private): nothing to send" in out

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
-from quantkit.errors import SourceError, first_line
+from quantkit.errors import SourceError, first_line, shortened
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import first_pipe, is_foreign
 from quantkit.runs.panics import panics_as
@@ -152,12 +152,14 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type is None:
         raise SourceError(f"{folder / 'config.json'}: has no model_type, so this is no transformers model")
+    if not isinstance(model_type, str):
+        raise SourceError(f"{folder / 'config.json'}: model_type is {shortened(str(model_type))}, not a name")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not like
         if model_type not in CONFIG_MAPPING and not trust_remote_code:
             _refuse_code(folder / "config.json", error)
-        raise SourceError(f"{folder / 'config.json'}: {first_line(error)}") from error
+        raise SourceError(f"{folder / 'config.json'}: {shortened(first_line(error), 500)}") from error
     return config
 
 

@@ -20,7 +20,7 @@ from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import UsageError
 from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
-from quantkit.report import LEFT_OUT, Report
+from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
 from quantkit.sources import check_adapter, open_source
 from quantkit.verbs import verb
@@ -57,21 +57,27 @@ class Verified(Report):
     loads: tuple[Load, ...] = ()
     sentence: str | None = None
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[Shown]:
         yield f"{self.name} ({self.kind})"
         for text in self.problems:
             yield f"  problem: {text}"
         for text in self.notes:
             yield f"  note: {text}"
-        width = max((len(row.program) for row in self.loads), default=0)
-        for row in self.loads:
-            line = f"  {row.program:<{width}}  {'yes' if row.ok else 'no '}  {row.why}".rstrip()
-            if row.tensor_parallel:
-                line += f"; tensor parallel {', '.join(map(str, row.tensor_parallel))}"
-                line += next((f" (not {size}: {why})" for size, why in row.limits.items()), "")
-            yield line
+        columns = (Column("program", "left"), Column("loads", "left"), Column("why", "left", wraps=True))
+        rows = [[row.program, "yes" if row.ok else "no", _why(row)] for row in self.loads]
+        if rows:
+            yield Table(columns, rows, heads=False, indent=2)
         if self.sentence is not None:
             yield f"  it writes: {' '.join(self.sentence.split())}"
+
+
+def _why(row: Load) -> str:
+    """What else is said of a program: why it does not load it, or over how many devices it does."""
+    if not row.tensor_parallel:
+        return row.why
+    limit = next((f" (not {size}: {why})" for size, why in row.limits.items()), "")
+    shared = f"tensor parallel {', '.join(map(str, row.tensor_parallel))}{limit}"
+    return f"{row.why}; {shared}" if row.why else shared
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class VerifyReport(Report):
         object.__setattr__(self, "problems", [*self.folder_problems, *own])
         object.__setattr__(self, "ok", not self.problems)
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[Shown]:
         for text in self.folder_problems:
             yield f"problem: {text}"
         for model in self.models:

@@ -161,7 +161,7 @@ def make(spec: type[S], **fields: Any) -> S:
         return spec(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where, said = [str(part) for part in first["loc"]], _said(first)
+        where, said = [shortened(str(part)) for part in first["loc"]], _said(first)
     if where and issubclass(spec, Options):
         option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
         within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""

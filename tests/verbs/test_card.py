@@ -478,6 +478,13 @@ def test_front_matter_is_read_as_the_hub_reads_it(
     assert (data.license, data.language) == (licence, language)
 
 
+@pytest.mark.parametrize("value", ["!!float 1e", "!!bool maybe", "!!timestamp x", "[" * 5000])
+def test_front_matter_of_values_that_are_none(value: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\n---\nThe text.\n")
+    with pytest.raises(SourceError, match="front matter is no YAML"):
+        card(folder, original=tmp_path / "README.md", force=True)
+
+
 def test_an_original_beside_other_weights_is_refused(folder: Path, make_model: MakeModel, tmp_path: Path) -> None:
     for seed, right in ((0, True), (5, False)):
         place = tmp_path / f"source{seed}"

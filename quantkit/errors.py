@@ -6,6 +6,8 @@ Each message is one or two lines: what is wrong, where, and what to do about it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from quantkit.progress import size
 
@@ -20,6 +22,10 @@ class UsageError(QuantkitError):
     """The request itself was wrong: an option, a combination, a path. The command line exits with 2."""
 
     exit_code = 2
+
+
+class QuantkitWarning(UserWarning):
+    """What a user of a library call should act on: category of its warnings."""
 
 
 class SourceError(QuantkitError):
@@ -77,6 +83,13 @@ def visible(text: str, lines: bool = False) -> str:
 def shortened(text: str, most: int = 200) -> str:
     """A value as a line quotes it: without its middle where it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """The word that was probably meant, as the end of a line; nothing where none is near."""
+    by_letters = {known.lower(): known for known in sorted(words)}
+    near = get_close_matches(word.lower(), by_letters, 1)
+    return f"; did you mean {by_letters[near[0]]}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

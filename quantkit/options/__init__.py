@@ -187,7 +187,7 @@ class Calibration(Drawing):
     """Text the Hessians are taken over."""
 
     panel: ClassVar[str] = "Calibration"
-    calibration: Annotated[str, AfterValidator(check_data)] | DrawnWindows = "evol-instruct-sample"
+    calibration: Annotated[str, AfterValidator(check_data)] | tuple[str, ...] | DrawnWindows = "evol-instruct-sample"
     """Data set: a name, NAME:FILE for a local copy of it, a file (JSON, JSON lines, Parquet, text) or a Hub id
     (owner/name[@revision][:file]); several by weight as A:0.7,B:0.3."""
 
@@ -435,6 +435,13 @@ class Ends(Options):
     """Name of the pre-tokenizer, where it is not known."""
 
 
+class Twice(Options):
+    """What has been rounded before."""
+
+    requantize: bool = False
+    """Round again what has been rounded before."""
+
+
 class Split(Options):
     """A GGUF file in parts."""
 
@@ -449,7 +456,7 @@ class CardFacts(Options):
     panel: ClassVar[str] = "Card"
     template: str = "default"
     """default, thebloke-2023, or a jinja2 file."""
-    licence: str | None = None
+    licence: Annotated[str | None, Typed(also="--license")] = None
     """Where the source says none."""
     prompt_template: str | None = None
     """vicuna, wizardlm-7b, alpaca, chat or none; default: the model's own."""

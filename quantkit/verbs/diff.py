@@ -94,7 +94,8 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
 
 def _merge_again(folder: Path, source: DiffSource, progress: Progress) -> dict[str, Any]:
     """What comes of the written delta on its base, beside the tuned model: sum, values that differ, largest error."""
-    merged = DeltaSource(source.base, open_source(folder), source.vocab or "delta")
+    delta = open_source(folder, trust_remote_code=source.trusts_code)
+    merged = DeltaSource(source.base, delta, source.vocab or "delta")
     total, differing, largest = Total(), 0, 0.0
     with progress.phase("merging again", len(merged.tensors)) as advance:
         for name in merged.tensors:

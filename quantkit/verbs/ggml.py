@@ -107,8 +107,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     plan = gguf_files.plan(source, weights)
     chooser = Chooser(source, weights, types, allowed)
     chosen = list(zip(plan, chooser.choose(plan), strict=True))
-    if types.imatrix is not None:
-        _check_imatrix(types.imatrix, chosen, progress)
+    imatrix = types.imatrix and _fitting(types.imatrix, chosen, progress)
     kinds = [choice.kind for _, choice in chosen]
     recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
@@ -117,7 +116,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_other_file(target, source, options.force)
     report = _sizes(target, weights, chosen, progress)
-    job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, types.imatrix)
+    job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, imatrix)
     write: Callable[[], Path] = load(row.writes)(job)
     if options.dry_run:
         return report
@@ -225,8 +224,9 @@ def _type_options(options: Ggml) -> TypeOptions:
     )
 
 
-def _check_imatrix(imatrix: Imatrix, chosen: Chosen, progress: Progress) -> None:
-    """Embeddings and outputs aside, which few have, it should have an entry for every matrix that is rounded.
+def _fitting(imatrix: Imatrix, chosen: Chosen, progress: Progress) -> Imatrix | None:
+    """The matrix if it counts for anything. Embeddings and outputs aside, which few have, it should have an entry for
+    every matrix that is rounded.
 
     Raises:
         UsageError: it has one for none.
@@ -244,6 +244,10 @@ def _check_imatrix(imatrix: Imatrix, chosen: Chosen, progress: Progress) -> None
             f"{imatrix.path.name} has no entry for {len(missing)} of {len(blocks)} matrices, such as {missing[0]}: "
             "these are rounded without it"
         )
+    if any(name in imatrix.entries for name in rounded):
+        return imatrix
+    progress.warn(f"{imatrix.path.name} counts for nothing: no matrix that it has an entry for is rounded to blocks")
+    return None
 
 
 def _imatrix_keys(imatrix: Imatrix | None) -> dict[str, Any]:

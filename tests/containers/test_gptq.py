@@ -538,7 +538,7 @@ def test_a_gptq_folder_can_be_quantized_again(written: Path, tiny_tokens: TokenM
     assert isinstance(source, GptqSource)
     module = "model.layers.1.mlp.down_proj"
     assert torch.equal(source.read(f"{module}.weight"), source.read_codes(module).dequantize())
-    quantkit.gptq(written, tmp_path / "out", bits=8, group_size=32, calibration=tiny_tokens, **OPTIONS)
+    quantkit.gptq(written, tmp_path / "out", bits=8, group_size=32, calibration=tiny_tokens, requantize=True, **OPTIONS)
     again = open_source(tmp_path / "out")
     assert (again.bits(module), again.quantization["bits"]) == (8, 8)
     assert read_json(tmp_path / "out" / "quantkit.json")["source"]["kind"] == "gptq"

@@ -128,7 +128,7 @@ class SafetensorsFiles(WeightFiles):
     def unindexed(folder: Path) -> list[str]:
         single = "model.safetensors"
         found = [folder / single] if (folder / single).is_file() else sorted(folder.glob("*.safetensors"))
-        return [path.name for path in found]
+        return [path.name for path in found if not path.name.startswith("adapter_")]  # PEFT's, of no model
 
     def read(self, name: str) -> torch.Tensor:
         return read_stored(self.shard_of[name], name, self._stored[name])

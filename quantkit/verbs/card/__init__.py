@@ -83,10 +83,10 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
     _check_place(root, given, options.force)
     source = Original() if given is None else read_original(given)
     text, reports = read_template(options.template), options.reports
-    models = models_in(root, options.branch)
+    models = models_in(root, options.branch, options.trust_remote_code)
     _check_source(given, models)
     for name, other in options.branches.items():
-        models += models_in(absolute(other), name)
+        models += models_in(absolute(other), name, options.trust_remote_code)
     measured = measurements(models, reports, options.evals)
     bases, relation = bases_of(models[0], options.base_model)
     inherited = licence_of(source, models, options.licence)
@@ -119,7 +119,7 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
             {**vars(model), **vars(found), **_provenance(model)} for model, found in zip(models, measured, strict=True)
         ],
         "siblings": [_sibling(name) for name in options.siblings or ()],
-        "prompt": prompt_of(root, models, options.prompt_template),
+        "prompt": prompt_of(root, models, options.prompt_template, options.trust_remote_code),
         "programs": hints(models, repo, bases[0] if bases else "SOURCE_MODEL"),
         "plots": [{"file": name, "title": _PLOTS[name]} for name in plots],
         "original": source.text,

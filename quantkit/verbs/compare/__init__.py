@@ -17,7 +17,7 @@ from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
-from quantkit.evaluate.statistics import numbers_of
+from quantkit.evaluate.statistics import heads, numbers_of
 from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
@@ -32,6 +32,8 @@ from quantkit.verbs.compare.pages import write_pages
 from quantkit.verbs.compare.plots import Drawn, plot_files
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult, decode_worst
 from quantkit.version import __version__
+
+_WHOLE = 15.5  # bits per weight of what is not quantized, or more
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,11 @@ class CompareReport(Report):
     unmet: str | None
 
     def lines(self) -> Iterator[Shown]:
-        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
-        front = Column("front", "center", overflow="ellipsis")
-        columns = [Column("model", "left", overflow="fold"), *map(Column, heads), front]
+        front = Column("front", "center", drop=1)
+        columns = [Column("model", "left"), Column("size"), Column("bits/w", drop=4), *heads(True), front]
         for text in self.texts:
             yield f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}"
-            rows = [[model.model, *_cells(model, text.name), "*" if model.pareto else ""] for model in self.models]
-            yield Table(columns, rows, width=160)
+            yield Table(columns, [_row(model, text.name) for model in self.models], short=True)
         if self.choice is not None:
             yield f"take {self.choice.model}: {self.choice.why}"
         yield f"report: {self.out / 'report.html'}"
@@ -92,9 +92,10 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     progress = ranks.reporting(progress)
     names = (options.reference, *options.variants)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
-    specs = [fitted(spec, streams, asked=options.seq_len is not None) for spec in specs]
+    specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
+    _warn_of_order(sources, progress)
     for source in sources:
         if ranks.first:
             check_outside(place, source, options.force)
@@ -152,6 +153,17 @@ def _label_apart(sources: Sequence[Source]) -> None:
         raise UsageError(f"two models are called {labels[0]}; rename a file or the folder it is in")
     for (source, _), label in zip(alike, labels, strict=True):
         source.label = label
+
+
+def _warn_of_order(sources: Sequence[Source], progress: Progress) -> None:
+    """Say that the reference is quantized and a variant is not: they may have been swapped."""
+    bits = [describe(source).bits_per_weight for source in sources]
+    whole = [source.label for source, held in zip(sources, bits, strict=True) if held >= _WHOLE > bits[0]]
+    if whole:
+        progress.warn(
+            f"the reference, {sources[0].label}, is quantized ({bits[0]:.2f} bits per weight) and {whole[0]} is not: "
+            "the reference comes first, then its variants"
+        )
 
 
 def _windows(sources: Sequence[Source], specs: Sequence[EvaluationSpec], progress: Progress) -> list[EvaluationText]:
@@ -231,13 +243,6 @@ def _record(
     }
 
 
-def _cells(model: ComparedModel, text: str) -> list[str]:
-    numbers = model.texts[text]
-    cells = [size(model.bytes), f"{model.bits_per_weight:.2f}"]
-    cells += [f"{numbers.perplexity:.3f}", f"{numbers.stderr:.3f}"]
-    kl = numbers.kl_divergence
-    if kl is None:
-        return [*cells, *[""] * 7]
-    cells += [f"{numbers.delta_ln_ppl:+.4f}", f"{numbers.delta_ln_ppl_stderr:.4f}"]
-    cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
-    return [*cells, f"{100 * (numbers.top1_agreement or 0):.1f} %"]
+def _row(model: ComparedModel, text: str) -> list[str]:
+    own = [model.model, size(model.bytes), f"{model.bits_per_weight:.2f}"]
+    return [*own, *model.texts[text].cells(True), "*" if model.pareto else ""]

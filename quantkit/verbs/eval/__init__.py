@@ -13,8 +13,8 @@ from quantkit.blocks.open import named, open_model
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options.verbs import Eval
-from quantkit.progress import SILENT, Progress
-from quantkit.report import Report
+from quantkit.progress import SILENT, Progress, spread
+from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.atomic import absolute, check_other_file, write_json
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
@@ -73,15 +73,12 @@ class EvalReport(EvalResults):
     out: Path
     seconds: float
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[Shown]:
         asked = f", the first {self.limit} questions of each task only" if self.partial else ""
         yield f"{self.model}{asked}"
-        width = max((len(task.name) for task in self.tasks), default=0)
-        for task in self.tasks:
-            error = "" if task.stderr is None else f" ± {task.stderr:.4f}"
-            yield f"{task.name:<{width}}  {task.metric:<12}  {task.value:.4f}{error}"
-        if self.average is not None:
-            yield f"{'average':<{width}}  {'':<12}  {self.average:.4f}"
+        rows = [[task.name, task.metric, f"{task.value:.4f}{spread(task.stderr)}"] for task in self.tasks]
+        rows += [] if self.average is None else [["average", "", f"{self.average:.4f}"]]
+        yield Table([Column(head, "left") for head in ("task", "metric", "value")], rows, heads=False)
         yield f"wrote {self.out}"
 
 
@@ -98,7 +95,10 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     """
     started = time.perf_counter()
     register()
-    suite, task = _suite(options), options.task
+    task = options.task
+    if options.fewshot is not None and not task:
+        raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
+    suite = next(iter(SUITES)) if options.suite is None and not task else options.suite
     folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-dir {options.tasks_dir}: no such folder")
@@ -146,13 +146,6 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, found.as_dict())
     return report
-
-
-def _suite(options: Eval) -> str | None:
-    suite = next(iter(SUITES)) if options.suite is None and not options.task else options.suite
-    if options.fewshot is not None and not options.task:
-        raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
-    return suite
 
 
 def _files(source: Source) -> dict[str, str]:

@@ -107,7 +107,7 @@ class FamilySteps:
                 original=self._original,
                 **options,
                 force=True,
-                progress=self._progress,
+                **self._common,
             )
 
         wants = (COMPARE, *evals, *(other.step for other in others))
@@ -117,7 +117,7 @@ class FamilySteps:
 
     def _add_verification(self, place: ReleaseFolder) -> None:
         def run(out: Path) -> None:
-            report = verify(place.folder, generate=False, progress=self._progress)
+            report = verify(place.folder, generate=False, **self._common)
             if report.problems:
                 more = f" (and {len(report.problems) - 1} more: quantkit verify)" if len(report.problems) > 1 else ""
                 raise QuantkitError(f"{report.problems[0]}{more}")

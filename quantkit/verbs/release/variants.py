@@ -222,7 +222,11 @@ class Workshop:
         """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
         ggml(model, at, **options, imatrix=weights, **self._common)
         before = model.parent / REPORT_NAME
-        record = read_json(before) if before.is_file() else {"recipe": dict(options), **origin(open_source(model))}
+        if before.is_file():
+            record = read_json(before)
+        else:
+            source = open_source(model, trust_remote_code=self._common["trust_remote_code"])
+            record = {"recipe": dict(options), **origin(source)}
         write_json(at.parent / REPORT_NAME, record)
 
     def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:

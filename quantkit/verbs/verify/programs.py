@@ -34,6 +34,7 @@ _GPTQMODEL_NOT = {
 }
 _AUTOGPTQ = ("falcon", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2")
 _EXLLAMA2 = ("gemma2", "granite", "gpt2", "llama", "mistral", "mixtral", "phi3", "qwen2", "starcoder2")
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _MARLIN_GROUPS = (-1, 32, 64, 128)
 # Linears that vLLM and SGLang fuse into one, which then has one precision.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -232,7 +233,14 @@ def autogptq(facts: Facts) -> Iterator[str]:
         yield f"its kernel has no short last group, as {short.module} has ({short.columns} in groups of {short.group})"
     if not facts.copies:
         yield "it reads quantize_config.json, which is missing"
+    yield from _plain_head(facts)
     yield from _of_transformers_4(facts)
+
+
+def _plain_head(facts: Facts) -> Iterator[str]:
+    head = next((name for name in _HEADS if name in facts.tensors and facts.tensors[name].bits), None)
+    if head:
+        yield f"it looks for {head}, and here the head is quantized"
 
 
 def _of_transformers_4(facts: Facts) -> Iterator[str]:
@@ -248,6 +256,7 @@ def exllama(facts: Facts) -> Iterator[str]:
     yield from _four_bits(facts)
     if facts.family != "llama":
         yield f"it runs Llamas only, not {facts.family}"
+    yield from _plain_head(facts)
     yield from _of_transformers_4(facts)
 
 
@@ -327,9 +336,10 @@ def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
 
     config: Any = facts.config.get_text_config()
     name = architecture.replace("moe", "_moe") if architecture not in GGUF_CONFIG_MAPPING else architecture
-    keys = GGUF_CONFIG_MAPPING.get(name, {})
+    keys: Any = GGUF_CONFIG_MAPPING.get(name, {})
     kind = f"{name}_text" if f"{name}_text" in CONFIG_MAPPING else name
-    usual: Any = CONFIG_MAPPING[kind](**GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {}))
+    defaults: Any = GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {})
+    usual: Any = CONFIG_MAPPING[kind](**defaults)
     if scaled := rope_types(config):
         yield f"transformers reads no rope scaling ({', '.join(scaled)}) of GGUF files and computes other numbers"
     for key, what in _DEFAULTS.items():

@@ -478,6 +478,13 @@ def test_front_matter_is_read_as_the_hub_reads_it(
     assert (data.license, data.language) == (licence, language)
 
 
+@pytest.mark.parametrize("value", ["!!float 1e", "!!bool maybe", "!!timestamp x", "[" * 5000])
+def test_front_matter_of_values_that_are_none(value: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\n---\nThe text.\n")
+    with pytest.raises(SourceError, match="front matter is no YAML"):
+        card(folder, original=tmp_path / "README.md", force=True)
+
+
 def test_several_licences_and_words_that_look_like_numbers(folder: Path, tmp_path: Path) -> None:
     """A reader of YAML 1.2, as the Hub is, takes 1e3 and 0o17 for numbers where they are not quoted."""
     original = tmp_path / "README.md"

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from quantkit.runs.atomic import file_sha256
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
+from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.eval.tasks import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
@@ -505,6 +507,23 @@ def test_tasks_bring_no_code_without_leave(
     if "!function utils" in said:
         run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=folder, limit=1, trust_remote_code=True)
         assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("metric_list: !!bool maybe\n", "no YAML"),
+        ("fewshot_config: " + "[" * 5000, "no YAML"),
+        ("include: " + "a" * 5000 + "\n", ""),
+        ("metadata: &a [*a]\n", ""),
+        ("metadata:\n  a0: &a0 [x]\n" + "".join(f"  a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 12)), ""),
+    ],
+    ids=["value", "nested", "name", "itself", "aliases"],
+)
+def test_damaged_tasks_are_looked_at_to_their_end(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TASK + text)
+    with pytest.raises(UsageError, match=rf"tiny\.yaml: {said}") if said else nullcontext():
+        check_tasks(tmp_path)
 
 
 def test_a_pipe_among_tasks_is_never_opened(model: Path, tasks: Path, tmp_path: Path) -> None:

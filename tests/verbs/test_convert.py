@@ -15,6 +15,7 @@ import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, token_matrix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.few_files import few_files
 from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.streamed import open_stream, streamed_logits
@@ -388,3 +389,11 @@ def test_what_was_rounded_before_is_called_so(tiny_gguf: Path, recorder: Recorde
     quantkit.convert(tiny_gguf, tmp_path / "out")
     quantkit.gptq(tmp_path / "out", dry_run=True, progress=recorder, **GPTQ)
     assert "out was made from a GGUF file (its quantkit.json): what that rounded stays so" in recorder.notes
+
+
+def test_more_shards_than_a_process_may_have_open(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with few_files():
+        report = quantkit.convert(model, tmp_path / "out", max_shard_size="1KB")
+    assert len(list(report.out.glob("*.safetensors"))) > 16
+    assert_same_model(report.out, model)

@@ -8,11 +8,12 @@ vocabulary by calls of its own: a third of a second for SmolLM2's, where a file 
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import gguf
 import numpy as np
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from quantkit.containers.gguf.file import MAGIC, Array, FileBytes
 from quantkit.containers.gguf.tensors import GgufTensor, in_rotary_order
 from quantkit.containers.hf.write import parts_of
-from quantkit.containers.readback import ReadBack
+from quantkit.containers.readback import ByTurns, ReadBack
 from quantkit.errors import OutputError, UsageError
 
 TypedTensor = tuple[GgufTensor, GGMLQuantizationType]
@@ -63,7 +64,7 @@ class PlacedWriter:
         self._pending = set(pending)
         self._read_back = ReadBack()
         self._spans: dict[tuple[Path, str], tuple[int, int]] = {}
-        self._files: list[BinaryIO] = []
+        self._files = ByTurns()
 
     def __enter__(self) -> Self:
         return self
@@ -82,16 +83,13 @@ class PlacedWriter:
         self._close()
         self._read_back.compare(lambda path, name: FileBytes(path).pieces(*self._spans[path, name]))
 
-    def _write(self, number: int, at: int, name: str, *content: bytes | memoryview) -> None:
-        file, path = self._files[number], Path(self._files[number].name)
-        file.seek(at)
-        file.writelines(content)
+    def _write(self, path: Path, at: int, name: str, *content: bytes | memoryview) -> None:
+        self._files.write(path, at, content)
         self._read_back.wrote(path, name, *content)
         self._spans[path, name] = at, at + sum(map(len, content))
 
     def _close(self) -> None:
-        for file in self._files:
-            file.close()
+        self._files.close()
 
 
 class GgufWriter(PlacedWriter):
@@ -137,7 +135,6 @@ class GgufWriter(PlacedWriter):
         first = {"general.architecture": architecture, **keys, "general.size_label": _size_label(tensors)}
         try:
             for number, part in enumerate(parts):
-                self._files.append(self.paths[number].open("wb"))
                 self._open_part(number, first if number == 0 else {}, part, len(parts))
         except BaseException:
             self._close()
@@ -175,8 +172,9 @@ class GgufWriter(PlacedWriter):
         for name, _, _, size in table:
             self._place[name] = number, at
             at += _padded(size)
-        self._files[number].truncate(at)
-        self._write(number, 0, "its head", head)
+        self.paths[number].write_bytes(b"")
+        os.truncate(self.paths[number], at)
+        self._write(self.paths[number], 0, "its head", head)
 
     def _write_rows(self, tensor: GgufTensor, part: int, data: Array) -> None:
         kind = self._tensors[tensor.name][1]
@@ -186,7 +184,7 @@ class GgufWriter(PlacedWriter):
         number, start = self._place[tensor.name]
         content = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         name = tensor.name if len(tensor.sources) < 2 else f"{tensor.name}, part {part}"
-        self._write(number, start + part * share, name, content)
+        self._write(self.paths[number], start + part * share, name, content)
 
 
 def _size_label(tensors: Sequence[TypedTensor]) -> str:

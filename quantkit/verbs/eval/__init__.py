@@ -14,7 +14,8 @@ from quantkit.errors import UsageError
 from quantkit.options.verbs import Eval
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, check_other_file, write_json
+from quantkit.runs.atomic import absolute, write_json
+from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.eval.register import register
@@ -88,48 +89,47 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     started = time.perf_counter()
     register()
     suite, task = _suite(options), options.task
-    folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
-    if folder is not None and not folder.is_dir():
+    own = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
+    if own is not None and not own.is_dir():
         raise UsageError(f"--tasks-dir {options.tasks_dir}: no such folder")
     target = absolute(options.out)
     source = open_model(named(options.model, options.base, options.delta), options.revision, options.trust_remote_code)
     check_other_file(target, source, options.force)
     if options.limit is not None:
         progress.warn(f"--limit {options.limit}: numbers of so few questions are to try things out, not to compare")
-    measures = SUITES[suite] if suite else ()
-    with progress.phase("loading tasks", 1) as advance:
-        loaded = load_tasks(task, measures, folder)
-        advance(1)
-    counts = {measure.task: measure.fewshot for measure in measures}
-    set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))
-    from quantkit.verbs.eval.model import QuantkitLM
+    with staged_files(target, options.force) as folder:
+        measures = SUITES[suite] if suite else ()
+        with progress.phase("loading tasks", 1) as advance:
+            loaded = load_tasks(task, measures, own)
+            advance(1)
+        counts = {measure.task: measure.fewshot for measure in measures}
+        set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))
+        from quantkit.verbs.eval.model import QuantkitLM
 
-    lm = QuantkitLM(
-        source=source,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        batch_size=options.batch_size,
-        progress=progress,
-    )
-    results = run_tasks(lm, loaded, options.limit)
-    scores = [number_of(results, loaded, m.task, m.key, m.title, m.metric) for m in measures]
-    named_ones = [number for name in task for number in every_number(results, loaded, name)]
-    found = EvalResults(
-        model=source.label,
-        files=_files(source),
-        harness=Harness("lm-evaluation-harness", version("lm_eval")),
-        kernels=lm.kernels,
-        suite=suite,
-        limit=options.limit,
-        partial=options.limit is not None,
-        tasks=(*scores, *named_ones),
-        average=sum(score.value for score in scores) / len(scores) if scores else None,
-    )
-    report = EvalReport(**vars(found), out=target, seconds=time.perf_counter() - started)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, found.as_dict())
-    return report
+        lm = QuantkitLM(
+            source=source,
+            device=options.device,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+        results = run_tasks(lm, loaded, options.limit)
+        scores = [number_of(results, loaded, m.task, m.key, m.title, m.metric) for m in measures]
+        named_ones = [number for name in task for number in every_number(results, loaded, name)]
+        found = EvalResults(
+            model=source.label,
+            files=_files(source),
+            harness=Harness("lm-evaluation-harness", version("lm_eval")),
+            kernels=lm.kernels,
+            suite=suite,
+            limit=options.limit,
+            partial=options.limit is not None,
+            tasks=(*scores, *named_ones),
+            average=sum(score.value for score in scores) / len(scores) if scores else None,
+        )
+        write_json(folder / target.name, found.as_dict())
+    return EvalReport(**vars(found), out=target, seconds=time.perf_counter() - started)
 
 
 def _suite(options: Eval) -> str | None:

@@ -1,5 +1,5 @@
-"""Files of a model are written by turns, and read back before they take their place: a disk fails without a word. And what
-was not 0 is no 0 in the type that it is written in: float16 holds nothing below 2^-25."""
+"""Files of a model are written by turns, and read back before they take their place: a disk fails without a word. And
+what was not 0 is no 0 in the type that it is written in: float16 holds nothing below 2^-25."""
 
 from __future__ import annotations
 

@@ -44,8 +44,9 @@ from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
 from quantkit.report import Report, Shown
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
+from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import checksums, companions, made_from, origin
 from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
@@ -130,8 +131,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     note_plan(stream, target.plan, progress)
     place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
-        check_unfinished(place, options.resume, options.force)
-        check_outside(place, stream.source, options.force or options.resume)
+        check_unfinished(place, options.resume, options.force, options.dry_run)
+        check_outside(place, stream.source, options.force or options.resume, dry_run=True)  # it is settled
     report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report
@@ -284,7 +285,7 @@ def _quantize(
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
     equal runs, and what happened to each Linear."""
-    landed = sharing.ranks.from_first(lambda: find_landed(run.folder, run.total, progress))
+    landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
@@ -296,7 +297,7 @@ def _quantize(
                 layers.append(LayerStatistics(**linear.statistics))
                 writer.add_linear(linear.name, put_together(linear.tensors, linear.fields))
         since = landed.blocks - landed.start
-        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since) as lander:
+        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
             budget = stream.budget // sharing.ranks.here
             arguments = stream, matrix.tokens, target.plan, _landing(lander, writer.add_linear), budget, progress
             quantize_blocks(*arguments, landed, lander.land, sharing)

@@ -43,7 +43,7 @@ from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.vocabulary import read_pieces
 from quantkit.containers.source import Source
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.runs.atomic import staged_files
+from quantkit.runs.outputs import Staging, staged_files
 from quantkit.sources import open_source
 
 Kind = gguf.GGMLQuantizationType
@@ -107,7 +107,7 @@ def publish(
     options.setdefault("pre", "qwen2")
     keys = file_keys(source, gguf.LlamaFileType.ALL_F32, **options)
     with (
-        staged_files(path) as staging,
+        staged_files(path, force=True) as staging,
         GgufWriter(staging / path.name, architecture_of(source), keys, typed, split_max_bytes) as writer,
     ):
         for tensor, stored in reversed(typed):
@@ -697,17 +697,16 @@ def test_parts_appear_together_or_not_at_all(
     source = tiny(make_model, "llama")
     old = publish(source, tmp_path / "tiny.gguf", Kind.F16, split_max_bytes=60_000)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    rename, count = Path.rename, 0
+    move, count = Staging._move, 0
 
-    def failing(self: Path, target: Path) -> Path:
+    def failing(self: Staging, *arguments: Any) -> None:
         nonlocal count
-        count += target.parent == tmp_path and ".partial" in str(self) and "replaced" not in str(self)
+        count += 1
         if count == 2:
-            count += 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(self, target)
+        move(self, *arguments)
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(Staging, "_move", failing)
     for name in ("tiny.gguf", "another.gguf"):
         count = 0
         with pytest.raises(OutputError, match="Input/output error"):

@@ -37,7 +37,7 @@ import quantkit
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import worker_count
 from quantkit.options import QuantSpec
-from quantkit.quantize import gptq, rounding, stagework
+from quantkit.quantize import blockwise, gptq
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.sources import open_source
 
@@ -157,9 +157,9 @@ def stopwatch(probe: Probe) -> Iterator[Counter[str]]:
     """Seconds by phase of what quantkit does inside, as they add up; `probe` is called as each block begins."""
     spent: Counter[str] = Counter()
     parts = (
-        ("quantizing", stagework.StageWork, "quantize"),
-        ("  plain rounding", rounding, "round_to_nearest"),
-        ("  losses", rounding, "row_losses"),
+        ("quantizing", blockwise.StageWork, "quantize"),
+        ("  plain rounding", gptq, "round_to_nearest"),
+        ("  losses", gptq, "row_losses"),
         ("  factors", gptq, "factorize"),
         ("  grids and columns", gptq, "quantize"),
         ("    grids", gptq, "fit"),
@@ -170,13 +170,13 @@ def stopwatch(probe: Probe) -> Iterator[Counter[str]]:
         stack.enter_context(patch.object(HessianAccumulator, "add", _timed(add, "hessians", spent, workers)))
         for phase, owner, name in parts:
             stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), phase, spent)))
-        begin, probing = stagework.StageWork.__init__, _timed(probe, "probing", spent)
+        begin, probing = blockwise.StageWork.__init__, _timed(probe, "probing", spent)
 
-        def begin_block(self: stagework.StageWork, *args: Any) -> None:
+        def begin_block(self: blockwise.StageWork, *args: Any) -> None:
             probing()
             begin(self, *args)
 
-        stack.enter_context(patch.object(stagework.StageWork, "__init__", begin_block))
+        stack.enter_context(patch.object(blockwise.StageWork, "__init__", begin_block))
         yield spent
 
 

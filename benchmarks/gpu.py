@@ -30,8 +30,7 @@ import common
 import torch
 from transformers import LlamaConfig
 
-from quantkit.blocks.allocator import tune
-from quantkit.blocks.budget import free_budget
+from quantkit.blocks.budget import free_budget, tune
 from quantkit.blocks.open import DTYPES, resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes
@@ -40,7 +39,6 @@ from quantkit.options import QuantSpec
 from quantkit.quantize import gptq, kernels
 from quantkit.quantize.blockwise import quantize_blocks
 from quantkit.quantize.hessian import HessianAccumulator
-from quantkit.quantize.kernels import plain
 from quantkit.quantize.targets import plan_linears
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -92,7 +90,7 @@ def main() -> None:
         "layers": len(ModelStream(source, device, dtype).blocks),
         "tokens": tokens.numel(),
         "dtype": str(dtype).removeprefix("torch."),
-        "kernel": device.type == "cuda" and kernels.column_loop(device) is not plain.quantize_columns,
+        "kernel": device.type == "cuda" and kernels.column_loop(device) is not kernels.plain_columns,
         "seconds": seconds,
         "floor_seconds": sum(floor.values()),
         "over_floor": seconds / sum(floor.values()),
@@ -148,7 +146,7 @@ _PHASES: dict[str, list[tuple[Any, str]]] = {
     "factors": [(gptq, "factorize")],
     "grids": [(gptq, "fit"), (gptq, "fit_grid")],
     "columns": [(gptq, "quantize")],
-    "plain rounding and losses": [(gptq, "rounding_loss"), (gptq, "row_losses")],
+    "plain rounding and losses": [(gptq, "round_to_nearest"), (gptq, "row_losses")],
 }
 
 

@@ -6,6 +6,8 @@ Each message is one or two lines: what is wrong, where, and what to do about it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from quantkit.progress import size
 
@@ -20,6 +22,10 @@ class UsageError(QuantkitError):
     """The request itself was wrong: an option, a combination, a path. The command line exits with 2."""
 
     exit_code = 2
+
+
+class QuantkitWarning(UserWarning):
+    """What a user of a library call should act on: category of its warnings."""
 
 
 class SourceError(QuantkitError):
@@ -56,8 +62,10 @@ def describe(error: BaseException) -> str:
     return _out_of_memory(error) or f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-UNSEEN = (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
-"""Codes of control and bidirectional characters, which may drive a terminal."""
+_DRIVING = (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+UNSEEN = (*_DRIVING, *range(0xD800, 0xE000))
+"""Codes of control and bidirectional characters, which may drive a terminal, and of halves of surrogate pairs, which no
+stream takes."""
 _UNSEEN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in UNSEEN}
 _LAID_OUT = {code: shown for code, shown in _UNSEEN.items() if chr(code) not in "\n\t"}
 
@@ -75,6 +83,13 @@ def visible(text: str, lines: bool = False) -> str:
 def shortened(text: str, most: int = 200) -> str:
     """A value as a line quotes it: without its middle where it is long."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """The word that was probably meant, as the end of a line; nothing where none is near."""
+    by_letters = {known.lower(): known for known in sorted(words)}
+    near = get_close_matches(word.lower(), by_letters, 1)
+    return f"; did you mean {by_letters[near[0]]}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -69,3 +69,21 @@ def significant(value: float, digits: int = 4, sign: bool = False) -> str:
     if "e" not in text or not 1e-6 <= abs(value) < 1e15:
         return text
     return f"{value:{plus}.0f}" if "e+" in text else f"{value:{plus}.{digits - 1 - int(text.partition('e')[2])}f}"
+
+
+def number(value: float) -> str:
+    """Four decimals; of what is smaller than that shows, two digits."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else significant(value, 2)
+
+
+def spread(error: float | None) -> str:
+    """A standard error behind its number; nothing where it is not known."""
+    return "" if error is None else f" ± {number(error)}"
+
+
+def per_cent(share: float, error: float | None = None) -> str:
+    """A share with one decimal, and with its standard error, of which a digit is always seen."""
+    if error is None:
+        return f"{100 * share:.1f} %"
+    off = 100 * error
+    return f"{100 * share:.1f} ± {f'{off:.1f}' if off == 0 or off >= 0.05 else significant(off, 1)} %"

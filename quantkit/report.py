@@ -47,29 +47,42 @@ class Column:
     """A column of a table.
 
     Attributes:
-        overflow: what becomes of a text that is too wide: "fold" anywhere, or at words and cut with an "ellipsis"; None
-            never breaks it.
+        drop: on a narrow terminal columns with the largest number are left out first; those with 0 stay.
+        wraps: text goes on in the next line, at words, where it is too wide.
     """
 
     head: str
     justify: Literal["left", "center", "right"] = "right"
-    overflow: Literal["fold", "ellipsis"] | None = None
+    drop: int = 0
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under heads.
+    """Rows of text under heads, or without; the first column has names.
 
     Attributes:
-        width: characters, where no terminal says how many there are.
+        short: where there is little room, names lose what all begin with.
+        indent: spaces before each row.
     """
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
-    width: int = 140
+    heads: bool = True
+    short: bool = False
+    indent: int = 0
 
 
 Shown = str | Line | Rule | Table
+
+
+def common_start(names: Sequence[str]) -> str:
+    """What all names begin with, up to a mark such as "-" behind which each goes on; "" of a single name."""
+    start = 0
+    for at in range(1, min(map(len, names)) if len(names) > 1 else 0):
+        if len({name[:at] for name in names}) == 1 and names[0][at - 1] in "-_./":
+            start = at
+    return names[0][:start] if names else ""
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------

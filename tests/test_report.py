@@ -180,11 +180,12 @@ def test_lines_are_literal_and_never_broken(monkeypatch: pytest.MonkeyPatch) -> 
     assert shown(Rule("window 0"), terminal=False, monkeypatch=monkeypatch) == "window 0 " + "─" * 21 + "\n"
 
 
-def test_tables_take_the_width_that_they_say_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [["a-model-of-a-long-name[1]", "1.00"], ["b", "20.00"]]
-    console.show([Table([Column("model", "left", overflow="fold"), Column("size")], rows)])
-    assert "a-model-of-a-long-name[1] │  1.00 │" in capsys.readouterr().out
-    console.show([Table([Column("model", "left", overflow="fold"), Column("size")], rows, width=24)])
-    lines = capsys.readouterr().out.splitlines()
-    assert {len(line) for line in lines} == {24}
-    assert "│ a-model-of-a │  1.00 │" in lines
+def test_tables_are_whole_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [["a-model-of-a-long-name[1]", "1.00"], ["a-model-b", "20.00"]]
+    console.show([Table([Column("model", "left"), Column("size", drop=1)], rows, short=True)])
+    assert capsys.readouterr().out.splitlines() == [
+        "model                       size",
+        "─────────────────────────  ─────",
+        "a-model-of-a-long-name[1]   1.00",
+        "a-model-b                  20.00",
+    ]

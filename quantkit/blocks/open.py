@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 
 from quantkit.blocks.budget import Budget, free_budget
-from quantkit.blocks.pair import DeltaSource, delta_record
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import left_out
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.options import ComputeDtype, EvaluationSpec, make, parse_size
 from quantkit.progress import Progress
+from quantkit.runs.record import delta_record
 from quantkit.sources import default_source, open_source
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,6 +64,8 @@ def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code
     """Open a model by its name, or a pair, whose delta then is what has the revision. Raises SourceError."""
     if not isinstance(model, Pair):
         return open_source(model, revision, trust_remote_code)
+    from quantkit.blocks.pair import DeltaSource
+
     base = open_source(model.base, None, trust_remote_code)
     return DeltaSource(base, open_source(model.delta, revision, trust_remote_code))
 
@@ -109,11 +111,26 @@ def stream_of(
     return stream
 
 
-def fitted(spec: EvaluationSpec, streams: Sequence[ModelStream], asked: bool) -> EvaluationSpec:
+def check_windows(stream: ModelStream, tokens: int, progress: Progress) -> None:
+    """Refuse windows that the model has no positions for, and warn of those longer than it is made for.
+
+    Raises:
+        UsageError: the first.
+    """
+    stream.check_length(tokens)
+    most = getattr(stream.source.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and tokens > most:
+        progress.warn(
+            f"windows of {tokens} tokens: {stream.source.label} is made for {most} at most, and loses its way beyond; "
+            f"--seq-len {most} keeps within"
+        )
+
+
+def fitted(spec: EvaluationSpec, streams: Sequence[ModelStream], asked: bool, progress: Progress) -> EvaluationSpec:
     """The spec with windows that all of the models have positions for; UsageError where others were `asked` for."""
     if asked:
         for stream in streams:
-            stream.check_length(spec.seq_len)
+            check_windows(stream, spec.seq_len, progress)
         return spec
     lengths = [spec.seq_len, *(stream.longest for stream in streams if stream.longest is not None)]
     return make(EvaluationSpec, **(spec.model_dump() | {"seq_len": min(lengths)}))

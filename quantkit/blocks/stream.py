@@ -21,15 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from quantkit.blocks.budget import Budget, free_budget
-from quantkit.blocks.families import (
-    FAMILIES,
-    Family,
-    Stages,
-    discover_blocks,
-    discover_stages,
-    never_called,
-    shape_of,
-)
+from quantkit.blocks.families import FAMILIES, Family, Stages, discover_blocks, discover_stages, never_called, shape_of
 from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, put_together, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
@@ -189,7 +181,8 @@ class ModelStream:
                 capture = self._run_with_stand_ins(ids.to(self.device))
                 assert capture.hidden is not None
                 hidden.append(capture.hidden)
-                self._arguments.append(share_equal(capture.arguments, self._arguments[:1]))
+                own = capture.arguments
+                self._arguments.append(share_equal(own, self._arguments[0]) if self._arguments else own)
                 advance(1)
         self._capture = None
         self.hands_on = hands_on(self._arguments[0])
@@ -244,6 +237,13 @@ class ModelStream:
     def vocabulary(self) -> int:
         """Rows of the head."""
         return int(self._model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def head_layers(self) -> int:
+        """How many decoder blocks the head is as much work as, by their weights."""
+        weights = sum(weight.numel() for weight in self.modules.parameters()) or 1
+        head = self._model.get_output_embeddings().weight.numel()
+        return max(1, round(len(self.blocks) * int(head) / weights))
 
     @contextmanager
     def head_rows(self, start: int, stop: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

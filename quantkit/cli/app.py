@@ -13,11 +13,13 @@ from typer.core import TyperGroup
 
 from quantkit.cli import console
 from quantkit.cli.signals import farewell, heeded
-from quantkit.errors import QuantkitError, describe, first_line, interrupt_came, shortened
+from quantkit.cli.wrong import said
+from quantkit.errors import QuantkitError, UsageError, describe, first_line, interrupt_came, meant, shortened
 from quantkit.runs import ranks as parallel
 from quantkit.runs.watch import RankError
 from quantkit.version import __version__
 
+_COMPLETING = "_QUANTKIT_COMPLETE"
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 # What the help says of each command, in its order.
@@ -51,15 +53,20 @@ class Verbs(TyperGroup):
     """All commands by what the help says of them; the options of one are made when it is called, which saves time."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            raise UsageError(f"{args[0]}: no such command{meant(args[0], COMMANDS)}; see `quantkit --help`")
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None else full_command(name), rest
 
 
-def _typer(**settings: Any) -> typer.Typer:
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=_SETTINGS, **settings)
+def _typer(completion: bool = False, **settings: Any) -> typer.Typer:
+    return typer.Typer(
+        add_completion=completion, pretty_exceptions_enable=False, context_settings=_SETTINGS, **settings
+    )
 
 
 app = _typer(
+    completion=True,
     cls=Verbs,
     help="Make the variants of a language model that people publish, and measure what each one loses.",
     no_args_is_help=True,
@@ -102,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     _hush_libraries()
     command = typer.main.get_command(app)
+    if _COMPLETING in os.environ:  # a shell asks, on <TAB>
+        command.main(prog_name="quantkit")
     try:
         # Not app(): Typer would turn an interrupt into a silent exit of its own.
         with heeded(arguments), command.make_context("quantkit", list(arguments)) as context:
@@ -115,37 +124,45 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort) as stop:
         return _interrupted(stop, arguments)
     except RankError as error:  # a launcher that saw another process die sends this one a SIGTERM
-        return _report(error, "--debug" in arguments)
+        return _report(error, arguments)
     except Exception as error:
-        return _interrupted(error, arguments) if interrupt_came() else _report(error, "--debug" in arguments)
+        return _interrupted(error, arguments) if interrupt_came() else _report(error, arguments)
     except BaseException as error:  # a panic of a library in Rust, which is no Exception
         if type(error).__name__ != "PanicException":
             raise
         failed = QuantkitError(f"the tokenizers library failed on this text: {shortened(first_line(error))}")
-        return _report(failed, "--debug" in arguments)
+        return _report(failed, arguments)
 
 
 def _interrupted(stop: BaseException, arguments: list[str]) -> int:
     if not parallel.mute():
-        console.say(farewell(stop, arguments))
+        _tell(farewell(stop, arguments), "Interrupted", 1, arguments)
     return 1
 
 
-def _report(error: Exception, debug: bool) -> int:
+def _report(error: Exception, arguments: list[str]) -> int:
     """Show an error in a line or two and return the exit code."""
+    debug = "--debug" in arguments
     if parallel.mute() and not debug:
         return getattr(error, "exit_code", 1)
-    parse_message = getattr(error, "format_message", None)
-    if parse_message is not None:  # Typer's own: click's, or those of the copy of click that newer Typers carry
-        if parse_message():  # empty where the help has been shown instead
-            console.say(f"error: {parse_message()}", "red")
+    if hasattr(error, "format_message"):  # Typer's own: click's, or those of the copy of click that newer Typers carry
+        if message := said(error):
+            _tell(message, UsageError.__name__, 2, arguments)
         return 2
+    code = error.exit_code if isinstance(error, QuantkitError) else 1
     if debug:
         traceback.print_exception(error)
-    else:
-        hint = "" if isinstance(error, QuantkitError) else " (--debug shows where)"
-        console.say(f"error: {describe(error)}{hint}", "red")
-    return error.exit_code if isinstance(error, QuantkitError) else 1
+    hint = "" if debug or isinstance(error, QuantkitError) else " (--debug shows where)"
+    _tell(f"{describe(error)}{hint}", type(error).__name__, code, arguments, on_screen=not debug)
+    return code
+
+
+def _tell(message: str, kind: str, code: int, arguments: list[str], on_screen: bool = True) -> None:
+    """An error as a line on stderr, and with --json as an object on stdout too."""
+    if on_screen:
+        console.say(message if kind == "Interrupted" else f"error: {message}", "" if kind == "Interrupted" else "red")
+    if "--json" in arguments:
+        console.print_json({"error": message, "kind": kind, "exit_code": code})
 
 
 def _hush_libraries() -> None:

@@ -1,137 +1,28 @@
-"""How the command line shows things: bars and lines on stderr, results on stdout."""
+"""How the command line shows things: results on stdout; bars and lines on stderr are in `quantkit.bars`."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from quantkit.errors import UNSEEN, shortened, visible
-from quantkit.progress import Advance
+from quantkit.bars import Bars as Bars
+from quantkit.bars import console
+from quantkit.bars import log as log
+from quantkit.bars import say as say
+from quantkit.errors import UNSEEN, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
-    from quantkit.report import Shown, Table
-
-_LINE_SECONDS = 15.0
-_LONGEST_LINE = 8000  # characters of a note or an error
-
-
-# rich is imported for what it draws: help and a wrong option are to be there at once.
+    from quantkit.report import Shown
 
 
 @cache
 def results() -> Console:
     """Standard output."""
-    return _console(stderr=False)
-
-
-@cache
-def log() -> Console:
-    """Standard error."""
-    return _console(stderr=True)
-
-
-def _console(stderr: bool) -> Console:
-    from rich.console import Console
-
-    # No emoji: rich would turn ":x:" in a path into a picture.
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
-
-
-def say(text: str, style: str = "") -> None:
-    """A line on stderr, on a terminal in a colour or style; what files bring along is made visible in it."""
-    text = visible(shortened(text, _LONGEST_LINE))
-    if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
-        log().print(text, markup=False, style=style)
-    else:
-        print(text, file=sys.stderr)
-
-
-class Bars:
-    """A bar with the time left per phase on a terminal; elsewhere a line when a phase ends, and now and then within."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._detail = ""
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Advance]:
-        if self._quiet:
-            yield lambda steps: None
-        elif log().is_terminal:
-            with self._drawn(name, total) as advance:
-                yield advance
-        else:
-            with self._written(name, total) as advance:
-                yield advance
-
-    def note(self, text: str) -> None:
-        if not self._quiet:
-            say(text)
-
-    def warn(self, text: str) -> None:
-        say(f"warning: {text}", "yellow")
-
-    def detail(self, text: str) -> None:
-        self._detail = text = visible(text)
-        if self._bar is not None:
-            self._bar.update(self._task, detail=text)
-
-    @contextmanager
-    def _drawn(self, name: str, total: int) -> Iterator[Advance]:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        )
-        with Progress(*columns, console=log()) as bar:
-            task = bar.add_task(visible(name), total=total, detail="")
-            self._bar, self._task = bar, task
-            try:
-                yield lambda steps: bar.advance(task, steps)
-                bar.update(task, detail="")
-            finally:
-                self._bar = None
-
-    @contextmanager
-    def _written(self, name: str, total: int) -> Iterator[Advance]:
-        start = last = time.monotonic()
-        done = 0
-
-        def advance(steps: int) -> None:
-            nonlocal done, last
-            done += steps
-            now = time.monotonic()
-            if done and now - last > _LINE_SECONDS:
-                last = now
-                left = (now - start) / done * (total - done)
-                say(f"{name}: {done}/{total}, {left:.0f} s left  {self._detail}")
-
-        yield advance
-        say(f"{name}: {done}/{total} in {time.monotonic() - start:.1f} s")
-        self._detail = ""
+    return console(stderr=False)
 
 
 _UNSEEN_IN_JSON = {code: f"\\u{code:04x}" for code in UNSEEN}  # those below 0x20 json.dumps escapes itself
@@ -145,6 +36,7 @@ def print_json(content: dict[str, Any]) -> None:
 
 def show(lines: Iterable[Shown]) -> None:
     """What a report says, on stdout."""
+    from quantkit.cli.tables import lines_of
     from quantkit.report import Line, Rule, Table
 
     for line in lines:
@@ -156,23 +48,6 @@ def show(lines: Iterable[Shown]) -> None:
             case Rule():
                 results().rule(visible(line.title), align="left")
             case Table():
-                _print_table(line)
-
-
-def _print_table(table: Table) -> None:
-    """One that is wider than an unknown terminal must not be folded into nothing."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    drawn = RichTable()
-    for column in table.columns:
-        drawn.add_column(
-            visible(column.head),
-            justify=column.justify,
-            overflow=column.overflow or "ellipsis",
-            no_wrap=column.overflow is None,
-        )
-    for row in table.rows:
-        drawn.add_row(*(visible(cell) for cell in row))
-    width = None if results().is_terminal else table.width
-    Console(highlight=False, markup=False, emoji=False, width=width).print(drawn)
+                width = results().width if results().is_terminal else None
+                for text in lines_of(line, width):
+                    results().print(text, markup=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit.containers.source import Source
 from quantkit.progress import size
-from quantkit.report import Report
+from quantkit.report import Column, Report, Shown, Table
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Inspection(Report):
     quantization: dict[str, Any] | None
     tensors: list[dict[str, Any]]
 
-    def lines(self, tensors: bool = False) -> Iterator[str]:
+    def lines(self, tensors: bool = False) -> Iterator[Shown]:
         """With `tensors` one for each too."""
         kinds = ", ".join(f"{count} {name}" for name, count in self.types.items())
         yield f"{self.model}: {self.architecture}, {self.scheme}"
@@ -46,11 +46,12 @@ class Inspection(Report):
         )
         yield f"tensors: {kinds}"
         if tensors:
-            # Not a table: on a narrow screen it would cut names off.
-            width = max(len(tensor["name"]) for tensor in self.tensors)
-            for tensor in self.tensors:
-                shape = " x ".join(map(str, tensor["shape"]))
-                yield f"{tensor['name']:<{width}}  {shape:<16}  {tensor['type']:<6}  {size(tensor['bytes'])}"
+            columns = (Column("tensor", "left"), Column("shape", "left"), Column("type", "left"), Column("size"))
+            rows = [
+                [tensor["name"], " x ".join(map(str, tensor["shape"])), tensor["type"], size(tensor["bytes"])]
+                for tensor in self.tensors
+            ]
+            yield Table(columns, rows, heads=False)
 
 
 def describe(source: Source) -> Inspection:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from quantkit.evaluate.scores import TokenScores
-from quantkit.report import Report
+from quantkit.progress import number, per_cent, spread
+from quantkit.report import Column, Report
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Numbers(Report):
         top1_agreement: fraction of tokens whose most likely token is the reference's.
         delta_ln_ppl: change of log perplexity against the reference.
         delta_ln_ppl_stderr: its standard error from the paired differences, much smaller than that of either one.
+        kl_divergence_stderr: standard error of the mean divergence.
+        top1_agreement_stderr: standard error of that fraction.
     """
 
     perplexity: float
@@ -48,6 +51,31 @@ class Numbers(Report):
     top1_agreement: float | None
     delta_ln_ppl: float | None
     delta_ln_ppl_stderr: float | None
+    kl_divergence_stderr: float | None = field(default=None, kw_only=True)  # reports of before have neither
+    top1_agreement_stderr: float | None = field(default=None, kw_only=True)
+
+    def cells(self, compared: bool) -> list[str]:
+        """What a table shows, under `heads(compared)`."""
+        own = [f"{self.perplexity:.3f} ± {self.stderr:.3f}"]
+        kl, delta, agreed = self.kl_divergence, self.delta_ln_ppl, self.top1_agreement
+        if not compared or kl is None or delta is None or agreed is None:
+            return [*own, *[""] * (len(heads(compared)) - 1)]
+        return [
+            *own,
+            f"{delta:+.4f}{spread(self.delta_ln_ppl_stderr)}",
+            f"{number(kl.mean)}{spread(self.kl_divergence_stderr)}",
+            *map(number, (kl.median, kl.p99, kl.max)),
+            per_cent(agreed, self.top1_agreement_stderr),
+        ]
+
+
+def heads(compared: bool) -> list[Column]:
+    """The columns of models' numbers, with those that compare with a reference or without. Divergences are what a
+    narrow terminal keeps."""
+    if not compared:
+        return [Column("perplexity")]
+    dropped = {"perplexity": 2, "Δ ln ppl": 3, "KL mean": 0, "median": 7, "99 %": 6, "max": 5, "same top-1": 0}
+    return [Column(head, drop=drop) for head, drop in dropped.items()]
 
 
 @dataclass(frozen=True)
@@ -78,7 +106,13 @@ def numbers_of(scores: list[TokenScores]) -> list[Numbers]:
         difference = nll - scores[0].nll.double()
         agreement = float(score.agrees.mean())
         delta, delta_stderr = float(difference.mean()), _stderr(difference)
-        rows.append(Numbers(perplexity, stderr, KlDivergence.of(score.kl), agreement, delta, delta_stderr))
+        rows.append(
+            Numbers(
+                *(perplexity, stderr, KlDivergence.of(score.kl), agreement, delta, delta_stderr),
+                kl_divergence_stderr=_stderr(score.kl.double()),
+                top1_agreement_stderr=_stderr(score.agrees.double()),
+            )
+        )
     return rows
 
 

@@ -16,13 +16,9 @@ from quantkit.options.grid import ActOrder as ActOrder
 from quantkit.options.grid import FilledGrid as FilledGrid
 from quantkit.options.grid import Grid as Grid
 from quantkit.options.grid import MethodName as MethodName
-from quantkit.options.grid import MethodRow as MethodRow
-from quantkit.options.grid import Override as Override
 from quantkit.options.grid import Overrides as Overrides
 from quantkit.options.grid import QuantSpec as QuantSpec
 from quantkit.options.grid import matches as matches
-from quantkit.options.grid import parse_override as parse_override
-from quantkit.options.grid import pattern_regex as pattern_regex
 from quantkit.options.spec import Options as Options
 from quantkit.options.spec import Spec as Spec
 from quantkit.options.spec import Typed as Typed
@@ -36,6 +32,7 @@ from quantkit.options.values import (
     Place,
     SeqLen,
     Size,
+    TokenCount,
     check_data,
     check_model,
 )
@@ -186,7 +183,7 @@ class Calibration(Drawing):
     """Text the Hessians are taken over."""
 
     panel: ClassVar[str] = "Calibration"
-    calibration: Annotated[str, AfterValidator(check_data)] | DrawnWindows = "evol-instruct-sample"
+    calibration: Annotated[str, AfterValidator(check_data)] | tuple[str, ...] | DrawnWindows = "evol-instruct-sample"
     """Data set: a name, NAME:FILE for a local copy of it, a file (JSON, JSON lines, Parquet, text) or a Hub id
     (owner/name[@revision][:file]); several by weight as A:0.7,B:0.3."""
 
@@ -220,6 +217,14 @@ class Texts(Options):
         return value
 
 
+class Amount(Options):
+    """How much of a text a model is judged on."""
+
+    panel: ClassVar[str] = "Judging"
+    eval_tokens: Annotated[TokenCount, Typed(metavar="N|all")] = "all"
+    """Judge on the first N tokens of the text, in whole windows; all: the whole text."""
+
+
 class Evaluation(Text):
     """Whether what was made is compared with what it was made from."""
 
@@ -236,7 +241,7 @@ class WindowLength(Length):
     helps: ClassVar[Mapping[str, str]] = {"seq_len": "Tokens a window; default 2048 for wikitext2, else 512."}
 
 
-class Cutting(WindowLength, Prompt):
+class Cutting(Amount, WindowLength, Prompt):
     """How a text is cut into windows."""
 
     panel: ClassVar[str] = "Judging"
@@ -426,6 +431,13 @@ class Ends(Options):
     """Name of the pre-tokenizer, where it is not known."""
 
 
+class Twice(Options):
+    """What has been rounded before."""
+
+    requantize: bool = False
+    """Round again what has been rounded before."""
+
+
 class Split(Options):
     """A GGUF file in parts."""
 
@@ -440,7 +452,7 @@ class CardFacts(Options):
     panel: ClassVar[str] = "Card"
     template: str = "default"
     """default, thebloke-2023, or a jinja2 file."""
-    licence: str | None = None
+    licence: Annotated[str | None, Typed(also="--license")] = None
     """Where the source says none."""
     prompt_template: str | None = None
     """vicuna, wizardlm-7b, alpaca, chat or none; default: the model's own."""

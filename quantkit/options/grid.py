@@ -86,7 +86,8 @@ class Override(Spec):
 
 
 def _overrides(given: Any) -> Any:
-    return dict(map(parse_override, given)) if isinstance(given, tuple | list) else given
+    texts = isinstance(given, tuple | list) and all(isinstance(one, str) for one in given)
+    return dict(map(parse_override, given)) if texts else given
 
 
 class Overrides(Options):
@@ -94,7 +95,7 @@ class Overrides(Options):
 
     panel: ClassVar[str] = "Grid"
     override: Annotated[Mapping[str, Override], BeforeValidator(_overrides)] = Field(default_factory=dict)
-    """Other bits, group_size or sym for modules that match: '*.down_proj=bits:8,group_size:32' (with --ggml:
+    """Other bits, group_size or sym for modules that match: '*.down_proj=bits:8' (several by commas; with --ggml:
     '*.down_proj=ggml:q6_k'); may be repeated, the first that matches counts."""
 
 

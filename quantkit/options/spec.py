@@ -3,18 +3,20 @@
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
 import ast
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from inspect import cleandoc, get_annotations, getsource
 from itertools import pairwise
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from quantkit.errors import UsageError, shortened
+from quantkit.errors import UsageError, meant, shortened
 
 S = TypeVar("S", bound="Spec")
 
@@ -26,11 +28,13 @@ class Typed:
     Attributes:
         spelled: an option or a pair, such as "--sym/--asym".
         metavar: what stands for an argument in the help.
+        also: another spelling of the option, which is a key of recipes too.
         display: it decides on what is shown alone, so that the library's function does not take it.
     """
 
     spelled: str = ""
     metavar: str = ""
+    also: str = ""
     display: bool = False
 
 
@@ -44,12 +48,16 @@ class Spec(BaseModel):
     def _blind_to_case(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        return {
-            name: _as_spelled(value, choices(cls.model_fields[name].annotation))
-            if isinstance(value, str) and name in cls.model_fields
-            else value
-            for name, value in given.items()
-        }
+        given = {cls._known_as(name): value for name, value in given.items()}
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: _as_meant(value, kinds[name]) if name in kinds else value for name, value in given.items()}
+
+    @classmethod
+    def _known_as(cls, key: str) -> str:
+        """The field of a key that may be its other spelling."""
+        other = f"--{key}"
+        fields = () if key in cls.model_fields else cls.model_fields.items()
+        return next((name for name, field in fields if other in [getattr(m, "also", "") for m in field.metadata]), key)
 
     def part(self, group: type[S]) -> S:
         """The fields of one of its groups by themselves."""
@@ -148,6 +156,19 @@ def choices(kind: Any) -> tuple[str, ...]:
     return next((get_args(one) for one in members(kind) if get_origin(one) is Literal), ())
 
 
+def alone(kind: Any) -> bool:
+    """Whether a type is several texts or paths, for which one by itself may be given."""
+    kind = bare(kind)
+    return get_origin(kind) is tuple and bare(members(bare(get_args(kind)[0]))[0]) in (str, Path)
+
+
+def _as_meant(value: Any, kind: Any) -> Any:
+    """A word of a Literal as it is spelled there; one path or text as the only one of several."""
+    if isinstance(value, str | Path) and alone(kind):
+        return (value,)
+    return _as_spelled(value, choices(kind)) if isinstance(value, str) else value
+
+
 def _as_spelled(value: str, words: Iterable[str]) -> str:
     return next((word for word in words if word.lower() == value.lower()), value)
 
@@ -160,17 +181,41 @@ def make(spec: type[S], **fields: Any) -> S:
     try:
         return spec(**fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where, said = [str(part) for part in first["loc"]], _said(first)
+        found = error.errors()  # a key that is misspelled comes before the one that is missing for it
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+        where, said = [shortened(part) for part in map(str, first["loc"]) if not _MEMBER.match(part)], _said(first)
     if where and issubclass(spec, Options):
         option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
         within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""
         raise UsageError(f"{option}: {within}{said}" if within else f"{option} {shortened(str(given))}: {said}")
+    if first["type"] == "extra_forbidden":
+        said += meant(where[-1], _keys_at(spec, where[:-1]))
     shown = where and first["type"] not in ("missing", "union_tag_not_found")
     got = f" (got {shortened(repr(first['input']))})" if shown else ""
     raise UsageError("".join(f"{part}: " for part in where) + said + got)
 
 
+def _keys_at(spec: type[Spec], where: Iterable[str]) -> set[str]:
+    """The keys that a place within a spec may have."""
+    here = [spec]
+    for part in where:
+        if not part.isdigit():
+            inner = [
+                kind for one in here if part in one.model_fields for kind in _specs(one.model_fields[part].annotation)
+            ]
+            tagged = [one for one in here if part in choices(getattr(one.model_fields.get("kind"), "annotation", None))]
+            here = inner or tagged
+    return {name for one in here for name in one.model_fields}
+
+
+def _specs(kind: Any) -> list[type[Spec]]:
+    """The specs that an annotation speaks of."""
+    if isinstance(kind, type) and get_origin(kind) is None:
+        return [kind] if issubclass(kind, Spec) else []
+    return [found for one in get_args(kind) for found in _specs(one)]
+
+
+_MEMBER = re.compile(r"(lax-or-strict|function-\w+|is-instance)\[")  # what pydantic calls a member of a union
 _WORDS = {
     "greater_than": "give more than {gt}",
     "greater_than_equal": "give at least {ge}",
@@ -185,6 +230,7 @@ _WORDS = {
     "union_tag_not_found": "{discriminator} is missing",
 }
 _KINDS = {
+    "string": "give text",
     "int": "give a whole number",
     "float": "give a number",
     "bool": "give true or false",

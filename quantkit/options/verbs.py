@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options import (
+    Amount,
     Arithmetic,
     Base,
     Batches,
@@ -51,6 +52,7 @@ from quantkit.options import (
     Text,
     Texts,
     Trust,
+    Twice,
     Typed,
 )
 from quantkit.options.values import Divergence, FileType, Folders, GridType, Name, Place, Size
@@ -64,8 +66,23 @@ _ELSEWHERE = {
 
 
 class Gptq(
-    OrSmolLM2, Pair, Opened, Trust, Grid, Overrides, Ends, Calibration, Evaluation, Compute, Run, Checkpoint, Output
+    OrSmolLM2,
+    Pair,
+    Opened,
+    Trust,
+    Grid,
+    Overrides,
+    Ends,
+    Calibration,
+    Evaluation,
+    Amount,
+    Compute,
+    Run,
+    Twice,
+    Checkpoint,
+    Output,
 ):
+    defaults: ClassVar[Mapping[str, Any]] = {"eval_tokens": 8192}
     ggml: GridType | None = None
     """Write a GGUF file instead, with GPTQ on the grids of this type: q4_0, q5_0, q8_0, q4_k_m, ..."""
 
@@ -77,14 +94,12 @@ class Gptq(
         return self
 
 
-class Ggml(Pair, Opened, Trust, Ends, Split, Output):
+class Ggml(Pair, Opened, Trust, Ends, Twice, Split, Output):
     type: FileType = "auto"
     """llama.cpp's mixture of this name: q4_0, q4_k_m, iq4_xs, f16, ... (docs/ggml.md lists all); auto: the smallest
     that holds GPTQ's codes exactly, and what a GGUF or ggjt file has."""
     container: Container = "gguf"
     """ggjt: what was called GGML in 2023, for Llamas with a SentencePiece vocabulary."""
-    requantize: bool = False
-    """Allow a type that rounds what has been rounded before."""
     pure: bool = False
     """One type for all matrices."""
     imatrix: Place | None = None
@@ -173,7 +188,7 @@ class Inspect(Model, Opened, Trust):
     """List every tensor."""
 
 
-class Verify(Device):
+class Verify(Trust, Device):
     arguments: ClassVar[tuple[str, ...]] = ("path",)
     path: Place
     """Folder, GGUF or ggjt file, or a folder of such files."""
@@ -181,7 +196,7 @@ class Verify(Device):
     """Run the model: perplexity of held-out text, and a sentence."""
 
 
-class Card(Repository, CardFacts, Force):
+class Card(Repository, CardFacts, Trust, Force):
     arguments: ClassVar[tuple[str, ...]] = ("folder",)
     defaults: ClassVar[Mapping[str, Any]] = {"repo": None}
     helps: ClassVar[Mapping[str, str]] = {
@@ -202,7 +217,7 @@ class Card(Repository, CardFacts, Force):
     """Who; left out unless given."""
 
 
-class Publish(Repository, Public, DryRun):
+class Publish(Repository, Trust, Public, DryRun):
     arguments: ClassVar[tuple[str, ...]] = ("folder", "repo")
     helps: ClassVar[Mapping[str, str]] = {"dry_run": "Show what would change; change nothing."}
     only: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ import torch
 
 from quantkit.codes import QuantizedLinear, contiguous_groups, grouped
 from quantkit.errors import NumericError
+from quantkit.options import QuantSpec
 from quantkit.quantize import loops
 
 # Range of the clipping search, as a fraction of the scale at which the largest weight is just held. Above 1: the
@@ -97,6 +98,16 @@ def minmax_grid(W: torch.Tensor, group_size: int, bits: int, sym: bool) -> GptqG
     scale = stored(((high - low) / top).clamp(min=_SMALLEST))
     zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-low / scale).clamp(1, top)
     return _grid(scale, zero, group, bits)
+
+
+def round_to_nearest(W: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
+    """Plain rounding of W [out, in] on a min-max grid."""
+    W = W.float()
+    grid = minmax_grid(W, spec.group_size, spec.bits, spec.sym)
+    codes = W.clone(memory_format=torch.contiguous_format)
+    for columns, groups in grouped(codes, grid.group):
+        columns.div_(grid.scales[:, groups, None].float()).add_(grid.zeros[:, groups, None].float())
+    return grid.linear(codes.round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8))
 
 
 def _grid(scales: torch.Tensor, zeros: torch.Tensor, group: torch.Tensor, bits: int) -> GptqGrid:

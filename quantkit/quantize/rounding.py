@@ -9,18 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
-from quantkit.codes import Codes, QuantizedLinear, grouped
+from quantkit.codes import Codes
 from quantkit.options import QuantSpec
-from quantkit.quantize.gptq_grid import minmax_grid
+from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, row_losses
 from quantkit.quantize.methods import Need, Solved, fit
 
 needs: tuple[Need, ...] = ()
-
-
-def gathers(columns: int, device: torch.device) -> HessianAccumulator:
-    """Sums for H float32 [in, in]."""
-    return HessianAccumulator(columns, device)
+gathers = HessianAccumulator  # sums for H float32 [in, in]
 
 
 def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
@@ -29,7 +25,7 @@ def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> li
     for W in map(torch.Tensor.float, tiles):
         linear = rounded(W, spec)
         loss = row_losses(W, linear, H)
-        solved.append(Solved(linear, loss, loss if spec.ggml is None else rounding_loss(W, H, spec)))
+        solved.append(Solved(linear, loss, loss if spec.ggml is None else row_losses(W, round_to_nearest(W, spec), H)))
     return solved
 
 
@@ -47,18 +43,3 @@ def rounded(W: torch.Tensor, spec: QuantSpec) -> Codes:
     inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
     codes = ((W + minimum) * inverse).round_().clamp_(0, 2**grid.bits - 1)
     return grid.linear(codes.to(torch.uint8))
-
-
-def round_to_nearest(W: torch.Tensor, spec: QuantSpec) -> QuantizedLinear:
-    """Plain rounding of W [out, in] on a min-max grid."""
-    W = W.float()
-    grid = minmax_grid(W, spec.group_size, spec.bits, spec.sym)
-    codes = W.clone(memory_format=torch.contiguous_format)
-    for columns, groups in grouped(codes, grid.group):
-        columns.div_(grid.scales[:, groups, None].float()).add_(grid.zeros[:, groups, None].float())
-    return grid.linear(codes.round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8))
-
-
-def rounding_loss(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """`Solved.rtn_loss` of W float32 [out, in]: float64 [out]."""
-    return row_losses(W, round_to_nearest(W, spec), H)

@@ -1,4 +1,5 @@
-"""What a gptq run writes its codes into: a checkpoint, in the layout that its container's row names, or a GGUF file.
+"""What a gptq run writes its codes into: a checkpoint, in the layout that its container's row names, or what else has
+the methods of a `Target`, such as a GGUF file (`gguf_target`).
 
 Making a target decides which Linears are quantized, and to what, and refuses what its container cannot hold, from
 headers alone.
@@ -7,28 +8,20 @@ headers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import Codes, GgmlLinear, LinearPlan, Plan
+from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.codes.block_types import BLOCK_TYPES
-from quantkit.containers import gguf as gguf_files
 from quantkit.containers import load, of_format
-from quantkit.containers.gguf.recipes import (
-    file_type,
-    fitting,
-    tensor_kinds,
-)
-from quantkit.containers.gguf.types import Choice, Chooser, Kind, TypeOptions
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
-from quantkit.options import METHODS, CheckpointFormat, GgmlType, QuantSpec, matches
+from quantkit.options import CheckpointFormat, QuantSpec, matches
 from quantkit.runs.tensorfile import TensorPlan
 
 
@@ -185,117 +178,3 @@ class CheckpointTarget:
 
     def model_in(self, folder: Path) -> Path:
         return folder
-
-
-@dataclass(frozen=True)
-class GgufForm:
-    """What a GGUF file of a run is to be.
-
-    Attributes:
-        recipe: one of `gguf.recipes.RECIPES`.
-        name: of the file.
-        embedding, output: types of these two matrices; None for the recipe's.
-        pre: name of the pre-tokenizer, where the ids do not tell it.
-    """
-
-    recipe: str
-    name: str
-    embedding: Kind | None = None
-    output: Kind | None = None
-    pre: str | None = None
-
-
-class GgufTarget:
-    """A folder with a GGUF file. Its matrices have the types of a recipe, on whose grids the Linears are quantized.
-
-    Attributes:
-        fallback: matrices that the type meant for them does not divide, and the type they get.
-        limits: where llama.cpp's result drifts from the model's.
-    """
-
-    def __init__(self, stream: ModelStream, spec: QuantSpec, form: GgufForm) -> None:
-        """
-        Raises:
-            UsageError: a pattern that no Linear matches, an override that a GGUF file has no place for.
-            SourceError: a model that a GGUF file cannot hold.
-        """
-        source, weights = stream.source, stream.weights
-        self._name, self._architecture = form.name, gguf_files.architecture_of(source)
-        origin = gguf_files.origin(from_gptq=METHODS[spec.method].label == "GPTQ")
-        self._keys = gguf_files.file_keys(source, file_type(form.recipe), pre=form.pre, provenance=origin)
-        self.limits = [*gguf_files.limits(source), *gguf_files.cut_otherwise(source, self._keys)]
-        tensors = gguf_files.plan(source, weights)
-        planned = tensor_kinds(
-            *(form.recipe, tensors, source.config, self._architecture), embedding=form.embedding, output=form.output
-        )
-        asked = plan_linears(stream, spec)
-        linears = {name for name, _ in stream.linears()}
-        chooser = Chooser(source, weights, TypeOptions(requantize=True))
-        kinds: dict[str, Kind] = {}
-        self._typed: list[tuple[gguf_files.GgufTensor, Kind]] = []
-        self._others: list[tuple[gguf_files.GgufTensor, Choice]] = []
-        self.fallback: dict[str, str] = {}
-        for tensor, found in zip(tensors, planned, strict=True):
-            modules = [name.removesuffix(".weight") for name in tensor.sources]
-            coded = bool(modules) and linears.issuperset(modules)
-            wanted = _wanted(tensor, [asked.get(module) for module in modules], found.wanted) if coded else found.wanted
-            kind = None if wanted is None else fitting(wanted, tensor.shape[-1])
-            if kind is not None and kind != wanted:
-                self.fallback[tensor.name] = kind.name
-            if coded and kind is not None and kind.name in get_args(GgmlType):
-                kinds |= dict.fromkeys(modules, kind)
-            else:
-                choice = chooser.of_kind(tensor, kind)
-                self._others.append((tensor, choice))
-                kind = choice.kind
-            self._typed.append((tensor, kind))
-        self.plan: Plan = {
-            name: LinearPlan(linear.shape, linear.spec.model_copy(update=on_grid_of(kinds[name].name)))
-            for name, linear in asked.items()
-            if name in kinds
-        }
-        self.bytes = sum(gguf_files.packed_bytes(tensor, kind) for tensor, kind in self._typed)
-        others = sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in self._others)
-        self.quantized_bytes = self.bytes - others
-
-    def check_kept(self, name: str) -> None:
-        for tensor, choice in self._others:
-            if choice.kind == Kind.F16 and name in tensor.sources:  # of what is read anyway, what can be beyond it
-                choice.encode(tensor, name)
-
-    def model_in(self, folder: Path) -> Path:
-        return folder / self._name
-
-    @contextmanager
-    def writer(self, folder: Path) -> Iterator[CodesWriter]:
-        with gguf_files.GgufWriter(self.model_in(folder), self._architecture, self._keys, self._typed) as writer:
-            yield _GgufCodesWriter(writer, self._others)
-
-
-def _wanted(tensor: gguf_files.GgufTensor, linears: Sequence[LinearPlan | None], recipe: Kind) -> Kind | None:
-    """The type that a tensor made of Linears is to have; None where they stay as they are."""
-    asked = {None if linear is None else linear.spec.ggml or recipe.name for linear in linears}
-    if len(asked) > 1:
-        raise UsageError(
-            f"{tensor.name} holds {len(linears)} modules of the model in one type; --include, --exclude and --override "
-            "must treat them alike"
-        )
-    name = asked.pop()
-    return None if name is None else Kind.__members__[name]
-
-
-class _GgufCodesWriter:
-    def __init__(self, writer: gguf_files.GgufWriter, others: Sequence[tuple[gguf_files.GgufTensor, Choice]]) -> None:
-        self._writer, self._others = writer, others
-
-    def add_linear(self, module: str, linear: Codes) -> None:
-        assert isinstance(linear, GgmlLinear)
-        self._writer.write(f"{module}.weight", linear.pack())
-
-    def add_others(self) -> None:
-        for tensor, choice in self._others:
-            for published in tensor.sources:
-                self._writer.write(published, choice.encode(tensor, published))
-
-    def finish(self) -> None:
-        self._writer.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError, SourceError, UsageError
 from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
-from quantkit.options.values import is_wikitext2
+from quantkit.options.values import PACKED_SUFFIXES, is_wikitext2
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens import (
     Dataset,
     Provenance,
+    Record,
     TextIndex,
     TokenMatrix,
     draw,
@@ -32,7 +34,7 @@ from quantkit.tokens.windows import Windows
 
 WIKITEXT2 = "wikitext2"
 _WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
-_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
+_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", *PACKED_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def evaluation_text(
     ``wikitext2`` is the protocol of the GPTQ paper and its successors: the raw test split, records joined with blank
     lines, tokenized as one string, cut into windows, no overlap. ``wikitext2:FILE`` reads a local copy (Parquet, or
     text that is already joined). Instruction data (a known name, .json, .jsonl, .parquet) is rendered with the
-    template, record after record; any other file is plain text.
+    template, record after record; any other file is plain text. `spec.eval_tokens` takes the first windows of it.
 
     Raises:
         CalibrationError: text that cannot be read, or is shorter than one window.
@@ -60,12 +62,20 @@ def evaluation_text(
     # With overlapping windows the text is first cut at the stride, then put together again.
     # (At least 2, so that a window's own BOS leaves room for a token.)
     cut = spec.seq_len if spec.stride is None else max(spec.stride, 2)
-    matrix = _token_matrix(spec, cut, tokenizer, progress)
+    at_most = None if spec.eval_tokens == "all" else -(-max(int(spec.eval_tokens), spec.seq_len) // cut)
+    name, content = _shown_name(spec.text), _read(spec.text, progress)
+    if isinstance(content, Dataset):
+        matrix = windows_in_order(
+            content, seq_len=cut, template=spec.template, tokenizer=tokenizer, progress=progress, at_most=at_most
+        )
+    else:
+        once = is_wikitext2(spec.text)
+        matrix = window_text(content, name, cut, tokenizer, leading_bos_once=once, at_most=at_most)
     tokens = matrix.tokens
     first_scored = torch.ones(tokens.shape[0], dtype=torch.int64)
     if spec.stride is not None:
         tokens, first_scored = _overlapping(matrix, spec.seq_len, spec.stride)
-    return EvaluationText(_shown_name(spec.text), Windows(tokens, first_scored), matrix.provenance)
+    return EvaluationText(name, Windows(tokens, first_scored), matrix.provenance)
 
 
 def common_text(
@@ -102,19 +112,29 @@ def text_index(text: str) -> TextIndex:
 
 
 def calibration_windows(
-    given: str | DrawnWindows, spec: Drawing, source: Source, judged: str | None, progress: Progress
+    given: str | Sequence[str] | DrawnWindows, spec: Drawing, source: Source, judged: str | None, progress: Progress
 ) -> TokenMatrix:
     """The windows that a run was given, or draws, without the records that also occur in the text `judged`.
+
+    Texts that were given are records of plain text.
 
     Raises:
         CalibrationError: data that cannot be read or is too short.
     """
     if isinstance(given, TokenMatrix):
         return given
-    if not isinstance(given, str):
+    if not isinstance(given, str | tuple):
         raise UsageError(f"--calibration: windows made beforehand are a TokenMatrix, not a {type(given).__name__}")
     index = None if judged is None else text_index(judged)
-    return draw(load_calibration(given, progress), spec, source.tokenizer(), progress, index)
+    data = load_calibration(given, progress) if isinstance(given, str) else _dataset_of(given)
+    return draw(data, spec, source.tokenizer(), progress, index)
+
+
+def _dataset_of(texts: Sequence[str]) -> Dataset:
+    """Texts as a data set of plain records, without those of white space alone."""
+    records = tuple(Record(str(number), text=text) for number, text in enumerate(texts) if text.strip())
+    digest = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass"))
+    return Dataset(f"{len(texts)} texts", digest.hexdigest(), records)
 
 
 def check_tokens(tokens: torch.Tensor, source: Source) -> None:
@@ -124,17 +144,6 @@ def check_tokens(tokens: torch.Tensor, source: Source) -> None:
         raise SourceError(
             f"{source.label}: its tokenizer gives id {int(tokens.max())}, but the model embeds only {vocabulary} ids"
         )
-
-
-def _token_matrix(
-    spec: EvaluationSpec, seq_len: int, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> TokenMatrix:
-    content = _read(spec.text, progress)
-    if isinstance(content, Dataset):
-        return windows_in_order(
-            content, seq_len=seq_len, template=spec.template, tokenizer=tokenizer, progress=progress
-        )
-    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=is_wikitext2(spec.text))
 
 
 def _read(text: str, progress: Progress) -> Dataset | str:

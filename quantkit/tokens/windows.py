@@ -195,24 +195,16 @@ def _draw_mixture(
         drawn.append(draw(dataset, spec.model_copy(update={"samples": samples}), tokenizer, progress, exclude))
     order = interleaved([matrix.provenance.samples for matrix in drawn])
     tokens = torch.stack([drawn[part].tokens[number] for part, number in order])
-    return TokenMatrix(tokens, _mixed_provenance([matrix.provenance for matrix in drawn], weights, tokens, spec))
-
-
-def _mixed_provenance(
-    drawn: Sequence[Provenance], weights: Sequence[float], tokens: torch.Tensor, spec: Drawing
-) -> Provenance:
-    shared = Part.model_fields.keys() - {"weight"}
-    parts = [
-        Part(weight=weight, **facts.model_dump(include=shared)) for facts, weight in zip(drawn, weights, strict=True)
-    ]
+    facts, shared = [matrix.provenance for matrix in drawn], Part.model_fields.keys() - {"weight"}
+    parts = [Part(weight=weight, **one.model_dump(include=shared)) for one, weight in zip(facts, weights, strict=True)]
     licenses = dict.fromkeys(part.license for part in parts)
-    return Provenance(
+    provenance = Provenance(
         dataset=",".join(f"{part.dataset}:{part.weight:g}" for part in parts),
         dataset_sha256=hashlib.sha256("".join(part.dataset_sha256 for part in parts).encode()).hexdigest(),
         license=None if None in licenses else ", ".join(filter(None, licenses)),
         records=(),
-        template=drawn[0].template,
-        bos=drawn[0].bos,
+        template=facts[0].template,
+        bos=facts[0].bos,
         seed=spec.seed,
         seq_len=spec.seq_len,
         samples_asked=spec.samples,
@@ -221,6 +213,7 @@ def _mixed_provenance(
         dropped=sum(part.dropped for part in parts),
         parts=tuple(parts),
     )
+    return TokenMatrix(tokens, provenance)
 
 
 def shares(weights: Sequence[float], samples: int) -> list[int]:
@@ -249,8 +242,9 @@ def windows_in_order(
     template: TemplateName,
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress = SILENT,
+    at_most: int | None = None,
 ) -> TokenMatrix:
-    """All records in file order, packed and cut as `draw` does; a last, short window is left out. For evaluation."""
+    """Records in file order, packed and cut as `draw` does, to so many windows; a last, short one is left out."""
     template = resolve(template, tokenizer)
     stream = _Stream(seq_len, _own_bos(tokenizer))
     with progress.phase("evaluation text", len(dataset.records)) as advance:
@@ -258,14 +252,22 @@ def windows_in_order(
         for record, ids in _tokenized(dataset.records, template, tokenizer, refused):
             stream.add(record.id, ids or [])
             advance(1)
+            if at_most is not None and len(stream.ids) >= at_most * stream.payload:
+                break
     _say_refused(refused, stream, dataset, progress)
-    return stream.matrix(dataset, template=template, seed=None, asked=None)
+    return stream.matrix(dataset, template=template, seed=None, asked=at_most)
 
 
 def window_text(
-    text: str, name: str, seq_len: int, tokenizer: PreTrainedTokenizerBase, *, leading_bos_once: bool
+    text: str,
+    name: str,
+    seq_len: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    leading_bos_once: bool,
+    at_most: int | None = None,
 ) -> TokenMatrix:
-    """Plain text tokenized as one string and cut into windows; a last, short window is left out. For perplexity.
+    """Plain text tokenized as one string and cut into so many windows; a last, short one is left out. For perplexity.
 
     `leading_bos_once`: the tokenizer's special tokens stand once, around the whole text, as in the GPTQ paper's
     perplexities. Otherwise every window opens with a BOS where the tokenizer adds one. The provenance's
@@ -276,7 +278,7 @@ def window_text(
     stream = _Stream(seq_len, None if leading_bos_once else bos)
     stream.add(None, _token_ids(tokenizer, [text], add_special_tokens=leading_bos_once)[0])
     bos_use: BosUse | None = "start" if leading_bos_once and bos is not None else None
-    return stream.matrix(dataset, template="none", seed=None, asked=None, bos_use=bos_use)
+    return stream.matrix(dataset, template="none", seed=None, asked=at_most, bos_use=bos_use)
 
 
 class _Stream:

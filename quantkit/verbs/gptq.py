@@ -6,7 +6,7 @@ import csv
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,28 +14,42 @@ from typing import Any
 
 import torch
 
-from quantkit.blocks.open import fitted, model_or_default, note_left_out, note_source, open_stream, pair_of
+from quantkit.blocks.open import (
+    check_windows,
+    fitted,
+    model_or_default,
+    note_left_out,
+    note_source,
+    open_stream,
+    pair_of,
+)
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
-from quantkit.codes.underflow import Underflow
 from quantkit.containers import CONTAINERS, of_format
-from quantkit.containers.gguf.recipes import parse_kind
+from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.blockwise import gptq_multiplications, plan_gptq_memory, quantize_blocks
+from quantkit.quantize.blockwise import (
+    LayerStatistics,
+    OnLinear,
+    gptq_multiplications,
+    plan_gptq_memory,
+    quantize_blocks,
+    recorded_layers,
+)
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
-from quantkit.quantize.stagework import LayerStatistics, OnLinear, recorded_layers
-from quantkit.quantize.targets import CheckpointTarget, GgufForm, GgufTarget, Target, on_grid_of
+from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
 from quantkit.report import Report, Shown
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
+from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
-from quantkit.runs.record import checksums, companions, origin
+from quantkit.runs.record import checksums, companions, made_from, origin
 from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
@@ -106,18 +120,20 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     started = time.perf_counter()
     progress = ranks.reporting(progress)
     spec = _quant_spec(options)
-    judging = make(EvaluationSpec, text=options.text, seq_len=default_seq_len(options.text), template=options.template)
+    shared = options.model_dump(include={"text", "template", "eval_tokens"})
+    judging = make(EvaluationSpec, seq_len=default_seq_len(options.text), **shared)
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
     stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
-    stream.check_length(_windows(options)[1])
-    judging = fitted(judging, [stream], asked=False)
+    check_windows(stream, _windows(options)[1], progress)
+    judging = fitted(judging, [stream], asked=False, progress=progress)
     name = _variant(stream.source, spec, options)
     target = _target(stream, spec, options, name, progress)
+    refuse_codes(stream, target.plan, options.requantize)
     note_plan(stream, target.plan, progress)
     place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
-        check_unfinished(place, options.resume, options.force)
-        check_outside(place, stream.source, options.force or options.resume)
+        check_unfinished(place, options.resume, options.force, options.dry_run)
+        check_outside(place, stream.source, options.force or options.resume, dry_run=True)  # it is settled
     report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report
@@ -178,8 +194,9 @@ def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, prog
     """What the codes are written into. Says what a GGUF file cannot hold."""
     if options.ggml is None:
         return CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
-    ends = parse_kind("embedding-type", options.embedding_type), parse_kind("output-type", options.output_type)
-    target = GgufTarget(stream, spec, GgufForm(options.ggml, f"{name}.gguf", *ends, options.pre))
+    from quantkit.quantize.gguf_target import GgufTarget, note_fallback
+
+    target = GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
     note_fallback(target.fallback, progress)
     for text in target.limits:
         progress.warn(text)
@@ -230,7 +247,15 @@ def _made(
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if options.ggml is None else of_file)
     sharing.check_alike(stream, recipe)
-    decided = ranks.from_first(lambda: _decided(stream, recipe, matrix, sharing, progress))
+
+    def decides() -> dict[str, Any]:
+        """What of quantkit.json is known before the work: everything that decides the result."""
+        with progress.phase("hashing the source", 1) as advance:
+            known = {"recipe": recipe, **origin(stream.source), "compute": sharing.compute(stream)}
+            advance(1)
+        return known | {"calibration": matrix.provenance.model_dump(mode="json")}
+
+    decided = ranks.from_first(decides)
     record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
     if record is not None:
         progress.note(f"{place} is complete already")
@@ -249,21 +274,6 @@ def _made(
     return ranks.from_first(lambda: made)
 
 
-def _decided(
-    stream: ModelStream, recipe: Mapping[str, Any], matrix: TokenMatrix, sharing: Sharing, progress: Progress
-) -> dict[str, Any]:
-    """What of quantkit.json is known before the work: everything that decides the result."""
-    with progress.phase("hashing the source", 1) as advance:
-        known = {
-            "recipe": recipe,
-            **origin(stream.source),
-            "compute": sharing.compute(stream),
-            "calibration": matrix.provenance.model_dump(mode="json"),
-        }
-        advance(1)
-    return known
-
-
 def _quantize(
     run: Run,
     stream: ModelStream,
@@ -276,7 +286,7 @@ def _quantize(
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
     equal runs, and what happened to each Linear."""
-    landed = sharing.ranks.from_first(lambda: find_landed(run.folder, run.total, progress))
+    landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
@@ -288,7 +298,7 @@ def _quantize(
                 layers.append(LayerStatistics(**linear.statistics))
                 writer.add_linear(linear.name, put_together(linear.tensors, linear.fields))
         since = landed.blocks - landed.start
-        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since) as lander:
+        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
             budget = stream.budget // sharing.ranks.here
             arguments = stream, matrix.tokens, target.plan, _landing(lander, writer.add_linear), budget, progress
             quantize_blocks(*arguments, landed, lander.land, sharing)
@@ -342,7 +352,8 @@ def _evaluate_written(
     """
     try:
         ranks.wait_for(model)
-        written = ModelStream(open_source(model), reference.device, reference.dtype)
+        opened = open_source(model, trust_remote_code=reference.source.trusts_code)
+        written = ModelStream(opened, reference.device, reference.dtype)
         evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)
         if ranks.first:
             write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
@@ -366,13 +377,13 @@ def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
             table.writerow([layer.name, *numbers, layer.fallback, layer.tokens])
 
 
-def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
-    """Say which matrices of a GGUF file get another type than the one meant for them."""
-    if fallback:
-        held = ", ".join(f"{count} {name}" for name, count in Counter(fallback.values()).most_common())
-        progress.note(
-            f"{len(fallback)} matrices are no whole number of blocks wide and get other types ({held}): "
-            f"{next(iter(fallback))}, ..."
+def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:
+    """Refuse Linears that are codes already. Raises UsageError."""
+    coded = [bits for name in plan if (bits := stream.weights.tensors[f"{name}.weight"].bits)]
+    if coded and not requantize:
+        raise UsageError(
+            f"{stream.source.label} is quantized already ({coded[0]}-bit codes): its weights would be rounded again. "
+            "Name the model it was made from; --requantize does it all the same"
         )
 
 
@@ -381,6 +392,12 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     note_source(stream.source, progress)
     into_file = any(linear.spec.ggml for linear in plan.values())
     note_left_out(stream.weights, progress, parameters_only=into_file)
+    rounded = {stream.weights.tensors[f"{name}.weight"].stored_as for name in plan}
+    if twice := sorted(rounded - {"F64", "F32", "F16", "BF16"}):
+        kind = str(stream.source.dtype).removeprefix("torch.")
+        progress.note(f"{stream.source.label} was rounded before: what is quantized is {kind} from {', '.join(twice)}")
+    elif (row := CONTAINERS.get(made_from(stream.source) or "")) and row.quantized:
+        progress.note(f"{stream.source.label} was made from {row.one} (its {REPORT_NAME}): what that rounded stays so")
     if missing := shortfall(stream.device):
         progress.note(missing)
     if stream.discovered:
@@ -397,11 +414,15 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
             f"{len(stream.uncalled)} Linears stay as they are, for no forward calls them as such: "
             f"{listed(sorted(stream.uncalled))}"
         )
-    if not into_file:
-        warn_unquantized(stream, progress)
     if into_file:  # whose types are listed when it is made
         return
-    if _parts_fused_layers(stream, plan):
+    warn_unquantized(stream, progress)
+    stages = [
+        {own.spec if (own := plan.get(stream.published(index, name))) else None for name in stage}
+        for index, stages in enumerate(stream.known_stages())
+        for stage in stages
+    ]
+    if any(len(precisions) > 1 for precisions in stages):
         progress.note(
             "some Linears that read the same input differ in precision: vLLM and SGLang fuse q, k and v, and gate and "
             "up, and need one precision for each"
@@ -438,16 +459,6 @@ def warn_unquantized(stream: ModelStream, progress: Progress) -> None:
             f"{share:.0%} of the blocks' weights can't be quantized and stay as they are: "
             f"{listed([name for name, _ in sizes.most_common()])}"
         )
-
-
-def _parts_fused_layers(stream: ModelStream, plan: Plan) -> bool:
-    """Whether a stage mixes precisions, or quantized Linears with others."""
-    for index, stages in enumerate(stream.known_stages()):
-        for stage in stages:
-            planned = [plan.get(stream.published(index, name)) for name in stage]
-            if len({None if linear is None else linear.spec for linear in planned}) > 1:
-                return True
-    return False
 
 
 def warn_starved_experts(

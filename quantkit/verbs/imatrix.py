@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from quantkit.blocks.families import Stages, shape_of
+from quantkit.blocks.memory import plan_watching
 from quantkit.blocks.open import named, note_source, open_stream
+from quantkit.blocks.stages import run_watched
+from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.imatrix import Entry, write_imatrix
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.squares import InputSquares, collect_squares, plan_squares_memory
+from quantkit.quantize.hessian import check_squares
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, check_other_file, staged_files
+from quantkit.runs.atomic import absolute
+from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.text import calibration_windows, check_tokens
 from quantkit.verbs import verb
 from quantkit.version import __version__
+
+_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())
-    peak = size + plan_squares_memory(stream, chunks * chunk_size).needed
+    peak = size + plan_watching(stream, chunks * chunk_size, _BATCH_TOKENS, stream.budget).needed
     work = chunks * chunk_size * sum(rows * columns for _, (rows, columns) in stream.linears())
     sizes = len(entries), chunks, chunk_size, size, peak
     report = ImatrixReport(target, *sizes, {}, multiplications=work, dry_run=True)
@@ -98,7 +108,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
         entries[tensor.name].sums[part] = squares.sums.numpy()
         entries[tensor.name].counts[part] = squares.tokens
 
-    with staged_files(target) as folder:
+    with staged_files(target, options.force) as folder:
         collect_squares(stream, matrix.tokens, keep, progress)
         facts = matrix.provenance
         datasets = [part.dataset for part in facts.parts or (facts,)]
@@ -131,3 +141,85 @@ def _unseen(entries: Mapping[str, Entry], progress: Progress) -> dict[str, int]:
             f"{len(entries[worst].counts)}), whose columns count alike; use more --samples, or text of more kinds"
         )
     return unseen
+
+
+# -- how much a column matters: the Hessian's diagonal times the tokens ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputSquares:
+    """What Linears with a common input saw.
+
+    Attributes:
+        sums: float64 [in], the squares of each column summed over tokens, on the CPU.
+        tokens: how many; an expert sees those that were routed to it.
+    """
+
+    sums: torch.Tensor
+    tokens: int
+
+
+OnInputSquares = Callable[[str, InputSquares], None]
+
+
+@torch.inference_mode()
+def collect_squares(
+    stream: ModelStream, tokens: torch.Tensor, on_linear: OnInputSquares, progress: Progress = SILENT
+) -> None:
+    """Run the model over calibration windows, once and with its own weights; what each Linear read goes to `on_linear`.
+
+    Args:
+        tokens: int64 [samples, seq_len].
+        on_linear: receives every Linear's published module name, block by block.
+
+    Raises:
+        NumericError: an activation that is not finite, named by the Linear that reads it.
+    """
+    batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+    memory = plan_watching(stream, tokens.numel(), _BATCH_TOKENS, stream.budget)
+    memory.note(progress)
+    with progress.phase("capturing", len(batches)) as advance:
+        hidden = stream.embed(batches, advance, memory.hidden)
+    with progress.phase("watching blocks", len(stream.blocks)) as advance, stream.reading_ahead(memory.prefetch):
+        for index in range(len(stream.blocks)):
+            with stream.block(index) as block:
+                stages = stream.stages(index, block, 0, hidden[0])
+                for stage, squares in zip(stages, _watch(stream, index, block, stages, hidden), strict=True):
+                    names = [stream.published(index, name) for name in stage]
+                    found = squares.finish(names[0])
+                    for name in names:
+                        on_linear(name, found)
+            advance(1)
+
+
+def _watch(stream: ModelStream, index: int, block: nn.Module, stages: Stages, hidden: HiddenStates) -> list[_Squares]:
+    """Move all batches through a block; what each stage read."""
+    squares = [_Squares(shape_of(block.get_submodule(stage[0]))[1], stream.device) for stage in stages]
+
+    def forward(batch: int) -> torch.Tensor:
+        return stream.call(index, block, batch, hidden[batch])
+
+    def observe(stage: int, _: int, x: torch.Tensor) -> None:
+        squares[stage].add(x)
+
+    run_watched(block, stages, forward, len(hidden), observe, hidden.__setitem__)
+    return squares
+
+
+class _Squares:
+    """The running sum of one stage's input."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sums = torch.zeros(columns, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add activations x [..., in] of any float dtype."""
+        x = x.reshape(-1, x.shape[-1])
+        self._sums += x.float().square().sum(0, dtype=torch.float64)
+        self._tokens += x.shape[0]
+
+    def finish(self, name: str) -> InputSquares:
+        sums = self._sums.cpu()
+        check_squares(sums, name)
+        return InputSquares(sums, self._tokens)

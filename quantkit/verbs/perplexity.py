@@ -9,7 +9,7 @@ from quantkit.blocks.open import fitted, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
-from quantkit.evaluate.statistics import ModelResult, summarize
+from quantkit.evaluate.statistics import ModelResult, heads, summarize
 from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.options.verbs import Perplexity
 from quantkit.progress import SILENT, Progress
@@ -32,11 +32,8 @@ class PerplexityReport(Report):
     def lines(self) -> Iterator[Shown]:
         yield f"{self.text}: {self.tokens} tokens in windows of {self.seq_len}"
         compared = any(result.kl_divergence for result in self.results)
-        heads = ["perplexity", "±"]
-        if compared:
-            heads += ["Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1"]
-        columns = [Column("model", "left", overflow="fold"), *map(Column, heads)]
-        yield Table(columns, [[result.model, *_cells(result, compared)] for result in self.results])
+        columns = [Column("model", "left"), *heads(compared)]
+        yield Table(columns, [[result.model, *result.cells(compared)] for result in self.results], short=True)
 
 
 @verb(Perplexity)
@@ -50,13 +47,14 @@ def perplexity(options: Perplexity, *, progress: Progress = SILENT, ranks: Ranks
         QuantkitError: a model or the text cannot be read.
     """
     length = default_seq_len(options.text) if options.seq_len is None else options.seq_len
-    spec = make(EvaluationSpec, text=options.text, seq_len=length, stride=options.stride, template=options.template)
+    shared = options.model_dump(include={"text", "stride", "template", "eval_tokens"})
+    spec = make(EvaluationSpec, seq_len=length, **shared)
     names = ([] if options.against is None else [options.against]) + list(options.models)
     if not names:
         raise UsageError("name at least one model")
     progress = ranks.reporting(progress)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
-    spec = fitted(spec, streams, asked=options.seq_len is not None)
+    spec = fitted(spec, streams, asked=options.seq_len is not None, progress=progress)
     return evaluate_streams(streams, spec, options.against is not None, progress, ranks)
 
 
@@ -72,15 +70,3 @@ def evaluate_streams(
     scores = score(streams, text.windows, against, progress, ranks)
     labels = [stream.source.label for stream in streams]
     return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))
-
-
-def _cells(result: ModelResult, compared: bool) -> list[str]:
-    cells = [f"{result.perplexity:.3f}", f"{result.stderr:.3f}"]
-    kl = result.kl_divergence
-    if compared and kl is None:
-        cells += [""] * 7
-    elif kl is not None:
-        cells += [f"{result.delta_ln_ppl:+.4f}", f"{result.delta_ln_ppl_stderr:.4f}"]
-        cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
-        cells += [f"{100 * (result.top1_agreement or 0):.1f} %"]
-    return cells

@@ -19,7 +19,7 @@ from support.tolerance import forward
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantkit.blocks import allocator, stages
+from quantkit.blocks import budget, stages
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import FAMILIES as FAMILIES_TABLE
 from quantkit.blocks.stages import paused_bytes, run_paused, run_replayed
@@ -27,9 +27,8 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import QuantizedLinear
 from quantkit.errors import NumericError, SourceError
 from quantkit.options import QuantSpec
-from quantkit.quantize.blockwise import quantize_blocks
+from quantkit.quantize.blockwise import LayerStatistics, quantize_blocks
 from quantkit.quantize.hessian import HessianAccumulator
-from quantkit.quantize.stagework import LayerStatistics
 from quantkit.quantize.targets import plan_linears
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
@@ -320,8 +319,8 @@ def mapped() -> int:
 def pieces_while_paused() -> list[int]:
     """Pieces from the system before three forwards that keep 24 MB and 3 MB each, in each, after them, and once more
     with 24 MB."""
-    allocator.tune()
-    allocator.let_go()
+    budget.tune()
+    budget.let_go()
     block = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), b=nn.Linear(8, 8)))
     seen = [mapped()]
 

@@ -55,6 +55,8 @@ RESULT_KEYS = {
     "top1_agreement",
     "delta_ln_ppl",
     "delta_ln_ppl_stderr",
+    "kl_divergence_stderr",
+    "top1_agreement_stderr",
 }
 LINEARS = (
     "self_attn.q_proj",
@@ -166,7 +168,7 @@ def test_python_m_quantkit_is_the_same_command() -> None:
 def test_an_unknown_command_is_named(desk: Desk) -> None:
     code, out, err = desk.run("quantise")
     assert (code, out) == (2, "")
-    assert err == "error: No such command 'quantise'.\n"
+    assert err == "error: quantise: no such command; see `quantkit --help`\n"
 
 
 def test_options_are_spelled_as_promised() -> None:
@@ -306,7 +308,7 @@ def test_an_exception_that_nobody_foresaw_is_one_line(desk: Desk, monkeypatch: p
 
     monkeypatch.setattr("quantkit.verbs.inspect.inspect", fail)
     expected = "error: ZeroDivisionError: first line (--debug shows where)\n"
-    assert desk.run("inspect", "model") == (1, "", expected)
+    assert desk.run("inspect", "o/model") == (1, "", expected)
 
 
 def test_a_lost_process_is_told_even_after_its_launchers_signal(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +317,7 @@ def test_a_lost_process_is_told_even_after_its_launchers_signal(desk: Desk, monk
         raise RankError("rank 3 is gone; go on with --resume")
 
     monkeypatch.setattr("quantkit.verbs.inspect.inspect", fail)
-    assert desk.run("inspect", "model") == (1, "", "error: rank 3 is gone; go on with --resume\n")
+    assert desk.run("inspect", "o/model") == (1, "", "error: rank 3 is gone; go on with --resume\n")
 
 
 def test_memory_that_ran_out_is_one_line_that_says_what_helps(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +328,7 @@ def test_memory_that_ran_out_is_one_line_that_says_what_helps(desk: Desk, monkey
     failures.append(on_a_gpu)
     for fail in failures:
         monkeypatch.setattr("quantkit.verbs.inspect.inspect", lambda *_, fail=fail, **__: fail())
-        code, out, err = desk.run("inspect", "model")
+        code, out, err = desk.run("inspect", "o/model")
         assert (code, out) == (1, "")
         assert re.fullmatch(r"error: memory ran out (here|where .* TB more were asked for); .*--memory.*\n", err), err
 

@@ -20,6 +20,7 @@ from quantkit.containers.gguf.recipes import RECIPES, base_kind
 from quantkit.errors import UsageError
 from quantkit.options import Ends, GgmlType, Grid, Options, QuantSpec, SuiteName, Terminal, make, values, verbs
 from quantkit.tokens import KNOWN_NAMES
+from quantkit.verbs import _in_arguments
 from quantkit.verbs.eval.tasks import SUITES
 
 SPECS = {name: spec_of(name) for name in cli.COMMANDS}
@@ -51,12 +52,14 @@ def test_commands_and_functions_take_the_fields_of_their_spec(verb: str) -> None
     shown = {name for name in fields if spec.typed(name).display}
     assert set(inspect.signature(function).parameters) - BESIDES == fields - shown
     for name in fields - shown:
-        assert " ".join(spec.help_of(name).split()) in " ".join(function.__doc__.split())
+        said = _in_arguments(spec, {}, " ".join(spec.help_of(name).split()))
+        assert said in " ".join(function.__doc__.split())
 
 
 def test_every_verb_is_in_the_table() -> None:
     assert {name for name in quantkit.__all__ if callable(getattr(quantkit, name))} - SPECS.keys() == {
         "QuantkitError",
+        "QuantkitWarning",
         "UsageError",
         "tune",
     }
@@ -83,7 +86,7 @@ def test_the_help_has_a_panel_for_each_group(
 
 
 def test_words_are_read_blind_to_case() -> None:
-    spec = make(verbs.Gptq, model="m", act_order="STATIC", dtype="BFloat16", override={"*": {"ggml": "q4_0"}})
+    spec = make(verbs.Gptq, model="o/m", act_order="STATIC", dtype="BFloat16", override={"*": {"ggml": "q4_0"}})
     assert (spec.act_order, spec.dtype, spec.override["*"].ggml) == ("static", "bfloat16", "Q4_0")
 
 
@@ -108,26 +111,26 @@ def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.Capture
         ("gptq --override x=bits:9", "--override x=bits:9: bits: give 2, 3, 4 or 8 (got '9')"),
         ("gptq --override x", "--override x: write PATTERN=bits:8,group_size:32"),
         ("card d --with-branch x", "--with-branch x: write NAME=DIR"),
-        ("compare a b --out c --max-kl x", "--max-kl x: give a number"),
-        ("generate m --prompts p --out o --top-p 2", "--top-p 2: give at most 1"),
-        ("eval m --out o --limit 0", "--limit 0: give at least 1"),
-        ("merge a b --out c --vocab zeros", "--vocab zeros: choose auto, mean, delta"),
+        ("compare o/a o/b --out c --max-kl x", "--max-kl x: give a number"),
+        ("generate o/m --prompts p --out o --top-p 2", "--top-p 2: give at most 1"),
+        ("eval o/m --out o --limit 0", "--limit 0: give at least 1"),
+        ("merge o/a o/b --out c --vocab zeros", "--vocab zeros: choose auto, mean, delta"),
         ("samples --show x", "--show x: give a whole number"),
         ("gptq --checkpoint-every 0", f"--checkpoint-every 0: {EVERY}"),
         ("gptq --device tpu", "--device tpu: not a device to run on; use auto, cpu, cuda or cuda:N"),
         ("gptq --ggml q4_9", "--ggml q4_9: GPTQ goes to "),
         ("gptq --ggml iq2_s", "--ggml iq2_s: GPTQ goes to "),
-        ("ggml m --type q4_9", "--type q4_9: choose auto, f32, f16, bf16, q4_0, "),
-        ("ggml m --output-type q4_k_m", "--output-type q4_k_m: choose auto, f32, f16, bf16, q4_0, "),
-        ("eval m --out o --suite x", "--suite x: choose open-llm-leaderboard"),
-        ("compare a b --out c --max-kl -1", "--max-kl -1: give a divergence in nats, such as 0.05"),
-        ("perplexity m --stride 512", "--stride 512: less than --seq-len (512)"),
-        ("compare a b --out c --text wikitext2 --stride 2048", "--stride 2048: less than --seq-len (2048)"),
+        ("ggml o/m --type q4_9", "--type q4_9: choose auto, f32, f16, bf16, q4_0, "),
+        ("ggml o/m --output-type q4_k_m", "--output-type q4_k_m: choose auto, f32, f16, bf16, q4_0, "),
+        ("eval o/m --out o --suite x", "--suite x: choose open-llm-leaderboard"),
+        ("compare o/a o/b --out c --max-kl -1", "--max-kl -1: give a divergence in nats, such as 0.05"),
+        ("perplexity o/m --stride 512", "--stride 512: less than --seq-len (512)"),
+        ("compare o/a o/b --out c --text wikitext2 --stride 2048", "--stride 2048: less than --seq-len (2048)"),
         ("gptq /no/model", "/no/model: no such file or folder, and not a Hub id (owner/name)"),
         ("inspect ./model", "./model: no such file or folder, and not a Hub id (owner/name)"),
         ("inspect some/model.gguf", "some/model.gguf: no such file or folder, and not a Hub id (owner/name)"),
-        ("compare a b/c/d --out o", "b/c/d: no such file or folder, and not a Hub id (owner/name)"),
-        ("merge a ~/no/model --out o", "~/no/model: no such file or folder, and not a Hub id (owner/name)"),
+        ("compare o/a b/c/d --out o", "b/c/d: no such file or folder, and not a Hub id (owner/name)"),
+        ("merge o/a ~/no/model --out o", "~/no/model: no such file or folder, and not a Hub id (owner/name)"),
         ("gptq --calibration alpaca:1,none.json:2", f"no such data: 'none.json' {NO_DATA}"),
         ("release none.yaml", "none.yaml: cannot be read: No such file or directory"),
     ],
@@ -153,7 +156,7 @@ def test_options_may_be_repeated_and_paired(
 
     monkeypatch.setattr("quantkit.verbs.gptq.gptq", gptq)
     typed = (
-        "m --asym --include a --include b --override x=bits:8 --override y=sym:false --no-eval -q --max-shard-size 9"
+        "o/m --asym --include a --include b --override x=bits:8 --override y=sym:false --no-eval -q --max-shard-size 9"
     )
     assert run(capsys, "gptq", *typed.split())[::2] == (2, "error: enough\n")
     (spec,) = taken
@@ -198,15 +201,15 @@ def test_the_stub_is_what_the_specs_make_of_it() -> None:
 
 
 def test_functions_are_called_as_python_has_it() -> None:
-    with pytest.raises(TypeError, match=r"^gptq\(\) got an unexpected keyword argument 'bitz'$"):
-        quantkit.gptq("m", bitz=4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^gptq\(\) got an unexpected keyword argument 'bitz'; did you mean bits\?$"):
+        quantkit.gptq("o/m", bitz=4)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"^merge\(\) missing a required argument: 'out'$"):
-        quantkit.merge("a", "b")  # type: ignore[call-arg]
-    with pytest.raises(UsageError, match=r"^--bits 5: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "):
-        quantkit.gptq("m", bits=5)
+        quantkit.merge("o/a", "o/b")  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match=r"^bits=5: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "):
+        quantkit.gptq("o/m", bits=5)
     shown = pydoc.render_doc(quantkit.gptq)
     assert "bits: int | None = None" in shown
-    assert "2, 3, 4 or 8; default 4, or what --ggml has." in shown
+    assert "2, 3, 4 or 8; default 4, or what ggml has." in shown
 
 
 def test_none_stands_for_a_default() -> None:
@@ -243,9 +246,9 @@ def test_a_default_of_none_is_checked_as_the_others_are() -> None:
     assert make(verbs.Gptq).bits is None
     assert make(verbs.Gptq, bits=None, seq_len=8).bits is None
     with pytest.raises(UsageError, match="--seq-len 7: give at least 8"):
-        make(verbs.Perplexity, models=["m"], seq_len=7)
+        make(verbs.Perplexity, models=["o/m"], seq_len=7)
     with pytest.raises(UsageError, match="out"):
-        make(verbs.Merge, base="a", delta="b")
+        make(verbs.Merge, base="o/a", delta="o/b")
 
 
 def test_words_that_need_no_torch_are_those_of_the_tables() -> None:

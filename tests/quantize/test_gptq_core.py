@@ -13,9 +13,8 @@ from support.tolerance import assert_mean_product
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.errors import NumericError
 from quantkit.options import QuantSpec
-from quantkit.quantize.gptq_grid import fit_grid, minmax_grid
+from quantkit.quantize.gptq_grid import fit_grid, minmax_grid, round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize, row_losses
-from quantkit.quantize.rounding import round_to_nearest
 
 pytestmark = [pytest.mark.numerics, pytest.mark.fast]
 

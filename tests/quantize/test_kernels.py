@@ -25,7 +25,6 @@ from quantkit.blocks.workers import uploaded
 from quantkit.options import QuantSpec
 from quantkit.quantize import kernels, loops
 from quantkit.quantize.hessian import HessianAccumulator, adds_up_in_float32, column_order, factorize
-from quantkit.quantize.kernels import plain
 from quantkit.quantize.targets import plan_linears
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq import note_plan
@@ -300,7 +299,7 @@ def test_work_beside_waits_for_its_inputs_and_is_waited_for(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
 
-    beside = kernels.Beside(torch.device("cuda"))
+    beside = kernels.beside(torch.device("cuda"))
     log.append("main's work")
     with pytest.raises(ValueError, match="damaged"), beside:
         raise ValueError("damaged")  # left in order all the same
@@ -311,7 +310,7 @@ def test_work_beside_waits_for_its_inputs_and_is_waited_for(monkeypatch: pytest.
 
 def test_on_a_cpu_work_beside_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", None)
-    with kernels.Beside(torch.device("cpu")):
+    with kernels.beside(torch.device("cpu")):
         pass
 
 
@@ -327,11 +326,11 @@ def test_a_gpu_without_triton_is_said_in_one_line(
     stream.device = torch.device("cuda")
     note_plan(stream, plan, recorder)
     assert recorder.notes == ["Triton is missing, so torch quantizes the columns: slower; pip install 'quantkit[gpu]'"]
-    assert kernels.column_loop(stream.device) is plain.quantize_columns
+    assert kernels.column_loop(stream.device) is kernels.plain_columns
 
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
     assert kernels.shortfall(stream.device) is None
-    assert kernels.column_loop(torch.device("cpu")) in (loops.quantize_columns, plain.quantize_columns)
+    assert kernels.column_loop(torch.device("cpu")) in (loops.quantize_columns, kernels.plain_columns)
 
 
 def test_what_a_cpu_computes_with_is_not_uploaded() -> None:
@@ -376,7 +375,7 @@ def test_gpu_kernel_is_the_column_by_column_loop_bit_for_bit() -> None:
     for name, (W, U, scale, minimum, top) in BLOCKS.items():
         codes = torch.full(W.shape, 99, dtype=torch.uint8, device="cuda")
         kernel = kernels.column_loop(codes.device)
-        assert kernel is not plain.quantize_columns
+        assert kernel is not kernels.plain_columns
         Err = kernel(W.cuda(), U.cuda().contiguous(), scale.cuda(), minimum.cuda(), top, codes)
 
         expected_codes, expected_err = reference(W, U, scale, minimum, top)

@@ -12,7 +12,7 @@ from support.tolerance import rounding, summed
 from quantkit.options import QuantSpec
 from quantkit.quantize import gptq_grid, loops
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
-from quantkit.quantize.kernels import plain
+from quantkit.quantize.kernels import plain_columns
 
 pytestmark = [
     pytest.mark.numerics,
@@ -53,7 +53,7 @@ def test_columns_are_quantized_as_torch_does(columns: int, rows: int, bits: int)
     W, U, scale, minimum, top = block(columns, rows, bits)
     codes, expected = (torch.full(W.shape, 99, dtype=torch.uint8) for _ in range(2))
     errors = loops.quantize_columns(W, U, scale, minimum, top, codes)
-    expected_errors = plain.quantize_columns(W, U, scale, minimum, top, expected)
+    expected_errors = plain_columns(W, U, scale, minimum, top, expected)
     assert int(codes.max()) <= top
     assert float((codes == expected).float().mean()) > 0.999
     same = (codes == expected).all(dim=0)  # of a row that went another way all later columns differ

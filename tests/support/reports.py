@@ -11,7 +11,7 @@ import torch
 
 from quantkit.containers.describe import Inspection
 from quantkit.evaluate.statistics import KlDivergence, ModelResult, Numbers
-from quantkit.quantize.stagework import LayerStatistics
+from quantkit.quantize.blockwise import LayerStatistics
 from quantkit.report import Report
 from quantkit.runs.steps import Outcome
 from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
@@ -44,7 +44,7 @@ SAID: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json")
 OUT = Path("/models/out:x:")
 KL = KlDivergence(0.0123, 0.004, 0.03, 0.2, 0.5, 1.25)
 SOURCE = Numbers(12.345678, 0.25, None, None, None, None)
-OWN = Numbers(13.0, 0.26, KL, 0.9375, 0.0517, 0.0021)
+OWN = Numbers(13.0, 0.26, KL, 0.9375, 0.0517, 0.0021, kl_divergence_stderr=0.00075, top1_agreement_stderr=0.0044)
 ROWS = [ModelResult(model="tiny-fp16", **vars(SOURCE)), ModelResult(model="tiny-GPTQ-4bit-128g", **vars(OWN))]
 ALONE = PerplexityReport("wikitext2", 2048, None, 4096, ROWS[:1])
 COMPARED = PerplexityReport("heldout.jsonl", 512, 256, 3000, ROWS)

@@ -52,10 +52,13 @@ def tune_with_pad(tensors: Tensors) -> None:
         tensors[name] = torch.cat([tensors[name], (1.05 * mean).to(tensors[name].dtype)])
 
 
-def wizard(folder: Path) -> tuple[Path, Path, Path]:
-    """Write base, tuned model and delta, as Alpaca's script leaves them: folders `llama`, `wizard`, `wizard-delta`."""
+def wizard(folder: Path, **sizes: int) -> tuple[Path, Path, Path]:
+    """Write base, tuned model and delta, as Alpaca's script leaves them: folders `llama`, `wizard`, `wizard-delta`.
+
+    `sizes`: of the config, where they are others than those of most tests.
+    """
     base, delta = folder / "llama", folder / "wizard-delta"
-    write_model(folder / "llama.gguf", tiny(), sentencepiece(LLAMA))
+    write_model(folder / "llama.gguf", tiny(**sizes), sentencepiece(LLAMA))
     quantkit.convert(folder / "llama.gguf", base)
     (folder / "llama.gguf").unlink()
     tuned = changed(base, folder / "wizard", tune_with_pad, vocab_size=len(LLAMA["tokens"]) + 1)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from support.browser import chromium, complaints, requests
 
+from quantkit.progress import number
 from quantkit.verbs.compare.labels import _Box, _cost
-from quantkit.verbs.compare.pages import number, visible, write_pages
+from quantkit.verbs.compare.pages import visible, write_pages
 from quantkit.verbs.compare.plots import Drawn, plot_files, short_names
 
 SIZES = {
@@ -46,6 +47,7 @@ def model(name: str, size: int, kl: float | None, front: bool) -> dict[str, Any]
             "held_out.txt": {
                 **{"perplexity": 40 + 10 * (kl or 0), "stderr": 1.5, "kl_divergence": divergence},
                 **{"delta_ln_ppl": kl, "delta_ln_ppl_stderr": None if kl is None else 0.0004},
+                **dict.fromkeys(("kl_divergence_stderr", "top1_agreement_stderr"), None if kl is None else 0.0123),
                 **{"top1_agreement": None if kl is None else 1 - kl, "worst": [] if kl is None else [at]},
             }
         },
@@ -226,7 +228,7 @@ def test_markdown_tables_have_as_many_cells_as_heads(page: Path) -> None:
     widths = [len(re.findall(r"(?<!\\)\|", row)) - 1 for row in rows]
     tables = {12: 2 + len(SIZES) + 1, 7: 3 * len(SIZES), 4: 2 + len(SIZES) + 1}
     assert {width: widths.count(width) for width in set(widths)} == tables
-    assert f"| {label('Q8_0')} ★ | 144.8 MB | 0.0016 |" in "\n".join(rows)
+    assert f"| {label('Q8_0')} ★ | 144.8 MB | 0.0016 ± 0.0123 |" in "\n".join(rows)
 
 
 def test_pages_without_plots_and_with_an_unmet_wish(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from quantkit.errors import CalibrationError, NumericError, UsageError
 from quantkit.evaluate.scores import TokenScores
 from quantkit.evaluate.statistics import summarize
 from quantkit.options import EvaluationSpec, default_seq_len
+from quantkit.progress import Advance, Silent
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.text import evaluation_text
@@ -361,6 +363,9 @@ def test_statistics_by_hand() -> None:
     assert second.kl_divergence.mean == pytest.approx(0.175)
     assert second.kl_divergence.median == pytest.approx(0.15)  # between the two in the middle
     assert second.kl_divergence.max == pytest.approx(0.4)
+    # Divergences 0.1, 0, 0.4, 0.2 about 0.175; agreements 1, 1, 0, 1 about 0.75.
+    assert second.kl_divergence_stderr == pytest.approx(math.sqrt(0.0875 / 3 / 4))
+    assert second.top1_agreement_stderr == pytest.approx(math.sqrt(0.75 / 3 / 4))
 
 
 def test_a_single_token_has_no_spread() -> None:
@@ -371,3 +376,46 @@ def test_a_single_token_has_no_spread() -> None:
 def test_evaluating_reports_its_phases(base: Path, text: Path, recorder: Recorder) -> None:
     run([base], text, seq_len=32, progress=recorder)
     assert "evaluating" in recorder.phases
+
+
+@pytest.mark.parametrize("stride", [None, 16])
+def test_the_first_tokens_of_a_text_are_judged_where_a_number_is_given(
+    base: Path, text: Path, stride: int | None
+) -> None:
+    """In whole windows, of plain text and of records; what was read of it is what the provenance names."""
+    tokenizer = open_source(base).tokenizer()
+    for name in (str(text), "evol-instruct-sample:heldout"):
+        asked = {"text": name, "seq_len": 64, "stride": stride}
+        whole = evaluation_text(EvaluationSpec(**asked), tokenizer)
+        part = evaluation_text(EvaluationSpec(**asked, eval_tokens=200), tokenizer)
+        count = len(part.windows.tokens)
+        assert torch.equal(part.windows.tokens, whole.windows.tokens[:count])
+        scored = (part.windows.tokens.shape[1] - part.windows.first_scored).sum().item()
+        assert 200 - 64 <= scored <= 200 + 64
+        assert count < len(whole.windows.tokens)
+        assert part.provenance.tokens_sha256 != whole.provenance.tokens_sha256
+        assert set(part.provenance.records) <= set(whole.provenance.records)
+    report = quantkit.perplexity([base], text=str(text), seq_len=64, stride=stride, eval_tokens="200")
+    assert abs(report.tokens - 200) <= 64
+    with pytest.raises(UsageError, match="eval_tokens=0: give a number of tokens such as 8192, or all"):
+        quantkit.perplexity([base], text=str(text), eval_tokens=0)
+
+
+def test_time_left_of_an_evaluation_counts_tokens_times_layers(base: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Counted(Silent):
+        @contextmanager
+        def phase(self, name: str, total: int) -> Iterator[Advance]:
+            steps: list[int] = []
+            yield steps.append
+            seen.extend([(total, sum(steps))] if name == "evaluating" else [])
+
+    long = tmp_path / "long.txt"
+    long.write_text("the quick brown fox jumps over the lazy dog while the user asks\n\n" * 300)
+    run([base], long, seq_len=256, progress=Counted())
+    run([base], long, seq_len=256, against=base, progress=Counted())
+    (alone, done), (both, both_done) = seen
+    assert (alone, both) == (done, both_done)
+    assert both == 2 * alone
+    assert alone % 3 == 0  # two blocks and a head over as many batches

@@ -172,7 +172,7 @@ def test_a_dry_run_changes_nothing(server: HubServer, folder: Path) -> None:
 def test_only_some_files(server: HubServer, folder: Path) -> None:
     send(folder, only=["*.gguf", "README.md"])
     assert set(held(server)) == {"tiny.Q4_0.gguf", "README.md"}
-    with pytest.raises(UsageError, match=r"--only \*\.bin: no file of .* matches"):
+    with pytest.raises(UsageError, match=r"only=\*\.bin: no file of .* matches"):
         send(folder, only=["*.bin"])
 
 
@@ -266,6 +266,16 @@ def test_no_token_asks_for_one_before_any_request(server: HubServer, folder: Pat
     assert server.requests == []
 
 
+def test_a_dry_run_needs_no_token(server: HubServer, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf-home" / "token").unlink()
+    report = send(folder, dry_run=True)
+    assert set(states(report).values()) == {"new"}
+    recorder = Recorder()
+    report = send(folder, dry_run=True, repo="tiny", progress=recorder)
+    assert (report.repo, report.looked) == ("tiny", False)
+    assert "without a look at the Hub every file counts as new" in recorder.notes[0]
+
+
 def test_somebody_elses_repository(server: HubServer, folder: Path, naps: list[float]) -> None:
     assert "may not write there" in refused(folder, repo="other/model")
     assert naps == []
@@ -275,7 +285,13 @@ def test_somebody_elses_repository(server: HubServer, folder: Path, naps: list[f
 def test_offline(folder: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(folder)
-    assert naps == []
+    recorder = Recorder()
+    report = send(folder, dry_run=True, progress=recorder)
+    assert (report.looked, set(states(report).values()), naps) == (False, {"new"}, [])
+    assert "not looked at" in next(iter(report.lines()))
+    assert recorder.notes == [
+        "HF_HUB_OFFLINE is set; unset it to publish; without a look at the Hub every file counts as new"
+    ]
 
 
 def test_a_connection_dropped_within_an_object_is_taken_up_again(server: HubServer, folder: Path) -> None:
@@ -378,8 +394,8 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stands in for `quantkit.verbs.verify`: what it was asked, and the problems that it finds."""
     told: dict[str, Any] = {"problems": []}
 
-    def verify(path: Path, *, generate: bool, progress: Any) -> Any:
-        told.update(path=path, generate=generate)
+    def verify(path: Path, *, generate: bool, trust_remote_code: bool, progress: Any) -> Any:
+        told.update(path=path, generate=generate, trusted=trust_remote_code)
         return types.SimpleNamespace(problems=told["problems"])
 
     monkeypatch.setitem(sys.modules, "quantkit.verbs.verify", types.SimpleNamespace(verify=verify))  # type: ignore[arg-type]
@@ -399,7 +415,7 @@ def test_a_sound_folder_is_verified_and_published(server: HubServer, folder: Pat
     send(folder, verify=True, dry_run=True)
     assert verified["generate"] is False
     send(folder, verify=True)
-    assert verified == {"problems": [], "path": folder, "generate": True}
+    assert verified == {"problems": [], "path": folder, "generate": True, "trusted": False}
     assert held(server) == FILES
 
 
@@ -442,7 +458,7 @@ def test_the_command(server: HubServer, folder: Path, capsys: pytest.CaptureFixt
     code, out, _ = run(capsys, "publish", folder, REPO, "--no-verify", "--json")
     report = json.loads(out)
     assert code == 0
-    assert {"repo", "branch", "private", "created", "changes", "bytes", "commit", "dry_run"} == set(report)
+    assert {"repo", "branch", "private", "created", "changes", "bytes", "commit", "dry_run", "looked"} == set(report)
     code, out, _ = run(capsys, "publish", folder, REPO, "--no-verify")
     assert code == 0
     assert f"{REPO}, branch main (private): nothing to send" in out

@@ -61,7 +61,10 @@ calibration: {{data: text.txt}}
         ("name: a\nname: b", "name is given twice"),
         ("name: ../a\n" + GPTQ, "name: use letters, digits and . _ - (got '../a')"),
         ("name: a\nvariants: []", "variants: name at least one"),
-        ("name: a\nvariants: [{kind: gptq, bitts: 4}]", "variants: 0: gptq: bitts: no such key (got 4)"),
+        (
+            "name: a\nvariants: [{kind: gptq, bitts: 4}]",
+            "variants: 0: gptq: bitts: no such key; did you mean bits? (got 4)",
+        ),
         ("name: a\nvariants: [{kind: exl3}]", "variants: 0: choose gptq, gguf, ggjt"),
         ("name: a\nvariants: [{kind: gguf}]", "variants: 0: gguf: type: is missing"),
         ("name: a\nvariants: [{kind: gptq}, {kind: gptq}]", "2 of them are gptq 4bit-128g in a-GPTQ"),

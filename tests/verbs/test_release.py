@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf.quants as gguf_quants
 import pytest
 import torch
+import yaml
 from conftest import MakeModel, Recorder
 from huggingface_hub import snapshot_download
+from support.ggjt_models import Kind
 from support.recipes import HEAD, SMALL, TEXT, write_recipe
 from support.wizard import stored, wizard
 
@@ -116,6 +119,45 @@ def test_the_wizardlm_recipe_from_base_and_delta_to_the_hub_and_back(
     assert card.count("calibration tokens, SHA-256") == 1  # of all three files
     for file in ggml.glob("*.bin"):
         assert f"\n* `{file.name}`, SHA-256 `{hashlib.sha256(file.read_bytes()).hexdigest()}`\n" in card
+
+
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 768}
+"""A real Llama's width is a multiple of 256, and so mixtures have super-blocks."""
+
+
+def test_the_example_of_the_wizardlm_family_at_a_real_width(tmp_path: Path) -> None:
+    """Every file that the dry run promises is there, of the size that it says; codes of a type are those of one run."""
+    wizard(tmp_path, **WIDE)
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "examples" / "wizardlm-13b.yaml").read_text())
+    recipe["source"] |= {"base": "llama", "delta": "wizard-delta"}
+    recipe["calibration"] |= {"data": "evol-instruct-sample", "samples": 4, "seq_len": 64}
+    recipe["evaluation"] = {"texts": ["text.txt"], "seq_len": 64}
+    recipe["variants"] = [one for one in recipe["variants"] if one["kind"] == "ggjt"] + [
+        {"kind": "gguf", "type": "q4_0"}
+    ]
+    del recipe["publish"]
+    path = write_recipe(tmp_path, yaml.safe_dump(recipe))
+    planned = quantkit.release(path, tmp_path / "out", dry_run=True)
+    assert not [part.refused for part in planned.forecasts if part.refused]
+    report = quantkit.release(path, tmp_path / "out")
+    assert set(statuses(report).values()) == {"done"}, report.outcomes
+
+    folder, name = tmp_path / "out", recipe["name"]
+    gguf = open_source(folder / f"{name}-GGUF" / f"{name}-Q4_0.gguf")
+    full = open_source(folder / name)
+    head, inner = "lm_head.weight", "model.layers.1.mlp.down_proj.weight"
+    assert gguf.tensors[head].stored_as == "Q6_K"
+    for kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"):
+        file = folder / f"{name}-GGML" / f"{name}.ggmlv3.{kind}.bin"
+        ggjt = open_source(file)
+        stored_as = (ggjt.tensors[key].stored_as for key in ("model.embed_tokens.weight", inner, head))
+        assert tuple(stored_as) == (kind.upper(), kind.upper(), "Q8_0")
+        rounded = gguf_quants.dequantize(gguf_quants.quantize(full.read(head).float().numpy(), Kind.Q8_0), Kind.Q8_0)
+        assert torch.equal(ggjt.read(head).float(), torch.from_numpy(rounded))  # once, from full precision
+        (forecast,) = (part for part in planned.forecasts if part.name == f"ggjt {kind.upper()}")
+        assert forecast.bytes == sum(info.bytes for info in ggjt.tensors.values())
+        if kind == "q4_0":
+            assert torch.equal(ggjt.read(inner), gguf.read(inner))
 
 
 REPOS = {

@@ -25,6 +25,7 @@ from quantkit.containers.ggjt import read as ggjt
 from quantkit.containers.gguf.probe import cut_differently
 from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.write import PlacedWriter
+from quantkit.containers.hf.read import unused_beyond
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.progress import SILENT, Progress
@@ -174,7 +175,8 @@ def make_vocabulary(tokenizer: Any, size: int, progress: Progress = SILENT) -> V
         raise UsageError(
             "a ggjt file holds SentencePiece vocabularies with bytes only, not this tokenizer's; write GGUF"
         )
-    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    unused = unused_beyond(tokenizer, size)
+    added = {token["id"]: token["content"] for token in content["added_tokens"] if token["id"] not in unused}
     token_of = {number: token for token, number in model["vocab"].items()} | added
     if max(token_of) >= size:
         raise UsageError(f"the tokenizer has {max(token_of) + 1} tokens, but the model embeds only {size}")

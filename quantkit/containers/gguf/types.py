@@ -16,7 +16,6 @@ import torch
 
 from quantkit.codes import libggml
 from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
-from quantkit.codes.underflow import Underflow
 from quantkit.containers.gguf import GgufTensor, architecture_of
 from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.recipes import (
@@ -30,6 +29,7 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.imatrix import Imatrix
+from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
 
@@ -206,7 +206,9 @@ class Chooser:
     def _check_allowed(self, tensor: GgufTensor, kind: Kind) -> None:
         if kind not in self._allowed:
             held = ", ".join(kind.name for kind in self._allowed)
-            raise UsageError(f"{tensor.name}: {kind.name} has no place in this file; it holds {held}")
+            option = {EMBEDDING: "; --embedding-type chooses one", OUTPUT: "; --output-type chooses one"}
+            hint = option.get(tensor.name, "")
+            raise UsageError(f"{tensor.name}: {kind.name} has no place in this file; it holds {held}{hint}")
 
     def _importance(self, tensor: GgufTensor, kind: Kind) -> Array | None:
         """float32 [experts or 1, columns]; None without. Sees to it that there is what rounds to the type."""

@@ -57,7 +57,7 @@ class PlacedWriter:
     """Files of which each tensor has its place from the start; what was written is read back.
 
     They have their final names from the start too, so they must lie where nobody takes them for finished
-    (`quantkit.runs.atomic.staged_files`).
+    (`quantkit.runs.outputs.staged_files`).
     """
 
     def __init__(self, pending: Iterable[str]) -> None:
@@ -92,6 +92,16 @@ class PlacedWriter:
         self._files.close()
 
 
+def part_names(path: Path, tensors: Sequence[TypedTensor], split_max_bytes: int = 0) -> list[str]:
+    """What the files are called that `GgufWriter` writes: the file's own name, or those of its parts."""
+    count = len(_parts(tensors, split_max_bytes))
+    return [path.name] if count == 1 else [f"{path.stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+
+
+def _parts(tensors: Sequence[TypedTensor], split_max_bytes: int) -> list[list[TypedTensor]]:
+    return parts_of(tensors, lambda typed: packed_bytes(*typed), split_max_bytes)
+
+
 class GgufWriter(PlacedWriter):
     """Writes the planned tensors, each exactly once.
 
@@ -121,13 +131,8 @@ class GgufWriter(PlacedWriter):
         Raises:
             UsageError: a tensor's rows are no whole number of blocks of its type.
         """
-        parts = parts_of(tensors, lambda typed: packed_bytes(*typed), split_max_bytes)
-        names = (
-            [path.name]
-            if len(parts) == 1
-            else [f"{path.stem}-{number:05d}-of-{len(parts):05d}.gguf" for number in range(1, len(parts) + 1)]
-        )
-        self.paths = [path.with_name(name) for name in names]
+        parts = _parts(tensors, split_max_bytes)
+        self.paths = [path.with_name(name) for name in part_names(path, tensors, split_max_bytes)]
         self._tensors = {tensor.name: (tensor, kind) for tensor, kind in tensors}
         self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
         super().__init__(self._parts)

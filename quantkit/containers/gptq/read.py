@@ -134,10 +134,11 @@ class GptqSource(FolderSource):
 
     def read_groups(self, module: str) -> torch.Tensor:
         if f"{module}.g_idx" in self.stored.tensors:
-            stored, groups = self.stored.read(f"{module}.g_idx").int(), self.stored.tensors[f"{module}.scales"].shape[0]
-            if int(stored.min()) < 0 or int(stored.max()) >= groups:
-                raise SourceError(f"{self.path}: {module}.g_idx names groups that are not there (0 to {groups - 1})")
-            return stored
+            named = self.stored.read(f"{module}.g_idx").int()
+            count = self.stored.tensors[f"{module}.scales"].shape[0]
+            if named.numel() and not 0 <= int(named.min()) <= int(named.max()) < count:
+                raise SourceError(f"{self.path}: {module}.g_idx names groups beyond its {count}; it is damaged")
+            return named
         # In the order of the columns, for a checkpoint that leaves g_idx out.
         columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
         if groups == 1:

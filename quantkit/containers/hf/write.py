@@ -25,7 +25,7 @@ class ShardedWriter:
     """Writes the planned tensors, each exactly once, into one or many shards of at most `max_shard_bytes`.
 
     Use: `write` every tensor, then `finish`, then `read_back`. Files have their final names from the start, so the
-    folder must be one that nobody takes for finished (`quantkit.runs.atomic.staged_folder`).
+    folder must be one that nobody takes for finished (`quantkit.runs.outputs.staged_folder`).
     """
 
     def __init__(self, folder: Path, plan: Sequence[TensorPlan], max_shard_bytes: int) -> None:

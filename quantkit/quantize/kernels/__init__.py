@@ -1,22 +1,19 @@
 """What a GPU does otherwise than a CPU: the column loop as one Triton program for each tile of rows (`columns`), the
 factorization beside other work. Half-precision products for Hessians are in `hessian`.
 
-Triton is imported when the first kernel is asked for. Where it is missing, or Numba on a CPU, torch does the work
-(`plain`).
+Triton is imported when the first kernel is asked for. Where it is missing, or Numba on a CPU, torch does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from types import TracebackType
 
 import torch
 
 from quantkit.quantize import loops
-from quantkit.quantize.kernels import plain
 
 ColumnLoop = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
 """`loops.quantize_columns`, which says what it takes and gives."""
@@ -28,7 +25,30 @@ def column_loop(device: torch.device) -> ColumnLoop:
         from quantkit.quantize.kernels.columns import quantize_columns
 
         return quantize_columns
-    return loops.quantize_columns if device.type == "cpu" and loops.has_numba() else plain.quantize_columns
+    return loops.quantize_columns if device.type == "cpu" and loops.has_numba() else plain_columns
+
+
+def plain_columns(
+    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int, codes: torch.Tensor
+) -> torch.Tensor:
+    """`loops.quantize_columns` in torch's own operations, on any device.
+
+    A column gathers the errors of the block's earlier columns when it is reached (one matrix-vector product) rather
+    than every column being updated after each one.
+    """
+    Ut, diagonal = U.T.contiguous(), U.diagonal().tolist()
+    scale = scale.contiguous()
+    inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+    shifted = W + minimum
+    errors, found = torch.empty_like(scale), torch.empty_like(scale)
+    for j in range(W.shape[0]):
+        w = shifted[j]
+        if j:
+            w = torch.addmv(w, errors[:j].T, Ut[j, :j], alpha=-1)
+        q = torch.mul(w, inverse[j], out=found[j]).round_().clamp_(0, top)
+        torch.addcmul(w, q, scale[j], value=-1, out=errors[j]).div_(diagonal[j])
+    codes.copy_(found)
+    return errors
 
 
 def shortfall(device: torch.device) -> str | None:
@@ -45,34 +65,29 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-class Beside:
+def beside(device: torch.device) -> AbstractContextManager[None]:
     """A ``with`` block whose work runs beside what the current stream still has to do; on a CPU, in turn.
 
     Make it where the block's inputs are ready, queue what is to run beside it, then enter it. The block waits for what
     was queued before it was made, and whatever is queued after the block waits for the block. A host that waits for a
     result inside the block does not wait for the work beside it.
     """
+    if device.type != "cuda":
+        return nullcontext()
+    return _on_side_stream(device, torch.cuda.current_stream(device).record_event())
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            self._ready = torch.cuda.current_stream(device).record_event()
 
-    def __enter__(self) -> None:
-        if self._device.type == "cuda":
-            # Memory of earlier blocks comes back to this stream only after its last use: what used it was queued
-            # on the other stream before `_ready`.
-            side = _side_stream(self._device)
-            side.wait_event(self._ready)
-            self._inside: AbstractContextManager[None] = torch.cuda.stream(side)
-            self._inside.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._device.type == "cuda":
-            self._inside.__exit__(kind, error, trace)
-            torch.cuda.current_stream(self._device).wait_stream(_side_stream(self._device))
+@contextmanager
+def _on_side_stream(device: torch.device, ready: torch.cuda.Event) -> Iterator[None]:
+    # Memory of earlier blocks comes back to this stream only after its last use: what used it was queued on the other
+    # stream before `ready`.
+    side = _side_stream(device)
+    side.wait_event(ready)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        torch.cuda.current_stream(device).wait_stream(side)
 
 
 @cache

@@ -39,6 +39,8 @@ class Loss:
     delta_ln_ppl_stderr: float | None
     kl_divergence: Mapping[str, float] | None
     top1_agreement: float | None
+    kl_divergence_stderr: float | None = None
+    top1_agreement_stderr: float | None = None
 
 
 @dataclass(frozen=True)

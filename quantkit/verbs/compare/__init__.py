@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +18,13 @@ from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
-from quantkit.evaluate.statistics import numbers_of
+from quantkit.evaluate.statistics import heads, numbers_of
 from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.outputs import check_outside, staged_folder
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
 from quantkit.tokens.text import EvaluationText, check_tokens, common_text
@@ -32,6 +34,8 @@ from quantkit.verbs.compare.pages import write_pages
 from quantkit.verbs.compare.plots import Drawn, plot_files
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult, decode_worst
 from quantkit.version import __version__
+
+_WHOLE = 15.5  # bits per weight of what is not quantized, or more
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,11 @@ class CompareReport(Report):
     unmet: str | None
 
     def lines(self) -> Iterator[Shown]:
-        heads = ("size", "bits/w", "perplexity", "±", "Δ ln ppl", "±", "KL mean", "median", "99 %", "max", "same top-1")
-        front = Column("front", "center", overflow="ellipsis")
-        columns = [Column("model", "left", overflow="fold"), *map(Column, heads), front]
+        front = Column("front", "center", drop=1)
+        columns = [Column("model", "left"), Column("size"), Column("bits/w", drop=4), *heads(True), front]
         for text in self.texts:
             yield f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}"
-            rows = [[model.model, *_cells(model, text.name), "*" if model.pareto else ""] for model in self.models]
-            yield Table(columns, rows, width=160)
+            yield Table(columns, [_row(model, text.name) for model in self.models], short=True)
         if self.choice is not None:
             yield f"take {self.choice.model}: {self.choice.why}"
         yield f"report: {self.out / 'report.html'}"
@@ -82,7 +84,7 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     """
     budget = None if options.budget is None else parse_size(options.budget)
     place, limits = absolute(options.out), Limits(budget, options.max_kl)
-    shared = {"stride": options.stride, "template": options.template}
+    shared = options.model_dump(include={"stride", "template", "eval_tokens"})
     specs = [
         make(EvaluationSpec, text=text, seq_len=options.seq_len or default_seq_len(text), **shared)
         for text in options.texts
@@ -92,39 +94,41 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     progress = ranks.reporting(progress)
     names = (options.reference, *options.variants)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
-    specs = [fitted(spec, streams, asked=options.seq_len is not None) for spec in specs]
+    specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
     sources = [stream.source for stream in streams]
     _label_apart(sources)
+    _warn_of_order(sources, progress)
     for source in sources:
         if ranks.first:
             check_outside(place, source, options.force)
         note_source(source, progress)
-    windows = ranks.from_first(lambda: _windows(sources, specs, progress))
-    scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
+    with staged_folder(place, options.force) if ranks.first else nullcontext(place) as folder:
+        windows = ranks.from_first(lambda: _windows(sources, specs, progress))
+        scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
 
-    def written() -> CompareReport:
-        origins = []
-        with progress.phase("hashing", len(sources)) as advance:
-            for source in sources:
-                origins.append(origin(source))
-                advance(1)
-        facts = [
-            TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
-            for text, spec, rows in zip(windows, specs, scores.texts, strict=True)
-        ]
-        models = _models(sources, windows, scores, origins)
-        choice, unmet = choose(models[1:], limits)
-        report = CompareReport(place, models[0].model, facts, models, choice, unmet)
-        figures = _figures(models, scores, progress) if options.plots else {}
-        with staged_folder(place) as folder:
+        def written() -> CompareReport:
+            origins = []
+            with progress.phase("hashing", len(sources)) as advance:
+                for source in sources:
+                    origins.append(origin(source))
+                    advance(1)
+            facts = [
+                TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
+                for text, spec, rows in zip(windows, specs, scores.texts, strict=True)
+            ]
+            models = _models(sources, windows, scores, origins)
+            choice, unmet = choose(models[1:], limits)
+            report = CompareReport(place, models[0].model, facts, models, choice, unmet)
+            figures = _figures(models, scores, progress) if options.plots else {}
             write_json(folder / "report.json", report.as_dict())
             write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins))
             for name, content in figures.items():
                 (folder / name).write_bytes(content)
             write_pages(folder, report.as_dict(), figures)
-        return report
+            return report
 
-    return ranks.from_first(written)
+        report = ranks.from_first(written)
+    return report
 
 
 # -- parts of the flow -----------------------------------------------------------------------------------------------
@@ -152,6 +156,17 @@ def _label_apart(sources: Sequence[Source]) -> None:
         raise UsageError(f"two models are called {labels[0]}; rename a file or the folder it is in")
     for (source, _), label in zip(alike, labels, strict=True):
         source.label = label
+
+
+def _warn_of_order(sources: Sequence[Source], progress: Progress) -> None:
+    """Say that the reference is quantized and a variant is not: they may have been swapped."""
+    bits = [describe(source).bits_per_weight for source in sources]
+    whole = [source.label for source, held in zip(sources, bits, strict=True) if held >= _WHOLE > bits[0]]
+    if whole:
+        progress.warn(
+            f"the reference, {sources[0].label}, is quantized ({bits[0]:.2f} bits per weight) and {whole[0]} is not: "
+            "the reference comes first, then its variants"
+        )
 
 
 def _windows(sources: Sequence[Source], specs: Sequence[EvaluationSpec], progress: Progress) -> list[EvaluationText]:
@@ -231,13 +246,6 @@ def _record(
     }
 
 
-def _cells(model: ComparedModel, text: str) -> list[str]:
-    numbers = model.texts[text]
-    cells = [size(model.bytes), f"{model.bits_per_weight:.2f}"]
-    cells += [f"{numbers.perplexity:.3f}", f"{numbers.stderr:.3f}"]
-    kl = numbers.kl_divergence
-    if kl is None:
-        return [*cells, *[""] * 7]
-    cells += [f"{numbers.delta_ln_ppl:+.4f}", f"{numbers.delta_ln_ppl_stderr:.4f}"]
-    cells += [f"{value:.4f}" for value in (kl.mean, kl.median, kl.p99, kl.max)]
-    return [*cells, f"{100 * (numbers.top1_agreement or 0):.1f} %"]
+def _row(model: ComparedModel, text: str) -> list[str]:
+    own = [model.model, size(model.bytes), f"{model.bits_per_weight:.2f}"]
+    return [*own, *model.texts[text].cells(True), "*" if model.pareto else ""]

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantkit.progress import significant, size
+from quantkit.progress import number, per_cent, size, spread
 from quantkit.verbs.compare.plots import INK, PAPER, RULE
 from quantkit.verbs.markdown import cell, code
 
@@ -38,7 +38,8 @@ def write_pages(folder: Path, report: Mapping[str, Any], figures: Mapping[str, b
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"size": size, "number": number, "cell": cell, "code": code, "visible": visible}
+    environment.filters |= {"size": size, "number": number, "per_cent": per_cent, "spread": spread}
+    environment.filters |= {"cell": cell, "code": code, "visible": visible}
     shown = [
         {"name": name, "caption": caption, "svg": _inline(name, figures[f"{name}.svg"].decode(), caption)}
         for name, caption in _CAPTIONS.items()
@@ -47,11 +48,6 @@ def write_pages(folder: Path, report: Mapping[str, Any], figures: Mapping[str, b
     for suffix in ("md", "html"):
         page = environment.get_template(f"report.{suffix}.j2").render(**report, figures=shown)
         (folder / f"report.{suffix}").write_text(page, encoding="utf-8")
-
-
-def number(value: float) -> str:
-    """Four decimals; of what is smaller than that shows, two digits."""
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else significant(value, 2)
 
 
 def visible(text: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantkit.errors import visible
+from quantkit.report import common_start
 from quantkit.verbs.compare.labels import place_labels
 
 INK, RULE, PAPER = "#1f2328", "#d8dee4", "#ffffff"
@@ -115,11 +116,7 @@ def drawable(labels: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def short_names(labels: Sequence[str]) -> list[str]:
     """Labels without what all begin with, cut in the middle where they are still long; each stays distinct."""
-    start = 0  # behind the last mark of what all begin with; every label goes on there
-    for at in range(1, min(map(len, labels)) if len(labels) > 1 else 0):
-        if len({label[:at] for label in labels}) == 1 and labels[0][at - 1] in "-_./":
-            start = at
-    names = [label[start:] for label in labels]
+    names = [label.removeprefix(common_start(labels)) for label in labels]
     short = [name if len(name) <= _LONGEST else f"{name[:16]}…{name[-16:]}" for name in names]
     return short if len(set(short)) == len(short) else names
 

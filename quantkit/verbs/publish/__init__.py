@@ -34,6 +34,7 @@ class PublishReport(Report):
         changes: every file of the folder and of the branch, and what happens to it.
         bytes: of the files that are new or changed.
         commit: that holds them now; None of a dry run.
+        looked: whether the Hub was looked at. A dry run goes without a token or network, and everything counts as new.
     """
 
     repo: str
@@ -44,10 +45,12 @@ class PublishReport(Report):
     bytes: int
     commit: str | None = None
     dry_run: bool = False
+    looked: bool = True
 
     def lines(self) -> Iterator[str]:
         where = f"{self.repo}, branch {self.branch}"
         seen = ("private" if self.private else "public") + (", new" if self.created else "")
+        seen = seen if self.looked else "not looked at"
         acted = [change for change in self.changes if change.state != "same" and not change.path.startswith(".")]
         sent = sum(change.state in ("new", "changed") for change in acted)
         deleted = sum(change.state == "deleted" for change in acted)
@@ -83,16 +86,23 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     target = branch_of(root) if options.branch == "auto" else options.branch
     if not _BRANCH.fullmatch(target):
         raise UsageError(f"--branch {target}: not a name for a branch")
-    check_token()
-    remote = Remote(options.repo, target, progress)
-    state = remote.persist(remote.look)
-    _say(remote.repo, state, options.public, progress)
+    if options.dry_run:
+        repo, looked = _glance(options.repo, target, progress)
+        state = looked or RemoteState(None, None, {})
+    else:
+        check_token()
+        remote = Remote(options.repo, target, progress)
+        repo, state = remote.repo, remote.persist(remote.look)
+        looked = state
+    if looked is not None:
+        _say(repo, state, options.public, progress)
     if "README.md" not in files and "README.md" not in state.files:
         progress.warn(f"{options.folder} has no README.md: `quantkit card` writes one")
     if options.verify:
         from quantkit.verbs.verify import verify
 
-        problems = verify(root, generate=not options.dry_run, progress=progress).problems
+        trust = options.trust_remote_code
+        problems = verify(root, generate=not options.dry_run, trust_remote_code=trust, progress=progress).problems
         if problems:
             more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             found = "; ".join(problems[:_SHOWN]) + more
@@ -100,7 +110,9 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     changes = changes_between(files, state.files, options.delete)
     sent = sum(change.bytes for change in changes if change.state in ("new", "changed"))
     private = not options.public if state.private is None else state.private
-    report = PublishReport(remote.repo, target, private, state.private is None, changes, sent, dry_run=True)
+    report = PublishReport(
+        repo, target, private, state.private is None, changes, sent, dry_run=True, looked=looked is not None
+    )
     if options.dry_run:
         return report
     text = options.message or f"Upload with quantkit {__version__}"
@@ -126,6 +138,16 @@ def branch_of(folder: Path) -> str:
 def branch_name(bits: object, group_size: object, desc_act: bool, kind: str) -> str:
     """The same from its settings: gptq-4bit-32g-actorder_True."""
     return f"{kind}-{bits}bit-{group_size}g-actorder_{desc_act}"
+
+
+def _glance(repo: str, branch: str, progress: Progress) -> tuple[str, RemoteState | None]:
+    """The repository's full name and state for a dry run, which needs neither token nor network: None without."""
+    try:
+        remote = Remote(repo, branch, progress, waits=())
+        return remote.repo, remote.persist(remote.look)
+    except OutputError as error:
+        progress.note(f"{str(error).removeprefix(f'{repo}: ')}; without a look at the Hub every file counts as new")
+        return repo, None
 
 
 def _attempt(remote: Remote, files: dict[str, LocalFile], public: bool, delete: bool, message: str) -> str:

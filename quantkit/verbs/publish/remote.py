@@ -31,7 +31,11 @@ from quantkit.version import __version__
 
 T = TypeVar("T")
 
-_WAITS = (2, 8, 30)  # seconds between attempts that got nowhere; the client itself retries requests within each
+_WAITS: Sequence[float] = (
+    2,
+    8,
+    30,
+)  # seconds between attempts that got nowhere; the client itself retries requests within each
 _NO_TOKEN = "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN"
 _LATER = (408, 429)  # statuses below 500 that mean: try again
 
@@ -54,9 +58,9 @@ class Remote:
         uploaded: files that its store has by now: as long as they become more, failures are not counted.
     """
 
-    def __init__(self, repo: str, branch: str, progress: Progress) -> None:
+    def __init__(self, repo: str, branch: str, progress: Progress, waits: Sequence[float] = _WAITS) -> None:
         self._api = HfApi(library_name="quantkit", library_version=__version__)
-        self._progress = progress
+        self._progress, self._waits = progress, waits
         self.branch, self.uploaded = branch, set[str]()
         self.repo = repo if "/" in repo else self.persist(lambda: f"{self._api.whoami()['name']}/{repo}", repo)
 
@@ -77,11 +81,11 @@ class Remote:
             except Exception as error:  # of the client, of the HTTP library under it, and of Xet's
                 failures = failures + 1 if len(self.uploaded) == before else 1
                 before = len(self.uploaded)
-                if not _may_pass(error) or failures > len(_WAITS):
+                if not _may_pass(error) or failures > len(self._waits):
                     # A traceback would show what a server has quoted.
                     quoted = any(_without_token(str(cause)) != str(cause) for cause in _chain(error))
                     raise _explained(error, name) from (None if quoted else error)
-                wait = _WAITS[failures - 1]
+                wait = self._waits[failures - 1]
                 self._progress.note(f"{name}: {_line(error)}; again in {wait} s")
             time.sleep(wait)
 

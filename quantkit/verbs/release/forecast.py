@@ -15,12 +15,13 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.containers.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.options import EvaluationSpec, default_seq_len, make
+from quantkit.progress import SILENT
 from quantkit.tokens.text import evaluation_text
 from quantkit.verbs.ggml import GgmlReport, ggml
 from quantkit.verbs.gptq import GptqReport, gptq
 from quantkit.verbs.imatrix import ImatrixReport, imatrix
 from quantkit.verbs.merge import MergeReport
-from quantkit.verbs.release.recipe import AnyVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe
+from quantkit.verbs.release.recipe import AnyVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
 from quantkit.verbs.release.variants import (
     REFERENCE,
     codes_options,
@@ -28,7 +29,6 @@ from quantkit.verbs.release.variants import (
     gptq_options,
     make_reference,
     model_of,
-    runs_gptq,
     step_name,
 )
 
@@ -62,7 +62,7 @@ class Forecaster:
         self._recipe, self._source, self._folder = recipe, source, folder
         given, drawn = recipe.source, recipe.calibration
         model = {"model": model_of(recipe)} if given.base is None else {"base": given.base, "delta": given.delta}
-        self._common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dry_run": True}
+        self._common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dry_run": True, "progress": SILENT}
         self._model: dict[str, Any] = {**model, "revision": given.revision, **self._common}
         self._drawn: dict[str, Any] = {"samples": drawn.samples, "seq_len": drawn.seq_len}
         self._device = resolve_device("auto")
@@ -90,7 +90,8 @@ class Forecaster:
         recipe, source = self._recipe.evaluation, self._source
         tokens = 0
         for text in recipe.texts:
-            spec = make(EvaluationSpec, text=text, seq_len=recipe.seq_len or default_seq_len(text))
+            seq_len = recipe.seq_len or default_seq_len(text)
+            spec = make(EvaluationSpec, text=text, seq_len=seq_len, eval_tokens=recipe.eval_tokens)
             tokens += evaluation_text(spec, source.tokenizer()).windows.tokens.numel()
         stream, config = ModelStream(source, self._device, torch.float32), source.config.get_text_config()
         width, weights = int(config.hidden_size), sum(rows * columns for _, (rows, columns) in stream.linears())
@@ -103,11 +104,12 @@ class Forecaster:
         run, file = self._folder / "out", self._folder / "out.bin"
         if isinstance(variant, GptqVariant):
             return [gptq(**self._model, **self._drawn, **gptq_options(variant), out=run)]
-        options = file_options(variant)
+        options = file_options(variant, self._recipe)
         if runs_gptq(variant):
-            if isinstance(variant, GgjtVariant):  # whether this container takes the model
-                ggml(**self._model, **options | {"type": "f16"}, out=file)
-            return [gptq(**self._model, **self._drawn, **codes_options(variant), out=run)]
+            # Asked for first, rounded from the model: it has the file's types, and may have no place for the model.
+            of_shared = {**self._model, **options, "requantize": True, "out": file}
+            files = [ggml(**of_shared)] if self._recipe.shares(variant) else []
+            return [gptq(**self._model, **self._drawn, **codes_options(variant, self._recipe), out=run), *files]
         if not isinstance(variant, GgufVariant) or not variant.imatrix:
             return [ggml(**self._model, **options, out=file)]
         try:

@@ -14,6 +14,7 @@ from quantkit.containers import CONTAINERS
 from quantkit.errors import UsageError, shortened
 from quantkit.options import (
     METHODS,
+    Amount,
     CalibrationSpec,
     CardFacts,
     Checkpoint,
@@ -32,6 +33,7 @@ from quantkit.options import (
     WindowLength,
     make,
 )
+from quantkit.options.values import gptq_type
 
 if TYPE_CHECKING:
     CheckpointKind = str
@@ -117,7 +119,7 @@ class GgjtVariant(FileVariant):
 AnyVariant = GptqVariant | GgufVariant | GgjtVariant
 
 
-class JudgingRecipe(Texts, WindowLength, Tasks):
+class JudgingRecipe(Texts, Amount, WindowLength, Tasks):
     """What variants are compared on, and which tasks of lm-evaluation-harness they do.
 
     `seq_len` None: 2048 for wikitext2, else 512. `tasks` go beside those of `suite`; `limit` is for trials.
@@ -196,6 +198,24 @@ class Recipe(Spec):
         """Name of a variant's repository, without its owner."""
         return variant.repo or f"{self.name}-{CONTAINERS[variant.kind].shown.endings[0]}"
 
+    def shares(self, variant: FileVariant) -> bool:
+        """Whether a ggjt file takes the codes of a variant's GPTQ run, be it this one or another of its type."""
+        takers = (one for one in self.variants if isinstance(one, GgjtVariant) and one.type == variant.type)
+        return runs_gptq(variant) and any(runs_gptq(one) for one in takers)
+
+
+def runs_gptq(variant: FileVariant) -> bool:
+    """Whether a file's codes come of a GPTQ run. Raises UsageError where they are to, and the type has no grid."""
+    if variant.method == "round":
+        return False
+    try:
+        gptq_type(variant.type)
+    except UsageError:
+        if variant.method == "gptq":
+            raise
+        return False
+    return True
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe; local paths in it become absolute where they are found beside it.
@@ -208,7 +228,7 @@ def load_recipe(path: str | Path) -> Recipe:
         content = yaml.load(place.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect
         raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with name, source and variants")

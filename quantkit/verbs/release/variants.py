@@ -14,14 +14,13 @@ from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
-from quantkit.options.values import gptq_type
 from quantkit.progress import Progress
-from quantkit.runs.atomic import REPORT_NAME, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, write_json
 from quantkit.runs.ledger import Ledger
+from quantkit.runs.outputs import ChangedError, Staging, staged_folder
 from quantkit.runs.record import checksums, origin
 from quantkit.runs.records import read_record
 from quantkit.runs.steps import Step
-from quantkit.runs.unfinished import ChangedError, folder_of
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
 from quantkit.tokens.text import text_index
@@ -31,7 +30,7 @@ from quantkit.verbs.gptq import gptq
 from quantkit.verbs.imatrix import imatrix
 from quantkit.verbs.merge import MergeReport, merge
 from quantkit.verbs.publish import branch_name
-from quantkit.verbs.release.recipe import AnyVariant, FileVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe
+from quantkit.verbs.release.recipe import AnyVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
 
 REFERENCE = "fp16"
 """Name of the step that makes the full-precision folder."""
@@ -147,8 +146,8 @@ class Workshop:
         repo = self._recipe.reference_repo
         folder = self._out / self._recipe.name  # which is what everything made from it is named after
 
-        def run(_: frozenset[str]) -> None:
-            make_reference(self._recipe, folder, **self._common)
+        def run(_: frozenset[str], again: bool) -> None:
+            make_reference(self._recipe, folder, force=again, **self._common)
 
         options = {**reference_options(self._recipe), "source": dict(source_hashes)}
         self.steps.append(Step(REFERENCE, folder, run, options))
@@ -168,10 +167,11 @@ class Workshop:
         self._add_calibrated(Step(name, folder, run, options, (REFERENCE,), optional=variant.optional))
         self.places.append(ReleaseFolder(name, variant.kind, folder, repo, branch, (Made(name, folder, folder),)))
 
-    def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str]) -> None:
+    def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str], again: bool) -> None:
         given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
         try:
-            gptq(self.reference, folder, **given, resume=folder_of(folder).is_dir())
+            landed = bool(Staging(folder).landed)
+            gptq(self.reference, folder, **given, resume=landed, force=again and not landed)
         except ChangedError as error:
             self._common["progress"].note(f"  starting anew: {error}")
             gptq(self.reference, folder, **given, force=True)
@@ -191,8 +191,8 @@ class Workshop:
         made = tuple(self._add_file(variant, folder) for variant in variants)
         name = f"folder {repo}"
 
-        def run(done: frozenset[str]) -> None:
-            gather([model for model in made if model.step in done], folder)
+        def run(done: frozenset[str], again: bool) -> None:
+            gather([model for model in made if model.step in done], folder, again)
 
         steps = tuple(model.step for model in made)
         optional = all(variant.optional for variant in variants)
@@ -201,12 +201,12 @@ class Workshop:
         self.places.append(ReleaseFolder(name, kind, folder, repo, "main", made))
 
     def _add_file(self, variant: GgufVariant | GgjtVariant, folder: Path) -> Made:
-        name, by_gptq, options = step_name(variant), runs_gptq(variant), file_options(variant)
+        name, by_gptq, options = step_name(variant), runs_gptq(variant), file_options(variant, self._recipe)
         file = CONTAINERS[variant.kind].file.format(name=self._recipe.name, type=variant.type, title=variant.title)
         model, needs = self.reference, [REFERENCE]
         if by_gptq:
             codes = self._add_codes(variant)
-            if isinstance(variant, GgufVariant) and variant.split_max_size is None:
+            if isinstance(variant, GgufVariant) and variant.split_max_size is None and not self._recipe.shares(variant):
                 return Made(codes.step, codes.at, folder / file)
             model, needs = codes.at, [codes.step]
         weights = None
@@ -219,17 +219,26 @@ class Workshop:
         return Made(name, at, folder / file)
 
     def _write_file(
-        self, model: Path, at: Path, options: Mapping[str, Any], weights: Path | None, _: frozenset[str]
+        self,
+        model: Path,
+        at: Path,
+        options: Mapping[str, Any],
+        weights: Path | None,
+        _: frozenset[str],
+        again: bool,
     ) -> None:
         """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
-        ggml(model, at, **options, imatrix=weights, **self._common)
-        record = read_record(model.parent) or {"recipe": dict(options), **origin(open_source(model))}
+        ggml(model, at, **options, imatrix=weights, force=again, **self._common)
+        record = read_record(model.parent)
+        if not record:
+            source = open_source(model, trust_remote_code=self._common["trust_remote_code"])
+            record = {"recipe": dict(options), **origin(source)}
         write_json(at.parent / REPORT_NAME, record)
 
     def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:
         """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
-        options = codes_options(variant)
-        told = "".join(f" {key} {value}" for key, value in ends_of(variant).items() if value not in (None, "auto"))
+        options = codes_options(variant, self._recipe)
+        told = "".join(f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto"))
         name = f"codes {variant.title}{told}"
         folder = self._hidden / "files" / name.replace(" ", "-")
         # Not optional: what is told of it is why the variants are missing that need it.
@@ -239,8 +248,8 @@ class Workshop:
     def _add_imatrix(self) -> Path:
         path = self._hidden / "files" / f"{IMATRIX}.gguf"
 
-        def run(_: frozenset[str]) -> None:
-            imatrix(self.reference, path, calibration=self._calibration.matrix, **self._common)
+        def run(_: frozenset[str], again: bool) -> None:
+            imatrix(self.reference, path, calibration=self._calibration.matrix, force=again, **self._common)
 
         self._add_calibrated(Step(IMATRIX, path, run, {}, (REFERENCE,)))
         return path
@@ -294,35 +303,28 @@ def ends_of(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
     return {"embedding_type": variant.embedding_type, "output_type": variant.output_type, "pre": variant.pre}
 
 
-def codes_options(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
-    """The arguments of `gptq` for a file's codes."""
-    return {"ggml": variant.type, **ends_of(variant)}
+def codes_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `gptq` for a file's codes.
+
+    Codes that a ggjt file takes stand beside an embedding and an output in full precision, for each file to round into
+    a type of its own: of most mixtures the output is Q6_K, which ggjt has no place for.
+    """
+    ends = {"embedding_type": "f32", "output_type": "f32"} if recipe.shares(variant) else ends_of(variant)
+    return {"ggml": variant.type, **ends}
 
 
-def file_options(variant: GgufVariant | GgjtVariant) -> dict[str, Any]:
-    """The arguments of `ggml` for a file: of the reference, or of codes of a GPTQ run, whose types are chosen then."""
+def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `ggml` for a file: of the reference, or of codes of a GPTQ run, which keep their types."""
     by_gptq = runs_gptq(variant)
-    options: dict[str, Any] = {"type": "auto" if by_gptq else variant.type}
     if isinstance(variant, GgjtVariant):
-        return options | {"split_max_size": None, "container": "ggjt"}
-    ends = {"pre": variant.pre} if by_gptq else ends_of(variant)
-    return options | {"split_max_size": variant.split_max_size, **ends}
+        ends = {"output_type": "q8_0"} if by_gptq else {}
+        return {"type": variant.type, **ends, "split_max_size": None, "container": "ggjt"}
+    if by_gptq and not recipe.shares(variant):
+        return {"type": "auto", "pre": variant.pre, "split_max_size": variant.split_max_size}
+    return {"type": variant.type, "split_max_size": variant.split_max_size, **ends_of(variant)}
 
 
-def runs_gptq(variant: FileVariant) -> bool:
-    """Whether a file's codes come of a GPTQ run. Raises UsageError where they are to, and the type has no grid."""
-    if variant.method == "round":
-        return False
-    try:
-        gptq_type(variant.type)
-    except UsageError:
-        if variant.method == "gptq":
-            raise
-        return False
-    return True
-
-
-def gather(models: Collection[Made], folder: Path) -> None:
+def gather(models: Collection[Made], folder: Path, force: bool = False) -> None:
     """A folder of the files that single steps made, and one record of them all.
 
     Raises:
@@ -332,7 +334,7 @@ def gather(models: Collection[Made], folder: Path) -> None:
     if not models:
         raise UsageError("none of its files could be made")
     records = {}
-    with staged_folder(folder) as staged:
+    with staged_folder(folder, force) as staged:
         for model in models:
             for part in _parts(model.at):
                 name = part.name.replace(model.at.stem, model.path.stem)

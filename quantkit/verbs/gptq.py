@@ -47,7 +47,7 @@ from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.ranks import ALONE, Ranks
-from quantkit.runs.record import checksums, companions, origin
+from quantkit.runs.record import checksums, companions, made_from, origin
 from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
@@ -377,12 +377,11 @@ def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
 
 def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:
     """Refuse Linears that are codes already. Raises UsageError."""
-    coded = [name for name in plan if stream.weights.tensors[f"{name}.weight"].bits]
+    coded = [bits for name in plan if (bits := stream.weights.tensors[f"{name}.weight"].bits)]
     if coded and not requantize:
-        bits = stream.weights.tensors[f"{coded[0]}.weight"].bits
         raise UsageError(
-            f"{stream.source.label} is quantized already ({bits}-bit codes): "
-            "its weights would be rounded again. Name the model it was made from; --requantize does it all the same"
+            f"{stream.source.label} is quantized already ({coded[0]}-bit codes): its weights would be rounded again. "
+            "Name the model it was made from; --requantize does it all the same"
         )
 
 
@@ -395,6 +394,8 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     if twice := sorted(rounded - {"F64", "F32", "F16", "BF16"}):
         kind = str(stream.source.dtype).removeprefix("torch.")
         progress.note(f"{stream.source.label} was rounded before: what is quantized is {kind} from {', '.join(twice)}")
+    elif (row := CONTAINERS.get(made_from(stream.source) or "")) and row.quantized:
+        progress.note(f"{stream.source.label} was made from {row.one} (its {REPORT_NAME}): what that rounded stays so")
     if missing := shortfall(stream.device):
         progress.note(missing)
     if stream.discovered:

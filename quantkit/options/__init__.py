@@ -187,7 +187,7 @@ class Calibration(Drawing):
     """Text the Hessians are taken over."""
 
     panel: ClassVar[str] = "Calibration"
-    calibration: Annotated[str, AfterValidator(check_data)] | DrawnWindows = "evol-instruct-sample"
+    calibration: Annotated[str, AfterValidator(check_data)] | tuple[str, ...] | DrawnWindows = "evol-instruct-sample"
     """Data set: a name, NAME:FILE for a local copy of it, a file (JSON, JSON lines, Parquet, text) or a Hub id
     (owner/name[@revision][:file]); several by weight as A:0.7,B:0.3."""
 

@@ -301,7 +301,7 @@ def test_a_damaged_record_of_the_run_is_told(
 ) -> None:
     harm(folder_of(begun) / "run.json")
     before = contents(begun.parent)
-    with pytest.raises(ChangedError, match=r"run\.json is damaged; --force starts anew"):
+    with pytest.raises(ChangedError, match=r"run\.json is damaged; force=True starts anew"):
         run(model, begun, resume=True)
     assert contents(begun.parent) == before
     run(model, begun, force=True)
@@ -371,7 +371,7 @@ def test_what_changed_is_named(
     with pytest.raises(ChangedError) as refusal:
         run(model, begun, resume=True, **options)
     line = str(refusal.value)
-    assert line.startswith(f"--resume: the unfinished run was made with something else ({told}")
+    assert line.startswith(f"resume=True: the unfinished run was made with something else ({told}")
     assert "\n" not in line
     assert contents(begun.parent) == before
 
@@ -402,7 +402,7 @@ def test_differences_are_few_and_short() -> None:
 
 def test_an_unfinished_run_is_in_the_way(model: Path, whole: dict[str, str], begun: Path, visited: list[int]) -> None:
     before = contents(begun.parent)
-    with pytest.raises(UsageError, match=r"--resume goes on with it \(5 of 6 blocks\), --force starts anew"):
+    with pytest.raises(UsageError, match=r"resume=True goes on with it \(5 of 6 blocks\), force=True starts anew"):
         run(model, begun)
     with pytest.raises(UsageError, match="choose one"):
         run(model, begun, resume=True, force=True)
@@ -461,7 +461,7 @@ def test_an_older_output_that_was_moved_aside_is_put_back(model: Path, tmp_path:
         run(model, out, force=True, progress=Stopped(3))
     (folder_of(out) / "replaced").mkdir()
     out.rename(folder_of(out) / "replaced" / "out")  # where a kill between two renames leaves it
-    with pytest.raises(UsageError, match="--resume goes on with it"):
+    with pytest.raises(UsageError, match="resume=True goes on with it"):
         run(model, out)
     assert contents(out) == older
 
@@ -479,7 +479,7 @@ def test_a_complete_output_is_only_told(model: Path, tmp_path: Path, visited: li
     assert [(layer.name, layer.loss) for layer in report.layers] == [(layer.name, layer.loss) for layer in first.layers]
     assert contents(out) == before
     assert not folder_of(out).exists()
-    with pytest.raises(UsageError, match=r"complete, but made otherwise \(recipe bits: 4 then, 8 now\); --force"):
+    with pytest.raises(UsageError, match=r"complete, but made otherwise \(recipe bits: 4 then, 8 now\); force=True"):
         run(model, out, resume=True, bits=8)
     assert contents(out) == before
 
@@ -523,7 +523,7 @@ def test_a_read_error_in_a_shard(model: Path, whole: dict[str, str], tmp_path: P
         run(model, out, progress=Cutting())
     first, second = str(error.value).split("\n")
     assert first.startswith(f"{shard}: cannot read model.")
-    assert "of 6 blocks are kept: --resume goes on with them" in second
+    assert "of 6 blocks are kept: resume=True goes on with them" in second
     assert not out.exists()
     assert {path.name for path in out.parent.iterdir()} == {folder_of(out).name}
     assert not (folder_of(out) / "staged").exists()

@@ -199,7 +199,7 @@ def missing(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        (large, NumericError, rf"{UP}: a value is beyond float16; use --dtype bfloat16 or float32"),
+        (large, NumericError, rf"{UP}: a value is beyond float16; use dtype=bfloat16 or float32"),
         (nan, NumericError, rf"{UP} holds NaN or infinity; the model's files are damaged"),
         (integers, SourceError, rf"holds quantized weights \({UP}\), but nothing says how"),
         (missing, SourceError, rf"tensor {UP} is missing"),
@@ -220,15 +220,15 @@ def test_a_tensor_that_cannot_be_converted_is_named(
 def test_an_output_in_the_way(make_model: MakeModel, tmp_path: Path) -> None:
     model, out = make_model("llama"), tmp_path / "out"
     quantkit.convert(model, out)
-    with pytest.raises(UsageError, match="already exists; use --force"):
+    with pytest.raises(UsageError, match="already exists; use force=True"):
         quantkit.convert(model, out)
     quantkit.convert(model, out, dtype="bfloat16", force=True)
     assert {tensor.dtype for tensor in stored(out).values()} == {torch.bfloat16}
     with pytest.raises(UsageError, match="lies inside the source"):
         quantkit.convert(model, model / "out")
-    with pytest.raises(UsageError, match="--dtype int8: choose auto, float16, bfloat16, float32"):
+    with pytest.raises(UsageError, match="dtype=int8: choose auto, float16, bfloat16, float32"):
         quantkit.convert(model, tmp_path / "other", dtype="int8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="--max-shard-size none"):
+    with pytest.raises(UsageError, match="max_shard_size=none"):
         quantkit.convert(model, tmp_path / "other", max_shard_size="none")
 
 

@@ -252,7 +252,7 @@ def test_the_file_of_results(model: Path, tasks: Path, tmp_path: Path) -> None:
     assert (held["suite"], held["limit"], held["partial"], held["average"]) == (None, None, False, None)
     assert {"task", "name", "dataset", "split", "fewshot", "metric", "value", "stderr"} < held["tasks"][0].keys()
     assert not any(str(folder) in out.read_text() for folder in (tmp_path, tasks, model))
-    with pytest.raises(UsageError, match=r"r.json already exists; use --force to replace it"):
+    with pytest.raises(UsageError, match=r"r.json already exists; use force=True to replace it"):
         run(model, out, task=["tiny_choice"], tasks_dir=tasks)
     before = out.read_bytes()
     run(model, out, task=["tiny_choice"], tasks_dir=tasks, force=True)
@@ -263,7 +263,7 @@ def test_a_limited_run_is_marked(model: Path, tasks: Path, tmp_path: Path, recor
     report = run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=tasks, limit=3, progress=recorder)
     held = json.loads((tmp_path / "r.json").read_text())
     assert (held["limit"], held["partial"], held["tasks"][0]["questions"]) == (3, True, 3)
-    assert recorder.warnings == ["--limit 3: numbers of so few questions are to try things out, not to compare"]
+    assert recorder.warnings == ["limit=3: numbers of so few questions are to try things out, not to compare"]
     assert report.partial
 
 
@@ -334,13 +334,13 @@ def test_without_the_network_the_suite_ends_in_one_line(model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"suite": "other"}, r"--suite other: choose open-llm-leaderboard"),
-        ({"fewshot": 3}, r"--fewshot is for tasks given with --task"),
-        ({"limit": 0}, r"--limit 0: give at least 1"),
-        ({"batch_size": 0}, r"--batch-size 0: give at least 1"),
-        ({"task": ["x"], "fewshot": -1}, r"--fewshot -1: give at least 0"),
-        ({"tasks_dir": "nowhere"}, r"--tasks-dir nowhere: no such folder"),
-        ({"delta": "x"}, r"--base and --delta belong together"),
+        ({"suite": "other"}, r"suite=other: choose open-llm-leaderboard"),
+        ({"fewshot": 3}, r"fewshot is for tasks given with task"),
+        ({"limit": 0}, r"limit=0: give at least 1"),
+        ({"batch_size": 0}, r"batch_size=0: give at least 1"),
+        ({"task": ["x"], "fewshot": -1}, r"fewshot=-1: give at least 0"),
+        ({"tasks_dir": "nowhere"}, r"tasks_dir=nowhere: no such folder"),
+        ({"delta": "o/x"}, r"base and delta belong together"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], said: str, model: Path, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_options_out_of_range(options: dict[str, Any], said: str, model: Path, t
 
 
 def test_a_task_that_is_not_there(model: Path, tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--task tiny_choise: no such task; near it are tiny_choice"):
+    with pytest.raises(UsageError, match=r"task=tiny_choise: no such task; near it are tiny_choice"):
         run(model, tmp_path / "r.json", task=["tiny_choise"], tasks_dir=tasks)
 
 

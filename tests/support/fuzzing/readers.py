@@ -84,7 +84,7 @@ def verified(model: Path) -> None:
     """`verify` finds what is wrong and says it; that nothing stops it is its promise."""
     report = quantkit.verify(model, generate=False)
     for line in report.lines():
-        line.encode()
+        str(line).encode()  # a table has no text of its own
     json.dumps(report.as_dict(), allow_nan=False)
 
 
@@ -92,7 +92,7 @@ def planned(model: Path) -> None:
     """What four verbs would make of it."""
     out = model.parent / "out"
     quantkit.convert(model, out, dry_run=True)
-    quantkit.gptq(model, out, dry_run=True, group_size=32, evaluate=False)
+    quantkit.gptq(model, out, dry_run=True, requantize=True, group_size=32, evaluate=False)
     quantkit.imatrix(model, out=out / "imatrix.gguf", dry_run=True)
     quantkit.ggml(model, out / "model.gguf", type="q8_0", dry_run=True, requantize=True, pre=pre_of(model))
 

@@ -129,7 +129,7 @@ def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
         family = FamilySteps(plan, setting, workshop.places, plan.card.original or _original(source))
         if plan.publish is not None and options.publishing:
             family.add_publishing(plan.publish)
-        _drop_stale(place, workshop.steps)
+        drop_stale(place, workshop.steps)
         outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, options.debug)
     return ReleaseReport(place, [], lost + outcomes)
 
@@ -146,12 +146,13 @@ def _check_place(out: Path, source: Source) -> None:
         raise UsageError(f"--out {out} holds something that is no release; choose another folder")
 
 
-def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
-    """Remove what unfinished runs left of variants that the recipe no longer has."""
+def drop_stale(out: Path, steps: Sequence[Step]) -> None:
+    """Remove what unfinished runs left of variants that the recipe no longer has, and older versions of any."""
     goes_on = {folder_of(step.out) for step in steps}
     for place in (out, out / ".release" / "files"):
-        for left in {*place.glob(".*.unfinished"), *place.glob("[!.]*/.*.unfinished")} - goes_on:
-            drop_left(left)
+        for kind in ("unfinished", "partial", "old"):
+            for left in {*place.glob(f".*.{kind}"), *place.glob(f"[!.]*/.*.{kind}")} - goes_on:
+                drop_left(left)
 
 
 def _original(source: Source) -> str | None:

@@ -20,7 +20,7 @@ GEMMA := $(VENV)/gemma-3-270m-q4_k_m.gguf
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-gemma test check test-numerics judges test-judges judges-matrix lint types clean
+.PHONY: help demo demo-gemma test check fuzz test-numerics judges test-judges judges-matrix lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,12 @@ check: $(TEST)  ## ruff and the tests marked fast: less than two minutes
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m fast $(PYTEST_ARGS)
 
+# ONLY=READER, or READER:NUMBER for one case again; CASES=N instead of SECONDS; FIRST=N for the same ones again.
+fuzz: $(TEST)  ## damaged files of every kind for SECONDS=600 (docs/fuzzing.md); ONLY=READER:NUMBER is one case again
+	QUANTKIT_FUZZ_SECONDS=$(if $(or $(CASES),$(ONLY)),$(SECONDS),$(or $(SECONDS),600)) QUANTKIT_FUZZ_CASES=$(CASES) \
+	QUANTKIT_FUZZ_ONLY=$(ONLY) QUANTKIT_FUZZ_FIRST=$(FIRST) QUANTKIT_FUZZ_WRITE=$(WRITE) \
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s --basetemp=.fuzz tests/test_fuzz.py $(PYTEST_ARGS)
+
 judges:  ## build GPTQModel, AutoGPTQ, llama.cpp and ctransformers, which our files are checked with; a browser for pages
 	@PYTHON="$(PYTHON)" .ci/judges.sh
 	@PYTHON="$(PYTHON)" .ci/llamacpp.sh
@@ -66,7 +72,7 @@ types: $(TEST)  ## mypy --strict on the package
 	$(BIN)/mypy --strict quantkit
 
 clean:  ## remove the virtual environment, caches and builds (not the models that were made)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find quantkit tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(STAMPS)/venv:

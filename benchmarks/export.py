@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quantkit
-from quantkit.cli.process import settled
+from quantkit.cli.command import settled
 from quantkit.options import QuantSpec
 
 SPEC = QuantSpec(bits=4, group_size=64)

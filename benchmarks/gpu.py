@@ -30,8 +30,7 @@ import common
 import torch
 from transformers import LlamaConfig
 
-from quantkit.blocks.allocator import tune
-from quantkit.blocks.budget import free_budget
+from quantkit.blocks.budget import free_budget, tune
 from quantkit.blocks.open import DTYPES, resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from quantkit.blocks.allocator import tune
+from quantkit.blocks.budget import tune
 from quantkit.errors import QuantkitError, QuantkitWarning, UsageError
 from quantkit.version import __version__
 

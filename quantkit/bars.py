@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _LINE_SECONDS = 15.0
 _BESIDE_BAR = 64  # of a line's columns: what a phase is called, count and times
 _LONGEST_LINE = 8000  # characters of a note or an error
+_LONGEST_WORD = 1000  # of what has no space in it, such as a path
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -42,9 +44,15 @@ def console(stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
 
+def shown(text: str) -> str:
+    """A line as it may be shown: what files bring along is made visible in it, and shortened where it has no end."""
+    words = re.sub(r"\S{200,}", lambda found: shortened(found[0], _LONGEST_WORD), text)
+    return visible(shortened(words, _LONGEST_LINE))
+
+
 def say(text: str, style: str = "") -> None:
-    """A line on stderr, on a terminal in a colour or style; what files bring along is made visible in it."""
-    text = visible(shortened(text, _LONGEST_LINE))
+    """A line on stderr, on a terminal in a colour or style."""
+    text = shown(text)
     if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
         log().print(text, markup=False, style=style)
     else:

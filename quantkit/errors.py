@@ -62,8 +62,10 @@ def describe(error: BaseException) -> str:
     return _out_of_memory(error) or f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-UNSEEN = (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
-"""Codes of control and bidirectional characters, which may drive a terminal."""
+_DRIVING = (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+UNSEEN = (*_DRIVING, *range(0xD800, 0xE000))
+"""Codes of control and bidirectional characters, which may drive a terminal, and of halves of surrogate pairs, which no
+stream takes."""
 _UNSEEN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in UNSEEN}
 _LAID_OUT = {code: shown for code, shown in _UNSEEN.items() if chr(code) not in "\n\t"}
 

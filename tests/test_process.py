@@ -21,7 +21,7 @@ from support.recipes import SMALL, TEXT, write_recipe
 from support.tasks import TASK
 
 import quantkit
-from quantkit.blocks import allocator
+from quantkit.blocks import budget
 from quantkit.cli.app import main
 from quantkit.errors import OutputError
 
@@ -117,8 +117,8 @@ def umask() -> int:
 def glibc(monkeypatch: pytest.MonkeyPatch) -> Glibc:
     """The C library is not to be set."""
     found = Glibc()
-    monkeypatch.setattr(allocator, "_glibc", lambda: found)
-    monkeypatch.setattr(allocator, "_tuned", False)
+    monkeypatch.setattr(budget, "_glibc", lambda: found)
+    monkeypatch.setattr(budget, "_tuned", False)
     return found
 
 
@@ -167,7 +167,7 @@ def test_tuning_sets_the_allocator_once(glibc: Glibc) -> None:
     quantkit.tune()
     assert told
     assert glibc.settings == told
-    with allocator.large_apart():
+    with budget.large_apart():
         pass
     assert len(glibc.settings) == len(told) + 2
 

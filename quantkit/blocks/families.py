@@ -9,7 +9,8 @@ Linears are nn.Linear, and GPT-2's Conv1D, whose weight lies the other way round
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -138,6 +139,20 @@ def discover_blocks(model: nn.Module) -> str:
     return max(sizes, key=sizes.__getitem__)
 
 
+@contextmanager
+def hooked(module: nn.Module, names: Iterable[str], arrive: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """While inside, call `arrive` with a Linear's name and what it reads whenever one of these is about to run."""
+    hooks = [
+        module.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: arrive(name, args[0]))
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[], object]) -> Stages:
     """Stages of a loaded block: run its forward once and see which Linears receive the same tensor.
 
@@ -155,21 +170,15 @@ def discover_stages(block: nn.Module, names: Sequence[str], forward: Callable[[]
         if name in reached:
             return
         reached.add(name)
-        for seen, members in stages:
-            if _same_tensor(seen, x):
+        for seen, members in stages:  # the same memory, perhaps seen in another shape
+            alike = (seen.data_ptr(), seen.numel(), seen.shape[-1]) == (x.data_ptr(), x.numel(), x.shape[-1])
+            if seen is x or (alike and x.numel() > 0):
                 members.append(name)
                 return
         stages.append((x, [name]))  # the tensor is kept, so that no later one can have its address
 
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: arrive(name, args[0]))
-        for name in names
-    ]
-    try:
+    with hooked(block, names, arrive):
         forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return tuple(tuple(members) for _, members in stages)
 
 
@@ -181,22 +190,10 @@ def never_called(model: nn.Module, names: Sequence[str], forward: Callable[[], o
         names: the Linears to look at.
         forward: runs it without values. Where that cannot be done, nothing is known, and none is returned.
     """
-    reached: set[str] = set()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: reached.add(name)) for name in names
-    ]
+    missed = set(names)
     try:
-        forward()
+        with hooked(model, names, lambda name, _: missed.discard(name)):
+            forward()
     except Exception:  # whatever a model raises that asks for values
         return set()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return set(names) - reached
-
-
-def _same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether both are the same memory, perhaps seen in another shape."""
-    if a is b:
-        return True
-    return a.numel() > 0 and (a.data_ptr(), a.numel(), a.shape[-1]) == (b.data_ptr(), b.numel(), b.shape[-1])
+    return missed

@@ -10,18 +10,13 @@ import torch
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import ExpertNames, bind, build_on_meta, put_together
-from quantkit.codes.underflow import Underflow
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
+from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
-from quantkit.errors import (
-    NumericError,
-    SourceError,
-)
+from quantkit.errors import NumericError, SourceError
 from quantkit.progress import Progress
-from quantkit.runs.atomic import (
-    write_json,
-)
+from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 
 # What a progress bar calls the work; by the kind of source.
@@ -76,7 +71,22 @@ def write_folder(
         NumericError: names a tensor with a value that is not finite, or that the type cannot hold.
         OutputError: other values were read back than were written.
     """
-    _write(folder, plan, max_shard_bytes, progress, watch)
+    planned, underflow = plan.tensors, Underflow()
+    writer = ShardedWriter(folder, planned, max_shard_bytes)
+    try:
+        with progress.phase(_PHASES.get(plan.source.kind, "converting"), len(planned)) as advance:
+            for tensor in planned:
+                values = _cast(plan.weights, tensor, watch, underflow)
+                writer.write(tensor.name, values)
+                del values  # before the next one is read
+                advance(1)
+            writer.finish()
+    finally:
+        writer.close()
+    underflow.warn(progress, "--dtype bfloat16 or float32 keeps them")
+    written = open_weights(folder)
+    with progress.phase("reading back", len(planned)) as advance:
+        writer.read_back(written.read, advance)
     name = plan.dtype_name
     config = {key: value for key, value in plan.source.config_dict().items() if key not in ("dtype", "torch_dtype")}
     # transformers 5 reads dtype, transformers 4 torch_dtype.
@@ -103,27 +113,6 @@ def whole_weights(source: Source) -> Weights:
             f"{source.config.model_type}; convert the model that this one was made from"
         )
     return weights
-
-
-def _write(
-    folder: Path, plan: FolderPlan, max_shard_bytes: int, progress: Progress, watch: Callable[[torch.Tensor], None]
-) -> None:
-    planned, underflow = plan.tensors, Underflow()
-    writer = ShardedWriter(folder, planned, max_shard_bytes)
-    try:
-        with progress.phase(_PHASES.get(plan.source.kind, "converting"), len(planned)) as advance:
-            for tensor in planned:
-                values = _cast(plan.weights, tensor, watch, underflow)
-                writer.write(tensor.name, values)
-                del values  # before the next one is read
-                advance(1)
-            writer.finish()
-    finally:
-        writer.close()
-    underflow.warn(progress, "--dtype bfloat16 or float32 keeps them")
-    written = open_weights(folder)
-    with progress.phase("reading back", len(planned)) as advance:
-        writer.read_back(written.read, advance)
 
 
 def _cast(

@@ -54,8 +54,7 @@ class MemoryPlan:
 
     def note(self, progress: Progress) -> None:
         """Say what is done differently for lack of memory, if anything."""
-        remark = self.remark()
-        if remark is not None:
+        if (remark := self.remark()) is not None:
             progress.note(remark)
 
     def remark(self) -> str | None:
@@ -214,19 +213,15 @@ def _first_that_fits(
 ) -> MemoryPlan:
     for plan in ways:
         device, host = takes(plan)
-        fits = (
-            device + host <= budget.host if budget.device is None else device <= budget.device and host <= budget.host
-        )
-        if fits:
-            return replace(plan, needed=device + host, budget=budget.here)
-    device, host = takes(ways[-1])
-    if budget.named:
-        if budget.device is None:
-            least, given = device + host, budget.host
-        else:
-            least, given = max(device, host), min(budget.device, budget.host)
-        megabytes = -(-least // 10**6)
-        raise UsageError(
-            f"--memory {size(given)} is too little for one block of this model: {megabytes}MB is the least"
-        )
-    return replace(ways[-1], needed=device + host, budget=budget.here)
+        # Of the one memory of a CPU together, else each of its own.
+        least, given = (device + host, budget.host) if budget.device is None else (device, budget.device)
+        if least <= given and host <= budget.host:
+            break
+    else:  # `plan` is the last way
+        if budget.named:
+            least, given = max(least, host), min(given, budget.host)
+            megabytes = -(-least // 10**6)
+            raise UsageError(
+                f"--memory {size(given)} is too little for one block of this model: {megabytes}MB is the least"
+            )
+    return replace(plan, needed=device + host, budget=budget.here)

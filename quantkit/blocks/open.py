@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 
 from quantkit.blocks.budget import Budget, free_budget
-from quantkit.blocks.pair import DeltaSource, delta_record
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import left_out
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.options import ComputeDtype, EvaluationSpec, make, parse_size
 from quantkit.progress import Progress
+from quantkit.runs.record import delta_record
 from quantkit.sources import default_source, open_source
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,6 +64,8 @@ def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code
     """Open a model by its name, or a pair, whose delta then is what has the revision. Raises SourceError."""
     if not isinstance(model, Pair):
         return open_source(model, revision, trust_remote_code)
+    from quantkit.blocks.pair import DeltaSource
+
     base = open_source(model.base, None, trust_remote_code)
     return DeltaSource(base, open_source(model.delta, revision, trust_remote_code))
 

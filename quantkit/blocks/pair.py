@@ -22,7 +22,8 @@ from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import SourceError
 from quantkit.options import Vocabulary
-from quantkit.runs.atomic import REPORT_NAME, read_json
+from quantkit.runs.atomic import REPORT_NAME
+from quantkit.runs.record import delta_record
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Old checkpoints store these; every reader computes them from the config, and in 16 bits they would be wrong.
@@ -54,6 +55,7 @@ class PairSource(Source):
     def __init__(self, base: Source, other: Source, vocab: Vocabulary = "auto") -> None:
         self.base, self.other = base, other
         self.path, self.config, self.dtype = other.path, other.config, other.dtype
+        self.trusts_code = other.trusts_code
         self.label = re.sub(r"[-_](w?diff|delta)(?=[-_@]|$)", "", other.label)
         self.doubt: str | None = None
         self.remarks: list[str] = []
@@ -321,13 +323,6 @@ def row_mean(matrix: torch.Tensor) -> torch.Tensor:
     for start in range(0, matrix.shape[0], rows):
         total += matrix[start : start + rows].sum(0, dtype=torch.float64)
     return (total / matrix.shape[0]).float()
-
-
-def delta_record(source: Source) -> dict[str, Any]:
-    """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
-    path = source.path / REPORT_NAME
-    found = read_json(path).get("delta") if path.is_file() else None
-    return found if isinstance(found, dict) else {}
 
 
 def _bound(source: Source) -> Weights:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from quantkit.blocks.allocator import large_apart, let_go
-from quantkit.blocks.families import shape_of
+from quantkit.blocks.budget import large_apart, let_go
+from quantkit.blocks.families import hooked, shape_of
 from quantkit.blocks.workers import Workers
 from quantkit.errors import SourceError
 
@@ -186,21 +186,12 @@ def _width(block: nn.Module, stage: Sequence[str]) -> int:
     return sum(rows for rows, _ in shapes) + shapes[0][1]
 
 
-@contextmanager
 def _watch(
     block: nn.Module, stages: Sequence[Sequence[str]], arrive: Callable[[int, torch.Tensor], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Call `arrive` with the stage and the input whenever a Linear of a stage is about to run."""
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(lambda _, args, stage=stage: arrive(stage, args[0]))
-        for stage, names in enumerate(stages)
-        for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+    numbers = {name: stage for stage, names in enumerate(stages) for name in names}
+    return hooked(block, numbers, lambda name, x: arrive(numbers[name], x))
 
 
 def _out_of_order(stages: Sequence[Sequence[str]], stage: int) -> SourceError:

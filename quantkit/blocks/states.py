@@ -161,20 +161,16 @@ def _changeable(value: Any) -> Iterator[Any]:
         yield value
 
 
-def share_equal(blocks: list[Arguments], earlier: list[list[Arguments]]) -> list[Arguments]:
-    """The arguments of one batch, with each tensor that an earlier batch has equally taken from there.
+def share_equal(blocks: list[Arguments], first: list[Arguments]) -> list[Arguments]:
+    """The arguments of one batch, with each tensor that the first batch has equally taken from there.
 
     Position embeddings and masks are the same for all batches of a shape and are then held once. What depends on the
     tokens stays each batch's own, and so does any object that blocks may change, such as a table of shared keys and
     values: within a batch all blocks keep getting the same one.
     """
-    for other in earlier:
-        seen: dict[int, Any] = {}
-        blocks = [
-            (_share(mine[0], theirs[0], seen), _share(mine[1], theirs[1], seen))
-            for mine, theirs in zip(blocks, other, strict=True)
-        ]
-    return blocks
+    seen: dict[int, Any] = {}
+    pairs = zip(blocks, first, strict=True)
+    return [(_share(mine[0], theirs[0], seen), _share(mine[1], theirs[1], seen)) for mine, theirs in pairs]
 
 
 def _share(mine: Any, theirs: Any, seen: dict[int, Any]) -> Any:

@@ -21,15 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from quantkit.blocks.budget import Budget, free_budget
-from quantkit.blocks.families import (
-    FAMILIES,
-    Family,
-    Stages,
-    discover_blocks,
-    discover_stages,
-    never_called,
-    shape_of,
-)
+from quantkit.blocks.families import FAMILIES, Family, Stages, discover_blocks, discover_stages, never_called, shape_of
 from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, put_together, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
@@ -189,7 +181,8 @@ class ModelStream:
                 capture = self._run_with_stand_ins(ids.to(self.device))
                 assert capture.hidden is not None
                 hidden.append(capture.hidden)
-                self._arguments.append(share_equal(capture.arguments, self._arguments[:1]))
+                own = capture.arguments
+                self._arguments.append(share_equal(own, self._arguments[0]) if self._arguments else own)
                 advance(1)
         self._capture = None
         self.hands_on = hands_on(self._arguments[0])

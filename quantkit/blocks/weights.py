@@ -34,20 +34,23 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     Raises:
         SourceError: the class does not like the config.
     """
-    config = type(source.config).from_dict(source.config.to_dict())
-    if not tied:
-        config.tie_word_embeddings = False
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     factory: Any = AutoModelForCausalLM
     try:
+        config = type(source.config).from_dict(source.config.to_dict())
+        if not tied:
+            config.tie_word_embeddings = False
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config._name_or_path = str(source.path)  # where code that comes with it lies
         with torch.device("meta"):
-            model = factory.from_config(config, dtype=torch.float32)
+            model = factory.from_config(config, dtype=torch.float32, trust_remote_code=source.trusts_code)
     except Exception as error:  # whatever a model class raises on a config it does not like
-        raise SourceError(f"{source.path}: cannot build a {config.model_type} model: {first_line(error)}") from error
+        kind = source.config.model_type
+        raise SourceError(f"{source.path}: cannot build a {kind} model: {first_line(error)}") from error
     return model.eval()
 
 
+_LLAMA_4 = "Llama4TextExperts"  # the class of its experts
 _SHOWN = 4  # prefixes of tensors that are left out
 # Old checkpoints store these, which every reader computes from the config.
 _COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_)?bias$|position_ids$")
@@ -121,6 +124,20 @@ class Experts(nn.Module):
         return total
 
 
+class WeightedExperts(Experts):
+    """As Llama 4 calls them: with all tokens for each expert in turn, times its weight for them, 0 for most."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """hidden_states [experts * tokens, hidden] -> the same; of a token that is 0 nothing comes."""
+        total = torch.zeros_like(hidden_states)
+        tokens = len(hidden_states) // len(self._modules)
+        for number, expert in enumerate(self.children()):
+            given = hidden_states[number * tokens : (number + 1) * tokens]
+            token = given[:0, 0].long() if isinstance(given, FakeTensor) else torch.where(given.any(dim=-1))[0]
+            total.index_add_(0, token + number * tokens, expert(given[token]).to(total.dtype))
+        return total
+
+
 def expert_names(model: Any) -> ExpertNames:
     """What this model's checkpoints call an expert's matrices: the sources of transformers' fusing conversions."""
     sources = {
@@ -138,11 +155,26 @@ def expert_names(model: Any) -> ExpertNames:
 
 def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
     """Replace every fused experts module of the model; returns what was replaced, by name."""
+    for module in model.modules():
+        if type(module).__name__ == _LLAMA_4:
+            _describe_llama_4(module)
     fused = {name: module for name, module in model.named_modules() if _is_fused(module)}
     for name, module in fused.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _as_linears(module, names))
     return fused
+
+
+def _describe_llama_4(module: Any) -> None:
+    """Give it the attributes that `_as_linears` reads, which transformers' own decorator has not given."""
+    module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, True, True
+
+    def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        result: torch.Tensor = up * module.act_fn(gate)
+        return result
+
+    module._apply_gate = apply_gate
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -176,7 +208,8 @@ def _as_linears(fused: Any, names: ExpertNames) -> Experts:
 
     with torch.device("meta"):
         kind = hidden, intermediate, names, activate, bool(fused.has_bias), bool(fused.has_gate)
-        return Experts([Expert(*kind) for _ in range(count)])
+        called = WeightedExperts if type(fused).__name__ == _LLAMA_4 else Experts
+        return called([Expert(*kind) for _ in range(count)])
 
 
 # -- which tensor each parameter is ------------------------------------------------------------------------------------
@@ -281,10 +314,9 @@ def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> It
         if kind.startswith("gate_up_proj"):
             for part, name in enumerate((names.gate, names.up)):
                 yield f"{expert}.{name}.{suffix}", Place(stored, expert, part, not fused.is_concatenated, turned)
-        elif kind.startswith("up_proj"):
-            yield f"{expert}.{names.up}.{suffix}", Place(stored, expert, transposed=turned)
-        elif kind.startswith("down_proj"):
-            yield f"{expert}.{names.down}.{suffix}", Place(stored, expert, transposed=turned)
+        elif kind.startswith(("up_proj", "down_proj")):
+            name = names.up if kind.startswith("up_proj") else names.down
+            yield f"{expert}.{name}.{suffix}", Place(stored, expert, transposed=turned)
 
 
 def _tie(source: Source, model: Any, places: dict[str, Place], found: dict[str, str], untie: bool) -> bool:

@@ -44,7 +44,9 @@ class Workers:
         each = max(1, threads // len(shares))
         for _ in shares:
             self._pools.append(ThreadPoolExecutor(1, "quantkit-worker"))
-            self._pools[-1].submit(_take_threads, each).result()
+            # The first question gives a new thread everybody's number of threads for its operations; then its own.
+            self._pools[-1].submit(torch.get_num_threads).result()
+            self._pools[-1].submit(torch.set_num_threads, each).result()
         torch.set_num_threads(threads)  # a thread that begins later takes the number that was set last
 
     def __enter__(self) -> Workers:
@@ -86,12 +88,6 @@ class Workers:
                 future.cancel()
             wait(futures)
             futures.clear()  # an error's traceback holds this frame, and would hold all results
-
-
-def _take_threads(count: int) -> None:
-    """Let this thread's operations use so many threads. The first question gives a new thread everybody's number."""
-    torch.get_num_threads()
-    torch.set_num_threads(count)
 
 
 def worker_count(device: torch.device, items: int) -> int:

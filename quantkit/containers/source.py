@@ -83,6 +83,7 @@ class Source(Protocol):
         quantization: the quantization of its config, of folders that hold codes; None of others.
         metadata: keys of a file that has its own, such as GGUF's; of others none.
         from_gptq: whether matrices of it hold the codes of a GPTQ run.
+        trusts_code: whether Python code that comes with it may run.
     """
 
     label: str
@@ -98,6 +99,7 @@ class Source(Protocol):
     quantization: dict[str, Any] | None = None
     metadata: Mapping[str, Any] = MappingProxyType({})
     from_gptq: bool = False
+    trusts_code: bool = False
 
     @property
     def parts(self) -> Mapping[str, Source]:

@@ -97,7 +97,11 @@ def score_texts(
         NumericError: a model's logits are not finite.
         UsageError: a model's vocabulary has another size than the reference's.
     """
-    all_batches = [batch for number, windows in enumerate(texts) for batch in _batches(number, windows)]
+    all_batches = []
+    for number, windows in enumerate(texts):
+        size = max(1, _BATCH_TOKENS // windows.tokens.shape[1])
+        pairs = zip(torch.split(windows.tokens, size), torch.split(windows.first_scored, size), strict=True)
+        all_batches += [_Batch(number, size * i, ids, scored.tolist()) for i, (ids, scored) in enumerate(pairs)]
     batches = [all_batches[i] for i in ranks.share(len(all_batches))]
     if not batches:  # there are fewer of them than processes
         return _merged(models, ranks.gather(_Share([], [])), len(texts), against)
@@ -109,9 +113,9 @@ def score_texts(
     memory.note(progress)
     hidden = [model.embed(tokens, place=memory.hidden) for model in models]
     depth = max(len(model.blocks) for model in models)
+    sizes = [(len(model.blocks), states[0].shape) for model, states in zip(models, hidden, strict=True)]
     layers: list[list[Ratios] | None] = [
-        [] if against and model is not models[0] and _same_shape(model, models[0], states, hidden[0]) else None
-        for model, states in zip(models, hidden, strict=True)
+        [] if against and number and own == sizes[0] else None for number, own in enumerate(sizes)
     ]
     work = [-(-ids.numel() // _BATCH_TOKENS) for ids in tokens]  # of a layer, for each batch
     head_layers = sum(model.head_layers for model in models)
@@ -144,17 +148,6 @@ def score_texts(
 
 def _forward(model: ModelStream, index: int, block: nn.Module, states: HiddenStates, batch: int) -> torch.Tensor:
     return model.call(index, block, batch, states[batch])
-
-
-def _batches(text: int, windows: Windows) -> Iterator[_Batch]:
-    size = max(1, _BATCH_TOKENS // windows.tokens.shape[1])
-    starts = zip(torch.split(windows.tokens, size), torch.split(windows.first_scored, size), strict=True)
-    for number, (tokens, first_scored) in enumerate(starts):
-        yield _Batch(text, number * size, tokens, first_scored.tolist())
-
-
-def _same_shape(model: ModelStream, reference: ModelStream, states: HiddenStates, theirs: HiddenStates) -> bool:
-    return len(model.blocks) == len(reference.blocks) and states[0].shape == theirs[0].shape
 
 
 def _relative_errors(states: HiddenStates, reference: HiddenStates, batches: list[_Batch]) -> Ratios:
@@ -308,14 +301,12 @@ def _merged(models: list[ModelStream], shares: list[_Share], texts: int, against
                 whole.agrees.extend(part.agrees)
             row.append(whole.scores(model, against and m > 0))
         scores.append(row)
-    return Scores(scores, [_merged_layers([share.layers[m] for share in shares]) for m in range(len(models))])
-
-
-def _merged_layers(shares: list[list[Ratios] | None]) -> list[float] | None:
-    if shares[0] is None:
-        return None
-    found = [blocks for blocks in shares if blocks is not None]
-    return [_mean([window for part in block for window in part]) for block in zip(*found, strict=True)]
+    layers: list[list[float] | None] = []
+    for m in range(len(models)):
+        found = [blocks for share in shares if (blocks := share.layers[m]) is not None]
+        means = [_mean([window for part in block for window in part]) for block in zip(*found, strict=True)]
+        layers.append(means if found else None)
+    return Scores(scores, layers)
 
 
 def _other_vocabulary(model: ModelStream, reference: ModelStream, rows: int, theirs: int) -> UsageError:

@@ -18,13 +18,9 @@ from quantkit.options.grid import ActOrder as ActOrder
 from quantkit.options.grid import FilledGrid as FilledGrid
 from quantkit.options.grid import Grid as Grid
 from quantkit.options.grid import MethodName as MethodName
-from quantkit.options.grid import MethodRow as MethodRow
-from quantkit.options.grid import Override as Override
 from quantkit.options.grid import Overrides as Overrides
 from quantkit.options.grid import QuantSpec as QuantSpec
 from quantkit.options.grid import matches as matches
-from quantkit.options.grid import parse_override as parse_override
-from quantkit.options.grid import pattern_regex as pattern_regex
 from quantkit.options.spec import Options as Options
 from quantkit.options.spec import Spec as Spec
 from quantkit.options.spec import Typed as Typed
@@ -454,6 +450,13 @@ class Ends(Options):
     """Of the output matrix; auto: as for the embedding."""
     pre: str | None = None
     """Name of the pre-tokenizer, where it is not known."""
+
+
+class Twice(Options):
+    """What has been rounded before."""
+
+    requantize: bool = False
+    """Round again what has been rounded before."""
 
 
 class Split(Options):

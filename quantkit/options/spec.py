@@ -183,7 +183,7 @@ def make(spec: type[S], **fields: Any) -> S:
     except ValidationError as error:
         found = error.errors()  # a key that is misspelled comes before the one that is missing for it
         first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-        where, said = [str(part) for part in first["loc"] if not _MEMBER.match(str(part))], _said(first)
+        where, said = [shortened(part) for part in map(str, first["loc"]) if not _MEMBER.match(part)], _said(first)
     if where and issubclass(spec, Options):
         option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
         within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""

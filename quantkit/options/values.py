@@ -5,7 +5,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
@@ -30,7 +30,12 @@ DATA_NAMES = (
 )
 """Data sets that have a name here; a test holds them against `tokens.datasets`."""
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md", ".raw", ".gz")
+PACKED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst", ".zip", ".7z")
+"""Of files that are packed, whatever they hold; a test holds them against `tokens.readers`."""
+
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md", ".raw", *PACKED_SUFFIXES)
+"""Of files of records or text."""
+
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NO_OWNERS = ("models", "datasets", "spaces")  # the Hub gives these names to nobody
 _WIKITEXT2 = "wikitext2"
@@ -60,18 +65,6 @@ def _bytes(size: str | int) -> int:
     return value
 
 
-def _sized(size: str | int) -> str | int:
-    _bytes(size)
-    return size
-
-
-def _tokens(number: str | int) -> str | int:
-    text = str(number).strip().lower()
-    if text != "all" and not (text.isdecimal() and int(text) > 0):
-        raise ValueError("give a number of tokens such as 8192, or all")
-    return text if text == "all" else int(text)
-
-
 @dataclass(frozen=True)
 class Every:
     """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
@@ -97,27 +90,20 @@ def parse_every(text: str) -> Every:
     return Every(seconds=number * {"s": 1, "m": 60, "h": 3600}[found[2]]) if found[2] else Every(blocks=number)
 
 
-def _timed(text: str) -> str:
-    parse_every(text)
-    return text
+def _parsed(parse: Callable[[Any], object]) -> AfterValidator:
+    """For values that stay as they are typed: `parse` refuses what it cannot read."""
+    return AfterValidator(lambda value: (parse(value), value)[1])
 
 
-def _codable(bits: int) -> int:
-    if not 2 <= bits <= 8:
-        raise ValueError("give 2, 3, 4 or 8")
-    return bits
+def _must(hold: Callable[[Any], object], advice: str) -> AfterValidator:
+    """For values that must `hold`; of others `advice` says what to give."""
 
+    def check(value: Any) -> Any:
+        if not hold(value):
+            raise ValueError(advice)
+        return value
 
-def _grouped(columns: int) -> int:
-    if columns != -1 and (columns <= 0 or columns % 8):
-        raise ValueError("give -1 (one group a row) or a positive multiple of 8")
-    return columns
-
-
-def _divergence(nats: float) -> float:
-    if not 0 <= nats < math.inf:
-        raise ValueError("give a divergence in nats, such as 0.05")
-    return nats
+    return AfterValidator(check)
 
 
 # -- names of things ---------------------------------------------------------------------------------------------------
@@ -128,7 +114,7 @@ _FILE_SUFFIXES = (".gguf", ".ggml", ".bin", ".safetensors", ".pt", ".pth", ".ckp
 
 
 def looks_like_id(name: str) -> bool:
-    """Whether `name` has the form owner/name of the Hub, is not that of a file, and its owner is no folder here."""
+    """Whether `name` has the form owner/name of the Hub, not a file's, and its first part is no folder here."""
     owner = name.partition("/")[0]
     formed = bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILE_SUFFIXES)
     return formed and owner not in _NO_OWNERS and not os.path.isdir(owner)
@@ -149,7 +135,7 @@ def check_data(spec: str) -> str:
     parts = [spec] if os.path.isfile(spec) else [re.sub(r":[\d.]+$", "", part.strip()) for part in spec.split(",")]
     for part in parts:
         name = part.partition(":")[0]
-        is_path = name.lower().endswith(_DATA_SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
+        is_path = name.lower().endswith(DATA_SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
         if is_path and not os.path.exists(part):
             raise no_data(part)
     return spec
@@ -183,31 +169,6 @@ def gptq_type(recipe: str) -> GgmlType:
     return known[recipe]
 
 
-def _on_grid(recipe: str) -> str:
-    gptq_type(recipe)
-    return recipe
-
-
-def _file_type(name: str) -> str:
-    if name not in ("auto", *FILE_TYPES):
-        raise ValueError(f"choose auto, {', '.join(FILE_TYPES)}")
-    return name
-
-
-def _kind(name: str) -> str:
-    own = (kind for kind in FILE_TYPES if kind not in ("iq2_m", "iq3_xs", "iq3_m"))
-    kinds = list(dict.fromkeys(re.sub(r"_k_[sml]$", "_k", kind) for kind in own))
-    if name not in ("auto", *kinds):
-        raise ValueError(f"choose auto, {', '.join(kinds)}")
-    return name
-
-
-def _device(name: str) -> str:
-    if re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", name) is None:
-        raise ValueError("not a device to run on; use auto, cpu, cuda or cuda:N")
-    return name
-
-
 def _named_folders(given: Any) -> Any:
     """``NAME=DIR`` texts as a mapping."""
     if not isinstance(given, tuple | list) or not all(isinstance(one, str) for one in given):
@@ -223,22 +184,35 @@ def _named_folders(given: Any) -> Any:
 Name = str | Path
 """What a model is opened by: folder, file or Hub id."""
 Place = Path | str
-Size = Annotated[str | int, AfterValidator(_sized)]
+Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
-Interval = Annotated[str, AfterValidator(_timed)]
-TokenCount = Annotated[str | int, AfterValidator(_tokens)]
-"""A number, or "all"."""
+Interval = Annotated[str, _parsed(parse_every)]
+TokenCount = Annotated[
+    str | int,
+    _must(lambda number: re.fullmatch(r"all|0*[1-9]\d*", str(number)), "give a number of tokens such as 8192, or all"),
+]
 Natural = Annotated[int, Field(ge=1)]
-Divergence = Annotated[float, AfterValidator(_divergence)]
+Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]
-Bits = Annotated[int, AfterValidator(_codable)]
+Bits = Annotated[int, _must(lambda bits: 2 <= bits <= 8, "give 2, 3, 4 or 8")]
 """Checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6."""
-GroupSize = Annotated[int, AfterValidator(_grouped)]
-DeviceName = Annotated[str, AfterValidator(_device)]
-FileType = Annotated[str, AfterValidator(_file_type)]
-KindName = Annotated[str, AfterValidator(_kind)]
+GroupSize = Annotated[
+    int,
+    _must(
+        lambda columns: columns == -1 or (columns > 0 and columns % 8 == 0),
+        "give -1 (one group a row) or a positive multiple of 8",
+    ),
+]
+DeviceName = Annotated[
+    str,
+    _must(re.compile(r"(auto|(cpu|cuda)(:\d+)?)").fullmatch, "not a device to run on; use auto, cpu, cuda or cuda:N"),
+]
+FileType = Annotated[str, _must(("auto", *FILE_TYPES).__contains__, f"choose auto, {', '.join(FILE_TYPES)}")]
+_MIXTURES = ("iq2_m", "iq3_xs", "iq3_m")  # which have no kind of their name
+_KINDS = tuple(dict.fromkeys(re.sub(r"_k_[sml]$", "_k", kind) for kind in FILE_TYPES if kind not in _MIXTURES))
+KindName = Annotated[str, _must(("auto", *_KINDS).__contains__, f"choose auto, {', '.join(_KINDS)}")]
 """A type of matrices."""
-GridType = Annotated[str, AfterValidator(_on_grid)]
+GridType = Annotated[str, _parsed(gptq_type)]
 Folders = Annotated[Mapping[str, Place], BeforeValidator(_named_folders)]
 
 

@@ -52,6 +52,7 @@ from quantkit.options import (
     Text,
     Texts,
     Trust,
+    Twice,
     Typed,
 )
 from quantkit.options.values import Divergence, FileType, Folders, GridType, Name, Place, Size
@@ -77,6 +78,7 @@ class Gptq(
     Amount,
     Compute,
     Run,
+    Twice,
     Checkpoint,
     Output,
 ):
@@ -92,14 +94,12 @@ class Gptq(
         return self
 
 
-class Ggml(Pair, Opened, Trust, Ends, Split, Output):
+class Ggml(Pair, Opened, Trust, Ends, Twice, Split, Output):
     type: FileType = "auto"
     """llama.cpp's mixture of this name: q4_0, q4_k_m, iq4_xs, f16, ... (docs/ggml.md lists all); auto: the smallest
     that holds GPTQ's codes exactly, and what a GGUF or ggjt file has."""
     container: Container = "gguf"
     """ggjt: what was called GGML in 2023, for Llamas with a SentencePiece vocabulary."""
-    requantize: bool = False
-    """Allow a type that rounds what has been rounded before."""
     pure: bool = False
     """One type for all matrices."""
     imatrix: Place | None = None
@@ -188,7 +188,7 @@ class Inspect(Model, Opened, Trust):
     """List every tensor."""
 
 
-class Verify(Device):
+class Verify(Trust, Device):
     arguments: ClassVar[tuple[str, ...]] = ("path",)
     path: Place
     """Folder, GGUF or ggjt file, or a folder of such files."""
@@ -215,7 +215,7 @@ class Held(Repository):
         return folder
 
 
-class Card(Held, CardFacts, Force):
+class Card(Held, CardFacts, Trust, Force):
     arguments: ClassVar[tuple[str, ...]] = ("folder",)
     defaults: ClassVar[Mapping[str, Any]] = {"repo": None}
     helps: ClassVar[Mapping[str, str]] = {
@@ -236,7 +236,7 @@ class Card(Held, CardFacts, Force):
     """Who; left out unless given."""
 
 
-class Publish(Held, Public, DryRun):
+class Publish(Held, Trust, Public, DryRun):
     arguments: ClassVar[tuple[str, ...]] = ("folder", "repo")
     helps: ClassVar[Mapping[str, str]] = {"dry_run": "Show what would change; change nothing."}
     only: tuple[str, ...] = ()

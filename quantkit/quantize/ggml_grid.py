@@ -37,7 +37,8 @@ def fit_ggml_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> GgmlG
     rows, columns = W.shape
     blocks = W.T.reshape(columns // kind.columns, -1, kind.group, rows)
     h = importance.reshape(blocks.shape[:3])[..., None]
-    tiles = [_fit(tile.contiguous(), h, kind) for tile in torch.split(blocks, max(1, _TILE // columns), dim=3)]
+    fit_tile = _fit_block if not kind.scale_bits else _fit_minimum if kind.has_minimum else _fit_signed
+    tiles = [fit_tile(tile.contiguous(), h, kind) for tile in torch.split(blocks, max(1, _TILE // columns), dim=3)]
     d, sc, dmin, m = (torch.cat(parts, dim=-1).flatten(0, -2).T for parts in zip(*tiles, strict=True))
     # A search that found nothing that float16 holds left its scale at 0.
     if not bool((torch.isfinite(d) & (d != 0) & torch.isfinite(dmin)).all()):
@@ -49,19 +50,12 @@ def fit_ggml_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> GgmlG
     return GgmlGrid(name, d.half(), sc=sc.short())
 
 
-def _fit(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
-    """w [blocks, subs, size, rows], h [blocks, subs, size, 1]."""
-    if not kind.scale_bits:
-        return _fit_block(w, h, kind)
-    return _fit_minimum(w, h, kind) if kind.has_minimum else _fit_signed(w, h, kind)
-
-
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """d [blocks, rows], sc [blocks, subs, rows], dmin and m the same, float32."""
 
 
 def _fit_block(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
-    """A scale and a minimum of either sign, as float16 each."""
+    """A scale and a minimum of either sign, as float16 each. w [blocks, subs, size, rows], h the same for rows 1."""
     best = _search_lines(w, h, 2**kind.bits - 1, -torch.inf)
     found = _Best(w, h, 2**kind.bits - 1)
     high, low = w.amax(dim=2), w.amin(dim=2)
@@ -88,7 +82,8 @@ def _search_lines(w: torch.Tensor, h: torch.Tensor, top: int, least: float) -> _
 def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
     top, limit = 2**kind.bits - 1, 2**kind.scale_bits - 1
     best = _search_lines(w, h, top, 0.0)
-    d, dmin = _unit(best.scale.amax(dim=1), limit), _unit(best.minimum.amax(dim=1), limit)
+    largest = best.scale.amax(dim=1), best.minimum.amax(dim=1)
+    d, dmin = (stored((part / limit).clamp(min=_SMALLEST)) for part in largest)
     sc, m = (best.scale / d[:, None]).round_(), (best.minimum / dmin[:, None]).round_()
     found = _Best(w, h, top)
     for _ in range(_ROUNDS):
@@ -220,7 +215,3 @@ def _refit_unit(
     new = sc * new_d[:, None]
     better = found.total(new, new * half) < found.total(scale, scale * half)
     return torch.where(better, new_d, d)
-
-
-def _unit(largest: torch.Tensor, limit: int) -> torch.Tensor:
-    return stored((largest / limit).clamp(min=_SMALLEST))

@@ -24,12 +24,8 @@ from quantkit.quantize.methods import Need, Solved, fit
 from quantkit.quantize.rounding import rounded
 
 needs: tuple[Need, ...] = ()
+gathers = HessianAccumulator  # sums for H float32 [in, in]
 _BLOCK = 128  # columns; those behind a block get its errors in one matrix product
-
-
-def gathers(columns: int, device: torch.device) -> HessianAccumulator:
-    """Sums for H float32 [in, in]."""
-    return HessianAccumulator(columns, device)
 
 
 def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
@@ -108,15 +104,13 @@ def quantize(W: torch.Tensor, H: torch.Tensor, factor: InverseFactor, spec: Quan
                 Wt[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
             squares += Err.square().sum(dim=0)
 
-    grid = _in_order(dynamic, perm, spec.group_size) if static is None else static
+    if static is None:  # one grid of those of runs of columns in the order `perm`
+        group = torch.empty(columns, dtype=torch.int32)
+        group[perm.cpu()] = contiguous_groups(columns, spec.group_size)
+        scales, zeros = torch.cat([g.scales for g in dynamic], dim=1), torch.cat([g.zeros for g in dynamic], dim=1)
+        grid = GptqGrid(scales, zeros, group, spec.bits)
+    else:
+        grid = static
     natural = torch.empty_like(codes)
     natural[perm] = codes
     return grid.linear(natural.T.contiguous()), squares
-
-
-def _in_order(grids: Sequence[GptqGrid], perm: torch.Tensor, group_size: int) -> GptqGrid:
-    """One grid of those of runs of columns in the order `perm`."""
-    group = torch.empty(len(perm), dtype=torch.int32)
-    group[perm.cpu()] = contiguous_groups(len(perm), group_size)
-    scales, zeros = torch.cat([grid.scales for grid in grids], dim=1), torch.cat([grid.zeros for grid in grids], dim=1)
-    return GptqGrid(scales, zeros, group, grids[0].bits)

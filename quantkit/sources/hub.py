@@ -15,7 +15,15 @@ from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import REPORT_NAME
 
-_BESIDE = ["config.json", "quantize_config.json", REPORT_NAME, *COMPANIONS, "additional_chat_templates/*.jinja"]
+ADAPTER = "adapter_config.json"
+_BESIDE = [
+    "config.json",
+    ADAPTER,
+    "quantize_config.json",
+    REPORT_NAME,
+    *COMPANIONS,
+    "additional_chat_templates/*.jinja",
+]
 _WANTED = ["*.safetensors", SafetensorsFiles.index_name, *_BESIDE]
 # Copies of the weights for other programs: those of subfolders (a pattern's * takes slashes too), and Mistral's own.
 _UNWANTED = ["*/*.safetensors", "consolidated*"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import CalibrationError, UsageError
-from quantkit.options.values import no_data
+from quantkit.options.values import DATA_SUFFIXES, PACKED_SUFFIXES, no_data
 from quantkit.sources.hub import quiet_client
 
 SAMPLE = "evol-instruct-sample"
@@ -20,7 +20,7 @@ HELD_OUT = "evol-instruct-sample:heldout"
 _HUB_SPEC = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:@\s]+))?(?::(?P<path>.+))?"
 )
-_DATA_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+_RECORDS = (".parquet", *(kind + packed for kind in (".json", ".jsonl") for packed in ("", *PACKED_SUFFIXES)))
 _TRAIN_SHARD = re.compile(r"(?:.*/)?train(?:-\d+-of-(?P<shards>\d+)[^/]*)?\.parquet")
 
 
@@ -121,7 +121,7 @@ def find_source(spec: str) -> DataFiles:
         return DataFiles(known.repository, files, known.license, known.first, known.joined)
     hub = _HUB_SPEC.fullmatch(spec)
     # A mistyped local path must not reach for the network.
-    if not hub or name.lower().endswith((*_DATA_SUFFIXES, ".txt", ".md", ".raw", ".gz")):
+    if not hub or name.lower().endswith(DATA_SUFFIXES):
         raise no_data(spec)
     repository, revision = hub["repository"], hub["revision"]
     shown = _shown_name(repository, revision)
@@ -136,7 +136,7 @@ def _shown_name(repository: str, revision: str | None) -> str:
 
 def choose_files(name: str, paths: Sequence[str]) -> list[str]:
     """The one data file among `paths`, or all shards of the one parquet train split; else `CalibrationError`."""
-    data = sorted(path for path in paths if path.lower().endswith(_DATA_SUFFIXES))
+    data = sorted(path for path in paths if path.lower().endswith(_RECORDS))
     train = [match for match in map(_TRAIN_SHARD.fullmatch, data) if match]
     if train and len({Path(match[0]).parent for match in train}) == 1:
         # Offline, the cache may hold some of them only.

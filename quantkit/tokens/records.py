@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.errors import CalibrationError, UsageError
+from quantkit.errors import CalibrationError, UsageError, shortened
 from quantkit.options import TemplateName
 from quantkit.report import called
 
@@ -142,7 +142,7 @@ def parse_record(raw: object, index: int, name: str) -> Record:
     for keys, build in LAYOUTS:
         if all(key in raw for key in keys):
             return build(_Fields(raw, f"{name}: record {record_id}"), record_id)
-    found = ", ".join(map(str, raw)) or "none"
+    found = shortened(", ".join(map(str, raw)), 500) or "none"
     known = "; ".join(" + ".join(keys) for keys, _ in LAYOUTS)
     raise CalibrationError(f"{name}: record {record_id} has an unknown layout. Keys found: {found}. Known: {known}.")
 

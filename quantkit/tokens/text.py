@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError, SourceError, UsageError
 from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
-from quantkit.options.values import is_wikitext2
+from quantkit.options.values import PACKED_SUFFIXES, is_wikitext2
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens import (
     Dataset,
@@ -34,7 +34,7 @@ from quantkit.tokens.windows import Windows
 
 WIKITEXT2 = "wikitext2"
 _WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
-_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", ".gz")
+_DATASET_SUFFIXES = (".json", ".jsonl", ".parquet", *PACKED_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,19 @@ def evaluation_text(
     # (At least 2, so that a window's own BOS leaves room for a token.)
     cut = spec.seq_len if spec.stride is None else max(spec.stride, 2)
     at_most = None if spec.eval_tokens == "all" else -(-max(int(spec.eval_tokens), spec.seq_len) // cut)
-    matrix = _token_matrix(spec, cut, tokenizer, progress, at_most)
+    name, content = _shown_name(spec.text), _read(spec.text, progress)
+    if isinstance(content, Dataset):
+        matrix = windows_in_order(
+            content, seq_len=cut, template=spec.template, tokenizer=tokenizer, progress=progress, at_most=at_most
+        )
+    else:
+        once = is_wikitext2(spec.text)
+        matrix = window_text(content, name, cut, tokenizer, leading_bos_once=once, at_most=at_most)
     tokens = matrix.tokens
     first_scored = torch.ones(tokens.shape[0], dtype=torch.int64)
     if spec.stride is not None:
         tokens, first_scored = _overlapping(matrix, spec.seq_len, spec.stride)
-    return EvaluationText(_shown_name(spec.text), Windows(tokens, first_scored), matrix.provenance)
+    return EvaluationText(name, Windows(tokens, first_scored), matrix.provenance)
 
 
 def common_text(
@@ -137,23 +144,6 @@ def check_tokens(tokens: torch.Tensor, source: Source) -> None:
         raise SourceError(
             f"{source.label}: its tokenizer gives id {int(tokens.max())}, but the model embeds only {vocabulary} ids"
         )
-
-
-def _token_matrix(
-    spec: EvaluationSpec, seq_len: int, tokenizer: PreTrainedTokenizerBase, progress: Progress, at_most: int | None
-) -> TokenMatrix:
-    content = _read(spec.text, progress)
-    if isinstance(content, Dataset):
-        return windows_in_order(
-            content,
-            seq_len=seq_len,
-            template=spec.template,
-            tokenizer=tokenizer,
-            progress=progress,
-            at_most=at_most,
-        )
-    once = is_wikitext2(spec.text)
-    return window_text(content, _shown_name(spec.text), seq_len, tokenizer, leading_bos_once=once, at_most=at_most)
 
 
 def _read(text: str, progress: Progress) -> Dataset | str:

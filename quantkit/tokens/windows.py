@@ -195,24 +195,16 @@ def _draw_mixture(
         drawn.append(draw(dataset, spec.model_copy(update={"samples": samples}), tokenizer, progress, exclude))
     order = interleaved([matrix.provenance.samples for matrix in drawn])
     tokens = torch.stack([drawn[part].tokens[number] for part, number in order])
-    return TokenMatrix(tokens, _mixed_provenance([matrix.provenance for matrix in drawn], weights, tokens, spec))
-
-
-def _mixed_provenance(
-    drawn: Sequence[Provenance], weights: Sequence[float], tokens: torch.Tensor, spec: Drawing
-) -> Provenance:
-    shared = Part.model_fields.keys() - {"weight"}
-    parts = [
-        Part(weight=weight, **facts.model_dump(include=shared)) for facts, weight in zip(drawn, weights, strict=True)
-    ]
+    facts, shared = [matrix.provenance for matrix in drawn], Part.model_fields.keys() - {"weight"}
+    parts = [Part(weight=weight, **one.model_dump(include=shared)) for one, weight in zip(facts, weights, strict=True)]
     licenses = dict.fromkeys(part.license for part in parts)
-    return Provenance(
+    provenance = Provenance(
         dataset=",".join(f"{part.dataset}:{part.weight:g}" for part in parts),
         dataset_sha256=hashlib.sha256("".join(part.dataset_sha256 for part in parts).encode()).hexdigest(),
         license=None if None in licenses else ", ".join(filter(None, licenses)),
         records=(),
-        template=drawn[0].template,
-        bos=drawn[0].bos,
+        template=facts[0].template,
+        bos=facts[0].bos,
         seed=spec.seed,
         seq_len=spec.seq_len,
         samples_asked=spec.samples,
@@ -221,6 +213,7 @@ def _mixed_provenance(
         dropped=sum(part.dropped for part in parts),
         parts=tuple(parts),
     )
+    return TokenMatrix(tokens, provenance)
 
 
 def shares(weights: Sequence[float], samples: int) -> list[int]:

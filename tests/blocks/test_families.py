@@ -128,7 +128,9 @@ def test_a_quantized_folder_is_a_source_again(
 ) -> None:
     """Conv1D keeps its weight the other way round than codes; experts lie apart."""
     quantkit.gptq(make_model(family), tmp_path / "one", calibration=tiny_tokens, bits=8, **OPTIONS)
-    quantkit.gptq(tmp_path / "one", tmp_path / "two", calibration=tiny_tokens, bits=8, **OPTIONS)
+    with pytest.raises(UsageError, match=r"one is quantized already \(8-bit codes\).*--requantize"):
+        quantkit.gptq(tmp_path / "one", tmp_path / "two", calibration=tiny_tokens, bits=8, **OPTIONS)
+    quantkit.gptq(tmp_path / "one", tmp_path / "two", calibration=tiny_tokens, bits=8, **OPTIONS, requantize=True)
     logits = [streamed_logits(open_stream(path), [IDS])[0] for path in (make_model(family), tmp_path / "two")]
     assert float((logits[0] - logits[1]).abs().mean()) < 0.05 * float(logits[0].std())
 
@@ -313,9 +315,36 @@ def test_a_linear_that_turns_out_not_to_be_called_is_named(
     quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, exclude=["*.dt_proj"], **OPTIONS, force=True)
 
 
-def test_experts_that_are_not_taken_apart_are_said_with_their_share(make_model: MakeModel, recorder: Recorder) -> None:
+def llama_4(make_model: MakeModel) -> Path:
     moe = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "moe_layers": [1]}
-    folder = make_model("llama4_text", **moe, no_rope_layers=[1, 0], attention_chunk_size=32)
+    return make_model("llama4_text", **moe, no_rope_layers=[1, 0], attention_chunk_size=32)
+
+
+def test_llama_4_s_experts_are_quantized(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, recorder: Recorder
+) -> None:
+    """Stored as one tensor of all, [experts, in, out], and called with all tokens for each."""
+    folder, ids = llama_4(make_model), tiny_tokens.tokens
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(ids[:1]).logits
+    torch.testing.assert_close(streamed_logits(open_stream(folder), [ids[:1]])[0], expected, **forward(expected))
+    report = quantkit.gptq(folder, tmp_path / "out", calibration=tiny_tokens, progress=recorder, **OPTIONS)
+    assert not any("stay as they are" in text for text in recorder.warnings)
+    experts = [layer for layer in report.layers if ".experts." in layer.name]
+    assert len(experts) == 12
+    assert 0 < sum(layer.tokens for layer in experts if layer.name.endswith("up_proj")) <= ids.numel()
+    assert quantkit.verify(tmp_path / "out", generate=False).problems == []
+    logits = [streamed_logits(open_stream(path), [ids])[0] for path in (folder, tmp_path / "out")]
+    rounded = streamed_logits(_rounded(folder), [ids])[0]
+    assert float((logits[1] - logits[0]).square().mean()) < float((rounded - logits[0]).square().mean())
+
+
+def test_experts_that_are_not_taken_apart_are_said_with_their_share(
+    make_model: MakeModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_LLAMA_4", "another")
+    folder = llama_4(make_model)
     quantkit.gptq(folder, dry_run=True, progress=recorder, **OPTIONS)
     (warning,) = (text for text in recorder.warnings if "stay as they are" in text)
     held = load_file(folder / "model.safetensors")

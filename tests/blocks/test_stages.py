@@ -19,7 +19,7 @@ from support.tolerance import forward
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantkit.blocks import allocator, stages
+from quantkit.blocks import budget, stages
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import FAMILIES as FAMILIES_TABLE
 from quantkit.blocks.stages import paused_bytes, run_paused, run_replayed
@@ -319,8 +319,8 @@ def mapped() -> int:
 def pieces_while_paused() -> list[int]:
     """Pieces from the system before three forwards that keep 24 MB and 3 MB each, in each, after them, and once more
     with 24 MB."""
-    allocator.tune()
-    allocator.let_go()
+    budget.tune()
+    budget.let_go()
     block = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), b=nn.Linear(8, 8)))
     seen = [mapped()]
 

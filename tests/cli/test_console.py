@@ -31,6 +31,19 @@ def test_every_character_that_drives_a_terminal_is_written_out() -> None:
     assert visible("caf\u00e9 \u4f60\u597d \U0001f680 a\u200db") == "caf\u00e9 \u4f60\u597d \U0001f680 a\u200db"
 
 
+def test_halves_of_characters_are_written_out_and_long_words_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name with an escaped half of a surrogate pair is in no stream's encoding."""
+    console.say("shard \ud800 is missing: " + "k" * 5000 + "; download it")
+    console.show(["shard \udfff"])
+    console.print_json({"shard": "\ud800"})
+    out, err = capsys.readouterr()
+    assert err.startswith("shard \\ud800 is missing: kkk")
+    assert err.endswith("; download it\n")
+    assert len(err) < 1000
+    assert out.splitlines()[0] == "shard \\udfff"
+    assert json.loads(out.splitlines()[1]) == {"shard": "\ud800"}
+
+
 def test_notes_warnings_and_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     bars = console.Bars(quiet=False)
     bars.note(HOSTILE)
@@ -64,9 +77,12 @@ def test_results_and_tables_are_shown_and_drive_nothing(capsys: pytest.CaptureFi
         ("name: x\nsource: {model: " + "a" * 5000 + "}\nvariants: [{kind: gguf, type: q8_0}]\n", "aaaa"),
         ("name: x\nsource: {model: ~nouser/x}\nvariants: [{kind: gguf, type: q8_0}]\n", "nouser"),
         ("name: x\ncalibration: {samples: " + "9" * 5000 + "}\nvariants: []\n", "no YAML"),
+        ("name: x\nvariants: !!bool maybe\n", "no YAML"),
+        ("name: x\nvariants: []\ncalibration: {? " + "- " * 3000 + "a : 1}\n", "no YAML"),
+        ("name: x\nvariants: []\ncalibration:\n  ? '" + "- " * 3000 + "'\n  : 1\n", "calibration: - - -"),
         ("name: x\nvariants: " + "x" * 10**5 + "\n", "variants: give a list (got 'xxx"),
     ],
-    ids=["escape", "alias", "itself", "long", "home", "digits", "value"],
+    ids=["escape", "alias", "itself", "long", "home", "digits", "tag", "lists", "key", "value"],
 )
 def test_a_strangers_recipe_is_refused_in_one_short_line(
     recipe: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

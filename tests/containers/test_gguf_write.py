@@ -19,6 +19,7 @@ from conftest import CHAT_TEMPLATE, SPECIAL, VOCABULARY, MakeModel, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support.few_files import few_files
 from support.gguf_models import byte_level, sentencepiece, write_model
 from support.llamacpp import floored, llama_logprobs, mean_kl, scored_rows
 from support.smollm2 import smollm2_gguf
@@ -42,7 +43,7 @@ from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.vocabulary import read_pieces
 from quantkit.containers.source import Source
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.runs.atomic import staged_files
+from quantkit.runs.outputs import Staging, staged_files
 from quantkit.sources import open_source
 
 Kind = gguf.GGMLQuantizationType
@@ -106,7 +107,7 @@ def publish(
     options.setdefault("pre", "qwen2")
     keys = file_keys(source, gguf.LlamaFileType.ALL_F32, **options)
     with (
-        staged_files(path) as staging,
+        staged_files(path, force=True) as staging,
         GgufWriter(staging / path.name, architecture_of(source), keys, typed, split_max_bytes) as writer,
     ):
         for tensor, stored in reversed(typed):
@@ -603,6 +604,17 @@ KEYS = {
 }
 
 
+def test_more_parts_than_a_process_may_have_open(make_model: MakeModel, tmp_path: Path) -> None:
+    source = tiny(make_model, "llama")
+    whole = publish(source, tmp_path / "whole.gguf", Kind.F16)
+    with few_files():
+        parts = publish(source, tmp_path / "tiny.gguf", Kind.F16, split_max_bytes=1)
+    assert len(parts) > 16
+    read, other = open_source(parts[0]), open_source(whole[0])
+    assert all(torch.equal(read.read(name), other.read(name)) for name in other.tensors)
+    assert read.tensors == other.tensors
+
+
 @pytest.mark.parametrize("split", [0, 1, 9_000, 10**9])
 @pytest.mark.parametrize("case", ["llama3-rope", "qwen3moe"])
 def test_the_bytes_are_those_of_gguf_py(case: str, split: int, make_model: MakeModel, tmp_path: Path) -> None:
@@ -685,17 +697,16 @@ def test_parts_appear_together_or_not_at_all(
     source = tiny(make_model, "llama")
     old = publish(source, tmp_path / "tiny.gguf", Kind.F16, split_max_bytes=60_000)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    rename, count = Path.rename, 0
+    move, count = Staging._move, 0
 
-    def failing(self: Path, target: Path) -> Path:
+    def failing(self: Staging, *arguments: Any) -> None:
         nonlocal count
-        count += target.parent == tmp_path and ".partial" in str(self) and "replaced" not in str(self)
+        count += 1
         if count == 2:
-            count += 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(self, target)
+        move(self, *arguments)
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(Staging, "_move", failing)
     for name in ("tiny.gguf", "another.gguf"):
         count = 0
         with pytest.raises(OutputError, match="Input/output error"):
@@ -722,12 +733,12 @@ def test_a_tensor_that_was_never_written_is_named(make_model: MakeModel, tmp_pat
 def test_a_disk_that_changes_a_bit_is_noticed(
     place: int, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    close = GgufWriter._close
+    close, changed = GgufWriter._close, list[Path]()
 
     def changing(self: GgufWriter) -> None:
-        closed = self._files[0].closed
         close(self)
-        if not closed:
+        if not changed:
+            changed.append(self.paths[0])
             content = bytearray(self.paths[0].read_bytes())
             content[place] ^= 1
             self.paths[0].write_bytes(content)

@@ -497,6 +497,30 @@ def test_scales_of_more_than_float16_are_read_but_codes_are_not_taken(written: P
             take(name)
 
 
+def test_a_group_that_there_is_not_is_refused(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "damaged")
+    tensors = stored_tensors(written)
+    name = "model.layers.0.self_attn.q_proj"
+    groups = len(tensors[f"{name}.scales"])
+    tensors[f"{name}.g_idx"] = torch.zeros(64, dtype=torch.int32)
+    for wrong in (groups, -1):
+        tensors[f"{name}.g_idx"][3] = wrong
+        save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+        source = open_source(tmp_path / "damaged")
+        with pytest.raises(SourceError, match=f"q_proj.g_idx names groups beyond its {groups}"):
+            source.read(f"{name}.weight")
+
+
+@pytest.mark.parametrize("meta", ["gptqmodel", ["gptqmodel:7.7"], {"quantizer": 7}, {"quantizer": {"a": 1}}])
+def test_a_label_of_another_shape_tells_no_writer(written: Path, tmp_path: Path, meta: Any) -> None:
+    shutil.copytree(written, tmp_path / "other")
+    config = read_json(written / "config.json")
+    config["quantization_config"]["meta"] = meta
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert open_source(tmp_path / "other").read(name).shape == open_source(written).read(name).shape
+
+
 def test_a_file_that_becomes_shorter_while_it_is_read_is_noticed(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path / "cut")
     source = open_source(tmp_path / "cut")
@@ -514,7 +538,7 @@ def test_a_gptq_folder_can_be_quantized_again(written: Path, tiny_tokens: TokenM
     assert isinstance(source, GptqSource)
     module = "model.layers.1.mlp.down_proj"
     assert torch.equal(source.read(f"{module}.weight"), source.read_codes(module).dequantize())
-    quantkit.gptq(written, tmp_path / "out", bits=8, group_size=32, calibration=tiny_tokens, **OPTIONS)
+    quantkit.gptq(written, tmp_path / "out", bits=8, group_size=32, calibration=tiny_tokens, requantize=True, **OPTIONS)
     again = open_source(tmp_path / "out")
     assert (again.bits(module), again.quantization["bits"]) == (8, 8)
     assert read_json(tmp_path / "out" / "quantkit.json")["source"]["kind"] == "gptq"
@@ -582,7 +606,7 @@ def test_a_disk_that_changes_a_bit_is_noticed(part: str, make_model: MakeModel, 
             scales = torch.ones(zeros.shape, dtype=torch.float16)
             writer.add_linear(module, QuantizedLinear(codes, scales, zeros, contiguous_groups(columns, 32), 4))
         writer.add_others()
-        writer._tensors._files[0].flush()
+        writer._tensors.close()
         path = tmp_path / "model.safetensors"
         length = int.from_bytes(path.read_bytes()[:8], "little")
         header = json.loads(path.read_bytes()[8 : 8 + length])

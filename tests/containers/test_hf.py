@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import weakref
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import MakeModel, Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from quantkit.errors import SourceError
 from quantkit.options import QuantSpec
 from quantkit.quantize.targets import CheckpointTarget
 from quantkit.sources import open_source
+from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq import check_finite
 from quantkit.verbs.inspect import inspect
 
@@ -506,8 +508,167 @@ def test_other_quantizations_are_refused_by_name(make_model: MakeModel, tmp_path
     assert "\n" not in str(error.value)
 
 
+def test_half_of_a_character_in_a_config_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    """JSON may escape what no file could hold again."""
+    shutil.copytree(make_model("llama"), tmp_path / "half")
+    path = tmp_path / "half" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "note": "\ud800"}))
+    with pytest.raises(SourceError, match=r"config\.json: not readable as JSON: .*surrogates"):
+        open_source(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": ["llama"]}, r"config\.json: model_type is \['llama'\], not a name"),
+        ({"model_type": {"a": 1}}, "not a name"),
+        ({"max_position_embeddings": -256}, r"context_length would be -256, which no GGUF file holds"),
+        ({"max_position_embeddings": 2**40}, "which no GGUF file holds"),
+    ],
+)
+def test_a_config_of_what_no_model_has(
+    change: dict[str, Any], said: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make_model("llama"), tmp_path / "m")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(SourceError, match=said):
+        quantkit.ggml(folder, out=tmp_path / "m.gguf", pre="gpt-2")
+
+
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
     for name in ("training_args.bin", "optimizer.bin"):
         torch.save({"lr": torch.ones(1)}, tmp_path / name)
     with pytest.raises(SourceError, match=r"no safetensors file, no pytorch_model\.bin"):
         open_weights(tmp_path)
+
+
+# -- what lies beside weights ------------------------------------------------------------------------------------------
+
+
+def test_code_that_comes_with_a_model_goes_with_it(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From reading to verifying, without a question, where code is trusted; no link is followed out of the folder."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    (tmp_path / "secret.py").write_text("key = 1")
+    (model / "away.py").symlink_to(tmp_path / "secret.py")
+    (model / "other.py").write_text("")
+    (model / "helping_own.py").write_text("KIND = 'ownllama'\n")
+    (model / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nfrom .helping_own import KIND\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = KIND\n"
+    )
+    (model / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "ownllama", "auto_map": classes | {"AutoTokenizer": ["away.Tokenizer", None]}}
+    (model / "config.json").write_text(json.dumps(config))
+    quantkit.convert(model, tmp_path / "half", trust_remote_code=True)
+    quantkit.gptq(
+        *(tmp_path / "half", tmp_path / "out"),
+        calibration=tiny_tokens,
+        trust_remote_code=True,
+        evaluate=False,
+        group_size=32,
+    )
+    for folder in (tmp_path / "half", tmp_path / "out"):
+        code = {path.name for path in folder.glob("*.py")}
+        assert code == {"configuration_own.py", "helping_own.py", "modeling_own.py"}
+        assert quantkit.verify(folder, generate=False, trust_remote_code=True).problems == []
+    with pytest.raises(SourceError, match="--trust-remote-code"):
+        open_source(tmp_path / "out")
+    (problem,) = quantkit.verify(tmp_path / "out", generate=False).problems
+    assert "--trust-remote-code" in problem
+    left_out = open_source(model, trust_remote_code=True).left_out
+    assert [text.partition(":")[0] for text in left_out] == [str(model / "away.py")]
+
+
+def test_companions_of_all_kinds_are_copied(make_model: MakeModel, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    names = ("vocab.txt", "spiece.model", "tekken.json", "qwen.tiktoken", "preprocessor_config.json")
+    for name in names:
+        (model / name).write_text('{"_name_or_path": "/home/somebody/model", "size": 1}')
+    quantkit.convert(model, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= set(names)
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == {"size": 1}
+
+
+def test_a_template_that_only_processors_read(make_model: MakeModel, tmp_path: Path) -> None:
+    """In chat_template.json; llama.cpp's converter takes it where the tokenizer has none of its own."""
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    for path in model.glob("chat_template*"):
+        path.unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not open_source(model).tokenizer().chat_template
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    quantkit.convert(model, tmp_path / "out")
+    for folder in (model, tmp_path / "out"):
+        assert open_source(folder).tokenizer().chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_is_no_model(with_config: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model()
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    if with_config:
+        shutil.copy(base / "config.json", tmp_path)
+    with pytest.raises(SourceError, match=r"an adapter and no model of its own; merge it .*someone/base"):
+        open_source(tmp_path)
+    if with_config:
+        assert "an adapter and no model of its own" in quantkit.verify(tmp_path, generate=False).problems[0]
+
+
+def test_an_adapter_beside_a_model_is_left_out_with_a_warning(
+    make_model: MakeModel, recorder: Recorder, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    (model / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
+    quantkit.convert(model, tmp_path / "out", progress=recorder)
+    assert any("adapter" in text for text in recorder.warnings)
+    (found,) = quantkit.verify(model, generate=False).models
+    assert any("adapter" in text for text in found.notes)
+    assert not any("adapter" in text for text in found.problems)
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(model / "weights.safetensors"))
+
+
+@pytest.mark.parametrize(("part", "wanted"), [("qweight", "quantize_config.json"), ("weight_scale_inv", "config.json")])
+def test_codes_without_a_label_are_told(part: str, wanted: str, make_model: MakeModel, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    extra = {f"model.layers.0.mlp.up_proj.{part}": torch.ones(2, 2, dtype=torch.int32)}
+    save_file({**load_file(model / "model.safetensors"), **extra}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=rf"holds quantized weights \(.*{part}\).*{wanted}"):
+        open_source(model)
+    assert any("holds quantized weights" in text for text in quantkit.verify(model, generate=False).problems)
+
+
+@pytest.mark.parametrize(
+    ("renamed", "kind", "wanted"),
+    [
+        ("up_proj.W_q", torch.uint8, "holds quantized weights"),  # HQQ
+        ("up_proj.weight._data", torch.int8, "holds quantized weights"),  # Quanto
+        ("up_proj.weight", torch.int8, "holds quantized weights"),
+        ("up_proj.base_layer.weight", torch.float16, "parts of an adapter.*merge"),  # PEFT, saved unmerged
+        ("up_proj.lora_A.default.weight", torch.float16, "parts of an adapter.*merge"),
+    ],
+)
+def test_a_folder_whose_weights_are_something_else_is_told_so(
+    renamed: str, kind: torch.dtype, wanted: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """Whole numbers under a weight's name would be quantized as they are; of the others one is not missing."""
+    model = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    tensors, prefix = load_file(model / "model.safetensors"), "model.layers.0.mlp."
+    tensors[prefix + renamed] = tensors.pop(prefix + "up_proj.weight").to(kind)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=wanted):
+        open_source(model)
+    assert any(re.search(wanted, text) for text in quantkit.verify(model, generate=False).problems)

@@ -76,7 +76,7 @@ def test_a_file_that_cuts_text_otherwise_says_so(folder: Path, make_model: MakeM
     quantkit.ggml(folder, out=tmp_path / "sound.gguf", progress=notes)
     # transformers takes a space that begins a text for the one that SentencePiece puts there.
     plain = [text for text in notes.warnings if "cuts text otherwise" in text]
-    assert [text.partition(": ")[2] for text in plain] == ["' begins with one' and 1 more of 9"]
+    assert [text.partition(": ")[2] for text in plain] == ["' begins with one' and 1 more of 13"]
     tokenizer: Any = open_source(folder).tokenizer()
     backend = tokenizer.backend_tokenizer
     assert backend.normalizer is None
@@ -89,3 +89,42 @@ def test_a_file_that_cuts_text_otherwise_says_so(folder: Path, make_model: MakeM
     quantkit.ggml(copy, out=tmp_path / "nfkc.gguf", progress=notes)
     found = [text for text in notes.warnings if "cuts text otherwise than the model's tokenizer: 'the \ufb01ne" in text]
     assert len(found) == 1
+
+
+_UNSEEN = {
+    "quotes": ("\u2019", "'"),
+    "dashes": ("\u2014", "-"),
+    "hard spaces": ("\u00a0", " "),
+    "wide spaces": ("\u3000", " "),
+    "widthless": ("\u200b", ""),
+    "hyphens": ("\u00ad", ""),
+    "marks": ("\ufeff", ""),
+    "nothing": ("\x00", ""),
+    "lines": ("\r\n", "\n"),
+    "blank lines": ("\n\n\n", "\n\n"),
+    "digits": ("5", "S"),
+}
+
+
+@pytest.mark.parametrize("change", _UNSEEN)
+def test_a_normalizer_that_a_gguf_reader_lacks_is_warned_of(
+    change: str, make_model: MakeModel, tmp_path: Path, recorder: Recorder
+) -> None:
+    """Of a byte-level vocabulary, which llama.cpp reads without any."""
+    folder = shutil.copytree(make_model("llama"), tmp_path / "m")
+    tokenizer: Any = open_source(folder).tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(*_UNSEEN[change])
+    tokenizer.save_pretrained(folder)
+    quantkit.ggml(folder, out=tmp_path / "m.gguf", pre="gpt-2", progress=recorder)
+    assert [text for text in recorder.warnings if "cuts text otherwise" in text]
+
+
+def test_merges_of_no_tokens_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = shutil.copytree(make_model("llama"), tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*"))
+    content = json.loads((make_model("llama") / "tokenizer.json").read_text())["model"]
+    vocabulary = {token if token != "the" else "them": number for token, number in content["vocab"].items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in content["merges"]))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    with pytest.raises(SourceError, match="vocabulary"):
+        quantkit.ggml(folder, out=tmp_path / "m.gguf", pre="gpt-2")

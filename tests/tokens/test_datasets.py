@@ -27,6 +27,8 @@ from transformers import PreTrainedTokenizerFast
 import quantkit
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.options import CalibrationSpec
+from quantkit.options.values import check_data
+from quantkit.progress import SILENT
 from quantkit.tokens import (
     KNOWN_NAMES,
     Dataset,
@@ -39,7 +41,9 @@ from quantkit.tokens import (
     load_calibration,
     load_dataset,
     parse_mixture,
+    readers,
 )
+from quantkit.tokens.text import _read as read_text
 from quantkit.tokens.text import text_index
 from quantkit.tokens.windows import interleaved, shares
 
@@ -317,6 +321,23 @@ def test_compressed_files(tmp_path: Path, name: str, content: bytes) -> None:
     data = packed(content)
     dataset = load_dataset(write(tmp_path, name, data))
     assert (dataset.name, dataset.records, dataset.sha256) == (name, READ, hashlib.sha256(data).hexdigest())
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("xz", lzma.compress), ("bz2", bz2.compress)])
+def test_an_evaluation_text_of_packed_records(suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    content = read_text(write(tmp_path, f"a.jsonl.{suffix}", compress(LINES)), SILENT)
+    assert isinstance(content, Dataset)
+    assert content.records == READ
+
+
+@pytest.mark.parametrize("suffix", sorted(suffix for _, suffix, _ in readers._PACKED.values()))
+def test_a_mistyped_packed_file_is_no_name_on_the_hub(suffix: str) -> None:
+    for name in (f"owner/data.jsonl{suffix}", f"data.txt{suffix}"):
+        with pytest.raises(UsageError, match="no such data"):
+            check_data(name)
+        with pytest.raises(UsageError, match="no such data"):
+            datasets.find_source(name)
+    assert datasets.choose_files("a/b", ["README.md", f"train.jsonl{suffix}"]) == [f"train.jsonl{suffix}"]
 
 
 def test_compressed_plain_text(tmp_path: Path) -> None:

@@ -478,6 +478,36 @@ def test_front_matter_is_read_as_the_hub_reads_it(
     assert (data.license, data.language) == (licence, language)
 
 
+@pytest.mark.parametrize("value", ["!!float 1e", "!!bool maybe", "!!timestamp x", "[" * 5000])
+def test_front_matter_of_values_that_are_none(value: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\n---\nThe text.\n")
+    with pytest.raises(SourceError, match="front matter is no YAML"):
+        card(folder, original=tmp_path / "README.md", force=True)
+
+
+def test_several_licences_and_words_that_look_like_numbers(folder: Path, tmp_path: Path) -> None:
+    """A reader of YAML 1.2, as the Hub is, takes 1e3 and 0o17 for numbers where they are not quoted."""
+    original = tmp_path / "README.md"
+    original.write_text("---\nlicense: [apache-2.0, mit]\nlicense_name: '0o17'\nlanguage:\t[en]\n---\nThe text.\n")
+    with pytest.raises(UsageError, match=r"--licence mit: .* is under apache-2\.0 and mit, which"):
+        card(folder, original=original, licence="mit", force=True)
+    write(folder, original=original, quantized_by="1e3")
+    text = (folder / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.license, data.language) == (["apache-2.0", "mit"], ["en"])
+    assert "\nlicense_name: '0o17'\n" in text
+    assert "\nquantized_by: '1e3'\n" in text
+
+
+@pytest.mark.parametrize("front", ["license: {a: b}", "language: [[en]]", "pipeline_tag: 1.5"])
+def test_front_matter_whose_values_are_no_words(front: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+    with pytest.raises(
+        SourceError, match=rf"has a {front.partition(':')[0]} that is neither a word nor a list of words"
+    ):
+        card(folder, original=tmp_path / "README.md")
+
+
 def test_an_original_beside_other_weights_is_refused(folder: Path, make_model: MakeModel, tmp_path: Path) -> None:
     for seed, right in ((0, True), (5, False)):
         place = tmp_path / f"source{seed}"

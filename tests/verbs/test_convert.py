@@ -15,6 +15,7 @@ import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, token_matrix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.few_files import few_files
 from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.streamed import open_stream, streamed_logits
@@ -201,7 +202,7 @@ def missing(tensors: dict[str, torch.Tensor]) -> None:
     [
         (large, NumericError, rf"{UP}: a value is beyond float16; use dtype=bfloat16 or float32"),
         (nan, NumericError, rf"{UP} holds NaN or infinity; the model's files are damaged"),
-        (integers, SourceError, rf"{UP} is stored as I16, which is no type of a weight"),
+        (integers, SourceError, rf"holds quantized weights \({UP}\), but nothing says how"),
         (missing, SourceError, rf"tensor {UP} is missing"),
     ],
 )
@@ -380,3 +381,19 @@ def test_tensors_that_the_models_class_passes_over_are_named(
         "model.visual (2), mtp (1), extra (1)",  # the folders hold it as it is
     ]
     assert set(stored(model)) - set(stored(tmp_path / "out")) == {*more, *old} - {"extra.weight"}
+
+
+def test_what_was_rounded_before_is_called_so(tiny_gguf: Path, recorder: Recorder, tmp_path: Path) -> None:
+    quantkit.gptq(tiny_gguf, dry_run=True, progress=recorder, **GPTQ)
+    assert any("was rounded before: what is quantized is float16 from Q4_0, Q8_0" in text for text in recorder.notes)
+    quantkit.convert(tiny_gguf, tmp_path / "out")
+    quantkit.gptq(tmp_path / "out", dry_run=True, progress=recorder, **GPTQ)
+    assert "out was made from a GGUF file (its quantkit.json): what that rounded stays so" in recorder.notes
+
+
+def test_more_shards_than_a_process_may_have_open(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with few_files():
+        report = quantkit.convert(model, tmp_path / "out", max_shard_size="1KB")
+    assert len(list(report.out.glob("*.safetensors"))) > 16
+    assert_same_model(report.out, model)

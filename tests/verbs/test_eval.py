@@ -6,15 +6,18 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MakeModel, Recorder
+from support.tasks import TASK
 from support.tolerance import longest_path, rounding
 
 import quantkit
@@ -25,6 +28,7 @@ from quantkit.runs.atomic import file_sha256
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
+from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.eval.tasks import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
@@ -357,6 +361,41 @@ def test_a_task_whose_file_is_not_there(model: Path, tmp_path: Path) -> None:
         run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("labels", "limit", "said"),
+    [
+        ([None, None, None], None, "3 of 3"),
+        (["", "", ""], None, "3 of 3"),
+        ([-1, -1, -1], None, "3 of 3"),
+        ([0, 2, 1], None, "1 of 3"),
+        ([0, 1, None], 2, ""),
+    ],
+)
+def test_questions_without_answers_give_no_number(
+    labels: list[Any], limit: int | None, said: str, model: Path, tmp_path: Path
+) -> None:
+    """As test splits have them; the harness counts each as wrong, and gives 0."""
+    rows = [{"question": "a b", "choices": ["a", "b"], "label": label} for label in labels]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(TASK)
+    options: dict[str, Any] = {"task": ["tiny"], "tasks_dir": tmp_path, "limit": limit}
+    if not said:
+        assert run(model, tmp_path / "r.json", **options).tasks[0].questions == limit
+        return
+    with pytest.raises(QuantkitError, match=f"tiny: {said} questions have no answer"):
+        run(model, tmp_path / "r.json", **options)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_texts_to_be_written_without_answers_give_no_number(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"question": "a b", "label": null}\n' * 2)
+    words = "output_type: generate_until\ngeneration_kwargs: {until: [x], max_gen_toks: 2}\n"
+    task = re.sub("output_type: .*\n|doc_to_choice: .*\n|metric_list: .*\n", "", TASK)
+    (tmp_path / "tiny.yaml").write_text(f"{task}{words}metric_list: [{{metric: exact_match}}]\n")
+    with pytest.raises(QuantkitError, match="tiny: 2 of 2 questions have no answer"):
+        run(model, tmp_path / "r.json", task=["tiny"], tasks_dir=tmp_path)
+
+
 def test_too_few_examples_to_show(model: Path, tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantkitError, match=r"the harness failed: ValueError: Sample larger than population"):
         run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=tasks, fewshot=7)
@@ -468,6 +507,23 @@ def test_tasks_bring_no_code_without_leave(
     if "!function utils" in said:
         run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=folder, limit=1, trust_remote_code=True)
         assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("metric_list: !!bool maybe\n", "no YAML"),
+        ("fewshot_config: " + "[" * 5000, "no YAML"),
+        ("include: " + "a" * 5000 + "\n", ""),
+        ("metadata: &a [*a]\n", ""),
+        ("metadata:\n  a0: &a0 [x]\n" + "".join(f"  a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 12)), ""),
+    ],
+    ids=["value", "nested", "name", "itself", "aliases"],
+)
+def test_damaged_tasks_are_looked_at_to_their_end(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TASK + text)
+    with pytest.raises(UsageError, match=rf"tiny\.yaml: {said}") if said else nullcontext():
+        check_tasks(tmp_path)
 
 
 def test_a_pipe_among_tasks_is_never_opened(model: Path, tasks: Path, tmp_path: Path) -> None:

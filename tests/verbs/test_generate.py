@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -34,10 +33,12 @@ from quantkit.containers.source import Source
 from quantkit.errors import (
     CalibrationError,
     NumericError,
-    OutputError,
     UsageError,
 )
 from quantkit.options import Decoding, make
+from quantkit.runs.journal import Journal
+from quantkit.runs.outputs import staging_of
+from quantkit.runs.places import folder_of
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.generate import GenerateReport
@@ -477,7 +478,12 @@ def test_a_line_is_the_prompts_with_the_answer_added(model: Path, prompts: Path,
     assert list(json.loads(settings)["source"]["sha256"]) == ["model.safetensors"]
 
 
-def test_each_batch_is_in_the_file_before_the_next(
+def kept(out: Path) -> int:
+    """Answers that a run at work or a killed one has kept."""
+    return sum("answer" in record for record in Journal(folder_of(out) / "journal").records)
+
+
+def test_each_batch_is_kept_before_the_next(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -486,7 +492,7 @@ def test_each_batch_is_in_the_file_before_the_next(
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(number) or sync(number))
 
     def watched(self: Speaker, *given: Any) -> Any:
-        seen.append(len(answers(tmp_path / "out")))
+        seen.append(kept(tmp_path / "out"))
         return answer(self, *given)
 
     monkeypatch.setattr(Speaker, "answer", watched)
@@ -587,10 +593,8 @@ def test_resuming_with_anything_else_is_refused(
 
 def test_two_runs_do_not_write_one_file(model: Path, prompts: Path, tmp_path: Path) -> None:
     run(model, lines(tmp_path / "few.jsonl", PROMPTS[:2]), tmp_path / "out")
-    with (tmp_path / "out").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match=r"another run is writing it"):
-            run(model, prompts, tmp_path / "out", resume=True)
+    with staging_of(tmp_path / "out"), pytest.raises(UsageError, match=r"another run is writing it"):
+        run(model, prompts, tmp_path / "out", resume=True)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
@@ -603,11 +607,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> 
         process = subprocess.Popen(
             [*command, "--device", "cpu", "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= wanted):
+        while process.poll() is None and kept(out) < wanted:
             time.sleep(0.002)
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
-    assert out.read_bytes().count(b"\n") < 12
+    assert kept(out) < 12
+    assert not out.exists()
     run(model, asked, out, resume=True, **options)
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert Path(f"{out}.quantkit.json").read_bytes() == (tmp_path / "whole.quantkit.json").read_bytes()
@@ -674,13 +679,19 @@ def test_the_command(
     code, out, _ = command("--out", str(tmp_path / "three"), "--dry-run")
     assert (code, out[:22]) == (0, "would answer 7 prompts")
 
+    answer, calls = Speaker.answer, []
+
     def interrupted(*given: Any) -> Any:
-        raise KeyboardInterrupt
+        calls.append(given)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return answer(*given)
 
     monkeypatch.setattr(Speaker, "answer", interrupted)
-    code, out, err = command("--out", str(tmp_path / "four"))
+    code, out, err = command("--out", str(tmp_path / "four"), "--batch-size", "3")
     assert (code, out) == (1, "")
     assert "interrupted; --resume goes on with the answers that are in" in err
+    assert kept(tmp_path / "four") == 3
 
 
 def test_specs_say_which_field(make_model: MakeModel) -> None:

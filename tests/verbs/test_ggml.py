@@ -511,3 +511,6 @@ def test_an_importance_matrix_of_another_model(
     with pytest.raises(UsageError, match=r"none of its \d+ entries is for a matrix of this model, as blk\.0\."):
         quantkit.ggml(make_model("llama"), tmp_path / "out.gguf", imatrix=tmp_path / "other.gguf", **asked)
     assert not (tmp_path / "out.gguf").exists()
+    quantkit.ggml(make_model("llama"), tmp_path / "f16.gguf", imatrix=part, **asked | {"type": "f16"})
+    assert "part.gguf counts for nothing: no matrix that it has an entry for is rounded to blocks" in recorder.warnings
+    assert not [key for key in open_source(tmp_path / "f16.gguf").metadata if "imatrix" in key]

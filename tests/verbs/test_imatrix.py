@@ -32,7 +32,7 @@ from quantkit.errors import (
     SourceError,
     UsageError,
 )
-from quantkit.runs.atomic import staged_files
+from quantkit.runs.outputs import staged_files
 from quantkit.tokens import TokenMatrix
 
 # Parts of a GGUF file's names -> parts of transformers' names.

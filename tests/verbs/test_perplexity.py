@@ -378,26 +378,6 @@ def test_evaluating_reports_its_phases(base: Path, text: Path, recorder: Recorde
     assert "evaluating" in recorder.phases
 
 
-def test_time_left_of_an_evaluation_counts_tokens_times_layers(base: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-
-    class Counted(Silent):
-        @contextmanager
-        def phase(self, name: str, total: int) -> Iterator[Advance]:
-            steps: list[int] = []
-            yield steps.append
-            seen.extend([(total, sum(steps))] if name == "evaluating" else [])
-
-    long = tmp_path / "long.txt"
-    long.write_text("the quick brown fox jumps over the lazy dog while the user asks\n\n" * 300)
-    run([base], long, seq_len=256, progress=Counted())
-    run([base], long, seq_len=256, against=base, progress=Counted())
-    (alone, done), (both, both_done) = seen
-    assert (alone, both) == (done, both_done)
-    assert both == 2 * alone
-    assert alone % 3 == 0  # two blocks and a head over as many batches
-
-
 @pytest.mark.parametrize("stride", [None, 16])
 def test_the_first_tokens_of_a_text_are_judged_where_a_number_is_given(
     base: Path, text: Path, stride: int | None
@@ -419,3 +399,23 @@ def test_the_first_tokens_of_a_text_are_judged_where_a_number_is_given(
     assert abs(report.tokens - 200) <= 64
     with pytest.raises(UsageError, match="eval_tokens=0: give a number of tokens such as 8192, or all"):
         quantkit.perplexity([base], text=str(text), eval_tokens=0)
+
+
+def test_time_left_of_an_evaluation_counts_tokens_times_layers(base: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Counted(Silent):
+        @contextmanager
+        def phase(self, name: str, total: int) -> Iterator[Advance]:
+            steps: list[int] = []
+            yield steps.append
+            seen.extend([(total, sum(steps))] if name == "evaluating" else [])
+
+    long = tmp_path / "long.txt"
+    long.write_text("the quick brown fox jumps over the lazy dog while the user asks\n\n" * 300)
+    run([base], long, seq_len=256, progress=Counted())
+    run([base], long, seq_len=256, against=base, progress=Counted())
+    (alone, done), (both, both_done) = seen
+    assert (alone, both) == (done, both_done)
+    assert both == 2 * alone
+    assert alone % 3 == 0  # two blocks and a head over as many batches

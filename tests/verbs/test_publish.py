@@ -392,8 +392,8 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stands in for `quantkit.verbs.verify`: what it was asked, and the problems that it finds."""
     told: dict[str, Any] = {"problems": []}
 
-    def verify(path: Path, *, generate: bool, progress: Any) -> Any:
-        told.update(path=path, generate=generate)
+    def verify(path: Path, *, generate: bool, trust_remote_code: bool, progress: Any) -> Any:
+        told.update(path=path, generate=generate, trusted=trust_remote_code)
         return types.SimpleNamespace(problems=told["problems"])
 
     monkeypatch.setitem(sys.modules, "quantkit.verbs.verify", types.SimpleNamespace(verify=verify))  # type: ignore[arg-type]
@@ -413,7 +413,7 @@ def test_a_sound_folder_is_verified_and_published(server: HubServer, folder: Pat
     send(folder, verify=True, dry_run=True)
     assert verified["generate"] is False
     send(folder, verify=True)
-    assert verified == {"problems": [], "path": folder, "generate": True}
+    assert verified == {"problems": [], "path": folder, "generate": True, "trusted": False}
     assert held(server) == FILES
 
 

@@ -444,6 +444,7 @@ LABELS: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 0}, "quantization_config says group_size 0"),
     ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ({"sym": None}, "sym None"),
+    ({"modules_in_block_to_quantize": 7}, "modules_in_block_to_quantize is no list of names"),
     ({"dynamic": {r"-:.*q_proj": {}}}, "a `dynamic` rule in config.json says that it is not"),
 ]
 
@@ -631,7 +632,8 @@ def test_a_tokenizer_left_out(checkpoint: Path) -> None:
 
 def test_a_tokenizer_of_another_model(checkpoint: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
-        content["added_tokens"].append({**content["added_tokens"][0], "id": 999, "content": "<extra>"})
+        token = {**content["added_tokens"][0], "id": 999, "content": "extra", "special": False}
+        content["added_tokens"].append(token)
 
     edit_json(forget(checkpoint) / "tokenizer.json", edit)
     assert any("the tokenizer has ids up to" in text for text in problems(checkpoint))
@@ -875,6 +877,26 @@ def test_which_programs_load_a_checkpoint(
     assert why in answers(found)[program][1]
 
 
+def test_programs_that_load_no_quantized_head(checkpoint: Path) -> None:
+    codes = torch.randint(16, (64, 320), dtype=torch.uint8)
+    head = {"qweight": pack(codes, 4), "qzeros": pack(torch.full((2, 320), 7, dtype=torch.uint8), 4, axis=1)}
+    head |= {"scales": torch.full((2, 320), 0.01).half(), "g_idx": (torch.arange(64) // 32).int()}
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["lm_head.weight"]
+        tensors.update({f"lm_head.{part}": tensor for part, tensor in head.items()})
+
+    edit_tensors(forget(checkpoint), quantize)
+    for name in ("config.json", "quantize_config.json"):
+        edit_json(checkpoint / name, lambda content: content.get("quantization_config", content).update(lm_head=True))
+    (found,) = verify(checkpoint, generate=False).models
+    assert found.problems == ()
+    loads = answers(found)
+    assert (loads["GPTQModel"][0], loads["ExLlamaV2"][0]) == (True, True)
+    for program in ("AutoGPTQ", "ExLlama"):
+        assert "the head is quantized" in loads[program][1]
+
+
 def test_autogptq_and_a_rotary_base_it_does_not_find(checkpoint: Path) -> None:
     def edit(config: dict[str, Any]) -> None:
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
@@ -1002,3 +1024,31 @@ def test_zeros_that_no_field_borrowed_from(checkpoint: Path) -> None:
 
     edit_tensors(forget(checkpoint), edit)
     only(problems(checkpoint), f"{Q}: their zeros vary, the label says sym true")
+
+
+# -- tokens that the model does not embed ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", ["<image_soft_token>", "<|im_start|>assistant"])
+def test_a_special_token_beyond_the_embedding(
+    token: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Gemma 3's text models, where nothing gives it; a fault where the chat template writes it."""
+    folder = Path(shutil.copytree(make_model(), tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    unused = token.startswith("<image")
+    if not unused:
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant", token)
+    tokenizer.save_pretrained(folder)
+    (found,) = verify(folder, generate=False).models
+    write = {"type": "f16", "pre": "smollm"}
+    if unused:
+        assert found.problems == ()
+        assert any(token in note for note in found.notes)
+        quantkit.ggml(folder, tmp_path / "out.gguf", **write)
+        assert verify(tmp_path / "out.gguf", generate=False).problems == []
+    else:
+        assert any("the model embeds 320" in problem for problem in found.problems)
+        with pytest.raises(SourceError, match="has the id 320"):
+            quantkit.ggml(folder, tmp_path / "out.gguf", **write)

@@ -25,6 +25,7 @@ from quantkit.containers.ggjt import read as ggjt
 from quantkit.containers.gguf.probe import cut_differently
 from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.write import PlacedWriter
+from quantkit.containers.hf.read import unused_beyond
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.progress import SILENT, Progress
@@ -174,7 +175,8 @@ def make_vocabulary(tokenizer: Any, size: int, progress: Progress = SILENT) -> V
         raise UsageError(
             "a ggjt file holds SentencePiece vocabularies with bytes only, not this tokenizer's; write GGUF"
         )
-    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    unused = unused_beyond(tokenizer, size)
+    added = {token["id"]: token["content"] for token in content["added_tokens"] if token["id"] not in unused}
     token_of = {number: token for token, number in model["vocab"].items()} | added
     if max(token_of) >= size:
         raise UsageError(f"the tokenizer has {max(token_of) + 1} tokens, but the model embeds only {size}")
@@ -203,10 +205,11 @@ class GgjtWriter(PlacedWriter):
     ) -> None:
         assert len(vocabulary) == config.vocab_size
         super().__init__(tensor.name for tensor in tensors)
-        self._files.append(path.open("wb"))
+        self._path = path
+        path.write_bytes(b"")
         self._heads: dict[str, tuple[int, bytes]] = {}
         header = _header(config, vocabulary, tensors)
-        self._write(0, 0, "its header", header)
+        self._write(path, 0, "its header", header)
         at = len(header)
         for tensor in tensors:
             name, shape = tensor.name.encode(), tensor.shape[::-1]
@@ -229,7 +232,7 @@ class GgjtWriter(PlacedWriter):
         rows = _encoded(tensor, values)
         assert rows.nbytes == tensor.bytes, tensor.name
         at, head = self._heads[tensor.name]
-        self._write(0, at, tensor.name, head, in_rotary_order(rows, tensor.heads).tobytes())
+        self._write(self._path, at, tensor.name, head, in_rotary_order(rows, tensor.heads).tobytes())
 
 
 def _refuse(source: Source, why: str) -> NoReturn:

@@ -41,6 +41,7 @@ GEMMA = ("gemma2", "gemma3")
 
 # What is said of this file and not of the one it was made from.
 _OWN = re.compile(r"general\.(architecture|type|size_label|file_type|quantization_version|alignment)$")
+_LARGEST = 2**32 - 1  # of a whole number
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
@@ -64,7 +65,7 @@ def file_keys(
     Raises:
         SourceError: llama.cpp cannot compute this model, or its tokenizer cannot be written.
     """
-    return {
+    keys = {
         "general.type": gguf.GGUFType.MODEL,
         "general.name": source.label,
         **_origin(source),
@@ -75,6 +76,10 @@ def file_keys(
         **vocabulary(source, pre),
         **(provenance or {}),
     }
+    for key, value in keys.items():
+        if type(value) is int and not 0 <= value <= _LARGEST:
+            raise SourceError(f"{source.path}: {key} would be {value}, which no GGUF file holds; its config is damaged")
+    return keys
 
 
 def origin(from_gptq: bool) -> Keys:

@@ -10,7 +10,7 @@ from quantkit.containers.gguf.keys import architecture_of
 from quantkit.containers.gguf.pretokenizers import PROBE
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.source import Source
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, first_line
 
 _TEXTS = (
     "The QUICK brown Fox, said Anna; isn't it (2 x 12 = 24, 1234567 or 3.14)?",
@@ -19,6 +19,10 @@ _TEXTS = (
     "ends with one ",
     " begins with one",
     "  or with two",
+    "no\u00a0break, wide\u3000space, zero\u200bwidth, soft\u00adhyphen, \ufeffmark, \x00 and \x07",
+    "\u201cIt\u2019s\u201d \u2018so\u2019 \u2013 and\u2014so\u2026 ``x''",
+    "line\r\nline\n\n\n\nline\n",
+    "camelCase snake_case HTTPServer0 9876543210 http://x.org/a?b=c&d=[1]{2} a+b-c*d/e=f<g>h",
     *PROBE.split("\n \n"),
 )
 
@@ -26,8 +30,9 @@ _TEXTS = (
 def cut_otherwise(source: Source, keys: Mapping[str, Any]) -> list[str]:
     """What the keys' tokenizer makes other ids of than the source's: a line for plain text, one for added tokens.
 
-    Words without a normal form of their own, capitals, digits, runs of spaces and punctuation are asked for, and every
-    added token, with words and spaces on both sides. A GGUF source's own keys go into the file as they are.
+    Words without a normal form of their own, capitals, digits, runs of spaces, spaces and marks that are not seen, and
+    punctuation are asked for, and every added token, with words and spaces on both sides. A GGUF source's own keys go
+    into the file as they are.
     """
     if source.metadata:
         return []
@@ -36,7 +41,10 @@ def cut_otherwise(source: Source, keys: Mapping[str, Any]) -> list[str]:
         ours: Any = make_tokenizer(keys.get, ARCHITECTURES[architecture_of(source)], source.config.vocab_size)
     except SourceError:
         return []  # a pre-tokenizer that is llama.cpp's alone
-    added = [token.content for token in theirs.added_tokens_decoder.values()]
+    except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
+        raise SourceError(f"{source.path}: nothing could read its vocabulary: {first_line(error)}") from error
+    known = theirs.added_tokens_decoder.items()
+    added = [token.content for number, token in known if number < source.config.vocab_size]
     around = [text for token in added for text in (f"word{token}word", f"word {token} word")]
     found = []
     for texts, what in ((_TEXTS, "text"), (around, "text around added tokens")):

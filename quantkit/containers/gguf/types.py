@@ -16,7 +16,6 @@ import torch
 
 from quantkit.codes import libggml
 from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
-from quantkit.codes.underflow import Underflow
 from quantkit.containers.gguf import GgufTensor, architecture_of
 from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.recipes import (
@@ -30,6 +29,7 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.imatrix import Imatrix
+from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
 

@@ -19,6 +19,7 @@ from gguf import TokenType
 
 from quantkit.containers.gguf.config import TOKENS
 from quantkit.containers.gguf.pretokenizers import BY_IDS, NAMES, PROBE
+from quantkit.containers.hf.read import unused_beyond
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
 
@@ -56,6 +57,8 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
     if backend is None:
         raise SourceError(f"{source.path}: its tokenizer has no tokenizer.json form, so it cannot be written as GGUF")
     content = json.loads(backend.to_str())
+    unused = unused_beyond(tokenizer, source.config.vocab_size)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in unused]
     kind, bytes_ = content["model"]["type"], '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]])
     if kind == "BPE" and content["model"].get("byte_fallback"):
         _refuse_pre(source, pre)
@@ -68,7 +71,7 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
             "SentencePiece BPE can"
         )
     ids = {key: getattr(tokenizer, f"{token}_id") for token, key in TOKENS.items()}
-    keys |= {key: number for key, number in ids.items() if number is not None}
+    keys |= {key: number for key, number in ids.items() if number is not None and number not in unused}
     letter = tokenizer("a").input_ids
     keys["add_bos_token"] = tokenizer.bos_token_id is not None and letter[:1] == [tokenizer.bos_token_id]
     keys["add_eos_token"] = tokenizer.eos_token_id is not None and letter[-1:] == [tokenizer.eos_token_id]

@@ -35,8 +35,9 @@ class GptqSource(FolderSource):
             if told[key] not in known:
                 choices = ", ".join(map(str, known))
                 raise SourceError(f"{self.path / 'config.json'}: {key} {told[key]!r} is not one of {choices}")
-        writers = (self.quantization.get("meta") or {}).get("quantizer") or []
-        names = [writers] if isinstance(writers, str) else writers
+        meta = self.quantization.get("meta")
+        writers = meta.get("quantizer") if isinstance(meta, dict) else None
+        names = writers if isinstance(writers, list) else [writers]
         self._by_gptqmodel = any(str(name).startswith("gptqmodel") for name in names)
         self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
@@ -129,7 +130,11 @@ class GptqSource(FolderSource):
 
     def read_groups(self, module: str) -> torch.Tensor:
         if f"{module}.g_idx" in self.stored.tensors:
-            return self.stored.read(f"{module}.g_idx").int()
+            named = self.stored.read(f"{module}.g_idx").int()
+            count = self.stored.tensors[f"{module}.scales"].shape[0]
+            if named.numel() and not 0 <= int(named.min()) <= int(named.max()) < count:
+                raise SourceError(f"{self.path}: {module}.g_idx names groups beyond its {count}; it is damaged")
+            return named
         # In the order of the columns, for a checkpoint that leaves g_idx out.
         columns, groups = self._columns(module), self.stored.tensors[f"{module}.scales"].shape[0]
         if groups == 1:

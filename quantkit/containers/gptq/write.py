@@ -19,7 +19,8 @@ from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
-from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
+from quantkit.options import CheckpointFormat, QuantSpec
+from quantkit.options.grid import pattern_regex
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.version import __version__
@@ -157,7 +158,7 @@ class GptqWriter:
         write_json(self.folder / "config.json", config)
         write_json(self.folder / "quantize_config.json", self._quantization)
         self.source.copy_companions(self.folder)
-        reader = GptqSource(self.folder)
+        reader = GptqSource(self.folder, trust_remote_code=self.source.trusts_code)
         unpacked = {f"{module}.qweight": partial(reader.read_unpacked, module) for module in self._linears}
         unpacked |= {f"{module}.qzeros": partial(reader.read_zeros, module) for module in self._linears}
         self._tensors.read_back(lambda name: unpacked[name]() if name in unpacked else reader.stored.read(name))

@@ -17,17 +17,32 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
-from quantkit.errors import SourceError, first_line
+from quantkit.errors import SourceError, first_line, shortened
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import first_pipe, is_foreign
 from quantkit.runs.panics import panics_as
 
-COMPANIONS = (
+# Names, or patterns of them.
+OF_TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tekken.json", "*.tiktoken"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+COMPANIONS = (
+    *OF_TOKENIZERS,
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json"),
     *("LICENSE", "LICENSE.txt", "NOTICE"),
 )
-OF_TOKENIZERS = tuple(name for name in COMPANIONS if name[:1].islower() and name != "generation_config.json")
+_GPTQ_LABEL = "add the quantize_config.json that belongs to them, with bits, group_size, sym and desc_act"
+_OTHER_LABEL = "config.json has no quantization_config; take that of the repository they are from"
+# The last part of a tensor's name that only quantized weights have.
+_PACKED = {
+    "qweight": _GPTQ_LABEL,
+    **dict.fromkeys(("weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax", "quant_map"), _OTHER_LABEL),
+    **dict.fromkeys(("W_q", "q_weight", "codebooks", "_data"), _OTHER_LABEL),  # HQQ, ExLlamaV2, AQLM, Quanto
+}
+# Parts of names that PEFT gives to what an adapter adds, and to the weights below it.
+_ADAPTED = {"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector", "ia3_l", "hada_w1_a"}
 _WIDE, _NARROW = ("F64", "F32"), ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 # Long enough for a pattern that looks back without end to be told before the work.
@@ -45,13 +60,13 @@ class FolderSource(Source):
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         self.path = folder
         self.label = label or folder.resolve().name
-        self._trust_remote_code = trust_remote_code
+        self.trusts_code = trust_remote_code
         self.config = load_config(folder, trust_remote_code)
         self.stored = open_weights(folder)
         self.dtype = stored_dtype(self.stored.tensors)
         self.float32 = in_float32(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        beside = [folder / name for name in COMPANIONS if (folder / name).is_file()] + _templates(folder)
+        beside = [*companions(folder), *_templates(folder), *code_files(folder)]
         self.left_out = tuple(
             f"{path}: is a link to outside the folder, and is left out; put a copy in its place"
             for path in dict.fromkeys(beside)
@@ -60,7 +75,7 @@ class FolderSource(Source):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path, self._trust_remote_code)
+            self._tokenizer = load_tokenizer(self.path, self.trusts_code)
         return self._tokenizer
 
     def weight_files(self) -> Sequence[Path]:
@@ -75,9 +90,13 @@ class FolderSource(Source):
 
 
 class HfSource(FolderSource):
-    """A Hugging Face folder of full-precision weights."""
+    """A Hugging Face folder of full-precision weights. Raises SourceError for codes that no label explains."""
 
     kind = "hf"
+
+    def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
+        super().__init__(folder, label, trust_remote_code)
+        check_plain(folder, self.stored.tensors)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -88,6 +107,23 @@ class HfSource(FolderSource):
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.stored.read_rows(name, start, stop)
+
+
+def check_plain(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises SourceError for what no model in full precision has: codes that nothing explains, parts of an adapter."""
+    for name, info in tensors.items():
+        parts = name.split(".")
+        codes = parts[-1] == "weight" and info.stored_as[0] in "IU" and len(info.shape) > 1
+        if codes or parts[-1] in _PACKED:
+            raise SourceError(
+                f"{folder}: holds quantized weights ({name}), but nothing says how they are to be read: "
+                f"{_PACKED.get(parts[-1], _OTHER_LABEL)}"
+            )
+        if not _ADAPTED.isdisjoint(parts) or parts[:2] == ["base_model", "model"]:
+            raise SourceError(
+                f"{folder}: holds parts of an adapter ({name}) among its weights; merge them first (PEFT's "
+                "merge_and_unload), and save the model that comes of it"
+            )
 
 
 def open_weights(folder: Path) -> WeightFiles:
@@ -116,12 +152,14 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type is None:
         raise SourceError(f"{folder / 'config.json'}: has no model_type, so this is no transformers model")
+    if not isinstance(model_type, str):
+        raise SourceError(f"{folder / 'config.json'}: model_type is {shortened(str(model_type))}, not a name")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not like
         if model_type not in CONFIG_MAPPING and not trust_remote_code:
             _refuse_code(folder / "config.json", error)
-        raise SourceError(f"{folder / 'config.json'}: {first_line(error)}") from error
+        raise SourceError(f"{folder / 'config.json'}: {shortened(first_line(error), 500)}") from error
     return config
 
 
@@ -158,6 +196,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if any(is_foreign(path, folder) for path in _templates(folder)):
         own = folder / "tokenizer_config.json"
         tokenizer.chat_template = read_json(own).get("chat_template") if own.is_file() else None
+    beside = folder / "chat_template.json"  # which processors read, and llama.cpp's converter
+    if not tokenizer.chat_template and beside.is_file() and not is_foreign(beside, folder):
+        held = read_json(beside).get("chat_template")
+        tokenizer.chat_template = held if isinstance(held, str) else None
     if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
         _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
@@ -198,6 +240,20 @@ def _check_added(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
                 f"{path}: {token!r} has the id {number} here, and {found} once transformers has read the folder; put a "
                 "tokenizer.json that holds it beside it, or name the unused ids in between there too"
             )
+
+
+def unused_beyond(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """Special tokens with ids that a model of `size` embedded ids lacks, and that nothing asks for: as Gemma 3's image
+    token in its text models. None that has a role, that every text gets, or that a chat template writes."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    beyond = {number: str(token) for number, token in added.items() if number >= size and token.special}
+    if not beyond:
+        return {}
+    roles = {getattr(tokenizer, role, None) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    template: Any = tokenizer.chat_template or ""
+    written = "\n".join(template.values()) if isinstance(template, dict) else template
+    always = set(tokenizer("a").input_ids)
+    return {n: token for n, token in beyond.items() if token not in roles and token not in written and n not in always}
 
 
 def _refuse_code(path: Path, error: Exception) -> None:
@@ -276,13 +332,37 @@ def has_tokenizer(folder: Path) -> bool:
     return any(name in _VOCABULARIES or name.endswith(".tiktoken") for name in names)
 
 
-def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANIONS) -> None:
-    """Copy tokenizer, generation config, chat template and licence; JSON files lose keys that hold local paths."""
-    for name in names:
-        path = source / name
-        if not path.is_file() or is_foreign(path, source):
+def companions(folder: Path, names: Sequence[str] = COMPANIONS) -> list[Path]:
+    """What of `names`, which may be patterns, lies in a folder."""
+    return [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The Python files that its configs name for transformers (`auto_map`), and what these import beside them. What
+    links that lead out of the folder import is not looked for."""
+    named = [folder / "config.json", *(path for path in companions(folder) if path.name.endswith("_config.json"))]
+    maps = json.dumps([read_json(path).get("auto_map") for path in named if path.is_file()])
+    wanted, found = re.findall(r'\b(\w+)\.\w+"', re.sub(r'"[^"]*--[^"]*"', "", maps)), dict[str, Path]()
+    while wanted:
+        name = f"{wanted.pop()}.py"
+        path = folder / name
+        if name in found or not path.is_file():
             continue
-        if name in ("tokenizer_config.json", "generation_config.json"):
+        found[name] = path
+        if not is_foreign(path, folder):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            wanted += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE)  # as transformers has it
+    return [found[name] for name in sorted(found)]
+
+
+def copy_companions(source: Path, folder: Path, names: Sequence[str] = COMPANIONS) -> None:
+    """Copy companions, and with all of them the code that configs name; JSON files lose keys that hold local paths."""
+    code = code_files(source) if names is COMPANIONS else []
+    for path in (*companions(source, names), *code):
+        name = path.name
+        if is_foreign(path, source):
+            continue
+        if name.endswith("_config.json"):
             content = {key: value for key, value in read_json(path).items() if key not in LOCAL_KEYS}
             if content.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 does not know this name
                 content["tokenizer_class"] = "PreTrainedTokenizerFast"

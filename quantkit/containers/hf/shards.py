@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from quantkit.containers.hf.header import Stored, read_header, read_into
 from quantkit.containers.source import TensorInfo
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, shortened
 from quantkit.runs.atomic import read_json
 
 # By safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
@@ -31,6 +32,7 @@ STORED_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LONGEST_NAME = 255  # bytes
 _LARGEST = 2**63 - 1  # for torch, of a side and of a stride; an empty tensor's may be larger in a file
 
 
@@ -72,6 +74,8 @@ class WeightFiles(ABC):
         for name in names:
             if Path(name).name != name:
                 raise SourceError(f"{self.folder / self.index_name}: names a shard outside the folder: {name}")
+            if len(os.fsencode(name)) > _LONGEST_NAME:  # for which no system has a file
+                raise SourceError(f"{self.folder / self.index_name}: no file has the name {shortened(name)}")
             if not (self.folder / name).is_file():
                 raise SourceError(f"{self.folder}: shard {name} is missing; download the folder again")
         return [self.folder / name for name in names]
@@ -124,7 +128,7 @@ class SafetensorsFiles(WeightFiles):
     def unindexed(folder: Path) -> list[str]:
         single = "model.safetensors"
         found = [folder / single] if (folder / single).is_file() else sorted(folder.glob("*.safetensors"))
-        return [path.name for path in found]
+        return [path.name for path in found if not path.name.startswith("adapter_")]  # PEFT's, of no model
 
     def read(self, name: str) -> torch.Tensor:
         return read_stored(self.shard_of[name], name, self._stored[name])

@@ -18,8 +18,9 @@ from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, file_sha256, staged_files
+from quantkit.runs.atomic import absolute, file_sha256
 from quantkit.runs.links import lies_within
+from quantkit.runs.outputs import staged_files
 from quantkit.verbs import verb
 from quantkit.verbs.card.facts import ModelFacts, models_in
 from quantkit.verbs.card.front import MARK, Original, bases_of, front_matter, licence_of, read_original
@@ -83,10 +84,10 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
     _check_place(root, given, options.force)
     source = Original() if given is None else read_original(given)
     text, reports = read_template(options.template), options.reports
-    models = models_in(root, options.branch)
+    models = models_in(root, options.branch, options.trust_remote_code)
     _check_source(given, models)
     for name, other in options.branches.items():
-        models += models_in(absolute(other), name)
+        models += models_in(absolute(other), name, options.trust_remote_code)
     measured = measurements(models, reports, options.evals)
     bases, relation = bases_of(models[0], options.base_model)
     inherited = licence_of(source, models, options.licence)
@@ -119,13 +120,15 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
             {**vars(model), **vars(found), **_provenance(model)} for model, found in zip(models, measured, strict=True)
         ],
         "siblings": [_sibling(name) for name in options.siblings or ()],
-        "prompt": prompt_of(root, models, options.prompt_template),
+        "prompt": prompt_of(root, models, options.prompt_template, options.trust_remote_code),
         "programs": hints(models, repo, bases[0] if bases else "SOURCE_MODEL"),
         "plots": [{"file": name, "title": _PLOTS[name]} for name in plots],
         "original": source.text,
     }
     body = fill_template(text, options.template, variables)
-    with staged_files(root / CARD) as staging:  # the card and its plots, all or nothing
+    written = (CARD, *plots)
+    known = {name for name in written if (root / name).exists()}  # looked at above
+    with staged_files(root / CARD, options.force or known, written) as staging:  # all or nothing
         (staging / CARD).write_text(f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", encoding="utf-8")
         for name, plot in plots.items():
             if not plot.is_file():

@@ -66,14 +66,14 @@ class ModelFacts:
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def models_in(folder: Path, branch: str) -> list[ModelFacts]:
+def models_in(folder: Path, branch: str, trust: bool = False) -> list[ModelFacts]:
     """The models of a folder: that of its config.json, and every GGUF and ggjt file, of split ones the first part.
 
     Raises:
         UsageError: no model there.
         SourceError: one that cannot be read, or another one than quantkit.json says.
     """
-    found = [open_source(folder)] if (folder / "config.json").is_file() else []
+    found = [open_source(folder, trust_remote_code=trust)] if (folder / "config.json").is_file() else []
     files: dict[str, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         if of_file(path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -22,6 +22,8 @@ from quantkit.verbs.card.measured import Loss, Measurements, TaskScores
 MARK = "<!-- Written by quantkit card. -->"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
+# What this card takes over from the original's.
+_KEPT = {"license", "license_name", "license_link", "language", "pipeline_tag"}
 _KL_ARGS = ("median", "p90", "p99", "p999", "max")
 
 
@@ -56,19 +58,34 @@ def read_original(path: Path) -> Original:
     if not found:
         return Original({}, content.strip())
     try:
-        data = yaml.load(found[2], Loader=_Yaml12)
-    except yaml.YAMLError as error:
+        data = yaml.load(re.sub(r"([:-])\t[ \t]*", r"\1 ", found[2]), Loader=_Yaml12)
+    except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect
         raise SourceError(f"{place}: its front matter is no YAML: {' '.join(str(error).split())}") from None
-    return Original(data if isinstance(data, dict) else {}, content[found.end() :].strip())
+    data = data if isinstance(data, dict) else {}
+    for key in _KEPT.intersection(data):
+        if not all(one is None or isinstance(one, str) for one in _as_list(data[key])):
+            raise SourceError(f"{place}: its front matter has a {key} that is neither a word nor a list of words")
+    return Original(data, content[found.end() :].strip())
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 class _Yaml12(yaml.SafeLoader):
     """As the Hub reads cards: `no`, `on` and `y` are words, and so are dates and numbers to the base 60."""
 
 
-_BOOL, _DATE, _WHOLE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "timestamp", "int"))
+class _Writer(yaml.SafeDumper):
+    """Quotes what a reader of YAML 1.2 would take for a number, too."""
+
+
+_BOOL, _DATE, _WHOLE, _VALUE = (f"tag:yaml.org,2002:{name}" for name in ("bool", "timestamp", "int", "value"))
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
+_Writer.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Writer.add_implicit_resolver(_WHOLE, re.compile(r"0o[0-7]+$"), ["0"])
 _Yaml12.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rows if tag not in (_BOOL, _DATE, _WHOLE)]
+    first: [(tag, pattern) for tag, pattern in rows if tag not in (_BOOL, _DATE, _WHOLE, _VALUE)]
     for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Yaml12.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -85,8 +102,9 @@ def licence_of(original: Original, models: Sequence[ModelFacts], given: str | No
     inherited = original.data.get("license") or (said.pop() if len(said) == 1 else None)
     if inherited is None:
         return {} if given is None else {"license": given}
-    if given is not None and given != inherited:
-        raise UsageError(f"--licence {given}: the model it was made from is under {inherited}, which this one inherits")
+    if given is not None and [given] != _as_list(inherited):
+        held = " and ".join(_as_list(inherited))
+        raise UsageError(f"--licence {given}: the model it was made from is under {held}, which this one inherits")
     about = ("license_name", "license_link")
     return {"license": inherited, **{key: original.data[key] for key in about if key in original.data}}
 
@@ -134,10 +152,9 @@ def front_matter(
         "quantized_by": quantized_by,
         "model-index": index or None,
     }
-    card = ModelCardData(**{key: value for key, value in data.items() if key != "model-index"})
-    if index:
-        card["model-index"] = index
-    return str(card.to_yaml(original_order=[key for key in data if key in card]))
+    told = {key: value for key, value in data.items() if value is not None}
+    text: str = yaml.dump(told, Dumper=_Writer, sort_keys=False, allow_unicode=True)
+    return text.strip()
 
 
 def _loss_results(loss: Loss) -> list[EvalResult]:

@@ -124,7 +124,7 @@ def _words(model: ModelFacts, repo: str, source: str) -> dict[str, str]:
     }
 
 
-def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None) -> PromptForm | None:
+def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None, trust: bool = False) -> PromptForm | None:
     """The template that is given by name, the chat template that comes with the model, or that of the calibration text.
 
     Raises:
@@ -136,7 +136,7 @@ def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None) -> 
         )
     name, origin = given, "given"
     if given in (None, "auto", "chat"):
-        if chat := _chat(folder, models[0]):
+        if chat := _chat(folder, models[0], trust):
             return chat
         if given == "chat":
             raise UsageError("--prompt-template chat: the tokenizer has no chat template; name another one")
@@ -149,10 +149,11 @@ def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None) -> 
     return PromptForm(str(name), begin + style.user.format(text=_ASKED, input="", eos=""), origin)
 
 
-def _chat(folder: Path, first: ModelFacts) -> PromptForm | None:
+def _chat(folder: Path, first: ModelFacts, trust: bool) -> PromptForm | None:
     """The tokenizer's own template, where it has one that a single question can be put into."""
     try:
-        tokenizer = open_source(folder / first.name if first.is_file else folder).tokenizer()
+        place = folder / first.name if first.is_file else folder
+        tokenizer = open_source(place, trust_remote_code=trust).tokenizer()
         if not tokenizer.chat_template:
             return None
         asked = [{"role": "user", "content": _ASKED}]

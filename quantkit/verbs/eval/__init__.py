@@ -15,12 +15,22 @@ from quantkit.errors import UsageError
 from quantkit.options.verbs import Eval
 from quantkit.progress import SILENT, Progress, spread
 from quantkit.report import Column, Report, Shown, Table
-from quantkit.runs.atomic import absolute, check_other_file, write_json
+from quantkit.runs.atomic import absolute, write_json
+from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.eval.code import check_tasks, sandboxed
 from quantkit.verbs.eval.register import register
-from quantkit.verbs.eval.tasks import SUITES, TaskResult, every_number, load_tasks, number_of, run_tasks, set_fewshot
+from quantkit.verbs.eval.tasks import (
+    SUITES,
+    TaskResult,
+    check_answers,
+    every_number,
+    load_tasks,
+    number_of,
+    run_tasks,
+    set_fewshot,
+)
 from quantkit.version import __version__
 
 
@@ -82,11 +92,14 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     Raises:
         UsageError: options out of range, no such task, an output in the way.
         MissingPackageError: lm-eval is not installed.
-        QuantkitError: a data set cannot be had, or the model failed.
+        QuantkitError: a data set cannot be had, its questions have no answers, or the model failed.
     """
     started = time.perf_counter()
     register()
-    suite, task = _suite(options), options.task
+    task = options.task
+    if options.fewshot is not None and not task:
+        raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
+    suite = next(iter(SUITES)) if options.suite is None and not task else options.suite
     folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-dir {options.tasks_dir}: no such folder")
@@ -98,48 +111,41 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     check_other_file(target, source, options.force)
     if options.limit is not None:
         progress.warn(f"--limit {options.limit}: numbers of so few questions are to try things out, not to compare")
-    measures = SUITES[suite] if suite else ()
-    with progress.phase("loading tasks", 1) as advance, nullcontext() if trusted else sandboxed():
-        loaded = load_tasks(task, measures, folder)
-        advance(1)
-    counts = {measure.task: measure.fewshot for measure in measures}
-    set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))
-    from quantkit.verbs.eval.model import QuantkitLM
+    with staged_files(target, options.force) as staged:
+        measures = SUITES[suite] if suite else ()
+        with progress.phase("loading tasks", 1) as advance, nullcontext() if trusted else sandboxed():
+            loaded = load_tasks(task, measures, folder)
+            check_answers(loaded, options.limit)
+            advance(1)
+        counts = {measure.task: measure.fewshot for measure in measures}
+        set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))
+        from quantkit.verbs.eval.model import QuantkitLM
 
-    lm = QuantkitLM(
-        source=source,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        batch_size=options.batch_size,
-        progress=progress,
-    )
-    with nullcontext() if trusted else sandboxed():
-        results = run_tasks(lm, loaded, options.limit)
-    scores = [number_of(results, loaded, m.task, m.key, m.title, m.metric) for m in measures]
-    named_ones = [number for name in task for number in every_number(results, loaded, name)]
-    found = EvalResults(
-        model=source.label,
-        files=_files(source),
-        harness=Harness("lm-evaluation-harness", version("lm_eval")),
-        kernels=lm.kernels,
-        suite=suite,
-        limit=options.limit,
-        partial=options.limit is not None,
-        tasks=(*scores, *named_ones),
-        average=sum(score.value for score in scores) / len(scores) if scores else None,
-    )
-    report = EvalReport(**vars(found), out=target, seconds=time.perf_counter() - started)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, found.as_dict())
-    return report
-
-
-def _suite(options: Eval) -> str | None:
-    suite = next(iter(SUITES)) if options.suite is None and not options.task else options.suite
-    if options.fewshot is not None and not options.task:
-        raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
-    return suite
+        lm = QuantkitLM(
+            source=source,
+            device=options.device,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+        with nullcontext() if trusted else sandboxed():
+            results = run_tasks(lm, loaded, options.limit)
+        scores = [number_of(results, loaded, m.task, m.key, m.title, m.metric) for m in measures]
+        named_ones = [number for name in task for number in every_number(results, loaded, name)]
+        found = EvalResults(
+            model=source.label,
+            files=_files(source),
+            harness=Harness("lm-evaluation-harness", version("lm_eval")),
+            kernels=lm.kernels,
+            suite=suite,
+            limit=options.limit,
+            partial=options.limit is not None,
+            tasks=(*scores, *named_ones),
+            average=sum(score.value for score in scores) / len(scores) if scores else None,
+        )
+        write_json(staged / target.name, found.as_dict())
+    return EvalReport(**vars(found), out=target, seconds=time.perf_counter() - started)
 
 
 def _files(source: Source) -> dict[str, str]:

@@ -124,6 +124,44 @@ def set_fewshot(loaded: Mapping[str, Any], counts: Mapping[str, int]) -> None:
         task.set_fewshot_seed(seed=_SEED)
 
 
+def check_answers(loaded: Mapping[str, Any], limit: int | None) -> None:
+    """Refuse tasks with questions that have no answer, as splits of a competition: the harness counts them as wrong.
+
+    Of free text, "" may be an answer, unless all have it. Tasks that reckon by code of their own are left to it.
+
+    Raises:
+        QuantkitError: names the task, and how many of its questions have none.
+    """
+    for name, task in loaded["tasks"].items():
+        if not hasattr(task, "config") or callable(getattr(task.config, "process_results", None)):
+            continue
+        asked = [doc for _, doc in task.doc_iterator(limit=limit)]
+        without = sum(not _has_answer(task, doc) for doc in asked)
+        if without == len(asked) or (without and task.OUTPUT_TYPE == "multiple_choice"):
+            raise QuantkitError(
+                f"{name}: {without} of {len(asked)} questions have no answer, so there is no number to give; take a "
+                "split that has them"
+            )
+
+
+def _has_answer(task: Any, doc: Any) -> bool:
+    """Whether a question has an answer that one can be right about; where a task's own words fail, the harness does."""
+    kind = task.OUTPUT_TYPE
+    try:
+        if kind == "multiple_choice":
+            found = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+            choices = task.doc_to_choice(doc)
+            answers = found if isinstance(found, list) else [found]
+            known = [0 <= one < len(choices) if isinstance(one, int) else one in choices for one in answers]
+            return bool(known) and all(known)
+        if kind in ("generate_until", "loglikelihood"):
+            found = task.doc_to_target(doc)
+            return str(found).strip() not in ("", "None")  # null as templates have it
+    except Exception:  # code and templates of a task
+        return True
+    return True
+
+
 def run_tasks(lm: Any, loaded: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
     """The harness's results.
 

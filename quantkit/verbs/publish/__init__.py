@@ -101,7 +101,8 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     if options.verify:
         from quantkit.verbs.verify import verify
 
-        problems = verify(root, generate=not options.dry_run, progress=progress).problems
+        trust = options.trust_remote_code
+        problems = verify(root, generate=not options.dry_run, trust_remote_code=trust, progress=progress).problems
         if problems:
             more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             found = "; ".join(problems[:_SHOWN]) + more

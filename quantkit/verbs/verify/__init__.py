@@ -14,7 +14,7 @@ from quantkit.blocks.open import resolve_device
 from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.hf.pickled import PickledFiles
-from quantkit.containers.hf.read import load_config, load_tokenizer, quantization_of
+from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import UsageError
@@ -22,7 +22,7 @@ from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
-from quantkit.sources import open_source
+from quantkit.sources import check_adapter, open_source
 from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour
 from quantkit.verbs.verify.companions import (
@@ -124,7 +124,7 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     if not place.exists():
         raise UsageError(f"{options.path}: no such file or folder; verify takes what lies on this disk")
     resolve_device(options.device)
-    run = _Run(options.generate, options.device, progress)
+    run = _Run(options.generate, options.device, options.trust_remote_code, progress)
     name = place.name
     if place.is_file():
         return VerifyReport(name, (run.file(place, place.parent),))
@@ -143,6 +143,7 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
 class _Run:
     generate: bool
     device: str
+    trust: bool
     progress: Progress
 
     def folder(self, folder: Path) -> Verified:
@@ -150,13 +151,16 @@ class _Run:
         with found.guard("checksums"):
             if not check_checksums(folder, None, found, self.progress):
                 found.note("no checksums are recorded beside it, so changed weights show only in what the model says")
+        with found.guard("adapter"):
+            if doubt := check_adapter(folder):
+                found.note(doubt)
         with found.guard("metadata"):
             check_links(folder, found)
             check_folder_paths(folder, found)
         config: PretrainedConfig | None = None
         content: dict[str, Any] = {}
         with found.guard("config.json"):
-            config = load_config(folder, trust_remote_code=False)
+            config = load_config(folder, self.trust)
             content = read_json(folder / "config.json")
         container, label, tensors, delta = self._tensors(folder, config, content, found)
         loads: list[Load] = []
@@ -164,7 +168,7 @@ class _Run:
             with found.guard("generation_config.json"):
                 check_ids(folder, config, found)
             with found.guard("tokenizer"):
-                tokenizer = load_tokenizer(folder, trust_remote_code=False)
+                tokenizer = load_tokenizer(folder, self.trust)
                 check_tokenizer(tokenizer, int(config.get_text_config().vocab_size), found)
             with found.guard("programs"):
                 copies = (folder / "quantize_config.json").is_file()
@@ -185,16 +189,20 @@ class _Run:
         plain: Collection[str] = table.entries
         tensors: Mapping[str, TensorInfo] = table.tensors
         read, delta = table.read, False
+        if config is not None and not label:
+            with found.guard("weights"):
+                check_plain(folder, tensors)
         if container.checks:
             tensors, plain = load(container.checks)(folder, table, label, found, self.progress)
         elif container.method or (config is not None and not table.entries and PickledFiles.present(folder)):
             with found.guard("weights"):
-                source = open_source(folder)
+                source = open_source(folder, trust_remote_code=self.trust)
                 tensors, plain, read = source.tensors, source.tensors, source.read
         if config is not None and tensors:
             with found.guard("config.json"):  # of files that `open_source` may refuse
                 about = {"path": folder, "label": folder.name, "kind": container.name, "config": config}
-                check_model(cast(Source, SimpleNamespace(**about, tensors=tensors, read=read)), found)
+                held = SimpleNamespace(**about, tensors=tensors, read=read, trusts_code=self.trust)
+                check_model(cast(Source, held), found)
         with found.guard(REPORT_NAME):
             delta = isinstance(_record(folder).get("delta"), dict)
             if delta:
@@ -252,7 +260,7 @@ class _Run:
         sentence: str | None = None
         run = Findings(found.root)
         with run.guard("running it"):
-            source = open_source(model) if isinstance(model, Path) else model
+            source = open_source(model, trust_remote_code=self.trust) if isinstance(model, Path) else model
             whole = source.path.is_dir()
             record = _record(source.path if whole else source.path.parent)
             results = [{}] if whole else (record.get("evaluation") or {}).get("results") or [{}]

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from quantkit.containers.hf.read import LOCAL_KEYS
+from quantkit.containers.hf.read import LOCAL_KEYS, unused_beyond
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import foreign_files
@@ -90,7 +90,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
     if highest < 0:
         found.problem("the tokenizer has no tokens; copy that of the model it was made from")
         return
-    if highest >= vocabulary:
+    unused = unused_beyond(tokenizer, vocabulary)
+    if unused:
+        found.note(
+            f"the tokenizer has {listed(list(unused.values()))} beyond the {vocabulary} ids that the model embeds, "
+            "which no usual text gives"
+        )
+    if any(number >= vocabulary and number not in unused for number in tokenizer.get_vocab().values()):
         found.problem(
             f"the tokenizer has ids up to {highest}, the model embeds {vocabulary}; it is another model's, or the "
             "embedding was not extended"
@@ -98,6 +104,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
     for role, token in tokenizer.special_tokens_map.items():
         for one in token if isinstance(token, list) else [token]:
             number = tokenizer.get_vocab().get(str(one))
+            if number in unused:
+                continue
             if number is None or not 0 <= number < vocabulary:
                 found.problem(f"the tokenizer's {role} {one!r} has id {number}, which the model does not embed")
     with panics_as(SourceError, "an English sentence cannot be taken apart"):

@@ -221,6 +221,9 @@ class _Packed:
     def _check_plain(self, shown: Mapping[str, TensorInfo]) -> None:
         """Linears that readers will look for as codes, and that are stored as weights."""
         stages = self.label.get("modules_in_block_to_quantize") or []
+        if not isinstance(stages, list):
+            self.found.problem("modules_in_block_to_quantize is no list of names; write the label anew")
+            return
         wanted = tuple(f".{name}" for stage in stages for name in (stage if isinstance(stage, list) else [stage]))
         weights = {name.removesuffix(".weight"): info for name, info in shown.items() if name.endswith(".weight")}
         plain = [

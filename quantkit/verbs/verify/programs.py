@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from quantkit.blocks.families import FAMILIES
 from quantkit.containers import CONTAINERS, load
@@ -34,9 +34,22 @@ _GPTQMODEL_NOT = {
 }
 _AUTOGPTQ = ("falcon", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2")
 _EXLLAMA2 = ("gemma2", "granite", "gpt2", "llama", "mistral", "mixtral", "phi3", "qwen2", "starcoder2")
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _MARLIN_GROUPS = (-1, 32, 64, 128)
 # Linears that vLLM and SGLang fuse into one, which then has one precision.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# Fields of a config that change what a model computes, and that transformers may not read from GGUF files.
+_DEFAULTS = {
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias"), "biases"),
+    **{
+        "sliding_window": "sliding window",
+        "head_dim": "width of heads",
+        "partial_rotary_factor": "part that is rotated",
+    },
+    **{"query_pre_attn_scalar": "scale of queries", "moe_intermediate_size": "width of experts"},
+    **{"norm_topk_prob": "normalized choice of experts", "attn_logit_softcapping": "cap of attention"},
+    **{"final_logit_softcapping": "cap of logits", "rms_norm_eps": "epsilon of norms"},
+}
 _GGJT_TYPES = {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
 _CTRANSFORMERS_TYPES = _GGJT_TYPES | {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 # Linears whose input is what the GPUs have cut: their columns are shared out, all others' rows.
@@ -220,7 +233,14 @@ def autogptq(facts: Facts) -> Iterator[str]:
         yield f"its kernel has no short last group, as {short.module} has ({short.columns} in groups of {short.group})"
     if not facts.copies:
         yield "it reads quantize_config.json, which is missing"
+    yield from _plain_head(facts)
     yield from _of_transformers_4(facts)
+
+
+def _plain_head(facts: Facts) -> Iterator[str]:
+    head = next((name for name in _HEADS if name in facts.tensors and facts.tensors[name].bits), None)
+    if head:
+        yield f"it looks for {head}, and here the head is quantized"
 
 
 def _of_transformers_4(facts: Facts) -> Iterator[str]:
@@ -236,6 +256,7 @@ def exllama(facts: Facts) -> Iterator[str]:
     yield from _four_bits(facts)
     if facts.family != "llama":
         yield f"it runs Llamas only, not {facts.family}"
+    yield from _plain_head(facts)
     yield from _of_transformers_4(facts)
 
 
@@ -276,8 +297,25 @@ def ctransformers(facts: Facts) -> Iterator[str]:
         yield f"of GGUF files it reads Llamas with a SentencePiece vocabulary, not {found}"
     if odd := sorted({info.stored_as for info in facts.tensors.values()} - _CTRANSFORMERS_TYPES):
         yield f"it is of 2023 and does not know {', '.join(odd)}"
+    config = facts.config.get_text_config()
+    if "lm_head.weight" not in facts.tensors:
+        yield "it needs an output matrix in the file although it is tied: --untie"
+    if any(name.endswith(".bias") for name in facts.tensors):
+        yield "it has no place for biases"
+    width = config.hidden_size // config.num_attention_heads
+    if (getattr(config, "head_dim", None) or width) != width:
+        yield f"it has heads {width} wide (hidden / heads), not {config.head_dim}"
+    if scaled := rope_types(config):
+        yield f"it knows no rope scaling ({', '.join(scaled)})"
     if facts.parts > 1:
         yield "it reads one file: llama-gguf-split --merge"
+
+
+def rope_types(config: PretrainedConfig) -> list[str]:
+    """Kinds of rope scaling that a config asks for, of any of its layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]
+    return sorted({str(one.get("rope_type", "default")) for one in layers} - {"default"})
 
 
 def gguf_by_transformers(facts: Facts) -> Iterator[str]:
@@ -286,8 +324,40 @@ def gguf_by_transformers(facts: Facts) -> Iterator[str]:
     name = facts.architecture
     if name not in GGUF_SUPPORTED_ARCHITECTURES and name.replace("moe", "_moe") not in GGUF_SUPPORTED_ARCHITECTURES:
         yield f"transformers reads no GGUF file of architecture {name}"
+        return
+    yield from _passed_over(facts, name)
     if facts.parts > 1:
         yield "it reads one file: llama-gguf-split --merge"
+
+
+def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
+    """What transformers leaves in a GGUF file without a word, and takes its class's default for: other numbers."""
+    from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+
+    config: Any = facts.config.get_text_config()
+    name = architecture.replace("moe", "_moe") if architecture not in GGUF_CONFIG_MAPPING else architecture
+    keys: Any = GGUF_CONFIG_MAPPING.get(name, {})
+    kind = f"{name}_text" if f"{name}_text" in CONFIG_MAPPING else name
+    defaults: Any = GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {})
+    usual: Any = CONFIG_MAPPING[kind](**defaults)
+    if scaled := rope_types(config):
+        yield f"transformers reads no rope scaling ({', '.join(scaled)}) of GGUF files and computes other numbers"
+    for key, what in _DEFAULTS.items():
+        if key in keys.values():
+            continue
+        ours, theirs = (_computed_with(one, key, config) for one in (config, usual))
+        if ours != theirs:
+            yield f"transformers reads no {what} of GGUF files and takes {theirs or 'none'}, not {ours or 'none'}"
+
+
+def _computed_with(one: Any, key: str, config: Any) -> Any:
+    """What a model of `config`'s size computes with by a config; 0 for none, as a window is that no text outgrows."""
+    value = getattr(one, key, None) or 0
+    if key == "partial_rotary_factor":
+        return (getattr(one, "rope_parameters", None) or {}).get(key, 1.0)
+    if key == "sliding_window":
+        return 0 if value >= config.max_position_embeddings else value
+    return value or (config.hidden_size // config.num_attention_heads if key == "head_dim" else 0)
 
 
 def ggjt_by_ctransformers(facts: Facts) -> Iterator[str]:

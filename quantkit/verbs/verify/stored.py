@@ -63,7 +63,8 @@ class StoredTensors:
 
 def check_weights(folder: Path, found: Findings) -> StoredTensors:
     """The folder's safetensors files and their index."""
-    files, index = sorted(path for path in folder.glob("*.safetensors") if path.is_file()), folder / _INDEX
+    index = folder / _INDEX
+    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file() and not p.name.startswith("adapter_"))
     weight_map, total = _read_index(index, found) if index.is_file() else ({}, None)
     wanted = sorted(set(weight_map.values()))
     if weight_map:

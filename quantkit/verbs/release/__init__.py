@@ -24,9 +24,9 @@ from quantkit.runs.steps import Outcome, Step, run_steps
 from quantkit.verbs import verb
 from quantkit.verbs.card.front import MARK
 from quantkit.verbs.eval.code import check_tasks
+from quantkit.verbs.recipe import Recipe, load_recipe
 from quantkit.verbs.release.family import FamilySteps
 from quantkit.verbs.release.forecast import Forecast, Forecaster
-from quantkit.verbs.release.recipe import Recipe, load_recipe
 from quantkit.verbs.release.variants import CalibrationWindows, Setting, Workshop, model_of, step_name
 
 _STYLES: Final = {"done": "green", "unchanged": "dim", "failed": "red", "refused": "yellow", "skipped": "red"}

@@ -133,7 +133,10 @@ class FamilySteps:
             write_json(out, {"repo": repo, "branch": place.branch, "commit": made.commit})
 
         options: dict[str, Any] = {"repo": repo, "branch": place.branch, "public": where.public}
-        needs = (place.step, place.card, f"verify {place.folder.name}")
+        # Where the recipe asks for numbers, a card without them does not go out.
+        judged = (COMPARE,) if "evaluation" in self._recipe.model_fields_set else ()
+        tried = (self._evals[model.step] for model in place.models if model.step in self._evals)
+        needs = (place.step, *judged, *tried, place.card, f"verify {place.folder.name}")
         self._add_receipt(f"publish {repo} {place.branch}", run, options, needs)
 
     def _add_receipt(

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from quantkit.progress import number, per_cent, size, spread
 from quantkit.verbs.compare.plots import INK, PAPER, RULE
+from quantkit.verbs.markdown import cell, code
 
 _CAPTIONS = {
     "accuracy-size": "Further down is nearer to the reference, further left is smaller. Where a model is on the Pareto "
@@ -38,7 +39,7 @@ def write_pages(folder: Path, report: Mapping[str, Any], figures: Mapping[str, b
         keep_trailing_newline=True,
     )
     environment.filters |= {"size": size, "number": number, "per_cent": per_cent, "spread": spread}
-    environment.filters |= {"cell": _cell, "code": _code, "visible": visible}
+    environment.filters |= {"cell": cell, "code": code, "visible": visible}
     shown = [
         {"name": name, "caption": caption, "svg": _inline(name, figures[f"{name}.svg"].decode(), caption)}
         for name, caption in _CAPTIONS.items()
@@ -53,18 +54,6 @@ def visible(text: str) -> str:
     """A token's text with its white space and control characters shown."""
     shown = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "(nothing)"
     return "".join(letter if letter.isprintable() else "�" for letter in shown)
-
-
-def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """Code in a cell of a Markdown table: between more backticks than it holds."""
-    text = " ".join(text.split()).replace("|", "\\|")
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text or ' '}`"
 
 
 def _inline(name: str, svg: str, caption: str) -> Markup:

@@ -89,7 +89,8 @@ def farewell(stop: BaseException, arguments: Sequence[str]) -> str:
     if isinstance(stop, Interrupted) and "generate" in arguments[:1]:
         return f"interrupted; {stop}"
     if isinstance(stop, Interrupted):
-        return f"interrupted {stop}; {advice if of_gptq else 'the same command goes on with it'}"
+        resumes = of_gptq or "compare" in arguments[:1]
+        return f"interrupted {stop}; {advice if resumes else 'the same command goes on with it'}"
     if of_gptq and "--resume" in arguments:  # what an earlier run left may not even have been looked at
         return f"interrupted before anything new was done; {advice}"
     return "interrupted; no unfinished output was left"

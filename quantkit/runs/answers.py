@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 from quantkit.errors import OutputError, UsageError
 from quantkit.runs.atomic import read_json, sync, write_json
+from quantkit.runs.unfinished import ChangedError
 
 
 class Asked(Protocol):
@@ -31,6 +32,8 @@ class Asked(Protocol):
 
 
 ANSWERED = ("output", "finish_reason", "prompt_tokens", "output_tokens")
+IDS = "output_ids"
+"""An answer's token ids, where answers are compared with others."""
 
 
 def settings_path(out: Path) -> Path:
@@ -38,13 +41,15 @@ def settings_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.quantkit.json")
 
 
-def line_of(prompt: Asked, text: str, finish: str, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
-    """What is written for a prompt: its id, its own fields, the answer.
+def line_of(
+    prompt: Asked, text: str, finish: str, prompt_tokens: int, output_tokens: int, ids: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """What is written for a prompt: its id, its own fields, the answer, and its `IDS` where they are given.
 
     Fields of the prompt's that are called as those of an answer are kept as `given_output` and so on.
     """
     answer = dict(zip(ANSWERED, (text, finish, prompt_tokens, output_tokens), strict=True))
-    return {**_kept(prompt), **answer}
+    return {**_kept(prompt), **answer, **({} if ids is None else {IDS: list(ids)})}
 
 
 def check_answers(out: Path, prompts: Path, resume: bool, force: bool) -> None:
@@ -65,19 +70,19 @@ def begun(out: Path, settings: Mapping[str, Any], prompts: Sequence[Asked]) -> i
     Of the settings those that are given must be the same.
 
     Raises:
-        UsageError: it was made with other settings, or from other prompts.
+        ChangedError: it was made with other settings, or from other prompts.
     """
     if not settings_path(out).is_file():
         if not out.stat().st_size:  # killed before the first word
             return 0
-        raise UsageError(f"--resume: {out} has no {settings_path(out).name} beside it; use --force to start again")
+        raise ChangedError(f"--resume: {out} has no {settings_path(out).name} beside it; use --force to start again")
     _check_same(out, read_json(settings_path(out)), json.loads(json.dumps(settings)))
     lines = out.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off
     if len(lines) > len(prompts):
-        raise UsageError(f"--resume: {out} has {len(lines)} answers, more than there are prompts")
+        raise ChangedError(f"--resume: {out} has {len(lines)} answers, more than there are prompts")
     for number, (line, prompt) in enumerate(zip(lines, prompts, strict=False), 1):
         if not _answers(line, prompt):
-            raise UsageError(
+            raise ChangedError(
                 f"--resume: line {number} of {out} is no answer to {prompt.where}; the prompts have changed, or the "
                 "file has: use --force to start again"
             )
@@ -122,7 +127,7 @@ class Appender:
 def _kept(prompt: Asked) -> dict[str, Any]:
     kept: dict[str, Any] = {"id": prompt.id}
     for key, value in prompt.given.items():
-        while key in ANSWERED:
+        while key in (*ANSWERED, IDS):
             key = f"given_{key}"
         kept[key] = value
     return kept
@@ -137,7 +142,7 @@ def _answers(line: bytes, prompt: Asked) -> bool:
     if not isinstance(found, dict) or not set(ANSWERED) <= found.keys():
         return False
     wanted: dict[str, Any] = json.loads(json.dumps(_kept(prompt)))
-    return wanted == {key: value for key, value in found.items() if key not in ANSWERED}
+    return wanted == {key: value for key, value in found.items() if key not in (*ANSWERED, IDS)}
 
 
 def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> None:
@@ -146,7 +151,7 @@ def _check_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any], ab
         if isinstance(old, dict) and isinstance(new, dict):
             _check_same(out, old, new, f"{above}{key} ")
         elif old != new:
-            raise UsageError(
+            raise ChangedError(
                 f"--resume: {out} was made with {above}{key} {old}, which is {new} now; "
                 "give the same, or use --force to start again"
             )

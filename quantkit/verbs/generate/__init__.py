@@ -17,12 +17,12 @@ from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.answers import appending, begun, check_answers, line_of
+from quantkit.runs.answers import appending, begun, check_answers
 from quantkit.runs.atomic import absolute
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
-from quantkit.verbs.generate.decoding import Answer, Request
-from quantkit.verbs.generate.prompts import read_prompts
+from quantkit.verbs.generate.decoding import Request
+from quantkit.verbs.generate.prompts import asked_prompts
 from quantkit.verbs.generate.speaker import Speaker
 
 
@@ -86,7 +86,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     spec = options.part(Decoding)
     target, asked = absolute(options.out), Path(options.prompts).expanduser()
     check_answers(target, asked, options.resume, options.force)
-    wanted = read_prompts(asked, options.system)
+    wanted = asked_prompts(options.prompts, options.system)
     stream = open_stream(named(options.model, options.base, options.delta), options)
     note_source(stream.source, progress)
     speaker = Speaker.of(stream.source, options.template, spec)
@@ -105,22 +105,10 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     settings["recipe"]["kernels"] = loaded.kernels
     if done:
         begun(target, settings, wanted)
-    answers: list[Answer] = []
     phase = progress.phase("answering", len(wanted) - done)
     try:
         with appending(target, settings, done) as file, phase as advance:
-            # The batches of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
-            for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
-                batch = slice(start, start + options.batch_size)
-                found = speaker.answer(loaded.model, requests[batch])
-                lines = [
-                    line_of(prompt, speaker.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids))
-                    for prompt, request, new in zip(wanted[batch], requests[batch], found, strict=True)
-                ]
-                fresh = max(done - start, 0)
-                file.write(lines[fresh:])
-                answers += found[fresh:]
-                advance(len(found) - fresh)
+            answers = speaker.answer_all(loaded.model, wanted, requests, file, done, options.batch_size, advance)
     except KeyboardInterrupt:
         raise Interrupted(f"--resume goes on with the answers that are in {target}") from None
     return replace(

@@ -18,7 +18,7 @@ from quantkit.cli.app import main
 from quantkit.errors import CalibrationError, QuantkitError, UsageError
 from quantkit.tokens.datasets import HELD_OUT, read_bundled
 from quantkit.verbs.compare import CompareReport
-from quantkit.verbs.compare.answers import Agreement, Said, _place, folder_of_answers
+from quantkit.verbs.compare.answers import Agreement, Said, _place
 from quantkit.verbs.generate.speaker import Speaker
 
 WORDS = "the quick brown fox jumps over the lazy dog while the tides follow the moon and the sea follows the tides"
@@ -141,7 +141,7 @@ def test_the_report_is_read_back_and_recorded(report: CompareReport, prompts: Pa
     recipe = json.loads((report.out / "quantkit.json").read_text(encoding="utf-8"))["recipe"]
     assert recipe["prompts"]["name"] == prompts.name
     assert recipe["prompts"]["max_new_tokens"] == 12
-    assert not folder_of_answers(report.out).exists()
+    assert [path.name for path in report.out.parent.iterdir()] == ["report"]
 
 
 def test_pages_show_all_answers_and_escape_them(report: CompareReport) -> None:
@@ -243,12 +243,14 @@ def test_a_stopped_comparison_goes_on_to_the_same_bytes(
         return whole(self, *given)
 
     monkeypatch.setattr(Speaker, "answer", stopping)
-    with pytest.raises(QuantkitError, match=r"the disk is gone\nthe answers so far are kept: --resume"):
+    with pytest.raises(QuantkitError, match=r"the disk is gone\n28 answers are kept: resume=True goes on"):
         run(family, out, text, prompts=prompts)
     assert not out.exists()
-    with pytest.raises(UsageError, match="a run into it was not finished; --resume goes on with its answers"):
+    with pytest.raises(
+        UsageError, match=r"a run of compare into it was not finished; resume=True goes on .*\(28 answers"
+    ):
         run(family, out, text, prompts=prompts)
-    with pytest.raises(UsageError, match="max_new_tokens 12, which is 9 now"):
+    with pytest.raises(UsageError, match="prompts max_new_tokens: 12 then, 9 now"):
         run(family, out, text, prompts=prompts, resume=True, max_new_tokens=9)
     run(family, out, text, prompts=prompts, resume=True)
     assert batches == [8, 2, 8, 2, 8, 2, 2]
@@ -260,16 +262,22 @@ def test_a_stopped_comparison_goes_on_to_the_same_bytes(
 def test_force_starts_anew_and_nothing_answered_leaves_nothing(
     family: list[Path], prompts: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = folder_of_answers(tmp_path / "report")
-    kept.mkdir()
-    (kept / "000.jsonl").write_text("{}\n", encoding="utf-8")
-    run(family[:2], tmp_path / "report", text, prompts=prompts, prompt_count=1, force=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    whole, batches = Speaker.answer, []
 
-    def failing(*_: Any) -> Any:
-        raise QuantkitError("no word")
+    def failing(self: Speaker, *given: Any) -> Any:
+        batches.append(0)
+        if len(batches) in (2, 5):
+            raise QuantkitError("no word")
+        return whole(self, *given)
 
     monkeypatch.setattr(Speaker, "answer", failing)
+    with pytest.raises(QuantkitError, match="8 answers are kept"):
+        run(family[:2], tmp_path / "report", text, prompts=prompts)
+    with pytest.raises(UsageError, match=r"resume=True: .* use force=True to start anew"):
+        run(family[:2], tmp_path / "report", text, resume=True, prompts=prompts, prompt_count=1)
+    run(family[:2], tmp_path / "report", text, prompts=prompts, prompt_count=1, force=True, max_new_tokens=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    batches[:] = [0] * 4
     with pytest.raises(QuantkitError, match=r"^no word$"):
         run(family[:2], tmp_path / "other", text, prompts=prompts)
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
@@ -298,5 +306,5 @@ def test_an_interrupt_says_how_to_go_on(
         main([*command, "--no-plots", "--device", "cpu", "--max-new-tokens", "3", "--prompts", str(prompts)])
     assert stop.value.code == 1
     said = capsys.readouterr().err
-    assert "interrupted with answers kept; go on with: quantkit compare" in said
+    assert "interrupted after 8 answers; go on with: quantkit compare" in said
     assert said.rstrip().endswith("--resume")

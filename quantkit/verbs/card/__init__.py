@@ -18,8 +18,9 @@ from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, file_sha256, staged_files
+from quantkit.runs.atomic import absolute, file_sha256
 from quantkit.runs.links import lies_within
+from quantkit.runs.outputs import staged_files
 from quantkit.verbs import verb
 from quantkit.verbs.card.facts import ModelFacts, models_in
 from quantkit.verbs.card.front import MARK, Original, bases_of, front_matter, licence_of, read_original
@@ -125,7 +126,9 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         "original": source.text,
     }
     body = fill_template(text, options.template, variables)
-    with staged_files(root / CARD) as staging:  # the card and its plots, all or nothing
+    written = (CARD, *plots)
+    known = {name for name in written if (root / name).exists()}  # looked at above
+    with staged_files(root / CARD, options.force or known, written) as staging:  # all or nothing
         (staging / CARD).write_text(f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", encoding="utf-8")
         for name, plot in plots.items():
             if not plot.is_file():

@@ -23,12 +23,14 @@ from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, per_cent, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.outputs import Staging, check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
+from quantkit.runs.unfinished import check_unfinished
 from quantkit.tokens.text import EvaluationText, check_tokens, common_text
 from quantkit.verbs import verb
-from quantkit.verbs.compare.answers import Answers, Questions, check_begun, keeping_answers, shown_tokens
+from quantkit.verbs.compare.answers import Answers, Questions, shown_tokens, staged_report
 from quantkit.verbs.compare.chooser import Limits, Recommendation, choose, pareto
 from quantkit.verbs.compare.pages import write_pages
 from quantkit.verbs.compare.plots import Drawn, plot_files
@@ -100,8 +102,9 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     ]
     if not options.variants:
         raise UsageError("name at least one variant to compare with the reference")
-    check_begun(place, options.resume, options.force)
     progress = ranks.reporting(progress)
+    if ranks.first:
+        check_unfinished(place, options.resume, options.force)
     names = (options.reference, *options.variants)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
     specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
@@ -110,17 +113,16 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     _warn_of_order(sources, progress)
     for source in sources:
         if ranks.first:
-            check_outside(place, source, options.force)
+            check_outside(place, source, options.force or (options.resume and Staging(place).landed > 0))
         note_source(source, progress)
     questions = Questions.of(options, options.template, sources)
-    windows = ranks.from_first(lambda: _windows(sources, specs, progress))
-    with keeping_answers(place, options.resume) if questions and ranks.first else nullcontext(place) as kept:
-
-        def answered() -> tuple[list[dict[str, Any]], Answers | None]:
-            origins = _origins(sources, progress)
-            return origins, questions.answered(streams, origins, kept, progress) if questions else None
-
-        origins, answers = ranks.from_first(answered)
+    origins = ranks.from_first(lambda: _origins(sources, progress))
+    staged = staged_report(place, questions, streams[0], origins, options.resume, options.force)
+    with staged if ranks.first else nullcontext((place, None)) as (folder, journal):
+        windows = ranks.from_first(lambda: _windows(sources, specs, progress))
+        answers = ranks.from_first(
+            lambda: questions.answered(streams, journal, progress) if questions and journal else None
+        )
         scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
 
         def written() -> CompareReport:
@@ -132,15 +134,15 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
             choice, unmet = choose(models[1:], limits)
             report = CompareReport(place, models[0].model, facts, models, choice, unmet, answers)
             figures = _figures(models, scores, progress) if options.plots else {}
-            with staged_folder(place) as folder:
-                write_json(folder / "report.json", report.as_dict())
-                write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins, questions))
-                for name, content in figures.items():
-                    (folder / name).write_bytes(content)
-                write_pages(folder, report.as_dict(), figures)
+            write_json(folder / "report.json", report.as_dict())
+            write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins, questions))
+            for name, content in figures.items():
+                (folder / name).write_bytes(content)
+            write_pages(folder, report.as_dict(), figures)
             return report
 
-        return ranks.from_first(written)
+        report = ranks.from_first(written)
+    return report
 
 
 # -- parts of the flow -----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,11 +16,12 @@ import torch
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_model
 from quantkit.containers.source import Source
-from quantkit.errors import Interrupted, QuantkitError, UsageError
 from quantkit.options import Asking, Decoding, TemplateName, make
 from quantkit.progress import Progress
-from quantkit.runs.answers import IDS, appending, begun
-from quantkit.runs.unfinished import ChangedError
+from quantkit.runs.answers import Appender
+from quantkit.runs.journal import Journal
+from quantkit.runs.outputs import staged_folder
+from quantkit.runs.unfinished import working
 from quantkit.tokens.datasets import HELD_OUT
 from quantkit.tokens.text import check_tokens
 from quantkit.verbs.generate.decoding import Request
@@ -29,6 +29,9 @@ from quantkit.verbs.generate.prompts import PromptLine, asked_prompts
 from quantkit.verbs.generate.speaker import Speaker
 
 _BATCH = 8
+
+_Line = Mapping[str, Any]
+"""An answer as it is kept: its ids, and what ended it."""
 
 
 # -- what a report holds ---------------------------------------------------------------------------------------------
@@ -167,20 +170,25 @@ class Questions:
         """How many go through a model: the prompts', and those of the longest answers."""
         return sum(len(request.ids) + request.room for request in self.requests)
 
-    def answered(
-        self, streams: Sequence[ModelStream], origins: Sequence[Mapping[str, Any]], folder: Path, progress: Progress
-    ) -> Answers:
-        """What all models answer, one whole model at a time. What `folder` has from before is not asked again.
+    def answered(self, streams: Sequence[ModelStream], journal: Journal, progress: Progress) -> Answers:
+        """What all models answer, one whole model after another.
+
+        Args:
+            streams: of the models.
+            journal: has answers of an earlier run, which are not asked for again, and gets those of this one.
+            progress: receives bars.
 
         Raises:
-            ChangedError: those answers were made otherwise.
             QuantkitError: a model or the disk failed.
         """
         found = {}
-        for number, (stream, made) in enumerate(zip(streams, origins, strict=True)):
-            out = folder / f"{number:03d}.jsonl"
-            found[stream.source.label] = self._answered(stream, made, out, progress)
-        asked = [self._beside(number, {name: lines[number] for name, lines in found.items()}) for number in self._all()]
+        for number, stream in enumerate(streams):
+            before = _lines(journal)[number * len(self.prompts) :][: len(self.prompts)]
+            found[stream.source.label] = before + self._answers(stream, len(before), journal, progress)
+        asked = [
+            self._beside(number, {name: lines[number] for name, lines in found.items()})
+            for number in range(len(self.prompts))
+        ]
         variants = list(found)[1:]
         skills = {one.skill: [other for other in asked if other.skill == one.skill] for one in asked}
         return Answers(
@@ -190,36 +198,31 @@ class Questions:
             prompts=asked,
         )
 
-    def _all(self) -> range:
-        return range(len(self.prompts))
+    def _answers(self, stream: ModelStream, done: int, journal: Journal, progress: Progress) -> list[_Line]:
+        """A model's answers after the first `done`."""
+        if done == len(self.prompts):
+            return []
+        # The stream itself is for the scores: what becomes a whole model cannot be streamed any more.
+        model = load_model(stream.source, stream.device, stream.dtype, progress)
+        lines: list[_Line] = []
+        with progress.phase(f"answering: {stream.source.label}", len(self.prompts) - done) as advance:
+            for found in self.speaker.batches(model, self.requests, done, _BATCH):
+                lines += [{"ids": new.ids, "finish": new.finish} for new in found]
+                Appender(journal).write(lines[-len(found) :])
+                advance(len(found))
+        return lines
 
-    def _answered(
-        self, stream: ModelStream, made: Mapping[str, Any], out: Path, progress: Progress
-    ) -> list[dict[str, Any]]:
-        """The lines of one model's file of answers, which is made whole."""
-        arithmetic = {"device": stream.device.type, "dtype": str(stream.dtype).removeprefix("torch.")}
-        settings = {"recipe": {**self.facts, **arithmetic}, **made}
-        done = begun(out, settings, self.prompts) if out.exists() else 0
-        if done < len(self.prompts):
-            # The stream itself is for the scores: what becomes a whole model cannot be streamed any more.
-            model = load_model(stream.source, stream.device, stream.dtype, progress)
-            phase = progress.phase(f"answering: {stream.source.label}", len(self.prompts) - done)
-            with appending(out, settings, done) as file, phase as advance:
-                self.speaker.answer_all(model, self.prompts, self.requests, file, done, _BATCH, advance, with_ids=True)
-        return [json.loads(line) for line in out.read_bytes().splitlines()]
-
-    def _beside(self, number: int, lines: Mapping[str, Mapping[str, Any]]) -> AskedPrompt:
+    def _beside(self, number: int, lines: Mapping[str, _Line]) -> AskedPrompt:
         """One prompt with the answers of all models, of which each has a line."""
         record = self.prompts[number].record
         text = record.text if record.turns is None else "\n\n".join(turn.text for turn in record.turns)
-        decode = self._decode
         reference = next(iter(lines.values()))
         return AskedPrompt(
             id=self.prompts[number].id,
             skill=record.skill,
             prompt=text or "",
             prompt_tokens=len(self.requests[number].ids),
-            answers={name: _said(line, reference, decode) for name, line in lines.items()},
+            answers={name: _said(line, reference, self._decode) for name, line in lines.items()},
         )
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -236,9 +239,9 @@ def _spread(prompts: list[PromptLine], count: int) -> list[PromptLine]:
 # -- beside each other -----------------------------------------------------------------------------------------------
 
 
-def _said(line: Mapping[str, Any], reference: Mapping[str, Any], decode: Callable[[Sequence[int]], str]) -> Said:
-    ids, others = line[IDS], reference[IDS]
-    text, finish = decode(ids), line["finish_reason"]
+def _said(line: _Line, reference: _Line, decode: Callable[[Sequence[int]], str]) -> Said:
+    ids, others = line["ids"], reference["ids"]
+    text, finish = decode(ids), line["finish"]
     if ids == others:
         return Said(text, finish, len(ids))
     at = _shared(ids, others)
@@ -261,42 +264,36 @@ def _agreement(asked: Sequence[AskedPrompt], variants: Sequence[str]) -> dict[st
     return {name: Agreement.of([prompt.answers[name] for prompt in asked]) for name in variants}
 
 
-# -- what a killed run leaves ----------------------------------------------------------------------------------------
-
-
-def folder_of_answers(out: Path) -> Path:
-    """Where answers lie until the report that holds them is there."""
-    return out.with_name(f".{out.name}.answers")
-
-
-def check_begun(out: Path, resume: bool, force: bool) -> None:
-    """Refuse answers of another run in the way. Raises UsageError."""
-    if resume and force:
-        raise UsageError("--resume goes on with the answers of a stopped run and --force drops them: choose one")
-    if folder_of_answers(out).exists() and not (resume or force):
-        raise UsageError(
-            f"--out {out}: a run into it was not finished; --resume goes on with its answers, --force starts anew"
-        )
+# -- kept while they are made ------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def keeping_answers(out: Path, resume: bool) -> Iterator[Path]:
-    """The folder of answers to a run into `out`: gone when the run is done, or where it was stopped before any.
+def staged_report(
+    out: Path,
+    questions: Questions | None,
+    stream: ModelStream,
+    origins: Sequence[Mapping[str, Any]],
+    resume: bool,
+    force: bool,
+) -> Iterator[tuple[Path, Journal | None]]:
+    """A folder that becomes `out`, as `staged_folder` has it; with questions a journal, which keeps answers too.
 
     Raises:
-        Interrupted: the same of a KeyboardInterrupt, where answers are kept.
+        UsageError: another run is at work here, or left answers that neither `resume` nor `force` goes for.
+        ChangedError: what would be gone on with was made with something else.
+        OutputError: the disk is full, the place cannot be written to, or was taken meanwhile.
+        Interrupted: a KeyboardInterrupt that cost no answer.
     """
-    folder = folder_of_answers(out)
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    except BaseException as error:
-        if not any(path.stat().st_size for path in folder.glob("*.jsonl")):
-            shutil.rmtree(folder, ignore_errors=True)
-        elif isinstance(error, KeyboardInterrupt):
-            raise Interrupted("with answers kept") from None
-        elif isinstance(error, QuantkitError) and not isinstance(error, ChangedError):
-            error.args = (f"{error}\nthe answers so far are kept: --resume goes on with them",)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    if questions is None:
+        with staged_folder(out, force) as folder:
+            yield folder, None
+        return
+    arithmetic = {"device": stream.device.type, "dtype": str(stream.dtype).removeprefix("torch.")}
+    sources = [made["source"] for made in origins]
+    decides = {"prompts": questions.facts, **arithmetic, "sources": sources, "versions": origins[0]["versions"]}
+    with working(out, decides, None, resume, force, "compare") as run:
+        yield run.staged, run.journal
+
+
+def _lines(journal: Journal) -> list[_Line]:
+    return [json.loads(record["answer"]) for record in journal.records if "answer" in record]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,6 @@ from quantkit.blocks.whole import generation_config
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError
 from quantkit.options import Decoding, TemplateName
-from quantkit.progress import Advance
-from quantkit.runs.answers import Appender, line_of
 from quantkit.tokens.records import Record, resolve
 from quantkit.tokens.text import check_tokens
 from quantkit.verbs.generate.decoding import Answer, Request, decode
@@ -80,37 +78,15 @@ class Speaker:
         """Answers of one batch; see `decode`."""
         return decode(model, requests, self.spec, self.stops, each)
 
-    def answer_all(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[PromptLine],
-        requests: Sequence[Request],
-        file: Appender,
-        done: int,
-        batch_size: int,
-        advance: Advance,
-        with_ids: bool = False,
-    ) -> list[Answer]:
-        """Answer all but the first `done` prompts, batch by batch, each in the file before the next is begun.
+    def batches(
+        self, model: PreTrainedModel, requests: Sequence[Request], done: int, batch_size: int
+    ) -> Iterator[list[Answer]]:
+        """Answers to all but the first `done` requests, a batch at a time.
 
         The batches are those of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
         """
-        answers: list[Answer] = []
-        for start in range(done - done % batch_size, len(prompts), batch_size):
-            batch = slice(start, start + batch_size)
-            found = self.answer(model, requests[batch])
-            lines = [
-                line_of(
-                    *(prompt, self.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids)),
-                    new.ids if with_ids else None,
-                )
-                for prompt, request, new in zip(prompts[batch], requests[batch], found, strict=True)
-            ]
-            fresh = max(done - start, 0)
-            file.write(lines[fresh:])
-            answers += found[fresh:]
-            advance(len(found) - fresh)
-        return answers
+        for start in range(done - done % batch_size, len(requests), batch_size):
+            yield self.answer(model, requests[start : start + batch_size])[max(done - start, 0) :]
 
     def text(self, ids: Sequence[int], record: Record) -> str:
         """The text of an answer to the record, from its own ids alone: nothing is looked for in it, nothing cut out.

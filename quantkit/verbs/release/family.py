@@ -8,11 +8,10 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.atomic import write_json
+from quantkit.runs.outputs import ChangedError, Staging
 from quantkit.runs.steps import Step
-from quantkit.runs.unfinished import ChangedError
 from quantkit.verbs.card import card
 from quantkit.verbs.compare import compare
-from quantkit.verbs.compare.answers import folder_of_answers
 from quantkit.verbs.eval import eval as run_tasks
 from quantkit.verbs.publish import publish
 from quantkit.verbs.release.recipe import PublishingRecipe, Recipe
@@ -63,14 +62,15 @@ class FamilySteps:
         asking = {"prompts", "prompt_count", "max_new_tokens"} if judging.prompts else set()
         judged = judging.model_dump(mode="json", include={"texts", "seq_len", "eval_tokens", *asking})
 
-        def run(done: frozenset[str]) -> None:
+        def run(done: frozenset[str], again: bool) -> None:
             variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]
             if not variants:
                 raise UsageError("no variant was made")
             reference = self._places[0].folder
-            begun = folder_of_answers(self.report).is_dir()
             try:
-                compare(reference, variants, out=self.report, **judged, **self._common, resume=begun)
+                landed = bool(Staging(self.report).landed)
+                given = {**judged, **self._common, "resume": landed, "force": again and not landed}
+                compare(reference, variants, out=self.report, **given)
             except ChangedError as error:
                 self._progress.note(f"  starting anew: {error}")
                 compare(reference, variants, out=self.report, **judged, **self._common, force=True)
@@ -84,8 +84,8 @@ class FamilySteps:
         out = self._out / "evals" / f"{model.path.name}.json"
         options = {**judging.model_dump(include={"suite", "tasks_dir", "limit"}), "task": list(judging.tasks)}
 
-        def run(_: frozenset[str]) -> None:
-            run_tasks(model.opened, out=out, **options, force=True, **self._common)
+        def run(_: frozenset[str], again: bool) -> None:
+            run_tasks(model.opened, out=out, **options, force=again, **self._common)
 
         name = f"eval {model.path.name}"
         decides = {**options, "read": self._ledger.read_by([judging.tasks_dir])}
@@ -106,7 +106,7 @@ class FamilySteps:
         beside = [other for other in self._places if other.repo == place.repo and other is not place]
         others = beside if place.branch == "main" else []
 
-        def run(done: frozenset[str]) -> None:
+        def run(done: frozenset[str], _: bool) -> None:
             card(
                 place.folder,
                 reports=[self.report / "report.json"] if COMPARE in done else [],
@@ -121,7 +121,7 @@ class FamilySteps:
         wants = (COMPARE, *evals, *(other.step for other in others))
         out = place.folder / "README.md"
         decides = {**options, "read": self._ledger.read_by([self._recipe.card.template, self._original])}
-        self.steps.append(Step(place.card, out, run, decides, (place.step,), wants, adds=True))
+        self.steps.append(Step(place.card, out, run, decides, (place.step,), wants, by_hand=True))
 
     def _add_verification(self, place: ReleaseFolder) -> None:
         def run(out: Path) -> None:
@@ -150,7 +150,7 @@ class FamilySteps:
         """A step that leaves nothing in the release but a note that it is done."""
         out = self._out / ".release" / "done" / f"{name.replace('/', '-').replace(' ', '-')}.json"
 
-        def noted(_: frozenset[str]) -> None:
+        def noted(_: frozenset[str], again: bool) -> None:
             out.parent.mkdir(exist_ok=True)
             run(out)
 

@@ -112,12 +112,8 @@ def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.Capture
         ("gptq --override x", "--override x: write PATTERN=bits:8,group_size:32"),
         ("card . --with-branch x", "--with-branch x: write NAME=DIR"),
         ("compare o/a o/b --out c --max-kl x", "--max-kl x: give a number"),
-<<<<<<< HEAD
-        ("generate o/m --prompts . --out o --top-p 2", "--top-p 2: give at most 1"),
-=======
         ("generate o/m --prompts --out o --top-p 2", "--top-p 2: give at most 1"),
         ("generate o/m --prompts p --out o", "--prompts p: no file of prompts; give JSON lines, or --prompts alone, "),
->>>>>>> w-d
         ("eval o/m --out o --limit 0", "--limit 0: give at least 1"),
         ("merge o/a o/b --out c --vocab zeros", "--vocab zeros: choose auto, mean, delta"),
         ("samples --show x", "--show x: give a whole number"),

@@ -13,7 +13,6 @@ from random import Random
 from typing import Any
 
 import torch
-from quantkit.verbs.release.recipe import load_recipe
 
 import quantkit
 from quantkit.containers.imatrix import read_imatrix
@@ -28,6 +27,7 @@ from quantkit.tokens.readers import load_dataset
 from quantkit.tokens.records import render
 from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.generate.prompts import prompt_ids, prompt_text, read_prompts
+from quantkit.verbs.recipe import load_recipe
 from support.fuzzing import damage
 from support.fuzzing.damage import Damage
 

@@ -489,7 +489,7 @@ def test_several_licences_and_words_that_look_like_numbers(folder: Path, tmp_pat
     """A reader of YAML 1.2, as the Hub is, takes 1e3 and 0o17 for numbers where they are not quoted."""
     original = tmp_path / "README.md"
     original.write_text("---\nlicense: [apache-2.0, mit]\nlicense_name: '0o17'\nlanguage:\t[en]\n---\nThe text.\n")
-    with pytest.raises(UsageError, match=r"--licence mit: .* is under apache-2\.0 and mit, which"):
+    with pytest.raises(UsageError, match=r"licence=mit: .* is under apache-2\.0 and mit, which"):
         card(folder, original=original, licence="mit", force=True)
     write(folder, original=original, quantized_by="1e3")
     text = (folder / "README.md").read_text()

@@ -50,6 +50,8 @@ def file_sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError."""
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: is no file, so it is not opened")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import REPORT_NAME, Origin, file_sha256, read_json
+from quantkit.runs.atomic import Origin, file_sha256
+from quantkit.runs.records import read_record
 from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"
@@ -34,9 +35,8 @@ def origin(source: Origin) -> dict[str, Any]:
 
 def made_from(source: Origin) -> str | None:
     """The kind of the model that quantkit made a folder from, by the record beside it. Raises SourceError."""
-    path = source.path / REPORT_NAME
-    made = read_json(path).get("source") if path.is_file() else None
-    return str(made.get("kind")) if isinstance(made, dict) else None
+    made = read_record(source.path).get("source")
+    return str(made.get("kind")) if made else None
 
 
 def companions(source: Origin) -> dict[str, Any]:
@@ -59,9 +59,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def delta_record(source: Origin) -> dict[str, Any]:
     """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
-    path = source.path / REPORT_NAME
-    found = read_json(path).get("delta") if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    return read_record(source.path).get("delta") or {}
 
 
 def _identity(source: Origin) -> dict[str, Any]:

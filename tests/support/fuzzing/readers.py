@@ -94,7 +94,7 @@ def planned(model: Path) -> None:
     """What four verbs would make of it."""
     out = model.parent / "out"
     quantkit.convert(model, out, dry_run=True)
-    quantkit.gptq(model, out, dry_run=True, requantize=True, group_size=32, evaluate=False)
+    quantkit.gptq(model, out, dry_run=True, group_size=32, evaluate=False, requantize=True)
     quantkit.imatrix(model, out=out / "imatrix.gguf", dry_run=True)
     quantkit.ggml(model, out / "model.gguf", type="q8_0", dry_run=True, requantize=True, pre=pre_of(model))
 

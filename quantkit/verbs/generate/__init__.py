@@ -18,7 +18,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.runs.answers import appending, begun, check_answers, is_complete, line_of
 from quantkit.runs.atomic import absolute
-from quantkit.runs.record import origin
+from quantkit.runs.record import check_unchanged, origin
 from quantkit.verbs import verb
 from quantkit.verbs.generate.decoding import Answer, Request
 from quantkit.verbs.generate.prompts import read_prompts
@@ -119,6 +119,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
             file.write(lines[fresh:])
             answers += found[fresh:]
             advance(len(found) - fresh)
+        check_unchanged(stream.source)
     return replace(
         report,
         kernels=loaded.kernels,

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import Origin, file_sha256
+from quantkit.runs.atomic import FileStates, Origin, file_sha256
+from quantkit.runs.places import READ_BY
 from quantkit.runs.records import read_record
 from quantkit.version import __version__
 
@@ -21,9 +22,15 @@ _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".py")
 
 
 def origin(source: Origin) -> dict[str, Any]:
-    """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions."""
+    """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions.
+
+    Raises:
+        SourceError: a file cannot be read, or has changed since the source was opened.
+    """
+    identity = _identity(source)
+    check_unchanged(source)
     return {
-        "source": _identity(source),
+        "source": identity,
         "versions": {
             "quantkit": __version__,
             "torch": torch.__version__,
@@ -55,6 +62,33 @@ def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder that is written, by name: the record's `files`, which `verify` compares."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def states_of(source: Origin) -> FileStates:
+    """Size, time of the last change and inode of the files that a source is read from."""
+    beside = source.path.iterdir() if source.path.is_dir() else ()
+    paths = {*source.weight_files(), *(path for path in beside if READ_BY.search(path.name))}
+    return {path: _state(path) for path in paths}
+
+
+def check_unchanged(source: Origin) -> None:
+    """Refuse a source whose files are not those that were opened: what was read of them is of no one model.
+
+    Raises:
+        SourceError: names the file.
+    """
+    for part in source.parts.values():
+        for path, state in part.states.items():
+            if _state(path) != state:
+                raise SourceError(f"{path} has changed while it was read; start again")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def delta_record(source: Origin) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from conftest import MakeModel
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit.errors import SourceError
+from quantkit.errors import OutputError, SourceError
 from quantkit.runs.atomic import read_json
 from quantkit.runs.journal import Journal
+from quantkit.runs.ledger import Ledger
 from quantkit.runs.records import read_record
 from quantkit.tokens import TokenMatrix
 
@@ -156,3 +157,14 @@ def test_a_config_whose_model_type_is_no_name(model_type: Any, quantized: Path, 
     (model / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
     with pytest.raises(SourceError, match=r"config\.json: (has no model_type|model_type is)"):
         quantkit.inspect(model)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("content", ["[]", "{", '{"steps":[]}', '{"steps":{"fp16":5}}', "[" * 9999])
+def test_a_damaged_ledger_of_an_older_version_counts_as_empty(content: str, tmp_path: Path) -> None:
+    (tmp_path / ".release").mkdir()
+    (tmp_path / ".release" / "ledger.json").write_text(content)
+    assert not Ledger(tmp_path).knows("fp16")
+    (tmp_path / ".release" / "ledger.json").write_text('{"steps":{"fp16":{"fingerprint":"x"}}}')
+    with pytest.raises(OutputError, match="older version"):
+        Ledger(tmp_path)

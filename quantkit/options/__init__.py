@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options.grid import METHODS as METHODS
@@ -133,14 +133,11 @@ class Opened(Options):
                 check_data(text)
         return given
 
-    @field_validator("prompts", "tasks_dir", check_fields=False)
+    @field_validator("tasks_dir", check_fields=False)
     @classmethod
-    def _check_is_there(cls, given: Any, info: ValidationInfo) -> Any:
+    def _check_is_there(cls, given: Any) -> Any:
         if given is not None and not os.path.exists(os.path.expanduser(given)):
-            wrong = (
-                ": no such folder" if info.field_name == "tasks_dir" else " cannot be read: No such file or directory"
-            )
-            raise UsageError(f"{cls.spelling(str(info.field_name))} {given}{wrong}")
+            raise UsageError(f"--tasks-dir {given}: no such folder")
         return given
 
     @field_validator(

@@ -17,6 +17,7 @@ from quantkit.options import (
     Calibration,
     CardFacts,
     Checkpoint,
+    Choosing,
     Compute,
     Container,
     Cutting,
@@ -55,7 +56,7 @@ from quantkit.options import (
     Twice,
     Typed,
 )
-from quantkit.options.values import Divergence, FileType, Folders, GridType, Name, Place, Size
+from quantkit.options.values import FileType, Folders, GridType, Name, Place
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
@@ -145,17 +146,13 @@ class Perplexity(Text, Cutting, Compute, Opened, Revision, Trust):
     """Reference model to compare with."""
 
 
-class Compare(Texts, Cutting, Compute, Opened, Revision, Trust, Out, Force):
+class Compare(Choosing, Texts, Cutting, Compute, Opened, Revision, Trust, Out, Force):
     arguments: ClassVar[tuple[str, ...]] = ("reference", "variants")
     helps: ClassVar[Mapping[str, str]] = {"out": "Folder to write the report and its plots to."}
     reference: Annotated[Name, Typed(metavar="REF")]
     """What the variants are compared with: folder, file or Hub id."""
     variants: Annotated[tuple[Name, ...], Typed(metavar="VARIANT...")]
     """Folders (full precision or GPTQ), GGUF or ggjt files, Hub ids."""
-    budget: Size | None = None
-    """Name the variant to take of at most this size, such as 4GB."""
-    max_kl: Divergence | None = None
-    """Name the smallest variant of at most this mean KL divergence, such as 0.05."""
     plots: bool = True
     """Draw plots (extra: plots)."""
 

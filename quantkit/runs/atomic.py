@@ -34,6 +34,10 @@ class Origin(Protocol):
         """The folder or file that is read."""
 
     @property
+    def precision(self) -> str:
+        """What it is read as, and what its weights were rounded to before."""
+
+    @property
     def choices(self) -> Mapping[str, Any]:
         """What was chosen to read it."""
 
@@ -133,7 +137,7 @@ def staged_files(out: Path) -> Iterator[Path]:
     """
     with _staging(out) as folder:
         yield folder
-        _move_all(sorted(folder.iterdir()), out.parent, folder)
+        _move_all(sorted(path for path in folder.rglob("*") if path.is_file()), out.parent, folder)
 
 
 @contextmanager
@@ -243,7 +247,7 @@ def put_back(aside: Path, out: Path) -> None:
 
 
 def _move_all(files: list[Path], folder: Path, staging: Path) -> None:
-    """Move the files into `folder`; what they replace is kept in `staging` until all are there."""
+    """Move the files to their places below `folder`; what they replace is kept in `staging` until all are there."""
     for file in files:
         sync(file)
     replaced = staging / "replaced"
@@ -251,17 +255,20 @@ def _move_all(files: list[Path], folder: Path, staging: Path) -> None:
     moved: list[Path] = []
     try:
         for file in files:
-            target = folder / file.name
+            target = folder / file.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
             if target.exists():
-                target.rename(replaced / file.name)
+                kept = replaced / file.relative_to(staging)
+                kept.parent.mkdir(exist_ok=True)
+                target.rename(kept)
             moved.append(target)
             file.rename(target)
         sync(folder)
     except BaseException:  # an interrupt too must not leave half of the parts, or cost the old ones
         for target in moved:
             target.unlink(missing_ok=True)
-        for old in replaced.iterdir():
-            old.rename(folder / old.name)
+        for old in (path for path in replaced.rglob("*") if path.is_file()):
+            old.rename(folder / old.relative_to(replaced))
         raise
 
 

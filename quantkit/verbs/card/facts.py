@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.containers import CONTAINERS, of_file
+from quantkit.containers import CONTAINERS, is_imatrix, of_file
 from quantkit.containers.describe import describe
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.source import Source
@@ -76,7 +76,7 @@ def models_in(folder: Path, branch: str, trust: bool = False) -> list[ModelFacts
     found = [open_source(folder, trust_remote_code=trust)] if (folder / "config.json").is_file() else []
     files: dict[str, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        if of_file(path):
+        if of_file(path) and not is_imatrix(path):
             files.setdefault(model_stem(path), path)
     found += [open_source(path) for path in files.values()]
     if not found:

@@ -58,7 +58,7 @@ class FamilySteps:
 
     def _comparison(self) -> Step:
         judging = self._recipe.evaluation
-        judged = judging.model_dump(include={"texts", "seq_len", "eval_tokens"})
+        judged = judging.model_dump(include={"texts", "seq_len", "eval_tokens", "budget", "max_kl"})
 
         def run(done: frozenset[str]) -> None:
             variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]

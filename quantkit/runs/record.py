@@ -64,15 +64,11 @@ def _identity(source: Origin) -> dict[str, Any]:
         named = {role: _identity(part) for role, part in source.parts.items()}
         return {"model": source.label, "kind": source.kind, **source.choices, **named}
     hashes = {path.name: _sha256(path) for path in source.weight_files()}
-    named: dict[str, Any] = {
-        "model": source.label,
-        "kind": source.kind,
-        "precision": source.precision,
-        "sha256": hashes,
-    }
+    found: dict[str, Any] = {"model": source.label, "kind": source.kind, "precision": source.precision}
     before = _noted(source.path)
-    made_of = before.get("source") if hashes.items() <= (before.get("files") or {}).items() else None
-    return {**named, "made_of": made_of} if isinstance(made_of, dict) else named
+    made_of, files = before.get("source"), before.get("files")
+    own = isinstance(made_of, dict) and isinstance(files, dict) and hashes.items() <= files.items()
+    return {**found, "sha256": hashes, **({"made_of": made_of} if own else {})}
 
 
 def rounded_before(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from quantkit.containers import CONTAINERS
-from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.errors import OutputError, SourceError, UsageError, visible
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
@@ -227,13 +228,12 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     Raises:
         UsageError: names the line of the template with an error, or with a variable that there is not.
     """
-    # No HTML is escaped: Markdown is text, and the values are the publisher's own.
+    # Names of files and of others' models are for where they stand: `cell`, `code` and `fence` see to that.
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(size=size, number=significant)
-    # Text that fits into a cell of a Markdown table.
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    environment.filters.update(cell=_cell, code=_code, fence=_fence)
     try:
         return environment.from_string(template).render(variables)
     except jinja2.TemplateSyntaxError as error:
@@ -242,3 +242,21 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _COMPILED]
         where = f", line {lines[-1]}" if lines else ""
         raise UsageError(f"--template {name}{where}: {error}") from None
+
+
+def _cell(value: object) -> str:
+    """Text in a cell of a Markdown table, or in a line: it begins no link, code, HTML or cell of its own."""
+    return re.sub(r"([|<>`*\[\]\\])", r"\\\1", visible(" ".join(str(value).split())))
+
+
+def _code(value: object) -> str:
+    """Text as a code span, in a table too, whatever backticks it holds."""
+    text = visible(" ".join(str(value).split())).replace("|", "\\|")
+    marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{marks}{space}{text}{space}{marks}"
+
+
+def _fence(value: object) -> str:
+    """What opens and closes a block of code that holds this text."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", str(value))), default=0))

@@ -146,7 +146,7 @@ _ROWS = (
         opens="quantkit.containers.hf.read:HfSource",
         method="",
         quantized=False,
-        shown=Shown("fp16", "Full-precision weights", "full precision, for transformers", ("HF", "fp16")),
+        shown=Shown("fp16", "Weights in floats", "weights in floats, for transformers", ("HF", "fp16")),
         loads={**_FULL_PRECISION, "ExLlamaV2": Loads("in float16", f"{_PROGRAMS}:exllama2")},
         refused=_NEEDS_CODES,
     ),
@@ -205,7 +205,10 @@ _ROWS = (
         shown=Shown("GGUF", "GGUF files", "GGUF files, for llama.cpp", ("GGUF",), "gguf"),
         loads={
             "transformers": Loads("dequantized, with gguf_file=", f"{_PROGRAMS}:gguf_by_transformers"),
-            "vLLM": Loads("needs --tokenizer of the source model", f"{_PROGRAMS}:gguf_by_transformers"),
+            "vLLM": Loads(
+                "with its plugin vllm-gguf-plugin, and --tokenizer of the source model",
+                f"{_PROGRAMS}:gguf_by_transformers",
+            ),
             "llama.cpp": Loads("", f"{_PROGRAMS}:llama_cpp"),
             "ctransformers": Loads("0.2.27", f"{_PROGRAMS}:ctransformers"),
         },

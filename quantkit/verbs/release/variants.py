@@ -225,7 +225,7 @@ class Workshop:
         ggml(model, at, **options, imatrix=weights, **self._common)
         before = model.parent / REPORT_NAME
         if before.is_file():
-            record = read_json(before)
+            record = {**read_json(before), "written": dict(options)}
         else:
             source = open_source(model, trust_remote_code=self._common["trust_remote_code"])
             record = {"recipe": dict(options), **origin(source)}

@@ -21,7 +21,8 @@ from quantkit.containers.source import Source
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.targets import modules_in_block, plan_linears
-from quantkit.runs.atomic import staged_folder, write_json
+from quantkit.runs.atomic import write_json
+from quantkit.runs.outputs import staged_folder
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.windows import Windows

@@ -32,7 +32,8 @@ from quantkit.containers.hf.write import ShardedWriter
 from quantkit.options import QuantSpec, make
 from quantkit.progress import Silent
 from quantkit.quantize.gptq import solve
-from quantkit.runs.atomic import staged_folder, write_json
+from quantkit.runs.atomic import write_json
+from quantkit.runs.outputs import staged_folder
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import default_source, open_source
 from quantkit.tokens import TokenMatrix

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
-from quantkit.runs.atomic import staged_folder
+from quantkit.runs.outputs import staged_folder
 from quantkit.sources import default_source
 
 TEXT = "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do. " * 4

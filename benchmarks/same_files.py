@@ -130,7 +130,7 @@ CASES: dict[str, tuple[Step, ...]] = {
     "killed": (
         step(
             f"gptq deep --out out --group-size 32 --checkpoint-every 2 {GPTQ}",
-            killed_at=".out.unfinished/blocks/00003.json",
+            killed_at=".out.unfinished/blocks/00003.safetensors",
         ),
         step(f"gptq deep --out out --group-size 32 --checkpoint-every 2 --resume --quiet {GPTQ}"),
     ),

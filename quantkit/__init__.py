@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import Any
 
 from quantkit.blocks.budget import tune
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import QuantkitError, QuantkitWarning, UsageError
 from quantkit.version import __version__
 
 __all__ = [
     "QuantkitError",
+    "QuantkitWarning",
     "UsageError",
     "__version__",
     "card",
@@ -21,7 +22,6 @@ __all__ = [
     "compare",
     "convert",
     "diff",
-    "eval",
     "generate",
     "ggml",
     "gptq",
@@ -35,10 +35,15 @@ __all__ = [
     "tune",
     "verify",
 ]
+_LIKE_BUILTINS = ("eval",)  # part of the library, but `from quantkit import *` replaces no function of Python's
 
 
 def __getattr__(name: str) -> Any:
     """The verbs pull in torch and transformers, seconds of work: each is imported when it is first used."""
-    if name in __all__:
+    if name in (*__all__, *_LIKE_BUILTINS):
         return getattr(import_module(f"quantkit.verbs.{name}"), name)
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LIKE_BUILTINS})

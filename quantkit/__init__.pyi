@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from quantkit.containers.describe import Inspection
 from quantkit.errors import QuantkitError as QuantkitError
+from quantkit.errors import QuantkitWarning as QuantkitWarning
 from quantkit.errors import UsageError as UsageError
 from quantkit.options import DrawnWindows
 from quantkit.options.spec import Spec
@@ -30,6 +31,7 @@ from quantkit.verbs.verify import VerifyReport
 
 __all__ = [
     "QuantkitError",
+    "QuantkitWarning",
     "UsageError",
     "__version__",
     "card",
@@ -37,7 +39,6 @@ __all__ = [
     "compare",
     "convert",
     "diff",
-    "eval",
     "generate",
     "ggml",
     "gptq",
@@ -57,9 +58,9 @@ __version__: str
 def card(
     folder: Path | str,
     *,
-    reports: Sequence[Path | str] = ...,
-    evals: Sequence[Path | str] = ...,
-    siblings: Sequence[str] = ...,
+    reports: Sequence[Path | str] | Path | str = ...,
+    evals: Sequence[Path | str] | Path | str = ...,
+    siblings: Sequence[str] | str = ...,
     branches: Mapping[str, Path | str] = ...,
     quantized_by: str | None = ...,
     repo: str | None = ...,
@@ -67,11 +68,11 @@ def card(
     template: str = ...,
     licence: str | None = ...,
     prompt_template: str | None = ...,
-    base_model: Sequence[str] = ...,
+    base_model: Sequence[str] | str = ...,
     original: Path | str | None = ...,
     trust_remote_code: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> CardReport: ...
 def chat(
     model: str | Path | None = ...,
@@ -92,17 +93,17 @@ def chat(
     seed: int = ...,
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = ...,
     device: str = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> ChatReport: ...
 def compare(
     reference: str | Path,
-    variants: Sequence[str | Path],
+    variants: Sequence[str | Path] | str | Path,
     out: Path | str,
     *,
     plots: bool = ...,
     budget: str | int | None = ...,
     max_kl: float | None = ...,
-    texts: Sequence[str] = ...,
+    texts: Sequence[str] | str = ...,
     stride: int | None = ...,
     eval_tokens: str | int = ...,
     seq_len: int | None = ...,
@@ -113,7 +114,7 @@ def compare(
     revision: str | None = ...,
     trust_remote_code: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
     ranks: Ranks = ...,
 ) -> CompareReport: ...
 def convert(
@@ -126,7 +127,7 @@ def convert(
     max_shard_size: str | int = ...,
     dry_run: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> ConvertReport: ...
 def diff(
     base: str | Path,
@@ -142,12 +143,12 @@ def diff(
     max_shard_size: str | int = ...,
     dry_run: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> DiffReport: ...
 def eval(
     model: str | Path | None = ...,
     *,
-    task: Sequence[str] = ...,
+    task: Sequence[str] | str = ...,
     fewshot: int | None = ...,
     base: str | Path | None = ...,
     delta: str | Path | None = ...,
@@ -161,7 +162,7 @@ def eval(
     batch_size: int = ...,
     out: Path | str,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> EvalReport: ...
 def generate(
     model: str | Path | None = ...,
@@ -188,7 +189,7 @@ def generate(
     resume: bool = ...,
     dry_run: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> GenerateReport: ...
 def ggml(
     model: str | Path | None = ...,
@@ -209,7 +210,7 @@ def ggml(
     split_max_size: str | int | None = ...,
     dry_run: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> GgmlReport: ...
 def gptq(
     model: str | Path | None = ...,
@@ -226,13 +227,13 @@ def gptq(
     sym: bool | None = ...,
     act_order: Literal["static", "dynamic", "off"] = ...,
     damp: float = ...,
-    include: Sequence[str] = ...,
-    exclude: Sequence[str] = ...,
+    include: Sequence[str] | str = ...,
+    exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,
     embedding_type: str = ...,
     output_type: str = ...,
     pre: str | None = ...,
-    calibration: str | DrawnWindows = ...,
+    calibration: str | Sequence[str] | DrawnWindows = ...,
     samples: int = ...,
     seq_len: int = ...,
     seed: int = ...,
@@ -252,7 +253,7 @@ def gptq(
     max_shard_size: str | int = ...,
     dry_run: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
     ranks: Ranks = ...,
 ) -> GptqReport: ...
 def imatrix(
@@ -263,7 +264,7 @@ def imatrix(
     delta: str | Path | None = ...,
     revision: str | None = ...,
     trust_remote_code: bool = ...,
-    calibration: str | DrawnWindows = ...,
+    calibration: str | Sequence[str] | DrawnWindows = ...,
     samples: int = ...,
     seq_len: int = ...,
     seed: int = ...,
@@ -273,7 +274,7 @@ def imatrix(
     device: str = ...,
     dry_run: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> ImatrixReport: ...
 def inspect(
     model: str | Path,
@@ -295,10 +296,10 @@ def merge(
     max_shard_size: str | int = ...,
     dry_run: bool = ...,
     force: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> MergeReport: ...
 def perplexity(
-    models: Sequence[str | Path],
+    models: Sequence[str | Path] | str | Path,
     *,
     against: str | Path | None = ...,
     text: str = ...,
@@ -311,14 +312,14 @@ def perplexity(
     device: str = ...,
     revision: str | None = ...,
     trust_remote_code: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
     ranks: Ranks = ...,
 ) -> PerplexityReport: ...
 def publish(
     folder: Path | str,
     repo: str,
     *,
-    only: Sequence[str] = ...,
+    only: Sequence[str] | str = ...,
     delete: bool = ...,
     message: str | None = ...,
     verify: bool = ...,
@@ -326,7 +327,7 @@ def publish(
     trust_remote_code: bool = ...,
     public: bool = ...,
     dry_run: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> PublishReport: ...
 def release(
     recipe: Path | str | Spec,
@@ -336,21 +337,21 @@ def release(
     trust_remote_code: bool = ...,
     dry_run: bool = ...,
     debug: bool = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> ReleaseReport: ...
 def samples(
     model: str | Path | None = ...,
     *,
     revision: str | None = ...,
     trust_remote_code: bool = ...,
-    calibration: str | DrawnWindows = ...,
+    calibration: str | Sequence[str] | DrawnWindows = ...,
     samples: int = ...,
     seq_len: int = ...,
     seed: int = ...,
     template: Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"] = ...,
     evaluate: bool = ...,
     text: str = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> SamplesReport: ...
 def tune() -> None: ...
 def verify(
@@ -359,5 +360,5 @@ def verify(
     generate: bool = ...,
     trust_remote_code: bool = ...,
     device: str = ...,
-    progress: Progress = ...,
+    progress: Progress | bool = ...,
 ) -> VerifyReport: ...

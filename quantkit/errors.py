@@ -24,6 +24,10 @@ class UsageError(QuantkitError):
     exit_code = 2
 
 
+class QuantkitWarning(UserWarning):
+    """What a user of a library call should act on: category of its warnings."""
+
+
 class SourceError(QuantkitError):
     """A model could not be read, or is not what its config says."""
 

@@ -10,7 +10,7 @@ import quantkit
 
 # From low to high; what stands in one line is one room. The last are the doors: names that other programs import.
 ROOMS = [
-    {"errors", "progress", "version", "options", "report"},
+    {"errors", "progress", "version", "options", "report", "bars"},
     {"runs"},
     {"codes"},
     {"containers"},

@@ -34,18 +34,19 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     Raises:
         SourceError: the class does not like the config.
     """
-    config = type(source.config).from_dict(source.config.to_dict())
-    if not tied:
-        config.tie_word_embeddings = False
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._name_or_path = str(source.path)  # where code that comes with it lies
     factory: Any = AutoModelForCausalLM
     try:
+        config = type(source.config).from_dict(source.config.to_dict())
+        if not tied:
+            config.tie_word_embeddings = False
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config._name_or_path = str(source.path)  # where code that comes with it lies
         with torch.device("meta"):
             model = factory.from_config(config, dtype=torch.float32, trust_remote_code=source.trusts_code)
     except Exception as error:  # whatever a model class raises on a config it does not like
-        raise SourceError(f"{source.path}: cannot build a {config.model_type} model: {first_line(error)}") from error
+        kind = source.config.model_type
+        raise SourceError(f"{source.path}: cannot build a {kind} model: {first_line(error)}") from error
     return model.eval()
 
 

@@ -26,7 +26,11 @@ _PLACES = {
 
 def stubs() -> str:
     """The text of the file."""
-    functions = [made for name in quantkit.__all__ if not isinstance(made := getattr(quantkit, name), str | type)]
+    functions = [
+        made
+        for name in sorted([*quantkit.__all__, "eval"])
+        if not isinstance(made := getattr(quantkit, name), str | type)
+    ]
     bodies = [_function(verb) for verb in functions]
     names = {name for body in bodies for name in re.findall(r"\b[A-Z]\w+\b", re.sub(r"'[^']*'", "", body))}
     places = dict(pair for verb in functions for pair in _places(sys.modules[verb.__module__], names))
@@ -35,7 +39,9 @@ def stubs() -> str:
         f"from {module} import {', '.join(sorted(name for name in places if places[name] == module))}"
         for module in sorted(set(places.values()))
     ]
-    lines += [f"from quantkit.errors import {name} as {name}" for name in ("QuantkitError", "UsageError")]
+    lines += [
+        f"from quantkit.errors import {name} as {name}" for name in ("QuantkitError", "QuantkitWarning", "UsageError")
+    ]
     ours = sorted(line for line in lines if " quantkit." in line)
     others = sorted(set(lines) - set(ours))
     listed = "\n".join(["__all__ = [", *(f'    "{name}",' for name in quantkit.__all__), "]"])

@@ -126,7 +126,7 @@ def write_imatrix(
     """Write the file and read it back; equal arguments give equal bytes.
 
     Args:
-        path: where nobody takes it for finished yet (`quantkit.runs.atomic.staged_files`).
+        path: where nobody takes it for finished yet (`quantkit.runs.outputs.staged_files`).
         entries: by the tensor's name in a GGUF file.
         datasets: names of the calibration data, without local paths.
         chunks, chunk_size: windows of text, and tokens in each.

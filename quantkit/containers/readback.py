@@ -1,12 +1,12 @@
-"""What was written is read back before it takes its place: a disk that fails does so without a word. And what was not 0
-is no 0 in the type that it is written in: float16 holds nothing below 2^-25."""
+"""Files of a model are written by turns, and read back before they take their place: a disk fails without a word. And
+what was not 0 is no 0 in the type that it is written in: float16 holds nothing below 2^-25."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -15,6 +15,28 @@ from quantkit.progress import Progress
 
 _MOST = 0.01  # of a tensor's values that are not 0
 _LEAST = 2.0**-25  # half of float16's smallest number: what is not larger becomes 0
+
+
+class ByTurns:
+    """Writes to files that are there already, of which one is open at a time: a process may not have many open."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: BinaryIO | None = None
+
+    def write(self, path: Path, at: int, content: Iterable[bytes | memoryview]) -> None:
+        """Write content, one part after the other, at a place in a file."""
+        if self._file is None or self._path != path:
+            self.close()
+            self._path, self._file = path, path.open("r+b")
+        self._file.seek(at)
+        self._file.writelines(content)
+
+    def close(self) -> None:
+        """Close the file that is open; another write opens its own again."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 class ReadBack:

@@ -16,13 +16,9 @@ from quantkit.options.grid import ActOrder as ActOrder
 from quantkit.options.grid import FilledGrid as FilledGrid
 from quantkit.options.grid import Grid as Grid
 from quantkit.options.grid import MethodName as MethodName
-from quantkit.options.grid import MethodRow as MethodRow
-from quantkit.options.grid import Override as Override
 from quantkit.options.grid import Overrides as Overrides
 from quantkit.options.grid import QuantSpec as QuantSpec
 from quantkit.options.grid import matches as matches
-from quantkit.options.grid import parse_override as parse_override
-from quantkit.options.grid import pattern_regex as pattern_regex
 from quantkit.options.spec import Options as Options
 from quantkit.options.spec import Spec as Spec
 from quantkit.options.spec import Typed as Typed
@@ -188,7 +184,7 @@ class Calibration(Drawing):
     """Text the Hessians are taken over."""
 
     panel: ClassVar[str] = "Calibration"
-    calibration: Annotated[str, AfterValidator(check_data)] | DrawnWindows = "evol-instruct-sample"
+    calibration: Annotated[str, AfterValidator(check_data)] | tuple[str, ...] | DrawnWindows = "evol-instruct-sample"
     """Data set: a name, NAME:FILE for a local copy of it, a file (JSON, JSON lines, Parquet, text) or a Hub id
     (owner/name[@revision][:file]); several by weight as A:0.7,B:0.3."""
 

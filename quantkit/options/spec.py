@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from inspect import cleandoc, get_annotations, getsource
 from itertools import pairwise
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -47,12 +48,9 @@ class Spec(BaseModel):
     def _blind_to_case(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        found = {cls._known_as(name): value for name, value in given.items()}
-        for name, value in found.items():
-            if isinstance(value, str) and name in cls.model_fields:
-                words = choices(cls.model_fields[name].annotation)
-                found[name] = next((word for word in words if word.lower() == value.lower()), value)
-        return found
+        given = {cls._known_as(name): value for name, value in given.items()}
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: _as_meant(value, kinds[name]) if name in kinds else value for name, value in given.items()}
 
     @classmethod
     def _known_as(cls, key: str) -> str:
@@ -158,6 +156,23 @@ def choices(kind: Any) -> tuple[str, ...]:
     return next((get_args(one) for one in members(kind) if get_origin(one) is Literal), ())
 
 
+def alone(kind: Any) -> bool:
+    """Whether a type is several texts or paths, for which one by itself may be given."""
+    kind = bare(kind)
+    return get_origin(kind) is tuple and bare(members(bare(get_args(kind)[0]))[0]) in (str, Path)
+
+
+def _as_meant(value: Any, kind: Any) -> Any:
+    """A word of a Literal as it is spelled there; one path or text as the only one of several."""
+    if isinstance(value, str | Path) and alone(kind):
+        return (value,)
+    return _as_spelled(value, choices(kind)) if isinstance(value, str) else value
+
+
+def _as_spelled(value: str, words: Iterable[str]) -> str:
+    return next((word for word in words if word.lower() == value.lower()), value)
+
+
 # -- wrong values ------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +183,7 @@ def make(spec: type[S], **fields: Any) -> S:
     except ValidationError as error:
         found = error.errors()  # a key that is misspelled comes before the one that is missing for it
         first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-        where, said = [str(part) for part in first["loc"] if not _MEMBER.match(str(part))], _said(first)
+        where, said = [shortened(part) for part in map(str, first["loc"]) if not _MEMBER.match(part)], _said(first)
     if where and issubclass(spec, Options):
         option, given = spec.spelling(where[0]).partition("/")[0], fields.get(where[0])
         within = "".join(f"{part}: " for part in where[1:]) if isinstance(given, Mapping) else ""

@@ -1,17 +1,22 @@
-"""A file of answers that grows line by line, and what a killed run needs to go on with it."""
+"""Answers that are kept one by one while they are made, so that a killed run goes on with them.
+
+They are records in the journal of their file's staging (`outputs`); the file, and beside it the one that says how they
+were made, take their places when all are there.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-from quantkit.errors import OutputError, UsageError
-from quantkit.runs.atomic import read_json, sync, write_json
+from quantkit.errors import Interrupted, OutputError, UsageError
+from quantkit.runs.atomic import read_json, write_json
+from quantkit.runs.journal import Journal
+from quantkit.runs.outputs import check_files, settle, staging_of
+from quantkit.runs.places import folder_of, place_of
 
 
 class Asked(Protocol):
@@ -47,32 +52,33 @@ def line_of(prompt: Asked, text: str, finish: str, prompt_tokens: int, output_to
     return {**_kept(prompt), **answer}
 
 
-def check_answers(out: Path, prompts: Path, resume: bool, force: bool) -> None:
-    """Refuse a file in the way. Raises UsageError."""
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder; name a file")
-    if out.exists() and prompts.exists() and out.samefile(prompts):
-        raise UsageError(f"--out {out} is the file of the prompts; name another")
+def check_answers(out: Path, prompts: Path, resume: bool, force: bool, dry_run: bool = False) -> None:
+    """Refuse files in the way. Raises UsageError."""
     if resume and force:
         raise UsageError("--resume goes on with --out and --force starts it again: choose one")
-    if out.exists() and not (resume or force):
-        raise UsageError(f"--out {out} already exists; use --resume to go on with it, or --force to replace it")
+    if place_of(prompts) in (place_of(out), place_of(settings_path(out))):
+        raise UsageError(f"--out {out} is the file of the prompts; name another")
+    settle(out, force, resume, dry_run)
+    try:
+        check_files(out, force or resume, _names(out))
+    except UsageError as error:
+        told = str(error).replace(
+            "use --force to replace it", "use --resume to go on with it, or --force to replace it"
+        )
+        raise UsageError(told) from None
 
 
 def begun(out: Path, settings: Mapping[str, Any], prompts: Sequence[Asked]) -> int:
-    """How many prompts, from the first, a file that exists has answers to; a last line that was cut off not counted.
+    """How many prompts, from the first, an earlier run has answered, into its staging or the file itself.
 
-    Of the settings those that are given must be the same.
+    Of the settings those that are given must be the same; a last line of the file that was cut off does not count.
 
     Raises:
-        UsageError: it was made with other settings, or from other prompts.
+        UsageError: they were made with other settings, or from other prompts.
     """
-    if not settings_path(out).is_file():
-        if not out.stat().st_size:  # killed before the first word
-            return 0
-        raise UsageError(f"--resume: {out} has no {settings_path(out).name} beside it; use --force to start again")
-    _check_same(out, read_json(settings_path(out)), json.loads(json.dumps(settings)))
-    lines = out.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off
+    before, lines = _found(out)
+    if lines or before:
+        _check_same(out, before, json.loads(json.dumps(settings)))
     if len(lines) > len(prompts):
         raise UsageError(f"--resume: {out} has {len(lines)} answers, more than there are prompts")
     for number, (line, prompt) in enumerate(zip(lines, prompts, strict=False), 1):
@@ -84,39 +90,92 @@ def begun(out: Path, settings: Mapping[str, Any], prompts: Sequence[Asked]) -> i
     return len(lines)
 
 
+def is_complete(out: Path) -> bool:
+    """Whether the file itself holds the answers, and not a run that was not finished."""
+    return not Journal(folder_of(out) / "journal").records and out.exists()
+
+
 @contextmanager
-def appending(out: Path, settings: Mapping[str, Any], done: int) -> Iterator[Appender]:
-    """The file, cut after its first `done` lines, with its settings beside it, for nobody else to write meanwhile.
+def appending(
+    out: Path, settings: Mapping[str, Any], done: int, resume: bool = False, force: bool = False
+) -> Iterator[Appender]:
+    """Go on after the first `done` answers, for nobody else meanwhile; in the end they take their place.
 
     Raises:
-        OutputError: another run writes it, the disk is full, or the place cannot be written to.
+        UsageError: another run writes there, or left answers that neither `resume` nor `force` goes for.
+        OutputError: the disk is full, or the place cannot be written to, or was taken meanwhile.
+        Interrupted: a KeyboardInterrupt that cost no answer.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"--out {out}: another run is writing it") from None
-            with out.open("rb") as lines:
-                file.truncate(sum(len(lines.readline()) for _ in range(done)))
-            write_json(settings_path(out), dict(settings))
-            sync(out.parent)
-            yield Appender(file)
-    except OSError as error:
-        raise OutputError(f"writing {out} failed: {error.strerror or error}; --resume goes on where it was") from error
+    with staging_of(out, force, resume) as staging:
+        staging.keep = True
+        read = _state(out)
+        lines = _found(out)[1][:done] if resume else []
+        try:
+            staging.journal.rewrite({"run": "generate", "settings": settings}, *({"answer": line} for line in lines))
+            staging.sweep(("journal",))
+            appender = Appender(staging.journal)
+            yield appender
+            staging.staged.mkdir()
+            answers = [record["answer"] for record in staging.journal.records if "answer" in record]
+            (staging.staged / out.name).write_bytes("".join(f"{line}\n" for line in answers).encode())
+            write_json(staging.staged / settings_path(out).name, dict(settings))
+            # What is gone on with is replaced where nobody has changed it since.
+            staging.put(False, force or (resume and read is not None and _state(out) == read))
+        except OSError as error:
+            told = "--resume goes on where it was" if staging.landed else "nothing was left there"
+            raise OutputError(f"writing {out} failed: {error.strerror or error}; {told}") from error
+        except KeyboardInterrupt:
+            if not staging.landed or staging.placed:
+                raise
+            raise Interrupted(f"--resume goes on with the answers that are in {staging.folder}") from None
+        finally:
+            staging.keep = not staging.placed and bool(staging.landed)
 
 
 class Appender:
-    """Writes whole lines at the end of a file, each batch on the disk before the next one is made."""
+    """Keeps answers, each batch on the disk before the next one is made."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._journal.append(*({"answer": json.dumps(line, ensure_ascii=False)} for line in lines))
+
+
+def _names(out: Path) -> tuple[str, str]:
+    return out.name, settings_path(out).name
+
+
+def _state(out: Path) -> tuple[int, int, int] | None:
+    try:
+        state = out.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def _found(out: Path) -> tuple[dict[str, Any], list[str]]:
+    """How earlier answers were made, and their lines: of a run that was not finished, else of the file.
+
+    Raises:
+        UsageError: there are answers, and nothing says how they were made.
+    """
+    journal = Journal(folder_of(out) / "journal")
+    if journal.damaged is not None:
+        raise UsageError(f"--resume: record {journal.damaged} of {journal.path} is damaged; use --force to start again")
+    if journal.records and "settings" in journal.records[0]:
+        lines = [record["answer"] for record in journal.records if "answer" in record]
+        return journal.records[0]["settings"], lines
+    if not out.exists() or (not settings_path(out).is_file() and not out.stat().st_size):
+        return {}, []
+    if not settings_path(out).is_file():
+        raise UsageError(f"--resume: {out} has no {settings_path(out).name} beside it; use --force to start again")
+    try:
+        return read_json(settings_path(out)), out.read_bytes().decode().split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"--resume: {out} is no file of answers ({error.reason}); use --force to start again"
+        ) from None
 
 
 def _kept(prompt: Asked) -> dict[str, Any]:
@@ -128,11 +187,11 @@ def _kept(prompt: Asked) -> dict[str, Any]:
     return kept
 
 
-def _answers(line: bytes, prompt: Asked) -> bool:
+def _answers(line: str, prompt: Asked) -> bool:
     """Whether a line is a whole answer to the prompt."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not isinstance(found, dict) or not set(ANSWERED) <= found.keys():
         return False

@@ -1,9 +1,10 @@
 """Where the blocks of a run land, so that a killed one goes on: every block's codes, and hidden states now and then.
 
     blocks/00012.safetensors                codes of block 12
-    blocks/00012.json                       their checksum and statistics: written last, it makes the block landed
     hidden/00012/batch-00003.safetensors    what enters block 12
-    hidden/00012/done.json                  checksums of the batches: written last
+
+The run's journal gets a record when they are whole, with their checksums and the block's statistics: that makes the
+block landed, and the hidden states kept.
 
 The writer of the output gets its turn on the thread that lands a block, beside the work on the next one. What codes
 are made of, and what statistics tell, is their owners' affair: here they are tensors and JSON.
@@ -11,7 +12,7 @@ are made of, and what statistics tell, is their owners' affair: here they are te
 
 from __future__ import annotations
 
-import shutil
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ import torch
 
 from quantkit.options.values import Every
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.atomic import file_sha256, read_sealed, sync, write_sealed
+from quantkit.runs.atomic import file_sha256, sync
+from quantkit.runs.journal import Journal, Record
+from quantkit.runs.outputs import remove
+from quantkit.runs.places import BLOCKS, HIDDEN
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.tensorfile import read_tensors, write_tensors
-from quantkit.runs.unfinished import BLOCKS, HIDDEN
+from quantkit.runs.unfinished import Run
 
 _KEPT_STATES = 2
 
@@ -62,19 +66,25 @@ class Landed:
 
     Attributes:
         folder: of the unfinished run.
-        blocks: how many landed, from the first.
-        start: the block whose hidden states are kept, at most `blocks`; 0 without any.
+        entries: what the journal says of each landed block, from the first.
+        start: the block whose hidden states are kept, at most as many as landed; 0 without any.
+        batches: how many of them.
     """
 
     folder: Path
-    blocks: int = 0
+    entries: Sequence[Record] = ()
     start: int = 0
+    batches: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """How many landed, from the first."""
+        return len(self.entries)
 
     def linears(self, index: int) -> Iterator[LandedLinear]:
         """The Linears of a landed block, in order; on the CPU."""
-        path = self.folder / BLOCKS / f"{index:05d}"
-        tensors = read_tensors(path.with_suffix(".safetensors"))
-        for entry in _sealed(path.with_suffix(".json"))["linears"]:
+        tensors = read_tensors(_block_file(self.folder, index))
+        for entry in self.entries[index]["linears"]:
             name = str(entry["name"])
             own = {key.rpartition(".")[2]: part for key, part in tensors.items() if key.rpartition(".")[0] == name}
             yield LandedLinear(name, own, entry["fields"], entry["statistics"])
@@ -84,11 +94,11 @@ class Landed:
 
         `hidden` has some of so many batches, from number `first` on.
         """
-        folder = self.folder / HIDDEN / f"{self.start:05d}"
-        if not self.start or len(_sealed(folder / "done.json")["batches"]) != batches:
+        if not self.start or self.batches != batches:
             return 0
         for i in range(len(hidden)):
-            hidden[i] = read_tensors(_batch_file(folder, first + i))["hidden"].to(hidden[i].device)
+            file = _batch_file(_states_folder(self.folder, self.start), first + i)
+            hidden[i] = read_tensors(file)["hidden"].to(hidden[i].device)
         return self.start
 
 
@@ -96,29 +106,37 @@ NOTHING = Landed(Path())
 """What the first run finds."""
 
 
-def find_landed(folder: Path, total: int, progress: Progress = SILENT) -> Landed:
-    """What of an unfinished run of `total` blocks is whole, by its checksums; everything else is removed."""
-    blocks = 0
-    while blocks < total:
-        path = folder / BLOCKS / f"{blocks:05d}"
-        entry = read_sealed(path.with_suffix(".json"))
-        if entry is None or not _is_whole(path.with_suffix(".safetensors"), entry["sha256"]):
+def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
+    """What of an unfinished run is whole, by its checksums; everything else is removed."""
+    first, *others = run.journal.records
+    told = [entry for entry in others if "block" in entry]
+    entries: list[Record] = []
+    for number, entry in enumerate(told):
+        if entry["block"] != number or not _is_whole(_block_file(run.folder, number), entry["sha256"]):
             break
-        blocks += 1
-    if (folder / BLOCKS / f"{blocks:05d}.json").exists():
-        progress.warn(f"block {blocks + 1} of the unfinished run is damaged: it and what follows are made anew")
-    for path in sorted((folder / BLOCKS).glob("*")):  # of each block first what makes it landed
-        if not path.stem.isdecimal() or int(path.stem) >= blocks:
-            path.unlink()
-    start = 0
-    for states in sorted((folder / HIDDEN).glob("*")):
-        if int(states.name) <= blocks and _states_are_whole(states):
-            start = int(states.name)
-        else:
-            if (states / "done.json").exists() and int(states.name) <= blocks:
-                progress.warn(f"hidden states kept before block {int(states.name) + 1} are damaged: not used")
-            _drop_states(states)
-    return Landed(folder, blocks, start)
+        entries.append(entry)
+    if len(entries) < len(told) or run.journal.damaged:
+        progress.warn(f"block {len(entries) + 1} of the unfinished run is damaged: it and what follows are made anew")
+    kept: dict[int, Record] = {}
+    for entry in others:
+        if "states" in entry and entry["states"] <= len(entries):
+            kept[entry["states"]] = entry
+        elif "dropped" in entry:
+            kept.pop(entry["dropped"], None)
+    for index, entry in list(kept.items()):
+        folder = _states_folder(run.folder, index)
+        if not all(_is_whole(_batch_file(folder, batch), found) for batch, found in enumerate(entry["batches"])):
+            if folder.exists():  # else they were dropped, as a record told that is damaged
+                progress.warn(f"hidden states kept before block {index + 1} are damaged: not used")
+            del kept[index]
+    run.journal.rewrite(first, *entries, *kept.values())
+    used = {_block_file(run.folder, number).name for number in range(len(entries))} | {f"{index:05d}" for index in kept}
+    for part in (BLOCKS, HIDDEN):
+        for path in (run.folder / part).glob("*"):
+            if re.fullmatch(r"\d{5}(\.safetensors)?", path.name) and path.name not in used:
+                remove(path)
+    start = max(kept, default=0)
+    return Landed(run.folder, entries, start, len(kept[start]["batches"]) if kept else 0)
 
 
 class Lander:
@@ -133,6 +151,7 @@ class Lander:
         every: how often hidden states are kept.
         ranks: the first one lands; every one keeps the hidden states that it has.
         since: blocks of earlier runs after the last hidden states that were kept.
+        journal: of the run; None on all ranks but the first.
     """
 
     def __init__(
@@ -142,7 +161,9 @@ class Lander:
         every: Every,
         ranks: Ranks = ALONE,
         since: int = 0,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal
         self._folder, self._every, self._ranks = folder, every, ranks
         self._order = {name: number for number, name in enumerate(order)}
         self._block: list[tuple[LandedLinear, Callable[[], None]]] = []
@@ -180,7 +201,7 @@ class Lander:
             self._queue.put((index, block))
         self._since += 1
         if hidden is not None and self._ranks.from_first(self._due):
-            keep_states(self._folder / HIDDEN / f"{index + 1:05d}", hidden, self._ranks)
+            keep_states(self._folder, self._journal, index + 1, hidden, self._ranks)
             self._kept, self._since = time.monotonic(), 0
 
     def _due(self) -> bool:
@@ -207,66 +228,60 @@ class Lander:
                 self._queue.task_done()
 
     def _land(self, index: int, block: list[tuple[LandedLinear, Callable[[], None]]]) -> None:
-        land_block(self._folder / BLOCKS / f"{index:05d}", [linear for linear, _ in block])
+        assert self._journal is not None  # only the first rank lands
+        land_block(self._folder, self._journal, index, [linear for linear, _ in block])
         for _, write in block:
             write()
 
 
-def land_block(path: Path, block: Sequence[LandedLinear]) -> None:
+def land_block(folder: Path, journal: Journal, index: int, block: Sequence[LandedLinear]) -> None:
     """Write a block's codes and statistics: whole at any later moment, or not there."""
     tensors: dict[str, torch.Tensor] = {}
     entries = []
     for linear in block:
         tensors |= {f"{linear.name}.{part}": tensor for part, tensor in linear.tensors.items()}
         entries.append({"name": linear.name, "fields": linear.fields, "statistics": linear.statistics})
-    checksum = write_tensors(path.with_suffix(".safetensors"), tensors)
-    write_sealed(path.with_suffix(".json"), {"sha256": checksum, "linears": entries})
-    sync(path.parent)
+    checksum = write_tensors(_block_file(folder, index), tensors)
+    sync(folder / BLOCKS)
+    journal.append({"block": index, "sha256": checksum, "linears": entries})
 
 
-def keep_states(folder: Path, hidden: Batches, ranks: Ranks = ALONE) -> None:
-    """Write what enters a block into a folder of its own; of those beside it the latest one stays.
+def keep_states(folder: Path, journal: Journal | None, index: int, hidden: Batches, ranks: Ranks = ALONE) -> None:
+    """Write what enters a block into a folder of its own; of those before it the latest one stays.
 
     All ranks call it, each with its part of the batches; the folder is on a file system that they share.
     """
-    ranks.from_first(lambda: _make_room(folder))
+    place = _states_folder(folder, index)
+
+    def make_room() -> None:
+        assert journal is not None
+        others = sorted(path for path in place.parent.glob("*") if path.name.isdecimal() and path != place)
+        for old in [place, *others[: 1 - _KEPT_STATES]]:
+            journal.append({"dropped": int(old.name)})  # first, so that what a kill leaves does not look damaged
+            remove(old)
+        place.mkdir(parents=True)
+
+    ranks.from_first(make_room)
     first = sum(ranks.gather(len(hidden))[: ranks.rank])
-    folder.mkdir(parents=True, exist_ok=True)  # where another machine does not see it yet
-    own = [write_tensors(_batch_file(folder, first + i), {"hidden": hidden[i]}) for i in range(len(hidden))]
+    place.mkdir(parents=True, exist_ok=True)  # where another machine does not see it yet
+    own = [write_tensors(_batch_file(place, first + i), {"hidden": hidden[i]}) for i in range(len(hidden))]
     sums = [checksum for part in ranks.gather(own) for checksum in part]
-    if ranks.first:
-        write_sealed(folder / "done.json", {"batches": sums})
-        sync(folder)
-        sync(folder.parent)
+    if journal is not None:
+        sync(place)
+        sync(place.parent)
+        journal.append({"states": index, "batches": sums})
 
 
-def _make_room(folder: Path) -> None:
-    others = sorted(path for path in folder.parent.glob("*") if path != folder)
-    for old in [folder, *others[: 1 - _KEPT_STATES]]:
-        _drop_states(old)
-    folder.mkdir(parents=True)
+def _block_file(folder: Path, index: int) -> Path:
+    return folder / BLOCKS / f"{index:05d}.safetensors"
 
 
-def _drop_states(folder: Path) -> None:
-    (folder / "done.json").unlink(missing_ok=True)  # first, so that what a kill leaves of them does not look damaged
-    shutil.rmtree(folder, ignore_errors=True)
+def _states_folder(folder: Path, index: int) -> Path:
+    return folder / HIDDEN / f"{index:05d}"
 
 
 def _batch_file(folder: Path, batch: int) -> Path:
     return folder / f"batch-{batch:05d}.safetensors"
-
-
-def _sealed(path: Path) -> dict[str, Any]:
-    found = read_sealed(path)
-    assert found is not None, path  # `find_landed` has looked at it
-    return found
-
-
-def _states_are_whole(folder: Path) -> bool:
-    done = read_sealed(folder / "done.json")
-    if done is None:
-        return False
-    return all(_is_whole(_batch_file(folder, batch), checksum) for batch, checksum in enumerate(done["batches"]))
 
 
 def _is_whole(path: Path, checksum: str) -> bool:

@@ -1,22 +1,24 @@
 """What a release has done already: for each step the fingerprint of what decided its output, and that output's hashes.
 
-The ledger is written before a step begins and after it has ended, each time in one rename; a process that is killed
-between the two leaves a step that is begun, whose output the next run makes anew.
+A journal in the release's folder gets a record before a step begins, when its output is about to take its place, and
+after it has ended; a process that is killed in between leaves a step that is begun, whose output the next run makes
+anew.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import OutputError, UsageError
-from quantkit.runs.atomic import file_sha256, write_json
+from quantkit.runs.atomic import file_sha256
+from quantkit.runs.journal import Journal, Record
+from quantkit.runs.keeping import Keeping, is_known
+from quantkit.runs.locks import hold
+from quantkit.runs.places import place_of
 
 Hashes = dict[str, str]
 """SHA-256 by path below the output, with ``/``; of a file by its name."""
@@ -27,15 +29,31 @@ class Ledger:
 
     Args:
         folder: of the release; its hidden parts are in `.release`.
+
+    Raises:
+        OutputError: a record that is damaged, or an older version's.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.hidden = folder / ".release"
-        self._path = self.hidden / "ledger.json"
-        self._entries = _read(self._path)
-        self._steps: dict[str, dict[str, Any]] = self._entries.setdefault("steps", {})
-        self._files: dict[str, list[Any]] = self._entries.setdefault("files", {})
+        self._journal = Journal(self.hidden / "journal")
+        start_anew = f"remove {self.hidden} and the folders that are to be made anew, or name another --out"
+        if self._journal.damaged is not None:
+            raise OutputError(f"{self._journal.path}: record {self._journal.damaged} is damaged; {start_anew}")
+        if (self.hidden / "ledger.json").exists():
+            raise OutputError(f"{self.hidden / 'ledger.json'} was written by an older version; {start_anew}")
+        self._steps: dict[str, Record] = {}
+        self._files: dict[str, list[Any]] = {}
+        self._noted: dict[str, list[Any]] = {}
+        for record in self._journal.records:
+            self._steps[record["step"]] = record
+            self._noted |= record["files"]
+        self._files |= self._noted
+        if len(self._journal.records) > 4 * len(self._steps):  # most are not the latest of their step
+            self._noted = {path: state for path, state in self._noted.items() if os.path.exists(path)}
+            latest = [{**record, "files": {}} for record in self._steps.values()]
+            self._journal.rewrite(*latest[:-1], {**latest[-1], "files": self._noted})
 
     def knows(self, step: str) -> bool:
         """Whether the step was ever begun here, so that what lies at its output is this release's own."""
@@ -44,22 +62,55 @@ class Ledger:
     def hashes(self, step: str, fingerprint: str, out: Path) -> Hashes | None:
         """The output of a step that was done with this fingerprint and is still there as it was left; else None."""
         entry = self._steps.get(step, {})
-        if entry.get("fingerprint") != fingerprint or entry.get("output") is None:
+        if entry.get("fingerprint") != fingerprint or not entry.get("done"):
             return None
         output: Hashes = entry["output"]
         return output if all(self._hash(path) == output[name] for name, path in _files(out, output)) else None
 
-    def begin(self, step: str, fingerprint: str) -> None:
-        """Note that a step is under way."""
-        self._steps[step] = {"fingerprint": fingerprint, "output": None}
-        self._write()
+    def begin(self, step: str, fingerprint: str, out: Path) -> Keeping:
+        """Note that a step is under way; returns what of its output may be replaced, which is what was left there."""
+        entry = self._steps.get(step, {"output": {}, "before": []})
+        before = [output for output in (entry["output"], *entry["before"]) if output]
+        note = {"step": step, "out": os.path.relpath(out, self.folder), "fingerprint": fingerprint, "before": before}
+        self._note({**note, "output": {}})
 
-    def end(self, step: str, fingerprint: str, out: Path) -> Hashes:
+        def coming(staged: Path) -> None:  # known from here on, whatever happens in its place
+            output = self.tree(staged)
+            for name, path in _files(staged, output):
+                self._files[str(out if path == staged else out / name)] = self._files.pop(str(path))
+            self._note({**note, "output": output})
+
+        return Keeping(place_of(out), self._known(out), coming)
+
+    def end(self, step: str, out: Path) -> Hashes:
         """Note that a step is done, and what it made."""
-        output = self.tree(out)
-        self._steps[step] = {"fingerprint": fingerprint, "output": output}
-        self._write()
+        entry = self._steps[step]
+        output = entry["output"] or self.tree(out)  # what came to be there otherwise is the user's
+        self._note({**entry, "output": output, "before": entry["before"][:1], "done": True})
         return output
+
+    def remove(self, out: Path) -> None:
+        """Remove what this release left at `out`, and nothing else."""
+        for name, rows in self._known(out).items():
+            path = out if out.is_file() else out / name
+            if is_known(path, rows):
+                path.unlink()
+
+    def is_own(self, out: Path) -> bool:
+        """Whether a file is as this release left it, or not there."""
+        return not os.path.lexists(out) or is_known(out, self._known(out).get(out.name, ()))
+
+    def _known(self, out: Path) -> dict[str, list[list[Any]]]:
+        """Size, time and hash of what steps left: by the path in `out`, of what lies elsewhere by its name alone."""
+        known: dict[str, list[list[Any]]] = {}
+        for entry in self._steps.values():
+            for output in (entry["output"], *entry["before"]):
+                for name, path in _files(self.folder / entry["out"], output):
+                    found = self._files.get(str(path), [])
+                    row = found if found[2:] == [output[name]] else [-1, -1, output[name]]
+                    inside = out in path.parents
+                    known.setdefault(path.relative_to(out).as_posix() if inside else path.name, []).append(row)
+        return known
 
     def tree(self, path: Path) -> Hashes:
         """Hashes of a file, or of all files below a folder. A file whose size and time are as before is not read again.
@@ -91,48 +142,36 @@ class Ledger:
             return None
         return str(known[2])
 
-    def _write(self) -> None:
-        self._files = {path: known for path, known in self._files.items() if os.path.exists(path)}
+    def _note(self, record: Record) -> None:
+        files = {path: state for path, state in self._files.items() if self._noted.get(path) != state}
         try:
-            write_json(self._path, {"steps": self._steps, "files": self._files})
+            self._journal.append({**record, "files": files})
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise OutputError(f"{self._journal.path}: cannot be written: {error.strerror}") from error
+        self._steps[record["step"]] = self._journal.records[-1]
+        self._noted |= files
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a release's folder; what a killed run left unfinished in it is removed.
+    """Hold a release's folder.
 
     Raises:
         UsageError: another release runs in it.
         OutputError: the folder cannot be made.
     """
     hidden = folder / ".release"
+    if hidden.is_symlink():
+        raise UsageError(f"{hidden} is a link; name another --out")
     try:
         hidden.mkdir(parents=True, exist_ok=True)
-        file = (hidden / "lock").open("w")
+        lock = hold(hidden, f"another release runs in {folder}; wait for it, or name another --out")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"another release runs in {folder}; wait for it, or name another --out") from None
-        for place in (folder, hidden, *folder.glob("*/"), *hidden.glob("*/")):
-            for pattern in (".*.partial", ".*.old"):
-                for left in place.glob(pattern):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with lock:
         yield
 
 
 def _files(out: Path, output: Hashes) -> Iterator[tuple[str, Path]]:
     for name in output:
-        yield name, out if out.is_file() and len(output) == 1 else out / name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # nothing done yet; a file that is damaged counts as that
-        return {}
-    return content if isinstance(content, dict) else {}
+        yield name, out if len(output) == 1 and name == out.name and not out.is_dir() else out / name

@@ -33,6 +33,13 @@ def origin(source: Origin) -> dict[str, Any]:
     }
 
 
+def made_from(source: Origin) -> str | None:
+    """The kind of the model that quantkit made a folder from, by the record beside it. Raises SourceError."""
+    path = source.path / REPORT_NAME
+    made = read_json(path).get("source") if path.is_file() else None
+    return str(made.get("kind")) if isinstance(made, dict) else None
+
+
 def companions(source: Origin) -> dict[str, Any]:
     """SHA-256 of what lies beside a source's weights and decides a result too: config, tokenizer, templates, code.
 

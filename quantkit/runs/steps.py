@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import transformers
 from quantkit.errors import QuantkitError
 from quantkit.progress import Progress
 from quantkit.runs.atomic import fingerprint
+from quantkit.runs.keeping import keeping
 from quantkit.runs.ledger import Hashes, Ledger
 from quantkit.version import __version__
 
@@ -29,22 +29,22 @@ class Step:
     Attributes:
         name: unique, such as "gptq 4bit-64g".
         out: folder or file that it makes, in one rename.
-        run: makes it; takes which of the steps it names under `wants` were done.
+        run: makes it; takes which of the steps it names under `wants` were done, and whether it was made before.
         options: what decides the output besides the inputs; JSON.
         needs: steps without which this one is skipped.
         wants: steps whose output it takes where they were done.
         optional: its failure is told, and counts as none.
-        adds: it adds to what another step made, so that nothing of its own is removed before it is done again.
+        by_hand: where somebody has changed its file it stays as it is.
     """
 
     name: str
     out: Path
-    run: Callable[[frozenset[str]], None]
+    run: Callable[[frozenset[str], bool], None]
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
     optional: bool = False
-    adds: bool = False
+    by_hand: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,22 @@ def _do(step: Step, made: dict[str, Hashes], ledger: Ledger, progress: Progress,
         made[step.name] = found
         return Outcome(step.name, "unchanged")
     try:
-        if ledger.knows(step.name) and not step.adds:
-            shutil.rmtree(step.out) if step.out.is_dir() else step.out.unlink(missing_ok=True)
-        ledger.begin(step.name, mark)
-        step.run(taken)
-        made[step.name] = ledger.end(step.name, mark, step.out)
+        if step.by_hand and not ledger.is_own(step.out):
+            made[step.name] = ledger.tree(step.out)
+            why = f"{step.out} was not written by this release and stays as it is; remove it to have it written"
+            progress.warn(f"{step.name}: {why}")
+            return Outcome(step.name, "unchanged", why)
+        again = ledger.knows(step.name)
+        if again and ledger.hidden in step.out.parents:  # nobody else looks for it there
+            ledger.remove(step.out)
+        kept = ledger.begin(step.name, mark, step.out)
+        with keeping(kept):
+            step.run(taken, again)
+        for path in kept.beside:
+            progress.warn(
+                f"{path.name} in {path.parent}: what was there was not written by this release and is kept so"
+            )
+        made[step.name] = ledger.end(step.name, step.out)
     except Exception as error:  # whatever it is, the other variants are not to be lost
         if debug:
             progress.warn("".join(traceback.format_exception(error)).rstrip())

@@ -1,20 +1,8 @@
-"""A run that may be killed at any moment: all it needs to go on lies in one hidden folder beside its output.
-
-    .NAME.unfinished/lock        held while a run is at work
-    .NAME.unfinished/run.json    what decides the result
-    .NAME.unfinished/blocks/     and hidden/: see `landing`
-    .NAME.unfinished/staged/     the output in the making
-    .NAME.unfinished/replaced/   an older output, while the new one takes its place
-
-A killed process leaves nothing else, and the next one at the same output sweeps what it cannot use.
-"""
+"""A run of `gptq` that may be killed at any moment: what has landed lies in the staging of its output (`outputs`)."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,24 +17,13 @@ from quantkit.errors import (
     UsageError,
     interrupt_came,
 )
-from quantkit.runs.atomic import (
-    REPORT_NAME,
-    cannot_write,
-    folders_above,
-    put_back,
-    read_json,
-    read_sealed,
-    take_place,
-    write_sealed,
-)
+from quantkit.runs.atomic import REPORT_NAME, read_json
+from quantkit.runs.journal import Journal
+from quantkit.runs.outputs import ChangedError, Staging, remove, settle, staging_of
+from quantkit.runs.places import BLOCKS, HIDDEN, folder_of
 
-BLOCKS, HIDDEN = "blocks", "hidden"
 _SHOWN = 5  # differences; the first ones tell what happened
 _LONGEST = 40  # characters of a value that is shown
-
-
-class ChangedError(UsageError):
-    """An unfinished run that `--resume` cannot go on with."""
 
 
 @dataclass(frozen=True)
@@ -54,57 +31,30 @@ class Run:
     """A run at work.
 
     Attributes:
-        out: what the output will be.
         folder: where the run keeps what is finished of it.
+        journal: its first record says what decides the result, the others what has landed.
+        staged: the folder that will be the output.
         total: blocks of the model.
         resumed: whether an earlier run's work is in it.
     """
 
-    out: Path
     folder: Path
+    journal: Journal
+    staged: Path
     total: int
     resumed: bool
 
-    @property
-    def staged(self) -> Path:
-        """The folder that will be the output."""
-        return self.folder / "staged"
 
-    @property
-    def landed(self) -> int:
-        """Blocks that are kept."""
-        return _landed(self.folder)
-
-
-def folder_of(out: Path) -> Path:
-    """Where a run into `out` keeps what is finished."""
-    return out.with_name(f".{out.name}.unfinished")
-
-
-def check_unfinished(out: Path, resume: bool, force: bool) -> None:
-    """Refuse a run that is in the way, before any work. Raises UsageError.
-
-    An older output that a killed run had just moved aside for its own is put back.
-    """
+def check_unfinished(out: Path, resume: bool, force: bool, dry_run: bool = False) -> None:
+    """Refuse a run that is in the way, before any work; a dry run looks on only. Raises UsageError."""
     if resume and force:
         raise UsageError("--resume goes on with an unfinished run and --force starts anew: choose one")
-    folder = folder_of(out)
-    if not folder.is_dir():
-        return
-    with _locked(out):
-        put_back(folder / "replaced", out)
-        landed = _landed(folder)
-        if landed and not (resume or force):
-            total = (read_sealed(folder / "run.json") or {}).get("blocks", "?")
-            raise UsageError(
-                f"--out {out}: a run into it was not finished; --resume goes on with it ({landed} of {total} blocks), "
-                "--force starts anew"
-            )
+    settle(out, force, resume, dry_run)
 
 
 @contextmanager
 def working(out: Path, decides: Mapping[str, Any], total: int, resume: bool, force: bool) -> Iterator[Run]:
-    """A run of `total` blocks into `out`, which `Run.staged` becomes in one rename at the end.
+    """A run of `total` blocks into `out`, which `Run.staged` becomes at the end.
 
     Whatever stops the run, what has landed is kept, unless nothing has or a resumed run would end in the same way;
     `Interrupted` and the messages of quantkit's own errors then say so.
@@ -119,35 +69,22 @@ def working(out: Path, decides: Mapping[str, Any], total: int, resume: bool, for
     Raises:
         UsageError: another run is at work here, or one was not finished and neither `resume` nor `force` is given.
         ChangedError: what would be gone on with was made with something else.
-        OutputError: the disk is full, or the place cannot be written to.
+        OutputError: the disk is full, the place cannot be written to, or was taken meanwhile.
     """
-    wanted = {"decides": json.loads(json.dumps(decides)), "blocks": total, "replaces": force}
-    with folders_above(out), _locked(out) as folder:
-        put_back(folder / "replaced", out)
-        run = Run(out, folder, total, resume and _goes_on(folder, wanted["decides"]))
-        staged = False
+    wanted = {"run": "gptq", "decides": json.loads(json.dumps(decides)), "blocks": total, "replaces": force}
+    with staging_of(out, force, resume) as staging:
+        staging.keep = bool(staging.landed)
+        resumed = resume and _goes_on(staging, wanted["decides"])
+        staging.keep = False
         try:
-            kept = ("lock", "run.json", BLOCKS, HIDDEN) if run.resumed else ("lock",)
-            for left in folder.iterdir():  # by a killed run, and nothing goes on with it
-                if left.name not in kept:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            if not run.resumed:
-                write_sealed(folder / "run.json", wanted)
-            run.staged.mkdir()
-            staged = True
-            yield run
-            (folder / "replaced").mkdir()
-            take_place(run.staged, out, folder / "replaced")
-            shutil.rmtree(folder)
+            staging.sweep(("journal", BLOCKS, HIDDEN) if resumed else ())
+            if not resumed:
+                staging.journal.append(wanted)
+            staging.staged.mkdir()
+            yield Run(staging.folder, staging.journal, staging.staged, total, resumed)
+            staging.put(True, bool(staging.journal.records[0].get("replaces")))
         except BaseException as error:
-            _leave(run, error, placed=staged and not run.staged.exists())
-
-
-def drop_unfinished(out: Path) -> None:
-    """Remove what a run left that was killed when its output was complete already."""
-    if folder_of(out).is_dir():
-        with _locked(out) as folder:
-            (folder / "run.json").unlink(missing_ok=True)
+            _leave(staging, error)
 
 
 def finished(out: Path, decides: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -162,9 +99,17 @@ def finished(out: Path, decides: Mapping[str, Any]) -> dict[str, Any] | None:
     found = differences({key: record.get(key) for key in decides}, decides)
     if not found:
         return record
-    if (read_sealed(folder_of(out) / "run.json") or {}).get("replaces"):
+    run = Journal(folder_of(out) / "journal").records[:1]
+    if run and run[0].get("replaces"):
         return None
     raise UsageError(f"--resume: {out} is complete, but made otherwise ({found}); --force replaces it")
+
+
+def drop_unfinished(out: Path) -> None:
+    """Remove what a run left that was killed when its output was complete already."""
+    if folder_of(out).is_dir():
+        with staging_of(out, force=True):
+            pass
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -198,22 +143,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def _landed(folder: Path) -> int:
-    count = 0
-    while (folder / BLOCKS / f"{count:05d}.json").exists():
-        count += 1
-    return count
-
-
-def _goes_on(folder: Path, decides: Mapping[str, Any]) -> bool:
+def _goes_on(staging: Staging, decides: Mapping[str, Any]) -> bool:
     """Whether there is an unfinished run to go on with. Raises ChangedError."""
-    if not (folder / "run.json").exists():
+    if not staging.landed:
         return False
-    before = read_sealed(folder / "run.json")
-    if before is None:
-        if not _landed(folder):
-            return False
-        raise ChangedError(f"--resume: {folder / 'run.json'} is damaged; --force starts anew")
+    before = staging.journal.records[0]
+    if before["run"] != "gptq" or not before.get("decides"):
+        raise ChangedError(f"--resume: the unfinished run is one of {before['run']}; --force starts anew")
     if found := differences(before["decides"], decides):
         raise ChangedError(
             f"--resume: the unfinished run was made with something else ({found}); give the same, or use --force to "
@@ -222,61 +158,26 @@ def _goes_on(folder: Path, decides: Mapping[str, Any]) -> bool:
     return True
 
 
-def _leave(run: Run, error: BaseException, placed: bool) -> NoReturn:
+def _leave(staging: Staging, error: BaseException) -> NoReturn:
     """Keep what has landed, and say so; but nothing where the output has its place and only an interrupt came."""
     if interrupt_came() and not isinstance(error, KeyboardInterrupt):
         error = KeyboardInterrupt()
-    if placed and isinstance(error, KeyboardInterrupt):
-        shutil.rmtree(run.folder, ignore_errors=True)
-        raise Interrupted(f"when {run.out} was complete") from None
-    with suppress(OSError):
-        put_back(run.folder / "replaced", run.out)
-        shutil.rmtree(run.folder / "replaced", ignore_errors=True)
-    shutil.rmtree(run.staged, ignore_errors=True)
-    landed = run.landed
-    if not landed or isinstance(error, NumericError):  # which the same numbers would end in again
-        shutil.rmtree(run.folder, ignore_errors=True)
+    if staging.placed and isinstance(error, KeyboardInterrupt):
+        raise Interrupted(f"when {staging.out} was complete") from None
+    if staging.keep:  # the output is whole, and what is said tells where
+        raise staging.failed(error) if isinstance(error, OSError) else error
+    landed, total = staging.landed, staging.journal.records[0].get("blocks") if staging.journal.records else 0
+    if isinstance(error, NumericError):  # which the same numbers would end in again
         landed = 0
-    kept = "nothing was left there"
-    if landed:
-        kept = f"{landed} of {run.total} blocks are kept: --resume goes on with them"
+    with suppress(OSError):
+        remove(staging.staged)
+        remove(staging.folder / "replaced")
+    staging.keep = bool(landed)
+    kept = f"{landed} of {total} blocks are kept: --resume goes on with them" if landed else "nothing was left there"
     if isinstance(error, OSError):
-        raise OutputError(f"writing {run.out} failed: {error.strerror or error}; {kept}") from error
+        raise OutputError(f"writing {staging.out} failed: {error.strerror or error}; {kept}") from error
     if landed and isinstance(error, QuantkitError):
         error.args = (f"{error}\n{kept}",)
     if landed and isinstance(error, KeyboardInterrupt):
-        raise Interrupted(f"after block {landed} of {run.total}") from None
+        raise Interrupted(f"after block {landed} of {total}") from None
     raise error
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[Path]:
-    """The folder of a run into `out`, for nobody else meanwhile. Raises UsageError, OutputError."""
-    folder = folder_of(out)
-    try:
-        file = None
-        while file is None:
-            folder.mkdir(exist_ok=True)
-            file = (folder / "lock").open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise UsageError(f"--out {out}: another run is writing it; wait for it, or name another") from None
-            if not _is_same(file.fileno(), folder / "lock"):  # a run that ended just now has removed it
-                file.close()
-                file = None
-    except OSError as error:
-        raise cannot_write(out, error) from error
-    with file:
-        try:
-            yield folder
-        finally:
-            if not (folder / "run.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    with suppress(OSError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.tokens import (
     Dataset,
     Provenance,
+    Record,
     TextIndex,
     TokenMatrix,
     draw,
@@ -110,19 +112,29 @@ def text_index(text: str) -> TextIndex:
 
 
 def calibration_windows(
-    given: str | DrawnWindows, spec: Drawing, source: Source, judged: str | None, progress: Progress
+    given: str | Sequence[str] | DrawnWindows, spec: Drawing, source: Source, judged: str | None, progress: Progress
 ) -> TokenMatrix:
     """The windows that a run was given, or draws, without the records that also occur in the text `judged`.
+
+    Texts that were given are records of plain text.
 
     Raises:
         CalibrationError: data that cannot be read or is too short.
     """
     if isinstance(given, TokenMatrix):
         return given
-    if not isinstance(given, str):
+    if not isinstance(given, str | tuple):
         raise UsageError(f"--calibration: windows made beforehand are a TokenMatrix, not a {type(given).__name__}")
     index = None if judged is None else text_index(judged)
-    return draw(load_calibration(given, progress), spec, source.tokenizer(), progress, index)
+    data = load_calibration(given, progress) if isinstance(given, str) else _dataset_of(given)
+    return draw(data, spec, source.tokenizer(), progress, index)
+
+
+def _dataset_of(texts: Sequence[str]) -> Dataset:
+    """Texts as a data set of plain records, without those of white space alone."""
+    records = tuple(Record(str(number), text=text) for number, text in enumerate(texts) if text.strip())
+    digest = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass"))
+    return Dataset(f"{len(texts)} texts", digest.hexdigest(), records)
 
 
 def check_tokens(tokens: torch.Tensor, source: Source) -> None:

@@ -15,7 +15,8 @@ from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import Report
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_output, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.outputs import check_output, staged_folder
 from quantkit.runs.record import checksums, origin
 from quantkit.sources import open_source, variant_name
 from quantkit.verbs import verb
@@ -66,14 +67,14 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     held = DTYPES.get(options.dtype, source.dtype)
     name = f"{variant_name(source.label)}-{_SUFFIXES[held]}"
     target = Path.cwd() / name if options.out is None else absolute(options.out)
-    check_output(target, source.path, options.force)
+    check_output(target, source.path, options.force, options.dry_run)
     plan = plan_folder(source, held, all_alike=options.dtype != "auto")
     note_left_out(plan.weights, progress)
     made = target, plan.dtype_name, len(plan.tensors), plan.bytes
     report = ConvertReport(*made, memory_bytes=plan.weights.largest_bytes(2), dry_run=True)
     if options.dry_run:
         return report
-    with staged_folder(target) as folder:
+    with staged_folder(target, options.force) as folder:
         write_folder(folder, plan, shard_bytes, progress)
         record = {"recipe": {"dtype": plan.dtype_name}, **origin(source), "files": checksums(folder)}
         write_json(folder / REPORT_NAME, record)

@@ -17,7 +17,8 @@ from quantkit.blocks.pair import DeltaSource, DiffSource
 from quantkit.options import parse_size
 from quantkit.options.verbs import Diff
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.atomic import absolute, check_outside, staged_folder
+from quantkit.runs.atomic import absolute
+from quantkit.runs.outputs import check_outside, staged_folder
 from quantkit.sources import open_source
 from quantkit.verbs import verb
 from quantkit.verbs.merge import SLICE, MergeReport, Total, check_sum, dtype_name, finish_folder, open_both
@@ -67,7 +68,7 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     source = DiffSource(*sources, options.vocab)
     note_source(source, progress)
     target = absolute(options.out)
-    check_outside(target, source, options.force)
+    check_outside(target, source, options.force, options.dry_run)
     plan = plan_folder(source, DTYPES["float32" if options.dtype == "auto" else options.dtype])
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     report = DiffReport(
@@ -78,7 +79,7 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     )
     if options.dry_run:
         return report
-    with staged_folder(target) as folder:
+    with staged_folder(target, options.force) as folder:
         write_folder(folder, plan, shard_bytes, progress)
         found = _merge_again(folder, source, progress)
         check_sum(found["sum"], options.expect_sum)

@@ -28,7 +28,8 @@ from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.gguf_target import note_fallback
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, check_other_file, staged_files
+from quantkit.runs.atomic import absolute
+from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.verbs import verb
 
@@ -114,9 +115,9 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
     name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}{row.suffix}"
     target = Path.cwd() / name if options.out is None else absolute(options.out)
-    check_other_file(target, source, options.force)
     report = _sizes(target, weights, chosen, progress)
-    job = Job(target, source, weights, chosen, split, progress, recipe, options.pre, imatrix)
+    asked_for = recipe, options.pre, imatrix, options.force, options.dry_run
+    job = Job(target, source, weights, chosen, split, progress, *asked_for)
     write: Callable[[], Path] = load(row.writes)(job)
     if options.dry_run:
         return report
@@ -141,6 +142,8 @@ class Job:
     recipe: str | None
     pre: str | None
     imatrix: Imatrix | None
+    force: bool
+    dry_run: bool
 
 
 def plan_gguf(job: Job) -> Callable[[], Path]:
@@ -151,11 +154,13 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
+    names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
+    check_other_file(job.target, source, job.force, names if len(names) > 1 else (), job.dry_run)
     for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):
         job.progress.warn(text)
 
     def write() -> Path:
-        with staged_files(job.target) as folder:
+        with staged_files(job.target, job.force, names if len(names) > 1 else ()) as folder:
             path = folder / job.target.name
             with gguf_files.GgufWriter(path, architecture, keys, typed, job.split_max_bytes) as writer:
                 with job.progress.phase("writing", len(chosen)) as advance:
@@ -171,6 +176,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
 
 def plan_ggjt(job: Job) -> Callable[[], Path]:
     """What writes a ggjt file. Raises QuantkitError where it cannot be made."""
+    check_other_file(job.target, job.source, job.force, dry_run=job.dry_run)
     config = job.source.config
     vocabulary = ggjt.make_vocabulary(job.source.tokenizer(), config.vocab_size, job.progress)
     made = {tensor.sources[0]: (tensor, choice) for tensor, choice in job.chosen if tensor.sources}
@@ -179,7 +185,7 @@ def plan_ggjt(job: Job) -> Callable[[], Path]:
 
     def write() -> Path:
         with (
-            staged_files(job.target) as folder,
+            staged_files(job.target, job.force) as folder,
             ggjt.GgjtWriter(folder / job.target.name, config, vocabulary, tensors) as writer,
         ):
             with job.progress.phase("writing", len(tensors)) as advance:

@@ -44,10 +44,11 @@ from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
 from quantkit.report import Report, Shown
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
+from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
-from quantkit.runs.record import checksums, companions, origin
+from quantkit.runs.record import checksums, companions, made_from, origin
 from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
@@ -130,8 +131,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     note_plan(stream, target.plan, progress)
     place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
-        check_unfinished(place, options.resume, options.force)
-        check_outside(place, stream.source, options.force or options.resume)
+        check_unfinished(place, options.resume, options.force, options.dry_run)
+        check_outside(place, stream.source, options.force or options.resume, dry_run=True)  # it is settled
     report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report
@@ -284,7 +285,7 @@ def _quantize(
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
     equal runs, and what happened to each Linear."""
-    landed = sharing.ranks.from_first(lambda: find_landed(run.folder, run.total, progress))
+    landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
@@ -296,7 +297,7 @@ def _quantize(
                 layers.append(LayerStatistics(**linear.statistics))
                 writer.add_linear(linear.name, put_together(linear.tensors, linear.fields))
         since = landed.blocks - landed.start
-        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since) as lander:
+        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
             budget = stream.budget // sharing.ranks.here
             arguments = stream, matrix.tokens, target.plan, _landing(lander, writer.add_linear), budget, progress
             quantize_blocks(*arguments, landed, lander.land, sharing)
@@ -377,12 +378,11 @@ def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
 
 def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:
     """Refuse Linears that are codes already. Raises UsageError."""
-    coded = [name for name in plan if stream.weights.tensors[f"{name}.weight"].bits]
+    coded = [bits for name in plan if (bits := stream.weights.tensors[f"{name}.weight"].bits)]
     if coded and not requantize:
-        bits = stream.weights.tensors[f"{coded[0]}.weight"].bits
         raise UsageError(
-            f"{stream.source.label} is quantized already ({bits}-bit codes): "
-            "its weights would be rounded again. Name the model it was made from; --requantize does it all the same"
+            f"{stream.source.label} is quantized already ({coded[0]}-bit codes): its weights would be rounded again. "
+            "Name the model it was made from; --requantize does it all the same"
         )
 
 
@@ -395,6 +395,8 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     if twice := sorted(rounded - {"F64", "F32", "F16", "BF16"}):
         kind = str(stream.source.dtype).removeprefix("torch.")
         progress.note(f"{stream.source.label} was rounded before: what is quantized is {kind} from {', '.join(twice)}")
+    elif (row := CONTAINERS.get(made_from(stream.source) or "")) and row.quantized:
+        progress.note(f"{stream.source.label} was made from {row.one} (its {REPORT_NAME}): what that rounded stays so")
     if missing := shortfall(stream.device):
         progress.note(missing)
     if stream.discovered:

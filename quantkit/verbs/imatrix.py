@@ -23,7 +23,8 @@ from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.hessian import check_squares
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, check_other_file, staged_files
+from quantkit.runs.atomic import absolute
+from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.sources import variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.text import calibration_windows, check_tokens
@@ -107,7 +108,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
         entries[tensor.name].sums[part] = squares.sums.numpy()
         entries[tensor.name].counts[part] = squares.tokens
 
-    with staged_files(target) as folder:
+    with staged_files(target, options.force) as folder:
         collect_squares(stream, matrix.tokens, keep, progress)
         facts = matrix.provenance
         datasets = [part.dataset for part in facts.parts or (facts,)]

@@ -21,7 +21,8 @@ from quantkit.options import parse_size
 from quantkit.options.verbs import Merge, Sum
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, file_sha256, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, file_sha256, write_json
+from quantkit.runs.outputs import check_outside, staged_folder
 from quantkit.runs.record import CHECKSUMS, checksums, origin
 from quantkit.sources import open_source
 from quantkit.verbs import verb
@@ -83,14 +84,14 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     note_source(source, progress)
     held = DTYPES[_tuned_dtype(source) if options.dtype == "auto" else options.dtype]
     target = absolute(options.out)
-    check_outside(target, source, options.force)
+    check_outside(target, source, options.force, options.dry_run)
     plan = plan_folder(source, held, all_alike=options.dtype != "auto")
     made = target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes
     report = MergeReport(*made, memory_bytes=plan.weights.largest_bytes(3), dry_run=True)
     if options.dry_run:
         return report
     total = Total()
-    with staged_folder(target) as folder:
+    with staged_folder(target, options.force) as folder:
         write_folder(folder, plan, shard_bytes, progress, total.add)
         for frequencies in source.rotary():
             total.add(frequencies)

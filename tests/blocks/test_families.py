@@ -368,7 +368,7 @@ def test_windows_longer_than_the_positions_are_refused(make_model: MakeModel, tm
     assert open_stream(folder).longest == 64
     assert open_stream(make_model("opt")).longest == 256  # two rows of its table are for padding
     assert open_stream(make_model()).longest is None
-    with pytest.raises(UsageError, match="windows of 96 tokens: tiny-gpt2 has 64 positions; give --seq-len 64"):
+    with pytest.raises(UsageError, match="windows of 96 tokens: tiny-gpt2 has 64 positions; give seq_len=64"):
         quantkit.gptq(folder, tmp_path / "out", calibration=token_matrix(2, 96), device="cpu")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 20, encoding="utf-8")
@@ -509,12 +509,12 @@ def test_without_patterns_nothing_is_dynamic(make_model: MakeModel, tiny_tokens:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"include": ["*.attn.*"]}, r"--include \*\.attn\.\*: no Linear has such a name; one is model\.layers\.0"),
-        ({"exclude": ["down_proj"]}, "--exclude down_proj: no Linear"),
-        ({"override": {"*.foo": {"bits": 8}}}, r"--override \*\.foo: no Linear"),
+        ({"include": ["*.attn.*"]}, r"include=\*\.attn\.\*: no Linear has such a name; one is model\.layers\.0"),
+        ({"exclude": ["down_proj"]}, "exclude=down_proj: no Linear"),
+        ({"override": {"*.foo": {"bits": 8}}}, r"override=\*\.foo: no Linear"),
         ({"exclude": ["*"]}, "leave no Linear"),
         ({"override": {"*.down_proj": {}}}, "needs bits, group_size, sym or ggml"),
-        ({"override": {"*.down_proj": {"bits": 5}}}, "--bits 5: a GPTQ checkpoint holds"),
+        ({"override": {"*.down_proj": {"bits": 5}}}, "bits=5: a GPTQ checkpoint holds"),
         ({"override": {"*.down_proj": {"group_size": 7}}}, "group_size: give -1"),
         ({"override": {"*.down_proj": {"damp": 0.1}}}, "damp"),
     ],

@@ -77,9 +77,12 @@ def test_results_and_tables_are_shown_and_drive_nothing(capsys: pytest.CaptureFi
         ("name: x\nsource: {model: " + "a" * 5000 + "}\nvariants: [{kind: gguf, type: q8_0}]\n", "aaaa"),
         ("name: x\nsource: {model: ~nouser/x}\nvariants: [{kind: gguf, type: q8_0}]\n", "nouser"),
         ("name: x\ncalibration: {samples: " + "9" * 5000 + "}\nvariants: []\n", "no YAML"),
+        ("name: x\nvariants: !!bool maybe\n", "no YAML"),
+        ("name: x\nvariants: []\ncalibration: {? " + "- " * 3000 + "a : 1}\n", "no YAML"),
+        ("name: x\nvariants: []\ncalibration:\n  ? '" + "- " * 3000 + "'\n  : 1\n", "calibration: - - -"),
         ("name: x\nvariants: " + "x" * 10**5 + "\n", "variants: give a list (got 'xxx"),
     ],
-    ids=["escape", "alias", "itself", "long", "home", "digits", "value"],
+    ids=["escape", "alias", "itself", "long", "home", "digits", "tag", "lists", "key", "value"],
 )
 def test_a_strangers_recipe_is_refused_in_one_short_line(
     recipe: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,6 +20,7 @@ from quantkit.containers.gguf.recipes import RECIPES, base_kind
 from quantkit.errors import UsageError
 from quantkit.options import Ends, GgmlType, Grid, Options, QuantSpec, SuiteName, Terminal, make, values, verbs
 from quantkit.tokens import KNOWN_NAMES
+from quantkit.verbs import _in_arguments
 from quantkit.verbs.eval.tasks import SUITES
 
 SPECS = {name: spec_of(name) for name in cli.COMMANDS}
@@ -51,12 +52,14 @@ def test_commands_and_functions_take_the_fields_of_their_spec(verb: str) -> None
     shown = {name for name in fields if spec.typed(name).display}
     assert set(inspect.signature(function).parameters) - BESIDES == fields - shown
     for name in fields - shown:
-        assert " ".join(spec.help_of(name).split()) in " ".join(function.__doc__.split())
+        said = _in_arguments(spec, {}, " ".join(spec.help_of(name).split()))
+        assert said in " ".join(function.__doc__.split())
 
 
 def test_every_verb_is_in_the_table() -> None:
     assert {name for name in quantkit.__all__ if callable(getattr(quantkit, name))} - SPECS.keys() == {
         "QuantkitError",
+        "QuantkitWarning",
         "UsageError",
         "tune",
     }
@@ -198,15 +201,15 @@ def test_the_stub_is_what_the_specs_make_of_it() -> None:
 
 
 def test_functions_are_called_as_python_has_it() -> None:
-    with pytest.raises(TypeError, match=r"^gptq\(\) got an unexpected keyword argument 'bitz'$"):
+    with pytest.raises(TypeError, match=r"^gptq\(\) got an unexpected keyword argument 'bitz'; did you mean bits\?$"):
         quantkit.gptq("o/m", bitz=4)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"^merge\(\) missing a required argument: 'out'$"):
         quantkit.merge("o/a", "o/b")  # type: ignore[call-arg]
-    with pytest.raises(UsageError, match=r"^--bits 5: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "):
+    with pytest.raises(UsageError, match=r"^bits=5: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; "):
         quantkit.gptq("o/m", bits=5)
     shown = pydoc.render_doc(quantkit.gptq)
     assert "bits: int | None = None" in shown
-    assert "2, 3, 4 or 8; default 4, or what --ggml has." in shown
+    assert "2, 3, 4 or 8; default 4, or what ggml has." in shown
 
 
 def test_none_stands_for_a_default() -> None:

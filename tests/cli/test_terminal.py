@@ -18,7 +18,7 @@ from subprocess import Popen
 import pytest
 from support.reports import CASES, DISPLAY
 
-from quantkit.cli import console
+from quantkit import bars
 from quantkit.cli.tables import lines_of
 from quantkit.evaluate.statistics import KlDivergence, Numbers, heads
 from quantkit.report import Column, Table
@@ -111,8 +111,8 @@ def test_names_are_folded_and_text_is_wrapped_where_nothing_else_gives_way() -> 
 @pytest.mark.fast
 def test_time_left_follows_the_work_and_runs_down(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(console.time, "monotonic", lambda: now)
-    clock = console.Clock(10)
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now)
+    clock = bars.Clock(10)
     assert str(clock) == ""
     now = 130.0
     clock.advance(1)
@@ -186,12 +186,12 @@ def test_long_work_and_its_results_at_80_100_and_120_columns(make_model: Callabl
     for given, verb, shown, code in parts:
         assert code == "0", shown
         width, lines = int(given), [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
-        bars = [line for line in lines if "━" in line]
-        assert all(len(line) <= width for line in bars)
-        for line in bars:
+        drawn = [line for line in lines if "━" in line]
+        assert all(len(line) <= width for line in drawn)
+        for line in drawn:
             assert re.match(r"[a-z ]+ [━╸╺]+ *\d+/\d+ +\d+:\d\d:\d\d", line), line
         if verb in ("gptq", "perplexity", "compare"):
-            assert any(re.search(r"evaluating [━╸╺]+ *\d+/\d+ \d:\d\d:\d\d \d+ s left", line) for line in bars)
+            assert any(re.search(r"evaluating [━╸╺]+ *\d+/\d+ \d:\d\d:\d\d \d+ s left", line) for line in drawn)
             at = next(number for number, line in enumerate(lines) if line.startswith("model "))
             heads, row = lines[at], lines[at + 3]
             assert max(len(line) for line in lines[at : at + 4]) <= width

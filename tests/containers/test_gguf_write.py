@@ -19,6 +19,7 @@ from conftest import CHAT_TEMPLATE, SPECIAL, VOCABULARY, MakeModel, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support.few_files import few_files
 from support.gguf_models import byte_level, sentencepiece, write_model
 from support.llamacpp import floored, llama_logprobs, mean_kl, scored_rows
 from support.smollm2 import smollm2_gguf
@@ -42,7 +43,7 @@ from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.vocabulary import read_pieces
 from quantkit.containers.source import Source
 from quantkit.errors import OutputError, SourceError, UsageError
-from quantkit.runs.atomic import staged_files
+from quantkit.runs.outputs import Staging, staged_files
 from quantkit.sources import open_source
 
 Kind = gguf.GGMLQuantizationType
@@ -106,7 +107,7 @@ def publish(
     options.setdefault("pre", "qwen2")
     keys = file_keys(source, gguf.LlamaFileType.ALL_F32, **options)
     with (
-        staged_files(path) as staging,
+        staged_files(path, force=True) as staging,
         GgufWriter(staging / path.name, architecture_of(source), keys, typed, split_max_bytes) as writer,
     ):
         for tensor, stored in reversed(typed):
@@ -440,9 +441,9 @@ def test_the_names_are_llama_cpps() -> None:
 
 def test_an_unknown_pre_tokenizer_is_no_guess(make_model: MakeModel) -> None:
     source = open_source(make_model("llama", dtype="float32"))
-    with pytest.raises(SourceError, match=r"llama.cpp has no name for how this tokenizer cuts .*: --pre llama-bpe"):
+    with pytest.raises(SourceError, match=r"llama.cpp has no name for how this tokenizer cuts .*: pre llama-bpe"):
         file_keys(source, gguf.LlamaFileType.ALL_F32)
-    with pytest.raises(UsageError, match=r"--pre qwen: llama.cpp knows no pre-tokenizer .* qwen2, "):
+    with pytest.raises(UsageError, match=r"pre=qwen: llama.cpp knows no pre-tokenizer .* qwen2, "):
         file_keys(source, gguf.LlamaFileType.ALL_F32, pre="qwen")
     assert file_keys(source, gguf.LlamaFileType.ALL_F32, pre="tekken")["tokenizer.ggml.pre"] == "tekken"
 
@@ -450,7 +451,7 @@ def test_an_unknown_pre_tokenizer_is_no_guess(make_model: MakeModel) -> None:
 def test_a_gguf_sources_pre_tokenizer_is_no_guess_either(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = random_model("llama", tied=True, dtype=torch.float32, seed=0)
     write_model(tmp_path / "old.gguf", model, byte_level(tokenizer, None))
-    with pytest.raises(SourceError, match=r"tokenizer.ggml.pre is None, which llama.cpp does not know; give --pre"):
+    with pytest.raises(SourceError, match=r"tokenizer.ggml.pre is None, which llama.cpp does not know; give pre"):
         file_keys(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32)
     keys = file_keys(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32, pre="smollm")
     assert keys["tokenizer.ggml.pre"] == "smollm"
@@ -459,7 +460,7 @@ def test_a_gguf_sources_pre_tokenizer_is_no_guess_either(tokenizer: PreTrainedTo
 def test_pre_is_for_byte_level_vocabularies_only(make_model: MakeModel, tmp_path: Path) -> None:
     folder = with_tokenizer(tmp_path / "model", make_model, of_fixture(SENTENCEPIECE["llama"], tmp_path))
     for path in (folder, tmp_path / "fixture.gguf"):
-        with pytest.raises(UsageError, match=rf"--pre qwen2: the vocabulary of {path} is not a byte-level one"):
+        with pytest.raises(UsageError, match=rf"pre=qwen2: the vocabulary of {path} is not a byte-level one"):
             file_keys(open_source(path), gguf.LlamaFileType.ALL_F32, pre="qwen2")
 
 
@@ -603,6 +604,17 @@ KEYS = {
 }
 
 
+def test_more_parts_than_a_process_may_have_open(make_model: MakeModel, tmp_path: Path) -> None:
+    source = tiny(make_model, "llama")
+    whole = publish(source, tmp_path / "whole.gguf", Kind.F16)
+    with few_files():
+        parts = publish(source, tmp_path / "tiny.gguf", Kind.F16, split_max_bytes=1)
+    assert len(parts) > 16
+    read, other = open_source(parts[0]), open_source(whole[0])
+    assert all(torch.equal(read.read(name), other.read(name)) for name in other.tensors)
+    assert read.tensors == other.tensors
+
+
 @pytest.mark.parametrize("split", [0, 1, 9_000, 10**9])
 @pytest.mark.parametrize("case", ["llama3-rope", "qwen3moe"])
 def test_the_bytes_are_those_of_gguf_py(case: str, split: int, make_model: MakeModel, tmp_path: Path) -> None:
@@ -685,17 +697,16 @@ def test_parts_appear_together_or_not_at_all(
     source = tiny(make_model, "llama")
     old = publish(source, tmp_path / "tiny.gguf", Kind.F16, split_max_bytes=60_000)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    rename, count = Path.rename, 0
+    move, count = Staging._move, 0
 
-    def failing(self: Path, target: Path) -> Path:
+    def failing(self: Staging, *arguments: Any) -> None:
         nonlocal count
-        count += target.parent == tmp_path and ".partial" in str(self) and "replaced" not in str(self)
+        count += 1
         if count == 2:
-            count += 1
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(self, target)
+        move(self, *arguments)
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(Staging, "_move", failing)
     for name in ("tiny.gguf", "another.gguf"):
         count = 0
         with pytest.raises(OutputError, match="Input/output error"):
@@ -722,12 +733,12 @@ def test_a_tensor_that_was_never_written_is_named(make_model: MakeModel, tmp_pat
 def test_a_disk_that_changes_a_bit_is_noticed(
     place: int, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    close = GgufWriter._close
+    close, changed = GgufWriter._close, list[Path]()
 
     def changing(self: GgufWriter) -> None:
-        closed = self._files[0].closed
         close(self)
-        if not closed:
+        if not changed:
+            changed.append(self.paths[0])
             content = bytearray(self.paths[0].read_bytes())
             content[place] ^= 1
             self.paths[0].write_bytes(content)

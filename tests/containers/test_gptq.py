@@ -606,7 +606,7 @@ def test_a_disk_that_changes_a_bit_is_noticed(part: str, make_model: MakeModel, 
             scales = torch.ones(zeros.shape, dtype=torch.float16)
             writer.add_linear(module, QuantizedLinear(codes, scales, zeros, contiguous_groups(columns, 32), 4))
         writer.add_others()
-        writer._tensors._files[0].flush()
+        writer._tensors.close()
         path = tmp_path / "model.safetensors"
         length = int.from_bytes(path.read_bytes()[:8], "little")
         header = json.loads(path.read_bytes()[8 : 8 + length])

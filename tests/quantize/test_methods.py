@@ -22,13 +22,14 @@ import quantkit
 from quantkit.codes import GgmlLinear, QuantizedLinear
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.errors import UsageError
-from quantkit.options import METHODS, MethodName, MethodRow, QuantSpec
+from quantkit.options import METHODS, MethodName, QuantSpec
+from quantkit.options.grid import MethodRow
 from quantkit.quantize import gptq, rounding
 from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, row_losses
 from quantkit.quantize.methods import Method, Solved, Sums, method_of
 from quantkit.quantize.targets import on_grid_of
-from quantkit.runs.unfinished import folder_of
+from quantkit.runs.places import folder_of
 
 OPTIONS: dict[str, Any] = {"calibration": token_matrix(4, 32), "group_size": 32, "evaluate": False, "device": "cpu"}
 

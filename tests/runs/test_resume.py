@@ -42,15 +42,12 @@ from quantkit.errors import (
 )
 from quantkit.options.values import Every, parse_every
 from quantkit.quantize import blockwise
-from quantkit.runs import landing, unfinished
+from quantkit.runs import landing, outputs
 from quantkit.runs import record as provenance
-from quantkit.runs.atomic import read_sealed, write_sealed
-from quantkit.runs.unfinished import (
-    ChangedError,
-    differences,
-    folder_of,
-    working,
-)
+from quantkit.runs.journal import Journal
+from quantkit.runs.outputs import ChangedError, Staging
+from quantkit.runs.places import folder_of
+from quantkit.runs.unfinished import differences, working
 from quantkit.verbs.gptq import GptqReport
 
 BLOCKS = 6
@@ -252,15 +249,40 @@ def test_how_often_is_a_time_or_a_number_of_blocks() -> None:
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def harm_record(begun: Path, of: str, number: int, harm: Callable[[Path], None]) -> None:
+    """Damage one record of an unfinished run's journal; by `cut` it is the last, and not whole."""
+    path = folder_of(begun) / "journal"
+    records = Journal(path).records
+    at = next(i for i, record in enumerate(records) if record.get(of) == number)
+    lines = path.read_bytes().split(b"\n")
+    assert b'"%s": %d' % (of.encode(), number) in lines[at]
+    rest = [] if harm is cut else lines[at + 1 :]
+    part = path.with_name("part")
+    part.write_bytes(lines[at])
+    harm(part)
+    path.write_bytes(b"\n".join([*lines[:at], part.read_bytes(), *rest]))
+    part.unlink()
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("what", ["codes", "record"])
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
 def test_a_damaged_block_is_made_anew(
-    model: Path, whole: dict[str, str], begun: Path, visited: list[int], harm: Callable[[Path], None], suffix: str
+    model: Path, whole: dict[str, str], begun: Path, visited: list[int], harm: Callable[[Path], None], what: str
 ) -> None:
-    harm(folder_of(begun) / "blocks" / f"00003.{suffix}")
+    if what == "codes":
+        harm(folder_of(begun) / "blocks" / "00003.safetensors")
+    elif harm is Path.unlink:  # a disk that gives zeros
+        harm_record(begun, "block", 3, zeros)
+    else:
+        harm_record(begun, "block", 3, harm)
+    (folder_of(begun) / "blocks" / ".nfs0001").write_text("of a file system")
     recorder = resumed(model, begun)
     assert "going on after block 3 of 6" in recorder.notes
-    gone = harm is Path.unlink and suffix == "json"  # the block never landed, as far as anybody can tell
+    gone = harm is cut and what == "record"  # the block never landed, as far as anybody can tell
     assert recorder.warnings == ([] if gone else [
         "block 4 of the unfinished run is damaged: it and what follows are made anew"
     ])  # fmt: skip
@@ -273,7 +295,6 @@ def test_a_damaged_block_is_made_anew(
     [
         (flip, "batch-00000.safetensors", False),
         (flip, "batch-00000.safetensors", True),
-        (cut, "done.json", False),
         (Path.unlink, "batch-00000.safetensors", False),
     ],
 )
@@ -286,6 +307,7 @@ def test_damaged_hidden_states_are_not_used(
     name: str,
     all_of_them: bool,
 ) -> None:
+    (folder_of(begun) / "hidden" / ".DS_Store").write_text("of a system")
     for number in (4, 5) if all_of_them else (5,):
         harm(folder_of(begun) / "hidden" / f"{number:05d}" / name)
     recorder = resumed(model, begun)
@@ -299,24 +321,13 @@ def test_damaged_hidden_states_are_not_used(
 def test_a_damaged_record_of_the_run_is_told(
     model: Path, whole: dict[str, str], begun: Path, harm: Callable[[Path], None]
 ) -> None:
-    harm(folder_of(begun) / "run.json")
+    harm_record(begun, "blocks", BLOCKS, harm)
     before = contents(begun.parent)
-    with pytest.raises(ChangedError, match=r"run\.json is damaged; --force starts anew"):
+    with pytest.raises(ChangedError, match=r"journal is damaged; force=True starts anew"):
         run(model, begun, resume=True)
     assert contents(begun.parent) == before
     run(model, begun, force=True)
     assert contents(begun.parent) == whole
-
-
-def test_a_seal_tells_any_change(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    write_sealed(path, {"a": [1, 2.5], "b": {"c": None}})
-    assert read_sealed(path) == {"a": [1, 2.5], "b": {"c": None}}
-    path.write_text(path.read_text().replace("2.5", "2.6"))
-    assert read_sealed(path) is None
-    path.write_text("[1]")
-    assert read_sealed(path) is None
-    assert read_sealed(tmp_path / "y.json") is None
 
 
 # -- what may not have changed ---------------------------------------------------------------------------------------
@@ -371,7 +382,7 @@ def test_what_changed_is_named(
     with pytest.raises(ChangedError) as refusal:
         run(model, begun, resume=True, **options)
     line = str(refusal.value)
-    assert line.startswith(f"--resume: the unfinished run was made with something else ({told}")
+    assert line.startswith(f"resume=True: the unfinished run was made with something else ({told}")
     assert "\n" not in line
     assert contents(begun.parent) == before
 
@@ -402,7 +413,7 @@ def test_differences_are_few_and_short() -> None:
 
 def test_an_unfinished_run_is_in_the_way(model: Path, whole: dict[str, str], begun: Path, visited: list[int]) -> None:
     before = contents(begun.parent)
-    with pytest.raises(UsageError, match=r"--resume goes on with it \(5 of 6 blocks\), --force starts anew"):
+    with pytest.raises(UsageError, match=r"resume=True goes on with it \(5 of 6 blocks\), force=True starts anew"):
         run(model, begun)
     with pytest.raises(UsageError, match="choose one"):
         run(model, begun, resume=True, force=True)
@@ -424,8 +435,8 @@ def test_what_a_kill_before_the_first_block_leaves_is_swept(model: Path, tmp_pat
     out = tmp_path / "out"
     (folder_of(out) / "staged").mkdir(parents=True)
     (folder_of(out) / "staged" / "model.safetensors").write_text("half")
-    (folder_of(out) / "run.json").write_text("{")
-    (folder_of(out) / ".run.json.partial").write_text("{")
+    for name in ("lock", "run.json", ".run.json.partial"):  # an older version's, which marked nothing
+        (folder_of(out) / name).write_text("" if name == "lock" else "{")
     recorder = resumed(model, out)
     assert "nothing to go on with: starting" in recorder.notes
     assert (out / "quantkit.json").is_file()
@@ -459,18 +470,26 @@ def test_an_older_output_that_was_moved_aside_is_put_back(model: Path, tmp_path:
     older = contents(out)
     with pytest.raises(Interrupted):
         run(model, out, force=True, progress=Stopped(3))
-    (folder_of(out) / "replaced").mkdir()
+    staging = Staging(out)
+    (staging.folder / "replaced").mkdir()
+    staging.staged.mkdir()
+    inode = staging.staged.stat().st_ino
+    staging.journal.append({"placing": None, "of": "out", "inodes": [inode], "carries": None})
     out.rename(folder_of(out) / "replaced" / "out")  # where a kill between two renames leaves it
-    with pytest.raises(UsageError, match="--resume goes on with it"):
+    with pytest.raises(UsageError, match=r"what was there before is there.*finished output is kept as .*staged"):
         run(model, out)
     assert contents(out) == older
+    resumed(model, out)
+    assert contents(out) != older
 
 
 def test_a_complete_output_is_only_told(model: Path, tmp_path: Path, visited: list[int]) -> None:
     out = tmp_path / "out"
     first = run(model, out)
     before = contents(out)
-    shutil.copytree(out, folder_of(out) / "blocks")  # a kill while the rest was being removed
+    folder_of(out).mkdir()
+    shutil.copytree(out, folder_of(out) / "staged")  # a kill while the rest was being removed
+    (folder_of(out) / "lock").touch()
     visited.clear()
     recorder = Recorder()
     report = run(model, out, resume=True, progress=recorder)
@@ -479,7 +498,7 @@ def test_a_complete_output_is_only_told(model: Path, tmp_path: Path, visited: li
     assert [(layer.name, layer.loss) for layer in report.layers] == [(layer.name, layer.loss) for layer in first.layers]
     assert contents(out) == before
     assert not folder_of(out).exists()
-    with pytest.raises(UsageError, match=r"complete, but made otherwise \(recipe bits: 4 then, 8 now\); --force"):
+    with pytest.raises(UsageError, match=r"complete, but made otherwise \(recipe bits: 4 then, 8 now\); force=True"):
         run(model, out, resume=True, bits=8)
     assert contents(out) == before
 
@@ -523,7 +542,7 @@ def test_a_read_error_in_a_shard(model: Path, whole: dict[str, str], tmp_path: P
         run(model, out, progress=Cutting())
     first, second = str(error.value).split("\n")
     assert first.startswith(f"{shard}: cannot read model.")
-    assert "of 6 blocks are kept: --resume goes on with them" in second
+    assert "of 6 blocks are kept: resume=True goes on with them" in second
     assert not out.exists()
     assert {path.name for path in out.parent.iterdir()} == {folder_of(out).name}
     assert not (folder_of(out) / "staged").exists()
@@ -719,22 +738,21 @@ def test_an_interrupt_in_a_destructor_is_not_lost(
 def test_an_interrupt_when_the_output_is_complete_leaves_nothing_else(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name = (unfinished, "take_place") if moment == "placed" else (shutil, "rmtree")
-    take_place = unfinished.take_place
+    owner, name = (Staging, "_finish") if moment == "placed" else (outputs, "remove")
+    remove = outputs.remove
 
     def interrupted(*arguments: Any) -> None:
         monkeypatch.undo()
-        if moment == "placed":
-            take_place(*arguments)
-        else:
-            (arguments[0] / "run.json").unlink()
+        if moment == "half swept":
+            remove(arguments[0])
         raise KeyboardInterrupt
 
     def run() -> None:
         with working(tmp_path / "out", {"a": 1}, 1, resume=False, force=False) as work:
             (work.staged / "model").write_text("whole")
             (work.folder / "blocks").mkdir()
-            (work.folder / "blocks" / "00000.json").write_text("{}")
+            (work.folder / "blocks" / "00000.safetensors").write_text("{}")
+            work.journal.append({"block": 0})
             monkeypatch.setattr(owner, name, interrupted)
 
     with pytest.raises(Interrupted, match=r"when .*/out was complete"):
@@ -848,8 +866,9 @@ def library(place):  # the same, without a command line and a text to draw from
 def moment(child, place):
     # Wait until a random one of a run: until some more blocks have landed, or it writes the rest, and a little longer.
     folder, more = place / ".out.unfinished", chance.choice([0, 0, 1, 1, 2, 3, 9])
-    goal = len(list(folder.glob("blocks/*.json"))) + more
-    while more and len(list(folder.glob("blocks/*.json"))) < goal and not (folder / "staged" / "config.json").exists():
+    goal = len(list(folder.glob("blocks/*.safetensors"))) + more
+    staged = folder / "staged" / "config.json"
+    while more and len(list(folder.glob("blocks/*.safetensors"))) < goal and not staged.exists():
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
         time.sleep(0.002)
@@ -896,7 +915,7 @@ while kills:
         kills -= 1
         if place.exists():
             check(place, ["out", ".out.unfinished"])
-        blocks.add(len(list((place / ".out.unfinished").glob("blocks/*.json"))))
+        blocks.add(len(list((place / ".out.unfinished").glob("blocks/*.safetensors"))))
     else:
         assert code(start(library, place / "out")) == 0
     assert files(place) == whole, place
@@ -923,11 +942,11 @@ while ends:
             break
         assert status in (1, -signal.SIGTERM), (status, said)  # the latter before the command has begun
         ends -= 1
-        kept = (place / ".out.unfinished" / "run.json").exists()
+        kept = (place / ".out.unfinished" / "journal").exists()
         if place.exists():
             check(place, [".out.unfinished"] if kept else ["out"])
         if kept:
-            check(place / ".out.unfinished", ["lock", "run.json", "blocks", "hidden"])
+            check(place / ".out.unfinished", ["lock", "journal", "blocks", "hidden"])
         if status == 1:
             words.add(said.partition(" ")[2][:11])
             assert said.count("\n") == 1 and said.startswith("interrupted"), said

@@ -14,7 +14,7 @@ def contents(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if ".unfinished" in name:
-            assert re.fullmatch(r".*\.unfinished(/lock|/run\.json|/(blocks|hidden)(/.*)?)?", name), name
+            assert re.fullmatch(r".*\.unfinished(/lock|/journal|/(blocks|hidden)(/.*)?)?", name), name
             continue
         found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
     return found

@@ -22,7 +22,7 @@ from quantkit.containers.ggjt.write import (
     plan,
 )
 from quantkit.containers.source import Source
-from quantkit.runs.atomic import staged_files
+from quantkit.runs.outputs import staged_files
 from quantkit.sources import open_source
 
 LLAMA = json.loads((Path(__file__).parents[1] / "support" / "sentencepiece_ids.json").read_text(encoding="utf-8"))[
@@ -47,7 +47,10 @@ def write(path: Path, source: Source, kind: Kind = Kind.F32) -> GgjtSource:
     """Write a model with all matrices in one type, and open the file."""
     tensors = plan(source.config, source.tensors, dict.fromkeys(source.tensors, kind))
     vocabulary = make_vocabulary(source.tokenizer(), source.config.vocab_size)
-    with staged_files(path) as folder, GgjtWriter(folder / path.name, source.config, vocabulary, tensors) as writer:
+    with (
+        staged_files(path, force=True) as folder,
+        GgjtWriter(folder / path.name, source.config, vocabulary, tensors) as writer,
+    ):
         for tensor in reversed(tensors):
             writer.write(tensor, source.read(tensor.published).numpy())
         writer.finish()

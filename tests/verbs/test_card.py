@@ -445,7 +445,7 @@ def test_licence_and_language_come_from_the_original_card(folder: Path, tmp_path
         in body
     )
     assert "- [a/b](https://huggingface.co/a/b): What it is" in body
-    with pytest.raises(UsageError, match=r"--licence mit: .* under apache-2\.0, which this one inherits"):
+    with pytest.raises(UsageError, match=r"licence=mit: .* under apache-2\.0, which this one inherits"):
         card(folder, original=tmp_path / "README.md", licence="mit", force=True)
 
 
@@ -471,11 +471,18 @@ def test_front_matter_is_read_as_the_hub_reads_it(
     front: str, licence: str, language: Any, folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "README.md").write_text(f"---\n{front}---\nThe text.\n")
-    with pytest.raises(UsageError, match=f"--licence unlicense: .* is under {licence}"):
+    with pytest.raises(UsageError, match=f"licence=unlicense: .* is under {licence}"):
         card(folder, original=tmp_path / "README.md", licence="unlicense", force=True)
     write(folder, original=tmp_path / "README.md")
     data = ModelCard.load(folder / "README.md").data
     assert (data.license, data.language) == (licence, language)
+
+
+@pytest.mark.parametrize("value", ["!!float 1e", "!!bool maybe", "!!timestamp x", "[" * 5000])
+def test_front_matter_of_values_that_are_none(value: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\n---\nThe text.\n")
+    with pytest.raises(SourceError, match="front matter is no YAML"):
+        card(folder, original=tmp_path / "README.md", force=True)
 
 
 def test_several_licences_and_words_that_look_like_numbers(folder: Path, tmp_path: Path) -> None:
@@ -516,14 +523,14 @@ def test_an_original_beside_other_weights_is_refused(folder: Path, make_model: M
 def test_a_card_that_is_there_is_not_lost(folder: Path) -> None:
     (folder / "README.md").write_text(ORIGINAL)
     with pytest.raises(
-        UsageError, match=r"README\.md already exists; --force replaces it; --original .* keeps it below"
+        UsageError, match=r"README\.md already exists; force=True replaces it; original .* keeps it below"
     ):
         card(folder)
     assert (folder / "README.md").read_text() == ORIGINAL
     _, head, body = write(folder, original=folder / "README.md")
     assert head["license"] == "apache-2.0"
     assert "# Tiny, the original" in body
-    with pytest.raises(UsageError, match=r"README\.md already exists; --force replaces it$"):
+    with pytest.raises(UsageError, match=r"README\.md already exists; force=True replaces it$"):
         card(folder)
     with pytest.raises(UsageError, match="quantkit wrote this card"):
         card(folder, original=folder, force=True)
@@ -561,7 +568,7 @@ def test_prompt_templates(folder: Path, made: Path) -> None:
     assert "`vicuna`, the form that the calibration text has:" in body
     with pytest.raises(UsageError, match="the tokenizer has no chat template"):
         card(folder, prompt_template="chat", force=True)
-    with pytest.raises(UsageError, match="--prompt-template chatml: choose auto, none, chat, alpaca"):
+    with pytest.raises(UsageError, match="prompt_template=chatml: choose auto, none, chat, alpaca"):
         card(folder, prompt_template="chatml", force=True)
 
 
@@ -644,7 +651,7 @@ def test_an_error_in_a_template_names_its_line(folder: Path, tmp_path: Path, tex
 
 
 def test_a_template_that_is_not_there(folder: Path) -> None:
-    with pytest.raises(UsageError, match="--template nice: choose default, thebloke-2023, or name a file"):
+    with pytest.raises(UsageError, match="template=nice: choose default, thebloke-2023, or name a file"):
         card(folder, template="nice")
 
 

@@ -157,7 +157,7 @@ def test_drawn_answers_are_reproducible_and_differ_from_turn_to_turn(model: Path
 
 
 def test_options_out_of_range(model: Path) -> None:
-    with pytest.raises(UsageError, match=r"--top-p "):
+    with pytest.raises(UsageError, match=r"top_p="):
         talk(model, top_p=0.0)
     with pytest.raises(UsageError, match=r"no MODEL given"):
         quantkit.chat(None, Script([]))

@@ -333,7 +333,7 @@ def test_without_matplotlib_one_note_says_how_to_get_plots(
 
 def test_force_replaces_a_report_and_nothing_else(family: dict[str, Path], texts: list[Path], tmp_path: Path) -> None:
     run(family, ["gguf"], tmp_path / "out", texts[:1])
-    with pytest.raises(UsageError, match="already exists; use --force"):
+    with pytest.raises(UsageError, match="already exists; use force=True"):
         run(family, ["gguf"], tmp_path / "out", texts[:1])
     run(family, ["gptq"], tmp_path / "out", texts[:1], force=True)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["models"][1]["kind"] == "gptq"
@@ -390,11 +390,11 @@ def test_what_cannot_be_compared_leaves_nothing(family: dict[str, Path], texts: 
         run(family, [], tmp_path / "out", texts)
     with pytest.raises(UsageError, match="at least one text"):
         run(family, ["gguf"], tmp_path / "out", [])
-    with pytest.raises(UsageError, match="--budget much: give a size such as 5GB"):
+    with pytest.raises(UsageError, match="budget=much: give a size such as 5GB"):
         run(family, ["gguf"], tmp_path / "out", texts, budget="much")
-    with pytest.raises(UsageError, match="--max-kl -1"):
+    with pytest.raises(UsageError, match="max_kl=-1"):
         run(family, ["gguf"], tmp_path / "out", texts, max_kl=-1)
-    with pytest.raises(UsageError, match="--max-kl nan"):
+    with pytest.raises(UsageError, match="max_kl=nan"):
         run(family, ["gguf"], tmp_path / "out", texts, max_kl=math.nan)
     assert not (tmp_path / "out").exists()
 

@@ -15,6 +15,7 @@ import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, Recorder, token_matrix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.few_files import few_files
 from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.streamed import open_stream, streamed_logits
@@ -199,9 +200,9 @@ def missing(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        (large, NumericError, rf"{UP}: a value is beyond float16; use --dtype bfloat16 or float32"),
+        (large, NumericError, rf"{UP}: a value is beyond float16; use dtype=bfloat16 or float32"),
         (nan, NumericError, rf"{UP} holds NaN or infinity; the model's files are damaged"),
-        (integers, SourceError, rf"{UP} is stored as I16, which is no type of a weight"),
+        (integers, SourceError, rf"holds quantized weights \({UP}\), but nothing says how"),
         (missing, SourceError, rf"tensor {UP} is missing"),
     ],
 )
@@ -220,15 +221,15 @@ def test_a_tensor_that_cannot_be_converted_is_named(
 def test_an_output_in_the_way(make_model: MakeModel, tmp_path: Path) -> None:
     model, out = make_model("llama"), tmp_path / "out"
     quantkit.convert(model, out)
-    with pytest.raises(UsageError, match="already exists; use --force"):
+    with pytest.raises(UsageError, match="already exists; use force=True"):
         quantkit.convert(model, out)
     quantkit.convert(model, out, dtype="bfloat16", force=True)
     assert {tensor.dtype for tensor in stored(out).values()} == {torch.bfloat16}
     with pytest.raises(UsageError, match="lies inside the source"):
         quantkit.convert(model, model / "out")
-    with pytest.raises(UsageError, match="--dtype int8: choose auto, float16, bfloat16, float32"):
+    with pytest.raises(UsageError, match="dtype=int8: choose auto, float16, bfloat16, float32"):
         quantkit.convert(model, tmp_path / "other", dtype="int8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="--max-shard-size none"):
+    with pytest.raises(UsageError, match="max_shard_size=none"):
         quantkit.convert(model, tmp_path / "other", max_shard_size="none")
 
 
@@ -382,6 +383,17 @@ def test_tensors_that_the_models_class_passes_over_are_named(
     assert set(stored(model)) - set(stored(tmp_path / "out")) == {*more, *old} - {"extra.weight"}
 
 
-def test_what_was_rounded_before_is_called_so(tiny_gguf: Path, recorder: Recorder) -> None:
+def test_what_was_rounded_before_is_called_so(tiny_gguf: Path, recorder: Recorder, tmp_path: Path) -> None:
     quantkit.gptq(tiny_gguf, dry_run=True, progress=recorder, **GPTQ)
     assert any("was rounded before: what is quantized is float16 from Q4_0, Q8_0" in text for text in recorder.notes)
+    quantkit.convert(tiny_gguf, tmp_path / "out")
+    quantkit.gptq(tmp_path / "out", dry_run=True, progress=recorder, **GPTQ)
+    assert "out was made from a GGUF file (its quantkit.json): what that rounded stays so" in recorder.notes
+
+
+def test_more_shards_than_a_process_may_have_open(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with few_files():
+        report = quantkit.convert(model, tmp_path / "out", max_shard_size="1KB")
+    assert len(list(report.out.glob("*.safetensors"))) > 16
+    assert_same_model(report.out, model)

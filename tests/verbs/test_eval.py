@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from quantkit.runs.atomic import file_sha256
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.eval import EvalReport
+from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.eval.tasks import SUITES
 
 pytest.importorskip("lm_eval", reason="pip install 'quantkit[eval]'")
@@ -252,7 +254,7 @@ def test_the_file_of_results(model: Path, tasks: Path, tmp_path: Path) -> None:
     assert (held["suite"], held["limit"], held["partial"], held["average"]) == (None, None, False, None)
     assert {"task", "name", "dataset", "split", "fewshot", "metric", "value", "stderr"} < held["tasks"][0].keys()
     assert not any(str(folder) in out.read_text() for folder in (tmp_path, tasks, model))
-    with pytest.raises(UsageError, match=r"r.json already exists; use --force to replace it"):
+    with pytest.raises(UsageError, match=r"r.json already exists; use force=True to replace it"):
         run(model, out, task=["tiny_choice"], tasks_dir=tasks)
     before = out.read_bytes()
     run(model, out, task=["tiny_choice"], tasks_dir=tasks, force=True)
@@ -263,7 +265,7 @@ def test_a_limited_run_is_marked(model: Path, tasks: Path, tmp_path: Path, recor
     report = run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=tasks, limit=3, progress=recorder)
     held = json.loads((tmp_path / "r.json").read_text())
     assert (held["limit"], held["partial"], held["tasks"][0]["questions"]) == (3, True, 3)
-    assert recorder.warnings == ["--limit 3: numbers of so few questions are to try things out, not to compare"]
+    assert recorder.warnings == ["limit=3: numbers of so few questions are to try things out, not to compare"]
     assert report.partial
 
 
@@ -334,13 +336,13 @@ def test_without_the_network_the_suite_ends_in_one_line(model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"suite": "other"}, r"--suite other: choose open-llm-leaderboard"),
-        ({"fewshot": 3}, r"--fewshot is for tasks given with --task"),
-        ({"limit": 0}, r"--limit 0: give at least 1"),
-        ({"batch_size": 0}, r"--batch-size 0: give at least 1"),
-        ({"task": ["x"], "fewshot": -1}, r"--fewshot -1: give at least 0"),
-        ({"tasks_dir": "nowhere"}, r"--tasks-dir nowhere: no such folder"),
-        ({"delta": "x"}, r"--base and --delta belong together"),
+        ({"suite": "other"}, r"suite=other: choose open-llm-leaderboard"),
+        ({"fewshot": 3}, r"fewshot is for tasks given with task"),
+        ({"limit": 0}, r"limit=0: give at least 1"),
+        ({"batch_size": 0}, r"batch_size=0: give at least 1"),
+        ({"task": ["x"], "fewshot": -1}, r"fewshot=-1: give at least 0"),
+        ({"tasks_dir": "nowhere"}, r"tasks_dir=nowhere: no such folder"),
+        ({"delta": "o/x"}, r"base and delta belong together"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], said: str, model: Path, tmp_path: Path) -> None:
@@ -349,7 +351,7 @@ def test_options_out_of_range(options: dict[str, Any], said: str, model: Path, t
 
 
 def test_a_task_that_is_not_there(model: Path, tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--task tiny_choise: no such task; near it are tiny_choice"):
+    with pytest.raises(UsageError, match=r"task=tiny_choise: no such task; near it are tiny_choice"):
         run(model, tmp_path / "r.json", task=["tiny_choise"], tasks_dir=tasks)
 
 
@@ -505,6 +507,23 @@ def test_tasks_bring_no_code_without_leave(
     if "!function utils" in said:
         run(model, tmp_path / "r.json", task=["tiny_choice"], tasks_dir=folder, limit=1, trust_remote_code=True)
         assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("metric_list: !!bool maybe\n", "no YAML"),
+        ("fewshot_config: " + "[" * 5000, "no YAML"),
+        ("include: " + "a" * 5000 + "\n", ""),
+        ("metadata: &a [*a]\n", ""),
+        ("metadata:\n  a0: &a0 [x]\n" + "".join(f"  a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 12)), ""),
+    ],
+    ids=["value", "nested", "name", "itself", "aliases"],
+)
+def test_damaged_tasks_are_looked_at_to_their_end(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TASK + text)
+    with pytest.raises(UsageError, match=rf"tiny\.yaml: {said}") if said else nullcontext():
+        check_tasks(tmp_path)
 
 
 def test_a_pipe_among_tasks_is_never_opened(model: Path, tasks: Path, tmp_path: Path) -> None:

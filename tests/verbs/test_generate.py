@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -34,10 +33,12 @@ from quantkit.containers.source import Source
 from quantkit.errors import (
     CalibrationError,
     NumericError,
-    OutputError,
     UsageError,
 )
 from quantkit.options import Decoding, make
+from quantkit.runs.journal import Journal
+from quantkit.runs.outputs import staging_of
+from quantkit.runs.places import folder_of
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.generate import GenerateReport
@@ -277,7 +278,7 @@ def test_not_utf8_and_nothing_at_all(model: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(CalibrationError, match=r"p.jsonl: no prompt in it"):
         run(model, tmp_path / "p.jsonl", tmp_path / "out")
-    with pytest.raises(UsageError, match=r"--prompts .*none.jsonl cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"prompts=.*none.jsonl cannot be read: No such file"):
         run(model, tmp_path / "none.jsonl", tmp_path / "out")
 
 
@@ -440,7 +441,7 @@ def test_logits_that_are_no_numbers(make_model: MakeModel, tmp_path: Path) -> No
     with torch.no_grad():
         model.get_parameter("model.norm.weight").fill_(torch.nan)
     for spec in (Decoding(greedy=True, max_new_tokens=2), Decoding(num_beams=2, max_new_tokens=2)):
-        with pytest.raises(NumericError, match=r"logits are not finite; try --dtype float32"):
+        with pytest.raises(NumericError, match=r"logits are not finite; try dtype=float32"):
             decode(model, [Request([5, 6], 2, "x")], spec, [EOS])
 
 
@@ -477,7 +478,12 @@ def test_a_line_is_the_prompts_with_the_answer_added(model: Path, prompts: Path,
     assert list(json.loads(settings)["source"]["sha256"]) == ["model.safetensors"]
 
 
-def test_each_batch_is_in_the_file_before_the_next(
+def kept(out: Path) -> int:
+    """Answers that a run at work or a killed one has kept."""
+    return sum("answer" in record for record in Journal(folder_of(out) / "journal").records)
+
+
+def test_each_batch_is_kept_before_the_next(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -486,7 +492,7 @@ def test_each_batch_is_in_the_file_before_the_next(
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(number) or sync(number))
 
     def watched(self: Speaker, *given: Any) -> Any:
-        seen.append(len(answers(tmp_path / "out")))
+        seen.append(kept(tmp_path / "out"))
         return answer(self, *given)
 
     monkeypatch.setattr(Speaker, "answer", watched)
@@ -498,9 +504,11 @@ def test_each_batch_is_in_the_file_before_the_next(
 def test_an_output_in_the_way(model: Path, prompts: Path, tmp_path: Path) -> None:
     run(model, prompts, tmp_path / "out")
     before = (tmp_path / "out").read_bytes()
-    with pytest.raises(UsageError, match=r"already exists; use --resume to go on with it, or --force to replace it"):
+    with pytest.raises(
+        UsageError, match=r"already exists; use resume=True to go on with it, or force=True to replace it"
+    ):
         run(model, prompts, tmp_path / "out", seed=1)
-    with pytest.raises(UsageError, match=r"--resume goes on with --out and --force starts it again: choose one"):
+    with pytest.raises(UsageError, match=r"resume=True goes on with out and force=True starts it again: choose one"):
         run(model, prompts, tmp_path / "out", resume=True, force=True)
     with pytest.raises(UsageError, match=r"is the file of the prompts; name another"):
         run(model, prompts, prompts, force=True)
@@ -568,25 +576,25 @@ def test_resuming_with_anything_else_is_refused(
             run(of, asked, tmp_path / "out", resume=True, **options)
         assert (tmp_path / "out").read_bytes() == before
 
-    refused(r"--resume: .*out was made with recipe temperature 1.0, which is 0.5 now; give the same", temperature=0.5)
+    refused(
+        r"resume=True: .*out was made with recipe temperature 1.0, which is 0.5 now; give the same", temperature=0.5
+    )
     refused(r"recipe template chat, which is vicuna now", template="vicuna")
     refused(r"recipe system None, which is x now", system="x")
     refused(r"source sha256 model.safetensors \w+, which is \w+ now", of=make_model("llama", dtype="float32", seed=1))
     others = lines(tmp_path / "others.jsonl", [*PROMPTS[:2], {"id": "c", "prompt": "changed"}, *PROMPTS[3:]])
-    refused(r"--resume: line 3 of .*out is no answer to others.jsonl: line 3", asked=others)
+    refused(r"resume=True: line 3 of .*out is no answer to others.jsonl: line 3", asked=others)
     refused(r"has 7 answers, more than there are prompts", asked=lines(tmp_path / "few.jsonl", PROMPTS[:3]))
     (tmp_path / "out").write_bytes(whole.replace(b"finish", b"finis", 1))
-    refused(r"--resume: line 1 of .*out is no answer")
+    refused(r"resume=True: line 1 of .*out is no answer")
     (tmp_path / "out.quantkit.json").unlink()
-    refused(r"has no out.quantkit.json beside it; use --force to start again")
+    refused(r"has no out.quantkit.json beside it; use force=True to start again")
 
 
 def test_two_runs_do_not_write_one_file(model: Path, prompts: Path, tmp_path: Path) -> None:
     run(model, lines(tmp_path / "few.jsonl", PROMPTS[:2]), tmp_path / "out")
-    with (tmp_path / "out").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match=r"another run is writing it"):
-            run(model, prompts, tmp_path / "out", resume=True)
+    with staging_of(tmp_path / "out"), pytest.raises(UsageError, match=r"another run is writing it"):
+        run(model, prompts, tmp_path / "out", resume=True)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
@@ -599,11 +607,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> 
         process = subprocess.Popen(
             [*command, "--device", "cpu", "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= wanted):
+        while process.poll() is None and kept(out) < wanted:
             time.sleep(0.002)
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
-    assert out.read_bytes().count(b"\n") < 12
+    assert kept(out) < 12
+    assert not out.exists()
     run(model, asked, out, resume=True, **options)
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert Path(f"{out}.quantkit.json").read_bytes() == (tmp_path / "whole.quantkit.json").read_bytes()
@@ -615,17 +624,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"temperature": 0.0}, r"--temperature 0\.0: give more than 0"),
-        ({"temperature": float("inf")}, r"--temperature inf: give a number"),
-        ({"top_p": 1.5}, r"--top-p 1\.5: give at most 1"),
-        ({"top_k": -1}, r"--top-k -1: give at least 0"),
-        ({"num_beams": 0}, r"--num-beams 0: give at least 1"),
-        ({"max_new_tokens": 0}, r"--max-new-tokens 0: give at least 1"),
-        ({"repetition_penalty": 0.0}, r"--repetition-penalty 0\.0: give more than 0"),
-        ({"seed": -1}, r"--seed -1: give at least 0"),
-        ({"batch_size": 0}, r"--batch-size 0: give at least 1"),
-        ({"dtype": "float16"}, r"--dtype float16 crawls on a CPU"),
-        ({"base": "x"}, r"--base and --delta belong together"),
+        ({"temperature": 0.0}, r"temperature=0\.0: give more than 0"),
+        ({"temperature": float("inf")}, r"temperature=inf: give a number"),
+        ({"top_p": 1.5}, r"top_p=1\.5: give at most 1"),
+        ({"top_k": -1}, r"top_k=-1: give at least 0"),
+        ({"num_beams": 0}, r"num_beams=0: give at least 1"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0: give at least 1"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty=0\.0: give more than 0"),
+        ({"seed": -1}, r"seed=-1: give at least 0"),
+        ({"batch_size": 0}, r"batch_size=0: give at least 1"),
+        ({"dtype": "float16"}, r"dtype=float16 crawls on a CPU"),
+        ({"base": "o/x"}, r"base and delta belong together"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], said: str, model: Path, prompts: Path, tmp_path: Path) -> None:
@@ -670,17 +679,23 @@ def test_the_command(
     code, out, _ = command("--out", str(tmp_path / "three"), "--dry-run")
     assert (code, out[:22]) == (0, "would answer 7 prompts")
 
+    answer, calls = Speaker.answer, []
+
     def interrupted(*given: Any) -> Any:
-        raise KeyboardInterrupt
+        calls.append(given)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return answer(*given)
 
     monkeypatch.setattr(Speaker, "answer", interrupted)
-    code, out, err = command("--out", str(tmp_path / "four"))
+    code, out, err = command("--out", str(tmp_path / "four"), "--batch-size", "3")
     assert (code, out) == (1, "")
     assert "interrupted; --resume goes on with the answers that are in" in err
+    assert kept(tmp_path / "four") == 3
 
 
 def test_specs_say_which_field(make_model: MakeModel) -> None:
-    with pytest.raises(UsageError, match=r"^--top-p 2: give at most 1$"):
+    with pytest.raises(UsageError, match=r"^top_p=2: give at most 1$"):
         make(Decoding, top_p=2)
     defaults = Decoding()  # of WizardLM's script
     assert (defaults.temperature, defaults.top_p, defaults.top_k, defaults.num_beams) == (1.0, 0.95, 40, 1)

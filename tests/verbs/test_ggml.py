@@ -201,7 +201,7 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(
 def test_an_existing_file_is_kept_without_force(make_model: MakeModel, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_text("mine")
-    with pytest.raises(UsageError, match="already exists; use --force"):
+    with pytest.raises(UsageError, match="already exists; use force=True"):
         quantkit.ggml(make_model("llama"), out, pre="gpt-2")
     assert out.read_text() == "mine"
     quantkit.ggml(make_model("llama"), out, pre="gpt-2", force=True)
@@ -211,10 +211,10 @@ def test_an_existing_file_is_kept_without_force(make_model: MakeModel, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"type": "q9_0"}, "--type q9_0: choose auto, f32"),
-        ({"embedding_type": "q4_k_m"}, "--embedding-type q4_k_m: choose auto, f32"),
-        ({"pure": True}, "--pure and --imatrix go with a --type"),
-        ({"type": "iq2_xs"}, r"blk\.0\.attn_q\.weight: IQ2_XS needs an importance matrix; --imatrix names one"),
+        ({"type": "q9_0"}, "type=q9_0: choose auto, f32"),
+        ({"embedding_type": "q4_k_m"}, "embedding_type=q4_k_m: choose auto, f32"),
+        ({"pure": True}, "pure=True and imatrix go with a type"),
+        ({"type": "iq2_xs"}, r"blk\.0\.attn_q\.weight: IQ2_XS needs an importance matrix; imatrix names one"),
         ({"type": "q2_k_s"}, r"blk\.0\.attn_q\.weight: Q2_K needs an importance matrix"),
         ({"type": "f16", "imatrix": "none.gguf"}, r"none\.gguf: no such file"),
         ({"split_max_size": "0GB"}, "0GB"),
@@ -432,7 +432,7 @@ def test_a_ggjt_file_holds_the_codes_too(
 def test_ggjt_refuses_what_it_cannot_say(make_model: MakeModel, sentencepiece_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="heads share 2 keys and values"):
         quantkit.ggml(make_model("llama"), tmp_path / "out.bin", container="ggjt")
-    with pytest.raises(UsageError, match="--split-max-size and --pre are for GGUF"):
+    with pytest.raises(UsageError, match="split_max_size and pre are for GGUF"):
         quantkit.ggml(sentencepiece_llama, tmp_path / "out.bin", container="ggjt", split_max_size="1GB")
     with pytest.raises(UsageError, match="BF16 has no place in this file"):
         quantkit.ggml(sentencepiece_llama, tmp_path / "out.bin", container="ggjt", type="bf16")

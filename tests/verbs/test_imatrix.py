@@ -32,7 +32,7 @@ from quantkit.errors import (
     SourceError,
     UsageError,
 )
-from quantkit.runs.atomic import staged_files
+from quantkit.runs.outputs import staged_files
 from quantkit.tokens import TokenMatrix
 
 # Parts of a GGUF file's names -> parts of transformers' names.
@@ -254,7 +254,7 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(
 def test_an_output_in_the_way(make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_bytes(b"before")
-    with pytest.raises(UsageError, match=r"out\.gguf already exists; use --force"):
+    with pytest.raises(UsageError, match=r"out\.gguf already exists; use force=True"):
         made(make_model, tiny_tokens, out)
     assert out.read_bytes() == b"before"
     made(make_model, tiny_tokens, out, force=True)

@@ -397,7 +397,7 @@ def test_the_first_tokens_of_a_text_are_judged_where_a_number_is_given(
         assert set(part.provenance.records) <= set(whole.provenance.records)
     report = quantkit.perplexity([base], text=str(text), seq_len=64, stride=stride, eval_tokens="200")
     assert abs(report.tokens - 200) <= 64
-    with pytest.raises(UsageError, match="--eval-tokens 0: give a number of tokens such as 8192, or all"):
+    with pytest.raises(UsageError, match="eval_tokens=0: give a number of tokens such as 8192, or all"):
         quantkit.perplexity([base], text=str(text), eval_tokens=0)
 
 

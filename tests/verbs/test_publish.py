@@ -172,7 +172,7 @@ def test_a_dry_run_changes_nothing(server: HubServer, folder: Path) -> None:
 def test_only_some_files(server: HubServer, folder: Path) -> None:
     send(folder, only=["*.gguf", "README.md"])
     assert set(held(server)) == {"tiny.Q4_0.gguf", "README.md"}
-    with pytest.raises(UsageError, match=r"--only \*\.bin: no file of .* matches"):
+    with pytest.raises(UsageError, match=r"only=\*\.bin: no file of .* matches"):
         send(folder, only=["*.bin"])
 
 

@@ -444,6 +444,7 @@ LABELS: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 0}, "quantization_config says group_size 0"),
     ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
     ({"sym": None}, "sym None"),
+    ({"modules_in_block_to_quantize": 7}, "modules_in_block_to_quantize is no list of names"),
     ({"dynamic": {r"-:.*q_proj": {}}}, "a `dynamic` rule in config.json says that it is not"),
 ]
 

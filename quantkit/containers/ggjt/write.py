@@ -205,10 +205,11 @@ class GgjtWriter(PlacedWriter):
     ) -> None:
         assert len(vocabulary) == config.vocab_size
         super().__init__(tensor.name for tensor in tensors)
-        self._files.append(path.open("wb"))
+        self._path = path
+        path.write_bytes(b"")
         self._heads: dict[str, tuple[int, bytes]] = {}
         header = _header(config, vocabulary, tensors)
-        self._write(0, 0, "its header", header)
+        self._write(path, 0, "its header", header)
         at = len(header)
         for tensor in tensors:
             name, shape = tensor.name.encode(), tensor.shape[::-1]
@@ -231,7 +232,7 @@ class GgjtWriter(PlacedWriter):
         rows = _encoded(tensor, values)
         assert rows.nbytes == tensor.bytes, tensor.name
         at, head = self._heads[tensor.name]
-        self._write(0, at, tensor.name, head, in_rotary_order(rows, tensor.heads).tobytes())
+        self._write(self._path, at, tensor.name, head, in_rotary_order(rows, tensor.heads).tobytes())
 
 
 def _refuse(source: Source, why: str) -> NoReturn:

@@ -1,14 +1,14 @@
 """The GGUF container: one file, or several parts, as llama.cpp reads it.
 
 `plan` says which tensors the file holds and what each is made of; the caller chooses a type for each and gives the
-packed rows; `file_keys` makes the keys; `GgufWriter` writes into a folder of `runs.atomic.staged_files`. The reader is
+packed rows; `file_keys` makes the keys; `GgufWriter` writes into a folder of `runs.outputs.staged_files`. The reader is
 `quantkit.containers.gguf.read.GgufSource`.
 """
 
 from quantkit.containers.gguf.keys import WRITABLE, architecture_of, file_keys, limits, origin
 from quantkit.containers.gguf.probe import cut_otherwise
 from quantkit.containers.gguf.tensors import GgufTensor, plan
-from quantkit.containers.gguf.write import GgufWriter, packed_bytes
+from quantkit.containers.gguf.write import GgufWriter, packed_bytes, part_names
 
 __all__ = [
     "WRITABLE",
@@ -20,5 +20,6 @@ __all__ = [
     "limits",
     "origin",
     "packed_bytes",
+    "part_names",
     "plan",
 ]

@@ -8,11 +8,12 @@ vocabulary by calls of its own: a third of a second for SmolLM2's, where a file 
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import gguf
 import numpy as np
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from quantkit.containers.gguf.file import MAGIC, Array, FileBytes
 from quantkit.containers.gguf.tensors import GgufTensor, in_rotary_order
 from quantkit.containers.hf.write import parts_of
-from quantkit.containers.readback import ReadBack
+from quantkit.containers.readback import ByTurns, ReadBack
 from quantkit.errors import OutputError, UsageError
 
 TypedTensor = tuple[GgufTensor, GGMLQuantizationType]
@@ -56,14 +57,14 @@ class PlacedWriter:
     """Files of which each tensor has its place from the start; what was written is read back.
 
     They have their final names from the start too, so they must lie where nobody takes them for finished
-    (`quantkit.runs.atomic.staged_files`).
+    (`quantkit.runs.outputs.staged_files`).
     """
 
     def __init__(self, pending: Iterable[str]) -> None:
         self._pending = set(pending)
         self._read_back = ReadBack()
         self._spans: dict[tuple[Path, str], tuple[int, int]] = {}
-        self._files: list[BinaryIO] = []
+        self._files = ByTurns()
 
     def __enter__(self) -> Self:
         return self
@@ -82,16 +83,23 @@ class PlacedWriter:
         self._close()
         self._read_back.compare(lambda path, name: FileBytes(path).pieces(*self._spans[path, name]))
 
-    def _write(self, number: int, at: int, name: str, *content: bytes | memoryview) -> None:
-        file, path = self._files[number], Path(self._files[number].name)
-        file.seek(at)
-        file.writelines(content)
+    def _write(self, path: Path, at: int, name: str, *content: bytes | memoryview) -> None:
+        self._files.write(path, at, content)
         self._read_back.wrote(path, name, *content)
         self._spans[path, name] = at, at + sum(map(len, content))
 
     def _close(self) -> None:
-        for file in self._files:
-            file.close()
+        self._files.close()
+
+
+def part_names(path: Path, tensors: Sequence[TypedTensor], split_max_bytes: int = 0) -> list[str]:
+    """What the files are called that `GgufWriter` writes: the file's own name, or those of its parts."""
+    count = len(_parts(tensors, split_max_bytes))
+    return [path.name] if count == 1 else [f"{path.stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+
+
+def _parts(tensors: Sequence[TypedTensor], split_max_bytes: int) -> list[list[TypedTensor]]:
+    return parts_of(tensors, lambda typed: packed_bytes(*typed), split_max_bytes)
 
 
 class GgufWriter(PlacedWriter):
@@ -123,13 +131,8 @@ class GgufWriter(PlacedWriter):
         Raises:
             UsageError: a tensor's rows are no whole number of blocks of its type.
         """
-        parts = parts_of(tensors, lambda typed: packed_bytes(*typed), split_max_bytes)
-        names = (
-            [path.name]
-            if len(parts) == 1
-            else [f"{path.stem}-{number:05d}-of-{len(parts):05d}.gguf" for number in range(1, len(parts) + 1)]
-        )
-        self.paths = [path.with_name(name) for name in names]
+        parts = _parts(tensors, split_max_bytes)
+        self.paths = [path.with_name(name) for name in part_names(path, tensors, split_max_bytes)]
         self._tensors = {tensor.name: (tensor, kind) for tensor, kind in tensors}
         self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
         super().__init__(self._parts)
@@ -137,7 +140,6 @@ class GgufWriter(PlacedWriter):
         first = {"general.architecture": architecture, **keys, "general.size_label": _size_label(tensors)}
         try:
             for number, part in enumerate(parts):
-                self._files.append(self.paths[number].open("wb"))
                 self._open_part(number, first if number == 0 else {}, part, len(parts))
         except BaseException:
             self._close()
@@ -175,8 +177,9 @@ class GgufWriter(PlacedWriter):
         for name, _, _, size in table:
             self._place[name] = number, at
             at += _padded(size)
-        self._files[number].truncate(at)
-        self._write(number, 0, "its head", head)
+        self.paths[number].write_bytes(b"")
+        os.truncate(self.paths[number], at)
+        self._write(self.paths[number], 0, "its head", head)
 
     def _write_rows(self, tensor: GgufTensor, part: int, data: Array) -> None:
         kind = self._tensors[tensor.name][1]
@@ -186,7 +189,7 @@ class GgufWriter(PlacedWriter):
         number, start = self._place[tensor.name]
         content = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         name = tensor.name if len(tensor.sources) < 2 else f"{tensor.name}, part {part}"
-        self._write(number, start + part * share, name, content)
+        self._write(self.paths[number], start + part * share, name, content)
 
 
 def _size_label(tensors: Sequence[TypedTensor]) -> str:

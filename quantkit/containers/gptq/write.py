@@ -19,7 +19,8 @@ from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
-from quantkit.options import CheckpointFormat, QuantSpec, pattern_regex
+from quantkit.options import CheckpointFormat, QuantSpec
+from quantkit.options.grid import pattern_regex
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.version import __version__

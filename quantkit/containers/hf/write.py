@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import torch
 
-from quantkit.containers.readback import ReadBack
+from quantkit.containers.readback import ByTurns, ReadBack
 from quantkit.errors import OutputError
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan, header, tensor_bytes
@@ -25,7 +25,7 @@ class ShardedWriter:
     """Writes the planned tensors, each exactly once, into one or many shards of at most `max_shard_bytes`.
 
     Use: `write` every tensor, then `finish`, then `read_back`. Files have their final names from the start, so the
-    folder must be one that nobody takes for finished (`quantkit.runs.atomic.staged_folder`).
+    folder must be one that nobody takes for finished (`quantkit.runs.outputs.staged_folder`).
     """
 
     def __init__(self, folder: Path, plan: Sequence[TensorPlan], max_shard_bytes: int) -> None:
@@ -37,12 +37,10 @@ class ShardedWriter:
             self.names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         self._pending = {tensor.name: tensor for tensor in plan}
         self._place: dict[str, tuple[int, int]] = {}
-        self._files: list[BinaryIO] = []
+        self._files = ByTurns()
         for number, shard in enumerate(shards):
             head, offsets = header(shard)
-            file = (folder / self.names[number]).open("wb")
-            self._files.append(file)
-            file.write(head)
+            (folder / self.names[number]).write_bytes(head)
             self._place.update({name: (number, len(head) + start) for name, start in offsets.items()})
         self._read_back = ReadBack()
         self._total = sum(tensor.bytes for tensor in plan)
@@ -58,11 +56,9 @@ class ShardedWriter:
         planned = self._pending.pop(name)
         assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), name
         number, offset = self._place[name]
-        self._files[number].seek(offset)
-        content = tensor_bytes(tensor)
-        self._files[number].write(content)
-        understood = content if meaning is None else tensor_bytes(meaning)
-        self._read_back.wrote(self.folder / self.names[number], name, understood)
+        content, path = tensor_bytes(tensor), self.folder / self.names[number]
+        self._files.write(path, offset, [content])
+        self._read_back.wrote(path, name, content if meaning is None else tensor_bytes(meaning))
 
     def finish(self) -> None:
         """Close the shards and write the index where there are several.
@@ -95,8 +91,7 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Close the files without checking anything."""
-        for file in self._files:
-            file.close()
+        self._files.close()
 
 
 def parts_of(items: Sequence[T], size: Callable[[T], int], most: int) -> list[list[T]]:

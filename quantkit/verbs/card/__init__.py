@@ -20,8 +20,9 @@ from quantkit.errors import OutputError, SourceError, UsageError, visible
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute, file_sha256, staged_files
+from quantkit.runs.atomic import absolute, file_sha256
 from quantkit.runs.links import lies_within
+from quantkit.runs.outputs import staged_files
 from quantkit.verbs import verb
 from quantkit.verbs.card.advice import WORDS, advice
 from quantkit.verbs.card.command import commands_of
@@ -134,7 +135,14 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         "licence": licence,
         "base_models": bases,
         "models": [
-            {**vars(model), **vars(found), **vars(one), **_provenance(model), "mean_kl": found.mean_kl, "link": _link(model, repo)}
+            {
+                **vars(model),
+                **vars(found),
+                **vars(one),
+                **_provenance(model),
+                "mean_kl": found.mean_kl,
+                "link": _link(model, repo),
+            }
             for model, found, one in zip(models, measured, advised, strict=True)
         ],
         "words": [{"word": word, "most": most} for most, word in WORDS],
@@ -147,17 +155,17 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         "original": source.text,
     }
     body = fill_template(text, options.template, variables)
-    results = result_files(models, measured)
-    with staged_files(root / CARD) as staging:  # the card and its plots, all or nothing
+    results, place = result_files(models, measured), root / RESULTS
+    _check_results(place, results, options.force)
+    written = (CARD, *plots)
+    known = {name for name in written if (root / name).exists()}  # looked at above
+    with staged_files(root / CARD, options.force or known, written) as staging:  # all or nothing
         (staging / CARD).write_text(f"---\n{head}\n---\n{MARK}\n{body.strip()}\n", encoding="utf-8")
-        for name, content in results.items():
-            (staging / RESULTS).mkdir(exist_ok=True)
-            (staging / RESULTS / name).write_text(content, encoding="utf-8")
         for name, plot in plots.items():
             if not plot.is_file():
                 raise OutputError(f"{name} has gone while the card was made")
             shutil.copyfile(plot, staging / name)
-    _drop_stale(root / RESULTS, results)
+    _write_results(place, results)
     return CardReport(root / CARD, options.template, names, licence, bases, evaluated, list(plots), missing)
 
 
@@ -169,11 +177,29 @@ def _link(model: ModelFacts, repo: str) -> str | None:
     return f"https://huggingface.co/{quote(repo)}/{quote(what)}"
 
 
-def _drop_stale(folder: Path, results: Collection[str]) -> None:
-    """Remove results that an earlier card wrote, of models that are no longer there or have none."""
+def _check_results(folder: Path, results: Collection[str], force: bool) -> None:
+    """Refuse to lose results that are there and not quantkit's. Raises UsageError."""
+    for name in results if not force else ():
+        if (folder / name).exists() and not _is_ours(folder / name):
+            raise UsageError(f"{folder / name} already exists and is not quantkit's; --force replaces it")
+
+
+def _write_results(folder: Path, results: Mapping[str, str]) -> None:
+    """Write them all or none; those of an earlier card, of models that are gone or have none, are removed."""
+    if results:
+        with staged_files(folder / next(iter(results)), True, list(results)) as staging:
+            for name, content in results.items():
+                (staging / name).write_text(content, encoding="utf-8")
     for path in set(folder.glob("*.yaml")) - {folder / name for name in results}:
-        if lies_within(path, folder) and path.read_text(encoding="utf-8", errors="replace").startswith(RESULTS_MARK):
+        if _is_ours(path):
             path.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an earlier card wrote a file of results."""
+    if not lies_within(path, path.parent) or not path.is_file():
+        return False
+    return path.read_text(encoding="utf-8", errors="replace").startswith(RESULTS_MARK)
 
 
 def _check_place(root: Path, original: Path | None, force: bool) -> None:

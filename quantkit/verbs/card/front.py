@@ -63,7 +63,7 @@ def read_original(path: Path) -> Original:
         return Original({}, content.strip())
     try:
         data = yaml.load(re.sub(r"([:-])\t[ \t]*", r"\1 ", found[2]), Loader=_Yaml12)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect
         raise SourceError(f"{place}: its front matter is no YAML: {' '.join(str(error).split())}") from None
     data = data if isinstance(data, dict) else {}
     for key in _KEPT.intersection(data):

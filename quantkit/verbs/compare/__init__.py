@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,8 @@ from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
-from quantkit.runs.atomic import REPORT_NAME, absolute, check_outside, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.outputs import check_outside, staged_folder
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
 from quantkit.tokens.text import EvaluationText, check_tokens, common_text
@@ -104,32 +106,33 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
         if ranks.first:
             check_outside(place, source, options.force)
         note_source(source, progress)
-    windows = ranks.from_first(lambda: _windows(sources, specs, progress))
-    scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
+    with staged_folder(place, options.force) if ranks.first else nullcontext(place) as folder:
+        windows = ranks.from_first(lambda: _windows(sources, specs, progress))
+        scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
 
-    def written() -> CompareReport:
-        origins = []
-        with progress.phase("hashing", len(sources)) as advance:
-            for source in sources:
-                origins.append(origin(source))
-                advance(1)
-        facts = [
-            TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
-            for text, spec, rows in zip(windows, specs, scores.texts, strict=True)
-        ]
-        models = _models(sources, windows, scores, origins)
-        choice, unmet = choose(models[1:], limits)
-        report = CompareReport(place, models[0].model, facts, models, choice, unmet, budget, options.max_kl)
-        figures = _figures(models, scores, progress) if options.plots else {}
-        with staged_folder(place) as folder:
+        def written() -> CompareReport:
+            origins = []
+            with progress.phase("hashing", len(sources)) as advance:
+                for source in sources:
+                    origins.append(origin(source))
+                    advance(1)
+            facts = [
+                TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
+                for text, spec, rows in zip(windows, specs, scores.texts, strict=True)
+            ]
+            models = _models(sources, windows, scores, origins)
+            choice, unmet = choose(models[1:], limits)
+            report = CompareReport(place, models[0].model, facts, models, choice, unmet, budget, options.max_kl)
+            figures = _figures(models, scores, progress) if options.plots else {}
             write_json(folder / "report.json", report.as_dict())
             write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins))
             for name, content in figures.items():
                 (folder / name).write_bytes(content)
             write_pages(folder, report.as_dict(), figures)
-        return report
+            return report
 
-    return ranks.from_first(written)
+        report = ranks.from_first(written)
+    return report
 
 
 # -- parts of the flow -----------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from quantkit.errors import UsageError
 from quantkit.options.verbs import Eval
 from quantkit.progress import SILENT, Progress, spread
 from quantkit.report import Column, Report, Shown, Table
-from quantkit.runs.atomic import absolute, check_other_file, write_json
+from quantkit.runs.atomic import absolute, write_json
+from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
 from quantkit.verbs.eval.code import check_tasks, sandboxed
@@ -110,43 +111,42 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     check_other_file(target, source, options.force)
     if options.limit is not None:
         progress.warn(f"--limit {options.limit}: numbers of so few questions are to try things out, not to compare")
-    measures = SUITES[suite] if suite else ()
-    with progress.phase("loading tasks", 1) as advance, nullcontext() if trusted else sandboxed():
-        loaded = load_tasks(task, measures, folder)
-        check_answers(loaded, options.limit)
-        advance(1)
-    counts = {measure.task: measure.fewshot for measure in measures}
-    set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))
-    from quantkit.verbs.eval.model import QuantkitLM
+    with staged_files(target, options.force) as staged:
+        measures = SUITES[suite] if suite else ()
+        with progress.phase("loading tasks", 1) as advance, nullcontext() if trusted else sandboxed():
+            loaded = load_tasks(task, measures, folder)
+            check_answers(loaded, options.limit)
+            advance(1)
+        counts = {measure.task: measure.fewshot for measure in measures}
+        set_fewshot(loaded, counts | ({} if options.fewshot is None else dict.fromkeys(task, options.fewshot)))
+        from quantkit.verbs.eval.model import QuantkitLM
 
-    lm = QuantkitLM(
-        source=source,
-        device=options.device,
-        dtype=options.dtype,
-        trust_remote_code=options.trust_remote_code,
-        batch_size=options.batch_size,
-        progress=progress,
-    )
-    with nullcontext() if trusted else sandboxed():
-        results = run_tasks(lm, loaded, options.limit)
-    found_of = [(m, number_of(results, loaded, m.task, m.key, m.title, m.metric)) for m in measures]
-    scores = [replace(score, config=score.config or m.config) for m, score in found_of]
-    named_ones = [number for name in task for number in every_number(results, loaded, name)]
-    found = EvalResults(
-        model=source.label,
-        files=_files(source),
-        harness=Harness("lm-evaluation-harness", version("lm_eval")),
-        kernels=lm.kernels,
-        suite=suite,
-        limit=options.limit,
-        partial=options.limit is not None,
-        tasks=(*scores, *named_ones),
-        average=sum(score.value for score in scores) / len(scores) if scores else None,
-    )
-    report = EvalReport(**vars(found), out=target, seconds=time.perf_counter() - started)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, found.as_dict())
-    return report
+        lm = QuantkitLM(
+            source=source,
+            device=options.device,
+            dtype=options.dtype,
+            trust_remote_code=options.trust_remote_code,
+            batch_size=options.batch_size,
+            progress=progress,
+        )
+        with nullcontext() if trusted else sandboxed():
+            results = run_tasks(lm, loaded, options.limit)
+        found_of = [(m, number_of(results, loaded, m.task, m.key, m.title, m.metric)) for m in measures]
+        scores = [replace(score, config=score.config or m.config) for m, score in found_of]
+        named_ones = [number for name in task for number in every_number(results, loaded, name)]
+        found = EvalResults(
+            model=source.label,
+            files=_files(source),
+            harness=Harness("lm-evaluation-harness", version("lm_eval")),
+            kernels=lm.kernels,
+            suite=suite,
+            limit=options.limit,
+            partial=options.limit is not None,
+            tasks=(*scores, *named_ones),
+            average=sum(score.value for score in scores) / len(scores) if scores else None,
+        )
+        write_json(staged / target.name, found.as_dict())
+    return EvalReport(**vars(found), out=target, seconds=time.perf_counter() - started)
 
 
 def _files(source: Source) -> dict[str, str]:

@@ -6,6 +6,7 @@ itself as programs from the Hub, and renders templates in a jinja2 environment t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from quantkit.errors import UsageError, first_line
 
 # Kinds of files that hold values alone; others that the data library reads may be pickles, or programs of their own.
+_LONGEST = 4096  # bytes of a path
 _PLAIN = ("json", "csv", "parquet", "arrow", "text", "xml")
 
 
@@ -41,13 +43,17 @@ def check_tasks(folder: Path) -> None:
             raise UsageError(f"--tasks-dir: {path}: cannot be read: {error.strerror}") from None
         except _FoundCode as found:
             raise UsageError(_refusal(path, str(found))) from None
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect
             raise UsageError(f"--tasks-dir: {path}: no YAML: {first_line(error)}") from None
-        for what in _code_in(content):
-            raise UsageError(_refusal(path, what))
+        try:
+            code = next(_code_in(content, set()), None)
+        except RecursionError:
+            raise UsageError(f"--tasks-dir: {path}: is nested too deeply") from None
+        if code is not None:
+            raise UsageError(_refusal(path, code))
         included = content.get("include") if isinstance(content, dict) else None
         for name in included if isinstance(included, list) else [included]:
-            if isinstance(name, str) and (path.parent / name).exists():
+            if isinstance(name, str) and len(name.encode()) < _LONGEST and os.path.exists(path.parent / name):
                 waiting.append(path.parent / name)
 
 
@@ -85,14 +91,17 @@ _Loader.add_multi_constructor("!", _stop)
 _Loader.add_multi_constructor("tag:yaml.org,2002:python/", _stop)
 
 
-def _code_in(task: Any) -> Iterator[str]:
-    """What of a task, or of the tasks in a group, is code."""
+def _code_in(task: Any, seen: set[int]) -> Iterator[str]:
+    """What of a task, or of the tasks in a group, is code. What aliases have it hold many times is looked at once."""
     from lm_eval.api.registry import get_metric_aggregation, metric_registry
 
     get_metric_aggregation("")  # fills the registry
+    if id(task) in seen:
+        return
+    seen.add(id(task))
     if isinstance(task, list):
         for one in task:
-            yield from _code_in(one)
+            yield from _code_in(one, seen)
     if not isinstance(task, dict):
         return
     for key, value in task.items():
@@ -107,7 +116,7 @@ def _code_in(task: Any) -> Iterator[str]:
         elif key == "trust_remote_code" and value:
             yield key
         elif isinstance(value, (dict, list)):
-            yield from _code_in(value)
+            yield from _code_in(value, seen)
 
 
 def _may_run(dataset: str) -> bool:

@@ -12,12 +12,11 @@ from typing import Any
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_on_kernels
-from quantkit.errors import Interrupted
 from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
-from quantkit.runs.answers import appending, begun, check_answers, line_of
+from quantkit.runs.answers import appending, begun, check_answers, is_complete, line_of
 from quantkit.runs.atomic import absolute
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
@@ -70,7 +69,7 @@ class GenerateReport(Report):
 
 @verb(Generate)
 def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateReport:
-    """Answer every prompt of a file. Each batch of answers is on the disk before the next is begun.
+    """Answer every prompt of a file. Each batch of answers is on the disk before the next is begun, for `resume`.
 
     A line of `out` is its prompt's line with `id`, `output`, `finish_reason` ("eos", or "length" where the room ended),
     `prompt_tokens` and `output_tokens`; lines are in the order of the prompts. Beside it, `OUT.quantkit.json` says how
@@ -85,7 +84,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     started = time.perf_counter()
     spec = options.part(Decoding)
     target, asked = absolute(options.out), Path(options.prompts).expanduser()
-    check_answers(target, asked, options.resume, options.force)
+    check_answers(target, asked, options.resume, options.force, options.dry_run)
     wanted = read_prompts(asked, options.system)
     stream = open_stream(named(options.model, options.base, options.delta), options)
     note_source(stream.source, progress)
@@ -98,8 +97,8 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     if options.dry_run:
         return replace(report, prompt_tokens=sum(len(request.ids) for request in requests))
     settings = {"recipe": _recipe(speaker, stream, options.system), **origin(stream.source)}
-    done = begun(target, settings, wanted) if options.resume and target.exists() else 0
-    if options.resume and done == len(wanted):
+    done = begun(target, settings, wanted) if options.resume else 0
+    if options.resume and done == len(wanted) and is_complete(target):
         return replace(report, resumed=done, seconds=time.perf_counter() - started)
     loaded = load_on_kernels(stream, options.trust_remote_code, progress)
     settings["recipe"]["kernels"] = loaded.kernels
@@ -107,22 +106,19 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
         begun(target, settings, wanted)
     answers: list[Answer] = []
     phase = progress.phase("answering", len(wanted) - done)
-    try:
-        with appending(target, settings, done) as file, phase as advance:
-            # The batches of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
-            for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
-                batch = slice(start, start + options.batch_size)
-                found = speaker.answer(loaded.model, requests[batch])
-                lines = [
-                    line_of(prompt, speaker.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids))
-                    for prompt, request, new in zip(wanted[batch], requests[batch], found, strict=True)
-                ]
-                fresh = max(done - start, 0)
-                file.write(lines[fresh:])
-                answers += found[fresh:]
-                advance(len(found) - fresh)
-    except KeyboardInterrupt:
-        raise Interrupted(f"--resume goes on with the answers that are in {target}") from None
+    with appending(target, settings, done, options.resume, options.force) as file, phase as advance:
+        # The batches of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
+        for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            found = speaker.answer(loaded.model, requests[batch])
+            lines = [
+                line_of(prompt, speaker.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids))
+                for prompt, request, new in zip(wanted[batch], requests[batch], found, strict=True)
+            ]
+            fresh = max(done - start, 0)
+            file.write(lines[fresh:])
+            answers += found[fresh:]
+            advance(len(found) - fresh)
     return replace(
         report,
         kernels=loaded.kernels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,8 +18,9 @@ from quantkit.report import Column, Line, Report, Shown, Table
 from quantkit.runs.atomic import absolute
 from quantkit.runs.ledger import Ledger, locked
 from quantkit.runs.links import is_foreign
+from quantkit.runs.outputs import drop_left
+from quantkit.runs.places import folder_of
 from quantkit.runs.steps import Outcome, Step, run_steps
-from quantkit.runs.unfinished import folder_of
 from quantkit.verbs import verb
 from quantkit.verbs.card.front import MARK
 from quantkit.verbs.eval.code import check_tasks
@@ -150,8 +150,8 @@ def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
     """Remove what unfinished runs left of variants that the recipe no longer has."""
     goes_on = {folder_of(step.out) for step in steps}
     for place in (out, out / ".release" / "files"):
-        for left in set(place.glob(".*.unfinished")) - goes_on:
-            shutil.rmtree(left)
+        for left in {*place.glob(".*.unfinished"), *place.glob("[!.]*/.*.unfinished")} - goes_on:
+            drop_left(left)
 
 
 def _original(source: Source) -> str | None:

@@ -60,12 +60,12 @@ class FamilySteps:
         judging = self._recipe.evaluation
         judged = judging.model_dump(include={"texts", "seq_len", "eval_tokens", "budget", "max_kl"})
 
-        def run(done: frozenset[str]) -> None:
+        def run(done: frozenset[str], again: bool) -> None:
             variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]
             if not variants:
                 raise UsageError("no variant was made")
             reference = self._places[0].folder
-            compare(reference, variants, out=self.report, **judged, **self._common)
+            compare(reference, variants, out=self.report, **judged, force=again, **self._common)
 
         read = self._ledger.read_by(judging.texts)
         options = {**judged, "texts": list(judging.texts), "read": read}
@@ -76,8 +76,8 @@ class FamilySteps:
         out = self._out / "evals" / f"{model.path.name}.json"
         options = {**judging.model_dump(include={"suite", "tasks_dir", "limit"}), "task": list(judging.tasks)}
 
-        def run(_: frozenset[str]) -> None:
-            run_tasks(model.opened, out=out, **options, force=True, **self._common)
+        def run(_: frozenset[str], again: bool) -> None:
+            run_tasks(model.opened, out=out, **options, force=again, **self._common)
 
         name = f"eval {model.path.name}"
         decides = {**options, "read": self._ledger.read_by([judging.tasks_dir])}
@@ -98,7 +98,7 @@ class FamilySteps:
         beside = [other for other in self._places if other.repo == place.repo and other is not place]
         others = beside if place.branch == "main" else []
 
-        def run(done: frozenset[str]) -> None:
+        def run(done: frozenset[str], _: bool) -> None:
             card(
                 place.folder,
                 reports=[self.report / "report.json"] if COMPARE in done else [],
@@ -113,7 +113,7 @@ class FamilySteps:
         wants = (COMPARE, *evals, *(other.step for other in others))
         out = place.folder / "README.md"
         decides = {**options, "read": self._ledger.read_by([self._recipe.card.template, self._original])}
-        self.steps.append(Step(place.card, out, run, decides, (place.step,), wants, adds=True))
+        self.steps.append(Step(place.card, out, run, decides, (place.step,), wants, by_hand=True))
 
     def _add_verification(self, place: ReleaseFolder) -> None:
         def run(out: Path) -> None:
@@ -142,7 +142,7 @@ class FamilySteps:
         """A step that leaves nothing in the release but a note that it is done."""
         out = self._out / ".release" / "done" / f"{name.replace('/', '-').replace(' ', '-')}.json"
 
-        def noted(_: frozenset[str]) -> None:
+        def noted(_: frozenset[str], again: bool) -> None:
             out.parent.mkdir(exist_ok=True)
             run(out)
 

@@ -15,6 +15,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.containers.source import Source
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.options import EvaluationSpec, default_seq_len, make
+from quantkit.progress import SILENT
 from quantkit.tokens.text import evaluation_text
 from quantkit.verbs.ggml import GgmlReport, ggml
 from quantkit.verbs.gptq import GptqReport, gptq
@@ -61,7 +62,7 @@ class Forecaster:
         self._recipe, self._source, self._folder = recipe, source, folder
         given, drawn = recipe.source, recipe.calibration
         model = {"model": model_of(recipe)} if given.base is None else {"base": given.base, "delta": given.delta}
-        self._common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dry_run": True}
+        self._common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dry_run": True, "progress": SILENT}
         self._model: dict[str, Any] = {**model, "revision": given.revision, **self._common}
         self._drawn: dict[str, Any] = {"samples": drawn.samples, "seq_len": drawn.seq_len}
         self._device = resolve_device("auto")

@@ -229,7 +229,7 @@ def load_recipe(path: str | Path) -> Recipe:
         content = yaml.load(place.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect
         raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with name, source and variants")

@@ -15,11 +15,11 @@ from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
 from quantkit.progress import Progress
-from quantkit.runs.atomic import REPORT_NAME, read_json, staged_folder, write_json
+from quantkit.runs.atomic import REPORT_NAME, read_json, write_json
 from quantkit.runs.ledger import Ledger
+from quantkit.runs.outputs import ChangedError, Staging, staged_folder
 from quantkit.runs.record import checksums, origin
 from quantkit.runs.steps import Step
-from quantkit.runs.unfinished import ChangedError, folder_of
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
 from quantkit.tokens.text import text_index
@@ -145,8 +145,8 @@ class Workshop:
         repo = self._recipe.reference_repo
         folder = self._out / self._recipe.name  # which is what everything made from it is named after
 
-        def run(_: frozenset[str]) -> None:
-            make_reference(self._recipe, folder, **self._common)
+        def run(_: frozenset[str], again: bool) -> None:
+            make_reference(self._recipe, folder, force=again, **self._common)
 
         options = {**reference_options(self._recipe), "source": dict(source_hashes)}
         self.steps.append(Step(REFERENCE, folder, run, options))
@@ -166,10 +166,11 @@ class Workshop:
         self._add_calibrated(Step(name, folder, run, options, (REFERENCE,), optional=variant.optional))
         self.places.append(ReleaseFolder(name, variant.kind, folder, repo, branch, (Made(name, folder, folder),)))
 
-    def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str]) -> None:
+    def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str], again: bool) -> None:
         given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
         try:
-            gptq(self.reference, folder, **given, resume=folder_of(folder).is_dir())
+            landed = bool(Staging(folder).landed)
+            gptq(self.reference, folder, **given, resume=landed, force=again and not landed)
         except ChangedError as error:
             self._common["progress"].note(f"  starting anew: {error}")
             gptq(self.reference, folder, **given, force=True)
@@ -191,8 +192,8 @@ class Workshop:
         weighed = any(isinstance(one, GgufVariant) and one.imatrix and not runs_gptq(one) for one in variants)
         beside = {f"{self._recipe.name}-imatrix.gguf": self._imatrix} if weighed else {}
 
-        def run(done: frozenset[str]) -> None:
-            gather([model for model in made if model.step in done], folder, beside)
+        def run(done: frozenset[str], again: bool) -> None:
+            gather([model for model in made if model.step in done], folder, beside, again)
 
         steps = (*(model.step for model in made), *([IMATRIX] if weighed else []))
         optional = all(variant.optional for variant in variants)
@@ -219,10 +220,16 @@ class Workshop:
         return Made(name, at, folder / file)
 
     def _write_file(
-        self, model: Path, at: Path, options: Mapping[str, Any], weights: Path | None, _: frozenset[str]
+        self,
+        model: Path,
+        at: Path,
+        options: Mapping[str, Any],
+        weights: Path | None,
+        _: frozenset[str],
+        again: bool,
     ) -> None:
         """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
-        ggml(model, at, **options, imatrix=weights, **self._common)
+        ggml(model, at, **options, imatrix=weights, force=again, **self._common)
         before = model.parent / REPORT_NAME
         if before.is_file():
             record = {**read_json(before), "written": dict(options)}
@@ -248,8 +255,8 @@ class Workshop:
     def _add_imatrix(self) -> Path:
         path = self._imatrix
 
-        def run(_: frozenset[str]) -> None:
-            imatrix(self.reference, path, calibration=self._calibration.matrix, **self._common)
+        def run(_: frozenset[str], again: bool) -> None:
+            imatrix(self.reference, path, calibration=self._calibration.matrix, force=again, **self._common)
 
         self._add_calibrated(Step(IMATRIX, path, run, {}, (REFERENCE,)))
         return path
@@ -324,7 +331,7 @@ def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str
     return {"type": variant.type, "split_max_size": variant.split_max_size, **ends_of(variant)}
 
 
-def gather(models: Collection[Made], folder: Path, beside: Mapping[str, Path]) -> None:
+def gather(models: Collection[Made], folder: Path, beside: Mapping[str, Path], force: bool = False) -> None:
     """A folder of the files that single steps made, of others under new names `beside` them, and one record of all.
 
     Raises:
@@ -334,7 +341,7 @@ def gather(models: Collection[Made], folder: Path, beside: Mapping[str, Path]) -
     if not models:
         raise UsageError("none of its files could be made")
     records = {}
-    with staged_folder(folder) as staged:
+    with staged_folder(folder, force) as staged:
         for model in models:
             for part in _parts(model.at):
                 name = part.name.replace(model.at.stem, model.path.stem)

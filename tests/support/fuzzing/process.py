@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from quantkit.cli.console import shown
+from quantkit.bars import shown
 from quantkit.errors import UNSEEN, QuantkitError, SourceError, describe, visible
 from support.fuzzing.readers import READERS, Reader, prepare
 

@@ -24,6 +24,7 @@ from quantkit.runs.unfinished import check_unfinished, finished, working
 from quantkit.sources import open_source
 from quantkit.tokens.readers import load_dataset
 from quantkit.tokens.records import render
+from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.generate.prompts import prompt_ids, prompt_text, read_prompts
 from quantkit.verbs.release.recipe import load_recipe
 from support.fuzzing import damage
@@ -188,6 +189,10 @@ def recipe(folder: Path, dice: Random) -> None:
         quantkit.release(folder / "recipe.yaml", folder.parent / "out", dry_run=True)
 
 
+def tasks(folder: Path, _: Random) -> None:
+    check_tasks(folder)
+
+
 def ledger(folder: Path, _: Random) -> None:
     found = Ledger(folder)
     for step in ("reference", "gptq"):
@@ -295,6 +300,7 @@ READERS: dict[str, Reader] = {
         "prompts", {"answers.jsonl": damage.lines_of, "answers.jsonl.quantkit.json": damage.json_of}, answers
     ),
     "recipe": Reader("recipe", {"recipe.yaml": damage.yaml_of}, recipe, 3),
+    "tasks": Reader("tasks", {"*.yaml": damage.yaml_of}, tasks),
     "ledger": Reader("ledger", {".release/ledger.json": damage.json_of}, ledger, 2),
     "unfinished": Reader(
         "unfinished",

@@ -28,6 +28,7 @@ from support.fuzzing.readers import DECIDES, SETTINGS
 from support.ggjt_models import LLAMA, Parts, parts_tensors
 from support.gguf_models import Quantization, byte_level, sentencepiece
 from support.recipes import SMALL, write_recipe
+from support.tasks import TASK
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
 LINE = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question"
@@ -244,6 +245,9 @@ def _records(root: Path) -> None:
     shutil.copytree(root / "model", folder / "model")
     extras = "card: {licence: mit}\npublish: {owner: someone}\n"
     write_recipe(folder, SMALL + extras)
+    (root / "tasks").mkdir()
+    (root / "tasks" / "tiny.yaml").write_text(TASK)
+    (root / "tasks" / "group.yaml").write_text("group: both\ntask: [tiny]\ninclude: tiny.yaml\n")
     _ledger(root / "ledger")
     _unfinished(root / "unfinished")
     shutil.copytree(root / "gptq", root / "record" / "model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def _shots(task: Mapping[str, Any]) -> str:
 
 def _shown(value: float, share: bool) -> float:
     """Fractions in per cent, as leaderboards have them."""
-    return round(100 * value, 12) if share else value
+    return float(100 * Decimal(str(value))) if share else value  # with the digits that it has
 
 
 def _loss_results(loss: Loss) -> list[EvalResult]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import MakeModel
 
-from quantkit.verbs.release.recipe import load_recipe
+from quantkit.verbs.recipe import load_recipe
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -67,6 +67,10 @@ def settled(verb: str) -> Iterator[None]:
 
 def _run(name: str, options: Options, told: Terminal) -> None:
     """Call a verb and show its report. Raises typer.Exit where that tells of a failure."""
+    if isinstance(options, verbs.Release) and isinstance(options.recipe, str | Path):
+        from quantkit.verbs.recipe import load_recipe
+
+        load_recipe(options.recipe)  # what is wrong with it is told before torch is imported
     module = import_module(f"quantkit.verbs.{name}")
     verb, bars = getattr(module, name), console.Bars(told.quiet)
     takes = inspect.signature(verb).parameters

@@ -6,11 +6,13 @@ Groups of them make up the verbs' specs (`quantkit.options.verbs`), the recipe o
 
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from quantkit.errors import UsageError
 from quantkit.options.grid import METHODS as METHODS
 from quantkit.options.grid import ActOrder as ActOrder
 from quantkit.options.grid import FilledGrid as FilledGrid
@@ -40,6 +42,7 @@ from quantkit.options.values import (
 from quantkit.options.values import DrawnWindows as DrawnWindows
 from quantkit.options.values import GgmlType as GgmlType
 from quantkit.options.values import default_seq_len as default_seq_len
+from quantkit.options.values import is_wikitext2 as is_wikitext2
 from quantkit.options.values import parse_size as parse_size
 
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
@@ -121,6 +124,24 @@ class Opened(Options):
 
     A recipe's names may be beside the recipe: it has none of this.
     """
+
+    @field_validator("text", "texts", check_fields=False)
+    @classmethod
+    def _check_texts_are_there(cls, given: Any) -> Any:
+        for text in given if isinstance(given, tuple) else (given,):
+            if not is_wikitext2(text):
+                check_data(text)
+        return given
+
+    @field_validator("prompts", "tasks_dir", check_fields=False)
+    @classmethod
+    def _check_is_there(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is not None and not os.path.exists(os.path.expanduser(given)):
+            wrong = (
+                ": no such folder" if info.field_name == "tasks_dir" else " cannot be read: No such file or directory"
+            )
+            raise UsageError(f"{cls.spelling(str(info.field_name))} {given}{wrong}")
+        return given
 
     @field_validator(
         "model", "base", "delta", "tuned", "models", "against", "reference", "variants", check_fields=False

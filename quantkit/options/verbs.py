@@ -189,11 +189,30 @@ class Verify(Trust, Device):
     arguments: ClassVar[tuple[str, ...]] = ("path",)
     path: Place
     """Folder, GGUF or ggjt file, or a folder of such files."""
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, path: Place) -> Place:
+        if not Path(path).expanduser().exists():
+            raise UsageError(f"{path}: no such file or folder; verify takes what lies on this disk")
+        return path
+
     generate: bool = True
     """Run the model: perplexity of held-out text, and a sentence."""
 
 
-class Card(Repository, CardFacts, Trust, Force):
+class Held(Repository):
+    """A folder that is there."""
+
+    @field_validator("folder")
+    @classmethod
+    def _check_folder(cls, folder: Place) -> Place:
+        if not Path(folder).expanduser().is_dir():
+            raise UsageError(f"{folder}: no such folder")
+        return folder
+
+
+class Card(Held, CardFacts, Trust, Force):
     arguments: ClassVar[tuple[str, ...]] = ("folder",)
     defaults: ClassVar[Mapping[str, Any]] = {"repo": None}
     helps: ClassVar[Mapping[str, str]] = {
@@ -214,7 +233,7 @@ class Card(Repository, CardFacts, Trust, Force):
     """Who; left out unless given."""
 
 
-class Publish(Repository, Trust, Public, DryRun):
+class Publish(Held, Trust, Public, DryRun):
     arguments: ClassVar[tuple[str, ...]] = ("folder", "repo")
     helps: ClassVar[Mapping[str, str]] = {"dry_run": "Show what would change; change nothing."}
     only: tuple[str, ...] = ()

@@ -201,11 +201,13 @@ def staging_of(out: Path, force: bool = False, resume: bool = False) -> Iterator
 
 
 def drop_left(folder: Path) -> None:
-    """Remove a staging that nobody goes on with; what is at work, not quantkit's, or kept for its user stays."""
-    out = folder.with_name(folder.name.removeprefix(".").removesuffix(".unfinished"))
-    if folder_of(out) == folder:  # else a link leads elsewhere
-        with suppress(UsageError, OutputError), staging_of(out, resume=True):
-            pass
+    """Remove a staging that nobody goes on with, or an older version's; what is at work, not quantkit's, or kept for
+    its user stays."""
+    of_now = folder.name.endswith(".unfinished")
+    out = folder.with_name(folder.name[1:].rsplit(".", 1 if of_now else 2)[0])  # older ones have a random part
+    if folder in ([folder_of(out)] if of_now else left_by_older(place_of(out))):  # else a link leads elsewhere
+        with suppress(UsageError, OutputError), staging_of(out, resume=True) as staging:
+            staging.keep = not of_now and staging.waiting is not None
 
 
 class Staging:

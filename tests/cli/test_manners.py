@@ -20,7 +20,7 @@ from quantkit.cli.command import spec_of
 from quantkit.errors import UsageError
 from quantkit.options import make
 from quantkit.verbs.compare import _warn_of_order
-from quantkit.verbs.release.recipe import CardRecipe, load_recipe
+from quantkit.verbs.recipe import CardRecipe, load_recipe
 
 pytestmark = pytest.mark.fast
 

@@ -441,7 +441,7 @@ def test_the_names_are_llama_cpps() -> None:
 
 def test_an_unknown_pre_tokenizer_is_no_guess(make_model: MakeModel) -> None:
     source = open_source(make_model("llama", dtype="float32"))
-    with pytest.raises(SourceError, match=r"llama.cpp has no name for how this tokenizer cuts .*: pre llama-bpe"):
+    with pytest.raises(SourceError, match=r"llama.cpp has no name for how this tokenizer cuts .*: --pre llama-bpe"):
         file_keys(source, gguf.LlamaFileType.ALL_F32)
     with pytest.raises(UsageError, match=r"pre=qwen: llama.cpp knows no pre-tokenizer .* qwen2, "):
         file_keys(source, gguf.LlamaFileType.ALL_F32, pre="qwen")
@@ -451,7 +451,7 @@ def test_an_unknown_pre_tokenizer_is_no_guess(make_model: MakeModel) -> None:
 def test_a_gguf_sources_pre_tokenizer_is_no_guess_either(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = random_model("llama", tied=True, dtype=torch.float32, seed=0)
     write_model(tmp_path / "old.gguf", model, byte_level(tokenizer, None))
-    with pytest.raises(SourceError, match=r"tokenizer.ggml.pre is None, which llama.cpp does not know; give pre"):
+    with pytest.raises(SourceError, match=r"tokenizer.ggml.pre is None, which llama.cpp does not know; give --pre"):
         file_keys(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32)
     keys = file_keys(open_source(tmp_path / "old.gguf"), gguf.LlamaFileType.ALL_F32, pre="smollm")
     assert keys["tokenizer.ggml.pre"] == "smollm"
@@ -460,7 +460,7 @@ def test_a_gguf_sources_pre_tokenizer_is_no_guess_either(tokenizer: PreTrainedTo
 def test_pre_is_for_byte_level_vocabularies_only(make_model: MakeModel, tmp_path: Path) -> None:
     folder = with_tokenizer(tmp_path / "model", make_model, of_fixture(SENTENCEPIECE["llama"], tmp_path))
     for path in (folder, tmp_path / "fixture.gguf"):
-        with pytest.raises(UsageError, match=rf"pre=qwen2: the vocabulary of {path} is not a byte-level one"):
+        with pytest.raises(UsageError, match=rf"--pre qwen2: the vocabulary of {path} is not a byte-level one"):
             file_keys(open_source(path), gguf.LlamaFileType.ALL_F32, pre="qwen2")
 
 

@@ -38,7 +38,7 @@ from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
 from quantkit.sources import open_source
 from quantkit.verbs.publish import branch_of
-from quantkit.verbs.release.recipe import CheckpointKind, GgjtVariant, GgufVariant
+from quantkit.verbs.recipe import CheckpointKind, GgjtVariant, GgufVariant
 from quantkit.verbs.verify import verify
 from quantkit.verbs.verify.programs import PROGRAMS, Facts, programs
 

@@ -441,7 +441,7 @@ def test_logits_that_are_no_numbers(make_model: MakeModel, tmp_path: Path) -> No
     with torch.no_grad():
         model.get_parameter("model.norm.weight").fill_(torch.nan)
     for spec in (Decoding(greedy=True, max_new_tokens=2), Decoding(num_beams=2, max_new_tokens=2)):
-        with pytest.raises(NumericError, match=r"logits are not finite; try dtype=float32"):
+        with pytest.raises(NumericError, match=r"logits are not finite; try --dtype float32"):
             decode(model, [Request([5, 6], 2, "x")], spec, [EOS])
 
 
@@ -695,7 +695,7 @@ def test_the_command(
 
 
 def test_specs_say_which_field(make_model: MakeModel) -> None:
-    with pytest.raises(UsageError, match=r"^top_p=2: give at most 1$"):
+    with pytest.raises(UsageError, match=r"^--top-p 2: give at most 1$"):
         make(Decoding, top_p=2)
     defaults = Decoding()  # of WizardLM's script
     assert (defaults.temperature, defaults.top_p, defaults.top_k, defaults.num_beams) == (1.0, 0.95, 40, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import UsageError
-from quantkit.verbs.release.recipe import GgufVariant, GptqVariant, load_recipe
+from quantkit.verbs.recipe import GgufVariant, GptqVariant, load_recipe
 
 pytestmark = pytest.mark.fast
 

@@ -27,7 +27,7 @@ from quantkit.cli import app as cli
 from quantkit.errors import UsageError
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
-from quantkit.verbs.release import ReleaseReport
+from quantkit.verbs.release import ReleaseReport, drop_stale
 
 WIZARD = f"""
 name: Tiny-Wizard
@@ -54,7 +54,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in ("ledger.json", "lock")
+        if path.is_file() and path.name not in ("journal", "lock")
     }
 
 
@@ -324,14 +324,19 @@ def test_folders_that_are_not_a_releases(small: Path, tmp_path: Path) -> None:
 
 def test_what_a_killed_release_left_half_written_is_swept_away(tmp_path: Path) -> None:
     """A card replaces several files of a finished folder at once: its staging lies in that folder."""
-    left = [tmp_path / place / ".README.md.x1.partial" for place in (".", "Tiny-GGUF", ".release", ".release/files")]
+    left = [tmp_path / "Tiny-GGUF" / ".README.md.unfinished" / "staged", tmp_path / ".other.ab12cd34.partial"]
+    mine = [tmp_path / "Tiny-GGUF" / "notes.partial", tmp_path / ".notes.unfinished" / "mine.txt"]
+    mine += [tmp_path / ".Tiny-GGUF.old", tmp_path / ".thesis.ab12cd34.partial" / "thesis.txt"]
     for folder in left:
         folder.mkdir(parents=True)
         (folder / "README.md").write_text("half")
-    (tmp_path / "Tiny-GGUF" / "notes.partial").write_text("mine")
-    with locked(tmp_path):
-        assert not any(folder.exists() for folder in left)
-        assert (tmp_path / "Tiny-GGUF" / "notes.partial").exists()
+    (left[0].parent / "lock").touch()
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    drop_stale(tmp_path, [])
+    assert not any(path.exists() for path in (*left, left[0].parent))
+    assert [file.read_text() for file in mine] == ["mine"] * 4
 
 
 def test_what_somebody_put_where_a_variant_goes_is_kept(small: Path, tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def _glance(repo: str, branch: str, progress: Progress) -> tuple[str, RemoteStat
         remote = Remote(repo, branch, progress, waits=())
         return remote.repo, remote.persist(remote.look)
     except OutputError as error:
-        progress.note(f"{str(error).removeprefix(f'{repo}: ')}; without a look at the Hub every file counts as new")
+        why = str(error).removeprefix(f"{repo}: ").partition(";")[0]
+        progress.note(f"{why}; without a look at the Hub every file counts as new")
         return repo, None
 
 

@@ -24,9 +24,9 @@ from quantkit.runs.steps import Outcome, Step, run_steps
 from quantkit.verbs import verb
 from quantkit.verbs.card.front import MARK
 from quantkit.verbs.eval.code import check_tasks
+from quantkit.verbs.recipe import Recipe, load_recipe
 from quantkit.verbs.release.family import FamilySteps
 from quantkit.verbs.release.forecast import Forecast, Forecaster
-from quantkit.verbs.release.recipe import Recipe, load_recipe
 from quantkit.verbs.release.variants import CalibrationWindows, Setting, Workshop, model_of, step_name
 
 _STYLES: Final = {"done": "green", "unchanged": "dim", "failed": "red", "refused": "yellow", "skipped": "red"}
@@ -129,7 +129,7 @@ def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
         family = FamilySteps(plan, setting, workshop.places, plan.card.original or _original(source))
         if plan.publish is not None and options.publishing:
             family.add_publishing(plan.publish)
-        _drop_stale(place, workshop.steps)
+        drop_stale(place, workshop.steps)
         outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, options.debug)
     return ReleaseReport(place, [], lost + outcomes)
 
@@ -146,12 +146,13 @@ def _check_place(out: Path, source: Source) -> None:
         raise UsageError(f"--out {out} holds something that is no release; choose another folder")
 
 
-def _drop_stale(out: Path, steps: Sequence[Step]) -> None:
-    """Remove what unfinished runs left of variants that the recipe no longer has."""
+def drop_stale(out: Path, steps: Sequence[Step]) -> None:
+    """Remove what unfinished runs left of variants that the recipe no longer has, and older versions of any."""
     goes_on = {folder_of(step.out) for step in steps}
     for place in (out, out / ".release" / "files"):
-        for left in {*place.glob(".*.unfinished"), *place.glob("[!.]*/.*.unfinished")} - goes_on:
-            drop_left(left)
+        for kind in ("unfinished", "partial", "old"):
+            for left in {*place.glob(f".*.{kind}"), *place.glob(f"[!.]*/.*.{kind}")} - goes_on:
+                drop_left(left)
 
 
 def _original(source: Source) -> str | None:

@@ -13,7 +13,7 @@ from quantkit.verbs.card import card
 from quantkit.verbs.compare import compare
 from quantkit.verbs.eval import eval as run_tasks
 from quantkit.verbs.publish import publish
-from quantkit.verbs.release.recipe import PublishingRecipe, Recipe
+from quantkit.verbs.recipe import PublishingRecipe, Recipe
 from quantkit.verbs.release.variants import REFERENCE, Made, ReleaseFolder, Setting
 from quantkit.verbs.verify import verify
 

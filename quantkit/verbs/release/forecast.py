@@ -21,7 +21,7 @@ from quantkit.verbs.ggml import GgmlReport, ggml
 from quantkit.verbs.gptq import GptqReport, gptq
 from quantkit.verbs.imatrix import ImatrixReport, imatrix
 from quantkit.verbs.merge import MergeReport
-from quantkit.verbs.release.recipe import AnyVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
+from quantkit.verbs.recipe import AnyVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
 from quantkit.verbs.release.variants import (
     REFERENCE,
     codes_options,

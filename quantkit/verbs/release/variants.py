@@ -29,7 +29,7 @@ from quantkit.verbs.gptq import gptq
 from quantkit.verbs.imatrix import imatrix
 from quantkit.verbs.merge import MergeReport, merge
 from quantkit.verbs.publish import branch_name
-from quantkit.verbs.release.recipe import AnyVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
+from quantkit.verbs.recipe import AnyVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
 
 REFERENCE = "reference"
 """Name of the step that makes the full-precision folder."""

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+from quantkit.verbs.release.recipe import load_recipe
 
 import quantkit
 from quantkit.containers.imatrix import read_imatrix
@@ -26,7 +27,6 @@ from quantkit.tokens.readers import load_dataset
 from quantkit.tokens.records import render
 from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.generate.prompts import prompt_ids, prompt_text, read_prompts
-from quantkit.verbs.release.recipe import load_recipe
 from support.fuzzing import damage
 from support.fuzzing.damage import Damage
 
@@ -84,7 +84,7 @@ def verified(model: Path) -> None:
     """`verify` finds what is wrong and says it; that nothing stops it is its promise."""
     report = quantkit.verify(model, generate=False)
     for line in report.lines():
-        line.encode()
+        str(line).encode()  # a table has no text of its own
     json.dumps(report.as_dict(), allow_nan=False)
 
 
@@ -92,7 +92,7 @@ def planned(model: Path) -> None:
     """What four verbs would make of it."""
     out = model.parent / "out"
     quantkit.convert(model, out, dry_run=True)
-    quantkit.gptq(model, out, dry_run=True, group_size=32, evaluate=False)
+    quantkit.gptq(model, out, dry_run=True, requantize=True, group_size=32, evaluate=False)
     quantkit.imatrix(model, out=out / "imatrix.gguf", dry_run=True)
     quantkit.ggml(model, out / "model.gguf", type="q8_0", dry_run=True, requantize=True, pre=pre_of(model))
 

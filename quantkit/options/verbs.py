@@ -224,7 +224,7 @@ class Card(Held, CardFacts, Trust, Force):
     reports: Annotated[tuple[Place, ...], Typed("--report")] = ()
     """report.json of `quantkit compare`, whose plots are copied; may be repeated."""
     evals: Annotated[tuple[Place, ...], Typed("--eval")] = ()
-    """Results of `quantkit eval`; may be repeated."""
+    """Results of `quantkit eval`, as a baseline of the source too; may be repeated."""
     siblings: Annotated[tuple[str, ...], Typed("--sibling")] = ()
     """Another repository of the family, OWNER/NAME[=what it is]; may be repeated."""
     branches: Annotated[Folders, Typed("--with-branch")] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.codes import QuantizedLinear
+from quantkit.runs.atomic import FileStates
 from quantkit.runs.record import rounded_before
 
 # What is no rounding of weights to less than the floats of training.
@@ -87,6 +88,7 @@ class Source(Protocol):
         metadata: keys of a file that has its own, such as GGUF's; of others none.
         from_gptq: whether matrices of it hold the codes of a GPTQ run.
         trusts_code: whether Python code that comes with it may run.
+        states: of its files as they were when it was opened.
     """
 
     label: str
@@ -103,6 +105,7 @@ class Source(Protocol):
     metadata: Mapping[str, Any] = MappingProxyType({})
     from_gptq: bool = False
     trusts_code: bool = False
+    states: FileStates = MappingProxyType({})
 
     @property
     def parts(self) -> Mapping[str, Source]:

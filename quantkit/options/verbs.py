@@ -12,6 +12,7 @@ from quantkit.errors import UsageError
 from quantkit.options import (
     Amount,
     Arithmetic,
+    Asking,
     Base,
     Batches,
     Calibration,
@@ -40,6 +41,7 @@ from quantkit.options import (
     Output,
     Overrides,
     Pair,
+    Prompts,
     Public,
     Repository,
     Resume,
@@ -146,9 +148,12 @@ class Perplexity(Text, Cutting, Compute, Opened, Revision, Trust):
     """Reference model to compare with."""
 
 
-class Compare(Choosing, Texts, Cutting, Compute, Opened, Revision, Trust, Out, Force):
+class Compare(Choosing, Texts, Cutting, Asking, Compute, Opened, Revision, Trust, Out, Resume, Force):
     arguments: ClassVar[tuple[str, ...]] = ("reference", "variants")
-    helps: ClassVar[Mapping[str, str]] = {"out": "Folder to write the report and its plots to."}
+    helps: ClassVar[Mapping[str, str]] = {
+        "out": "Folder to write the report and its plots to.",
+        "resume": "Go on with the answers to --prompts of a comparison that was stopped.",
+    }
     reference: Annotated[Name, Typed(metavar="REF")]
     """What the variants are compared with: folder, file or Hub id."""
     variants: Annotated[tuple[Name, ...], Typed(metavar="VARIANT...")]
@@ -165,14 +170,12 @@ class Eval(Pair, Opened, Trust, Tasks, Arithmetic, Batches, Out, Force):
     """Examples before each question of --task; default: as each says."""
 
 
-class Generate(Pair, Opened, Trust, System, Decoding, Arithmetic, Batches, Out, Resume, DryRun, Force):
+class Generate(Prompts, Pair, Opened, Trust, System, Decoding, Arithmetic, Batches, Out, Resume, DryRun, Force):
     helps: ClassVar[Mapping[str, str]] = {
         "out": "File of answers to write, JSON lines.",
         "resume": "Go on with --out; answers in it stay.",
         "dry_run": "Read and check the prompts; write nothing.",
     }
-    prompts: Place
-    """JSON lines with Instruction, instruction (and input), prompt, text, messages or conversations."""
 
 
 class Chat(Pair, Opened, Trust, System, Decoding, Arithmetic, Json):

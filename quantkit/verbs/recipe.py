@@ -15,6 +15,7 @@ from quantkit.errors import UsageError, shortened
 from quantkit.options import (
     METHODS,
     Amount,
+    Asking,
     CalibrationSpec,
     CardFacts,
     Checkpoint,
@@ -120,7 +121,7 @@ class GgjtVariant(FileVariant):
 AnyVariant = GptqVariant | GgufVariant | GgjtVariant
 
 
-class JudgingRecipe(Texts, Amount, WindowLength, Choosing, Tasks):
+class JudgingRecipe(Texts, Amount, WindowLength, Choosing, Asking, Tasks):
     """What variants are compared on, which one is the one to take, and which tasks of lm-evaluation-harness they do.
 
     `seq_len` None: 2048 for wikitext2, else 512. `tasks` go beside those of `suite`; `limit` is for trials.
@@ -266,7 +267,7 @@ class _Loader(yaml.SafeLoader):
 _PATHS = {
     "source": ("model", "base", "delta"),
     "calibration": ("data",),
-    "evaluation": ("texts", "tasks_dir"),
+    "evaluation": ("texts", "prompts", "tasks_dir"),
     "card": ("template", "original"),
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +21,17 @@ from support.wizard import wizard
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.errors import SourceError, UsageError
+from quantkit.errors import SourceError, UsageError, visible
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card import CardReport, card, fill_template
 from quantkit.verbs.card.advice import advice
 from quantkit.verbs.card.facts import ModelFacts
 from quantkit.verbs.card.measured import Loss, Measurements
+from quantkit.verbs.card.usage import hints
 from quantkit.verbs.compare.chooser import Limits
 from quantkit.verbs.ggml import ggml
 from quantkit.verbs.publish.files import local_files
+from quantkit.verbs.verify.programs import Load
 
 REPO = "someone/tiny-GPTQ"
 HUB = f"https://huggingface.co/{REPO}"
@@ -776,3 +780,25 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return (int(exit.value.code or 0), *capsys.readouterr())
 
     return call
+
+
+def test_names_are_quoted_for_where_they_stand() -> None:
+    hostile = 'a`b|c"; $(touch x) <img src=x> [l](u)\n\x1b[31m'
+    text = "{{ n | code }}\n{{ n | cell }}\n{{ f | fence }}"
+    code, cell, fence = fill_template(text, "t", {"n": hostile, "f": "a\n````\nb"}).splitlines()
+    assert code == '`` a`b\\|c"; $(touch x) <img src=x> [l](u) \\x1b[31m ``'
+    assert cell == 'a\\`b\\|c"; $(touch x) \\<img src=x\\> \\[l\\](u) \\\\x1b\\[31m'
+    assert fence == "`````"
+    assert (
+        fill_template(text, "t", {"n": "plain_name-1.gguf", "f": "x"}) == "`plain_name-1.gguf`\nplain_name-1.gguf\n```"
+    )
+    load = Load("llama.cpp", True)
+    loads = load, Load("ctransformers", True)
+    facts = SimpleNamespace(name="m", branch="main", is_file=True, files={hostile: "0"}, loads=loads, scheme="Q4_0")
+    found = {hint.program: hint.code for hint in hints([cast(ModelFacts, facts)], "o/it's", "s")}
+    words = shlex.split(found["llama.cpp"].splitlines()[0])
+    assert words == ["llama-server", "-hf", "o/it's", "--hf-file", visible(hostile)]
+    parsed = ast.parse(found["ctransformers"])
+    strings = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
+    assert hostile in strings
+    assert "o/it's" in strings

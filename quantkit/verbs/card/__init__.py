@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from quantkit.containers import CONTAINERS, is_imatrix
-from quantkit.errors import OutputError, SourceError, UsageError, visible
+from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
@@ -40,6 +39,7 @@ from quantkit.verbs.card.front import (
 )
 from quantkit.verbs.card.measured import measurements
 from quantkit.verbs.card.usage import hints, prompt_of
+from quantkit.verbs.markdown import cell, code, fence
 from quantkit.version import __version__
 
 CARD = "README.md"
@@ -312,7 +312,7 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(size=size, number=significant)
-    environment.filters.update(cell=_cell, code=_code, fence=_fence)
+    environment.filters.update(cell=cell, code=code, fence=fence)
     try:
         return environment.from_string(template).render(variables)
     except jinja2.TemplateSyntaxError as error:
@@ -321,21 +321,3 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _COMPILED]
         where = f", line {lines[-1]}" if lines else ""
         raise UsageError(f"--template {name}{where}: {error}") from None
-
-
-def _cell(value: object) -> str:
-    """Text in a cell of a Markdown table, or in a line: it begins no link, code, HTML or cell of its own."""
-    return re.sub(r"([|<>`*\[\]\\])", r"\\\1", visible(" ".join(str(value).split())))
-
-
-def _code(value: object) -> str:
-    """Text as a code span, in a table too, whatever backticks it holds."""
-    text = visible(" ".join(str(value).split())).replace("|", "\\|")
-    marks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{marks}{space}{text}{space}{marks}"
-
-
-def _fence(value: object) -> str:
-    """What opens and closes a block of code that holds this text."""
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", str(value))), default=0))

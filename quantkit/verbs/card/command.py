@@ -13,6 +13,13 @@ from quantkit.tokens.datasets import KNOWN_HUB
 
 def commands_of(record: Mapping[str, Any]) -> list[str]:
     """Command lines without local paths, as far as a record tells: of files made of a run's codes two."""
+    try:
+        return _commands(record)
+    except (AttributeError, TypeError, ValueError):  # options that quantkit does not write
+        return []
+
+
+def _commands(record: Mapping[str, Any]) -> list[str]:
     source, recipe = record.get("source") or {}, record.get("recipe") or {}
     pair = [source[role] for role in ("base", "delta") if isinstance(source.get(role), dict)]
     names = [str(part["model"]) for part in pair or [source] if isinstance(part.get("model"), str)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import UsageError, visible
+from quantkit.runs.limits import template_limit
 from quantkit.sources import open_source
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card.facts import ModelFacts
@@ -185,7 +186,12 @@ def _asking(prompt: PromptForm | None, language: str) -> dict[str, str]:
         f"-H 'Content-Type: application/json' -d {_in_shell(json.dumps(body, ensure_ascii=False))}"
         for port, path, body in posts
     }
-    return {"asked": asked, "answer": answer, "text": literal if language == "python" else _in_shell(text), **sent}
+    return {
+        "asked": asked,
+        "answer": answer,
+        "text": literal if language == "python" else _in_shell(text, lines=True),
+        **sent,
+    }
 
 
 def _literal(text: str) -> str:
@@ -197,8 +203,8 @@ def _in_python(text: str) -> str:
     return visible(text.replace("\\", "\\\\").replace('"', '\\"'))
 
 
-def _in_shell(text: str) -> str:
-    return shlex.quote(visible(text, lines=True))
+def _in_shell(text: str, lines: bool = False) -> str:
+    return shlex.quote(visible(text, lines))
 
 
 def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None, trust: bool = False) -> PromptForm | None:
@@ -234,7 +240,8 @@ def _chat(folder: Path, first: ModelFacts, trust: bool) -> PromptForm | None:
         if not tokenizer.chat_template:
             return None
         asked = [{"role": "user", "content": _ASKED}]
-        text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        with template_limit():
+            text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     except Exception:  # no tokenizer: `verify` says so; a template is the model's own program and may raise anything
         return None
     return PromptForm("chat", text, "chat template") if _ASKED in text else None

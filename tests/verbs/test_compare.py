@@ -267,14 +267,15 @@ def test_report_json_has_the_keys_that_others_read(
 ) -> None:
     content = json.loads((report.out / "report.json").read_text())
     assert content == report.as_dict()
-    assert set(content) == {"quantkit", "reference", "texts", "models", "choice", "unmet"}
+    assert set(content) == {"quantkit", "reference", "texts", "models", "choice", "unmet", "budget", "max_kl"}
     assert content["quantkit"] == quantkit.__version__
     assert (content["reference"], content["choice"]) == ("tiny", None)
     for text in content["texts"]:
         assert set(text) == {"name", "tokens", "seq_len", "stride", "tokens_sha256"}
     for model in content["models"]:
         assert set(model) == {
-            *("model", "kind", "scheme", "reference", "bytes", "bits_per_weight", "files", "pareto", "texts", "layers")
+            *("model", "kind", "scheme", "reference", "bytes", "bits_per_weight", "files", "pareto", "texts", "layers"),
+            "precision",
         }
         for result in model["texts"].values():
             assert set(result) == {

@@ -128,7 +128,7 @@ def test_a_quantized_folder_is_a_source_again(
 ) -> None:
     """Conv1D keeps its weight the other way round than codes; experts lie apart."""
     quantkit.gptq(make_model(family), tmp_path / "one", calibration=tiny_tokens, bits=8, **OPTIONS)
-    with pytest.raises(UsageError, match=r"one is quantized already \(8-bit codes\).*--requantize"):
+    with pytest.raises(UsageError, match=r"one is quantized already \(8-bit codes\).*requantize"):
         quantkit.gptq(tmp_path / "one", tmp_path / "two", calibration=tiny_tokens, bits=8, **OPTIONS)
     quantkit.gptq(tmp_path / "one", tmp_path / "two", calibration=tiny_tokens, bits=8, **OPTIONS, requantize=True)
     logits = [streamed_logits(open_stream(path), [IDS])[0] for path in (make_model(family), tmp_path / "two")]

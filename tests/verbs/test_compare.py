@@ -506,7 +506,7 @@ def test_command_prints_a_table_and_the_choice(
     assert "first.txt" in said
     assert "second.txt" in said
     assert "take tiny-Q8_0: of the 2 of 2 variants within 4,000,000,000 bytes it diverges least" in said
-    assert "**Take tiny-Q8\\_0**" in (tmp_path / "out" / "report.md").read_text()
+    assert "**Take tiny-Q8_0**" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_command_prints_the_report_as_json(

@@ -267,7 +267,17 @@ def test_report_json_has_the_keys_that_others_read(
 ) -> None:
     content = json.loads((report.out / "report.json").read_text())
     assert content == report.as_dict()
-    assert set(content) == {"quantkit", "reference", "texts", "models", "choice", "unmet", "budget", "max_kl"}
+    assert set(content) == {
+        "quantkit",
+        "reference",
+        "texts",
+        "models",
+        "choice",
+        "unmet",
+        "answers",
+        "budget",
+        "max_kl",
+    }
     assert content["quantkit"] == quantkit.__version__
     assert (content["reference"], content["choice"]) == ("tiny", None)
     for text in content["texts"]:

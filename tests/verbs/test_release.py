@@ -24,9 +24,10 @@ from support.wizard import stored, wizard
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
+from quantkit.verbs.generate.speaker import Speaker
 from quantkit.verbs.release import ReleaseReport, drop_stale, family
 
 WIZARD = f"""
@@ -307,6 +308,35 @@ def test_a_part_takes_what_its_verb_says(small: Path, tmp_path: Path) -> None:
     assert (parts["gguf Q8_0"].bytes, parts["gguf Q8_0"].memory_bytes) == (codes.bytes, codes.memory_bytes)
     most = max(rounded.memory_bytes, weighed.memory_bytes)
     assert (parts["gguf Q4_0"].bytes, parts["gguf Q4_0"].memory_bytes) == (rounded.bytes, most)
+
+
+def test_answers_to_prompts_are_forecast_and_gone_on_with(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.verbs.release.forecast._multiplications_per_second", lambda _: 1e9)
+    before = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts[-1]
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "the fox"}\n{"prompt": "the dog"}\n')
+    asking = "seq_len: 64, prompts: asked.jsonl, max_new_tokens: 4}\nvariants"
+    small.write_text(SMALL.replace("seq_len: 64}\n\nvariants", asking))
+    forecast = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts[-1]
+    assert forecast.name == "compare"
+    assert forecast.seconds > before.seconds
+    whole, batches = Speaker.answer, []
+
+    def stopping(self: Speaker, *given: Any) -> Any:
+        batches.append(0)
+        if len(batches) == 2:
+            raise QuantkitError("the power is gone")
+        return whole(self, *given)
+
+    monkeypatch.setattr(Speaker, "answer", stopping)
+    report = quantkit.release(small, tmp_path / "out")
+    assert statuses(report)["compare"] == "failed"
+    assert statuses(quantkit.release(small, tmp_path / "out"))["compare"] == "done"
+    assert len(batches) == 4
+    found = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["answers"]
+    assert [prompt["prompt"] for prompt in found["prompts"]] == ["the fox", "the dog"]
+    assert len(found["agreement"]) == 2
 
 
 def test_folders_that_are_not_a_releases(small: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from quantkit.verbs.release.variants import (
 
 # Measured on two cores (benchmarks/results): a run over its arithmetic, and seconds a gigabyte of output.
 _OVER_FLOOR = 1.6
-_ANSWERING = 10.0
+_ANSWERING = 3.0  # a token at a time, of eight prompts beside each other
 _WRITING, _MERGING = 7.0, 30.0
 
 

@@ -15,6 +15,10 @@ REPORT_NAME = "quantkit.json"
 """The file that tells a folder which quantkit finished."""
 
 
+FileStates = Mapping[Path, tuple[int, ...]]
+"""Size, time of the last change and inode of files."""
+
+
 class Origin(Protocol):
     """A model that a result is made from, as far as outputs and their record ask; `containers.source.Source` is one."""
 
@@ -31,12 +35,20 @@ class Origin(Protocol):
         """The folder or file that is read."""
 
     @property
+    def precision(self) -> str:
+        """What it is read as, and what its weights were rounded to before."""
+
+    @property
     def choices(self) -> Mapping[str, Any]:
         """What was chosen to read it."""
 
     @property
     def parts(self) -> Mapping[str, Origin]:
         """What it is read from, by role; of more than one each is an origin by itself."""
+
+    @property
+    def states(self) -> FileStates:
+        """Of its files as they were when it was opened."""
 
     def weight_files(self) -> Sequence[Path]:
         """The files that hold the weights, in order."""

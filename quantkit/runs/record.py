@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import Origin, file_sha256
+from quantkit.runs.atomic import FileStates, Origin, file_sha256
+from quantkit.runs.places import READ_BY
 from quantkit.runs.records import read_record
 from quantkit.version import __version__
 
@@ -21,9 +23,15 @@ _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".py")
 
 
 def origin(source: Origin) -> dict[str, Any]:
-    """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions."""
+    """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions.
+
+    Raises:
+        SourceError: a file cannot be read, or has changed since the source was opened.
+    """
+    identity = _identity(source)
+    check_unchanged(source)
     return {
-        "source": _identity(source),
+        "source": identity,
         "versions": {
             "quantkit": __version__,
             "torch": torch.__version__,
@@ -57,6 +65,33 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
+def states_of(source: Origin) -> FileStates:
+    """Size, time of the last change and inode of the files that a source is read from."""
+    beside = source.path.iterdir() if source.path.is_dir() else ()
+    paths = {*source.weight_files(), *(path for path in beside if READ_BY.search(path.name))}
+    return {path: _state(path) for path in paths}
+
+
+def check_unchanged(source: Origin) -> None:
+    """Refuse a source whose files are not those that were opened: what was read of them is of no one model.
+
+    Raises:
+        SourceError: names the file.
+    """
+    for part in source.parts.values():
+        for path, state in part.states.items():
+            if _state(path) != state:
+                raise SourceError(f"{path} has changed while it was read; start again")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def delta_record(source: Origin) -> dict[str, Any]:
     """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
     return read_record(source.path).get("delta") or {}
@@ -68,7 +103,25 @@ def _identity(source: Origin) -> dict[str, Any]:
         named = {role: _identity(part) for role, part in source.parts.items()}
         return {"model": source.label, "kind": source.kind, **source.choices, **named}
     hashes = {path.name: _sha256(path) for path in source.weight_files()}
-    return {"model": source.label, "kind": source.kind, "sha256": hashes}
+    found: dict[str, Any] = {"model": source.label, "kind": source.kind, "precision": source.precision}
+    before = _noted(source.path)
+    made_of, files = before.get("source"), before.get("files")
+    own = isinstance(made_of, dict) and isinstance(files, dict) and hashes.items() <= files.items()
+    return {**found, "sha256": hashes, **({"made_of": made_of} if own else {})}
+
+
+def rounded_before(folder: Path) -> str:
+    """Types that the weights of a folder were rounded to before quantkit wrote it; "" where nothing says so."""
+    source = _noted(folder).get("source")
+    found = source.get("precision") if isinstance(source, dict) else None
+    return found.partition(" from ")[2] if isinstance(found, str) else ""
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """The record in a folder; {} where there is none to be read."""
+    with suppress(SourceError):
+        return read_record(folder)
+    return {}
 
 
 def _sha256(path: Path) -> str:

@@ -30,6 +30,7 @@ from quantkit.quantize.gguf_target import note_fallback
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.runs.outputs import check_other_file, staged_files
+from quantkit.runs.record import check_unchanged
 from quantkit.sources import variant_name
 from quantkit.verbs import verb
 
@@ -149,13 +150,13 @@ class Job:
 def plan_gguf(job: Job) -> Callable[[], Path]:
     """What writes a GGUF file, or its parts; it returns the first. Raises QuantkitError where it cannot be made."""
     source, chosen = job.source, job.chosen
+    typed = [(tensor, choice.kind) for tensor, choice in chosen]
+    names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
+    check_other_file(job.target, source, job.force, names if len(names) > 1 else (), job.dry_run)
     origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
     number = gguf.LlamaFileType.GUESSED if job.recipe is None else file_type(job.recipe)
     keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
-    typed = [(tensor, choice.kind) for tensor, choice in chosen]
-    names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
-    check_other_file(job.target, source, job.force, names if len(names) > 1 else (), job.dry_run)
     for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):
         job.progress.warn(text)
 
@@ -169,6 +170,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
                             writer.write(published, choice.encode(tensor, published))
                         advance(1)
                 writer.finish()
+            check_unchanged(source)
             return job.target.parent / writer.paths[0].name
 
     return write
@@ -194,6 +196,7 @@ def plan_ggjt(job: Job) -> Callable[[], Path]:
                     writer.write(tensor, choice.encode(planned, tensor.published))
                     advance(1)
             writer.finish()
+            check_unchanged(job.source)
         return job.target
 
     return write

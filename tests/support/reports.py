@@ -18,6 +18,7 @@ from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
 from quantkit.verbs.card import CardReport
 from quantkit.verbs.chat import ChatReport
 from quantkit.verbs.compare import CompareReport
+from quantkit.verbs.compare.answers import Agreement, Answers, AskedPrompt, Said
 from quantkit.verbs.compare.chooser import Recommendation
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult
 from quantkit.verbs.convert import ConvertReport
@@ -121,6 +122,9 @@ def compared(name: str, bytes: int, result: Numbers, layers: list[float] | None)
     )
 
 
+AGREES = {"tiny-GPTQ-4bit-128g": Agreement(1, 0.0, 3)}
+ANSWERED = {"tiny-fp16": Said("a sea", "eos", 5), "tiny-GPTQ-4bit-128g": Said("a sun", "length", 8, 3, (2, 5))}
+ASKED = [AskedPrompt("e0", "tides", "what?", 9, ANSWERED)]
 COMPARE = CompareReport(
     OUT,
     "tiny-fp16",
@@ -131,6 +135,7 @@ COMPARE = CompareReport(
     ],
     Recommendation("tiny-GPTQ-4bit-128g", "of the 1 of 1 variants within 100,000,000 bytes it diverges least"),
     None,
+    Answers("asked.jsonl", "chat", 128, "cd" * 32, AGREES, {"tides": AGREES}, ASKED),
     quantkit="0.1.0",
 )
 TASKS = (

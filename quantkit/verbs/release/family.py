@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.atomic import write_json
+from quantkit.runs.outputs import ChangedError, Staging
 from quantkit.runs.steps import Step
 from quantkit.verbs.card import card
 from quantkit.verbs.compare import compare
@@ -58,16 +59,25 @@ class FamilySteps:
 
     def _comparison(self) -> Step:
         judging = self._recipe.evaluation
-        judged = judging.model_dump(include={"texts", "seq_len", "eval_tokens"})
+        asking = {"prompts", "prompt_count", "max_new_tokens"} if judging.prompts else set()
+        judged = judging.model_dump(
+            mode="json", include={"texts", "seq_len", "eval_tokens", "budget", "max_kl", *asking}
+        )
 
         def run(done: frozenset[str], again: bool) -> None:
             variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]
             if not variants:
                 raise UsageError("no variant was made")
             reference = self._places[0].folder
-            compare(reference, variants, out=self.report, **judged, force=again, **self._common)
+            try:
+                landed = bool(Staging(self.report).landed)
+                given = {**judged, **self._common, "resume": landed, "force": again and not landed}
+                compare(reference, variants, out=self.report, **given)
+            except ChangedError as error:
+                self._progress.note(f"  starting anew: {error}")
+                compare(reference, variants, out=self.report, **judged, **self._common, force=True)
 
-        read = self._ledger.read_by(judging.texts)
+        read = self._ledger.read_by([*judging.texts, judged.get("prompts")])
         options = {**judged, "texts": list(judging.texts), "read": read}
         return Step(COMPARE, self.report, run, options, (REFERENCE,), self._made_by)
 
@@ -116,7 +126,7 @@ class FamilySteps:
         self.steps.append(Step(place.card, out, run, decides, (place.step,), wants, by_hand=True))
 
     def _add_verification(self, place: ReleaseFolder) -> None:
-        def run(out: Path) -> None:
+        def run(out: Path, _: frozenset[str]) -> None:
             report = verify(place.folder, generate=False, **self._common)
             if report.problems:
                 more = f" (and {len(report.problems) - 1} more: quantkit verify)" if len(report.problems) > 1 else ""
@@ -128,25 +138,34 @@ class FamilySteps:
     def _add_publication(self, place: ReleaseFolder, where: PublishingRecipe) -> None:
         repo = f"{where.owner}/{place.repo}"
 
-        def run(out: Path) -> None:
+        evals = {model.step: self._evals[model.step] for model in place.models if model.step in self._evals}
+
+        def run(out: Path, done: frozenset[str]) -> None:
+            untried = [name for step, name in evals.items() if step in done and name not in done]
+            if untried:
+                raise UsageError(f"{untried[0]} is missing, and its numbers on the card with it")
             made = publish(place.folder, **options, verify=False, progress=self._progress)
             write_json(out, {"repo": repo, "branch": place.branch, "commit": made.commit})
 
         options: dict[str, Any] = {"repo": repo, "branch": place.branch, "public": where.public}
-        # Where the recipe asks for numbers, a card without them does not go out.
-        judged = (COMPARE,) if "evaluation" in self._recipe.model_fields_set else ()
-        tried = (self._evals[model.step] for model in place.models if model.step in self._evals)
-        needs = (place.step, *judged, *tried, place.card, f"verify {place.folder.name}")
-        self._add_receipt(f"publish {repo} {place.branch}", run, options, needs)
+        needs = [place.step, place.card, f"verify {place.folder.name}"]
+        if "evaluation" in self._recipe.model_fields_set:  # a card without its numbers does not go out
+            needs.append(COMPARE)
+        self._add_receipt(f"publish {repo} {place.branch}", run, options, needs, (*evals, *evals.values()))
 
     def _add_receipt(
-        self, name: str, run: Callable[[Path], None], options: dict[str, Any], needs: tuple[str, ...]
+        self,
+        name: str,
+        run: Callable[[Path, frozenset[str]], None],
+        options: dict[str, Any],
+        needs: Sequence[str],
+        wants: Sequence[str] = (),
     ) -> None:
         """A step that leaves nothing in the release but a note that it is done."""
         out = self._out / ".release" / "done" / f"{name.replace('/', '-').replace(' ', '-')}.json"
 
-        def noted(_: frozenset[str], again: bool) -> None:
+        def noted(done: frozenset[str], _: bool) -> None:
             out.parent.mkdir(exist_ok=True)
-            run(out)
+            run(out, done)
 
-        self.steps.append(Step(name, out, noted, options, needs))
+        self.steps.append(Step(name, out, noted, options, tuple(needs), tuple(wants)))

@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.codes import QuantizedLinear
+from quantkit.runs.atomic import FileStates
 
 # Masks and counters that some checkpoints store; everything else is a weight.
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
@@ -84,6 +85,7 @@ class Source(Protocol):
         metadata: keys of a file that has its own, such as GGUF's; of others none.
         from_gptq: whether matrices of it hold the codes of a GPTQ run.
         trusts_code: whether Python code that comes with it may run.
+        states: of its files as they were when it was opened.
     """
 
     label: str
@@ -100,6 +102,7 @@ class Source(Protocol):
     metadata: Mapping[str, Any] = MappingProxyType({})
     from_gptq: bool = False
     trusts_code: bool = False
+    states: FileStates = MappingProxyType({})
 
     @property
     def parts(self) -> Mapping[str, Source]:

@@ -15,6 +15,10 @@ REPORT_NAME = "quantkit.json"
 """The file that tells a folder which quantkit finished."""
 
 
+FileStates = Mapping[Path, tuple[int, ...]]
+"""Size, time of the last change and inode of files."""
+
+
 class Origin(Protocol):
     """A model that a result is made from, as far as outputs and their record ask; `containers.source.Source` is one."""
 
@@ -38,6 +42,10 @@ class Origin(Protocol):
     def parts(self) -> Mapping[str, Origin]:
         """What it is read from, by role; of more than one each is an origin by itself."""
 
+    @property
+    def states(self) -> FileStates:
+        """Of its files as they were when it was opened."""
+
     def weight_files(self) -> Sequence[Path]:
         """The files that hold the weights, in order."""
 
@@ -50,6 +58,8 @@ def file_sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError."""
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: is no file, so it is not opened")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,12 +33,8 @@ from quantkit.runs.atomic import REPORT_NAME, Origin, sync
 from quantkit.runs.journal import Journal
 from quantkit.runs.keeping import KEEPING, Known, carry
 from quantkit.runs.locks import hold, let_go
-from quantkit.runs.places import BLOCKS, OLDER, OURS, folder_of, in_the_way, left_by_older, place_of, stranger
+from quantkit.runs.places import BLOCKS, OLDER, OURS, READ_BY, folder_of, in_the_way, left_by_older, place_of, stranger
 from quantkit.runs.renames import move_over, move_to_free
-
-_BESIDE = re.compile(  # what models are read by
-    r"config|token|vocab|merges|index\.json$|quantkit\.json$|\.(model|jinja|py)$"
-)
 
 
 class ChangedError(UsageError):
@@ -86,7 +81,7 @@ def check_other_file(out: Path, source: Origin, force: bool, names: Sequence[str
         for part in source.parts.values() if os.path.lexists(file) else ():
             read = {place_of(path) for path in (part.path, *part.weight_files())}
             within = place_of(part.path) in place_of(file).parents
-            if place_of(file) in read or (within and _BESIDE.search(file.name)):
+            if place_of(file) in read or (within and READ_BY.search(file.name)):
                 raise UsageError(f"--out {file} already exists; name another: it belongs to what is read")
     settle(out, force, dry_run=dry_run)
     check_files(out, force, names)

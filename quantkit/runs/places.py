@@ -16,6 +16,9 @@ OURS = frozenset({"lock", "journal", "journal.new", "staged", "replaced", BLOCKS
 OLDER = frozenset({"run.json", ".run.json.partial"})
 """What versions before the journal had in that folder."""
 
+READ_BY = re.compile(r"config|token|vocab|merges|index\.json$|quantkit\.json$|\.(model|jinja|py)$")
+"""Names of what a model is read by, beside its weights."""
+
 _BY_OLDER = re.compile(
     r".+\.(safetensors|json|gguf|bin|ggml|dat|html|svg|png|csv|jinja|model|jsonl|py|tiktoken)|(merges|vocab)\.txt"
     r"|LICENSE.*|README\.md|SHA256SUMS|additional_chat_templates|replaced"

@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import REPORT_NAME, Origin, file_sha256, read_json
+from quantkit.runs.atomic import FileStates, Origin, file_sha256
+from quantkit.runs.places import READ_BY
+from quantkit.runs.records import read_record
 from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"
@@ -20,9 +22,15 @@ _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".py")
 
 
 def origin(source: Origin) -> dict[str, Any]:
-    """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions."""
+    """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions.
+
+    Raises:
+        SourceError: a file cannot be read, or has changed since the source was opened.
+    """
+    identity = _identity(source)
+    check_unchanged(source)
     return {
-        "source": _identity(source),
+        "source": identity,
         "versions": {
             "quantkit": __version__,
             "torch": torch.__version__,
@@ -34,9 +42,8 @@ def origin(source: Origin) -> dict[str, Any]:
 
 def made_from(source: Origin) -> str | None:
     """The kind of the model that quantkit made a folder from, by the record beside it. Raises SourceError."""
-    path = source.path / REPORT_NAME
-    made = read_json(path).get("source") if path.is_file() else None
-    return str(made.get("kind")) if isinstance(made, dict) else None
+    made = read_record(source.path).get("source")
+    return str(made.get("kind")) if made else None
 
 
 def companions(source: Origin) -> dict[str, Any]:
@@ -57,11 +64,36 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
+def states_of(source: Origin) -> FileStates:
+    """Size, time of the last change and inode of the files that a source is read from."""
+    beside = source.path.iterdir() if source.path.is_dir() else ()
+    paths = {*source.weight_files(), *(path for path in beside if READ_BY.search(path.name))}
+    return {path: _state(path) for path in paths}
+
+
+def check_unchanged(source: Origin) -> None:
+    """Refuse a source whose files are not those that were opened: what was read of them is of no one model.
+
+    Raises:
+        SourceError: names the file.
+    """
+    for part in source.parts.values():
+        for path, state in part.states.items():
+            if _state(path) != state:
+                raise SourceError(f"{path} has changed while it was read; start again")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def delta_record(source: Origin) -> dict[str, Any]:
     """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
-    path = source.path / REPORT_NAME
-    found = read_json(path).get("delta") if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    return read_record(source.path).get("delta") or {}
 
 
 def _identity(source: Origin) -> dict[str, Any]:

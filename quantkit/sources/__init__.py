@@ -14,6 +14,7 @@ from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
 from quantkit.options.values import check_model
 from quantkit.runs.atomic import read_json
+from quantkit.runs.record import states_of
 from quantkit.sources import hub
 from quantkit.sources.hub import ADAPTER
 
@@ -36,11 +37,14 @@ def open_source(model: str | Path, revision: str | None = None, trust_remote_cod
     if path.exists():
         if revision is not None:
             raise UsageError(f"--revision is for Hub ids; {model} is a local path")
-        return _open_folder(path, None, trust_remote_code) if path.is_dir() else _open_file(path)
-    name = str(model)
-    check_model(name)
-    label = name if revision is None else f"{name}@{revision}"
-    return _open_folder(hub.download(name, revision, trust_remote_code), label, trust_remote_code)
+        source = _open_folder(path, None, trust_remote_code) if path.is_dir() else _open_file(path)
+    else:
+        name = str(model)
+        check_model(name)
+        label = name if revision is None else f"{name}@{revision}"
+        source = _open_folder(hub.download(name, revision, trust_remote_code), label, trust_remote_code)
+    source.states = states_of(source)
+    return source
 
 
 def default_source() -> Path | None:

@@ -30,6 +30,7 @@ from quantkit.quantize.gguf_target import note_fallback
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.runs.outputs import check_other_file, staged_files
+from quantkit.runs.record import check_unchanged
 from quantkit.sources import variant_name
 from quantkit.verbs import verb
 
@@ -169,6 +170,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
                             writer.write(published, choice.encode(tensor, published))
                         advance(1)
                 writer.finish()
+            check_unchanged(source)
             return job.target.parent / writer.paths[0].name
 
     return write
@@ -194,6 +196,7 @@ def plan_ggjt(job: Job) -> Callable[[], Path]:
                     writer.write(tensor, choice.encode(planned, tensor.published))
                     advance(1)
             writer.finish()
+            check_unchanged(job.source)
         return job.target
 
     return write

@@ -39,6 +39,7 @@ from quantkit.quantize.blockwise import (
     gptq_multiplications,
     plan_gptq_memory,
     quantize_blocks,
+    recorded_layers,
 )
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
@@ -48,7 +49,7 @@ from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
-from quantkit.runs.record import checksums, companions, made_from, origin
+from quantkit.runs.record import check_unchanged, checksums, companions, made_from, origin
 from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
@@ -260,7 +261,7 @@ def _made(
         progress.note(f"{place} is complete already")
         if ranks.first:
             drop_unfinished(place)
-        return record, [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
+        return record, recorded_layers(place)
     if ranks.first:
         shard_bytes = parse_size(options.max_shard_size)
         more = {"companions": companions(stream.source), "max_shard_size": shard_bytes, "untie": options.untie}
@@ -308,6 +309,7 @@ def _quantize(
             advance(1)
     warn_starved_experts(layers, target.plan, matrix.tokens, progress)
     write_layer_table(run.staged / "quant_log.csv", layers)
+    check_unchanged(stream.source)
     told = [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in layers]
     record = {**decided, "layers": told, "evaluation": None, "files": checksums(run.staged)}
     write_json(run.staged / REPORT_NAME, record)

@@ -25,6 +25,7 @@ from quantkit.quantize.hessian import check_squares
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.runs.outputs import check_other_file, staged_files
+from quantkit.runs.record import check_unchanged
 from quantkit.sources import variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.text import calibration_windows, check_tokens
@@ -110,6 +111,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
 
     with staged_files(target, options.force) as folder:
         collect_squares(stream, matrix.tokens, keep, progress)
+        check_unchanged(source)
         facts = matrix.provenance
         datasets = [part.dataset for part in facts.parts or (facts,)]
         origin = {"quantkit.version": __version__, "quantkit.tokens_sha256": facts.tokens_sha256}

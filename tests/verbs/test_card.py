@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -18,10 +21,13 @@ from support.wizard import wizard
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.errors import SourceError, UsageError
+from quantkit.errors import SourceError, UsageError, visible
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card import CardReport, card, fill_template
+from quantkit.verbs.card.facts import ModelFacts
+from quantkit.verbs.card.usage import hints
 from quantkit.verbs.ggml import ggml
+from quantkit.verbs.verify.programs import Load
 
 REPO = "someone/tiny-GPTQ"
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
@@ -489,7 +495,7 @@ def test_several_licences_and_words_that_look_like_numbers(folder: Path, tmp_pat
     """A reader of YAML 1.2, as the Hub is, takes 1e3 and 0o17 for numbers where they are not quoted."""
     original = tmp_path / "README.md"
     original.write_text("---\nlicense: [apache-2.0, mit]\nlicense_name: '0o17'\nlanguage:\t[en]\n---\nThe text.\n")
-    with pytest.raises(UsageError, match=r"--licence mit: .* is under apache-2\.0 and mit, which"):
+    with pytest.raises(UsageError, match=r"licence=mit: .* is under apache-2\.0 and mit, which"):
         card(folder, original=original, licence="mit", force=True)
     write(folder, original=original, quantized_by="1e3")
     text = (folder / "README.md").read_text()
@@ -714,3 +720,25 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return (int(exit.value.code or 0), *capsys.readouterr())
 
     return call
+
+
+def test_names_are_quoted_for_where_they_stand() -> None:
+    hostile = 'a`b|c"; $(touch x) <img src=x> [l](u)\n\x1b[31m'
+    text = "{{ n | code }}\n{{ n | cell }}\n{{ f | fence }}"
+    code, cell, fence = fill_template(text, "t", {"n": hostile, "f": "a\n````\nb"}).splitlines()
+    assert code == '`` a`b\\|c"; $(touch x) <img src=x> [l](u) \\x1b[31m ``'
+    assert cell == 'a\\`b\\|c"; $(touch x) \\<img src=x\\> \\[l\\](u) \\\\x1b\\[31m'
+    assert fence == "`````"
+    assert (
+        fill_template(text, "t", {"n": "plain_name-1.gguf", "f": "x"}) == "`plain_name-1.gguf`\nplain_name-1.gguf\n```"
+    )
+    load = Load("llama.cpp", True)
+    loads = load, Load("ctransformers", True)
+    facts = SimpleNamespace(name="m", branch="main", is_file=True, files={hostile: "0"}, loads=loads)
+    found = {hint.program: hint.code for hint in hints([cast(ModelFacts, facts)], "o/it's", "s")}
+    words = shlex.split(found["llama.cpp"].splitlines()[0])
+    assert words[:4] == ["hf", "download", "o/it's", visible(hostile)]
+    parsed = ast.parse(found["ctransformers"])
+    strings = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
+    assert hostile in strings
+    assert "o/it's" in strings

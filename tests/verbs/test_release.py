@@ -28,7 +28,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
 from quantkit.verbs.generate.speaker import Speaker
-from quantkit.verbs.release import ReleaseReport, drop_stale
+from quantkit.verbs.release import ReleaseReport, drop_stale, family
 
 WIZARD = f"""
 name: Tiny-Wizard
@@ -448,3 +448,19 @@ def test_a_source_that_stays_at_home_is_no_sibling(small: Path, tmp_path: Path) 
     card = (tmp_path / "out" / "Tiny-GGUF" / "README.md").read_text()
     assert "someone/Tiny-GPTQ" in card
     assert "Tiny-HF" not in card
+
+
+def test_without_the_numbers_that_a_recipe_asks_for_nothing_is_published(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(family, "compare", broken)
+    monkeypatch.setattr(family, "publish", lambda *_, **__: pytest.fail("published"))
+    small.write_text(small.read_text() + "publish: {owner: someone}\n")
+    found = statuses(quantkit.release(small, tmp_path / "out"))
+    assert found["compare"] == "failed"
+    published = {step: status for step, status in found.items() if step.startswith("publish")}
+    assert published
+    assert set(published.values()) == {"skipped"}

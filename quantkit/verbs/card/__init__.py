@@ -26,6 +26,7 @@ from quantkit.verbs.card.facts import ModelFacts, models_in
 from quantkit.verbs.card.front import MARK, Original, bases_of, front_matter, licence_of, read_original
 from quantkit.verbs.card.measured import measurements
 from quantkit.verbs.card.usage import hints, prompt_of
+from quantkit.verbs.markdown import cell, code, fence
 from quantkit.version import __version__
 
 CARD = "README.md"
@@ -230,13 +231,12 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     Raises:
         UsageError: names the line of the template with an error, or with a variable that there is not.
     """
-    # No HTML is escaped: Markdown is text, and the values are the publisher's own.
+    # Names of files and of others' models are for where they stand: `cell`, `code` and `fence` see to that.
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(size=size, number=significant)
-    # Text that fits into a cell of a Markdown table.
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    environment.filters.update(cell=cell, code=code, fence=fence)
     try:
         return environment.from_string(template).render(variables)
     except jinja2.TemplateSyntaxError as error:

@@ -12,7 +12,8 @@ from quantkit.containers.describe import describe
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
-from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
+from quantkit.runs.atomic import REPORT_NAME, file_sha256
+from quantkit.runs.records import read_record
 from quantkit.sources import open_source
 from quantkit.verbs.verify.programs import Facts, Load, programs
 
@@ -81,7 +82,7 @@ def models_in(folder: Path, branch: str, trust: bool = False) -> list[ModelFacts
     found += [open_source(path) for path in files.values()]
     if not found:
         raise UsageError(f"{folder}: no model here, so there is nothing to write a card of")
-    record = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+    record = read_record(folder)
     return [_model(source, branch, record, alone=len(found) == 1) for source in found]
 
 
@@ -90,7 +91,7 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
     files = {path.name: file_sha256(path) for path in paths}
     own = record if _is_of(record, files, source, alone) else {}
     if "variants" in own:  # a release's folder: a record for each file
-        own = own["variants"].get(paths[0].name) or {}
+        own = (own["variants"] or {}).get(paths[0].name) or {}
     keys, shown = source.metadata, CONTAINERS[source.kind].shown
     seen = describe(source)
     memory, tokens = _memory(source, seen.bytes)

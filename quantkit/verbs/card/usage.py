@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, visible
+from quantkit.runs.limits import template_limit
 from quantkit.sources import open_source
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card.facts import ModelFacts
@@ -101,19 +103,23 @@ def hints(models: Sequence[ModelFacts], repo: str, source: str) -> list[Hint]:
         if loaded:
             model, load = next(iter(loaded.values()))
             needs = load.why if program in inner else f"with {load.program} in it"
-            found.append(Hint(program, needs, tuple(loaded), language, code.format(**_words(model, repo, source))))
+            found.append(
+                Hint(program, needs, tuple(loaded), language, code.format(**_words(model, repo, source, language)))
+            )
     return found
 
 
-def _words(model: ModelFacts, repo: str, source: str) -> dict[str, str]:
-    """What stands in the code for the model."""
-    downloads = [f"hf download {repo} {name} --local-dir ." for name in model.files]
-    file, other = next(iter(model.files)), "" if model.branch == "main" else model.branch
+def _words(model: ModelFacts, repo: str, source: str, language: str) -> dict[str, str]:
+    """What stands in the code for the model, quoted for its language; of Python, for within quotation marks."""
+    quoted = _in_python if language == "python" else _in_shell
+    downloads = [f"hf download {quoted(repo)} {quoted(name)} --local-dir ." for name in model.files]
+    folder, file = quoted(repo.rpartition("/")[2]), quoted(next(iter(model.files)))
+    other, repo, source = "" if model.branch == "main" else quoted(model.branch), quoted(repo), quoted(source)
     branch = other and f" --revision {other}"
     served = f"{downloads[0]}\nvllm serve ./{file} --tokenizer {source}"
     return {
         "repo": repo,
-        "name": repo.rpartition("/")[2],
+        "name": folder,
         "file": file,
         "downloads": "\n".join(downloads),
         "revision": other and f', revision="{other}"',
@@ -122,6 +128,14 @@ def _words(model: ModelFacts, repo: str, source: str) -> dict[str, str]:
         "vllm": served if model.is_file else f"vllm serve {repo}{branch}",
         "webui": (other and f" --branch {other}") + (f" --specific-file {file}" if model.is_file else ""),
     }
+
+
+def _in_python(text: str) -> str:
+    return visible(text.replace("\\", "\\\\").replace('"', '\\"'))
+
+
+def _in_shell(text: str) -> str:
+    return shlex.quote(visible(text))
 
 
 def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None, trust: bool = False) -> PromptForm | None:
@@ -157,7 +171,8 @@ def _chat(folder: Path, first: ModelFacts, trust: bool) -> PromptForm | None:
         if not tokenizer.chat_template:
             return None
         asked = [{"role": "user", "content": _ASKED}]
-        text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        with template_limit():
+            text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     except Exception:  # no tokenizer: `verify` says so; a template is the model's own program and may raise anything
         return None
     return PromptForm("chat", text, "chat template") if _ASKED in text else None

@@ -18,7 +18,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.runs.answers import appending, begun, check_answers, is_complete, line_of
 from quantkit.runs.atomic import absolute
-from quantkit.runs.record import origin
+from quantkit.runs.record import check_unchanged, origin
 from quantkit.verbs import verb
 from quantkit.verbs.generate.decoding import Answer, Request
 from quantkit.verbs.generate.prompts import asked_prompts
@@ -117,6 +117,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
             )
             answers += found
             advance(len(found))
+        check_unchanged(stream.source)
     return replace(
         report,
         kernels=loaded.kernels,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class FamilySteps:
         self.steps.append(Step(place.card, out, run, decides, (place.step,), wants, by_hand=True))
 
     def _add_verification(self, place: ReleaseFolder) -> None:
-        def run(out: Path) -> None:
+        def run(out: Path, _: frozenset[str]) -> None:
             report = verify(place.folder, generate=False, **self._common)
             if report.problems:
                 more = f" (and {len(report.problems) - 1} more: quantkit verify)" if len(report.problems) > 1 else ""
@@ -136,22 +136,34 @@ class FamilySteps:
     def _add_publication(self, place: ReleaseFolder, where: PublishingRecipe) -> None:
         repo = f"{where.owner}/{place.repo}"
 
-        def run(out: Path) -> None:
+        evals = {model.step: self._evals[model.step] for model in place.models if model.step in self._evals}
+
+        def run(out: Path, done: frozenset[str]) -> None:
+            untried = [name for step, name in evals.items() if step in done and name not in done]
+            if untried:
+                raise UsageError(f"{untried[0]} is missing, and its numbers on the card with it")
             made = publish(place.folder, **options, verify=False, progress=self._progress)
             write_json(out, {"repo": repo, "branch": place.branch, "commit": made.commit})
 
         options: dict[str, Any] = {"repo": repo, "branch": place.branch, "public": where.public}
-        needs = (place.step, place.card, f"verify {place.folder.name}")
-        self._add_receipt(f"publish {repo} {place.branch}", run, options, needs)
+        needs = [place.step, place.card, f"verify {place.folder.name}"]
+        if "evaluation" in self._recipe.model_fields_set:  # a card without its numbers does not go out
+            needs.append(COMPARE)
+        self._add_receipt(f"publish {repo} {place.branch}", run, options, needs, (*evals, *evals.values()))
 
     def _add_receipt(
-        self, name: str, run: Callable[[Path], None], options: dict[str, Any], needs: tuple[str, ...]
+        self,
+        name: str,
+        run: Callable[[Path, frozenset[str]], None],
+        options: dict[str, Any],
+        needs: Sequence[str],
+        wants: Sequence[str] = (),
     ) -> None:
         """A step that leaves nothing in the release but a note that it is done."""
         out = self._out / ".release" / "done" / f"{name.replace('/', '-').replace(' ', '-')}.json"
 
-        def noted(_: frozenset[str], again: bool) -> None:
+        def noted(done: frozenset[str], _: bool) -> None:
             out.parent.mkdir(exist_ok=True)
-            run(out)
+            run(out, done)
 
-        self.steps.append(Step(name, out, noted, options, needs))
+        self.steps.append(Step(name, out, noted, options, tuple(needs), tuple(wants)))

@@ -15,10 +15,11 @@ from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
 from quantkit.progress import Progress
-from quantkit.runs.atomic import REPORT_NAME, read_json, write_json
+from quantkit.runs.atomic import REPORT_NAME, write_json
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.outputs import ChangedError, Staging, staged_folder
 from quantkit.runs.record import checksums, origin
+from quantkit.runs.records import read_record
 from quantkit.runs.steps import Step
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
@@ -228,10 +229,8 @@ class Workshop:
     ) -> None:
         """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
         ggml(model, at, **options, imatrix=weights, force=again, **self._common)
-        before = model.parent / REPORT_NAME
-        if before.is_file():
-            record = read_json(before)
-        else:
+        record = read_record(model.parent)
+        if not record:
             source = open_source(model, trust_remote_code=self._common["trust_remote_code"])
             record = {"recipe": dict(options), **origin(source)}
         write_json(at.parent / REPORT_NAME, record)
@@ -343,7 +342,7 @@ def gather(models: Collection[Made], folder: Path, force: bool = False) -> None:
                     os.link(part, staged / name)
                 except OSError:  # a file system without links, which cost no space
                     shutil.copyfile(part, staged / name)
-                record = read_json(model.at.parent / REPORT_NAME)
+                record = read_record(model.at.parent)
                 records[name] = {key: value for key, value in record.items() if key != "files"}
         write_json(staged / REPORT_NAME, {"variants": records, "files": checksums(staged)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -504,16 +505,28 @@ def zip_of(dice: Random, data: bytes) -> bytes:
     return written.getvalue()
 
 
-def sealed_of(dice: Random, data: bytes) -> bytes:
-    """A sealed record that is damaged; half the time with a seal that fits."""
-    from quantkit.runs.atomic import fingerprint
+def journal_of(dice: Random, data: bytes) -> bytes:
+    """A journal with a record damaged, left out or repeated; half the time with seals that fit."""
+    lines = data.splitlines()
+    at = dice.randrange(len(lines))
+    what = dice.choice(("record", "record", "record", "drop", "repeat", "bytes"))
+    if what == "bytes":
+        return bytes_of(dice, data)
+    if what == "drop":
+        del lines[at]
+    elif what == "repeat":
+        lines.insert(at, lines[at])
+    else:
+        seal, _, text = lines[at].partition(b" ")
+        lines[at] = seal + b" " + json_of(dice, text).replace(b"\n", b" ")
+    return b"".join(line + b"\n" for line in (_sealed(lines) if dice.random() < 0.5 else lines))
 
-    if dice.random() < 0.5:
-        return json_of(dice, data)
-    content = json.loads(data)
-    content.pop("seal")
-    content = tree_of(dice, content)
-    try:
-        return json.dumps({**content, "seal": fingerprint(content)}).encode()
-    except (TypeError, ValueError, RecursionError):
-        return json_of(dice, data)
+
+def _sealed(lines: list[bytes]) -> list[bytes]:
+    """The lines with the seals of their records, as `quantkit.runs.journal` has them."""
+    found, before = [], ""
+    for line in lines:
+        text = line.partition(b" ")[2].decode("utf-8", "replace")
+        before = hashlib.sha256(f"{before} {text}".encode("utf-8", "surrogatepass")).hexdigest()
+        found.append(f"{before} {text}".encode())
+    return found

@@ -67,7 +67,7 @@ class CompareReport(Report):
     max_kl: float | None = None
 
     def lines(self) -> Iterator[Shown]:
-        yield f"reference: {self.reference}, {self.models[0].precision}"
+        yield "reference: " + ", ".join(filter(None, (self.reference, self.models[0].precision)))
         front = Column("front", "center", drop=1)
         columns = [Column("model", "left"), Column("size"), Column("bits/w", drop=4), *heads(True), front]
         for text in self.texts:

@@ -182,7 +182,7 @@ def test_a_base_and_a_delta_by_their_revisions(server: HubServer, make_model: Ma
     report = quantkit.merge(tiny, tiny, tmp_path / "out", base_revision="base", revision="delta")
     assert report.dtype == "float16"  # which the delta's quantkit.json says, and it alone
     assert torch.equal(open_source(tmp_path / "out").read(NORM), open_source(tuned).read(NORM))
-    with pytest.raises(SourceError, match=r"no such revision of it: check --revision"):
+    with pytest.raises(SourceError, match=r"no such revision of it: check revision"):
         quantkit.merge(tiny, tiny, tmp_path / "no", base_revision="nothing", revision="delta")
 
 
@@ -289,8 +289,8 @@ def test_a_server_out_of_order_is_one_clear_line_and_a_cached_copy_serves(
     ("name", "revision", "reason"),
     [
         ("someone/nothing", None, "the Hub has no such model, or it is private"),
-        ("someone/tiny", "v9", "the Hub has no such revision of it: check --revision"),
-        ("someone/tiny", "0123456789" * 4, "the Hub has no such revision of it: check --revision"),
+        ("someone/tiny", "v9", "the Hub has no such revision of it: check revision"),
+        ("someone/tiny", "0123456789" * 4, "the Hub has no such revision of it: check revision"),
         ("someone/gated", None, "access is restricted: accept its terms on the Hub"),
         ("someone/tiny--x", None, "not a name that the Hub accepts"),
     ],

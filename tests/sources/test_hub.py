@@ -411,11 +411,13 @@ def test_the_command_says_in_one_line_that_the_network_went_away(client: Client,
     assert broken.stderr.startswith("error: someone/tiny: not a local path, and the Hub did not give all of it")
 
 
-@pytest.mark.parametrize("name", ["a/b", "Qwen/Qwen3-0.6B", "gpt2", "TheBloke/WizardLM-7B-GPTQ"])
+@pytest.mark.parametrize("name", ["a/b", "Qwen/Qwen3-0.6B", "TheBloke/WizardLM-7B-GPTQ"])
 def test_ids_look_like_ids(name: str) -> None:
     assert looks_like_id(name)
 
 
-@pytest.mark.parametrize("name", ["secret.gguf", "models/secret.safetensors", "secret.BIN", "secret.ggml", "a.pth"])
-def test_the_name_of_a_file_is_never_asked_for(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["gpt2", "secret.gguf", "models/secret.safetensors", "secret.BIN", "secret.ggml", "a.pth"]
+)
+def test_a_bare_name_and_that_of_a_file_are_never_asked_for(name: str) -> None:
     assert not looks_like_id(name)

@@ -28,6 +28,7 @@ from quantkit.options.spec import Typed as Typed
 from quantkit.options.spec import make as make
 from quantkit.options.values import (
     DeviceName,
+    Divergence,
     Interval,
     KindName,
     Name,
@@ -242,6 +243,15 @@ class Amount(Options):
     panel: ClassVar[str] = "Judging"
     eval_tokens: Annotated[TokenCount, Typed(metavar="N|all")] = "all"
     """Judge on the first N tokens of the text, in whole windows; all: the whole text."""
+
+
+class Choosing(Options):
+    """Which variant is the one to take."""
+
+    budget: Size | None = None
+    """Name the variant to take of at most this size, such as 4GB."""
+    max_kl: Divergence | None = None
+    """Name the smallest variant of at most this mean KL divergence, such as 0.05."""
 
 
 class Evaluation(Text):

@@ -18,6 +18,7 @@ from quantkit.options import (
     Calibration,
     CardFacts,
     Checkpoint,
+    Choosing,
     Compute,
     Container,
     Cutting,
@@ -57,7 +58,7 @@ from quantkit.options import (
     Twice,
     Typed,
 )
-from quantkit.options.values import Divergence, FileType, Folders, GridType, Name, Place, Size
+from quantkit.options.values import FileType, Folders, GridType, Name, Place
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
@@ -147,7 +148,7 @@ class Perplexity(Text, Cutting, Compute, Opened, Revision, Trust):
     """Reference model to compare with."""
 
 
-class Compare(Texts, Cutting, Asking, Compute, Opened, Revision, Trust, Out, Resume, Force):
+class Compare(Choosing, Texts, Cutting, Asking, Compute, Opened, Revision, Trust, Out, Resume, Force):
     arguments: ClassVar[tuple[str, ...]] = ("reference", "variants")
     helps: ClassVar[Mapping[str, str]] = {
         "out": "Folder to write the report and its plots to.",
@@ -157,10 +158,6 @@ class Compare(Texts, Cutting, Asking, Compute, Opened, Revision, Trust, Out, Res
     """What the variants are compared with: folder, file or Hub id."""
     variants: Annotated[tuple[Name, ...], Typed(metavar="VARIANT...")]
     """Folders (full precision or GPTQ), GGUF or ggjt files, Hub ids."""
-    budget: Size | None = None
-    """Name the variant to take of at most this size, such as 4GB."""
-    max_kl: Divergence | None = None
-    """Name the smallest variant of at most this mean KL divergence, such as 0.05."""
     plots: bool = True
     """Draw plots (extra: plots)."""
 
@@ -230,7 +227,7 @@ class Card(Held, CardFacts, Trust, Force):
     reports: Annotated[tuple[Place, ...], Typed("--report")] = ()
     """report.json of `quantkit compare`, whose plots are copied; may be repeated."""
     evals: Annotated[tuple[Place, ...], Typed("--eval")] = ()
-    """Results of `quantkit eval`; may be repeated."""
+    """Results of `quantkit eval`, as a baseline of the source too; may be repeated."""
     siblings: Annotated[tuple[str, ...], Typed("--sibling")] = ()
     """Another repository of the family, OWNER/NAME[=what it is]; may be repeated."""
     branches: Annotated[Folders, Typed("--with-branch")] = Field(default_factory=dict)

@@ -35,6 +35,10 @@ class Origin(Protocol):
         """The folder or file that is read."""
 
     @property
+    def precision(self) -> str:
+        """What it is read as, and what its weights were rounded to before."""
+
+    @property
     def choices(self) -> Mapping[str, Any]:
         """What was chosen to read it."""
 

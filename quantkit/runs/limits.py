@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from quantkit.errors import QuantkitError, SourceError
 
@@ -49,6 +50,36 @@ def time_limit(seconds: float, what: str, kind: type[QuantkitError] = SourceErro
 
 @contextmanager
 def template_limit() -> Iterator[None]:
-    """The limit of one rendering of a chat template. Raises SourceError."""
-    with time_limit(TEMPLATE_SECONDS, "the chat template"):
+    """The limits of one rendering of a chat template, in jinja2's sandbox: its time, and how large products are.
+
+    Raises:
+        SourceError: it takes too long.
+    """
+    with _rendering, _checked_products(), time_limit(TEMPLATE_SECONDS, "the chat template"):
         yield
+
+
+@contextmanager
+def _checked_products() -> Iterator[None]:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    sandbox: Any = ImmutableSandboxedEnvironment  # the one that transformers takes
+    before = sandbox.intercepted_binops, sandbox.call_binop
+    sandbox.intercepted_binops, sandbox.call_binop = frozenset({"*", "**"}), _product
+    try:
+        yield
+    finally:
+        sandbox.intercepted_binops, sandbox.call_binop = before
+
+
+def _product(sandbox: Any, _: Any, operator: str, left: Any, right: Any) -> Any:
+    """A product or power in a template; a single one of huge numbers may take hours, and nothing can stop it."""
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+        if bits > _MOST_BITS:
+            raise OverflowError("a product in it is too large")
+    return sandbox.binop_table[operator](left, right)
+
+
+_MOST_BITS = 1 << 16
+_rendering = threading.RLock()

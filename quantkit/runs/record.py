@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,25 @@ def _identity(source: Origin) -> dict[str, Any]:
         named = {role: _identity(part) for role, part in source.parts.items()}
         return {"model": source.label, "kind": source.kind, **source.choices, **named}
     hashes = {path.name: _sha256(path) for path in source.weight_files()}
-    return {"model": source.label, "kind": source.kind, "sha256": hashes}
+    found: dict[str, Any] = {"model": source.label, "kind": source.kind, "precision": source.precision}
+    before = _noted(source.path)
+    made_of, files = before.get("source"), before.get("files")
+    own = isinstance(made_of, dict) and isinstance(files, dict) and hashes.items() <= files.items()
+    return {**found, "sha256": hashes, **({"made_of": made_of} if own else {})}
+
+
+def rounded_before(folder: Path) -> str:
+    """Types that the weights of a folder were rounded to before quantkit wrote it; "" where nothing says so."""
+    source = _noted(folder).get("source")
+    found = source.get("precision") if isinstance(source, dict) else None
+    return found.partition(" from ")[2] if isinstance(found, str) else ""
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """The record in a folder; {} where there is none to be read."""
+    with suppress(SourceError):
+        return read_record(folder)
+    return {}
 
 
 def _sha256(path: Path) -> str:

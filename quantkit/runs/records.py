@@ -12,11 +12,13 @@ from quantkit.runs.atomic import REPORT_NAME, read_json
 
 _NUMBER = (int, float)
 _LARGEST = 2**63
-_SOURCE: dict[str, Any] = {"model": str, "kind": str, "sha256": {str: str}}
+_SOURCE: dict[str, Any] = {"model": str, "kind": str, "precision": str, "vocab": str, "sha256": {str: str}}
+_SOURCE["made_of"] = _MADE = {**_SOURCE, "base": _SOURCE, "delta": _SOURCE, "tuned": _SOURCE}
+_MADE["made_of"] = _MADE
 _PART: dict[str, Any] = {"dataset": str, "dataset_sha256": str}
 # Keys that something reads, with the types of their values; any may be null or missing. {str: T}: T by any name.
 _RECORD: dict[str, Any] = {
-    "source": {**_SOURCE, "base": _SOURCE, "delta": _SOURCE, "tuned": _SOURCE},
+    "source": _MADE,
     "versions": {str: str},
     "recipe": {"act_order": str, "damp": _NUMBER},
     "calibration": {**_PART, "template": str, "parts": [_PART]},

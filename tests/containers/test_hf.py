@@ -524,6 +524,7 @@ def test_half_of_a_character_in_a_config_is_refused(make_model: MakeModel, tmp_p
         ({"model_type": {"a": 1}}, "not a name"),
         ({"max_position_embeddings": -256}, r"context_length would be -256, which no GGUF file holds"),
         ({"max_position_embeddings": 2**40}, "which no GGUF file holds"),
+        ({"head_dim": 2**38}, "has shape"),
     ],
 )
 def test_a_config_of_what_no_model_has(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeModel
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import quantkit
 from quantkit.errors import SourceError, UsageError
@@ -49,6 +50,18 @@ def test_a_chat_template_without_end(make_model: MakeModel, tmp_path: Path, monk
     with pytest.raises(SourceError, match=r"the chat template takes more than 0\.2 s, and was stopped"):
         quantkit.samples(model, calibration=str(tmp_path / "d.jsonl"), samples=1, seq_len=16)
     assert quantkit.card(model, base_model=["a/b"], licence="mit").models
+
+
+@pytest.mark.parametrize("program", ["9 ** (9 ** 9)", "range(10 ** 9) | list", "ns.x"])
+def test_a_step_of_a_template_that_nothing_could_stop(program: str, make_model: MakeModel, tmp_path: Path) -> None:
+    model = shutil.copytree(make_model("llama"), tmp_path / "model")
+    squares = "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}"
+    (model / "chat_template.jinja").write_text(f"{squares if 'ns' in program else ''}{{{{ {program} }}}}")
+    started = time.monotonic()
+    (problem,) = quantkit.verify(model, generate=False).problems
+    assert problem.startswith("the chat template cannot be rendered: ")
+    assert time.monotonic() - started < 15
+    assert ImmutableSandboxedEnvironment.intercepted_binops == frozenset()
 
 
 @pytest.mark.fast

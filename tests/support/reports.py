@@ -48,7 +48,7 @@ SOURCE = Numbers(12.345678, 0.25, None, None, None, None)
 OWN = Numbers(13.0, 0.26, KL, 0.9375, 0.0517, 0.0021, kl_divergence_stderr=0.00075, top1_agreement_stderr=0.0044)
 ROWS = [ModelResult(model="tiny-fp16", **vars(SOURCE)), ModelResult(model="tiny-GPTQ-4bit-128g", **vars(OWN))]
 ALONE = PerplexityReport("wikitext2", 2048, None, 4096, ROWS[:1])
-COMPARED = PerplexityReport("heldout.jsonl", 512, 256, 3000, ROWS)
+COMPARED = PerplexityReport("heldout.jsonl", 512, 256, 3000, ROWS, "float16 from Q4_1")
 GPTQ = GptqReport(
     out=OUT,
     model=OUT,
@@ -119,6 +119,7 @@ def compared(name: str, bytes: int, result: Numbers, layers: list[float] | None)
         pareto=reference,
         texts={"wikitext2": TextResult(**vars(result), worst=() if reference else WORST)},
         layers=layers,
+        precision="float16 from Q4_1" if reference else "GPTQ 4-bit",
     )
 
 
@@ -139,7 +140,18 @@ COMPARE = CompareReport(
     quantkit="0.1.0",
 )
 TASKS = (
-    TaskResult("arc_challenge", "ARC (25-Shot)", "allenai/ai2_arc", "test", 25, "acc_norm", 0.5725, 0.0144, 1172),
+    TaskResult(
+        "arc_challenge",
+        "ARC (25-Shot)",
+        "allenai/ai2_arc",
+        "test",
+        25,
+        "acc_norm",
+        0.5725,
+        0.0144,
+        1172,
+        "ARC-Challenge",
+    ),
     TaskResult("own", "own", None, None, None, "perplexity", 12.5, None, 10),
 )
 RESULTS = EvalResults(

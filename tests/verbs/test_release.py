@@ -191,7 +191,7 @@ def test_what_is_done_is_not_done_again(small: Path, tmp_path: Path) -> None:
     # Another variant's bits: that one, and what tells of it.
     small.write_text(SMALL.replace("bits: 4", "bits: 8"))
     changed = statuses(quantkit.release(small, out))
-    assert (changed["fp16"], changed["codes Q8_0 pre gpt-2"], changed["folder Tiny-GGUF"]) == ("unchanged",) * 3
+    assert (changed["reference"], changed["codes Q8_0 pre gpt-2"], changed["folder Tiny-GGUF"]) == ("unchanged",) * 3
     assert (changed["gptq 8bit-32g"], changed["compare"], changed["card Tiny-GGUF"]) == ("done",) * 3
     assert (out / "Tiny-GGUF" / "Tiny-Q8_0.gguf").read_bytes() == before["Tiny-GGUF/Tiny-Q8_0.gguf"]
 
@@ -201,7 +201,7 @@ def test_what_is_done_is_not_done_again(small: Path, tmp_path: Path) -> None:
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     mended = statuses(quantkit.release(small, out))
     assert weights.read_bytes() == whole
-    assert (mended["gptq 8bit-32g"], mended["fp16"], mended["compare"]) == ("done", "unchanged", "unchanged")
+    assert (mended["gptq 8bit-32g"], mended["reference"], mended["compare"]) == ("done", "unchanged", "unchanged")
 
 
 def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path: Path) -> None:
@@ -209,14 +209,14 @@ def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path
     quantkit.release(small, out)
     small.write_text(SMALL.replace("samples: 4", "samples: 5"))
     calibrated = statuses(quantkit.release(small, out))
-    assert calibrated["fp16"] == "unchanged"
+    assert calibrated["reference"] == "unchanged"
     assert (calibrated["gptq 4bit-32g"], calibrated["codes Q8_0 pre gpt-2"]) == ("done", "done")
     (tmp_path / "text.txt").write_text(TEXT.replace("river", "mountain"))
     judged = statuses(quantkit.release(small, out))
-    assert (judged["fp16"], judged["compare"]) == ("unchanged", "done")
+    assert (judged["reference"], judged["compare"]) == ("unchanged", "done")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rope_theta": 20000.0}))
-    assert statuses(quantkit.release(small, out))["fp16"] == "done"
+    assert statuses(quantkit.release(small, out))["reference"] == "done"
 
 
 def test_a_variant_that_fails_does_not_take_the_others_along(
@@ -277,10 +277,10 @@ def test_a_dry_run_tells_what_will_be_and_writes_nothing(
     plan = json.loads(capsys.readouterr().out)
     assert contents(tmp_path) == before
     parts = {part["name"]: part for part in plan["forecasts"]}
-    assert list(parts) == ["fp16", "gptq 4bit-32g", "gguf Q8_0", "ggjt Q4_0", "compare"]
+    assert list(parts) == ["reference", "gptq 4bit-32g", "gguf Q8_0", "ggjt Q4_0", "compare"]
     assert "cannot say" in parts["ggjt Q4_0"]["refused"]
     quantkit.release(small, tmp_path / "out")
-    for part, folder in (("fp16", "Tiny"), ("gptq 4bit-32g", "Tiny-GPTQ-4bit-32g")):
+    for part, folder in (("reference", "Tiny"), ("gptq 4bit-32g", "Tiny-GPTQ-4bit-32g")):
         assert parts[part]["bytes"] == sum(
             t.numel() * t.element_size() for t in stored(tmp_path / "out" / folder).values()
         )
@@ -304,7 +304,7 @@ def test_a_part_takes_what_its_verb_says(small: Path, tmp_path: Path) -> None:
     weighed = quantkit.imatrix(model, file, **drawn)
     assert held.memory_bytes > 0
     assert 0 < weighed.multiplications < codes.multiplications
-    assert (parts["fp16"].bytes, parts["fp16"].memory_bytes) == (held.bytes, held.memory_bytes)
+    assert (parts["reference"].bytes, parts["reference"].memory_bytes) == (held.bytes, held.memory_bytes)
     assert (parts["gguf Q8_0"].bytes, parts["gguf Q8_0"].memory_bytes) == (codes.bytes, codes.memory_bytes)
     most = max(rounded.memory_bytes, weighed.memory_bytes)
     assert (parts["gguf Q4_0"].bytes, parts["gguf Q4_0"].memory_bytes) == (rounded.bytes, most)

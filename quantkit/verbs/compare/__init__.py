@@ -51,6 +51,7 @@ class CompareReport(Report):
         models: the reference first, then the variants as they were given.
         choice: the variant to take; None where none was asked for, or none keeps to the limits.
         unmet: in that last case, which one comes nearest.
+        budget, max_kl: the limits, in bytes and nats; None where there was none.
         answers: to prompts, side by side; None where none were asked for.
     """
 
@@ -62,8 +63,11 @@ class CompareReport(Report):
     choice: Recommendation | None
     unmet: str | None
     answers: Answers | None = None
+    budget: int | None = None  # reports of before have neither
+    max_kl: float | None = None
 
     def lines(self) -> Iterator[Shown]:
+        yield "reference: " + ", ".join(filter(None, (self.reference, self.models[0].precision)))
         front = Column("front", "center", drop=1)
         columns = [Column("model", "left"), Column("size"), Column("bits/w", drop=4), *heads(True), front]
         for text in self.texts:
@@ -132,7 +136,9 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
             ]
             models = _models(sources, windows, scores, origins)
             choice, unmet = choose(models[1:], limits)
-            report = CompareReport(place, models[0].model, facts, models, choice, unmet, answers)
+            report = CompareReport(
+                place, models[0].model, facts, models, choice, unmet, answers, budget, options.max_kl
+            )
             figures = _figures(models, scores, progress) if options.plots else {}
             write_json(folder / "report.json", report.as_dict())
             write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins, questions))
@@ -227,6 +233,7 @@ def _models(
             pareto=False,
             texts=result,
             layers=layers,
+            precision=source.precision,
         )
         for source, found, made, result, layers in zip(sources, described, origins, results, scores.layers, strict=True)
     ]

@@ -60,7 +60,9 @@ class FamilySteps:
     def _comparison(self) -> Step:
         judging = self._recipe.evaluation
         asking = {"prompts", "prompt_count", "max_new_tokens"} if judging.prompts else set()
-        judged = judging.model_dump(mode="json", include={"texts", "seq_len", "eval_tokens", *asking})
+        judged = judging.model_dump(
+            mode="json", include={"texts", "seq_len", "eval_tokens", "budget", "max_kl", *asking}
+        )
 
         def run(done: frozenset[str], again: bool) -> None:
             variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]

@@ -11,7 +11,7 @@ from typing import Any, cast
 from transformers import PretrainedConfig
 
 from quantkit.blocks.open import resolve_device
-from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
+from quantkit.containers import CONTAINERS, Container, files, is_imatrix, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
@@ -295,6 +295,8 @@ def _model_files(folder: Path) -> list[Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and (of_file(path) or _named_like(path)):
+            if is_imatrix(path):
+                continue
             found.setdefault(model_stem(path) + path.suffix, path)
     return list(found.values())
 

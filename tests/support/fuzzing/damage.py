@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import struct
@@ -504,16 +506,16 @@ def zip_of(dice: Random, data: bytes) -> bytes:
     return written.getvalue()
 
 
-def sealed_of(dice: Random, data: bytes) -> bytes:
-    """A sealed record that is damaged; half the time with a seal that fits."""
-    from quantkit.runs.atomic import fingerprint
-
+def journal_of(dice: Random, data: bytes) -> bytes:
+    """A journal that is damaged; half the time with seals that fit."""
     if dice.random() < 0.5:
-        return json_of(dice, data)
-    content = json.loads(data)
-    content.pop("seal")
-    content = tree_of(dice, content)
-    try:
-        return json.dumps({**content, "seal": fingerprint(content)}).encode()
-    except (TypeError, ValueError, RecursionError):
-        return json_of(dice, data)
+        return bytes_of(dice, data)
+    texts = [line.partition(b" ")[2].decode() for line in data.splitlines()]
+    at = dice.randrange(len(texts))
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        texts[at] = json.dumps(tree_of(dice, json.loads(texts[at])))
+    seal, lines = "", []
+    for text in texts:
+        seal = hashlib.sha256(f"{seal} {text}".encode("utf-8", "surrogatepass")).hexdigest()
+        lines.append(f"{seal} {text}\n")
+    return "".join(lines).encode("utf-8", "surrogatepass")

@@ -176,7 +176,7 @@ def prompts(folder: Path, dice: Random) -> None:
 def answers(folder: Path, _: Random) -> None:
     asked = read_prompts(folder / "prompts.jsonl")
     done = begun(folder / "answers.jsonl", SETTINGS, asked)
-    with appending(folder / "answers.jsonl", SETTINGS, done) as file:
+    with appending(folder / "answers.jsonl", SETTINGS, done, resume=True) as file:
         file.write([{"id": 1}])
 
 
@@ -199,8 +199,8 @@ def ledger(folder: Path, _: Random) -> None:
         found.knows(step)
         found.hashes(step, "ab" * 32, folder / step)
     found.read_by(["text.txt", None])
-    found.begin("gptq", "cd" * 32)
-    found.end("gptq", "cd" * 32, folder / "gptq")
+    found.begin("gptq", "cd" * 32, folder / "gptq")
+    found.end("gptq", folder / "gptq")
 
 
 class States(list[torch.Tensor]):
@@ -213,7 +213,7 @@ def unfinished(folder: Path, _: Random) -> None:
         check_unfinished(out, resume=False, force=False)
     if finished(out, DECIDES) is None:
         with working(out, DECIDES, 2, resume=True, force=False) as run:
-            landed = find_landed(run.folder, 2)
+            landed = find_landed(run)
             for index in range(landed.blocks):
                 for linear in landed.linears(index):
                     assert math.prod(linear.tensors["codes"].shape) > 0
@@ -301,14 +301,12 @@ READERS: dict[str, Reader] = {
     ),
     "recipe": Reader("recipe", {"recipe.yaml": damage.yaml_of}, recipe, 3),
     "tasks": Reader("tasks", {"*.yaml": damage.yaml_of}, tasks),
-    "ledger": Reader("ledger", {".release/ledger.json": damage.json_of}, ledger, 2),
+    "ledger": Reader("ledger", {".release/journal": damage.journal_of}, ledger, 2),
     "unfinished": Reader(
         "unfinished",
         {
-            ".tiny.unfinished/run.json": damage.sealed_of,
-            ".tiny.unfinished/blocks/*.json": damage.sealed_of,
+            ".tiny.unfinished/journal": damage.journal_of,
             ".tiny.unfinished/blocks/*.safetensors": damage.safetensors_of,
-            ".tiny.unfinished/hidden/*/done.json": damage.sealed_of,
         },
         unfinished,
         2,

@@ -21,7 +21,8 @@ import quantkit
 from quantkit.runs.answers import appending, line_of
 from quantkit.runs.landing import LandedLinear, keep_states, land_block
 from quantkit.runs.ledger import Ledger
-from quantkit.runs.unfinished import folder_of, working
+from quantkit.runs.places import folder_of
+from quantkit.runs.unfinished import working
 from quantkit.verbs.generate.prompts import read_prompts
 from support import gguf_models
 from support.fuzzing.readers import DECIDES, SETTINGS
@@ -272,8 +273,9 @@ def _ledger(folder: Path) -> None:
     (folder / ".release").mkdir()
     ledger = Ledger(folder)
     ledger.read_by([str(folder / "text.txt")])
-    ledger.end("reference", "ab" * 32, folder / "reference")
-    ledger.begin("gptq", "ab" * 32)
+    ledger.begin("reference", "ab" * 32, folder / "reference")
+    ledger.end("reference", folder / "reference")
+    ledger.begin("gptq", "ab" * 32, folder / "gptq")
 
 
 def _unfinished(folder: Path) -> None:
@@ -284,12 +286,12 @@ def _unfinished(folder: Path) -> None:
     try:
         with working(folder / "tiny", DECIDES, 2, resume=False, force=False) as run:
             (run.folder / "blocks").mkdir()
-            land_block(run.folder / "blocks" / "00000", [linear])
-            keep_states(run.folder / "hidden" / "00001", [torch.ones(2, 3), torch.ones(2, 3)])
+            land_block(run.folder, run.journal, 0, [linear])
+            keep_states(run.folder, run.journal, 1, [torch.ones(2, 3), torch.ones(2, 3)])
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         pass
-    assert (folder_of(folder / "tiny") / "run.json").exists()
+    assert (folder_of(folder / "tiny") / "journal").exists()
 
 
 def _reports(folder: Path, record: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
+_LONGEST = 255  # bytes of a file's name
+
 # What records of each kind have, which a stranger may have written too.
 _LINEAR = {"name": str, "fields": dict, "statistics": dict}
 _KINDS: dict[str, dict[str, Any]] = {
@@ -120,10 +122,27 @@ def _has(record: Mapping[str, Any], keys: Mapping[str, Any]) -> bool:
 
 
 def _is_plain(record: Record) -> bool:
+    """Whether what names files names such as can be, in the folders that it is about."""
     names = [*(record.get("placing") or ()), *([record["of"]] if "of" in record else ())]
-    paths = [record.get("out", ""), *(record.get("output") or ()), *(record.get("carries") or ())]
+    outputs = [record.get("output") or {}, *(record.get("before") or ())]
+    if not all(isinstance(output, dict) for output in outputs):
+        return False
+    inside = (name for output in outputs for name in output)
+    paths = [record.get("out", ""), *(record.get("carries") or ()), *inside, *names]
     return (
-        all(isinstance(name, str) and name not in ("", ".", "..") and "/" not in name for name in names)
-        and not any(".." in path.split("/") or path.startswith("/") for path in paths)
+        all(isinstance(path, str) and _can_be(path) for path in paths)
+        and all(name not in ("", ".") and "/" not in name for name in names)
+        and all(isinstance(sha256, str) for output in outputs for sha256 in output.values())
+        and all(isinstance(row, list) and len(row) == 3 for row in (record.get("files") or {}).values())
         and ("placing" not in record or len(record["inodes"]) == max(len(record["placing"] or ()), 1))
     )
+
+
+def _can_be(path: str) -> bool:
+    """Whether a file below a folder can have this path."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    parts = encoded.split(b"/")
+    return not path.startswith("/") and b".." not in parts and b"\0" not in encoded and max(map(len, parts)) <= _LONGEST

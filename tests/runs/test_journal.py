@@ -25,3 +25,22 @@ def test_a_block_whose_linears_are_none_is_damaged(wrong: Any, tmp_path: Path) -
     found = Journal(tmp_path / "journal")
     assert found.damaged == 2
     assert found.records == [whole]
+
+
+STEP: dict[str, Any] = {"step": "gptq", "out": "gptq", "fingerprint": "ab", "before": [], "output": {}, "files": {}}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"out": "../x"}, {"out": "/x"}, {"out": "a" * 256}, {"out": "\ud800"}, {"out": "a\0"}),
+        *({"output": {"../x": "ab"}}, {"output": {"x": 7}}, {"before": [{"../x": "ab"}]}, {"before": ["x"]}),
+        *({"files": {"/x": 7}}, {"files": {"/x": []}}),
+    ],
+)
+def test_a_step_that_names_no_file_of_its_own_is_damaged(changed: dict[str, Any], tmp_path: Path) -> None:
+    sound = {**STEP, "output": {"a/b.safetensors": "cd"}, "before": [{"a": "cd"}], "files": {"/x/a": [1, 2, "cd"]}}
+    Journal(tmp_path / "journal").append(sound, {**STEP, **changed})
+    found = Journal(tmp_path / "journal")
+    assert found.damaged == 2
+    assert found.records == [sound]

@@ -26,7 +26,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "  Set PYTHON to use another interpreter (3.11 to 3.14), PYTEST_ARGS to pass options to pytest."
 
-demo: $(DEMO) $(SMOLLM2)  ## quantize SmolLM2-135M to 4 bits and compare it with fp16
+demo: $(DEMO) $(SMOLLM2)  ## quantize SmolLM2-135M to 4 bits and compare it with its source
 	$(BIN)/quantkit gptq --bits 4 --force
 
 demo-gemma: $(DEMO) $(GEMMA)  ## the same with Gemma-3-270M

@@ -212,6 +212,7 @@ class RandomLlama:
     """A Source of random weights, made when they are read: the same name gives the same tensor."""
 
     kind = "hf"
+    trusts_code = False
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
         self.label, self.path, self.config, self.dtype = "random-llama", Path("random-llama"), config, dtype

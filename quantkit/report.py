@@ -36,6 +36,13 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Text of any number of lines; anything else is one line, whatever names are in it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Rule:
     """A line across the screen, with a title at its left."""
 
@@ -73,7 +80,7 @@ class Table:
     indent: int = 0
 
 
-Shown = str | Line | Rule | Table
+Shown = str | Line | Rule | Table | Text
 
 
 def common_start(names: Sequence[str]) -> str:

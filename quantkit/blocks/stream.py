@@ -58,7 +58,6 @@ class ModelStream:
         self.source, self.device, self.dtype = source, device, dtype
         # Ties are undone: both ends are loaded when they are needed.
         self._model = build_on_meta(source, tied=False)
-        self._materialize_buffers()
         names = expert_names(self._model)
         fused = take_experts_apart(self._model, names)
         known = FAMILIES.get(source.config.model_type)
@@ -67,6 +66,7 @@ class ModelStream:
         self.blocks = [f"{self.family.blocks}.{i}" for i in range(len(self.modules))]
         self.weights: Weights = bind(source, self._model, fused, names, untie)
         self._check_tensors()
+        self._materialize_buffers()  # of sizes that the tensors bear out
         self._arguments: list[list[Arguments]] = []
         self._stages: dict[tuple[str, ...], Stages] = {}
         self._capture: Capture | None = None

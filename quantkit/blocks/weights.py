@@ -24,6 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from quantkit.containers.hf.read import check_counts
 from quantkit.containers.source import Place, Source, TensorInfo, Weights, by_prefix
 from quantkit.errors import SourceError, first_line
 
@@ -32,8 +33,13 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     """The model class of the config, without weights; with `tied` False its embeddings are apart, whatever it says.
 
     Raises:
-        SourceError: the class does not like the config.
+        SourceError: the class does not like the config, or it names more layers than tensors could make.
     """
+    # A layer has a tensor of its own, an expert at least a row of one. (Of damaged files not all are known.)
+    tensors = source.tensors.values()
+    most = max(_FEW, len(tensors))
+    widest = max((side for info in tensors for side in info.shape), default=0)
+    check_counts(source.config.to_dict(), source.path, {"layer": most, "expert": max(most, widest)})
     factory: Any = AutoModelForCausalLM
     try:
         config = type(source.config).from_dict(source.config.to_dict())
@@ -50,6 +56,7 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     return model.eval()
 
 
+_FEW = 200  # layers or experts, which cost nothing
 _LLAMA_4 = "Llama4TextExperts"  # the class of its experts
 _SHOWN = 4  # prefixes of tensors that are left out
 # Old checkpoints store these, which every reader computes from the config.

@@ -77,10 +77,10 @@ for _name, _says in COMMANDS.items():
 
 def full_command(name: str) -> Any:
     """The command of this name, with its options, which take a tenth of a second to import."""
-    from quantkit.cli.command import command_of
+    from quantkit.cli.command import class_of, command_of
 
     of_one = _typer()
-    of_one.command(name, help=COMMANDS[name])(command_of(name))
+    of_one.command(name, help=COMMANDS[name], cls=class_of(name))(command_of(name))
     return typer.main.get_command(of_one)
 
 

@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from quantkit.blocks.budget import tune
 from quantkit.cli import console
@@ -47,6 +49,21 @@ def command_of(name: str) -> Callable[..., None]:
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
+
+
+def class_of(name: str) -> type[TyperCommand]:
+    """The class of a verb's command, which takes some options without a value: Typer has no such ones."""
+    spec = spec_of(name)
+    bare = {spec.spelling(field): one for field in spec.model_fields if (one := spec.typed(field).bare)}
+
+    class Filled(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            given: list[str] = []
+            for word, after in zip_longest(args, args[1:], fillvalue="-"):
+                given += [word, bare[word]] if word in bare and after.startswith("-") else [word]
+            return super().parse_args(ctx, given)
+
+    return Filled
 
 
 @contextmanager
@@ -119,7 +136,7 @@ def _parameter(spec: type[Options], name: str) -> inspect.Parameter:
         spelled += [typed.also] if typed.also else []
         info = typer.Option(
             *spelled,
-            metavar=None if kind is bool else f"<{word}>",
+            metavar=None if kind is bool else f"[<{word}>]" if typed.bare else f"<{word}>",
             help=help,
             show_default=shown,
             rich_help_panel=spec.panel_of(name),

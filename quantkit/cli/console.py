@@ -37,14 +37,16 @@ def print_json(content: dict[str, Any]) -> None:
 def show(lines: Iterable[Shown]) -> None:
     """What a report says, on stdout."""
     from quantkit.cli.tables import lines_of
-    from quantkit.report import Line, Rule, Table
+    from quantkit.report import Line, Rule, Table, Text
 
     for line in lines:
         match line:
             case str():
-                results().print(visible(line, lines=True), markup=False)
+                results().print(visible(line), markup=False)
             case Line():
-                results().print(visible(line.text, lines=True), markup=False, style=line.style)
+                results().print(visible(line.text), markup=False, style=line.style)
+            case Text():
+                results().print(visible(line.text, lines=True), markup=False)
             case Rule():
                 results().rule(visible(line.title), align="left")
             case Table():

@@ -85,12 +85,12 @@ def farewell(stop: BaseException, arguments: Sequence[str]) -> str:
     """What an interrupted command says: what is left of it, and how to go on."""
     again = [argument for argument in arguments if argument not in ("--resume", "--force")]
     advice = f"go on with: quantkit {shlex.join([*again, '--resume'])}"
-    of_gptq = "gptq" in arguments[:1]
+    resumes = list(arguments[:1]) in (["gptq"], ["compare"])
     if isinstance(stop, Interrupted) and "generate" in arguments[:1]:
         return f"interrupted; {stop}"
     if isinstance(stop, Interrupted):
-        return f"interrupted {stop}; {advice if of_gptq else 'the same command goes on with it'}"
-    if of_gptq and "--resume" in arguments:  # what an earlier run left may not even have been looked at
+        return f"interrupted {stop}; {advice if resumes else 'the same command goes on with it'}"
+    if resumes and "--resume" in arguments:  # what an earlier run left may not even have been looked at
         return f"interrupted before anything new was done; {advice}"
     return "interrupted; no unfinished output was left"
 

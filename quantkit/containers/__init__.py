@@ -7,6 +7,7 @@ they are needed: this module imports neither torch nor anything that does, so op
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,6 +21,9 @@ _PROGRAMS = "quantkit.verbs.verify.programs"
 _READS_GPTQ = "it reads GPTQ folders"
 _READS_GGUF = "it reads GGUF files: quantkit ggml makes one of this"
 _LONGEST_MAGIC = 16
+_FIRST_KEYS = 1024
+# general.type = "imatrix" as GGUF has it: the key, the number of text, a length, the text.
+_TYPED_IMATRIX = b"general.type" + struct.pack("<IQ", 8, 7) + b"imatrix"
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ _ROWS = (
         opens="quantkit.containers.hf.read:HfSource",
         method="",
         quantized=False,
-        shown=Shown("fp16", "Full-precision weights", "full precision, for transformers", ("HF", "fp16")),
+        shown=Shown("fp16", "Weights in floats", "weights in floats, for transformers", ("HF", "fp16")),
         loads={**_FULL_PRECISION, "ExLlamaV2": Loads("in float16", f"{_PROGRAMS}:exllama2")},
         refused=_NEEDS_CODES,
     ),
@@ -201,7 +205,10 @@ _ROWS = (
         shown=Shown("GGUF", "GGUF files", "GGUF files, for llama.cpp", ("GGUF",), "gguf"),
         loads={
             "transformers": Loads("dequantized, with gguf_file=", f"{_PROGRAMS}:gguf_by_transformers"),
-            "vLLM": Loads("needs --tokenizer of the source model", f"{_PROGRAMS}:gguf_by_transformers"),
+            "vLLM": Loads(
+                "with its plugin vllm-gguf-plugin, and --tokenizer of the source model",
+                f"{_PROGRAMS}:gguf_by_transformers",
+            ),
             "llama.cpp": Loads("", f"{_PROGRAMS}:llama_cpp"),
             "ctransformers": Loads("0.2.27", f"{_PROGRAMS}:ctransformers"),
         },
@@ -265,6 +272,12 @@ def of_file(path: Path) -> Container | None:
     with path.open("rb") as opened:
         head = opened.read(_LONGEST_MAGIC)
     return next((row for row in files() if head.startswith(row.magics)), None)
+
+
+def is_imatrix(path: Path) -> bool:
+    """Whether a file is an importance matrix, which has the form of a GGUF file and may lie beside one."""
+    with path.open("rb") as opened:
+        return _TYPED_IMATRIX in opened.read(_FIRST_KEYS)
 
 
 def of_format(name: str) -> Container:

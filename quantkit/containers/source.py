@@ -16,7 +16,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from quantkit.codes import QuantizedLinear
 from quantkit.runs.atomic import FileStates
+from quantkit.runs.record import rounded_before
 
+# What is no rounding of weights to less than the floats of training.
+_PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 # Masks and counters that some checkpoints store; everything else is a weight.
 _INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
 
@@ -123,6 +126,13 @@ class Source(Protocol):
     def scheme(self) -> str | None:
         """How its weights are stored, in a few words; None: as the types of its tensors say."""
         return None
+
+    @property
+    def precision(self) -> str:
+        """What it is read as, and what its weights were rounded to before: "float16", "float16 from Q4_1"."""
+        rounded = {info.stored_as for info in self.tensors.values() if info.bits or info.stored_as not in _PLAIN}
+        before = ", ".join(sorted(rounded)) or (rounded_before(self.path) if self.path.is_dir() else "")
+        return str(self.dtype).removeprefix("torch.") + (f" from {before}" if before else "")
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -8,9 +8,10 @@ Groups of them make up the verbs' specs (`quantkit.options.verbs`), the recipe o
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options.grid import METHODS as METHODS
@@ -27,6 +28,7 @@ from quantkit.options.spec import Typed as Typed
 from quantkit.options.spec import make as make
 from quantkit.options.values import (
     DeviceName,
+    Divergence,
     Interval,
     KindName,
     Name,
@@ -132,14 +134,11 @@ class Opened(Options):
                 check_data(text)
         return given
 
-    @field_validator("prompts", "tasks_dir", check_fields=False)
+    @field_validator("tasks_dir", check_fields=False)
     @classmethod
-    def _check_is_there(cls, given: Any, info: ValidationInfo) -> Any:
+    def _check_is_there(cls, given: Any) -> Any:
         if given is not None and not os.path.exists(os.path.expanduser(given)):
-            wrong = (
-                ": no such folder" if info.field_name == "tasks_dir" else " cannot be read: No such file or directory"
-            )
-            raise UsageError(f"{cls.spelling(str(info.field_name))} {given}{wrong}")
+            raise UsageError(f"--tasks-dir {given}: no such folder")
         return given
 
     @field_validator(
@@ -246,6 +245,15 @@ class Amount(Options):
     """Judge on the first N tokens of the text, in whole windows; all: the whole text."""
 
 
+class Choosing(Options):
+    """Which variant is the one to take."""
+
+    budget: Size | None = None
+    """Name the variant to take of at most this size, such as 4GB."""
+    max_kl: Divergence | None = None
+    """Name the smallest variant of at most this mean KL divergence, such as 0.05."""
+
+
 class Evaluation(Text):
     """Whether what was made is compared with what it was made from."""
 
@@ -296,7 +304,14 @@ class Tasks(Options):
     """Ask only the first so many questions of each task."""
 
 
-class Decoding(Seed):
+class AnswerLength(Options):
+    """How long an answer may be."""
+
+    max_new_tokens: Natural = 2048
+    """Longest answer."""
+
+
+class Decoding(AnswerLength, Seed):
     """How an answer is drawn from a model; the defaults are those of WizardLM's decoding script.
 
     `greedy` leaves temperature, top_p, top_k and seed without meaning.
@@ -313,10 +328,48 @@ class Decoding(Seed):
     """Draw from so many of the likeliest tokens; 0: from all."""
     num_beams: Natural = 1
     """More than 1: beam search, one prompt at a time."""
-    max_new_tokens: Natural = 2048
-    """Longest answer."""
     repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Above 1: makes tokens that were there less likely."""
+
+
+class Prompts(Options):
+    """What models answer."""
+
+    prompts: Annotated[Place, Typed(bare=HELDOUT)]
+    """JSON lines with Instruction, instruction (and input), prompt, text, messages or conversations; alone, before
+    another option or at the end: the bundled held-out records."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _check_prompts(cls, prompts: Place | None) -> Place | None:
+        if prompts is None or str(prompts) == HELDOUT:
+            return prompts
+        path = Path(prompts).expanduser()
+        if not path.is_file() or path.suffix in (".gguf", ".ggml", ".bin"):
+            raise UsageError(
+                f"--prompts {prompts}: no file of prompts; give JSON lines, or --prompts alone, before another option "
+                "or at the end, for the bundled ones"
+            )
+        return prompts
+
+
+class PromptCount(Options):
+    """How many of the prompts."""
+
+    prompt_count: Natural = 24
+    """Answer at most so many of the prompts, taken evenly from the whole file."""
+
+
+class Asking(Prompts, PromptCount, AnswerLength):
+    """What models answer beside each other, taking the likeliest token every time."""
+
+    panel: ClassVar[str] = "Answers"
+    defaults: ClassVar[Mapping[str, Any]] = {"max_new_tokens": 128, "prompts": None}
+    helps: ClassVar[Mapping[str, str]] = {
+        "max_new_tokens": "Longest answer to one of --prompts, in tokens.",
+        "prompts": "Show answers side by side: to a file of JSON lines, as generate reads it; alone, before another "
+        "option or at the end: to the bundled held-out records.",
+    }
 
 
 class System(Prompt):

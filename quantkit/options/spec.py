@@ -30,12 +30,14 @@ class Typed:
         metavar: what stands for an argument in the help.
         also: another spelling of the option, which is a key of recipes too.
         display: it decides on what is shown alone, so that the library's function does not take it.
+        bare: the value where the option stands alone.
     """
 
     spelled: str = ""
     metavar: str = ""
     also: str = ""
     display: bool = False
+    bare: str = ""
 
 
 class Spec(BaseModel):

@@ -12,11 +12,13 @@ from quantkit.errors import UsageError
 from quantkit.options import (
     Amount,
     Arithmetic,
+    Asking,
     Base,
     Batches,
     Calibration,
     CardFacts,
     Checkpoint,
+    Choosing,
     Compute,
     Container,
     Cutting,
@@ -39,6 +41,7 @@ from quantkit.options import (
     Output,
     Overrides,
     Pair,
+    Prompts,
     Public,
     Repository,
     Resume,
@@ -55,7 +58,7 @@ from quantkit.options import (
     Twice,
     Typed,
 )
-from quantkit.options.values import Divergence, FileType, Folders, GridType, Name, Place, Size
+from quantkit.options.values import FileType, Folders, GridType, Name, Place
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
@@ -145,17 +148,16 @@ class Perplexity(Text, Cutting, Compute, Opened, Revision, Trust):
     """Reference model to compare with."""
 
 
-class Compare(Texts, Cutting, Compute, Opened, Revision, Trust, Out, Force):
+class Compare(Choosing, Texts, Cutting, Asking, Compute, Opened, Revision, Trust, Out, Resume, Force):
     arguments: ClassVar[tuple[str, ...]] = ("reference", "variants")
-    helps: ClassVar[Mapping[str, str]] = {"out": "Folder to write the report and its plots to."}
+    helps: ClassVar[Mapping[str, str]] = {
+        "out": "Folder to write the report and its plots to.",
+        "resume": "Go on with the answers to --prompts of a comparison that was stopped.",
+    }
     reference: Annotated[Name, Typed(metavar="REF")]
     """What the variants are compared with: folder, file or Hub id."""
     variants: Annotated[tuple[Name, ...], Typed(metavar="VARIANT...")]
     """Folders (full precision or GPTQ), GGUF or ggjt files, Hub ids."""
-    budget: Size | None = None
-    """Name the variant to take of at most this size, such as 4GB."""
-    max_kl: Divergence | None = None
-    """Name the smallest variant of at most this mean KL divergence, such as 0.05."""
     plots: bool = True
     """Draw plots (extra: plots)."""
 
@@ -168,14 +170,12 @@ class Eval(Pair, Opened, Trust, Tasks, Arithmetic, Batches, Out, Force):
     """Examples before each question of --task; default: as each says."""
 
 
-class Generate(Pair, Opened, Trust, System, Decoding, Arithmetic, Batches, Out, Resume, DryRun, Force):
+class Generate(Prompts, Pair, Opened, Trust, System, Decoding, Arithmetic, Batches, Out, Resume, DryRun, Force):
     helps: ClassVar[Mapping[str, str]] = {
         "out": "File of answers to write, JSON lines.",
         "resume": "Go on with --out; answers in it stay.",
         "dry_run": "Read and check the prompts; write nothing.",
     }
-    prompts: Place
-    """JSON lines with Instruction, instruction (and input), prompt, text, messages or conversations."""
 
 
 class Chat(Pair, Opened, Trust, System, Decoding, Arithmetic, Json):
@@ -227,7 +227,7 @@ class Card(Held, CardFacts, Trust, Force):
     reports: Annotated[tuple[Place, ...], Typed("--report")] = ()
     """report.json of `quantkit compare`, whose plots are copied; may be repeated."""
     evals: Annotated[tuple[Place, ...], Typed("--eval")] = ()
-    """Results of `quantkit eval`; may be repeated."""
+    """Results of `quantkit eval`, as a baseline of the source too; may be repeated."""
     siblings: Annotated[tuple[str, ...], Typed("--sibling")] = ()
     """Another repository of the family, OWNER/NAME[=what it is]; may be repeated."""
     branches: Annotated[Folders, Typed("--with-branch")] = Field(default_factory=dict)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -24,7 +25,9 @@ from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.methods import Fallback, Solved, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
+from quantkit.runs.atomic import REPORT_NAME
 from quantkit.runs.landing import NOTHING, Landed
+from quantkit.runs.records import read_record
 
 OnBlock = Callable[[int, HiddenStates | None], None]
 
@@ -56,6 +59,14 @@ class LayerStatistics:
     fallback: Fallback
     tokens: int
     seconds: float
+
+
+def recorded_layers(folder: Path) -> list[LayerStatistics]:
+    """What a finished run noted of each Linear. Raises SourceError where the record is not as it was written."""
+    try:
+        return [LayerStatistics(**layer, seconds=0.0) for layer in read_record(folder)["layers"]]
+    except (KeyError, TypeError) as error:
+        raise SourceError(f"{folder / REPORT_NAME}: layers: {error}; the record is damaged, make it again") from None
 
 
 OnLinear = Callable[[str, Codes, LayerStatistics], None]

@@ -35,6 +35,10 @@ class Origin(Protocol):
         """The folder or file that is read."""
 
     @property
+    def precision(self) -> str:
+        """What it is read as, and what its weights were rounded to before."""
+
+    @property
     def choices(self) -> Mapping[str, Any]:
         """What was chosen to read it."""
 
@@ -58,6 +62,8 @@ def file_sha256(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises SourceError."""
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: is no file, so it is not opened")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

@@ -16,6 +16,7 @@ from typing import Any
 Record = dict[str, Any]
 
 # What records of each kind have, which a stranger may have written too.
+_LINEAR = {"name": str, "fields": dict, "statistics": dict}
 _KINDS: dict[str, dict[str, Any]] = {
     "run": {"blocks": (int, type(None)), "decides": (dict, type(None)), "settings": (dict, type(None))},
     "block": {"block": int, "sha256": str, "linears": list},
@@ -43,7 +44,8 @@ class Journal:
         self._seals = [""]
         self._bytes = 0
         try:
-            lines = path.read_bytes().split(b"\n")[:-1]
+            special = path.exists() and not path.is_file()  # a pipe might never end
+            lines = [b"no record"] if special else path.read_bytes().split(b"\n")[:-1]
         except OSError:
             lines = []
         for number, line in enumerate(lines, 1):
@@ -107,9 +109,14 @@ def _read(text: str) -> Record | None:
         return None
     for kind, has in _KINDS.items():
         if kind in record:
-            whole = all(isinstance(record.get(key), types) for key, types in has.items())
+            parts = record["linears"] if kind == "block" and _has(record, has) else []
+            whole = _has(record, has) and all(isinstance(part, dict) and _has(part, _LINEAR) for part in parts)
             return record if whole and _is_plain(record) else None
     return None
+
+
+def _has(record: Mapping[str, Any], keys: Mapping[str, Any]) -> bool:
+    return all(isinstance(record.get(key), types) for key, types in keys.items())
 
 
 def _is_plain(record: Record) -> bool:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import OutputError, UsageError
-from quantkit.runs.atomic import file_sha256
+from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.runs.atomic import file_sha256, read_json
 from quantkit.runs.journal import Journal, Record
 from quantkit.runs.keeping import Keeping, is_known
 from quantkit.runs.locks import hold
@@ -41,7 +41,7 @@ class Ledger:
         start_anew = f"remove {self.hidden} and the folders that are to be made anew, or name another --out"
         if self._journal.damaged is not None:
             raise OutputError(f"{self._journal.path}: record {self._journal.damaged} is damaged; {start_anew}")
-        if (self.hidden / "ledger.json").exists():
+        if _has_steps(self.hidden / "ledger.json"):
             raise OutputError(f"{self.hidden / 'ledger.json'} was written by an older version; {start_anew}")
         self._steps: dict[str, Record] = {}
         self._files: dict[str, list[Any]] = {}
@@ -170,6 +170,16 @@ def locked(folder: Path) -> Iterator[None]:
         raise OutputError(f"{folder}: cannot be written to: {error.strerror}") from error
     with lock:
         yield
+
+
+def _has_steps(path: Path) -> bool:
+    """Whether an older version noted anything in this file; one that is damaged counts as empty."""
+    try:
+        steps = read_json(path).get("steps")
+    except SourceError:
+        return False
+    entries = steps.values() if isinstance(steps, dict) else ()
+    return any(isinstance(entry, dict) and "fingerprint" in entry for entry in entries)
 
 
 def _files(out: Path, output: Hashes) -> Iterator[tuple[str, Path]]:

@@ -258,7 +258,9 @@ class Staging:
                     f"--out {self.out}: an older version left an unfinished run, which this one cannot go on with; "
                     "--force starts anew"
                 )
-            raise ChangedError(f"--out {self.out}: {self.journal.path} is damaged; --force starts anew")
+            # A block without its record was landing when the run was killed: nothing is lost with it.
+            if self.journal.damaged is not None or not self.journal.records:
+                raise ChangedError(f"--out {self.out}: {self.journal.path} is damaged; --force starts anew")
 
     @property
     def waiting(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import REPORT_NAME, FileStates, Origin, file_sha256, read_json
+from quantkit.runs.atomic import FileStates, Origin, file_sha256
 from quantkit.runs.places import READ_BY
+from quantkit.runs.records import read_record
 from quantkit.version import __version__
 
 CHECKSUMS = "SHA256SUMS"
@@ -41,9 +43,8 @@ def origin(source: Origin) -> dict[str, Any]:
 
 def made_from(source: Origin) -> str | None:
     """The kind of the model that quantkit made a folder from, by the record beside it. Raises SourceError."""
-    path = source.path / REPORT_NAME
-    made = read_json(path).get("source") if path.is_file() else None
-    return str(made.get("kind")) if isinstance(made, dict) else None
+    made = read_record(source.path).get("source")
+    return str(made.get("kind")) if made else None
 
 
 def companions(source: Origin) -> dict[str, Any]:
@@ -93,9 +94,7 @@ def _state(path: Path) -> tuple[int, ...]:
 
 def delta_record(source: Origin) -> dict[str, Any]:
     """What `quantkit diff` recorded of this delta; empty where another program made it, or the source is no delta."""
-    path = source.path / REPORT_NAME
-    found = read_json(path).get("delta") if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    return read_record(source.path).get("delta") or {}
 
 
 def _identity(source: Origin) -> dict[str, Any]:
@@ -104,7 +103,25 @@ def _identity(source: Origin) -> dict[str, Any]:
         named = {role: _identity(part) for role, part in source.parts.items()}
         return {"model": source.label, "kind": source.kind, **source.choices, **named}
     hashes = {path.name: _sha256(path) for path in source.weight_files()}
-    return {"model": source.label, "kind": source.kind, "sha256": hashes}
+    found: dict[str, Any] = {"model": source.label, "kind": source.kind, "precision": source.precision}
+    before = _noted(source.path)
+    made_of, files = before.get("source"), before.get("files")
+    own = isinstance(made_of, dict) and isinstance(files, dict) and hashes.items() <= files.items()
+    return {**found, "sha256": hashes, **({"made_of": made_of} if own else {})}
+
+
+def rounded_before(folder: Path) -> str:
+    """Types that the weights of a folder were rounded to before quantkit wrote it; "" where nothing says so."""
+    source = _noted(folder).get("source")
+    found = source.get("precision") if isinstance(source, dict) else None
+    return found.partition(" from ")[2] if isinstance(found, str) else ""
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """The record in a folder; {} where there is none to be read."""
+    with suppress(SourceError):
+        return read_record(folder)
+    return {}
 
 
 def _sha256(path: Path) -> str:

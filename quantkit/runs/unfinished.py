@@ -1,4 +1,7 @@
-"""A run of `gptq` that may be killed at any moment: what has landed lies in the staging of its output (`outputs`)."""
+"""A run of `gptq`, or of `compare` with answers, that may be killed at any moment.
+
+What has landed lies in the staging of its output (`outputs`).
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,14 @@ class Run:
         folder: where the run keeps what is finished of it.
         journal: its first record says what decides the result, the others what has landed.
         staged: the folder that will be the output.
-        total: blocks of the model.
+        total: blocks of the model; None where answers land.
         resumed: whether an earlier run's work is in it.
     """
 
     folder: Path
     journal: Journal
     staged: Path
-    total: int
+    total: int | None
     resumed: bool
 
 
@@ -53,7 +56,9 @@ def check_unfinished(out: Path, resume: bool, force: bool, dry_run: bool = False
 
 
 @contextmanager
-def working(out: Path, decides: Mapping[str, Any], total: int, resume: bool, force: bool) -> Iterator[Run]:
+def working(
+    out: Path, decides: Mapping[str, Any], total: int | None, resume: bool, force: bool, verb: str = "gptq"
+) -> Iterator[Run]:
     """A run of `total` blocks into `out`, which `Run.staged` becomes at the end.
 
     Whatever stops the run, what has landed is kept, unless nothing has or a resumed run would end in the same way;
@@ -62,19 +67,20 @@ def working(out: Path, decides: Mapping[str, Any], total: int, resume: bool, for
     Args:
         out: output folder.
         decides: everything that decides the result.
-        total: blocks of the model.
+        total: blocks of the model; None where answers land instead.
         resume: go on with what an earlier run left here, where one did.
         force: drop what an earlier run left here, and replace what is at `out`.
+        verb: whose run it is.
 
     Raises:
         UsageError: another run is at work here, or one was not finished and neither `resume` nor `force` is given.
         ChangedError: what would be gone on with was made with something else.
         OutputError: the disk is full, the place cannot be written to, or was taken meanwhile.
     """
-    wanted = {"run": "gptq", "decides": json.loads(json.dumps(decides)), "blocks": total, "replaces": force}
+    wanted = {"run": verb, "decides": json.loads(json.dumps(decides)), "blocks": total, "replaces": force}
     with staging_of(out, force, resume) as staging:
         staging.keep = bool(staging.landed)
-        resumed = resume and _goes_on(staging, wanted["decides"])
+        resumed = resume and _goes_on(staging, wanted["decides"], verb)
         staging.keep = False
         try:
             staging.sweep(("journal", BLOCKS, HIDDEN) if resumed else ())
@@ -143,12 +149,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def _goes_on(staging: Staging, decides: Mapping[str, Any]) -> bool:
+def _goes_on(staging: Staging, decides: Mapping[str, Any], verb: str) -> bool:
     """Whether there is an unfinished run to go on with. Raises ChangedError."""
     if not staging.landed:
         return False
     before = staging.journal.records[0]
-    if before["run"] != "gptq" or not before.get("decides"):
+    if before["run"] != verb or not before.get("decides"):
         raise ChangedError(f"--resume: the unfinished run is one of {before['run']}; --force starts anew")
     if found := differences(before["decides"], decides):
         raise ChangedError(
@@ -166,18 +172,21 @@ def _leave(staging: Staging, error: BaseException) -> NoReturn:
         raise Interrupted(f"when {staging.out} was complete") from None
     if staging.keep:  # the output is whole, and what is said tells where
         raise staging.failed(error) if isinstance(error, OSError) else error
-    landed, total = staging.landed, staging.journal.records[0].get("blocks") if staging.journal.records else 0
+    landed = staging.landed
     if isinstance(error, NumericError):  # which the same numbers would end in again
         landed = 0
     with suppress(OSError):
         remove(staging.staged)
         remove(staging.folder / "replaced")
     staging.keep = bool(landed)
-    kept = f"{landed} of {total} blocks are kept: --resume goes on with them" if landed else "nothing was left there"
+    kept = f"{staging.progress} are kept: --resume goes on with them" if landed else "nothing was left there"
     if isinstance(error, OSError):
         raise OutputError(f"writing {staging.out} failed: {error.strerror or error}; {kept}") from error
     if landed and isinstance(error, QuantkitError):
         error.args = (f"{error}\n{kept}",)
     if landed and isinstance(error, KeyboardInterrupt):
-        raise Interrupted(f"after block {landed} of {total}") from None
+        total = staging.journal.records[0].get("blocks")
+        raise Interrupted(
+            f"after {staging.progress}" if total is None else f"after block {landed} of {total}"
+        ) from None
     raise error

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from quantkit.errors import CalibrationError, UsageError, shortened
+from quantkit.errors import CalibrationError, SourceError, UsageError, shortened
 from quantkit.options import TemplateName
 from quantkit.report import called
+from quantkit.runs.limits import template_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,8 +220,8 @@ def render(record: Record, template: TemplateName, tokenizer: PreTrainedTokenize
     """The record as one string, special tokens written out, without a BOS but where the chat template writes one.
 
     A conversation that ends with the user's turn ends where the answer would begin. A record of plain text is the
-    text and a blank line, whatever the template. Raises `UsageError` as `resolve` does, and `CalibrationError` where
-    the chat template refuses the record.
+    text and a blank line, whatever the template. Raises `UsageError` as `resolve` does, `CalibrationError` where the
+    chat template refuses the record, and `SourceError` where it takes too long.
     """
     if record.turns is None:
         return f"{record.text}\n\n"
@@ -234,9 +235,12 @@ def _render_chat(record: Record, turns: tuple[Turn, ...], tokenizer: PreTrainedT
     messages = [{"role": "system", "content": record.system}] if record.system else []
     messages += [{"role": turn.role, "content": turn.text} for turn in turns]
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=turns[-1].role == "user"
-        )
+        with template_limit():
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=turns[-1].role == "user"
+            )
+    except SourceError:  # it takes too long, as it would for other records
+        raise
     except Exception as error:  # a template is the model's own program and may raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CalibrationError(f"record {record.id}: the tokenizer's chat template refuses it: {reason}") from error

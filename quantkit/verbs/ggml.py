@@ -150,13 +150,13 @@ class Job:
 def plan_gguf(job: Job) -> Callable[[], Path]:
     """What writes a GGUF file, or its parts; it returns the first. Raises QuantkitError where it cannot be made."""
     source, chosen = job.source, job.chosen
+    typed = [(tensor, choice.kind) for tensor, choice in chosen]
+    names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
+    check_other_file(job.target, source, job.force, names if len(names) > 1 else (), job.dry_run)
     origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
     number = gguf.LlamaFileType.GUESSED if job.recipe is None else file_type(job.recipe)
     keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
-    typed = [(tensor, choice.kind) for tensor, choice in chosen]
-    names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
-    check_other_file(job.target, source, job.force, names if len(names) > 1 else (), job.dry_run)
     for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):
         job.progress.warn(text)
 

@@ -39,6 +39,7 @@ from quantkit.quantize.blockwise import (
     gptq_multiplications,
     plan_gptq_memory,
     quantize_blocks,
+    recorded_layers,
 )
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
@@ -260,7 +261,7 @@ def _made(
         progress.note(f"{place} is complete already")
         if ranks.first:
             drop_unfinished(place)
-        return record, [LayerStatistics(**layer, seconds=0.0) for layer in record["layers"]]
+        return record, recorded_layers(place)
     if ranks.first:
         shard_bytes = parse_size(options.max_shard_size)
         more = {"companions": companions(stream.source), "max_shard_size": shard_bytes, "untie": options.untie}

@@ -21,17 +21,24 @@ from quantkit.verbs import verb
 
 @dataclass(frozen=True)
 class PerplexityReport(Report):
-    """A text and every model's row on it."""
+    """A text and every model's row on it.
+
+    Attributes:
+        precision: what the reference is read as, and what it was rounded to before: "float16 from Q4_1"; "" without.
+    """
 
     text: str
     seq_len: int
     stride: int | None
     tokens: int
     results: list[ModelResult]
+    precision: str = ""  # records of before have none
 
     def lines(self) -> Iterator[Shown]:
         yield f"{self.text}: {self.tokens} tokens in windows of {self.seq_len}"
         compared = any(result.kl_divergence for result in self.results)
+        if self.precision:
+            yield f"reference: {self.results[0].model}, {self.precision}"
         columns = [Column("model", "left"), *heads(compared)]
         yield Table(columns, [[result.model, *result.cells(compared)] for result in self.results], short=True)
 
@@ -69,4 +76,5 @@ def evaluate_streams(
         check_tokens(text.windows.tokens, stream.source)
     scores = score(streams, text.windows, against, progress, ranks)
     labels = [stream.source.label for stream in streams]
-    return PerplexityReport(text.name, spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores))
+    found = spec.seq_len, spec.stride, scores[0].nll.numel(), summarize(labels, scores)
+    return PerplexityReport(text.name, *found, streams[0].source.precision if against else "")

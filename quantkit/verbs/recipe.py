@@ -15,9 +15,11 @@ from quantkit.errors import UsageError, shortened
 from quantkit.options import (
     METHODS,
     Amount,
+    Asking,
     CalibrationSpec,
     CardFacts,
     Checkpoint,
+    Choosing,
     ComputeDtype,
     Ends,
     FilledGrid,
@@ -119,8 +121,8 @@ class GgjtVariant(FileVariant):
 AnyVariant = GptqVariant | GgufVariant | GgjtVariant
 
 
-class JudgingRecipe(Texts, Amount, WindowLength, Tasks):
-    """What variants are compared on, and which tasks of lm-evaluation-harness they do.
+class JudgingRecipe(Texts, Amount, WindowLength, Choosing, Asking, Tasks):
+    """What variants are compared on, which one is the one to take, and which tasks of lm-evaluation-harness they do.
 
     `seq_len` None: 2048 for wikitext2, else 512. `tasks` go beside those of `suite`; `limit` is for trials.
     """
@@ -183,7 +185,7 @@ class Recipe(Spec):
         (repo, kind, title), times = counts.most_common(1)[0]
         if times > 1:
             raise ValueError(f"variants: {times} of them are {kind} {title} in {repo}; give one another repo")
-        kinds: dict[str, str] = {self.reference_repo: "fp16"}
+        kinds: dict[str, str] = {self.reference_repo: "hf"}
         for variant in self.variants:
             if kinds.setdefault(self.repo_of(variant), variant.kind) != variant.kind:
                 raise ValueError(f"repo {self.repo_of(variant)} is for one kind of files, not for two")
@@ -265,7 +267,7 @@ class _Loader(yaml.SafeLoader):
 _PATHS = {
     "source": ("model", "base", "delta"),
     "calibration": ("data",),
-    "evaluation": ("texts", "tasks_dir"),
+    "evaluation": ("texts", "prompts", "tasks_dir"),
     "card": ("template", "original"),
 }
 

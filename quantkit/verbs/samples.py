@@ -9,7 +9,7 @@ from typing import Any
 from quantkit.blocks.open import model_or_default, open_model
 from quantkit.options.verbs import Samples
 from quantkit.progress import SILENT, Progress
-from quantkit.report import Report, Rule, Shown
+from quantkit.report import Report, Rule, Shown, Text
 from quantkit.tokens import TokenMatrix, shown_license
 from quantkit.tokens.text import calibration_windows
 from quantkit.verbs import verb
@@ -42,7 +42,7 @@ class SamplesReport(Report):
             yield f"records: {', '.join(part.records)}"
         for number, window in enumerate(self.windows[:show]):
             yield Rule(f"window {number}")
-            yield window
+            yield Text(window)
 
 
 @verb(Samples)

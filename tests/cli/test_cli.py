@@ -46,7 +46,7 @@ GPTQ_KEYS = {
     "seconds",
 }
 LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds"}
-PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results"}
+PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results", "precision"}
 RESULT_KEYS = {
     "model",
     "perplexity",

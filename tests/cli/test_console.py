@@ -11,7 +11,7 @@ import pytest
 from quantkit.cli import console
 from quantkit.cli.app import _run
 from quantkit.errors import visible
-from quantkit.report import Column, Line, Rule, Table
+from quantkit.report import Column, Line, Rule, Table, Text
 
 pytestmark = pytest.mark.fast
 
@@ -61,10 +61,12 @@ def test_notes_warnings_and_errors_are_one_line(capsys: pytest.CaptureFixture[st
 
 def test_results_and_tables_are_shown_and_drive_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table((Column(HOSTILE),), ((HOSTILE,),))
-    console.show([HOSTILE, Line(HOSTILE, ""), Rule(HOSTILE), table])
+    console.show([HOSTILE, Line(HOSTILE, ""), Rule(HOSTILE), table, Text("a\n\tb\x07")])
     console.print_json({HOSTILE: [HOSTILE]})
     out = capsys.readouterr().out
     assert drives(out) == []
+    assert not [line for line in out.splitlines() if line.startswith("error:")]
+    assert "a\n        b\\x07\n" in out
     assert json.loads(out.splitlines()[-1]) == {HOSTILE: [HOSTILE]}
 
 

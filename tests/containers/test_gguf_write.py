@@ -443,7 +443,7 @@ def test_an_unknown_pre_tokenizer_is_no_guess(make_model: MakeModel) -> None:
     source = open_source(make_model("llama", dtype="float32"))
     with pytest.raises(SourceError, match=r"llama.cpp has no name for how this tokenizer cuts .*: --pre llama-bpe"):
         file_keys(source, gguf.LlamaFileType.ALL_F32)
-    with pytest.raises(UsageError, match=r"pre=qwen: llama.cpp knows no pre-tokenizer .* qwen2, "):
+    with pytest.raises(UsageError, match=r"--pre qwen: llama.cpp knows no pre-tokenizer .* qwen2, "):
         file_keys(source, gguf.LlamaFileType.ALL_F32, pre="qwen")
     assert file_keys(source, gguf.LlamaFileType.ALL_F32, pre="tekken")["tokenizer.ggml.pre"] == "tekken"
 

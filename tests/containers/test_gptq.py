@@ -382,6 +382,7 @@ def test_record_of_the_run(written: Path, make_model: MakeModel, tiny_tokens: To
     weights = make_model("llama") / "model.safetensors"
     assert record["source"] == {
         "model": "tiny-llama",
+        "precision": "float16",
         "kind": "hf",
         "sha256": {"model.safetensors": hashlib.sha256(weights.read_bytes()).hexdigest()},
     }

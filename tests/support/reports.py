@@ -18,6 +18,7 @@ from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
 from quantkit.verbs.card import CardReport
 from quantkit.verbs.chat import ChatReport
 from quantkit.verbs.compare import CompareReport
+from quantkit.verbs.compare.answers import Agreement, Answers, AskedPrompt, Said
 from quantkit.verbs.compare.chooser import Recommendation
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult
 from quantkit.verbs.convert import ConvertReport
@@ -47,7 +48,7 @@ SOURCE = Numbers(12.345678, 0.25, None, None, None, None)
 OWN = Numbers(13.0, 0.26, KL, 0.9375, 0.0517, 0.0021, kl_divergence_stderr=0.00075, top1_agreement_stderr=0.0044)
 ROWS = [ModelResult(model="tiny-fp16", **vars(SOURCE)), ModelResult(model="tiny-GPTQ-4bit-128g", **vars(OWN))]
 ALONE = PerplexityReport("wikitext2", 2048, None, 4096, ROWS[:1])
-COMPARED = PerplexityReport("heldout.jsonl", 512, 256, 3000, ROWS)
+COMPARED = PerplexityReport("heldout.jsonl", 512, 256, 3000, ROWS, "float16 from Q4_1")
 GPTQ = GptqReport(
     out=OUT,
     model=OUT,
@@ -118,9 +119,13 @@ def compared(name: str, bytes: int, result: Numbers, layers: list[float] | None)
         pareto=reference,
         texts={"wikitext2": TextResult(**vars(result), worst=() if reference else WORST)},
         layers=layers,
+        precision="float16 from Q4_1" if reference else "GPTQ 4-bit",
     )
 
 
+AGREES = {"tiny-GPTQ-4bit-128g": Agreement(1, 0.0, 3)}
+ANSWERED = {"tiny-fp16": Said("a sea", "eos", 5), "tiny-GPTQ-4bit-128g": Said("a sun", "length", 8, 3, (2, 5))}
+ASKED = [AskedPrompt("e0", "tides", "what?", 9, ANSWERED)]
 COMPARE = CompareReport(
     OUT,
     "tiny-fp16",
@@ -131,10 +136,22 @@ COMPARE = CompareReport(
     ],
     Recommendation("tiny-GPTQ-4bit-128g", "of the 1 of 1 variants within 100,000,000 bytes it diverges least"),
     None,
+    Answers("asked.jsonl", "chat", 128, "cd" * 32, AGREES, {"tides": AGREES}, ASKED),
     quantkit="0.1.0",
 )
 TASKS = (
-    TaskResult("arc_challenge", "ARC (25-Shot)", "allenai/ai2_arc", "test", 25, "acc_norm", 0.5725, 0.0144, 1172),
+    TaskResult(
+        "arc_challenge",
+        "ARC (25-Shot)",
+        "allenai/ai2_arc",
+        "test",
+        25,
+        "acc_norm",
+        0.5725,
+        0.0144,
+        1172,
+        "ARC-Challenge",
+    ),
     TaskResult("own", "own", None, None, None, "perplexity", 12.5, None, 10),
 )
 RESULTS = EvalResults(

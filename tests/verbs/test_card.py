@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
 from conftest import MakeModel, Recorder
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from support.wizard import wizard
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.errors import SourceError, UsageError
+from quantkit.errors import SourceError, UsageError, visible
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card import CardReport, card, fill_template
+from quantkit.verbs.card.advice import advice
+from quantkit.verbs.card.facts import ModelFacts
+from quantkit.verbs.card.measured import Loss, Measurements
+from quantkit.verbs.card.usage import hints
+from quantkit.verbs.compare.chooser import Limits
 from quantkit.verbs.ggml import ggml
+from quantkit.verbs.publish.files import local_files
+from quantkit.verbs.verify.programs import Load
 
 REPO = "someone/tiny-GPTQ"
+HUB = f"https://huggingface.co/{REPO}"
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 ORIGINAL = """---
 license: apache-2.0
@@ -122,6 +133,7 @@ def evaluated(place: Path, file: Path, limit: int | None = None) -> Path:
         "dataset": "allenai/ai2_arc",
         "split": "test",
         "fewshot": 25,
+        "config": "ARC-Challenge",
         "metric": "acc_norm",
         "value": 0.5725255972696246,
         "stderr": 0.0144568322948011,
@@ -148,7 +160,7 @@ def write(folder: Path, **options: Any) -> tuple[CardReport, dict[str, Any], str
     made = card(folder, **options)
     content = (folder / "README.md").read_text(encoding="utf-8")
     loaded = ModelCard(content)
-    assert loaded.data.to_dict()["inference"] is False
+    assert loaded.data.to_dict().get("inference", True) == (options.get("template") != "thebloke-2023")
     _, head, body = content.split("---\n", 2)
     return made, yaml.safe_load(head), body
 
@@ -164,7 +176,7 @@ def test_a_gptq_folder_says_what_its_run_noted(folder: Path, recorder: Recorder)
     assert head["tags"] == ["quantized", "gptq", "4-bit", "quantkit"]
     assert head["library_name"] == "transformers"
     assert recorder.warnings == []
-    line = next(line for line in body.splitlines() if line.startswith("| `main` | 4-bit symmetric"))
+    line = next(line for line in body.splitlines() if line.startswith(f"| [`main`]({HUB}/tree/main) | 4-bit symmetric"))
     assert line.endswith("| 32 | static | false | 0.05 |")
     assert sha256(folder / "model.safetensors") in body
     for value in (*record["source"]["sha256"].values(), record["calibration"]["tokens_sha256"]):
@@ -252,8 +264,9 @@ def test_gguf_files_and_who_loads_them(files: Path) -> None:
     assert head["library_name"] == "gguf"
     assert head["tags"] == ["quantized", "gguf", "quantkit"]
     assert "base_model_relation" not in head
-    assert "| `tiny.Q4_0.gguf` | Q4_0 |" in body
-    assert "| `tiny.F16.gguf` | F16 |" in body
+    place = "https://huggingface.co/someone/tiny-GGUF/blob/main"
+    assert f"| [`tiny.Q4_0.gguf`]({place}/tiny.Q4_0.gguf) | Q4_0: 14 Q4_0, 2 F16 |" in body
+    assert f"| [`tiny.F16.gguf`]({place}/tiny.F16.gguf) | F16 |" in body
     assert 'Llama.from_pretrained("someone/tiny-GGUF", filename="tiny.F16.gguf")' in body
     assert "weights: GPTQ codes" in body
     for other in ("GPTQModel", "AutoGPTQ", "ExLlama**", "gptqmodel"):
@@ -269,7 +282,8 @@ def test_a_ggjt_file(tmp_path: Path) -> None:
     assert head["tags"] == ["quantized", "ggml", "quantkit"]
     assert head["base_model_relation"] == "quantized"
     assert "library_name" not in head
-    assert "| `wizard.ggmlv3.q4_0.bin` | Q4_0 |" in body
+    where = "https://huggingface.co/someone/wizard-GGML/blob/main/wizard.ggmlv3.q4_0.bin"
+    assert f"| [`wizard.ggmlv3.q4_0.bin`]({where}) | Q4_0" in body
     assert 'model_file="wizard.ggmlv3.q4_0.bin", model_type="llama"' in body
     assert "llama.cpp" not in body
     assert "text-generation-webui" not in body
@@ -378,15 +392,17 @@ def test_harness_results_are_exact(folder: Path, tmp_path: Path) -> None:
     assert found["dataset"] == {
         "name": "AI2 Reasoning Challenge (25-Shot)",
         "type": "allenai/ai2_arc",
-        "config": "arc_challenge",
+        "config": "ARC-Challenge",
         "split": "test",
         "args": {"num_few_shot": 25, "limit": 10},
     }
     (metric,) = found["metrics"]
-    assert metric["value"] == 0.5725255972696246
-    assert metric["args"] == {"stderr": 0.0144568322948011}
-    assert "| AI2 Reasoning Challenge (25-Shot) | acc_norm | 0.5725 | 0.014 |" in body
-    assert "| average | | 0.5725 | |" in body
+    assert metric["value"] == 57.25255972696246  # in per cent, as leaderboards have it
+    assert metric["name"] == "normalized accuracy"
+    assert metric["args"] == {"stderr": 1.44568322948011}
+    assert "| AI2 Reasoning Challenge (25-Shot) | acc_norm | 57.25 | 1.45 |" in body
+    assert "| average | | 57.25 | |" in body
+    assert not (folder / ".eval_results").exists()  # a trial is nothing to compare
     assert "on the first 10 records of each task only" in body
 
 
@@ -424,7 +440,7 @@ def test_branches_are_rows_with_facts_of_their_own(
     )
     place = report(tmp_path / "r", row("x", eight / "model.safetensors", 12, 0.001))
     _, head, body = write(folder, repo=REPO, branches={"gptq-8bit--1g": eight}, reports=[place])
-    assert "| `gptq-8bit--1g` | 8-bit symmetric |" in body
+    assert f"| [`gptq-8bit--1g`]({HUB}/tree/gptq-8bit--1g) | 8-bit symmetric |" in body
     assert "| whole rows | static | false | 0.1 |" in body
     assert [model["name"] for model in head["model-index"]] == ["tiny-GPTQ/main", "tiny-GPTQ/gptq-8bit--1g"]
     assert head["tags"] == ["quantized", "gptq", "4-bit", "8-bit", "quantkit"]
@@ -489,7 +505,7 @@ def test_several_licences_and_words_that_look_like_numbers(folder: Path, tmp_pat
     """A reader of YAML 1.2, as the Hub is, takes 1e3 and 0o17 for numbers where they are not quoted."""
     original = tmp_path / "README.md"
     original.write_text("---\nlicense: [apache-2.0, mit]\nlicense_name: '0o17'\nlanguage:\t[en]\n---\nThe text.\n")
-    with pytest.raises(UsageError, match=r"--licence mit: .* is under apache-2\.0 and mit, which"):
+    with pytest.raises(UsageError, match=r"licence=mit: .* is under apache-2\.0 and mit, which"):
         card(folder, original=original, licence="mit", force=True)
     write(folder, original=original, quantized_by="1e3")
     text = (folder / "README.md").read_text()
@@ -588,10 +604,9 @@ def test_the_layout_of_2023(folder: Path, tmp_path: Path) -> None:
     )
     heads = [line for line in body.splitlines() if line.startswith("#")]
     wanted = [
-        "# tiny-GPTQ",
-        "## Description",
-        "## Repositories available",
-        "## Prompt template: vicuna",
+        "# tiny GPTQ",
+        "## Other repositories available",
+        "## Prompt Template: vicuna",
         "## Provided files, and GPTQ parameters",
         "## How to use it with transformers",
         "# Original model card: tiny",
@@ -599,9 +614,11 @@ def test_the_layout_of_2023(folder: Path, tmp_path: Path) -> None:
     assert [head for head in heads if head in wanted] == wanted
     kl = json.loads((folder / "quantkit.json").read_text())["evaluation"]["results"][1]["kl_divergence"]["mean"]
     line = next(
-        line for line in body.splitlines() if line.startswith("| main | 4 | 32 | No | 0.05 | data.jsonl | 32 |")
+        line
+        for line in body.splitlines()
+        if line.startswith(f"| [main]({HUB}/tree/main) | 4 | 32 | No | 0.05 | data.jsonl | 32 |")
     )
-    assert float(line.split("|")[9]) == pytest.approx(kl, rel=0.01)
+    assert float(line.split("|")[10]) == pytest.approx(kl, rel=0.01)
     assert "\ntransformers (with gptqmodel and optimum):\n" in body
 
 
@@ -653,6 +670,55 @@ def test_an_error_in_a_template_names_its_line(folder: Path, tmp_path: Path, tex
 def test_a_template_that_is_not_there(folder: Path) -> None:
     with pytest.raises(UsageError, match="template=nice: choose default, thebloke-2023, or name a file"):
         card(folder, template="nice")
+
+
+# -- what is for the Hub alone ----------------------------------------------------------------------------------------
+
+
+def test_results_for_the_hub_go_and_come_with_the_card(folder: Path, tmp_path: Path) -> None:
+    results = evaluated(tmp_path / "e.json", folder / "model.safetensors")
+    place = folder / ".eval_results"
+    place.mkdir()
+    (place / "mine.yaml").write_text("- mine\n")
+    write(folder, evals=[results], repo=REPO)
+    (entry,) = parse_eval_result_entries(yaml.safe_load((place / "main.yaml").read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("allenai/ai2_arc", "ARC-Challenge", 57.25255972696246)
+    assert (entry.source_name, entry.notes) == ("lm-evaluation-harness 0.4.9", "acc_norm, 25-shot")
+    assert sorted(local_files(folder)) == sorted(
+        [
+            *(path.name for path in folder.iterdir() if path.is_file()),
+            ".eval_results/main.yaml",
+            ".eval_results/mine.yaml",
+        ]
+    )
+    write(folder, repo=REPO, force=True)  # without results
+    assert [path.name for path in place.iterdir()] == ["mine.yaml"]
+    (place / "main.yaml").write_text("- mine too\n")
+    (folder / "README.md").unlink()
+    with pytest.raises(UsageError, match=r"main\.yaml already exists and is not quantkit's"):
+        card(folder, evals=[results], repo=REPO)
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("kl", "quality", "marks"),
+    [
+        ((0.002, 0.2), ("indistinguishable", "usable"), ("recommended", "smallest usable")),
+        ((0.03, 0.04), ("good", "good"), ("", "recommended")),
+        ((0.2, 0.5), ("usable", "poor"), ("smallest usable", "")),
+        ((0.4, 0.5), ("poor", "poor"), ("", "")),
+    ],
+)
+def test_quality_in_words(kl: tuple[float, float], quality: tuple[str, str], marks: tuple[str, str]) -> None:
+    facts = [cast(ModelFacts, SimpleNamespace(bytes=size)) for size in (200, 100)]
+    measured = [Measurements((cast(Loss, SimpleNamespace(kl_divergence={"mean": mean})),), ()) for mean in kl]
+    found = advice(facts, measured, Limits())
+    assert tuple(one.quality for one in found) == quality
+    assert tuple(one.mark for one in found) == marks
+    within = advice(facts, measured, Limits(budget=150))  # what fits, whatever its quality
+    assert [one.mark for one in within][1] == "recommended"
+    assert within[1].why == "what diverges least within 150 bytes"
+    assert advice(facts[:1], measured[:1], Limits())[0].mark == ""  # nothing to choose from
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
@@ -714,3 +780,25 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return (int(exit.value.code or 0), *capsys.readouterr())
 
     return call
+
+
+def test_names_are_quoted_for_where_they_stand() -> None:
+    hostile = 'a`b|c"; $(touch x) <img src=x> [l](u)\n\x1b[31m'
+    text = "{{ n | code }}\n{{ n | cell }}\n{{ f | fence }}"
+    code, cell, fence = fill_template(text, "t", {"n": hostile, "f": "a\n````\nb"}).splitlines()
+    assert code == '`` a`b\\|c"; $(touch x) <img src=x> [l](u) \\x1b[31m ``'
+    assert cell == 'a\\`b\\|c"; $(touch x) \\<img src=x\\> \\[l\\](u) \\\\x1b\\[31m'
+    assert fence == "`````"
+    assert (
+        fill_template(text, "t", {"n": "plain_name-1.gguf", "f": "x"}) == "`plain_name-1.gguf`\nplain_name-1.gguf\n```"
+    )
+    load = Load("llama.cpp", True)
+    loads = load, Load("ctransformers", True)
+    facts = SimpleNamespace(name="m", branch="main", is_file=True, files={hostile: "0"}, loads=loads, scheme="Q4_0")
+    found = {hint.program: hint.code for hint in hints([cast(ModelFacts, facts)], "o/it's", "s")}
+    words = shlex.split(found["llama.cpp"].splitlines()[0])
+    assert words == ["llama-server", "-hf", "o/it's", "--hf-file", visible(hostile)]
+    parsed = ast.parse(found["ctransformers"])
+    strings = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
+    assert hostile in strings
+    assert "o/it's" in strings

@@ -267,14 +267,25 @@ def test_report_json_has_the_keys_that_others_read(
 ) -> None:
     content = json.loads((report.out / "report.json").read_text())
     assert content == report.as_dict()
-    assert set(content) == {"quantkit", "reference", "texts", "models", "choice", "unmet"}
+    assert set(content) == {
+        "quantkit",
+        "reference",
+        "texts",
+        "models",
+        "choice",
+        "unmet",
+        "answers",
+        "budget",
+        "max_kl",
+    }
     assert content["quantkit"] == quantkit.__version__
     assert (content["reference"], content["choice"]) == ("tiny", None)
     for text in content["texts"]:
         assert set(text) == {"name", "tokens", "seq_len", "stride", "tokens_sha256"}
     for model in content["models"]:
         assert set(model) == {
-            *("model", "kind", "scheme", "reference", "bytes", "bits_per_weight", "files", "pareto", "texts", "layers")
+            *("model", "kind", "scheme", "reference", "bytes", "bits_per_weight", "files", "pareto", "texts", "layers"),
+            "precision",
         }
         for result in model["texts"].values():
             assert set(result) == {
@@ -505,7 +516,7 @@ def test_command_prints_a_table_and_the_choice(
     assert "first.txt" in said
     assert "second.txt" in said
     assert "take tiny-Q8_0: of the 2 of 2 variants within 4,000,000,000 bytes it diverges least" in said
-    assert "**Take tiny-Q8\\_0**" in (tmp_path / "out" / "report.md").read_text()
+    assert "**Take tiny-Q8_0**" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_command_prints_the_report_as_json(

@@ -54,6 +54,13 @@ def model(name: str, size: int, kl: float | None, front: bool) -> dict[str, Any]
     }
 
 
+def said(output: str, mark: list[int] | None) -> dict[str, Any]:
+    return {
+        **{"output": output, "finish_reason": "eos", "output_tokens": 9},
+        **{"mark": mark, "parts_after": None if mark is None else 7},
+    }
+
+
 REPORT: dict[str, Any] = {
     "quantkit": "0.1.0",
     "reference": label("fp16"),
@@ -64,6 +71,21 @@ REPORT: dict[str, Any] = {
     ],
     "choice": {"model": label("Q4_K_M"), "why": "it is <small> & near"},
     "unmet": None,
+    "answers": {
+        **{"name": "asked.jsonl", "template": "chat", "max_new_tokens": 64, "tokens_sha256": "0" * 64},
+        "agreement": {label(kind): {"prompts": 2, "equal": 0.5, "parts_after": 7} for kind in SIZES},
+        "skills": {"a|b": {label(kind): {"prompts": 2, "equal": 0.5, "parts_after": None} for kind in SIZES}},
+        "prompts": [
+            {
+                **{"id": HOSTILE, "skill": "a|b", "prompt": f"say\n```\n{HOSTILE}", "prompt_tokens": 9},
+                "answers": {
+                    label("fp16"): said(f"{HOSTILE} ```` yes", None),
+                    label("Q4_0"): said(f"{HOSTILE} no\x1b[2J", [len(HOSTILE), len(HOSTILE) + 3]),
+                    label("Q8_0"): said(HOSTILE, [len(HOSTILE)] * 2),
+                },
+            }
+        ],
+    },
 }
 
 
@@ -223,12 +245,23 @@ def test_text_of_models_and_files_is_text(page: Path) -> None:
     assert "| `⏎` |" in markdown
 
 
+def test_answers_are_text_with_the_first_other_token_marked(page: Path) -> None:
+    html, markdown = page.read_text(), page.with_name("report.md").read_text()
+    assert "&lt;/script&gt;<mark> no</mark>\\x1b[2J</td>" in html
+    assert "&lt;/script&gt;<mark>(the end)</mark></td>" in html
+    assert f"`````text\n{HOSTILE} ```` yes\n`````" in markdown
+    assert f"````text\nsay\n```\n{HOSTILE}\n````" in markdown
+    assert f"{HOSTILE}⟦ no⟧\\x1b[2J" in markdown
+    assert "### Prompt \\<script\\>" in markdown
+
+
 def test_markdown_tables_have_as_many_cells_as_heads(page: Path) -> None:
     rows = [line for line in page.with_name("report.md").read_text().splitlines() if line.startswith("|")]
     widths = [len(re.findall(r"(?<!\\)\|", row)) - 1 for row in rows]
     tables = {12: 2 + len(SIZES) + 1, 7: 3 * len(SIZES), 4: 2 + len(SIZES) + 1}
+    tables |= {3: 2 + len(SIZES), 2 + 2 * len(SIZES): 3 + tables[12]}
     assert {width: widths.count(width) for width in set(widths)} == tables
-    assert f"| {label('Q8_0')} ★ | 144.8 MB | 0.0016 ± 0.0123 |".replace("_", r"\_") in "\n".join(rows)
+    assert f"| {label('Q8_0')} ★ | 144.8 MB | 0.0016 ± 0.0123 |" in "\n".join(rows)
 
 
 def test_pages_without_plots_and_with_an_unmet_wish(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_not_utf8_and_nothing_at_all(model: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("\n")
     with pytest.raises(CalibrationError, match=r"p.jsonl: no prompt in it"):
         run(model, tmp_path / "p.jsonl", tmp_path / "out")
-    with pytest.raises(UsageError, match=r"prompts=.*none.jsonl cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"prompts=.*none.jsonl: no file of prompts; give JSON lines"):
         run(model, tmp_path / "none.jsonl", tmp_path / "out")
 
 

@@ -411,13 +411,24 @@ def test_a_full_disk_leaves_nothing(base: Path, tuned: Path, tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
 
-@pytest.mark.parametrize("record", ["{}", '{"delta": 3}', '{"delta": {"vocab": 7, "tuned_dtype": [], "sum": "x"}}'])
-def test_a_record_of_something_else_is_passed_over(record: str, base: Path, padded: Path, tmp_path: Path) -> None:
+def test_a_record_of_something_else_is_passed_over(base: Path, padded: Path, tmp_path: Path) -> None:
+    quantkit.diff(base, padded, tmp_path / "delta")
+    (tmp_path / "delta" / "quantkit.json").write_text("{}")
+    assert quantkit.merge(base, tmp_path / "delta", tmp_path / "out").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ("[]", "holds no JSON object"),
+        ('{"delta": 3}', "delta is 3, not an object; the record is damaged"),
+        ('{"delta": {"vocab": "mean", "tuned_dtype": []}}', r"delta\.tuned_dtype is \[\], which is of another type"),
+    ],
+)
+def test_a_damaged_record_is_told(record: str, why: str, base: Path, padded: Path, tmp_path: Path) -> None:
     quantkit.diff(base, padded, tmp_path / "delta")
     (tmp_path / "delta" / "quantkit.json").write_text(record)
-    assert quantkit.merge(base, tmp_path / "delta", tmp_path / "out").dtype == "float32"
-    (tmp_path / "delta" / "quantkit.json").write_text("[]")
-    with pytest.raises(SourceError, match=r"quantkit\.json: holds no JSON object"):
+    with pytest.raises(SourceError, match=rf"quantkit\.json: {why}"):
         quantkit.merge(base, tmp_path / "delta", tmp_path / "no")
 
 

@@ -24,10 +24,11 @@ from support.wizard import stored, wizard
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
-from quantkit.verbs.release import ReleaseReport, drop_stale
+from quantkit.verbs.generate.speaker import Speaker
+from quantkit.verbs.release import ReleaseReport, drop_stale, family
 
 WIZARD = f"""
 name: Tiny-Wizard
@@ -190,7 +191,7 @@ def test_what_is_done_is_not_done_again(small: Path, tmp_path: Path) -> None:
     # Another variant's bits: that one, and what tells of it.
     small.write_text(SMALL.replace("bits: 4", "bits: 8"))
     changed = statuses(quantkit.release(small, out))
-    assert (changed["fp16"], changed["codes Q8_0 pre gpt-2"], changed["folder Tiny-GGUF"]) == ("unchanged",) * 3
+    assert (changed["reference"], changed["codes Q8_0 pre gpt-2"], changed["folder Tiny-GGUF"]) == ("unchanged",) * 3
     assert (changed["gptq 8bit-32g"], changed["compare"], changed["card Tiny-GGUF"]) == ("done",) * 3
     assert (out / "Tiny-GGUF" / "Tiny-Q8_0.gguf").read_bytes() == before["Tiny-GGUF/Tiny-Q8_0.gguf"]
 
@@ -200,7 +201,7 @@ def test_what_is_done_is_not_done_again(small: Path, tmp_path: Path) -> None:
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     mended = statuses(quantkit.release(small, out))
     assert weights.read_bytes() == whole
-    assert (mended["gptq 8bit-32g"], mended["fp16"], mended["compare"]) == ("done", "unchanged", "unchanged")
+    assert (mended["gptq 8bit-32g"], mended["reference"], mended["compare"]) == ("done", "unchanged", "unchanged")
 
 
 def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path: Path) -> None:
@@ -208,14 +209,14 @@ def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path
     quantkit.release(small, out)
     small.write_text(SMALL.replace("samples: 4", "samples: 5"))
     calibrated = statuses(quantkit.release(small, out))
-    assert calibrated["fp16"] == "unchanged"
+    assert calibrated["reference"] == "unchanged"
     assert (calibrated["gptq 4bit-32g"], calibrated["codes Q8_0 pre gpt-2"]) == ("done", "done")
     (tmp_path / "text.txt").write_text(TEXT.replace("river", "mountain"))
     judged = statuses(quantkit.release(small, out))
-    assert (judged["fp16"], judged["compare"]) == ("unchanged", "done")
+    assert (judged["reference"], judged["compare"]) == ("unchanged", "done")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "rope_theta": 20000.0}))
-    assert statuses(quantkit.release(small, out))["fp16"] == "done"
+    assert statuses(quantkit.release(small, out))["reference"] == "done"
 
 
 def test_a_variant_that_fails_does_not_take_the_others_along(
@@ -276,10 +277,10 @@ def test_a_dry_run_tells_what_will_be_and_writes_nothing(
     plan = json.loads(capsys.readouterr().out)
     assert contents(tmp_path) == before
     parts = {part["name"]: part for part in plan["forecasts"]}
-    assert list(parts) == ["fp16", "gptq 4bit-32g", "gguf Q8_0", "ggjt Q4_0", "compare"]
+    assert list(parts) == ["reference", "gptq 4bit-32g", "gguf Q8_0", "ggjt Q4_0", "compare"]
     assert "cannot say" in parts["ggjt Q4_0"]["refused"]
     quantkit.release(small, tmp_path / "out")
-    for part, folder in (("fp16", "Tiny"), ("gptq 4bit-32g", "Tiny-GPTQ-4bit-32g")):
+    for part, folder in (("reference", "Tiny"), ("gptq 4bit-32g", "Tiny-GPTQ-4bit-32g")):
         assert parts[part]["bytes"] == sum(
             t.numel() * t.element_size() for t in stored(tmp_path / "out" / folder).values()
         )
@@ -303,10 +304,39 @@ def test_a_part_takes_what_its_verb_says(small: Path, tmp_path: Path) -> None:
     weighed = quantkit.imatrix(model, file, **drawn)
     assert held.memory_bytes > 0
     assert 0 < weighed.multiplications < codes.multiplications
-    assert (parts["fp16"].bytes, parts["fp16"].memory_bytes) == (held.bytes, held.memory_bytes)
+    assert (parts["reference"].bytes, parts["reference"].memory_bytes) == (held.bytes, held.memory_bytes)
     assert (parts["gguf Q8_0"].bytes, parts["gguf Q8_0"].memory_bytes) == (codes.bytes, codes.memory_bytes)
     most = max(rounded.memory_bytes, weighed.memory_bytes)
     assert (parts["gguf Q4_0"].bytes, parts["gguf Q4_0"].memory_bytes) == (rounded.bytes, most)
+
+
+def test_answers_to_prompts_are_forecast_and_gone_on_with(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.verbs.release.forecast._multiplications_per_second", lambda _: 1e9)
+    before = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts[-1]
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "the fox"}\n{"prompt": "the dog"}\n')
+    asking = "seq_len: 64, prompts: asked.jsonl, max_new_tokens: 4}\nvariants"
+    small.write_text(SMALL.replace("seq_len: 64}\n\nvariants", asking))
+    forecast = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts[-1]
+    assert forecast.name == "compare"
+    assert forecast.seconds > before.seconds
+    whole, batches = Speaker.answer, []
+
+    def stopping(self: Speaker, *given: Any) -> Any:
+        batches.append(0)
+        if len(batches) == 2:
+            raise QuantkitError("the power is gone")
+        return whole(self, *given)
+
+    monkeypatch.setattr(Speaker, "answer", stopping)
+    report = quantkit.release(small, tmp_path / "out")
+    assert statuses(report)["compare"] == "failed"
+    assert statuses(quantkit.release(small, tmp_path / "out"))["compare"] == "done"
+    assert len(batches) == 4
+    found = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["answers"]
+    assert [prompt["prompt"] for prompt in found["prompts"]] == ["the fox", "the dog"]
+    assert len(found["agreement"]) == 2
 
 
 def test_folders_that_are_not_a_releases(small: Path, tmp_path: Path) -> None:
@@ -418,3 +448,19 @@ def test_a_source_that_stays_at_home_is_no_sibling(small: Path, tmp_path: Path) 
     card = (tmp_path / "out" / "Tiny-GGUF" / "README.md").read_text()
     assert "someone/Tiny-GPTQ" in card
     assert "Tiny-HF" not in card
+
+
+def test_without_the_numbers_that_a_recipe_asks_for_nothing_is_published(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(family, "compare", broken)
+    monkeypatch.setattr(family, "publish", lambda *_, **__: pytest.fail("published"))
+    small.write_text(small.read_text() + "publish: {owner: someone}\n")
+    found = statuses(quantkit.release(small, tmp_path / "out"))
+    assert found["compare"] == "failed"
+    published = {step: status for step, status in found.items() if step.startswith("publish")}
+    assert published
+    assert set(published.values()) == {"skipped"}

@@ -19,6 +19,13 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
+def is_by_gptqmodel(label: Mapping[str, Any]) -> bool:
+    """Whether a label says that GPTQModel wrote the codes."""
+    meta = label.get("meta")
+    writers = meta.get("quantizer") if isinstance(meta, dict) else None
+    return any(str(name).startswith("gptqmodel") for name in (writers if isinstance(writers, list) else [writers]))
+
+
 class GptqSource(FolderSource):
     """A folder in the GPTQ layout, v1 or v2, at 2, 3, 4 or 8 bits. `read` gives them dequantized."""
 
@@ -35,10 +42,7 @@ class GptqSource(FolderSource):
             if told[key] not in known:
                 choices = ", ".join(map(str, known))
                 raise SourceError(f"{self.path / 'config.json'}: {key} {told[key]!r} is not one of {choices}")
-        meta = self.quantization.get("meta")
-        writers = meta.get("quantizer") if isinstance(meta, dict) else None
-        names = writers if isinstance(writers, list) else [writers]
-        self._by_gptqmodel = any(str(name).startswith("gptqmodel") for name in names)
+        self._by_gptqmodel = is_by_gptqmodel(self.quantization)
         self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
         for module in self._modules:
@@ -160,6 +164,8 @@ class GptqSource(FolderSource):
                 shapes[part] = info.shape
             elif part != "g_idx":
                 raise SourceError(f"{self.path}: {module} has qweight but no {part}")
+        if any(len(shapes[part]) != 2 or 0 in shapes[part] for part in _PARTS[:3]):
+            raise SourceError(f"{self.path}: {module}: its parts are of shapes {shapes}: not a GPTQ layout")
         groups, rows = shapes["scales"][0], shapes["qweight"][1]
         bits = self.bits(module)
         if bits not in PACKABLE_BITS:

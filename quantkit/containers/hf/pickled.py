@@ -70,7 +70,9 @@ def _load(shard: Path) -> Any:
     try:
         with warnings.catch_warnings():  # torch's remarks on old and odd pickles; what matters of them is an error
             warnings.simplefilter("ignore")
-            return torch.load(shard, map_location="cpu", weights_only=True, mmap=_can_be_mapped(shard))
+            return torch.load(shard, map_location="cpu", weights_only=True, mmap=_is_archive(shard))
+    except SourceError:
+        raise
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"more than tensors ({named[1]})" if named else "more than tensors, or is damaged"
@@ -82,13 +84,19 @@ def _load(shard: Path) -> Any:
         raise SourceError(f"{shard}: broken or cut short ({first_line(error)}); download it again") from error
 
 
-def _can_be_mapped(shard: Path) -> bool:
-    """Whether the file is a zip archive whose members lie in it as they are; torch would map compressed ones too."""
+def _is_archive(shard: Path) -> bool:
+    """Whether the file is a zip archive, which can be mapped. Raises SourceError for one that is compressed.
+
+    No torch writes such a one, and what a few bytes of it unpack to has no bound.
+    """
     with shard.open("rb") as file:
         if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
             return False
     with zipfile.ZipFile(shard) as archive:
-        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+        packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise SourceError(f"{shard}: {packed[0]} in it is compressed, which torch never does; save the model again")
+    return True
 
 
 def _tensors(shard: Path, content: Any) -> dict[str, torch.Tensor]:
@@ -106,4 +114,6 @@ def _tensors(shard: Path, content: Any) -> dict[str, torch.Tensor]:
             )
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise SourceError(f"{shard}: {name} is a sparse, quantized or empty tensor; only plain ones are read")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise SourceError(f"{shard}: {name} has shape {list(value.shape)}, of which the file holds a part")
     return {name: value.detach() for name, value in content.items()}

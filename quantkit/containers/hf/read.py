@@ -154,6 +154,7 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise SourceError(f"{folder / 'config.json'}: has no model_type, so this is no transformers model")
     if not isinstance(model_type, str):
         raise SourceError(f"{folder / 'config.json'}: model_type is {shortened(str(model_type))}, not a name")
+    check_counts(read_json(folder / "config.json"), folder / "config.json")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not like
@@ -161,6 +162,20 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
             _refuse_code(folder / "config.json", error)
         raise SourceError(f"{folder / 'config.json'}: {shortened(first_line(error), 500)}") from error
     return config
+
+
+_COUNTS = re.compile(r"(?:^|_)(?:n|num)_?(?:[a-z]+_)*(layer|expert)s?$")
+_MOST = {"layer": 10_000, "expert": 10_000}  # twenty times what the largest models have
+
+
+def check_counts(content: Mapping[str, Any], place: Path, most: Mapping[str, int] = _MOST) -> None:
+    """Refuse a config that has a class build more layers, or experts of a layer, than can be. Raises SourceError."""
+    for key, value in content.items():
+        found = _COUNTS.search(str(key))
+        if isinstance(value, dict):
+            check_counts(value, place, most)
+        elif found and isinstance(value, int | float) and value > most[found[1]]:
+            raise SourceError(f"{place}: {key} is {value}, but there can be {most[found[1]]} at most; it is damaged")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
-from quantkit.containers import CONTAINERS
+from quantkit.containers import CONTAINERS, is_imatrix
 from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
@@ -22,10 +23,23 @@ from quantkit.runs.atomic import absolute, file_sha256
 from quantkit.runs.links import lies_within
 from quantkit.runs.outputs import staged_files
 from quantkit.verbs import verb
+from quantkit.verbs.card.advice import WORDS, advice
+from quantkit.verbs.card.command import commands_of
 from quantkit.verbs.card.facts import ModelFacts, models_in
-from quantkit.verbs.card.front import MARK, Original, bases_of, front_matter, licence_of, read_original
+from quantkit.verbs.card.front import (
+    MARK,
+    RESULTS,
+    RESULTS_MARK,
+    Original,
+    bases_of,
+    front_matter,
+    licence_of,
+    read_original,
+    result_files,
+)
 from quantkit.verbs.card.measured import measurements
 from quantkit.verbs.card.usage import hints, prompt_of
+from quantkit.verbs.markdown import cell, code, fence
 from quantkit.version import __version__
 
 CARD = "README.md"
@@ -88,7 +102,8 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
     _check_source(given, models)
     for name, other in options.branches.items():
         models += models_in(absolute(other), name, options.trust_remote_code)
-    measured = measurements(models, reports, options.evals)
+    measured, limits = measurements(models, reports, options.evals)
+    advised = advice(models, measured, limits)
     bases, relation = bases_of(models[0], options.base_model)
     inherited = licence_of(source, models, options.licence)
     licence = inherited.get("license")
@@ -100,6 +115,8 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         progress.warn(f"the card does not say {what}")
     repo = options.repo or root.name
     title = repo.rpartition("/")[2]
+    prompt = prompt_of(root, models, options.prompt_template, options.trust_remote_code)
+    best = next((model for model, one in zip(models, advised, strict=True) if one.mark == "recommended"), None)
     head = front_matter(
         models,
         measured,
@@ -109,6 +126,7 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         bases=bases,
         relation=relation,
         quantized_by=options.quantized_by,
+        of_2023=options.template == BUILT_IN[1],
     )
     variables = {
         "title": title,
@@ -117,15 +135,28 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         "licence": licence,
         "base_models": bases,
         "models": [
-            {**vars(model), **vars(found), **_provenance(model)} for model, found in zip(models, measured, strict=True)
+            {
+                **vars(model),
+                **vars(found),
+                **vars(one),
+                **_provenance(model),
+                "mean_kl": found.mean_kl,
+                "link": _link(model, repo),
+            }
+            for model, found, one in zip(models, measured, advised, strict=True)
         ],
+        "words": [{"word": word, "most": most} for most, word in WORDS],
+        "recommended": next((one.why for one in advised if one.why), None),
         "siblings": [_sibling(name) for name in options.siblings or ()],
-        "prompt": prompt_of(root, models, options.prompt_template, options.trust_remote_code),
-        "programs": hints(models, repo, bases[0] if bases else "SOURCE_MODEL"),
+        "prompt": prompt,
+        "programs": hints(models, repo, bases[0] if bases else "SOURCE_MODEL", prompt, best),
+        "imatrices": sorted(path.name for path in root.iterdir() if path.is_file() and is_imatrix(path)),
         "plots": [{"file": name, "title": _PLOTS[name]} for name in plots],
         "original": source.text,
     }
     body = fill_template(text, options.template, variables)
+    results, place = result_files(models, measured), root / RESULTS
+    _check_results(place, results, options.force)
     written = (CARD, *plots)
     known = {name for name in written if (root / name).exists()}  # looked at above
     with staged_files(root / CARD, options.force or known, written) as staging:  # all or nothing
@@ -134,7 +165,41 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
             if not plot.is_file():
                 raise OutputError(f"{name} has gone while the card was made")
             shutil.copyfile(plot, staging / name)
+    _write_results(place, results)
     return CardReport(root / CARD, options.template, names, licence, bases, evaluated, list(plots), missing)
+
+
+def _link(model: ModelFacts, repo: str) -> str | None:
+    """Where a file, or a branch, is on the Hub; None where its owner is not known."""
+    if "/" not in repo:
+        return None
+    what = f"blob/{model.branch}/{next(iter(model.files))}" if model.is_file else f"tree/{model.branch}"
+    return f"https://huggingface.co/{quote(repo)}/{quote(what)}"
+
+
+def _check_results(folder: Path, results: Collection[str], force: bool) -> None:
+    """Refuse to lose results that are there and not quantkit's. Raises UsageError."""
+    for name in results if not force else ():
+        if (folder / name).exists() and not _is_ours(folder / name):
+            raise UsageError(f"{folder / name} already exists and is not quantkit's; --force replaces it")
+
+
+def _write_results(folder: Path, results: Mapping[str, str]) -> None:
+    """Write them all or none; those of an earlier card, of models that are gone or have none, are removed."""
+    if results:
+        with staged_files(folder / next(iter(results)), True, list(results)) as staging:
+            for name, content in results.items():
+                (staging / name).write_text(content, encoding="utf-8")
+    for path in set(folder.glob("*.yaml")) - {folder / name for name in results}:
+        if _is_ours(path):
+            path.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an earlier card wrote a file of results."""
+    if not lies_within(path, path.parent) or not path.is_file():
+        return False
+    return path.read_text(encoding="utf-8", errors="replace").startswith(RESULTS_MARK)
 
 
 def _check_place(root: Path, original: Path | None, force: bool) -> None:
@@ -173,8 +238,9 @@ def _missing(names: Sequence[str], evaluated: Sequence[str], licence: object, ba
 def _provenance(model: ModelFacts) -> dict[str, Any]:
     """What a model was made from, on what and by what, as lists that are empty where nothing says so."""
     source, text = model.record.get("source") or {}, model.calibration or {}
-    parts = [source, *(source[role] for role in ("base", "delta", "tuned") if isinstance(source.get(role), dict))]
+    parts = list(_parts(source))
     hashes = [(part.get("model"), part.get("sha256") or {}) for part in parts]
+    pair = next((part for part in parts if part.get("kind") == "delta"), None)
     by = model.record.get("versions") or {"quantkit": model.keys.get("quantkit.version")}
     return {
         "sources": [
@@ -186,7 +252,18 @@ def _provenance(model: ModelFacts) -> dict[str, Any]:
         ],
         "versions": {name: version for name, version in by.items() if version},
         "codes": model.keys.get("quantkit.weights"),
+        "commands": commands_of(model.record),
+        "pair": tuple(pair[role]["model"] for role in ("base", "delta")) if pair else (),
+        "before": source.get("precision"),
     }
+
+
+def _parts(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What a model was made from, and that from in turn; of a pair both."""
+    yield source
+    for role in ("base", "delta", "tuned", "made_of"):
+        if isinstance(source.get(role), dict):
+            yield from _parts(source[role])
 
 
 def _sibling(text: str) -> dict[str, str]:
@@ -230,13 +307,12 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     Raises:
         UsageError: names the line of the template with an error, or with a variable that there is not.
     """
-    # No HTML is escaped: Markdown is text, and the values are the publisher's own.
+    # Names of files and of others' models are for where they stand: `cell`, `code` and `fence` see to that.
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters.update(size=size, number=significant)
-    # Text that fits into a cell of a Markdown table.
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    environment.filters.update(cell=cell, code=code, fence=fence)
     try:
         return environment.from_string(template).render(variables)
     except jinja2.TemplateSyntaxError as error:

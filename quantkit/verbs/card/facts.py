@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.containers import CONTAINERS, of_file
+from quantkit.containers import CONTAINERS, is_imatrix, of_file
 from quantkit.containers.describe import describe
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
-from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
+from quantkit.runs.atomic import REPORT_NAME, file_sha256
+from quantkit.runs.records import read_record
 from quantkit.sources import open_source
 from quantkit.verbs.verify.programs import Facts, Load, programs
 
+_SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 KV_TOKENS = 2048
 """Tokens whose keys and values are counted into the memory needed."""
 
@@ -30,6 +33,8 @@ class ModelFacts:
         kind: name of its container.
         form, short: what the container is called, in the plural and in a list of formats.
         is_file: whether it is one; else it is the folder.
+        precision: what it is read as, and what its weights were rounded to before: "float16 from Q4_1".
+        types: how many matrices it holds of each type.
         files: SHA-256 by name of all files that hold its weights.
         bytes: of these files.
         memory_bytes: of its tensors, and of keys and values of `kv_tokens` tokens in float16; None where the config
@@ -49,6 +54,8 @@ class ModelFacts:
     is_file: bool
     architecture: str
     scheme: str
+    precision: str
+    types: Mapping[str, int]
     files: Mapping[str, str]
     bytes: int
     bits_per_weight: float
@@ -76,12 +83,12 @@ def models_in(folder: Path, branch: str, trust: bool = False) -> list[ModelFacts
     found = [open_source(folder, trust_remote_code=trust)] if (folder / "config.json").is_file() else []
     files: dict[str, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        if of_file(path):
+        if of_file(path) and not is_imatrix(path):
             files.setdefault(model_stem(path), path)
     found += [open_source(path) for path in files.values()]
     if not found:
         raise UsageError(f"{folder}: no model here, so there is nothing to write a card of")
-    record = read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+    record = read_record(folder)
     return [_model(source, branch, record, alone=len(found) == 1) for source in found]
 
 
@@ -90,9 +97,14 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
     files = {path.name: file_sha256(path) for path in paths}
     own = record if _is_of(record, files, source, alone) else {}
     if "variants" in own:  # a release's folder: a record for each file
-        own = own["variants"].get(paths[0].name) or {}
+        own = (own["variants"] or {}).get(paths[0].name) or {}
     keys, shown = source.metadata, CONTAINERS[source.kind].shown
     seen = describe(source)
+    types = Counter(tensor["type"] for tensor in seen.tensors if len(tensor["shape"]) > 1)
+    form, short, scheme = shown.form, shown.short, _scheme(source, keys, seen.scheme)
+    if not CONTAINERS[source.kind].quantized and not any(kind.startswith("F8") for kind in types):
+        form, scheme = f"Weights in {source.precision}", source.precision
+        short = _SHORT.get(scheme, scheme)
     memory, tokens = _memory(source, seen.bytes)
     recipe, calibration = own.get("recipe") or {}, own.get("calibration")
     settings = dict(source.settings)
@@ -102,11 +114,13 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
         name=paths[0].name if source.path.is_file() else source.label,
         branch=branch,
         kind=source.kind,
-        form=shown.form,
-        short=shown.short,
+        form=form,
+        short=short,
         is_file=source.path.is_file(),
         architecture=seen.architecture,
-        scheme=_scheme(source, keys, seen.scheme),
+        scheme=scheme,
+        precision=source.precision,
+        types=dict(types.most_common()),
         files=files,
         bytes=sum(path.stat().st_size for path in paths),
         bits_per_weight=seen.bits_per_weight,

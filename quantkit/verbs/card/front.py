@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
@@ -20,10 +22,13 @@ from quantkit.verbs.card.facts import ModelFacts
 from quantkit.verbs.card.measured import Loss, Measurements, TaskScores
 
 MARK = "<!-- Written by quantkit card. -->"
+RESULTS, RESULTS_MARK = ".eval_results", "# Written by quantkit card."
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 # What this card takes over from the original's.
 _KEPT = {"license", "license_name", "license_link", "language", "pipeline_tag"}
+# What the leaderboard of 2023 called them.
+_METRICS = {"acc": "accuracy", "acc_norm": "normalized accuracy"}
 _KL_ARGS = ("median", "p90", "p99", "p999", "max")
 
 
@@ -129,8 +134,12 @@ def front_matter(
     bases: Sequence[str],
     relation: str | None,
     quantized_by: str | None,
+    of_2023: bool,
 ) -> str:
-    """The YAML, without its lines of dashes. In `model-index` a model is `title`, of several with branch or file."""
+    """The YAML, without its lines of dashes. In `model-index` a model is `title`, of several with branch or file.
+
+    `of_2023`: switches off the Hub's widget, as publishers of quantized models did then; it means nothing today.
+    """
     kinds = list(dict.fromkeys(model.kind for model in models))
     tags = [model.short.lower() for model in models if CONTAINERS[model.kind].quantized]
     tags += [f"{model.bits}-bit" for model in models if model.bits]
@@ -148,13 +157,67 @@ def front_matter(
         "base_model": bases[0] if len(bases) == 1 else list(bases) or None,
         "base_model_relation": relation if bases else None,
         "tags": [*dict.fromkeys([*(["quantized"] if tags else []), *tags]), "quantkit"],
-        "inference": False,
+        "datasets": _datasets(models) or None,
+        "inference": False if of_2023 else None,
         "quantized_by": quantized_by,
         "model-index": index or None,
     }
     told = {key: value for key, value in data.items() if value is not None}
     text: str = yaml.dump(told, Dumper=_Writer, sort_keys=False, allow_unicode=True)
     return text.strip()
+
+
+def _datasets(models: Sequence[ModelFacts]) -> list[str]:
+    """Data sets of the Hub that the models were calibrated on."""
+    texts = [model.calibration for model in models if model.calibration]
+    named = [str(part.get("dataset")) for text in texts for part in text.get("parts") or [text]]
+    return list(
+        dict.fromkeys(name.partition("@")[0] for name in named if _REPOSITORY.fullmatch(name.partition("@")[0]))
+    )
+
+
+def result_files(models: Sequence[ModelFacts], measured: Sequence[Measurements]) -> dict[str, str]:
+    """Files of `.eval_results`, which the Hub shows beside others' results: a model each, without trials.
+
+    Only what has a data set on the Hub is in them, and nothing where the Hub's client knows no such files.
+    """
+    entry: Any = getattr(huggingface_hub, "EvalResultEntry", None)  # of clients of 2026
+    if entry is None:
+        return {}
+    found = {}
+    for model, of in zip(models, measured, strict=True):
+        where = model.name if model.is_file else model.branch
+        entries = [
+            entry(
+                dataset_id=task["dataset"],
+                task_id=task.get("config") or task["task"],
+                value=_shown(task["value"], task["share"]),
+                source_url=_HARNESS,
+                source_name=tasks.harness,
+                notes=f"{task['metric']}{_shots(task)}" + (f", {where}" if len(models) > 1 else ""),
+            )
+            for tasks in of.tasks
+            for task in tasks.tasks
+            if tasks.limit is None and task.get("dataset")
+        ]
+        if entries:
+            text = yaml.dump(
+                huggingface_hub.eval_result_entries_to_yaml(entries),
+                Dumper=_Writer,
+                sort_keys=False,
+                allow_unicode=True,
+            )
+            found[f"{Path(where).stem if model.is_file else where.replace('/', '-')}.yaml"] = f"{RESULTS_MARK}\n{text}"
+    return found
+
+
+def _shots(task: Mapping[str, Any]) -> str:
+    return "" if task.get("fewshot") is None else f", {task['fewshot']}-shot"
+
+
+def _shown(value: float, share: bool) -> float:
+    """Fractions in per cent, as leaderboards have them."""
+    return float(100 * Decimal(str(value))) if share else value  # with the digits that it has
 
 
 def _loss_results(loss: Loss) -> list[EvalResult]:
@@ -189,18 +252,19 @@ def _loss_results(loss: Loss) -> list[EvalResult]:
 
 def _task_result(task: Mapping[str, Any], tasks: TaskScores) -> EvalResult:
     args = {"num_few_shot": task.get("fewshot"), "limit": tasks.limit}
-    spread = task.get("stderr")
+    spread, share = task.get("stderr"), task["share"]
     return EvalResult(
         task_type="text-generation",
-        task_name="Text generation",
+        task_name="Text Generation",
         dataset_type=task.get("dataset") or task["task"],
         dataset_name=task["name"],
-        dataset_config=task["task"],
+        dataset_config=task.get("config"),
         dataset_split=task.get("split"),
         dataset_args={key: value for key, value in args.items() if value is not None},
         metric_type=task["metric"],
-        metric_value=task["value"],
-        metric_args=None if spread is None else {"stderr": spread},
+        metric_name=_METRICS.get(task["metric"]),
+        metric_value=_shown(task["value"], share),
+        metric_args=None if spread is None else {"stderr": _shown(spread, share)},
         source_name=tasks.harness,
         source_url=_HARNESS,
     )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, visible
+from quantkit.runs.limits import template_limit
 from quantkit.sources import open_source
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card.facts import ModelFacts
 
 _ASKED = "{prompt}"
+_QUESTION, _BEGUN = "Why is the sea salty?", "The sea is"
+_BY_TEMPLATE = """inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+).to(model.device)"""
 
 
 @dataclass(frozen=True)
@@ -48,80 +56,155 @@ _TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}"{revision}{gguf})
 model = AutoModelForCausalLM.from_pretrained("{repo}"{revision}{gguf}, device_map="auto")
-inputs = tokenizer("The sea is", return_tensors="pt").to(model.device)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
+{asked}
+answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 _GPTQMODEL = """from gptqmodel import GPTQModel
 
 model = GPTQModel.load("{repo}"{revision})
-print(model.tokenizer.decode(model.generate("The sea is")[0]))"""
+tokenizer = model.tokenizer
+{asked}
+answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 _AUTOGPTQ = """from auto_gptq import AutoGPTQForCausalLM
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}"{revision})
 model = AutoGPTQForCausalLM.from_quantized("{repo}"{revision}, use_safetensors=True, device="cuda:0")
-inputs = tokenizer("The sea is", return_tensors="pt").to("cuda:0")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
+{asked}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))"""
 _CTRANSFORMERS = """from ctransformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{repo}", model_file="{file}", model_type="llama")
-print(model("The sea is", max_new_tokens=50))"""
+print(model({text}, max_new_tokens=200))"""
 _LLAMA_CPP_PYTHON = """from llama_cpp import Llama
 
 model = Llama.from_pretrained("{repo}", filename="{file}")
-print(model("The sea is", max_tokens=50)["choices"][0]["text"])"""
+{answer}"""
 _FOLDER = "hf download {repo}{branch} --local-dir {name}\n"
 
-# Program, the programs of `quantkit.verbs.verify.programs` that it is or has in it, language, code.
+# Program, the programs of `quantkit.verbs.verify.programs` that it is or has in it, language, code. Of a file first
+# what most people run it with.
 _CODE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
+    ("llama.cpp", ("llama.cpp",), "bash", "llama-server -hf {tagged}{posted_8080}"),
+    ("Ollama", ("llama.cpp",), "bash", "ollama run hf.co/{repo}:{tag}"),
+    ("LM Studio", ("llama.cpp",), "bash", "lms get {repo}@{tag}"),
+    ("vLLM", ("vLLM",), "bash", "{vllm}{posted_8000}"),
     ("transformers", ("transformers",), "python", _TRANSFORMERS),
     ("GPTQModel", ("GPTQModel",), "python", _GPTQMODEL),
-    ("vLLM", ("vLLM",), "bash", "{vllm}"),
     ("AutoGPTQ", ("AutoGPTQ",), "python", _AUTOGPTQ),
     ("ExLlama", ("ExLlama",), "bash", _FOLDER + "python test_benchmark_inference.py -d {name} -p"),
-    ("ExLlamaV2", ("ExLlamaV2",), "bash", _FOLDER + 'python test_inference.py -m {name} -p "The sea is"'),
-    ("llama.cpp", ("llama.cpp",), "bash", '{downloads}\nllama-cli -m {file} -p "The sea is" -n 50'),
+    ("ExLlamaV2", ("ExLlamaV2",), "bash", _FOLDER + "python test_inference.py -m {name} -p {text}"),
     ("ctransformers", ("ctransformers",), "python", _CTRANSFORMERS),
     ("llama-cpp-python", ("llama.cpp",), "python", _LLAMA_CPP_PYTHON),
     ("text-generation-webui", ("ExLlamaV2", "llama.cpp"), "bash", "python download-model.py {repo}{webui}"),
 )
 
 
-def hints(models: Sequence[ModelFacts], repo: str, source: str) -> list[Hint]:
-    """Every program that loads at least one of the models, with code for the first one; others are not named.
+def hints(
+    models: Sequence[ModelFacts],
+    repo: str,
+    source: str,
+    prompt: PromptForm | None = None,
+    best: ModelFacts | None = None,
+) -> list[Hint]:
+    """Every program that loads at least one of the models, with code for one of them; others are not named.
 
     Args:
         models: of one repository.
         repo: its name.
         source: of the model that they were made from.
+        prompt: how they want to be asked.
+        best: the model that the code is for, where a program loads it; else it is for the first.
     """
     found = []
     for program, inner, language, code in _CODE:
         rows = [(model, load) for model in models for load in model.loads if load.ok and load.program in inner]
-        loaded = {model.name: (model, load) for model, load in rows}
+        loaded = {(model.branch, model.name): (model, load) for model, load in rows}
         if loaded:
-            model, load = next(iter(loaded.values()))
+            model, load = next((one for one in loaded.values() if one[0] is best), next(iter(loaded.values())))
             needs = load.why if program in inner else f"with {load.program} in it"
-            found.append(Hint(program, needs, tuple(loaded), language, code.format(**_words(model, repo, source))))
+            words = _words(model, models, repo, source, language) | _asking(prompt, language)
+            names = tuple(model.name for model, _ in loaded.values())
+            found.append(Hint(program, needs, names, language, code.format(**words)))
     return found
 
 
-def _words(model: ModelFacts, repo: str, source: str) -> dict[str, str]:
-    """What stands in the code for the model."""
-    downloads = [f"hf download {repo} {name} --local-dir ." for name in model.files]
-    file, other = next(iter(model.files)), "" if model.branch == "main" else model.branch
+def _words(model: ModelFacts, models: Sequence[ModelFacts], repo: str, source: str, language: str) -> dict[str, str]:
+    """What stands in the code for the model, quoted for its language; of Python, for within quotation marks."""
+    quoted = _in_python if language == "python" else _in_shell
+    file, other = next(iter(model.files)), "" if model.branch == "main" else quoted(model.branch)
+    tag = _tag(model, models)
+    folder, repo, source = (
+        quoted(repo.rpartition("/")[2]),
+        quoted(repo if "/" in repo else f"OWNER/{repo}"),
+        quoted(source),
+    )
     branch = other and f" --revision {other}"
-    served = f"{downloads[0]}\nvllm serve ./{file} --tokenizer {source}"
+    by_plugin = f"pip install vllm-gguf-plugin\nvllm serve {repo}:{quoted(tag)} --tokenizer {source}"
+    if model.is_file and tag == file:
+        by_plugin = f"pip install vllm-gguf-plugin\nhf download {repo} {quoted(file)} --local-dir .\n"
+        by_plugin += f"vllm serve ./{quoted(file)} --tokenizer {source}"
     return {
         "repo": repo,
-        "name": repo.rpartition("/")[2],
-        "file": file,
-        "downloads": "\n".join(downloads),
+        "name": folder,
+        "file": quoted(file),
+        "tag": quoted(tag),
+        "tagged": f"{repo} --hf-file {quoted(file)}" if tag == file else f"{repo}:{quoted(tag)}",
         "revision": other and f', revision="{other}"',
         "branch": branch,
-        "gguf": f', gguf_file="{file}"' if model.is_file else "",
-        "vllm": served if model.is_file else f"vllm serve {repo}{branch}",
-        "webui": (other and f" --branch {other}") + (f" --specific-file {file}" if model.is_file else ""),
+        "gguf": f', gguf_file="{quoted(file)}"' if model.is_file else "",
+        "vllm": by_plugin if model.is_file else f"vllm serve {repo}{branch}",
+        "webui": (other and f" --branch {other}") + (f" --specific-file {quoted(file)}" if model.is_file else ""),
     }
+
+
+def _tag(model: ModelFacts, models: Sequence[ModelFacts]) -> str:
+    """What a program picks a file of a repository by: its type where only this file has it in its name, or its name."""
+    file = next(iter(model.files))
+    alike = [one for one in models if re.search(rf"[-.]{re.escape(model.scheme)}(?![\w])", one.name, re.IGNORECASE)]
+    return model.scheme if alike == [model] else file
+
+
+def _asking(prompt: PromptForm | None, language: str) -> dict[str, str]:
+    """The question in the form that the model wants: by its own chat template, or as text."""
+    chat = prompt is not None and prompt.origin == "chat template"
+    text = prompt.text.replace(_ASKED, _QUESTION) if prompt else _BEGUN
+    literal = _literal(text)
+    asked = f'inputs = tokenizer({literal}, return_tensors="pt").to(model.device)'
+    answer = f'print(model({literal}, max_tokens=200)["choices"][0]["text"])'
+    posts = [("8080", "completion", {"prompt": text, "n_predict": 200})]
+    posts.append(("8000", "v1/completions", {"prompt": text, "max_tokens": 200}))
+    if chat:
+        messages = [{"role": "user", "content": _QUESTION}]
+        asked = f"messages = {json.dumps(messages)}\n" + _BY_TEMPLATE
+        answer = f"messages = {json.dumps(messages)}\n"
+        answer += 'print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])'
+        posts = [(port, "v1/chat/completions", {"messages": messages}) for port in ("8080", "8000")]
+    sent = {
+        f"posted_{port}": f"\n\n# and once it runs:\ncurl http://localhost:{port}/{path} "
+        f"-H 'Content-Type: application/json' -d {_in_shell(json.dumps(body, ensure_ascii=False))}"
+        for port, path, body in posts
+    }
+    return {
+        "asked": asked,
+        "answer": answer,
+        "text": literal if language == "python" else _in_shell(text, lines=True),
+        **sent,
+    }
+
+
+def _literal(text: str) -> str:
+    """Text as a literal of Python."""
+    return json.dumps(visible(text, lines=True), ensure_ascii=False)
+
+
+def _in_python(text: str) -> str:
+    return visible(text.replace("\\", "\\\\").replace('"', '\\"'))
+
+
+def _in_shell(text: str, lines: bool = False) -> str:
+    return shlex.quote(visible(text, lines))
 
 
 def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None, trust: bool = False) -> PromptForm | None:
@@ -157,7 +240,8 @@ def _chat(folder: Path, first: ModelFacts, trust: bool) -> PromptForm | None:
         if not tokenizer.chat_template:
             return None
         asked = [{"role": "user", "content": _ASKED}]
-        text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        with template_limit():
+            text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
     except Exception:  # no tokenizer: `verify` says so; a template is the model's own program and may raise anything
         return None
     return PromptForm("chat", text, "chat template") if _ASKED in text else None

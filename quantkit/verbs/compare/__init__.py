@@ -21,14 +21,16 @@ from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.evaluate.statistics import heads, numbers_of
 from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
-from quantkit.progress import SILENT, Progress, size
+from quantkit.progress import SILENT, Progress, per_cent, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
-from quantkit.runs.outputs import check_outside, staged_folder
+from quantkit.runs.outputs import Staging, check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
+from quantkit.runs.unfinished import check_unfinished
 from quantkit.tokens.text import EvaluationText, check_tokens, common_text
 from quantkit.verbs import verb
+from quantkit.verbs.compare.answers import Answers, Questions, shown_tokens, staged_report
 from quantkit.verbs.compare.chooser import Limits, Recommendation, choose, pareto
 from quantkit.verbs.compare.pages import write_pages
 from quantkit.verbs.compare.plots import Drawn, plot_files
@@ -49,6 +51,8 @@ class CompareReport(Report):
         models: the reference first, then the variants as they were given.
         choice: the variant to take; None where none was asked for, or none keeps to the limits.
         unmet: in that last case, which one comes nearest.
+        budget, max_kl: the limits, in bytes and nats; None where there was none.
+        answers: to prompts, side by side; None where none were asked for.
     """
 
     out: Path = field(metadata=LEFT_OUT)
@@ -58,13 +62,24 @@ class CompareReport(Report):
     models: list[ComparedModel]
     choice: Recommendation | None
     unmet: str | None
+    answers: Answers | None = None
+    budget: int | None = None  # reports of before have neither
+    max_kl: float | None = None
 
     def lines(self) -> Iterator[Shown]:
+        yield "reference: " + ", ".join(filter(None, (self.reference, self.models[0].precision)))
         front = Column("front", "center", drop=1)
         columns = [Column("model", "left"), Column("size"), Column("bits/w", drop=4), *heads(True), front]
         for text in self.texts:
             yield f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}"
             yield Table(columns, [_row(model, text.name) for model in self.models], short=True)
+        if self.answers is not None:
+            asked = f"{self.answers.name}: {len(self.answers.prompts)} prompts"
+            yield f"{asked}, answers of at most {self.answers.max_new_tokens} tokens"
+            columns = [Column("model", "left"), Column("equal answers"), Column("others part after")]
+            found = self.answers.agreement.items()
+            rows = [[name, per_cent(one.equal), shown_tokens(one.parts_after)] for name, one in found]
+            yield Table(columns, rows, short=True)
         if self.choice is not None:
             yield f"take {self.choice.model}: {self.choice.why}"
         yield f"report: {self.out / 'report.html'}"
@@ -92,6 +107,8 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     if not options.variants:
         raise UsageError("name at least one variant to compare with the reference")
     progress = ranks.reporting(progress)
+    if ranks.first:
+        check_unfinished(place, options.resume, options.force)
     names = (options.reference, *options.variants)
     streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
     specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
@@ -100,28 +117,31 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     _warn_of_order(sources, progress)
     for source in sources:
         if ranks.first:
-            check_outside(place, source, options.force)
+            check_outside(place, source, options.force or (options.resume and Staging(place).landed > 0))
         note_source(source, progress)
-    with staged_folder(place, options.force) if ranks.first else nullcontext(place) as folder:
+    questions = Questions.of(options, options.template, sources)
+    origins = ranks.from_first(lambda: _origins(sources, progress))
+    staged = staged_report(place, questions, streams[0], origins, options.resume, options.force)
+    with staged if ranks.first else nullcontext((place, None)) as (folder, journal):
         windows = ranks.from_first(lambda: _windows(sources, specs, progress))
+        answers = ranks.from_first(
+            lambda: questions.answered(streams, journal, progress) if questions and journal else None
+        )
         scores = score_texts(streams, [text.windows for text in windows], True, progress, ranks)
 
         def written() -> CompareReport:
-            origins = []
-            with progress.phase("hashing", len(sources)) as advance:
-                for source in sources:
-                    origins.append(origin(source))
-                    advance(1)
             facts = [
                 TextFacts(text.name, rows[0].nll.numel(), spec.seq_len, spec.stride, text.provenance.tokens_sha256)
                 for text, spec, rows in zip(windows, specs, scores.texts, strict=True)
             ]
             models = _models(sources, windows, scores, origins)
             choice, unmet = choose(models[1:], limits)
-            report = CompareReport(place, models[0].model, facts, models, choice, unmet)
+            report = CompareReport(
+                place, models[0].model, facts, models, choice, unmet, answers, budget, options.max_kl
+            )
             figures = _figures(models, scores, progress) if options.plots else {}
             write_json(folder / "report.json", report.as_dict())
-            write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins))
+            write_json(folder / REPORT_NAME, _record(report, windows, streams[0], origins, questions))
             for name, content in figures.items():
                 (folder / name).write_bytes(content)
             write_pages(folder, report.as_dict(), figures)
@@ -169,6 +189,16 @@ def _warn_of_order(sources: Sequence[Source], progress: Progress) -> None:
         )
 
 
+def _origins(sources: Sequence[Source], progress: Progress) -> list[dict[str, Any]]:
+    """Of each model what a record says of where it comes from."""
+    origins = []
+    with progress.phase("hashing", len(sources)) as advance:
+        for source in sources:
+            origins.append(origin(source))
+            advance(1)
+    return origins
+
+
 def _windows(sources: Sequence[Source], specs: Sequence[EvaluationSpec], progress: Progress) -> list[EvaluationText]:
     tokenizers = [(source.label, source.tokenizer()) for source in sources]
     texts = [common_text(tokenizers, spec, progress) for spec in specs]
@@ -203,6 +233,7 @@ def _models(
             pareto=False,
             texts=result,
             layers=layers,
+            precision=source.precision,
         )
         for source, found, made, result, layers in zip(sources, described, origins, results, scores.layers, strict=True)
     ]
@@ -224,7 +255,11 @@ def _figures(models: Sequence[ComparedModel], scores: Scores, progress: Progress
 
 
 def _record(
-    report: CompareReport, texts: Sequence[EvaluationText], stream: ModelStream, origins: Sequence[dict[str, Any]]
+    report: CompareReport,
+    texts: Sequence[EvaluationText],
+    stream: ModelStream,
+    origins: Sequence[dict[str, Any]],
+    questions: Questions | None,
 ) -> dict[str, Any]:
     """quantkit.json: everything that decided the result, and nothing that differs between equal runs."""
     return {
@@ -240,6 +275,7 @@ def _record(
                 }
                 for text, cut in zip(texts, report.texts, strict=True)
             ],
+            **({"prompts": questions.facts} if questions else {}),
         },
         "sources": [found["source"] for found in origins],
         "versions": origins[0]["versions"],

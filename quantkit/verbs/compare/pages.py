@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from quantkit.errors import visible as written_out
 from quantkit.progress import number, per_cent, size, spread
+from quantkit.verbs.compare.answers import shown_tokens
 from quantkit.verbs.compare.plots import INK, PAPER, RULE
+from quantkit.verbs.markdown import cell, code, fence
 
 _CAPTIONS = {
     "accuracy-size": "Further down is nearer to the reference, further left is smaller. Where a model is on the Pareto "
@@ -38,7 +42,8 @@ def write_pages(folder: Path, report: Mapping[str, Any], figures: Mapping[str, b
         keep_trailing_newline=True,
     )
     environment.filters |= {"size": size, "number": number, "per_cent": per_cent, "spread": spread}
-    environment.filters |= {"cell": _cell, "code": _code, "visible": visible}
+    environment.filters |= {"cell": cell, "code": code, "visible": visible, "tokens": shown_tokens}
+    environment.filters |= {"block": _block, "marked": _marked, "text": partial(written_out, lines=True)}
     shown = [
         {"name": name, "caption": caption, "svg": _inline(name, figures[f"{name}.svg"].decode(), caption)}
         for name, caption in _CAPTIONS.items()
@@ -55,16 +60,19 @@ def visible(text: str) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in shown)
 
 
-def _cell(text: str) -> str:
-    """Text in a cell of a Markdown table."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+def _marked(said: Mapping[str, Any]) -> tuple[str, str, str]:
+    """An answer before the first token that differs, that token and what follows; all of it before, where none does."""
+    text = said["output"]
+    start, end = said["mark"] or (len(text), len(text))
+    mark = text[start:end] or ("(the end)" if said["mark"] else "")
+    before, mark, after = (written_out(part, lines=True) for part in (text[:start], mark, text[end:]))
+    return before, mark, after
 
 
-def _code(text: str) -> str:
-    """Code in a cell of a Markdown table: between more backticks than it holds."""
-    text = " ".join(text.split()).replace("|", "\\|")
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text or ' '}`"
+def _block(text: str) -> str:
+    """Text as a block of code of Markdown."""
+    text = written_out(text, lines=True)
+    return f"{fence(text)}text\n{text}\n{fence(text)}"
 
 
 def _inline(name: str, svg: str, caption: str) -> Markup:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.errors import visible
 from quantkit.report import common_start
 from quantkit.verbs.compare.labels import place_labels
 
@@ -44,6 +45,14 @@ _SETTINGS: Any = {
     "ytick.color": INK,
 }
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+_FONT = "DejaVu Sans"  # matplotlib's own
+# Where a name has letters that it lacks.
+_FALLBACKS = frozenset(
+    (
+        *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+        *("Droid Sans Fallback", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS", "Noto Emoji"),
+    )
+)
 _LONGEST = 34  # letters of a label
 _LEAST_KL = 1e-6  # nats; below it lies the noise of float32 arithmetic
 
@@ -71,11 +80,12 @@ def plot_files(reference: Drawn, variants: Sequence[Drawn]) -> dict[str, bytes]:
     """The plots as files, by name: accuracy-size, layers and kl, each as PNG and as SVG."""
     import matplotlib
 
-    names = short_names([variant.label for variant in variants])
+    labels, families = drawable([variant.label for variant in variants])
+    names = short_names(labels)
     files = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
-        matplotlib.rcParams.update(_SETTINGS)
+        matplotlib.rcParams.update({**_SETTINGS, **({"font.family": families} if families[1:] else {})})
         for name, plot in (("accuracy-size", _accuracy_size), ("layers", _layers), ("kl", _kl)):
             figure = plot(reference, variants, names)
             # No date and no version: equal runs give equal bytes.
@@ -84,6 +94,24 @@ def plot_files(reference: Drawn, variants: Sequence[Drawn]) -> dict[str, bytes]:
                 figure.savefig(buffer, format=suffix, dpi=200, metadata=metadata)
                 files[f"{name}.{suffix}"] = buffer.getvalue()
     return files
+
+
+def drawable(labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Labels with what no font here can draw written out, and the fonts to draw them with, DejaVu Sans first."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    texts = [visible(label) for label in labels]
+    families: list[str] = []
+    lacking = {letter for text in texts for letter in text}
+    for family in (_FONT, *sorted({font.name for font in fontManager.ttflist} & _FALLBACKS)):
+        font = FT2Font(findfont(FontProperties(family=family)))
+        drawn = {letter for letter in lacking if font.get_char_index(ord(letter))}
+        lacking -= drawn
+        if drawn or not families:
+            families.append(family)
+    unseen = {ord(letter): f"\\u{ord(letter):04x}" for letter in lacking}
+    return [text.translate(unseen) for text in texts], families
 
 
 def short_names(labels: Sequence[str]) -> list[str]:

@@ -52,6 +52,7 @@ class ComparedModel:
         pareto: no other model is both as small and as close to the reference, and better in one of the two.
         texts: by the text's name.
         layers: as in `compare.Scores`.
+        precision: what it is read as, and what its weights were rounded to: "float16 from Q4_1"; "" in old reports.
     """
 
     model: str
@@ -64,6 +65,7 @@ class ComparedModel:
     pareto: bool
     texts: dict[str, TextResult]
     layers: list[float] | None
+    precision: str = ""
 
     @property
     def mean_kl(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -131,7 +131,8 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
         )
         with nullcontext() if trusted else sandboxed():
             results = run_tasks(lm, loaded, options.limit)
-        scores = [number_of(results, loaded, m.task, m.key, m.title, m.metric) for m in measures]
+        found_of = [(m, number_of(results, loaded, m.task, m.key, m.title, m.metric)) for m in measures]
+        scores = [replace(score, config=score.config or m.config) for m, score in found_of]
         named_ones = [number for name in task for number in every_number(results, loaded, name)]
         found = EvalResults(
             model=source.label,

@@ -28,6 +28,7 @@ class Measure:
         fewshot: examples before each question.
         metric: what the leaderboard calls the number.
         key: what the harness does, metric and filter.
+        config: of the data set, where the parts of a group have one each.
     """
 
     task: str
@@ -36,6 +37,7 @@ class Measure:
     fewshot: int
     metric: str
     key: str
+    config: str | None = None
 
 
 # The Open LLM Leaderboard of 2023 (its first version). Its GSM8k looked for the number after "####": the strict filter.
@@ -43,7 +45,7 @@ SUITES: dict[str, tuple[Measure, ...]] = {
     "open-llm-leaderboard": (
         Measure("arc_challenge", "arc", "AI2 Reasoning Challenge (25-Shot)", 25, "acc_norm", "acc_norm,none"),
         Measure("hellaswag", "hellaswag", "HellaSwag (10-Shot)", 10, "acc_norm", "acc_norm,none"),
-        Measure("mmlu", "mmlu/default", "MMLU (5-Shot)", 5, "acc", "acc,none"),
+        Measure("mmlu", "mmlu/default", "MMLU (5-Shot)", 5, "acc", "acc,none", "all"),
         Measure("truthfulqa_mc2", "truthfulqa", "TruthfulQA (0-shot)", 0, "mc2", "acc,none"),
         Measure("winogrande", "winogrande", "Winogrande (5-shot)", 5, "acc", "acc,none"),
         Measure("gsm8k", "gsm8k", "GSM8k (5-shot)", 5, "acc", "exact_match,strict-match"),
@@ -65,6 +67,7 @@ class TaskResult:
         value: as the harness gives it, a fraction for accuracies.
         stderr: standard error; None where it has none.
         questions: how many were asked.
+        config: of the data set; None where it has one only, or parts of the task differ.
     """
 
     task: str
@@ -76,6 +79,7 @@ class TaskResult:
     value: float
     stderr: float | None
     questions: int
+    config: str | None = None  # files of before have none
 
 
 def load_tasks(names: Sequence[str], measures: Sequence[Measure], folder: Path | None) -> dict[str, Any]:
@@ -208,6 +212,7 @@ def number_of(
     config = loaded["tasks"][leaves[0]].config
     held = config.dataset_path or ""
     counts = {loaded["tasks"][leaf].get_config("num_fewshot") for leaf in leaves}
+    configs = {loaded["tasks"][leaf].config.dataset_name for leaf in leaves}
     return TaskResult(
         task=task,
         name=title,
@@ -218,6 +223,7 @@ def number_of(
         value=float(found[key]),
         stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
         questions=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+        config=configs.pop() if len(configs) == 1 else None,
     )
 
 

@@ -21,7 +21,7 @@ from quantkit.runs.atomic import absolute
 from quantkit.runs.record import check_unchanged, origin
 from quantkit.verbs import verb
 from quantkit.verbs.generate.decoding import Answer, Request
-from quantkit.verbs.generate.prompts import read_prompts
+from quantkit.verbs.generate.prompts import asked_prompts
 from quantkit.verbs.generate.speaker import Speaker
 
 
@@ -85,7 +85,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     spec = options.part(Decoding)
     target, asked = absolute(options.out), Path(options.prompts).expanduser()
     check_answers(target, asked, options.resume, options.force, options.dry_run)
-    wanted = read_prompts(asked, options.system)
+    wanted = asked_prompts(options.prompts, options.system)
     stream = open_stream(named(options.model, options.base, options.delta), options)
     note_source(stream.source, progress)
     speaker = Speaker.of(stream.source, options.template, spec)
@@ -107,18 +107,16 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     answers: list[Answer] = []
     phase = progress.phase("answering", len(wanted) - done)
     with appending(target, settings, done, options.resume, options.force) as file, phase as advance:
-        # The batches of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
-        for start in range(done - done % options.batch_size, len(wanted), options.batch_size):
-            batch = slice(start, start + options.batch_size)
-            found = speaker.answer(loaded.model, requests[batch])
-            lines = [
-                line_of(prompt, speaker.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids))
-                for prompt, request, new in zip(wanted[batch], requests[batch], found, strict=True)
-            ]
-            fresh = max(done - start, 0)
-            file.write(lines[fresh:])
-            answers += found[fresh:]
-            advance(len(found) - fresh)
+        for found in speaker.batches(loaded.model, requests, done, options.batch_size):
+            batch = slice(done + len(answers), done + len(answers) + len(found))
+            file.write(
+                [
+                    line_of(prompt, speaker.text(new.ids, prompt.record), new.finish, len(request.ids), len(new.ids))
+                    for prompt, request, new in zip(wanted[batch], requests[batch], found, strict=True)
+                ]
+            )
+            answers += found
+            advance(len(found))
         check_unchanged(stream.source)
     return replace(
         report,

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quantkit.errors import CalibrationError, UsageError, first_line
 from quantkit.options import TemplateName
 from quantkit.runs.panics import panics_as
+from quantkit.tokens.datasets import HELD_OUT, read_bundled
 from quantkit.tokens.records import Record, Turn, parse_record, render
 
 _CONVERSATIONS = ("messages", "conversations")
@@ -40,6 +41,18 @@ class PromptLine:
     def key(self) -> str:
         """The id as text, in which 1 and "1" differ."""
         return json.dumps(self.id, ensure_ascii=False, sort_keys=True)
+
+
+def asked_prompts(name: Path | str, system: str | None = None) -> list[PromptLine]:
+    """The prompts of a file, or those of the bundled records that are never calibrated on, where their name is given.
+
+    Raises as `read_prompts` does.
+    """
+    if str(name) != HELD_OUT:
+        return read_prompts(Path(name).expanduser(), system)
+    bundled = read_bundled()
+    ((_, path),) = bundled.source.files
+    return [prompt for prompt in read_prompts(path, system) if prompt.id in bundled.held_out]
 
 
 def read_prompts(path: Path, system: str | None = None) -> list[PromptLine]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,16 @@ class Speaker:
     ) -> list[Answer]:
         """Answers of one batch; see `decode`."""
         return decode(model, requests, self.spec, self.stops, each)
+
+    def batches(
+        self, model: PreTrainedModel, requests: Sequence[Request], done: int, batch_size: int
+    ) -> Iterator[list[Answer]]:
+        """Answers to all but the first `done` requests, a batch at a time.
+
+        The batches are those of an undisturbed run, whatever of one is there: a batch's shape decides on rounding.
+        """
+        for start in range(done - done % batch_size, len(requests), batch_size):
+            yield self.answer(model, requests[start : start + batch_size])[max(done - start, 0) :]
 
     def text(self, ids: Sequence[int], record: Record) -> str:
         """The text of an answer to the record, from its own ids alone: nothing is looked for in it, nothing cut out.

@@ -15,7 +15,7 @@ from quantkit.report import Report
 from quantkit.runs.atomic import absolute
 from quantkit.runs.links import foreign_files
 from quantkit.verbs import verb
-from quantkit.verbs.publish.files import Change, LocalFile, changes_between, local_files
+from quantkit.verbs.publish.files import Change, LocalFile, changes_between, is_result, local_files
 from quantkit.verbs.publish.remote import Remote, RemoteState, check_token
 from quantkit.version import __version__
 
@@ -51,7 +51,8 @@ class PublishReport(Report):
         where = f"{self.repo}, branch {self.branch}"
         seen = ("private" if self.private else "public") + (", new" if self.created else "")
         seen = seen if self.looked else "not looked at"
-        acted = [change for change in self.changes if change.state != "same" and not change.path.startswith(".")]
+        shown = [change for change in self.changes if is_result(change.path) or not change.path.startswith(".")]
+        acted = [change for change in shown if change.state != "same"]
         sent = sum(change.state in ("new", "changed") for change in acted)
         deleted = sum(change.state == "deleted" for change in acted)
         if not sent and not deleted:

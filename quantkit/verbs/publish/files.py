@@ -15,8 +15,15 @@ from quantkit.runs.links import is_foreign
 State = Literal["new", "changed", "same", "kept", "deleted"]
 """`kept` and `deleted` are files that only the Hub has."""
 
-# Hidden files are passed over altogether: caches, staging folders, and .gitattributes, which the Hub itself keeps.
+# Hidden files are passed over: caches, staging folders, and .gitattributes, which the Hub itself keeps. The Hub reads
+# what tasks gave from files of a hidden folder, though.
+_RESULTS = ".eval_results/*.yaml"
 _LITTER = (".*", "__pycache__", "*.pyc", "*.partial", "*.incomplete", "*.lock", "Thumbs.db", "desktop.ini")
+
+
+def is_result(name: str) -> bool:
+    """Whether a file holds what tasks gave, for the Hub to read, which is in a hidden folder."""
+    return fnmatch.fnmatch(name, _RESULTS)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def local_files(folder: Path, patterns: Sequence[str] = ()) -> dict[str, LocalFi
     named = {
         name: path
         for name, path in named.items()
-        if not any(fnmatch.fnmatch(part, pattern) for part in name.split("/") for pattern in _LITTER)
+        if is_result(name) or not any(fnmatch.fnmatch(part, pattern) for part in name.split("/") for pattern in _LITTER)
     }
     for pattern in patterns:
         if not fnmatch.filter(named, pattern):
@@ -90,7 +97,7 @@ def changes_between(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteF
         here, there = local.get(name), remote.get(name)
         state: State
         if here is None:  # what is hidden is not published, so that the folder lacks it says nothing
-            state = "deleted" if delete and not name.startswith(".") else "kept"
+            state = "deleted" if delete and (is_result(name) or not name.startswith(".")) else "kept"
         elif there is None:
             state = "new"
         else:

@@ -129,7 +129,7 @@ def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
         family = FamilySteps(plan, setting, workshop.places, plan.card.original or _original(source))
         if plan.publish is not None and options.publishing:
             family.add_publishing(plan.publish)
-        drop_stale(place, workshop.steps)
+        drop_stale(place, [*workshop.steps, *family.steps])
         outcomes = run_steps([*workshop.steps, *family.steps], ledger, progress, options.debug)
     return ReleaseReport(place, [], lost + outcomes)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.atomic import write_json
+from quantkit.runs.outputs import ChangedError, Staging
 from quantkit.runs.steps import Step
 from quantkit.verbs.card import card
 from quantkit.verbs.compare import compare
@@ -58,16 +59,25 @@ class FamilySteps:
 
     def _comparison(self) -> Step:
         judging = self._recipe.evaluation
-        judged = judging.model_dump(include={"texts", "seq_len", "eval_tokens"})
+        asking = {"prompts", "prompt_count", "max_new_tokens"} if judging.prompts else set()
+        judged = judging.model_dump(
+            mode="json", include={"texts", "seq_len", "eval_tokens", "budget", "max_kl", *asking}
+        )
 
         def run(done: frozenset[str], again: bool) -> None:
             variants = [model.opened for place, model in self._models[1:] if {place.step, model.step} <= done]
             if not variants:
                 raise UsageError("no variant was made")
             reference = self._places[0].folder
-            compare(reference, variants, out=self.report, **judged, force=again, **self._common)
+            try:
+                landed = bool(Staging(self.report).landed)
+                given = {**judged, **self._common, "resume": landed, "force": again and not landed}
+                compare(reference, variants, out=self.report, **given)
+            except ChangedError as error:
+                self._progress.note(f"  starting anew: {error}")
+                compare(reference, variants, out=self.report, **judged, **self._common, force=True)
 
-        read = self._ledger.read_by(judging.texts)
+        read = self._ledger.read_by([*judging.texts, judged.get("prompts")])
         options = {**judged, "texts": list(judging.texts), "read": read}
         return Step(COMPARE, self.report, run, options, (REFERENCE,), self._made_by)
 

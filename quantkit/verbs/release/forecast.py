@@ -17,6 +17,7 @@ from quantkit.errors import QuantkitError, UsageError
 from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.progress import SILENT
 from quantkit.tokens.text import evaluation_text
+from quantkit.verbs.compare.answers import Questions
 from quantkit.verbs.ggml import GgmlReport, ggml
 from quantkit.verbs.gptq import GptqReport, gptq
 from quantkit.verbs.imatrix import ImatrixReport, imatrix
@@ -34,6 +35,7 @@ from quantkit.verbs.release.variants import (
 
 # Measured on two cores (benchmarks/results): a run over its arithmetic, and seconds a gigabyte of output.
 _OVER_FLOOR = 1.6
+_ANSWERING = 3.0  # a token at a time, of eight prompts beside each other
 _WRITING, _MERGING = 7.0, 30.0
 
 
@@ -97,7 +99,12 @@ class Forecaster:
         width, weights = int(config.hidden_size), sum(rows * columns for _, (rows, columns) in stream.linears())
         head = int(config.vocab_size) * width
         memory = models * 4 * (tokens * width + head + weights // len(stream.blocks))
-        return Forecast("compare", 0, memory, _OVER_FLOOR * models * tokens * (weights + head) / self._rate)
+        passed = tokens * _OVER_FLOOR
+        questions = Questions.of(recipe, "auto", [source])
+        if questions is not None:
+            memory = max(memory, 4 * (weights + head))  # a whole model at a time
+            passed += questions.tokens * _ANSWERING
+        return Forecast("compare", 0, memory, passed * models * (weights + head) / self._rate)
 
     def _steps(self, variant: AnyVariant) -> list[GptqReport | ImatrixReport | GgmlReport]:
         """What the verbs would do for a variant, the one that writes it at the end."""

@@ -15,10 +15,11 @@ from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
 from quantkit.progress import Progress
-from quantkit.runs.atomic import REPORT_NAME, read_json, write_json
+from quantkit.runs.atomic import REPORT_NAME, write_json
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.outputs import ChangedError, Staging, staged_folder
 from quantkit.runs.record import checksums, origin
+from quantkit.runs.records import read_record
 from quantkit.runs.steps import Step
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
@@ -31,7 +32,7 @@ from quantkit.verbs.merge import MergeReport, merge
 from quantkit.verbs.publish import branch_name
 from quantkit.verbs.recipe import AnyVariant, GgjtVariant, GgufVariant, GptqVariant, Recipe, runs_gptq
 
-REFERENCE = "fp16"
+REFERENCE = "reference"
 """Name of the step that makes the full-precision folder."""
 IMATRIX = "imatrix"
 
@@ -150,7 +151,7 @@ class Workshop:
 
         options = {**reference_options(self._recipe), "source": dict(source_hashes)}
         self.steps.append(Step(REFERENCE, folder, run, options))
-        self.places.append(ReleaseFolder(REFERENCE, "fp16", folder, repo, "main", (Made(REFERENCE, folder, folder),)))
+        self.places.append(ReleaseFolder(REFERENCE, "hf", folder, repo, "main", (Made(REFERENCE, folder, folder),)))
 
     def _add_checkpoint(self, variant: GptqVariant) -> None:
         name, repo = step_name(variant), self._recipe.repo_of(variant)
@@ -189,11 +190,13 @@ class Workshop:
         folder = self._out / repo
         made = tuple(self._add_file(variant, folder) for variant in variants)
         name = f"folder {repo}"
+        weighed = any(isinstance(one, GgufVariant) and one.imatrix and not runs_gptq(one) for one in variants)
+        beside = {f"{self._recipe.name}-imatrix.gguf": self._imatrix} if weighed else {}
 
         def run(done: frozenset[str], again: bool) -> None:
-            gather([model for model in made if model.step in done], folder, again)
+            gather([model for model in made if model.step in done], folder, beside, again)
 
-        steps = tuple(model.step for model in made)
+        steps = (*(model.step for model in made), *([IMATRIX] if weighed else []))
         optional = all(variant.optional for variant in variants)
         self.steps.append(Step(name, folder, run, {}, (REFERENCE,), steps, optional))
         kind = next(iter(variants)).kind
@@ -228,9 +231,9 @@ class Workshop:
     ) -> None:
         """A file of the reference, or of one that holds codes of a GPTQ run, with the record of where they are from."""
         ggml(model, at, **options, imatrix=weights, force=again, **self._common)
-        before = model.parent / REPORT_NAME
-        if before.is_file():
-            record = read_json(before)
+        record = read_record(model.parent)
+        if record:
+            record = {**record, "written": dict(options)}
         else:
             source = open_source(model, trust_remote_code=self._common["trust_remote_code"])
             record = {"recipe": dict(options), **origin(source)}
@@ -246,8 +249,12 @@ class Workshop:
         self._add_calibrated(Step(name, folder, partial(self._quantize, folder, options), options, (REFERENCE,)))
         return Made(name, folder / f"{variant_name(self._recipe.name)}-GPTQ-{variant.title}.gguf", folder)
 
+    @property
+    def _imatrix(self) -> Path:
+        return self._hidden / "files" / f"{IMATRIX}.gguf"
+
     def _add_imatrix(self) -> Path:
-        path = self._hidden / "files" / f"{IMATRIX}.gguf"
+        path = self._imatrix
 
         def run(_: frozenset[str], again: bool) -> None:
             imatrix(self.reference, path, calibration=self._calibration.matrix, force=again, **self._common)
@@ -325,8 +332,8 @@ def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str
     return {"type": variant.type, "split_max_size": variant.split_max_size, **ends_of(variant)}
 
 
-def gather(models: Collection[Made], folder: Path, force: bool = False) -> None:
-    """A folder of the files that single steps made, and one record of them all.
+def gather(models: Collection[Made], folder: Path, beside: Mapping[str, Path], force: bool = False) -> None:
+    """A folder of the files that single steps made, of others under new names `beside` them, and one record of all.
 
     Raises:
         UsageError: none was made.
@@ -339,13 +346,19 @@ def gather(models: Collection[Made], folder: Path, force: bool = False) -> None:
         for model in models:
             for part in _parts(model.at):
                 name = part.name.replace(model.at.stem, model.path.stem)
-                try:
-                    os.link(part, staged / name)
-                except OSError:  # a file system without links, which cost no space
-                    shutil.copyfile(part, staged / name)
-                record = read_json(model.at.parent / REPORT_NAME)
+                _link(part, staged / name)
+                record = read_record(model.at.parent)
                 records[name] = {key: value for key, value in record.items() if key != "files"}
+        for name, path in beside.items():
+            _link(path, staged / name)
         write_json(staged / REPORT_NAME, {"variants": records, "files": checksums(staged)})
+
+
+def _link(path: Path, name: Path) -> None:
+    try:
+        os.link(path, name)
+    except OSError:  # a file system without links, which cost no space
+        shutil.copyfile(path, name)
 
 
 def _parts(path: Path) -> list[Path]:

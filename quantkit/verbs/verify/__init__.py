@@ -11,7 +11,7 @@ from typing import Any, cast
 from transformers import PretrainedConfig
 
 from quantkit.blocks.open import resolve_device
-from quantkit.containers import CONTAINERS, Container, files, load, of_file, of_folder
+from quantkit.containers import CONTAINERS, Container, files, is_imatrix, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
@@ -22,6 +22,7 @@ from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
+from quantkit.runs.records import read_record
 from quantkit.sources import check_adapter, open_source
 from quantkit.verbs import verb
 from quantkit.verbs.verify.behaviour import check_behaviour
@@ -204,7 +205,7 @@ class _Run:
                 held = SimpleNamespace(**about, tensors=tensors, read=read, trusts_code=self.trust)
                 check_model(cast(Source, held), found)
         with found.guard(REPORT_NAME):
-            delta = isinstance(_record(folder).get("delta"), dict)
+            delta = isinstance(read_record(folder).get("delta"), dict)
             if delta:
                 found.note("a delta, no model of its own: it is not run, and zeros in it are what did not change")
         check_values(plain, read, delta, found, self.progress)
@@ -262,7 +263,7 @@ class _Run:
         with run.guard("running it"):
             source = open_source(model, trust_remote_code=self.trust) if isinstance(model, Path) else model
             whole = source.path.is_dir()
-            record = _record(source.path if whole else source.path.parent)
+            record = read_record(source.path if whole else source.path.parent)
             results = [{}] if whole else (record.get("evaluation") or {}).get("results") or [{}]
             own = whole or results[-1].get("model") == source.label  # what lies beside a file may be of another
             sentence = check_behaviour(source, record if own else {}, self.device, run, self.progress)
@@ -289,16 +290,13 @@ def _weights(folder: Path, found: Findings) -> StoredTensors:
     return table
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    path = folder / REPORT_NAME
-    return read_json(path) if path.is_file() else {}
-
-
 def _model_files(folder: Path) -> list[Path]:
     """Files of a folder that hold a model, of split ones the first part that is there."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and (of_file(path) or _named_like(path)):
+            if is_imatrix(path):
+                continue
             found.setdefault(model_stem(path) + path.suffix, path)
     return list(found.values())
 

@@ -80,7 +80,7 @@ def _recorded(record: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(evaluation, dict) or evaluation.get("text") != HELDOUT or evaluation.get("stride") is not None:
         return None
     results = evaluation.get("results")
-    if not isinstance(results, list) or not results:
+    if not results or not all(type(evaluation.get(key)) is int for key in ("seq_len", "tokens")):
         return None
     return {"seq_len": evaluation["seq_len"], "tokens": evaluation["tokens"], **results[-1]}  # the source's is first
 

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from quantkit.containers.hf.read import LOCAL_KEYS, unused_beyond
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json
+from quantkit.runs.limits import template_limit
 from quantkit.runs.links import foreign_files
 from quantkit.runs.panics import panics_as
 from quantkit.verbs.verify.findings import Findings, listed
@@ -116,7 +117,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": _PROBE}]
         try:
-            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            with template_limit():
+                rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is the model's own program and may raise anything
             found.problem(f"the chat template cannot be rendered: {first_line(error)}; copy that of the source model")
             return

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import regex
 import torch
 
 from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import PACKABLE_BITS, unpack
 from quantkit.containers.source import TensorInfo
+from quantkit.errors import SourceError, shortened
 from quantkit.progress import Progress
 from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.companions import check_copies
@@ -28,6 +32,8 @@ _ABSURD_WEIGHT, _ABSURD_RATIO = 64.0, 1000.0
 # How near to a whole step the mean of all codes must lie, in steps, to tell the two readings of the zeros apart.
 _NEAR = 0.3
 _DECIDABLE_BITS = 4
+# Of a pattern: seconds to look at a name, characters, and the product of what it repeats, which takes memory.
+_PATTERN_SECONDS, _MOST_PATTERN, _MOST_REPEATS = 1.0, 100_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,34 @@ def check(
 
 
 def label_of(module: str, label: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The label of one module: GPTQModel's `dynamic` rules over the rest; None where they leave it as it is."""
-    for pattern, changes in (label.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
-            return None if pattern.startswith("-:") else {**label, **changes}
+    """The label of one module: GPTQModel's `dynamic` rules over the rest; None where they leave it as it is.
+
+    Raises:
+        SourceError: the rules are no rules, or one takes too long.
+    """
+    rules = label.get("dynamic") or {}
+    if not isinstance(rules, Mapping) or not all(isinstance(changes, Mapping | None) for changes in rules.values()):
+        raise SourceError("config.json: `dynamic` of quantization_config is not patterns and what they change")
+    for rule, changes in rules.items():
+        pattern = rule.removeprefix("-:").removeprefix("+:")
+        try:
+            fits = _compiled(pattern).match(module, timeout=_PATTERN_SECONDS)
+        except (regex.error, TimeoutError, RecursionError, ValueError) as error:
+            raise SourceError(
+                f"config.json: the `dynamic` rule {shortened(pattern)!r} is no pattern: {error}"
+            ) from None
+        if fits:
+            return None if rule.startswith("-:") else {**label, **(changes or {})}
     return label
+
+
+@lru_cache(1 << 16)
+def _compiled(pattern: str) -> Any:
+    """A file's pattern; its matches can be given a limit, as those of `re` cannot. Raises ValueError for a bomb."""
+    repeats = (int(count) for count in re.findall(r"\{(?:\d*,)?(\d+)", pattern))
+    if len(pattern) > _MOST_PATTERN or math.prod(max(1, count) for count in repeats) > _MOST_REPEATS:
+        raise ValueError("it is too long, or repeats too much")
+    return regex.compile(pattern)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from quantkit.blocks.families import FAMILIES
 from quantkit.containers import CONTAINERS, load
+from quantkit.containers.gptq.read import is_by_gptqmodel
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.packed import label_of
@@ -195,9 +196,7 @@ def transformers(facts: Facts) -> Iterator[str]:
 def gptqmodel(facts: Facts) -> Iterator[str]:
     if facts.family in _GPTQMODEL_NOT:
         yield _GPTQMODEL_NOT[facts.family]
-    writers = (facts.label.get("meta") or {}).get("quantizer") or []
-    own = any(str(name).startswith("gptqmodel") for name in ([writers] if isinstance(writers, str) else writers))
-    if not facts.label.get("sym") and not facts.is_v2 and not own:
+    if not facts.label.get("sym") and not facts.is_v2 and not is_by_gptqmodel(facts.label):
         yield "of asymmetric files that others wrote it takes gptq_v2 only: --format gptq_v2"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -507,15 +506,27 @@ def zip_of(dice: Random, data: bytes) -> bytes:
 
 
 def journal_of(dice: Random, data: bytes) -> bytes:
-    """A journal that is damaged; half the time with seals that fit."""
-    if dice.random() < 0.5:
+    """A journal with a record damaged, left out or repeated; half the time with seals that fit."""
+    lines = data.splitlines()
+    at = dice.randrange(len(lines))
+    what = dice.choice(("record", "record", "record", "drop", "repeat", "bytes"))
+    if what == "bytes":
         return bytes_of(dice, data)
-    texts = [line.partition(b" ")[2].decode() for line in data.splitlines()]
-    at = dice.randrange(len(texts))
-    with contextlib.suppress(TypeError, ValueError, RecursionError):
-        texts[at] = json.dumps(tree_of(dice, json.loads(texts[at])))
-    seal, lines = "", []
-    for text in texts:
-        seal = hashlib.sha256(f"{seal} {text}".encode("utf-8", "surrogatepass")).hexdigest()
-        lines.append(f"{seal} {text}\n")
-    return "".join(lines).encode("utf-8", "surrogatepass")
+    if what == "drop":
+        del lines[at]
+    elif what == "repeat":
+        lines.insert(at, lines[at])
+    else:
+        seal, _, text = lines[at].partition(b" ")
+        lines[at] = seal + b" " + json_of(dice, text).replace(b"\n", b" ")
+    return b"".join(line + b"\n" for line in (_sealed(lines) if dice.random() < 0.5 else lines))
+
+
+def _sealed(lines: list[bytes]) -> list[bytes]:
+    """The lines with the seals of their records, as `quantkit.runs.journal` has them."""
+    found, before = [], ""
+    for line in lines:
+        text = line.partition(b" ")[2].decode("utf-8", "replace")
+        before = hashlib.sha256(f"{before} {text}".encode("utf-8", "surrogatepass")).hexdigest()
+        found.append(f"{before} {text}".encode())
+    return found

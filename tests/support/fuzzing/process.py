@@ -28,11 +28,14 @@ from typing import Any
 
 from quantkit.bars import shown
 from quantkit.errors import UNSEEN, QuantkitError, SourceError, describe, visible
+from quantkit.runs import limits
 from support.fuzzing.readers import READERS, Reader, prepare
 
 MEMORY = 2**30
 PATIENCE = 5.0
 """Seconds that one case may take."""
+TEMPLATE_SECONDS = 1.0
+"""Of these a chat template may take so much here, for which it has more outside."""
 LONGEST = 3000
 """Characters of an error's line."""
 MOST_FAULTS = 40
@@ -176,6 +179,7 @@ def main() -> None:
 
     root, asked = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
+    limits.TEMPLATE_SECONDS = TEMPLATE_SECONDS
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     counts: dict[str, list[int]] = asked["counts"]

@@ -13,11 +13,11 @@ from random import Random
 from typing import Any
 
 import torch
-from quantkit.verbs.release.recipe import load_recipe
 
 import quantkit
 from quantkit.containers.imatrix import read_imatrix
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, visible
+from quantkit.report import Table
 from quantkit.runs.answers import appending, begun
 from quantkit.runs.landing import find_landed
 from quantkit.runs.ledger import Ledger
@@ -27,6 +27,7 @@ from quantkit.tokens.readers import load_dataset
 from quantkit.tokens.records import render
 from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.generate.prompts import prompt_ids, prompt_text, read_prompts
+from quantkit.verbs.recipe import load_recipe
 from support.fuzzing import damage
 from support.fuzzing.damage import Damage
 
@@ -84,7 +85,8 @@ def verified(model: Path) -> None:
     """`verify` finds what is wrong and says it; that nothing stops it is its promise."""
     report = quantkit.verify(model, generate=False)
     for line in report.lines():
-        str(line).encode()  # a table has no text of its own
+        cells = [cell for row in line.rows for cell in row] if isinstance(line, Table) else [line]
+        all(visible(cell).encode() for cell in cells if isinstance(cell, str))
     json.dumps(report.as_dict(), allow_nan=False)
 
 
@@ -92,7 +94,7 @@ def planned(model: Path) -> None:
     """What four verbs would make of it."""
     out = model.parent / "out"
     quantkit.convert(model, out, dry_run=True)
-    quantkit.gptq(model, out, dry_run=True, requantize=True, group_size=32, evaluate=False)
+    quantkit.gptq(model, out, dry_run=True, group_size=32, evaluate=False, requantize=True)
     quantkit.imatrix(model, out=out / "imatrix.gguf", dry_run=True)
     quantkit.ggml(model, out / "model.gguf", type="q8_0", dry_run=True, requantize=True, pre=pre_of(model))
 
@@ -198,9 +200,11 @@ def ledger(folder: Path, _: Random) -> None:
     for step in ("reference", "gptq"):
         found.knows(step)
         found.hashes(step, "ab" * 32, folder / step)
+        found.is_own(folder / step)
     found.read_by(["text.txt", None])
     found.begin("gptq", "cd" * 32, folder / "gptq")
     found.end("gptq", folder / "gptq")
+    found.remove(folder / "gptq")
 
 
 class States(list[torch.Tensor]):
@@ -302,11 +306,13 @@ READERS: dict[str, Reader] = {
     "recipe": Reader("recipe", {"recipe.yaml": damage.yaml_of}, recipe, 3),
     "tasks": Reader("tasks", {"*.yaml": damage.yaml_of}, tasks),
     "ledger": Reader("ledger", {".release/journal": damage.journal_of}, ledger, 2),
+    "journal": Reader("answering", {".answers.jsonl.unfinished/journal": damage.journal_of}, answers),
     "unfinished": Reader(
         "unfinished",
         {
             ".tiny.unfinished/journal": damage.journal_of,
-            ".tiny.unfinished/blocks/*.safetensors": damage.safetensors_of,
+            ".tiny.unfinished/*/*.safetensors": damage.safetensors_of,
+            ".tiny.unfinished/hidden/*/*.safetensors": damage.safetensors_of,
         },
         unfinished,
         2,

@@ -9,6 +9,7 @@ import lzma
 import shutil
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,13 @@ def _texts(root: Path) -> None:
     shutil.copytree(root / "model", folder / "model")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in ASKED))
     prompts = read_prompts(folder / "prompts.jsonl")
+    shutil.copytree(folder, root / "answering")
+    answers = [line_of(prompt, "An animal.", "stop", 3, 3) for prompt in prompts[:2]]
     with appending(folder / "answers.jsonl", SETTINGS, 0) as file:
-        file.write([line_of(prompt, "An animal.", "stop", 3, 3) for prompt in prompts[:2]])
+        file.write(answers)
+    with suppress(KeyboardInterrupt), appending(root / "answering" / "answers.jsonl", SETTINGS, 0) as file:
+        file.write(answers)
+        raise KeyboardInterrupt
 
 
 def _records(root: Path) -> None:
@@ -283,14 +289,11 @@ def _unfinished(folder: Path) -> None:
     folder.mkdir()
     tensors = {"codes": torch.ones(4, 8, dtype=torch.uint8), "scales": torch.ones(4, 1, dtype=torch.float16)}
     linear = LandedLinear("model.layers.0.q_proj", tensors, {"bits": 4}, {"name": "q", "loss": 0.5})
-    try:
-        with working(folder / "tiny", DECIDES, 2, resume=False, force=False) as run:
-            (run.folder / "blocks").mkdir()
-            land_block(run.folder, run.journal, 0, [linear])
-            keep_states(run.folder, run.journal, 1, [torch.ones(2, 3), torch.ones(2, 3)])
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
+    with suppress(KeyboardInterrupt), working(folder / "tiny", DECIDES, 2, resume=False, force=False) as run:
+        (run.folder / "blocks").mkdir()
+        land_block(run.folder, run.journal, 0, [linear])
+        keep_states(run.folder, run.journal, 1, [torch.ones(2, 3), torch.ones(2, 3)])
+        raise KeyboardInterrupt
     assert (folder_of(folder / "tiny") / "journal").exists()
 
 

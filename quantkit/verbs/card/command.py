@@ -1,0 +1,76 @@
+"""The commands that make a model again, from what its record says."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from quantkit.options import Options
+from quantkit.options.verbs import Convert, Ggml, Gptq, Merge
+from quantkit.tokens.datasets import KNOWN_HUB
+
+
+def commands_of(record: Mapping[str, Any]) -> list[str]:
+    """Command lines without local paths, as far as a record tells: of files made of a run's codes two."""
+    try:
+        return _commands(record)
+    except (AttributeError, TypeError, ValueError):  # options that quantkit does not write
+        return []
+
+
+def _commands(record: Mapping[str, Any]) -> list[str]:
+    source, recipe = record.get("source") or {}, record.get("recipe") or {}
+    pair = [source[role] for role in ("base", "delta") if isinstance(source.get(role), dict)]
+    names = [str(part["model"]) for part in pair or [source] if isinstance(part.get("model"), str)]
+    if not names or not isinstance(recipe, dict):
+        return []
+    if isinstance(drawn := record.get("calibration"), dict):
+        options = {**recipe, **_drawn(drawn), "override": recipe.get("overrides")}
+        first = _command(Gptq, names, options)
+        written = record.get("written")
+        return [first, _command(Ggml, ["CODES.gguf"], written)] if isinstance(written, dict) else [first]
+    if len(pair) == 2 and "delta" not in record:
+        return [_command(Merge, names, {**recipe, "vocab": source.get("vocab")})]
+    of_file = "type" in recipe
+    return [_command(Ggml if of_file else Convert, names, recipe)] if {"type", "dtype"} & recipe.keys() else []
+
+
+def _drawn(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a calibration's provenance stands for."""
+    known = {file.repository: name for name, file in KNOWN_HUB.items()}
+    name = provenance.get("dataset")
+    asked = provenance.get("samples_asked") or provenance.get("samples")
+    rest = {key: provenance.get(key) for key in ("seq_len", "seed", "template")}
+    return {"calibration": known.get(str(name), name), "samples": asked, **rest}
+
+
+def _command(verb: type[Options], names: list[str], given: Mapping[str, Any]) -> str:
+    models = [part for name in names for part in _model(name)]
+    if len(names) == 2 and verb is not Merge:
+        models = ["--base", names[0], "--delta", names[1]]
+    return shlex.join(["quantkit", verb.__name__.lower(), *models, *_options(verb, given)])
+
+
+def _model(name: str) -> list[str]:
+    """A model as it is named: of a Hub id its revision apart."""
+    model, at, revision = name.partition("@")
+    return [model, "--revision", revision] if at else [name]
+
+
+def _options(verb: type[Options], given: Mapping[str, Any]) -> Iterator[str]:
+    """What differs from the defaults, as it is typed."""
+    for name in verb.in_order():
+        value, field = given.get(name), verb.model_fields[name]
+        if value in (None, (), [], {}) or value == field.get_default(call_default_factory=True):
+            continue
+        on, _, off = verb.spelling(name).partition("/")
+        if isinstance(value, bool):
+            yield on if value else off
+        elif name == "override":
+            for pattern, changes in value:
+                told = ",".join(f"{key}:{one}" for key, one in changes.items() if one is not None)
+                yield from (on, f"{pattern}={told}")
+        else:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                yield from (on, str(one))

@@ -35,7 +35,7 @@ def hold(folder: Path, busy: str) -> FileIO:
         except FileNotFoundError:  # a run that ended just now has removed the folder
             continue
         try:
-            _lock(file, busy)
+            _lock(file, path, busy)
             if not _is_same(file.fileno(), path):
                 file.close()
                 continue
@@ -67,7 +67,7 @@ def _is_same(descriptor: int, path: Path) -> bool:
     return False
 
 
-def _lock(file: FileIO, busy: str) -> None:
+def _lock(file: FileIO, path: Path, busy: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -79,7 +79,7 @@ def _lock(file: FileIO, busy: str) -> None:
         if host == socket.gethostname() and _lives(process):
             raise UsageError(f"{busy} (process {process})") from None
         if host not in ("", socket.gethostname()):
-            raise UsageError(f"{busy} (process {process} on {host}; if it is gone, remove {file.name})") from None
+            raise UsageError(f"{busy} (process {process} on {host}; if it is gone, remove {path})") from None
 
 
 def _lives(process: str) -> bool:

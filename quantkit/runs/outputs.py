@@ -24,7 +24,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,7 +33,18 @@ from quantkit.runs.atomic import REPORT_NAME, Origin, sync
 from quantkit.runs.journal import Journal
 from quantkit.runs.keeping import KEEPING, Known, carry
 from quantkit.runs.locks import hold, let_go
-from quantkit.runs.places import BLOCKS, OLDER, OURS, READ_BY, folder_of, in_the_way, left_by_older, place_of, stranger
+from quantkit.runs.places import (
+    BLOCKS,
+    OLDER,
+    OURS,
+    READ_BY,
+    folder_of,
+    in_the_way,
+    left_by_older,
+    never,
+    place_of,
+    stranger,
+)
 from quantkit.runs.renames import move_over, move_to_free
 
 
@@ -133,8 +144,7 @@ def staged_folder(out: Path, force: bool = False) -> Iterator[Path]:
         UsageError: another run is at work here, or something is in the way.
         OutputError: the disk is full, the place cannot be written to, or was taken meanwhile.
     """
-    with _working(out, force) as staging:
-        _check_free(out, True, force)
+    with _working(out, force, lambda: _check_free(out, True, force)) as staging:
         yield staging.staged
         staging.put(True, force)
 
@@ -142,15 +152,17 @@ def staged_folder(out: Path, force: bool = False) -> Iterator[Path]:
 @contextmanager
 def staged_files(out: Path, force: Replaces = False, names: Sequence[str] = ()) -> Iterator[Path]:
     """As `staged_folder`, for the file `out`, or for files of these names that lie beside it, all or none."""
-    with _working(out, force is True) as staging:
-        check_files(out, force, names)
+    with _working(out, force is True, lambda: check_files(out, force, names)) as staging:
         yield staging.staged
         staging.put(False, force)
 
 
 @contextmanager
-def _working(out: Path, force: bool) -> Iterator[Staging]:
+def _working(out: Path, force: bool, check: Callable[[], None]) -> Iterator[Staging]:
     with staging_of(out, force) as staging:
+        staging.keep = staging.waiting is not None  # what is kept stays where the new one cannot take its place
+        check()
+        staging.keep = False
         staging.sweep()
         try:
             staging.staged.mkdir()
@@ -177,6 +189,8 @@ def staging_of(out: Path, force: bool = False, resume: bool = False) -> Iterator
         UsageError: another run is at work here, or left something that neither `force` nor `resume` goes for.
         OutputError: the place cannot be written to.
     """
+    if (found := never(out)) is not None:
+        raise UsageError(f"--out {out} {found}")
     staging = Staging(out)
     with _folders_above(out, staging.place):
         _check_staging(out)

@@ -38,17 +38,9 @@ def folder_of(out: Path) -> Path:
 
 def in_the_way(out: Path, folder: bool, force: bool) -> str | None:
     """What keeps an output from taking its place, after its name; None where nothing does."""
-    lost = next((path for path in (out, *out.parents) if os.path.islink(path) and not os.path.exists(path)), None)
-    if lost is not None:
-        return f"leads nowhere: {lost} is a link to {os.readlink(lost)}; name another"
+    if (found := never(out)) is not None:
+        return found
     place = place_of(out)
-    blocking = next((path for path in place.parents if os.path.lexists(path) and not path.is_dir()), None)
-    if blocking is not None:
-        return f"cannot be: {blocking} is no folder; name another"
-    if _is_mount(place):
-        return "is a mount point, which nothing can take the place of; name a folder or file in it"
-    if place == Path.cwd() or place in Path.cwd().parents:
-        return "is the folder that this runs in, or above it; name a folder in it"
     if not os.path.lexists(place):
         return None
     if folder and not place.is_dir():
@@ -63,6 +55,22 @@ def in_the_way(out: Path, folder: bool, force: bool) -> str | None:
         return f"already exists; use --force to replace it{', or choose another folder' if folder else ''}"
     if folder and not (place / REPORT_NAME).is_file():
         return f"is not an output of quantkit (no {REPORT_NAME}); --force replaces only those"
+    return None
+
+
+def never(out: Path) -> str | None:
+    """Why nothing can ever take a place, after its name; None where something may."""
+    lost = next((path for path in (out, *out.parents) if os.path.islink(path) and not os.path.exists(path)), None)
+    if lost is not None:
+        return f"leads nowhere: {lost} is a link to {os.readlink(lost)}; name another"
+    place = place_of(out)
+    blocking = next((path for path in place.parents if os.path.lexists(path) and not path.is_dir()), None)
+    if blocking is not None:
+        return f"cannot be: {blocking} is no folder; name another"
+    if _is_mount(place):
+        return "is a mount point, which nothing can take the place of; name a folder or file in it"
+    if place == Path.cwd() or place in Path.cwd().parents:
+        return "is the folder that this runs in, or above it; name a folder in it"
     return None
 
 

@@ -112,7 +112,7 @@ class Answers:
 
 def shown_tokens(count: float | None) -> str:
     """A median of tokens; nothing where there is none."""
-    return "" if count is None else f"{count:g} tokens"
+    return "" if count is None else f"{count:g} token{'' if count == 1 else 's'}"
 
 
 # -- asking ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 from quantkit.errors import QuantkitError, SourceError
 
 TEMPLATE_SECONDS = 20.0
-"""For one rendering of a chat template, which takes milliseconds."""
+"""For one rendering of a chat template or a card's, which takes milliseconds."""
 
 
 class _TooLong(BaseException):

@@ -50,6 +50,9 @@ def test_a_chat_template_without_end(make_model: MakeModel, tmp_path: Path, monk
     with pytest.raises(SourceError, match=r"the chat template takes more than 0\.2 s, and was stopped"):
         quantkit.samples(model, calibration=str(tmp_path / "d.jsonl"), samples=1, seq_len=16)
     assert quantkit.card(model, base_model=["a/b"], licence="mit").models
+    (tmp_path / "card.md.j2").write_text(ENDLESS)
+    with pytest.raises(UsageError, match=r"template=.*card\.md\.j2 takes more than 0\.2 s, and was stopped"):
+        quantkit.card(model, template=str(tmp_path / "card.md.j2"), force=True)
 
 
 @pytest.mark.parametrize("program", ["9 ** (9 ** 9)", "range(10 ** 9) | list", "ns.x"])

@@ -19,6 +19,7 @@ from quantkit.errors import OutputError, SourceError, UsageError
 from quantkit.options.verbs import Card
 from quantkit.progress import SILENT, Progress, significant, size
 from quantkit.report import Report
+from quantkit.runs import limits
 from quantkit.runs.atomic import absolute, file_sha256
 from quantkit.runs.links import lies_within
 from quantkit.runs.outputs import staged_files
@@ -102,8 +103,8 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
     _check_source(given, models)
     for name, other in options.branches.items():
         models += models_in(absolute(other), name, options.trust_remote_code)
-    measured, limits = measurements(models, reports, options.evals)
-    advised = advice(models, measured, limits)
+    measured, held_to = measurements(models, reports, options.evals)
+    advised = advice(models, measured, held_to)
     bases, relation = bases_of(models[0], options.base_model)
     inherited = licence_of(source, models, options.licence)
     licence = inherited.get("license")
@@ -305,7 +306,8 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     """The template with the variables put in; docs/publish.md lists them.
 
     Raises:
-        UsageError: names the line of the template with an error, or with a variable that there is not.
+        UsageError: names the line of the template with an error, or with a variable that there is not; or it takes too
+            long.
     """
     # Names of files and of others' models are for where they stand: `cell`, `code` and `fence` see to that.
     environment = SandboxedEnvironment(
@@ -314,7 +316,10 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     environment.filters.update(size=size, number=significant)
     environment.filters.update(cell=cell, code=code, fence=fence)
     try:
-        return environment.from_string(template).render(variables)
+        with limits.time_limit(limits.TEMPLATE_SECONDS, f"--template {name}", UsageError):
+            return environment.from_string(template).render(variables)
+    except UsageError:  # it takes too long
+        raise
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"--template {name}, line {error.lineno}: {error.message}") from None
     except Exception as error:  # whatever an expression in a template raises

@@ -24,7 +24,7 @@ from support.wizard import stored, wizard
 
 import quantkit
 from quantkit.cli import app as cli
-from quantkit.errors import UsageError
+from quantkit.errors import QuantkitError, UsageError
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
 from quantkit.verbs.generate.speaker import Speaker

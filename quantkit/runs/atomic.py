@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantkit.errors import SourceError
+from quantkit.errors import SourceError, UsageError
 
 REPORT_NAME = "quantkit.json"
 """The file that tells a folder which quantkit finished."""
@@ -79,6 +79,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def absolute(path: str | Path) -> Path:
     """What a user's --out means: ``~`` is the home folder; symbolic links stay."""
     return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def absolute_file(path: str | Path) -> Path:
+    """As `absolute`, of a file. Raises UsageError where its end says that it is a folder."""
+    if str(path).endswith(("/", "/.")):
+        raise UsageError(f"--out {path} is a folder; name a file")
+    return absolute(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

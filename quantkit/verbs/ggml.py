@@ -28,7 +28,7 @@ from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.gguf_target import note_fallback
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute
+from quantkit.runs.atomic import absolute_file
 from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.runs.record import check_unchanged
 from quantkit.sources import variant_name
@@ -115,7 +115,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
         recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
     name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}{row.suffix}"
-    target = Path.cwd() / name if options.out is None else absolute(options.out)
+    target = Path.cwd() / name if options.out is None else absolute_file(options.out)
     report = _sizes(target, weights, chosen, progress)
     asked_for = recipe, options.pre, imatrix, options.force, options.dry_run
     job = Job(target, source, weights, chosen, split, progress, *asked_for)

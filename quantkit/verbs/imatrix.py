@@ -23,7 +23,7 @@ from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.hessian import check_squares
 from quantkit.report import Report
-from quantkit.runs.atomic import absolute
+from quantkit.runs.atomic import absolute_file
 from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.runs.record import check_unchanged
 from quantkit.sources import variant_name
@@ -88,7 +88,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
     name = f"{variant_name(source.label)}.imatrix.gguf"
-    target = Path.cwd() / name if options.out is None else absolute(options.out)
+    target = Path.cwd() / name if options.out is None else absolute_file(options.out)
     check_other_file(target, source, options.force)
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn

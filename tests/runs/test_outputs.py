@@ -210,6 +210,13 @@ def test_something_mounted_of_the_same_file_system_is_told(tmp_path: Path, monke
     assert in_the_way(tmp_path / "c", True, True) is None
 
 
+def test_a_file_whose_name_ends_as_a_folder(make_model: MakeModel, tmp_path: Path) -> None:
+    for end in ("/", "/."):
+        with pytest.raises(UsageError, match="is a folder; name a file"):
+            quantkit.ggml(make_model("llama"), f"{tmp_path}/new{end}", type="q8_0", pre="gpt-2")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("umask", [0o077, 0o002, 0o022])
 def test_the_umask_counts(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)

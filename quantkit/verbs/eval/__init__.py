@@ -15,7 +15,7 @@ from quantkit.errors import UsageError
 from quantkit.options.verbs import Eval
 from quantkit.progress import SILENT, Progress, spread
 from quantkit.report import Column, Report, Shown, Table
-from quantkit.runs.atomic import absolute, write_json
+from quantkit.runs.atomic import absolute_file, write_json
 from quantkit.runs.outputs import check_other_file, staged_files
 from quantkit.runs.record import origin
 from quantkit.verbs import verb
@@ -106,7 +106,7 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
     trusted = folder is None or options.trust_remote_code  # the harness's own tasks are its own code
     if folder is not None and not trusted:
         check_tasks(folder)
-    target = absolute(options.out)
+    target = absolute_file(options.out)
     source = open_model(named(options.model, options.base, options.delta), options.revision, options.trust_remote_code)
     check_other_file(target, source, options.force)
     if options.limit is not None:

@@ -17,7 +17,7 @@ from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress
 from quantkit.report import Report
 from quantkit.runs.answers import appending, begun, check_answers, is_complete, line_of
-from quantkit.runs.atomic import absolute
+from quantkit.runs.atomic import absolute_file
 from quantkit.runs.record import check_unchanged, origin
 from quantkit.verbs import verb
 from quantkit.verbs.generate.decoding import Answer, Request
@@ -83,7 +83,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     """
     started = time.perf_counter()
     spec = options.part(Decoding)
-    target, asked = absolute(options.out), Path(options.prompts).expanduser()
+    target, asked = absolute_file(options.out), Path(options.prompts).expanduser()
     check_answers(target, asked, options.resume, options.force, options.dry_run)
     wanted = asked_prompts(options.prompts, options.system)
     stream = open_stream(named(options.model, options.base, options.delta), options)

@@ -289,8 +289,8 @@ def test_a_server_out_of_order_is_one_clear_line_and_a_cached_copy_serves(
     ("name", "revision", "reason"),
     [
         ("someone/nothing", None, "the Hub has no such model, or it is private"),
-        ("someone/tiny", "v9", "the Hub has no such revision of it: check revision"),
-        ("someone/tiny", "0123456789" * 4, "the Hub has no such revision of it: check revision"),
+        ("someone/tiny", "v9", "the Hub has no such revision of it: check --revision"),
+        ("someone/tiny", "0123456789" * 4, "the Hub has no such revision of it: check --revision"),
         ("someone/gated", None, "access is restricted: accept its terms on the Hub"),
         ("someone/tiny--x", None, "not a name that the Hub accepts"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quantkit.errors import Interrupted, OutputError, UsageError
-from quantkit.runs.atomic import read_json, write_json
+from quantkit.runs.atomic import file_state, read_json, write_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.outputs import check_files, settle, staging_of
 from quantkit.runs.places import folder_of, place_of
@@ -59,13 +59,8 @@ def check_answers(out: Path, prompts: Path, resume: bool, force: bool, dry_run: 
     if place_of(prompts) in (place_of(out), place_of(settings_path(out))):
         raise UsageError(f"--out {out} is the file of the prompts; name another")
     settle(out, force, resume, dry_run)
-    try:
-        check_files(out, force or resume, _names(out))
-    except UsageError as error:
-        told = str(error).replace(
-            "use --force to replace it", "use --resume to go on with it, or --force to replace it"
-        )
-        raise UsageError(told) from None
+    names = out.name, settings_path(out).name
+    check_files(out, force or resume, names, "use --resume to go on with it, or --force to replace it")
 
 
 def begun(out: Path, settings: Mapping[str, Any], prompts: Sequence[Asked]) -> int:
@@ -108,7 +103,7 @@ def appending(
     """
     with staging_of(out, force, resume) as staging:
         staging.keep = True
-        read = _state(out)
+        read = file_state(out)
         lines = _found(out)[1][:done] if resume else []
         try:
             staging.journal.rewrite({"run": "generate", "settings": settings}, *({"answer": line} for line in lines))
@@ -116,11 +111,11 @@ def appending(
             appender = Appender(staging.journal)
             yield appender
             staging.staged.mkdir()
-            answers = [record["answer"] for record in staging.journal.records if "answer" in record]
+            answers = kept_answers(staging.journal)
             (staging.staged / out.name).write_bytes("".join(f"{line}\n" for line in answers).encode())
             write_json(staging.staged / settings_path(out).name, dict(settings))
             # What is gone on with is replaced where nobody has changed it since.
-            staging.put(False, force or (resume and read is not None and _state(out) == read))
+            staging.put(False, force or (resume and read != () and file_state(out) == read))
         except OSError as error:
             told = "--resume goes on where it was" if staging.landed else "nothing was left there"
             raise OutputError(f"writing {out} failed: {error.strerror or error}; {told}") from error
@@ -142,16 +137,9 @@ class Appender:
         self._journal.append(*({"answer": json.dumps(line, ensure_ascii=False)} for line in lines))
 
 
-def _names(out: Path) -> tuple[str, str]:
-    return out.name, settings_path(out).name
-
-
-def _state(out: Path) -> tuple[int, int, int] | None:
-    try:
-        state = out.stat()
-    except OSError:
-        return None
-    return state.st_ino, state.st_size, state.st_mtime_ns
+def kept_answers(journal: Journal) -> list[str]:
+    """The answers that a run has kept, a line each."""
+    return [record["answer"] for record in journal.records if "answer" in record]
 
 
 def _found(out: Path) -> tuple[dict[str, Any], list[str]]:
@@ -164,8 +152,7 @@ def _found(out: Path) -> tuple[dict[str, Any], list[str]]:
     if journal.damaged is not None:
         raise UsageError(f"--resume: record {journal.damaged} of {journal.path} is damaged; use --force to start again")
     if journal.records and "settings" in journal.records[0]:
-        lines = [record["answer"] for record in journal.records if "answer" in record]
-        return journal.records[0]["settings"], lines
+        return journal.records[0]["settings"], kept_answers(journal)
     if not out.exists() or (not settings_path(out).is_file() and not out.stat().st_size):
         return {}, []
     if not settings_path(out).is_file():

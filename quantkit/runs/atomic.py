@@ -54,6 +54,15 @@ class Origin(Protocol):
         """The files that hold the weights, in order."""
 
 
+def file_state(path: Path) -> tuple[int, ...]:
+    """Size, time of the last change (ns) and inode of a file; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:

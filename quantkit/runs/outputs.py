@@ -38,6 +38,7 @@ from quantkit.runs.places import (
     OLDER,
     OURS,
     READ_BY,
+    REPLACE,
     folder_of,
     in_the_way,
     left_by_older,
@@ -67,19 +68,12 @@ def check_output(out: Path, source: Path, force: bool, dry_run: bool = False) ->
     Raises:
         UsageError: says which, and what to do.
     """
-    target, origin = place_of(out), place_of(source)
-    if target == origin or origin in target.parents:
-        raise UsageError(f"--out {out} lies inside the source {source}; choose a folder outside it")
-    if target in origin.parents:
-        raise UsageError(f"--out {out} contains the source {source}; choose another folder")
-    settle(out, force, dry_run=dry_run)
-    _check_free(out, True, force)
+    _check_folder(out, [source], force, dry_run)
 
 
-def check_outside(out: Path, source: Origin, force: bool, dry_run: bool = False) -> None:
-    """As `check_output`, for every part of what is read. Raises UsageError."""
-    for part in source.parts.values():
-        check_output(out, part.path, force, dry_run)
+def check_outside(out: Path, sources: Sequence[Origin], force: bool, dry_run: bool = False) -> None:
+    """As `check_output`, for every part of all that is read. Raises UsageError."""
+    _check_folder(out, [part.path for source in sources for part in source.parts.values()], force, dry_run)
 
 
 def check_other_file(out: Path, source: Origin, force: bool, names: Sequence[str] = (), dry_run: bool = False) -> None:
@@ -98,14 +92,17 @@ def check_other_file(out: Path, source: Origin, force: bool, names: Sequence[str
     check_files(out, force, names)
 
 
-def check_files(out: Path, force: Replaces, names: Sequence[str] = ()) -> None:
-    """Refuse an output file that is in the way; with `names` the files of these beside it. Raises UsageError."""
+def check_files(out: Path, force: Replaces, names: Sequence[str] = (), advice: str = REPLACE) -> None:
+    """Refuse an output file that is in the way; with `names` the files of these beside it. Raises UsageError.
+
+    `advice`: what may be done about one that is there.
+    """
     if not out.name:
         raise UsageError(f"--out {out} is a folder; name a file")
     for file in (out.with_name(name) for name in names or [out.name]):
         if names and os.path.islink(file):
             raise UsageError(f"--out {file} is a link, and what is written has a file beside it: name another")
-        _check_free(file, False, force if isinstance(force, bool) else file.name in force)
+        _check_free(file, False, force if isinstance(force, bool) else file.name in force, advice)
 
 
 def settle(out: Path, force: bool = False, resume: bool = False, dry_run: bool = False) -> None:
@@ -120,8 +117,20 @@ def settle(out: Path, force: bool = False, resume: bool = False, dry_run: bool =
             staging.keep = staging.waiting is not None  # until the work begins
 
 
-def _check_free(out: Path, folder: bool, force: bool) -> None:
-    found = in_the_way(out, folder, force)
+def _check_folder(out: Path, read: Sequence[Path], force: bool, dry_run: bool) -> None:
+    target = place_of(out)
+    for source in read:
+        origin = place_of(source)
+        if target == origin or origin in target.parents:
+            raise UsageError(f"--out {out} lies inside the source {source}; choose a folder outside it")
+        if target in origin.parents:
+            raise UsageError(f"--out {out} contains the source {source}; choose another folder")
+    settle(out, force, dry_run=dry_run)
+    _check_free(out, True, force)
+
+
+def _check_free(out: Path, folder: bool, force: bool, advice: str = REPLACE) -> None:
+    found = in_the_way(out, folder, force, advice)
     if found is not None:
         raise UsageError(f"--out {out} {found}")
 

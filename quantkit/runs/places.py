@@ -19,6 +19,8 @@ OLDER = frozenset({"run.json", ".run.json.partial"})
 READ_BY = re.compile(r"config|token|vocab|merges|index\.json$|quantkit\.json$|\.(model|jinja|py)$")
 """Names of what a model is read by, beside its weights."""
 
+REPLACE = "use --force to replace it"
+
 _BY_OLDER = re.compile(
     r".+\.(safetensors|json|gguf|bin|ggml|dat|html|svg|png|csv|jinja|model|jsonl|py|tiktoken)|(merges|vocab)\.txt"
     r"|LICENSE.*|README\.md|SHA256SUMS|additional_chat_templates|replaced"
@@ -36,8 +38,11 @@ def folder_of(out: Path) -> Path:
     return place.parent / f".{place.name}.unfinished"
 
 
-def in_the_way(out: Path, folder: bool, force: bool) -> str | None:
-    """What keeps an output from taking its place, after its name; None where nothing does."""
+def in_the_way(out: Path, folder: bool, force: bool, advice: str = REPLACE) -> str | None:
+    """What keeps an output from taking its place, after its name; None where nothing does.
+
+    `advice`: what may be done about something that is there.
+    """
     if (found := never(out)) is not None:
         return found
     place = place_of(out)
@@ -52,7 +57,7 @@ def in_the_way(out: Path, folder: bool, force: bool) -> str | None:
     if folder and not any(place.iterdir()):
         return None
     if not force:
-        return f"already exists; use --force to replace it{', or choose another folder' if folder else ''}"
+        return f"already exists; {advice}{', or choose another folder' if folder else ''}"
     if folder and not (place / REPORT_NAME).is_file():
         return f"is not an output of quantkit (no {REPORT_NAME}); --force replaces only those"
     return None

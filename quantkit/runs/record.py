@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from quantkit.errors import SourceError
-from quantkit.runs.atomic import FileStates, Origin, file_sha256
+from quantkit.runs.atomic import FileStates, Origin, file_sha256, file_state
 from quantkit.runs.places import READ_BY
 from quantkit.runs.records import read_record
 from quantkit.version import __version__
@@ -69,7 +69,7 @@ def states_of(source: Origin) -> FileStates:
     """Size, time of the last change and inode of the files that a source is read from."""
     beside = source.path.iterdir() if source.path.is_dir() else ()
     paths = {*source.weight_files(), *(path for path in beside if READ_BY.search(path.name))}
-    return {path: _state(path) for path in paths}
+    return {path: file_state(path) for path in paths}
 
 
 def check_unchanged(source: Origin) -> None:
@@ -80,16 +80,8 @@ def check_unchanged(source: Origin) -> None:
     """
     for part in source.parts.values():
         for path, state in part.states.items():
-            if _state(path) != state:
+            if file_state(path) != state:
                 raise SourceError(f"{path} has changed while it was read; start again")
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()
-    except OSError:
-        return ()
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def delta_record(source: Origin) -> dict[str, Any]:

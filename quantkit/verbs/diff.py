@@ -68,7 +68,7 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     source = DiffSource(*sources, options.vocab)
     note_source(source, progress)
     target = absolute(options.out)
-    check_outside(target, source, options.force, options.dry_run)
+    check_outside(target, [source], options.force, options.dry_run)
     plan = plan_folder(source, DTYPES["float32" if options.dtype == "auto" else options.dtype])
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     report = DiffReport(

@@ -133,7 +133,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
         check_unfinished(place, options.resume, options.force, options.dry_run)
-        check_outside(place, stream.source, options.force or options.resume, dry_run=True)  # it is settled
+        check_outside(place, [stream.source], options.force or options.resume, dry_run=True)  # it is settled
     report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report

@@ -84,7 +84,7 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     note_source(source, progress)
     held = DTYPES[_tuned_dtype(source) if options.dtype == "auto" else options.dtype]
     target = absolute(options.out)
-    check_outside(target, source, options.force, options.dry_run)
+    check_outside(target, [source], options.force, options.dry_run)
     plan = plan_folder(source, held, all_alike=options.dtype != "auto")
     made = target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes
     report = MergeReport(*made, memory_bytes=plan.weights.largest_bytes(3), dry_run=True)

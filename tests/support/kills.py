@@ -5,7 +5,7 @@ output takes its place. What was there, or what comes, stands whole at every mom
 left. Three ways each: where nothing is, over an output with `--force`, and that without renameat2(2) (`plain`), where
 the next command alone puts back what a kill between two renames took.
 
-    python tests/support/kills.py FOLDER --kills 30             # docs/resume.md has the counts
+    python tests/support/kills.py FOLDER --kills 30             # docs/outputs.md has the counts
     python tests/support/kills.py FOLDER --kills 3 --only convert --only release
 """
 

@@ -115,9 +115,9 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     sources = [stream.source for stream in streams]
     _label_apart(sources)
     _warn_of_order(sources, progress)
+    if ranks.first:
+        check_outside(place, sources, options.force or (options.resume and Staging(place).landed > 0))
     for source in sources:
-        if ranks.first:
-            check_outside(place, source, options.force or (options.resume and Staging(place).landed > 0))
         note_source(source, progress)
     questions = Questions.of(options, options.template, sources)
     origins = ranks.from_first(lambda: _origins(sources, progress))

@@ -18,7 +18,7 @@ from quantkit.blocks.whole import load_model
 from quantkit.containers.source import Source
 from quantkit.options import Asking, Decoding, TemplateName, make
 from quantkit.progress import Progress
-from quantkit.runs.answers import Appender
+from quantkit.runs.answers import Appender, kept_answers
 from quantkit.runs.journal import Journal
 from quantkit.runs.outputs import staged_folder
 from quantkit.runs.unfinished import working
@@ -183,7 +183,8 @@ class Questions:
         """
         found = {}
         for number, stream in enumerate(streams):
-            before = _lines(journal)[number * len(self.prompts) :][: len(self.prompts)]
+            first = number * len(self.prompts)
+            before = [json.loads(line) for line in kept_answers(journal)[first : first + len(self.prompts)]]
             found[stream.source.label] = before + self._answers(stream, len(before), journal, progress)
         asked = [
             self._beside(number, {name: lines[number] for name, lines in found.items()})
@@ -222,12 +223,8 @@ class Questions:
             skill=record.skill,
             prompt=text or "",
             prompt_tokens=len(self.requests[number].ids),
-            answers={name: _said(line, reference, self._decode) for name, line in lines.items()},
+            answers={name: _said(line, reference, self.speaker.whole_text) for name, line in lines.items()},
         )
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        found = self.speaker.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(found)
 
 
 def _spread(prompts: list[PromptLine], count: int) -> list[PromptLine]:
@@ -293,7 +290,3 @@ def staged_report(
     decides = {"prompts": questions.facts, **arithmetic, "sources": sources, "versions": origins[0]["versions"]}
     with working(out, decides, None, resume, force, "compare") as run:
         yield run.staged, run.journal
-
-
-def _lines(journal: Journal) -> list[_Line]:
-    return [json.loads(record["answer"]) for record in journal.records if "answer" in record]

@@ -88,12 +88,16 @@ class Speaker:
         for start in range(done - done % batch_size, len(requests), batch_size):
             yield self.answer(model, requests[start : start + batch_size])[max(done - start, 0) :]
 
+    def whole_text(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens written out and white space as it is."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def text(self, ids: Sequence[int], record: Record) -> str:
         """The text of an answer to the record, from its own ids alone: nothing is looked for in it, nothing cut out.
 
         White space at its ends belongs to the templates, but where none was used.
         """
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        text = self.whole_text(ids)
         return text if self._template(record) == "none" else re.sub(r"\A\s+|\s+\Z", "", text)
 
     def _template(self, record: Record) -> TemplateName:

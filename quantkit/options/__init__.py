@@ -137,7 +137,7 @@ class Opened(Options):
     @field_validator("tasks_dir", check_fields=False)
     @classmethod
     def _check_is_there(cls, given: Any) -> Any:
-        if given is not None and not os.path.exists(os.path.expanduser(given)):
+        if given is not None and not os.path.isdir(os.path.expanduser(given)):
             raise UsageError(f"--tasks-dir {given}: no such folder")
         return given
 

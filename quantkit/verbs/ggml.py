@@ -152,7 +152,8 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     source, chosen = job.source, job.chosen
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
     names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
-    check_other_file(job.target, source, job.force, names if len(names) > 1 else (), job.dry_run)
+    parts = names if len(names) > 1 else ()
+    check_other_file(job.target, source, job.force, parts, job.dry_run)
     origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
     number = gguf.LlamaFileType.GUESSED if job.recipe is None else file_type(job.recipe)
     keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
@@ -161,7 +162,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
         job.progress.warn(text)
 
     def write() -> Path:
-        with staged_files(job.target, job.force, names if len(names) > 1 else ()) as folder:
+        with staged_files(job.target, job.force, parts) as folder:
             path = folder / job.target.name
             with gguf_files.GgufWriter(path, architecture, keys, typed, job.split_max_bytes) as writer:
                 with job.progress.phase("writing", len(chosen)) as advance:
@@ -171,7 +172,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
                         advance(1)
                 writer.finish()
             check_unchanged(source)
-            return job.target.parent / writer.paths[0].name
+            return job.target.parent / names[0]
 
     return write
 

@@ -16,10 +16,10 @@ def cell(value: object) -> str:
 def code(value: object) -> str:
     """Text as a code span, in a table too: between more backticks than it holds."""
     text = visible(" ".join(str(value).split())).replace("|", "\\|")
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    ticks = fence(text, 1)
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text or ' '}`"
 
 
-def fence(value: object) -> str:
-    """What opens and closes a block of code that holds this text."""
-    return "`" * max(3, 1 + max(map(len, re.findall("`+", str(value))), default=0))
+def fence(value: object, least: int = 3) -> str:
+    """What opens and closes a block of code that holds this text: more backticks than it has together."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", str(value))), default=0))

@@ -94,7 +94,10 @@ class PlacedWriter:
 
 def part_names(path: Path, tensors: Sequence[TypedTensor], split_max_bytes: int = 0) -> list[str]:
     """What the files are called that `GgufWriter` writes: the file's own name, or those of its parts."""
-    count = len(_parts(tensors, split_max_bytes))
+    return _names(path, len(_parts(tensors, split_max_bytes)))
+
+
+def _names(path: Path, count: int) -> list[str]:
     return [path.name] if count == 1 else [f"{path.stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
 
 
@@ -132,7 +135,7 @@ class GgufWriter(PlacedWriter):
             UsageError: a tensor's rows are no whole number of blocks of its type.
         """
         parts = _parts(tensors, split_max_bytes)
-        self.paths = [path.with_name(name) for name in part_names(path, tensors, split_max_bytes)]
+        self.paths = [path.with_name(name) for name in _names(path, len(parts))]
         self._tensors = {tensor.name: (tensor, kind) for tensor, kind in tensors}
         self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
         super().__init__(self._parts)

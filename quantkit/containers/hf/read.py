@@ -149,12 +149,13 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The folder's config. Raises SourceError."""
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no model here (it has no config.json)")
-    model_type = read_json(folder / "config.json").get("model_type")
+    content = read_json(folder / "config.json")
+    model_type = content.get("model_type")
     if model_type is None:
         raise SourceError(f"{folder / 'config.json'}: has no model_type, so this is no transformers model")
     if not isinstance(model_type, str):
         raise SourceError(f"{folder / 'config.json'}: model_type is {shortened(str(model_type))}, not a name")
-    check_counts(read_json(folder / "config.json"), folder / "config.json")
+    check_counts(content, folder / "config.json")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not like

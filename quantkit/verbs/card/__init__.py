@@ -93,8 +93,6 @@ def card(options: Card, *, progress: Progress = SILENT) -> CardReport:
         SourceError: a model that cannot be read, or another one than quantkit.json says.
     """
     root = absolute(options.folder)
-    if not root.is_dir():
-        raise UsageError(f"{options.folder}: no such folder")
     given = None if options.original is None else absolute(options.original)
     _check_place(root, given, options.force)
     source = Original() if given is None else read_original(given)

@@ -101,8 +101,6 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
         raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
     suite = next(iter(SUITES)) if options.suite is None and not task else options.suite
     folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"--tasks-dir {options.tasks_dir}: no such folder")
     trusted = folder is None or options.trust_remote_code  # the harness's own tasks are its own code
     if folder is not None and not trusted:
         check_tasks(folder)

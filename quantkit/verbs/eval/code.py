@@ -17,8 +17,8 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from quantkit.errors import UsageError, first_line
 
-# Kinds of files that hold values alone; others that the data library reads may be pickles, or programs of their own.
 _LONGEST = 4096  # bytes of a path
+# Kinds of files that hold values alone; others that the data library reads may be pickles, or programs of their own.
 _PLAIN = ("json", "csv", "parquet", "arrow", "text", "xml")
 
 
@@ -28,6 +28,9 @@ def check_tasks(folder: Path) -> None:
     Raises:
         UsageError: names the file and what of it is code.
     """
+    from lm_eval.api.registry import get_metric_aggregation
+
+    get_metric_aggregation("")  # fills the registry of metrics, which `_code_in` looks into
     waiting = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml") and not path.is_dir())
     seen: set[Path] = set()
     while waiting:
@@ -93,9 +96,8 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/", _stop)
 
 def _code_in(task: Any, seen: set[int]) -> Iterator[str]:
     """What of a task, or of the tasks in a group, is code. What aliases have it hold many times is looked at once."""
-    from lm_eval.api.registry import get_metric_aggregation, metric_registry
+    from lm_eval.api.registry import metric_registry
 
-    get_metric_aggregation("")  # fills the registry
     if id(task) in seen:
         return
     seen.add(id(task))

@@ -31,11 +31,8 @@ from quantkit.version import __version__
 
 T = TypeVar("T")
 
-_WAITS: Sequence[float] = (
-    2,
-    8,
-    30,
-)  # seconds between attempts that got nowhere; the client itself retries requests within each
+# Seconds between attempts that got nowhere; the client itself retries requests within each.
+_WAITS: Sequence[float] = (2, 8, 30)
 _NO_TOKEN = "no token for the Hub: log in with `hf auth login`, or set HF_TOKEN"
 _LATER = (408, 429)  # statuses below 500 that mean: try again
 

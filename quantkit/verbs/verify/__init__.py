@@ -122,8 +122,6 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
         UsageError: nothing is there, or no such device. What is wrong with a model is in the report.
     """
     place = absolute(options.path)
-    if not place.exists():
-        raise UsageError(f"{options.path}: no such file or folder; verify takes what lies on this disk")
     resolve_device(options.device)
     run = _Run(options.generate, options.device, options.trust_remote_code, progress)
     name = place.name

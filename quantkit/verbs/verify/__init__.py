@@ -17,7 +17,6 @@ from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
-from quantkit.errors import UsageError
 from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table

@@ -120,15 +120,14 @@ class ModelStream:
     def longest(self) -> int | None:
         """How many tokens a window may have, of a model that looks its positions up; None of one that computes them."""
         embedding = self._model.get_input_embeddings()
+        text = self._models_around(self.family.blocks)[0]  # a picture's patches have positions of their own
         tables = [
             module.weight.shape[0] - int(getattr(module, "offset", 0)) - (-1 if padding is None else padding) - 1
-            for name, module in self._model.named_modules()
+            for name, module in text.named_modules()
             if isinstance(module, nn.Embedding) and module is not embedding and _POSITIONS.search(name)
             for padding in [module.padding_idx]
         ]
-        tables += [
-            len(table) for name, table in self._model.named_buffers() if _POSITIONS.search(name) and table.ndim > 1
-        ]
+        tables += [len(table) for name, table in text.named_buffers() if _POSITIONS.search(name) and table.ndim > 1]
         return min(tables, default=None)
 
     def check_length(self, tokens: int) -> None:

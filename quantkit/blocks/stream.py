@@ -15,11 +15,6 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
-
 from quantkit.blocks.budget import Budget, free_budget
 from quantkit.blocks.families import FAMILIES, Family, Stages, discover_blocks, discover_stages, never_called, shape_of
 from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
@@ -27,6 +22,7 @@ from quantkit.blocks.weights import bind, build_on_meta, expert_names, put_toget
 from quantkit.blocks.workers import ReadAhead, uploaded
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError, UsageError, first_line
+from quantkit.late import nn, torch, transformers
 
 _RUN_BYTES = 4 * 2**20  # of an embedding, read at once
 _GLANCE = 8  # tokens of a forward that only shows what is called
@@ -100,6 +96,8 @@ class ModelStream:
             for name in self.family.linears(block)
         }
         model = self._model.base_model
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
         with torch.no_grad(), FakeTensorMode():
             held = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -281,7 +279,7 @@ class ModelStream:
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
-    def whole(self, advance: Callable[[int], None] = lambda n: None) -> PreTrainedModel:
+    def whole(self, advance: Callable[[int], None] = lambda n: None) -> transformers.PreTrainedModel:
         """The model with all of its weights; a tensor that is tied in the source is in memory once.
 
         The stream's last use: its blocks do not go back to the meta device. `advance` counts published tensors.
@@ -298,7 +296,7 @@ class ModelStream:
             for key, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_meta:  # a persistent buffer: stored with the weights
                     setattr(module, key, self.read(f"{prefix}.{key}" if prefix else key))
-        model: PreTrainedModel = self._model
+        model: transformers.PreTrainedModel = self._model
         return model
 
     def read(self, name: str) -> torch.Tensor:
@@ -456,11 +454,11 @@ class ModelStream:
             if bool(torch.isnan(self._model.get_buffer(name)).any()):
                 raise SourceError(f"{self.source.label}: buffer {name} cannot be computed from the config")
 
-    def _models_around(self, name: str) -> list[PreTrainedModel]:
+    def _models_around(self, name: str) -> list[transformers.PreTrainedModel]:
         """transformers' models that the module `name` is in, the innermost first, which initialises it."""
         parts = name.split(".")
         around = (self._model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
-        return [model for model in around if isinstance(model, PreTrainedModel)]
+        return [model for model in around if isinstance(model, transformers.PreTrainedModel)]
 
     def _check_tensors(self) -> None:
         """Every parameter must be in the source with the shape the config asks for."""

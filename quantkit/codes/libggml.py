@@ -19,10 +19,10 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.errors import MissingPackageError, NumericError, UsageError
+from quantkit.late import torch
 
 Kind = gguf.GGMLQuantizationType
 

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.memory import MemoryPlan, plan_quantizing
@@ -21,6 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.errors import NumericError, SourceError
+from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.methods import Fallback, Solved, method_of
@@ -72,7 +70,7 @@ def recorded_layers(folder: Path) -> list[LayerStatistics]:
 OnLinear = Callable[[str, Codes, LayerStatistics], None]
 
 
-@torch.inference_mode()
+@inference
 def quantize_blocks(
     stream: ModelStream,
     tokens: torch.Tensor,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
 
 from quantkit.blocks.open import named, note_left_out, note_source, open_model
 from quantkit.blocks.stream import ModelStream
@@ -23,6 +22,7 @@ from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, Kind, Type
 from quantkit.containers.imatrix import Imatrix, read_imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import parse_size
 from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.open import (
     check_windows,
     fitted,
@@ -29,6 +27,7 @@ from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
+from quantkit.late import torch
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq

@@ -11,12 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import gguf
-from transformers import PretrainedConfig
 
 from quantkit.containers.gguf.tensors import GgufTensor
 from quantkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Kind = gguf.GGMLQuantizationType
 FileType = gguf.LlamaFileType

@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
-import torch
-
+from quantkit.late import torch
 from quantkit.quantize import loops
 
-ColumnLoop = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+ColumnLoop = Callable[
+    ["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor", int, "torch.Tensor"], "torch.Tensor"
+]
 """`loops.quantize_columns`, which says what it takes and gives."""
 
 

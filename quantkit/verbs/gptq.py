@@ -216,7 +216,7 @@ def _choose_dtype(
     chosen = ranks.from_first(choose)  # which all call: who was told another dtype is refused later
     if options.dtype == "auto":
         if stream.dtype != chosen:
-            progress.note("calibration forwards in bfloat16, which this processor is faster in (--dtype float32: not)")
+            progress.note("calibration forwards in bfloat16; sums and the evaluation in float32")
         stream.dtype = chosen
 
 

@@ -19,6 +19,7 @@ from quantkit.quantize.methods import Solved
 from quantkit.sources import open_source
 from quantkit.verbs.gptq import GptqReport
 
+MEASURED = arithmetic.bfloat16_pays
 GIVEN: dict[str, Any] = {"calibration": token_matrix(12, 32), "group_size": 32, "evaluate": False, "device": "cpu"}
 
 
@@ -105,8 +106,7 @@ def test_codes_of_a_file_are_of_less_than_half_precision(tiny_gguf: Path, tmp_pa
     assert dtype_of(tmp_path / "out") == "bfloat16"
 
 
-def test_elsewhere_it_is_float32(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    have(monkeypatch, False)
+def test_elsewhere_it_is_float32(make_model: MakeModel, tmp_path: Path) -> None:
     quantkit.gptq(make_model("llama"), tmp_path / "out", **GIVEN)
     assert dtype_of(tmp_path / "out") == "float32"
 
@@ -168,7 +168,7 @@ def test_it_is_measured_where_the_processor_has_it(
     assert found == set(flags.split())
     monkeypatch.setattr(arithmetic, "_processor_flags", lambda: found)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: time.sleep(0.02 if x.dtype == slow else 0.002))
-    assert arithmetic.bfloat16_pays.__wrapped__() is pays
+    assert MEASURED.__wrapped__() is pays
 
 
 def test_no_processor_is_told_of(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
     """Its weight as [out, in]: a view, so that writing to it changes the module."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
+    return as_rows(linear, weight)
+
+
+def as_rows(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of the Linear's weight as [out, in]: a view."""
     return weight.T if is_turned(linear) else weight
 
 

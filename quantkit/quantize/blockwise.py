@@ -207,6 +207,7 @@ class StageWork:
         sharing: Sharing,
         workers: int = 1,
     ) -> None:
+        self._stored = partial(stream.stored_weight, index, block)
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
@@ -244,7 +245,8 @@ class StageWork:
             start = time.perf_counter()
             names, weights = [self._names[name] for name in linears], [weight_of(modules[name]) for name in linears]
             try:
-                solved = self._sharing.solve(self._method, torch.cat(weights), gathered, spec)
+                stored = torch.cat([self._stored(name) for name in linears])
+                solved = self._sharing.solve(self._method, stored, gathered, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start

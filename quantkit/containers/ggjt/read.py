@@ -13,14 +13,13 @@ from typing import Any
 import gguf
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from quantkit.codes.kinds import Kind
 from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.file import GgufFile, StoredTensor, bytes_of
 from quantkit.containers.gguf.read import GgmlSource, InFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import publishable_config, stored_dtype
 from quantkit.errors import SourceError
-
-Kind = gguf.GGMLQuantizationType
 
 MAGIC = b"tjgg"  # numbers are little-endian, the first one too
 VERSION = 3

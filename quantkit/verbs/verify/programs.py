@@ -145,9 +145,9 @@ class Facts:
     @property
     def linears(self) -> list[Linear]:
         """Matrices of the blocks, with the bits and groups of those that are packed."""
-        import gguf
+        from quantkit.codes.kinds import SIZES
 
-        blocks = {kind.name: int(gguf.GGML_QUANT_SIZES[kind][0]) for kind in gguf.GGMLQuantizationType}
+        blocks = {kind.name: block for kind, (block, _) in SIZES.items()}
         found = []
         for name, info in self.tensors.items():
             if not name.endswith(".weight") or len(info.shape) != 2 or 0 in info.shape or "embed" in name:

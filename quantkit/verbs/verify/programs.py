@@ -318,8 +318,12 @@ def rope_types(config: PretrainedConfig) -> list[str]:
 
 
 def gguf_by_transformers(facts: Facts) -> Iterator[str]:
+    import gguf
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    types = {info.stored_as for info in facts.tensors.values()}
+    if odd := sorted(types.difference(gguf.GGMLQuantizationType.__members__)):
+        yield f"the gguf package, by which it reads, does not know {', '.join(odd)}"
     name = facts.architecture
     if name not in GGUF_SUPPORTED_ARCHITECTURES and name.replace("moe", "_moe") not in GGUF_SUPPORTED_ARCHITECTURES:
         yield f"transformers reads no GGUF file of architecture {name}"

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
+from quantkit.late import torch
 
 from quantkit.blocks.open import DTYPES
 from quantkit.blocks.stream import ModelStream

@@ -147,9 +147,9 @@ class Facts:
     @property
     def linears(self) -> list[Linear]:
         """Matrices of the blocks, with the bits and groups of those that are packed."""
-        import gguf
+        from quantkit.codes.kinds import SIZES
 
-        blocks = {kind.name: int(gguf.GGML_QUANT_SIZES[kind][0]) for kind in gguf.GGMLQuantizationType}
+        blocks = {kind.name: block for kind, (block, _) in SIZES.items()}
         found = []
         for name, info in self.tensors.items():
             if not name.endswith(".weight") or len(info.shape) != 2 or 0 in info.shape or "embed" in name:
@@ -320,8 +320,12 @@ def rope_types(config: PretrainedConfig) -> list[str]:
 
 
 def gguf_by_transformers(facts: Facts) -> Iterator[str]:
+    import gguf
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    types = {info.stored_as for info in facts.tensors.values()}
+    if odd := sorted(types.difference(gguf.GGMLQuantizationType.__members__)):
+        yield f"the gguf package, by which it reads, does not know {', '.join(odd)}"
     name = facts.architecture
     if name not in GGUF_SUPPORTED_ARCHITECTURES and name.replace("moe", "_moe") not in GGUF_SUPPORTED_ARCHITECTURES:
         yield f"transformers reads no GGUF file of architecture {name}"

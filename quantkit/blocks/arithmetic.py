@@ -8,10 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantkit.late import torch
-
 from quantkit.blocks.open import DTYPES
 from quantkit.blocks.stream import ModelStream
+from quantkit.late import dtype_of, torch
 
 _FLAGS = {"amx_bf16", "avx512_bf16"}  # of processors that multiply bfloat16
 _GAIN = 1.5  # times float32's rate: less is lost again where hidden states are cast
@@ -35,7 +34,7 @@ def calibration_dtype(stream: ModelStream, linears: Iterable[str], before: Mappi
     compute = before.get("compute")
     known = str(compute.get("dtype")) if isinstance(compute, dict) else ""
     if known in DTYPES:
-        return DTYPES[known]
+        return dtype_of(known)
     full = any(stream.weights.tensors[f"{name}.weight"].stored_as in ("F64", "F32") for name in linears)
     return torch.float32 if full or not bfloat16_pays() else torch.bfloat16
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-
 from quantkit.codes.kinds import Q2_0, SIZES, FileType, Kind
 from quantkit.containers.gguf.tensors import GgufTensor
 from quantkit.errors import UsageError

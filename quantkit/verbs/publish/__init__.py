@@ -100,10 +100,7 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     if "README.md" not in files and "README.md" not in state.files:
         progress.warn(f"{options.folder} has no README.md: `quantkit card` writes one")
     if options.verify:
-        from quantkit.verbs.verify import verify
-
-        trust = options.trust_remote_code
-        problems = verify(root, generate=not options.dry_run, trust_remote_code=trust, progress=progress).problems
+        problems = _problems(root, options, progress)
         if problems:
             more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             found = "; ".join(problems[:_SHOWN]) + more
@@ -119,6 +116,16 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     text = options.message or f"Upload with quantkit {__version__}"
     commit = remote.persist(lambda: _attempt(remote, files, options.public, options.delete, text))
     return replace(report, commit=commit, dry_run=False)
+
+
+def _problems(root: Path, options: Publish, progress: Progress) -> list[str]:
+    """What `quantkit verify` finds; a dry run only what it finds without torch."""
+    from quantkit.verbs.verify import glance, verify
+
+    if not options.dry_run:
+        return verify(root, trust_remote_code=options.trust_remote_code, progress=progress).problems
+    progress.note("a dry run looks at files and headers; before it sends, publish verifies weights and tokenizer too")
+    return glance(root, options.trust_remote_code, progress).problems
 
 
 def branch_of(folder: Path) -> str:

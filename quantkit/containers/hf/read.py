@@ -18,9 +18,10 @@ from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line, shortened
-from quantkit.runs.atomic import read_json
+from quantkit.runs.atomic import check_readable, read_json, read_text
 from quantkit.runs.links import first_pipe, is_foreign
 from quantkit.runs.panics import panics_as
+from quantkit.runs.places import READ_BY
 
 # Names, or patterns of them.
 OF_TOKENIZERS = (
@@ -196,6 +197,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if "gguf_file" not in options:
         if (pipe := first_pipe(folder)) is not None:
             raise SourceError(f"{pipe}: is no file, so it is not opened; remove it, or download the folder again")
+        check_sizes(folder)
         options |= _empty_tokens(folder)
     try:
         with panics_as(SourceError, str(folder)):
@@ -219,6 +221,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
         _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse what a model is read by, beside its weights, where it would fill the memory. Raises SourceError."""
+    for path in sorted(folder.iterdir()):
+        if READ_BY.search(path.name) and path.is_file():
+            check_readable(path)
 
 
 def _templates(folder: Path) -> list[Path]:
@@ -366,7 +375,7 @@ def code_files(folder: Path) -> list[Path]:
             continue
         found[name] = path
         if not is_foreign(path, folder):
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = read_text(path, "replace")
             wanted += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE)  # as transformers has it
     return [found[name] for name in sorted(found)]
 

@@ -17,6 +17,7 @@ from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
+from quantkit.errors import UsageError
 from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
@@ -126,6 +127,8 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     name = place.name
     if place.is_file():
         return VerifyReport(name, (run.file(place, place.parent),))
+    if not place.is_dir():
+        raise UsageError(f"{options.path}: is neither file nor folder, so it is not opened")
     inside = _model_files(place)
     models = [run.file(file, None) for file in inside]
     if (place / "config.json").is_file() or not inside:

@@ -29,13 +29,14 @@ class TensorInfo:
     """A stored tensor, known from its header.
 
     `stored_as` is the format's name for the type, `bytes` the size there, `bits` of a code where a module's codes are
-    packed; 0 for all others.
+    packed; 0 for all others. `group` columns share a scale of them, -1: a row; 0: as the folder's label says.
     """
 
     shape: tuple[int, ...]
     stored_as: str
     bytes: int
     bits: int = 0
+    group: int = 0
 
 
 class HoldsCodes(Protocol):

@@ -250,7 +250,7 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             name = name.removeprefix(prefix)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         if name in wanted:
-            coded = source.tensors[stored].stored_as.startswith("GPTQ") and name.endswith(".weight")
+            coded = bool(source.tensors[stored].bits) and name.endswith(".weight")
             # Codes are [out, in]; a Conv1D's weight is [in, out].
             turned = coded and isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
             places[published] = Place(stored, transposed=turned)

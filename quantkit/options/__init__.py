@@ -47,7 +47,7 @@ from quantkit.options.values import is_wikitext2 as is_wikitext2
 from quantkit.options.values import parse_size as parse_size
 
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
-CheckpointFormat = Literal["gptq", "gptq_v2"]
+CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
 Container = Literal["gguf", "ggjt"]
 ComputeDtype = Literal["auto", "float16", "bfloat16", "float32"]
 SuiteName = Literal["open-llm-leaderboard"]
@@ -484,11 +484,11 @@ class Shards(Options):
 
 
 class Checkpoint(Shards):
-    """A GPTQ checkpoint."""
+    """A folder of codes."""
 
     panel: ClassVar[str] = "Output"
     format: CheckpointFormat = "gptq"
-    """Checkpoint format: v1 or v2 zeros."""
+    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, or compressed-tensors."""
     untie: bool = False
     """Store a tied output embedding once more, as AutoGPTQ needs it."""
 

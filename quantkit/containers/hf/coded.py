@@ -166,6 +166,20 @@ def check_holds(container: str, linears: Plan) -> None:
         raise UsageError(refusal)
 
 
+def check_whole_groups(container: str, linears: Plan) -> None:
+    """Refuse a last group that is short, where a container has no place for one. Raises UsageError."""
+    row = CONTAINERS[container]
+    widths = {linear.shape[1] for linear in linears.values()}
+    for name, linear in linears.items():
+        size, columns = linear.spec.group_size, linear.shape[1]
+        if size == -1 or columns % size == 0:
+            continue
+        known = row.holds.group_sizes if row.holds else ()
+        fitting = [one for one in known if 0 < one <= size and all(width % one == 0 for width in widths)]
+        advice = f"--group-size {max(fitting)} divides every width" if fitting else "use --group-size -1"
+        raise UsageError(f"{name} is {columns} wide, no multiple of {size}: {row.one} has no short groups; {advice}")
+
+
 class CodedWriter:
     """Writes a folder of codes, which is not yet the finished output. What a layout has of its own is its subclass's.
 

@@ -273,6 +273,8 @@ READERS: dict[str, Reader] = {
     "template": Reader("model", {"chat_template.jinja": damage.template_of}, tokenizer),
     "gptq": Reader("gptq", {"*.safetensors": damage.safetensors_of}, model, 2),
     "gptq-label": Reader("gptq", dict.fromkeys(("config.json", "quantize_config.json"), damage.json_of), model, 2),
+    "compressed": Reader("compressed", {"*.safetensors": damage.safetensors_of}, model),
+    "compressed-label": Reader("compressed", {"config.json": damage.json_of}, model, 2),
     "bin": Reader("bin", {"pytorch_model*.bin": damage.zip_of}, model, 2),
     "bin-old": Reader("bin-old", {"pytorch_model.bin": damage.bytes_of}, model),
     "bin-index": Reader("bin", {"pytorch_model.bin.index.json": damage.json_of}, model, 0.5),

@@ -252,7 +252,7 @@ def gptq(
     deterministic: bool = ...,
     resume: bool = ...,
     requantize: bool = ...,
-    format: Literal["gptq", "gptq_v2", "compressed-tensors"] = ...,
+    format: Literal["gptq", "gptq_v2", "compressed-tensors", "awq"] = ...,
     untie: bool = ...,
     max_shard_size: str | int = ...,
     dry_run: bool = ...,

@@ -199,6 +199,23 @@ _ROWS = (
         refused=_READS_CODES,
     ),
     Container(
+        "awq",
+        word="awq",
+        one="an AWQ folder",
+        opens="quantkit.containers.awq.read:AwqSource",
+        method="awq",
+        holds=Holds(bits=(4,), group_sizes=(32, 64, 128, -1), act_order=("static", "off"), mixed=False),
+        formats=("awq",),
+        writes="quantkit.containers.awq.write",
+        recipe="checkpoint",
+        shown=Shown("AWQ", "AWQ folders", "AWQ folders, for GPUs", ("AWQ",)),
+        loads={
+            "transformers": Loads("with gptqmodel", f"{_PROGRAMS}:transformers"),
+            "vLLM": Loads("", f"{_PROGRAMS}:awq_by_vllm"),
+        },
+        refused=_READS_CODES,
+    ),
+    Container(
         "fp8",  # to all but `verify` full precision: its sources say that they are hf
         word="fp8",
         one="an fp8 folder",

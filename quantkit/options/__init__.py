@@ -47,7 +47,7 @@ from quantkit.options.values import is_wikitext2 as is_wikitext2
 from quantkit.options.values import parse_size as parse_size
 
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
-CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors"]
+CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "awq"]
 Container = Literal["gguf", "ggjt"]
 ComputeDtype = Literal["auto", "float16", "bfloat16", "float32"]
 SuiteName = Literal["open-llm-leaderboard"]
@@ -488,7 +488,7 @@ class Checkpoint(Shards):
 
     panel: ClassVar[str] = "Output"
     format: CheckpointFormat = "gptq"
-    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, or compressed-tensors."""
+    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, compressed-tensors, or AWQ (4 bits)."""
     untie: bool = False
     """Store a tied output embedding once more, as AutoGPTQ needs it."""
 

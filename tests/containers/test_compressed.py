@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -13,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXPERTS, FAMILIES, MakeModel, token_matrix
-from safetensors.torch import load_file, save_file
-from support.coded import same, write_codes
+from safetensors.torch import load_file
+from support.coded import Tensors, changed, drop, label_of, put, same, say, write_codes
 from support.streamed import open_stream, streamed_logits
 
 import quantkit
@@ -39,10 +37,6 @@ def words_of(codes: list[int], bits: int) -> list[int]:
     number = sum(code << (bits * place) for place, code in enumerate(codes))
     words = [(number >> shift) & 0xFFFFFFFF for shift in range(0, bits * len(codes), 32)]
     return [word - 2**32 if word >= 2**31 else word for word in words]
-
-
-def label_of(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 @pytest.mark.parametrize(("bits", "group_size", "sym"), CASES)
@@ -183,18 +177,6 @@ def test_what_it_has_no_place_for_is_refused() -> None:
 
 # -- folders of others -----------------------------------------------------------------------------------------------
 
-Tensors = dict[str, torch.Tensor]
-
-
-def changed(folder: Path, out: Path, change: Callable[[Tensors, Any], None]) -> Path:
-    """A copy of a folder with other tensors, or another label."""
-    shutil.copytree(folder, out)
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    change(tensors, config["quantization_config"])
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
 
 def weights_of(label: Any) -> Any:
     return label["config_groups"]["group_0"]["weights"]
@@ -284,18 +266,6 @@ def test_weights_in_8_bit_floats_are_read(strategy: str, folder: Path, tmp_path:
         assert torch.equal(source.read(f"{module}.weight"), weight)
     assert source.tensors[f"{Q}.weight"].stored_as == "F8_E4M3"
     quantkit.gptq(out, tmp_path / "again", calibration=token_matrix(4, 16), group_size=32, evaluate=False)
-
-
-def drop(name: str) -> Callable[[Tensors, Any], None]:
-    return lambda tensors, _: tensors.__delitem__(name)
-
-
-def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors, Any], None]:
-    return lambda tensors, _: tensors.update({name: make(tensors[name])})
-
-
-def say(**fields: Any) -> Callable[[Tensors, Any], None]:
-    return lambda _, label: label.update(fields)
 
 
 def of_weights(**fields: Any) -> Callable[[Tensors, Any], None]:

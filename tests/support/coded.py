@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantkit.codes import LinearPlan, QuantizedLinear, contiguous_groups
 from quantkit.options import QuantSpec
@@ -50,3 +53,35 @@ def write_codes(
 def same(one: QuantizedLinear, other: QuantizedLinear) -> bool:
     parts = ((one.codes, other.codes), (one.scales, other.scales), (one.zeros, other.zeros), (one.group, other.group))
     return one.bits == other.bits and all(torch.equal(a, b) for a, b in parts)
+
+
+# -- a folder made wrong ---------------------------------------------------------------------------------------------
+
+Tensors = dict[str, torch.Tensor]
+Change = Callable[[Tensors, Any], None]
+
+
+def label_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def changed(folder: Path, out: Path, change: Change) -> Path:
+    """A copy of a folder with other tensors, or another label."""
+    shutil.copytree(folder, out)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(tensors, config["quantization_config"])
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def drop(name: str) -> Change:
+    return lambda tensors, _: tensors.__delitem__(name)
+
+
+def put(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda tensors, _: tensors.update({name: make(tensors[name])})
+
+
+def say(**fields: Any) -> Change:
+    return lambda _, label: label.update(fields)

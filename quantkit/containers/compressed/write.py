@@ -16,7 +16,7 @@ from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack_rows, words_for
 from quantkit.containers.compressed.read import CompressedSource
 from quantkit.containers.compressed.scheme import CLASS, REGEX
-from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_whole_groups, plan_folder
+from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_whole_groups, kept_matrices, plan_folder
 from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.source import Source, Weights
 from quantkit.options import CheckpointFormat, QuantSpec
@@ -53,8 +53,7 @@ def label(linears: Plan, weights: Weights) -> dict[str, Any]:
     for module, linear in linears.items():
         spec = linear.spec
         precisions.setdefault((spec.bits, spec.group_size, spec.sym, spec.act_order), []).append(module)
-    matrices = [n.removesuffix(".weight") for n, i in weights.tensors.items() if n.endswith(".weight")]
-    kept = [m for m in matrices if m not in linears and len(weights.tensors[f"{m}.weight"].shape) > 1]
+    kept = kept_matrices(weights, linears)
     groups = {}
     for number, ((bits, size, sym, order), modules) in enumerate(precisions.items()):
         others = {*linears, *kept}.difference(modules)
@@ -73,7 +72,7 @@ def label(linears: Plan, weights: Weights) -> dict[str, Any]:
             "input_activations": None,
             "output_activations": None,
         }
-    ignored = patterns([m for m in kept if "embed" not in m], linears)
+    ignored = patterns(kept, linears)
     return {"config_groups": groups, "ignore": ignored if _HEAD in ignored else [*ignored, _HEAD]}
 
 

@@ -159,6 +159,12 @@ def plan_folder(
     return tensors
 
 
+def kept_matrices(weights: Weights, linears: Plan) -> list[str]:
+    """Modules that stay as they are although readers may take them for Linears; not embeddings."""
+    matrices = [(n.removesuffix(".weight"), i) for n, i in weights.tensors.items() if n.endswith(".weight")]
+    return [m for m, info in matrices if m not in linears and len(info.shape) > 1 and "embed" not in m]
+
+
 def check_holds(container: str, linears: Plan) -> None:
     """Refuse what a container cannot hold, by its row. Raises UsageError."""
     refusal = misfit(CONTAINERS[container], {linear.spec for linear in linears.values()})

@@ -253,6 +253,11 @@ def compressed_by_vllm(facts: Facts) -> Iterator[str]:
     yield from _by_marlin(facts)
 
 
+def awq_by_vllm(facts: Facts) -> Iterator[str]:
+    yield from unknown_family(facts)
+    yield from _by_marlin(facts)
+
+
 def _are_asymmetric(facts: Facts) -> bool:
     """Whether some codes of a compressed-tensors folder are."""
     return any(not one.symmetric and not one.floats for one in _schemes(facts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -257,6 +257,11 @@ class Weights:
         """The source's tensor that a published one is, as it is; None where it is only a part or put together."""
         place = self._places[name]
         return place.name if place == Place(place.name) else None
+
+    def coded(self, name: str) -> str | None:
+        """As `stored`, also where it is turned: codes are [out, in] in either case."""
+        place = self._places[name]
+        return place.name if replace(place, transposed=False) == Place(place.name) else None
 
     def module(self, name: str) -> str:
         """The published name of the model's module `name`."""

@@ -49,6 +49,8 @@ from quantkit.options.values import parse_size as parse_size
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
 CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "awq"]
 Container = Literal["gguf", "ggjt"]
+Target = Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "gguf", "ggjt"]
+"""Formats of folders, and containers of files."""
 ComputeDtype = Literal["auto", "float16", "bfloat16", "float32"]
 SuiteName = Literal["open-llm-leaderboard"]
 Vocabulary = Literal["auto", "mean", "delta"]

@@ -51,6 +51,7 @@ from quantkit.options import (
     Spec,
     Split,
     System,
+    Target,
     Tasks,
     Text,
     Texts,
@@ -58,7 +59,7 @@ from quantkit.options import (
     Twice,
     Typed,
 )
-from quantkit.options.values import FileType, Folders, GridType, Name, Place
+from quantkit.options.values import FileType, Folders, GridType, GroupSize, Name, Place
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
@@ -108,6 +109,14 @@ class Ggml(Pair, Opened, Trust, Ends, Twice, Split, Output):
     """One type for all matrices."""
     imatrix: Place | None = None
     """Importance matrix, of `quantkit imatrix` or llama.cpp's tools."""
+
+
+class Repack(Model, Opened, Trust, Ends, Shards, Output):
+    helps: ClassVar[Mapping[str, str]] = {"model": "Folder of codes (GPTQ, compressed-tensors, AWQ), or Hub id of one."}
+    to: Target
+    """What to write the codes into."""
+    group_size: GroupSize | None = None
+    """Groups of so many columns, parts of the present ones, whose scales they repeat."""
 
 
 class Convert(Dtype, Model, Opened, Trust, Shards, Output):

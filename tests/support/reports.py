@@ -22,6 +22,7 @@ from quantkit.verbs.compare.answers import Agreement, Answers, AskedPrompt, Said
 from quantkit.verbs.compare.chooser import Recommendation
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult
 from quantkit.verbs.convert import ConvertReport
+from quantkit.verbs.repack import RepackReport
 from quantkit.verbs.diff import DiffReport
 from quantkit.verbs.eval import EvalReport, EvalResults, Harness
 from quantkit.verbs.eval.tasks import TaskResult
@@ -185,6 +186,7 @@ DIFF = DiffReport(
     *(OUT, "float16", None, 291, 13_000_000_000, 50637.1875, 61.25, False, 1000, 3, 0.000123),
     memory_bytes=1_570_000_000,
 )
+REPACK = RepackReport(OUT, "compressed-tensors", 210, 141_000_000, 3.75, memory_bytes=226_000_000)
 CONVERT = ConvertReport(OUT, "bfloat16", 272, 269_000_000, 3.75, memory_bytes=226_000_000)
 IMATRIX = ImatrixReport(
     *(OUT, 210, 128, 512, 900_000, 1_500_000_000, {"blk.0.ffn_up_exps.weight": 3}, 12.25),
@@ -285,6 +287,8 @@ CASES: dict[str, Report] = {
     "publish": replace(PUBLISH, dry_run=False, commit="abc123"),
     "publish, dry run": PUBLISH,
     "publish nothing": replace(PUBLISH, changes=PUBLISH.changes[1:2], created=False),
+    "repack": REPACK,
+    "repack, dry run": replace(REPACK, dry_run=True),
     "release": ReleaseReport(OUT, [], OUTCOMES),
     "release, complete": ReleaseReport(OUT, [], OUTCOMES[:2]),
     "release, dry run": ReleaseReport(OUT, FORECASTS, dry_run=True),

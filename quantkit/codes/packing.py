@@ -6,7 +6,7 @@ whole words; compressed-tensors and MLX have them along the rows, of any bits. A
 
 from __future__ import annotations
 
-import torch
+from quantkit.late import torch
 
 PACKABLE_BITS = (2, 3, 4, 8)
 _CODES_A_TILE = 1 << 22  # packed at a time, through eight bytes a code

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.late import torch
 
 
 def size_of(group: torch.Tensor) -> int | None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from quantkit.blocks.open import note_left_out, note_source
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import LinearPlan, Plan
@@ -18,6 +16,7 @@ from quantkit.codes.regroup import places, regrouped, size_of
 from quantkit.containers import files, of_format
 from quantkit.containers.source import HoldsCodes, Source
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import CheckpointFormat, Ends, QuantSpec, make, parse_size
 from quantkit.options.grid import Override
 from quantkit.options.verbs import Repack

@@ -22,7 +22,6 @@ from quantkit.verbs.compare.answers import Agreement, Answers, AskedPrompt, Said
 from quantkit.verbs.compare.chooser import Recommendation
 from quantkit.verbs.compare.rows import ComparedModel, TextFacts, TextResult
 from quantkit.verbs.convert import ConvertReport
-from quantkit.verbs.repack import RepackReport
 from quantkit.verbs.diff import DiffReport
 from quantkit.verbs.eval import EvalReport, EvalResults, Harness
 from quantkit.verbs.eval.tasks import TaskResult
@@ -36,6 +35,7 @@ from quantkit.verbs.publish import PublishReport
 from quantkit.verbs.publish.files import Change
 from quantkit.verbs.release import ReleaseReport
 from quantkit.verbs.release.forecast import Forecast
+from quantkit.verbs.repack import RepackReport
 from quantkit.verbs.samples import SamplesReport
 from quantkit.verbs.verify import Verified, VerifyReport
 from quantkit.verbs.verify.programs import Load

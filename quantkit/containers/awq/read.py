@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import unpack_rows
 from quantkit.containers.hf.coded import CodedFolder
 from quantkit.errors import SourceError
+from quantkit.late import torch
 
 BITS, EIGHT = 4, 8
 # Which of eight neighbouring outputs each nibble of a word is, from the lowest on.
@@ -48,7 +47,8 @@ class AwqSource(CodedFolder):
     @cached_property
     def _symmetric(self) -> bool:
         """Whether the zeros of the first Linear are all the middle one: no label says it of zeros that are stored."""
-        return bool((self.read_zeros(self._modules[0]) == _MIDDLE).all())
+        zeros = f"{self._modules[0]}.qzeros"
+        return zeros not in self.stored.tensors or not self.stored.octets(zeros).strip(b"\x88")
 
     @property
     def scheme(self) -> str:

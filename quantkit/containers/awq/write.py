@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack_rows
 from quantkit.containers.awq.read import BITS, EIGHT, ORDER, AwqSource
@@ -18,6 +16,7 @@ from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_w
 from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec
 from quantkit.runs.tensorfile import TensorPlan
 

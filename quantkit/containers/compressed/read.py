@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import unpack_rows, words_for
@@ -18,6 +17,7 @@ from quantkit.containers.hf.coded import CodedFolder
 from quantkit.containers.hf.fp8 import dequantize
 from quantkit.containers.source import HoldsCodes, TensorInfo
 from quantkit.errors import SourceError
+from quantkit.late import torch
 
 _FLOATS = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("F16", "BF16", "F32")
@@ -208,14 +208,15 @@ class CompressedSource(CodedFolder):
         if (told := stored.get(f"{module}.weight_shape")) is not None:
             if told.shape != (2,) or told.stored_as not in ("I64", "I32"):
                 raise SourceError(f"{self.path}: {module}.weight_shape is {told.stored_as} {list(told.shape)}")
-            rows, columns = (int(side) for side in self.stored.read(f"{module}.weight_shape"))
+            kind = "<2q" if told.stored_as == "I64" else "<2i"
+            rows, columns = struct.unpack(kind, self.stored.octets(f"{module}.weight_shape"))
             own = stored[f"{module}.weight_packed"].shape[0]
             if rows != own or not 0 < columns <= words * 32 // scheme.bits:
                 raise SourceError(
                     f"{self.path}: {module}.weight_shape says {rows} x {columns}, but weight_packed has {own} rows of "
                     f"{words} words, for {words * 32 // scheme.bits} columns of {scheme.bits} bits"
                 )
-            return columns
+            return int(columns)
         scale = stored.get(f"{module}.weight_scale")
         if scheme.group_size != -1 and scale is not None and len(scale.shape) == 2:
             return scale.shape[1] * scheme.group_size

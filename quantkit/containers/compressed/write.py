@@ -10,8 +10,6 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack_rows, words_for
 from quantkit.containers.compressed.read import CompressedSource
@@ -19,6 +17,7 @@ from quantkit.containers.compressed.scheme import CLASS, REGEX
 from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_whole_groups, kept_matrices, plan_folder
 from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.source import Source, Weights
+from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec
 from quantkit.runs.tensorfile import TensorPlan
 

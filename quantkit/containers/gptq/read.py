@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import PACKABLE_BITS, unpack
 from quantkit.containers.hf.coded import CodedFolder
 from quantkit.errors import SourceError
+from quantkit.late import torch
 
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
-
 from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack, packing_multiple
 from quantkit.containers.gptq.read import GptqSource
@@ -17,6 +15,7 @@ from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, plan_fo
 from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec
 from quantkit.options.grid import pattern_regex
 from quantkit.runs.atomic import write_json

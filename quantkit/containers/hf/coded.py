@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
-
 from quantkit.codes import Codes, Plan, QuantizedLinear
 from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
 from quantkit.errors import NumericError, SourceError, UsageError
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan
@@ -38,10 +37,14 @@ class CodedFolder(FolderSource):
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         super().__init__(folder, label, trust_remote_code)
         self.quantization = quantization_of(folder)
-        plain = {n: i for n, i in self.stored.tensors.items() if n.rpartition(".")[2] not in self.of_linear}
-        self.dtype = stored_dtype(plain)
         ending = f".{self.of_linear[0]}"
         self._modules = [n.removesuffix(ending) for n in self.stored.tensors if n.endswith(ending)]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return stored_dtype(
+            {n: i for n, i in self.stored.tensors.items() if n.rpartition(".")[2] not in self.of_linear}
+        )
 
     @abstractmethod
     def bits(self, module: str) -> int:
@@ -134,7 +137,7 @@ class CodedFolder(FolderSource):
         return self.stored.read(f"{module}.{self.scales}").float()
 
 
-Part = tuple[str, torch.dtype, tuple[int, ...]]
+Part = tuple[str, "torch.dtype", tuple[int, ...]]
 """Of a Linear's tensor: the last part of its name, its type and its shape."""
 
 

@@ -26,6 +26,7 @@ from quantkit.verbs.merge import MergeReport
 from quantkit.verbs.perplexity import PerplexityReport
 from quantkit.verbs.publish import PublishReport
 from quantkit.verbs.release import ReleaseReport
+from quantkit.verbs.repack import RepackReport
 from quantkit.verbs.samples import SamplesReport
 from quantkit.verbs.verify import VerifyReport
 
@@ -48,6 +49,7 @@ __all__ = [
     "perplexity",
     "publish",
     "release",
+    "repack",
     "samples",
     "tune",
     "verify",
@@ -252,7 +254,7 @@ def gptq(
     deterministic: bool = ...,
     resume: bool = ...,
     requantize: bool = ...,
-    format: Literal["gptq", "gptq_v2"] = ...,
+    format: Literal["gptq", "gptq_v2", "compressed-tensors", "awq"] = ...,
     untie: bool = ...,
     max_shard_size: str | int = ...,
     dry_run: bool = ...,
@@ -343,6 +345,22 @@ def release(
     debug: bool = ...,
     progress: Progress | bool = ...,
 ) -> ReleaseReport: ...
+def repack(
+    model: str | Path,
+    out: Path | str | None = ...,
+    *,
+    to: Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "gguf", "ggjt"],
+    group_size: int | None = ...,
+    revision: str | None = ...,
+    trust_remote_code: bool = ...,
+    embedding_type: str = ...,
+    output_type: str = ...,
+    pre: str | None = ...,
+    max_shard_size: str | int = ...,
+    dry_run: bool = ...,
+    force: bool = ...,
+    progress: Progress | bool = ...,
+) -> RepackReport: ...
 def samples(
     model: str | Path | None = ...,
     *,

@@ -39,7 +39,7 @@ class FilledGrid(Options):
     method: MethodName = "gptq"
     """What chooses the codes; round: each weight to the nearest one, what GPTQ is measured against."""
     bits: Bits = 4
-    """2, 3, 4 or 8; default 4, or what --ggml has."""
+    """2 to 8, of GPTQ checkpoints 2, 3, 4 or 8; default 4, or what --ggml has."""
     group_size: GroupSize = 128
     """Columns that share a scale, -1: whole rows; default 128, or what --ggml has."""
     sym: Annotated[bool, Typed("--sym/--asym")] = True

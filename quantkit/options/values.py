@@ -210,7 +210,7 @@ Natural = Annotated[int, Field(ge=1)]
 Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]
 Bits = Annotated[int, _must(lambda bits: 2 <= bits <= 8, "give 2, 3, 4 or 8")]
-"""Checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6."""
+"""GPTQ checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6, compressed-tensors all."""
 GroupSize = Annotated[
     int,
     _must(

@@ -231,6 +231,7 @@ def gptq(
     sym: bool | None = ...,
     act_order: Literal["static", "dynamic", "off"] = ...,
     damp: float = ...,
+    token_weights: bool = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +66,21 @@ _COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|att
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
+
+
+ROUTED: ContextVar[torch.Tensor | None] = ContextVar("ROUTED", default=None)
+"""While an expert runs: the numbers of its tokens in the batch, int64 [n], ascending. Paused forwards each have their
+own, as a greenlet has its own context."""
+
+
+@contextmanager
+def _routing(tokens: torch.Tensor) -> Iterator[None]:
+    """While inside, `ROUTED` are these; a forward may be ended there."""
+    ROUTED.set(tokens)
+    try:
+        yield
+    finally:
+        ROUTED.set(None)
 
 
 @dataclass(frozen=True)
@@ -126,7 +143,8 @@ class Experts(nn.Module):
                 token = place = top_k_index[:0, 0]
             else:
                 token, place = torch.where(top_k_index == number)
-            result = expert(hidden_states[token]) * top_k_weights[token, place, None]
+            with _routing(token):
+                result = expert(hidden_states[token]) * top_k_weights[token, place, None]
             total.index_add_(0, token, result.to(total.dtype))
         return total
 
@@ -141,7 +159,9 @@ class WeightedExperts(Experts):
         for number, expert in enumerate(self.children()):
             given = hidden_states[number * tokens : (number + 1) * tokens]
             token = given[:0, 0].long() if isinstance(given, FakeTensor) else torch.where(given.any(dim=-1))[0]
-            total.index_add_(0, token + number * tokens, expert(given[token]).to(total.dtype))
+            with _routing(token):
+                result = expert(given[token])
+            total.index_add_(0, token + number * tokens, result.to(total.dtype))
         return total
 
 

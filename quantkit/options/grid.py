@@ -48,6 +48,9 @@ class FilledGrid(Options):
     """dynamic is written with g_idx and desc_act."""
     damp: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
     """Fraction of the mean Hessian diagonal added to it (GPTQ, section 3.3)."""
+    token_weights: bool = False
+    """Let each calibration token count in a Hessian by what the model's output feels of an error there; takes a
+    backward pass, block by block."""
     include: tuple[str, ...] = ()
     """Quantize only modules that match, such as '*.mlp.*'; may be repeated."""
     exclude: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from torch import nn
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.memory import MemoryPlan, plan_quantizing
-from quantkit.blocks.stages import run_paused, run_replayed
+from quantkit.blocks.stages import Reading, run_paused, run_replayed
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
@@ -25,6 +25,7 @@ from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.methods import Fallback, Solved, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
+from quantkit.quantize.token_weights import TokenWeights
 from quantkit.runs.atomic import REPORT_NAME
 from quantkit.runs.landing import NOTHING, Landed
 from quantkit.runs.records import read_record
@@ -50,6 +51,7 @@ class LayerStatistics:
         fallback: "", "eigenvalues" or "rounding".
         tokens: calibration tokens that it saw; an expert sees those that were routed to it.
         seconds: quantizing it, Hessian included; a stage's time is shared out by rows.
+        n_eff: of weighted tokens, how many of equal weight would tell as much: ``(sum w)^2 / sum w^2``.
     """
 
     name: str
@@ -59,6 +61,7 @@ class LayerStatistics:
     fallback: Fallback
     tokens: int
     seconds: float
+    n_eff: float | None = None
 
 
 def recorded_layers(folder: Path) -> list[LayerStatistics]:
@@ -83,6 +86,7 @@ def quantize_blocks(
     landed: Landed = NOTHING,
     on_block: OnBlock = lambda index, hidden: None,
     sharing: Sharing = BY_ITSELF,
+    weights: TokenWeights | None = None,
 ) -> None:
     """Quantize every Linear of the plan; `on_linear` gets each one's codes as soon as they exist.
 
@@ -99,6 +103,7 @@ def quantize_blocks(
             where hidden states alone are not all that it hands on.
         sharing: how the work is split; every process calls this alike and gets all codes, but only its own part of the
             hidden states.
+        weights: what each token counts; None: all the same.
 
     Raises:
         NumericError: an activation that is not finite, named by the Linear that reads it.
@@ -136,8 +141,11 @@ def quantize_blocks(
                     advance(1)
                     continue
                 stages = _planned(stream, index, block, hidden, sharing, plan)
+                weighing = _Weighing(weights, index, [batches[i].numel() for i in range(mine.stop)], mine.start)
                 work = StageWork(
-                    stream, index, block, stages, plan, on_linear, progress, len(batches), sharing, workers.count
+                    *(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing),
+                    workers.count,
+                    weighing,
                 )
                 run = run_replayed if replayed else run_paused
                 run(block, stages, forward, len(mine), work.observe, work.quantize, hidden.__setitem__, workers)
@@ -190,6 +198,38 @@ def _planned(
     return tuple(stage for stage in kept if stage)
 
 
+class _Weighing:
+    """Weights of this rank's tokens in one block.
+
+    Args:
+        weights: of all tokens; None: all count the same.
+        index: the block.
+        sizes: tokens of each batch, up to this rank's last.
+        start: number of its first.
+    """
+
+    def __init__(self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int) -> None:
+        self._weights, self._index = weights, index
+        self._first = [sum(sizes[:i]) for i in range(start, len(sizes))]
+        self._count = sizes[start:]
+
+    def of(self, linear: str, batch: int, read: Reading) -> torch.Tensor | None:
+        """Float32 of what a stage reads of this rank's batch number `batch`; None where all count the same."""
+        found = None if self._weights is None else self._weights.of(self._index, linear)
+        if found is None:
+            return None
+        weights = found.of(self._first[batch], self._count[batch], read.tokens)
+        return weights if weights.numel() == read.x[..., 0].numel() else None
+
+    def effective(self, linear: str) -> float | None:
+        """How many tokens of equal weight tell as much."""
+        found = None if self._weights is None else self._weights.of(self._index, linear)
+        return None if found is None else found.effective
+
+
+_ALIKE = _Weighing(None, 0, (), 0)
+
+
 class StageWork:
     """Sums and codes of the stages of one block.
 
@@ -208,13 +248,15 @@ class StageWork:
         batches: int,
         sharing: Sharing,
         workers: int = 1,
+        weighing: _Weighing = _ALIKE,
     ) -> None:
+        self._weighing = weighing
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
         self._sharing, self._workers = sharing, workers
         self._method = method_of(next(iter(plan.values())).spec.method)
-        assert not self._method.needs, "only a stage's own input is at hand"
+        assert set(self._method.needs) <= {"weight"}, "only a stage's own input is at hand, and weights"
         self._lock = threading.Lock()
         self._gatherings: dict[int, Gathering] = {}
         for stage, names in enumerate(stages):
@@ -223,10 +265,12 @@ class StageWork:
             self._gatherings[stage] = sharing.gathering(new, batches)
         self._seconds = 0.0
 
-    def observe(self, stage: int, batch: int, x: torch.Tensor) -> None:
+    def observe(self, stage: int, batch: int, read: Reading) -> None:
         """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
-        self._gatherings[stage].add(batch, x)
+        name = self._names[self._stages[stage][0]]
+        weight = [self._weighing.of(name, batch, read)] if self._method.needs else []
+        self._gatherings[stage].add(batch, read.x, *weight)
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
             self._seconds += spent
@@ -263,7 +307,8 @@ class StageWork:
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
             statistics = LayerStatistics(
-                name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share
+                *(name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share),
+                self._weighing.effective(name) if self._method.needs else None,
             )
             self._progress.detail(f"{name}  error {statistics.loss:.3g}, plain rounding {statistics.rtn_loss:.3g}")
             if solved.fallback and tokens:

@@ -232,6 +232,7 @@ def gptq(
     act_order: Literal["static", "dynamic", "off"] = ...,
     damp: float = ...,
     token_weights: bool = ...,
+    correct: str | float = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,

@@ -134,18 +134,24 @@ def _ends(stream: ModelStream) -> tuple[int, int]:
 
 
 def plan_quantizing(
-    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1
+    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, beside: bool = False
 ) -> MemoryPlan:
-    """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError."""
+    """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError.
+
+    `beside`: the unquantized model runs in step, and two folds have two sums each.
+    """
     block = _largest_block(stream, quantized=True)
-    hidden = tokens * _ends(stream)[1]
-    batch = 2 * block.paused_token
+    paths = 2 if beside else 1
+    hidden = paths * tokens * _ends(stream)[1]
+    batch = 2 * paths * block.paused_token
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         abreast = workers if plan.side_by_side else 1
         sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
-        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square
-        device = block.weights + max(block.work, running) + (tokens * block.paused_token if plan.paused else 0)
+        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else 1)
+        work = block.work + (6 * block.square if beside else 0)
+        paused = paths * tokens * block.paused_token if plan.paused else 0
+        device = paths * block.weights + max(work, running) + paused
         host = _BASE + (block.stored if plan.prefetch else 0)
         waiting = 0 if plan.paused else hidden  # of paused forwards they are a part
         return device + (waiting if plan.hidden == "device" else 0), host + (waiting if plan.hidden == "host" else 0)

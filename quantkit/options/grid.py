@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options.spec import Options, Spec, Typed, make
-from quantkit.options.values import Bits, GgmlType, GroupSize
+from quantkit.options.values import Bits, GgmlType, GroupSize, Part
 
 ActOrder = Literal["static", "dynamic", "off"]
 MethodName = Literal["gptq", "round"]
@@ -51,6 +51,9 @@ class FilledGrid(Options):
     token_weights: bool = False
     """Let each calibration token count in a Hessian by what the model's output feels of an error there; takes a
     backward pass, block by block."""
+    correct: Annotated[Part, Typed(metavar="auto|0..1")] = 0.0
+    """Quantize weights that make up for what the quantized blocks before have changed: so much of the whole step; auto:
+    what two halves of the tokens tell of each other. Runs the unquantized model beside."""
     include: tuple[str, ...] = ()
     """Quantize only modules that match, such as '*.mlp.*'; may be repeated."""
     exclude: tuple[str, ...] = ()

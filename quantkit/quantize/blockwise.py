@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,14 +24,15 @@ from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.errors import NumericError, SourceError
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
-from quantkit.quantize.methods import Fallback, Solved, method_of
+from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
+from quantkit.quantize.methods import Fallback, Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
 from quantkit.quantize.token_weights import TokenWeights
 from quantkit.runs.atomic import REPORT_NAME
-from quantkit.runs.landing import NOTHING, Landed
+from quantkit.runs.landing import NOTHING, Batches, Landed
 from quantkit.runs.records import read_record
 
-OnBlock = Callable[[int, HiddenStates | None], None]
+OnBlock = Callable[[int, Batches | None], None]
 
 _BATCH_TOKENS = 1024  # where workers run side by side, larger ones are no faster
 _FALLBACK_TEXT = {
@@ -52,6 +54,7 @@ class LayerStatistics:
         tokens: calibration tokens that it saw; an expert sees those that were routed to it.
         seconds: quantizing it, Hessian included; a stage's time is shared out by rows.
         n_eff: of weighted tokens, how many of equal weight would tell as much: ``(sum w)^2 / sum w^2``.
+        corrected: what part of the step to the corrected target was taken; losses are then against that target.
     """
 
     name: str
@@ -62,6 +65,7 @@ class LayerStatistics:
     tokens: int
     seconds: float
     n_eff: float | None = None
+    corrected: float | None = None
 
 
 def recorded_layers(folder: Path) -> list[LayerStatistics]:
@@ -114,13 +118,19 @@ def quantize_blocks(
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
     mine = sharing.batches(len(batches))
     count = worker_count(stream.device, len(mine))
-    memory = plan_quantizing(stream, sum(batches[i].numel() for i in mine), batches[0].numel(), memory_budget, count)
+    correcting = corrects(next(iter(plan.values())).spec)
+    sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
+    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting)
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
     replayed = sharing.ranks.any(not memory.paused)
     hands_on = sharing.ranks.any(stream.hands_on)
-    start = 0 if hands_on else landed.restore(hidden, mine.start, len(batches))
+    if correcting and hands_on:
+        progress.note("no target is corrected: blocks hand on more than hidden states, and cannot run twice in step")
+    original = OriginalPath(stream, hidden, memory.hidden) if correcting and not hands_on else None
+    states = hidden if original is None else BothPaths(hidden, original.hidden)
+    start = 0 if hands_on else landed.restore(states, mine.start, len(batches))
     with (
         progress.phase("quantizing blocks", len(stream.blocks)) as advance,
         stream.reading_ahead(memory.prefetch),
@@ -135,6 +145,8 @@ def quantize_blocks(
                     return stream.call(index, block, i, hidden[i] if replayed else hidden.take(i))
 
                 if index < landed.blocks:
+                    if original is not None:
+                        original.pass_through(index, block, workers)
                     _restore_codes(stream, index, block, landed, sharing)
                     for batch, output in workers.each(forward):
                         hidden[batch] = output
@@ -146,10 +158,13 @@ def quantize_blocks(
                     *(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing),
                     workers.count,
                     weighing,
+                    mine.start if original is not None else None,
                 )
+                beside = None if original is None else original.beside(index, block, replayed)
                 run = run_replayed if replayed else run_paused
-                run(block, stages, forward, len(mine), work.observe, work.quantize, hidden.__setitem__, workers)
-            on_block(index, None if hands_on else hidden)
+                seen = work.observe, work.quantize, hidden.__setitem__
+                run(block, stages, forward, len(mine), *seen, workers, beside)
+            on_block(index, None if hands_on else states)
             advance(1)
 
 
@@ -165,11 +180,16 @@ def _restore_codes(stream: ModelStream, index: int, block: nn.Module, landed: La
         weight.copy_(placed.dequantize(weight.dtype))
 
 
-def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+def corrects(spec: QuantSpec) -> bool:
+    """Whether targets are corrected: plain rounding has none."""
+    return spec.correct != 0 and spec.method == "gptq"
+
+
+def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int, beside: bool = False) -> MemoryPlan:
     """What `quantize_blocks` will do for memory with so many calibration windows. Raises UsageError."""
     windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
+    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside)
 
 
 def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
@@ -249,19 +269,24 @@ class StageWork:
         sharing: Sharing,
         workers: int = 1,
         weighing: _Weighing = _ALIKE,
+        first: int | None = None,
     ) -> None:
-        self._weighing = weighing
+        """`first`: number of this rank's first batch, where targets are corrected."""
+        self._weighing, self._first = weighing, first
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
         self._sharing, self._workers = sharing, workers
-        self._method = method_of(next(iter(plan.values())).spec.method)
+        spec = next(iter(plan.values())).spec
+        self._method, self._part = method_of(spec.method), None if spec.correct == "auto" else float(spec.correct)
         assert set(self._method.needs) <= {"weight"}, "only a stage's own input is at hand, and weights"
         self._lock = threading.Lock()
         self._gatherings: dict[int, Gathering] = {}
         for stage, names in enumerate(stages):
             weight = weight_of(block.get_submodule(names[0]))
-            new = partial(self._method.gathers, weight.shape[1], weight.device)
+            new: Callable[[], Sums] = partial(self._method.gathers, weight.shape[1], weight.device)
+            if first is not None:
+                new = partial(CorrectionSums, weight.shape[1], weight.device, 2 if self._part is None else 1)
             self._gatherings[stage] = sharing.gathering(new, batches)
         self._seconds = 0.0
 
@@ -269,8 +294,10 @@ class StageWork:
         """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
         name = self._names[self._stages[stage][0]]
-        weight = [self._weighing.of(name, batch, read)] if self._method.needs else []
-        self._gatherings[stage].add(batch, read.x, *weight)
+        given: list[Any] = [self._weighing.of(name, batch, read)] if self._method.needs else []
+        if self._first is not None:
+            given += [difference_of(read), self._first + batch]
+        self._gatherings[stage].add(batch, read.x, *given)
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
             self._seconds += spent
@@ -289,26 +316,37 @@ class StageWork:
         for spec, linears in stacks.items():
             start = time.perf_counter()
             names, weights = [self._names[name] for name in linears], [weight_of(modules[name]) for name in linears]
+            corrector = None if self._first is None else Corrector(gathered, spec.damp, self._part)
+            targets = [(W, None) if corrector is None else corrector.target(W) for W in weights]
+            H = gathered if corrector is None else corrector.H
             try:
-                solved = self._sharing.solve(self._method, torch.cat(weights), gathered, spec)
+                solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start
-            self._hand_on(names, weights, solved, tokens, seconds)
+            self._hand_on(names, weights, solved, tokens, seconds, [part for _, part in targets])
 
     def _hand_on(
-        self, names: Sequence[str], weights: Sequence[torch.Tensor], solved: Solved, tokens: int, seconds: float
+        self,
+        names: Sequence[str],
+        weights: Sequence[torch.Tensor],
+        solved: Solved,
+        tokens: int,
+        seconds: float,
+        parts: Sequence[float | None],
     ) -> None:
         """Put the codes of a stack in place of its weights [out, in], and give each Linear's to `on_linear`."""
         rows = [weight.shape[0] for weight in weights]
         linears: Sequence[Codes] = solved.linear.split(rows)
         losses, rtn_losses = torch.split(solved.loss, rows), torch.split(solved.rtn_loss, rows)
-        for name, weight, linear, loss, rtn_loss in zip(names, weights, linears, losses, rtn_losses, strict=True):
+        found = zip(names, weights, linears, losses, rtn_losses, parts, strict=True)
+        for name, weight, linear, loss, rtn_loss, part in found:
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
             statistics = LayerStatistics(
                 *(name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share),
                 self._weighing.effective(name) if self._method.needs else None,
+                part,
             )
             self._progress.detail(f"{name}  error {statistics.loss:.3g}, plain rounding {statistics.rtn_loss:.3g}")
             if solved.fallback and tokens:

@@ -36,6 +36,7 @@ from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.blockwise import (
     LayerStatistics,
     OnLinear,
+    corrects,
     gptq_multiplications,
     plan_gptq_memory,
     quantize_blocks,
@@ -219,7 +220,7 @@ def _windows(options: Gptq) -> Sequence[int]:
 def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
     """Sizes from headers alone."""
     windows = _windows(options)
-    plans = [plan_gptq_memory(stream, *windows)]
+    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec))]
     if _weighted(spec):
         plans.append(plan_weights_memory(stream, *windows))
     memory = max(plans, key=lambda plan: plan.needed)
@@ -255,6 +256,7 @@ def _made(
     sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
     weighted = _weighted(spec)
     unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
+    unsaid |= set() if corrects(spec) else {"correct"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if options.ggml is None else of_file)
     seed = options.seed if weighted else None
@@ -404,12 +406,16 @@ def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
     """CSV with a row per Linear. No seconds: equal runs write equal files."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens", "n_eff"])
+        table.writerow(
+            ["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens", "n_eff", "corrected"]
+        )
         for layer in layers:
             ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else 1.0
             numbers = [f"{value:.6g}" for value in (layer.loss, layer.rtn_loss, ratio, layer.damp)]
             effective = layer.tokens if layer.n_eff is None else f"{layer.n_eff:.6g}"
-            table.writerow([layer.name, *numbers, layer.fallback, layer.tokens, effective])
+            table.writerow(
+                [layer.name, *numbers, layer.fallback, layer.tokens, effective, f"{layer.corrected or 0:.4g}"]
+            )
 
 
 def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:

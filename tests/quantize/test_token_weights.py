@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel, Recorder, token_matrix
+from support.failing import failing_at
 from support.families import DISCOVERED
 from support.folders import contents
 
@@ -126,14 +126,3 @@ def test_a_dry_run_counts_the_states(make_model: MakeModel) -> None:
     width = open_source(model).config.hidden_size
     assert weighted >= 40 * 1024 * 256 * width * 2
     assert weighted > plain
-
-
-def failing_at(solve: Callable[..., Any], call: int) -> Callable[..., Any]:
-    calls = iter(range(1, call))
-
-    def run(*arguments: Any) -> Any:
-        if next(calls, None) is None:
-            raise UsageError("enough")
-        return solve(*arguments)
-
-    return run

@@ -233,6 +233,8 @@ def gptq(
     sym: bool | None = ...,
     act_order: Literal["static", "dynamic", "off"] = ...,
     damp: float = ...,
+    token_weights: bool = ...,
+    correct: str | float = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,

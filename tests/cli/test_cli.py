@@ -58,7 +58,7 @@ GPTQ_KEYS = {
     "evaluation",
     "seconds",
 }
-LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds"}
+LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected"}
 PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results", "precision"}
 RESULT_KEYS = {
     "model",

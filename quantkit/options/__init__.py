@@ -18,6 +18,7 @@ from quantkit.options.grid import METHODS as METHODS
 from quantkit.options.grid import ActOrder as ActOrder
 from quantkit.options.grid import FilledGrid as FilledGrid
 from quantkit.options.grid import Grid as Grid
+from quantkit.options.grid import Groups as Groups
 from quantkit.options.grid import MethodName as MethodName
 from quantkit.options.grid import Overrides as Overrides
 from quantkit.options.grid import QuantSpec as QuantSpec

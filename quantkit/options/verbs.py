@@ -32,6 +32,7 @@ from quantkit.options import (
     Evaluation,
     Force,
     Grid,
+    Groups,
     Json,
     Merging,
     Model,
@@ -59,7 +60,7 @@ from quantkit.options import (
     Twice,
     Typed,
 )
-from quantkit.options.values import FileType, Folders, GridType, GroupSize, Name, Place
+from quantkit.options.values import FileType, Folders, GridType, Name, Place
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
@@ -115,12 +116,14 @@ class Ggml(Pair, Opened, Trust, Ends, Twice, Split, Output):
     """Importance matrix, of `quantkit imatrix` or llama.cpp's tools."""
 
 
-class Repack(Model, Opened, Trust, Ends, Shards, Output):
-    helps: ClassVar[Mapping[str, str]] = {"model": "Folder of codes (GPTQ, compressed-tensors, AWQ), or Hub id of one."}
+class Repack(Model, Opened, Trust, Groups, Ends, Shards, Output):
+    defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
+    helps: ClassVar[Mapping[str, str]] = {
+        "model": "Folder of codes (GPTQ, compressed-tensors, AWQ), or Hub id of one.",
+        "group_size": "Groups of so many columns, parts of the present ones, whose scales they repeat.",
+    }
     to: Target
     """What to write the codes into."""
-    group_size: GroupSize | None = None
-    """Groups of so many columns, parts of the present ones, whose scales they repeat."""
 
 
 class Convert(Dtype, Model, Opened, Trust, Shards, Output):

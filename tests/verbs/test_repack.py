@@ -38,7 +38,7 @@ def all_same(folder: Path, expected: dict[str, QuantizedLinear]) -> bool:
     return all(same(codes.read_codes(module), linear) for module, linear in expected.items())
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.permutations(FORMATS, 2))
+@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(FORMATS, 2)))
 def test_any_two_containers_hold_each_other_s_codes(
     one: str, other: str, make_model: MakeModel, tmp_path: Path
 ) -> None:

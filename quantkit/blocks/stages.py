@@ -14,20 +14,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-import torch
 from greenlet import getcurrent, greenlet
-from torch import nn
 
 from quantkit.blocks.budget import large_apart, let_go
 from quantkit.blocks.families import hooked, shape_of
 from quantkit.blocks.workers import Workers
 from quantkit.errors import SourceError
+from quantkit.late import nn, torch
 
 _EXPERT = re.compile(r"\.\d+\.")
 
-Forward = Callable[[int], torch.Tensor]
+Forward = Callable[[int], "torch.Tensor"]
 """Runs the block on batch i and returns its output; workers call it side by side."""
-OnInput = Callable[[int, int, torch.Tensor], None]
+OnInput = Callable[[int, int, "torch.Tensor"], None]
 """Receives the stage's index, the batch's, and the tensor [..., in] that the stage's Linears read; as `Forward`."""
 OnStage = Callable[[int], None]
 """Called when every batch has reached the stage: quantize its Linears now."""

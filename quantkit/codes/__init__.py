@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from quantkit.codes.block_types import BLOCK_TYPES, Array, BlockType, pack_blocks, pack_super_blocks
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 
 _OF_LINEAR = ("codes", "scales", "zeros", "group")
@@ -69,12 +68,12 @@ class QuantizedLinear:
         """(out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight these codes stand for, [out, in]. Computed in float32, then cast."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight these codes stand for, [out, in]. Computed in float32, then cast to `dtype`."""
         values = self.codes.float()
         for columns, groups in grouped(values, self.group):
             columns.sub_(self.zeros[:, groups, None].float()).mul_(self.scales[:, groups, None].float())
-        return values.to(dtype)
+        return values if dtype is None else values.to(dtype)
 
     def split(self, rows: list[int]) -> list[QuantizedLinear]:
         """Cut a stack of Linears that share their input into its parts of `rows` output rows each."""
@@ -159,12 +158,13 @@ class GgmlLinear:
         """(out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight these codes stand for, [out, in]. Computed in float32 as ggml does, then cast."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight these codes stand for, [out, in]. Computed in float32 as ggml does, then cast to `dtype`."""
         scale, minimum = (part.repeat_interleave(self.grid.kind.group, dim=1) for part in self.grid.steps())
         levels = self.grid.levels
         steps = self.codes.float() if levels is None else levels.to(self.codes.device)[self.codes.int()]
-        return (steps * scale - minimum).to(dtype)
+        values = steps * scale - minimum
+        return values if dtype is None else values.to(dtype)
 
     def split(self, rows: list[int]) -> list[GgmlLinear]:
         """Cut a stack of Linears that share their input into its parts of `rows` output rows each."""

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.codes.kinds import SIZES, Kind
 from quantkit.errors import MissingPackageError, NumericError, UsageError
+from quantkit.late import torch
 
 KINDS = (
     *(Kind.__members__[name] for name in BLOCK_TYPES),

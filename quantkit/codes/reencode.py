@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from quantkit.codes import QuantizedLinear
 from quantkit.codes.block_types import BLOCK, BLOCK_TYPES, Array, pack_blocks, pack_super_blocks
+from quantkit.late import torch
 
 _NIBBLE, _LOW_NIBBLES = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
 

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.memory import MemoryPlan, plan_quantizing
@@ -21,6 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.errors import NumericError, SourceError
+from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.methods import Fallback, Solved, method_of
@@ -72,7 +70,7 @@ def recorded_layers(folder: Path) -> list[LayerStatistics]:
 OnLinear = Callable[[str, Codes, LayerStatistics], None]
 
 
-@torch.inference_mode()
+@inference
 def quantize_blocks(
     stream: ModelStream,
     tokens: torch.Tensor,
@@ -209,6 +207,7 @@ class StageWork:
         sharing: Sharing,
         workers: int = 1,
     ) -> None:
+        self._stored = partial(stream.stored_weight, index, block)
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
@@ -246,7 +245,8 @@ class StageWork:
             start = time.perf_counter()
             names, weights = [self._names[name] for name in linears], [weight_of(modules[name]) for name in linears]
             try:
-                solved = self._sharing.solve(self._method, torch.cat(weights), gathered, spec)
+                stored = torch.cat([self._stored(name) for name in linears])
+                solved = self._sharing.solve(self._method, stored, gathered, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start

@@ -9,11 +9,10 @@ Types and their ranges: ggml-common.h of llama.cpp.
 
 from __future__ import annotations
 
-import torch
-
 from quantkit.codes import GgmlGrid
 from quantkit.codes.block_types import BLOCK_TYPES, BlockType
 from quantkit.errors import NumericError
+from quantkit.late import torch
 from quantkit.quantize.gptq_grid import fit_grid, stored
 from quantkit.quantize.levels import nearest_levels
 
@@ -54,7 +53,7 @@ def fit_ggml_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> GgmlG
     return GgmlGrid(name, d.half(), sc=sc.short())
 
 
-_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Parts = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"]
 """d [blocks, rows], sc [blocks, subs, rows], dmin and m the same, float32."""
 
 

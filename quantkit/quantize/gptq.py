@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from quantkit.codes import Codes, contiguous_groups
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import GptqGrid, fit_grid, round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, InverseFactor, column_order, factorize, row_losses

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from quantkit.codes import QuantizedLinear, contiguous_groups, grouped
 from quantkit.errors import NumericError
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.quantize import loops
 

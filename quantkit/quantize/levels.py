@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
+from quantkit.late import torch
 
 
 def nearest_codes(x: torch.Tensor, top: int, levels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
+
+from quantkit.late import torch
 
 _ROWS = 256  # of a tile: with 128 columns of weights, errors, scales and minima half a megabyte, a core's cache
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol, Self, cast
 
-import torch
-
 from quantkit.codes import Codes
+from quantkit.late import torch
 from quantkit.options import METHODS, MethodName, QuantSpec
 from quantkit.quantize.ggml_grid import fit_ggml_grid
 from quantkit.quantize.gptq_grid import fit_grid

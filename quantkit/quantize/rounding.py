@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from quantkit.codes import Codes
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, row_losses

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.open import named, note_left_out, note_source, open_model
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes.kinds import SIZES, FileType, Kind
@@ -23,6 +21,7 @@ from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, TypeOption
 from quantkit.containers.imatrix import Imatrix, read_imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import parse_size
 from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size

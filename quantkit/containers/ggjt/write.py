@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-from transformers import PretrainedConfig
 
 from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers.ggjt import read as ggjt
@@ -30,6 +29,9 @@ from quantkit.containers.hf.read import unused_beyond
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Vocabulary = list[tuple[bytes, float]]
 

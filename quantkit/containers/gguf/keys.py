@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
-from transformers import PretrainedConfig
 
 from quantkit.codes.kinds import FileType
 from quantkit.containers.gguf.architectures import ARCHITECTURES
@@ -22,6 +21,9 @@ from quantkit.containers.gguf.vocabulary import vocabulary
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError
 from quantkit.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Keys = dict[str, Any]
 """Key -> value; an int is written as uint32, a float as float32, a list by what it holds."""

@@ -11,12 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from quantkit.codes.kinds import Q2_0, SIZES, FileType, Kind
 from quantkit.containers.gguf.tensors import GgufTensor
 from quantkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 

@@ -12,7 +12,6 @@ from typing import Literal
 
 import gguf
 import numpy as np
-import torch
 
 from quantkit.codes import libggml
 from quantkit.codes.kinds import READABLE, SIZES, Kind, dequantize
@@ -33,6 +32,7 @@ from quantkit.containers.imatrix import Imatrix
 from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
+from quantkit.late import torch
 
 Fidelity = Literal["exact", "bounded", "requantized", "rounded"]
 """A matrix's numbers in the file: the source's own codes or blocks; those but for a minimum rounded once more; rounded
@@ -42,7 +42,7 @@ after a rounding; or rounded (if at all) for the first time."""
 _WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 # Stored as they were trained or published: rounding them is the first.
 _UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
-_AS_IT_IS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+_AS_IT_IS = {"torch.float32": Kind.F32, "torch.float16": Kind.F16, "torch.bfloat16": Kind.BF16}
 _VALUES_A_TILE = 1 << 22
 
 
@@ -272,7 +272,7 @@ class Chooser:
     def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
         def encode(tensor: GgufTensor, published: str) -> Array:
             values = self._weights.read(published)
-            if _AS_IT_IS.get(values.dtype) == kind and values.ndim == 2 and not tensor.offset:
+            if _AS_IT_IS.get(str(values.dtype)) == kind and values.ndim == 2 and not tensor.offset:
                 if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
                     raise _damaged(published)
                 octets: Array = values.contiguous().view(torch.uint8).numpy()

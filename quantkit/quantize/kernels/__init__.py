@@ -11,14 +11,21 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
-import torch
-
+from quantkit.late import torch
 from quantkit.quantize import loops
 from quantkit.quantize.levels import nearest_codes
 
-_Levels = torch.Tensor | None
 ColumnLoop = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor, _Levels], torch.Tensor
+    [
+        "torch.Tensor",
+        "torch.Tensor",
+        "torch.Tensor",
+        "torch.Tensor",
+        int,
+        "torch.Tensor",
+        "torch.Tensor | None",
+    ],
+    "torch.Tensor",
 ]
 """`loops.quantize_columns`, which says what it takes and gives."""
 

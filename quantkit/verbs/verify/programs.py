@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
-
+from quantkit import late
 from quantkit.blocks.families import FAMILIES
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers.gptq.read import is_by_gptqmodel
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.packed import label_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PROGRAMS = ("transformers", "vLLM", "GPTQModel", "AutoGPTQ", "ExLlama", "ExLlamaV2", "llama.cpp", "ctransformers")
 SIZES = (1, 2, 4, 8)
@@ -340,9 +342,9 @@ def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
     config: Any = facts.config.get_text_config()
     name = architecture.replace("moe", "_moe") if architecture not in GGUF_CONFIG_MAPPING else architecture
     keys: Any = GGUF_CONFIG_MAPPING.get(name, {})
-    kind = f"{name}_text" if f"{name}_text" in CONFIG_MAPPING else name
+    kind = f"{name}_text" if f"{name}_text" in late.transformers.CONFIG_MAPPING else name
     defaults: Any = GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {})
-    usual: Any = CONFIG_MAPPING[kind](**defaults)
+    usual: Any = late.transformers.CONFIG_MAPPING[kind](**defaults)
     if scaled := rope_types(config):
         yield f"transformers reads no rope scaling ({', '.join(scaled)}) of GGUF files and computes other numbers"
     for key, what in _DEFAULTS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import time
 from contextlib import suppress
@@ -67,6 +68,23 @@ def test_a_step_of_a_template_that_nothing_could_stop(program: str, make_model: 
     assert problem.startswith("the chat template cannot be rendered: ")
     assert time.monotonic() - started < 15
     assert ImmutableSandboxedEnvironment.intercepted_binops == frozenset()
+
+
+@pytest.mark.parametrize("program", ["'a' * 10 ** 10", "'%9999999999d' % 1", "'a' * 10 ** 8", "'x'.ljust(10 ** 10)"])
+def test_a_chat_template_that_takes_the_memory(program: str, make_model: MakeModel, tmp_path: Path) -> None:
+    model = shutil.copytree(make_model("llama"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(f"{{{{ {program} }}}}")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"instruction": "a", "output": "b " * 99}) + "\n")
+    said = r"the chat template (takes more than 1\.0 GB of memory, and was stopped|makes 100000000 characters of \d+)"
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(SourceError, match=said):
+        quantkit.samples(model, calibration=str(tmp_path / "d.jsonl"), samples=1, seq_len=16)
+    (problem,) = quantkit.verify(model, generate=False).problems
+    assert re.search(said, problem)
+    (tmp_path / "card.md.j2").write_text("{{ 'a' * 10 ** 10 }}")
+    with pytest.raises(UsageError, match=r"card\.md\.j2 takes more than 1\.0 GB of memory"):
+        quantkit.card(model, template=str(tmp_path / "card.md.j2"), force=True)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 @pytest.mark.fast

@@ -313,7 +313,10 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     environment.filters.update(size=size, number=significant, decimals=number, spread=spread, per_cent=per_cent)
     environment.filters.update(cell=cell, code=code, fence=fence)
     try:
-        with limits.time_limit(limits.TEMPLATE_SECONDS, f"--template {name}", UsageError):
+        with (
+            limits.memory_limit(limits.TEMPLATE_BYTES, f"--template {name}", UsageError),
+            limits.time_limit(limits.TEMPLATE_SECONDS, f"--template {name}", UsageError),
+        ):
             return environment.from_string(template).render(variables)
     except UsageError:  # it takes too long
         raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit.containers.hf.read import LOCAL_KEYS, unused_beyond
 from quantkit.errors import SourceError, first_line
 from quantkit.runs.atomic import read_json, read_text
-from quantkit.runs.limits import template_limit
+from quantkit.runs.limits import check_rendered, template_limit
 from quantkit.runs.links import foreign_files
 from quantkit.runs.panics import panics_as
 from quantkit.verbs.verify.findings import Findings, listed
@@ -120,6 +120,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
         try:
             with template_limit():
                 rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            check_rendered(rendered, len(_PROBE))
         except Exception as error:  # a template is the model's own program and may raise anything
             found.problem(f"the chat template cannot be rendered: {first_line(error)}; copy that of the source model")
             return

@@ -69,7 +69,7 @@ def card(
     branch: str = ...,
     template: str = ...,
     licence: str | None = ...,
-    prompt_template: str | None = ...,
+    prompt_template: Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"] | None = ...,
     base_model: Sequence[str] | str = ...,
     original: Path | str | None = ...,
     trust_remote_code: bool = ...,

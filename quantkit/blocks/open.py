@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from quantkit.blocks.budget import Budget, free_budget
+from quantkit.blocks.pair import DeltaSource
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import left_out
 from quantkit.containers.source import Source, Weights
@@ -59,14 +60,25 @@ def model_or_default(model: str | Path | Pair | None, progress: Progress) -> str
     return found
 
 
-def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code: bool) -> Source:
-    """Open a model by its name, or a pair, whose delta then is what has the revision. Raises SourceError."""
-    if not isinstance(model, Pair):
-        return open_source(model, revision, trust_remote_code)
-    from quantkit.blocks.pair import DeltaSource
+def open_parts(model: str | Path | Pair, revision: str | None, trust_remote_code: bool) -> tuple[Source, ...]:
+    """What a model is read from, by headers: itself; of a pair base and delta, which has the revision.
 
+    Outputs are checked against these, before `whole` makes one model of them, which takes torch. Raises SourceError.
+    """
+    if not isinstance(model, Pair):
+        return (open_source(model, revision, trust_remote_code),)
     base = open_source(model.base, None, trust_remote_code)
-    return DeltaSource(base, open_source(model.delta, revision, trust_remote_code))
+    return base, open_source(model.delta, revision, trust_remote_code)
+
+
+def whole(parts: Sequence[Source]) -> Source:
+    """The one model that is read from these. Raises SourceError where base and delta do not fit."""
+    return parts[0] if len(parts) == 1 else DeltaSource(parts[0], parts[1])
+
+
+def open_model(model: str | Path | Pair, revision: str | None, trust_remote_code: bool) -> Source:
+    """Open a model by its name, or a pair. Raises SourceError."""
+    return whole(open_parts(model, revision, trust_remote_code))
 
 
 class Opening(Protocol):

@@ -33,6 +33,11 @@ ROTARY = "rotary_emb.inv_freq"
 _SLICE = 1 << 20
 
 
+def label_of(parts: Sequence[Source]) -> str:
+    """What a model is called that is read from one source, or is the sum of a base and a delta."""
+    return parts[0].label if len(parts) == 1 else re.sub(r"[-_](w?diff|delta)(?=[-_@]|$)", "", parts[1].label)
+
+
 class PairSource(Source):
     """A base and another model of the same tensors, read as one.
 
@@ -58,7 +63,7 @@ class PairSource(Source):
         self.base, self.other = base, other
         self.path, self.model_type = other.path, other.model_type
         self.trusts_code = other.trusts_code
-        self.label = re.sub(r"[-_](w?diff|delta)(?=[-_@]|$)", "", other.label)
+        self.label = label_of((base, other))
         self.doubt: str | None = None
         self.remarks: list[str] = []
         self._means: dict[str, torch.Tensor] = {}

@@ -39,6 +39,7 @@ from quantkit.options.values import (
     Size,
     TokenCount,
     check_data,
+    check_dataset,
     check_model,
 )
 from quantkit.options.values import DrawnWindows as DrawnWindows
@@ -133,8 +134,7 @@ class Opened(Options):
     @classmethod
     def _check_texts_are_there(cls, given: Any) -> Any:
         for text in given if isinstance(given, tuple) else (given,):
-            if not is_wikitext2(text):
-                check_data(text)
+            check_dataset(text)
         return given
 
     @field_validator("tasks_dir", check_fields=False)
@@ -531,8 +531,8 @@ class CardFacts(Options):
     """default, thebloke-2023, or a jinja2 file."""
     licence: Annotated[str | None, Typed(also="--license")] = None
     """Where the source says none."""
-    prompt_template: str | None = None
-    """vicuna, wizardlm-7b, alpaca, chat or none; default: the model's own."""
+    prompt_template: TemplateName | None = None
+    """Default: the model's own."""
     base_model: tuple[str, ...] = ()
     """Repository it was made from; may be repeated; default: as quantkit.json says."""
     original: Place | None = None

@@ -40,6 +40,11 @@ DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md", ".raw", *PACKED_S
 """Of files of records or text."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_DATA = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:@\s]+))?(?::(?P<path>.+))?"
+)
+"""A data set of the Hub: ``owner/name``, then maybe ``@REVISION``, then maybe ``:PATH``."""
+_WEIGHTED = re.compile(r"(?P<data>.+):(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
 _NO_OWNERS = ("models", "datasets", "spaces")  # the Hub gives these names to nobody
 _WIKITEXT2 = "wikitext2"
 
@@ -145,14 +150,57 @@ def check_model(name: str | Path) -> None:
 
 
 def check_data(spec: str) -> str:
-    """Calibration data as it was given. Raises UsageError for what can only be a file, and is not there."""
-    parts = [spec] if os.path.isfile(spec) else [re.sub(r":[\d.]+$", "", part.strip()) for part in spec.split(",")]
-    for part in parts:
-        name = part.partition(":")[0]
-        is_path = name.lower().endswith(DATA_SUFFIXES) or name.startswith(("/", ".", "~")) or name.count("/") > 1
-        if is_path and not os.path.exists(part):
-            raise no_data(part)
+    """Calibration data as it was given. Raises UsageError for a mixture that is none, and for names of nothing."""
+    for data, _ in parse_mixture(spec):
+        check_dataset(data)
     return spec
+
+
+def check_dataset(spec: str) -> None:
+    """Refuse what is neither a file nor a known name nor has the form of a Hub data set's. Raises UsageError."""
+    name, colon, file = spec.partition(":")
+    if os.path.isfile(spec) or spec in DATA_NAMES:
+        return
+    if os.path.isdir(spec):
+        raise UsageError(f"{spec} is a folder: give one file")
+    if colon and name in DATA_NAMES:
+        if not os.path.isfile(file):
+            raise UsageError(f"{spec}: there is no file {Path(file)}; {name} alone is taken from the Hub")
+    elif not HUB_DATA.fullmatch(spec) or name.lower().endswith(DATA_SUFFIXES):
+        raise no_data(spec)  # a mistyped local path must not reach for the network
+
+
+def parse_mixture(spec: str) -> tuple[tuple[str, float], ...]:
+    """Take a calibration spec apart into (data, weight) pairs.
+
+        calibration := data | data:weight,data:weight[,...]
+        data        := FILE | NAME | NAME:FILE | OWNER/NAME[@REVISION][:PATH]
+        weight      := a positive decimal number, such as 0.7, .3 or 2
+
+    A comma makes a mixture: each part's weight stands after its last colon, and only the ratio of the weights counts.
+    Without a comma nothing is read as a weight. An existing file whose name holds a comma is one data set, by itself
+    or as the FILE of a known NAME; in a mixture it has no place.
+
+    Raises:
+        UsageError: a part that is empty, has no weight or a weight of 0, or is named twice.
+    """
+    name, _, file = spec.partition(":")
+    if "," not in spec or os.path.isfile(spec) or (name in DATA_NAMES and os.path.isfile(file)):
+        return ((spec, 1.0),)
+    parts = []
+    for part in spec.split(","):
+        match = _WEIGHTED.fullmatch(part.strip())
+        if not match:
+            raise UsageError(f"calibration: {part.strip()!r} has no weight; write a mixture as A:0.7,B:0.3")
+        weight = float(match["weight"])
+        if not 0 < weight < math.inf:
+            raise UsageError(f"calibration: the weight of {match['data']} must be a number above 0, not {weight:g}")
+        parts.append((match["data"], weight))
+    names = [data for data, _ in parts]
+    twice = next((data for data in names if names.count(data) > 1), None)
+    if twice is not None:
+        raise UsageError(f"calibration: {twice} is in the mixture twice; add up its weights")
+    return tuple(parts)
 
 
 def no_data(spec: str) -> UsageError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options import (
@@ -251,6 +251,23 @@ class Card(Held, CardFacts, Trust, Force):
     """Describe another branch too: NAME=DIR; may be repeated."""
     quantized_by: str | None = None
     """Who; left out unless given."""
+
+    @field_validator("reports", "evals")
+    @classmethod
+    def _check_files(cls, given: tuple[Place, ...], info: ValidationInfo) -> tuple[Place, ...]:
+        what = "a report.json of `quantkit compare`" if info.field_name == "reports" else "results of `quantkit eval`"
+        for path in given:
+            if not Path(path).is_file():
+                raise UsageError(f"{path}: no such file; give {what}")
+        return given
+
+    @field_validator("branches")
+    @classmethod
+    def _check_branches(cls, given: Mapping[str, Place]) -> Mapping[str, Place]:
+        for name, folder in given.items():
+            if not Path(folder).expanduser().is_dir():
+                raise UsageError(f"--with-branch {name}={folder}: no such folder")
+        return given
 
 
 class Publish(Held, Trust, Public, DryRun):

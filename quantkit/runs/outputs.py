@@ -77,14 +77,16 @@ def check_outside(out: Path, sources: Sequence[Origin], force: bool, dry_run: bo
     _check_folder(out, [part.path for source in sources for part in source.parts.values()], force, dry_run)
 
 
-def check_other_file(out: Path, source: Origin, force: bool, names: Sequence[str] = (), dry_run: bool = False) -> None:
+def check_other_file(
+    out: Path, sources: Sequence[Origin], force: bool, names: Sequence[str] = (), dry_run: bool = False
+) -> None:
     """Refuse an output file that is in the way or is what is read; with `names` the files of these beside it.
 
     Raises:
         UsageError: says which, and what to do.
     """
     for file in (out.with_name(name) for name in names or [out.name] if out.name):
-        for part in source.parts.values() if os.path.lexists(file) else ():
+        for part in [part for source in sources for part in source.parts.values()] if os.path.lexists(file) else ():
             read = {place_of(path) for path in (part.path, *part.weight_files())}
             within = place_of(part.path) in place_of(file).parents
             if place_of(file) in read or (within and READ_BY.search(file.name)):
@@ -139,6 +141,9 @@ def _check_free(out: Path, folder: bool, force: bool, advice: str = REPLACE) -> 
 def _check_staging(out: Path) -> None:
     if (found := too_long(out)) is not None:
         raise UsageError(f"--out {out} {found}")
+    above = next(folder for folder in folder_of(out).parents if os.path.exists(folder))
+    if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write beside {out}: no permission to write to {above}")
     strange = stranger(folder_of(out))
     if strange is not None:
         raise UsageError(f"--out {out}: {folder_of(out)} {strange}; move it away, or name another")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from quantkit.options.values import parse_mixture
 from quantkit.tokens.datasets import KNOWN_NAMES
 from quantkit.tokens.overlap import TextIndex
-from quantkit.tokens.readers import Dataset, Mixture, load_calibration, load_dataset, parse_mixture, shown_license
+from quantkit.tokens.readers import Dataset, Mixture, load_calibration, load_dataset, shown_license
 from quantkit.tokens.records import Record, Turn, parse_record, render, resolve
 from quantkit.tokens.windows import (
     Part,

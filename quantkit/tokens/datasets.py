@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import CalibrationError, UsageError
-from quantkit.options.values import DATA_SUFFIXES, PACKED_SUFFIXES, no_data
+from quantkit.errors import CalibrationError
+from quantkit.options.values import HUB_DATA, PACKED_SUFFIXES, check_dataset, no_data
 from quantkit.sources.hub import quiet_client
 
 SAMPLE = "evol-instruct-sample"
 HELD_OUT = "evol-instruct-sample:heldout"
 
-_HUB_SPEC = re.compile(
-    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:@\s]+))?(?::(?P<path>.+))?"
-)
 _RECORDS = (".parquet", *(kind + packed for kind in (".json", ".jsonl") for packed in ("", *PACKED_SUFFIXES)))
 _TRAIN_SHARD = re.compile(r"(?:.*/)?train(?:-\d+-of-(?P<shards>\d+)[^/]*)?\.parquet")
 
@@ -107,21 +104,17 @@ def find_source(spec: str) -> DataFiles:
     where wanted. Raises `UsageError` for anything else, and `CalibrationError` where the Hub or the repository cannot
     give the file.
     """
+    check_dataset(spec)
     name, colon, file = spec.partition(":")
     known = KNOWN_HUB.get(name)
     if known and colon:
         path = Path(file)
-        if not path.is_file():
-            raise UsageError(
-                f"{name}:{path}: there is no file {path}; {name} alone takes {known.repository} from the Hub"
-            )
         return DataFiles(f"{name}:{path.name}", ((path.name, path),), known.license, known.first, known.joined)
     if known:
         files = ((known.path, data_file(known.repository, known.path)),)
         return DataFiles(known.repository, files, known.license, known.first, known.joined)
-    hub = _HUB_SPEC.fullmatch(spec)
-    # A mistyped local path must not reach for the network.
-    if not hub or name.lower().endswith(DATA_SUFFIXES):
+    hub = HUB_DATA.fullmatch(spec)
+    if not hub:
         raise no_data(spec)
     repository, revision = hub["repository"], hub["revision"]
     shown = _shown_name(repository, revision)

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import math
 import os
 import re
 import zlib
@@ -18,10 +17,10 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from quantkit.errors import CalibrationError, MissingPackageError, UsageError, first_line
+from quantkit.options.values import parse_mixture
 from quantkit.progress import SILENT, Progress
 from quantkit.tokens.datasets import (
     HELD_OUT,
-    KNOWN_HUB,
     SAMPLE,
     DataFiles,
     find_source,
@@ -30,7 +29,6 @@ from quantkit.tokens.datasets import (
 from quantkit.tokens.records import COLUMNS, Record, parse_record, whole_characters
 
 _PIECE_CHARACTERS = 4000
-_WEIGHTED = re.compile(r"(?P<data>.+):(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
 
 
 # How a compressed file begins: its kind, what is added to its name, and what reads it.
@@ -82,8 +80,6 @@ def load_dataset(spec: str, progress: Progress = SILENT) -> Dataset:
         wanted = spec == HELD_OUT
         records = tuple(record for record in dataset.records if (record.id in bundled.held_out) == wanted)
         return replace(dataset, name=spec, records=records)
-    if os.path.isdir(spec):
-        raise UsageError(f"{spec} is a folder: give one file")
     return read_source(find_source(spec), progress)
 
 
@@ -260,36 +256,3 @@ def load_calibration(spec: str, progress: Progress = SILENT) -> Dataset | Mixtur
 def shown_license(name: str | None) -> str:
     """How a licence is shown, where none is stated too."""
     return f"licence {name}" if name else "no licence stated"
-
-
-def parse_mixture(spec: str) -> tuple[tuple[str, float], ...]:
-    """Take a calibration spec apart into (data, weight) pairs.
-
-        calibration := data | data:weight,data:weight[,...]
-        data        := FILE | NAME | NAME:FILE | OWNER/NAME[@REVISION][:PATH]
-        weight      := a positive decimal number, such as 0.7, .3 or 2
-
-    A comma makes a mixture: each part's weight stands after its last colon, and only the ratio of the weights counts.
-    Without a comma nothing is read as a weight. An existing file whose name holds a comma is one data set, by itself
-    or as the FILE of a known NAME; in a mixture it has no place.
-
-    Raises:
-        UsageError: a part that is empty, has no weight or a weight of 0, or is named twice.
-    """
-    name, _, file = spec.partition(":")
-    if "," not in spec or os.path.isfile(spec) or (name in KNOWN_HUB and os.path.isfile(file)):
-        return ((spec, 1.0),)
-    parts = []
-    for part in spec.split(","):
-        match = _WEIGHTED.fullmatch(part.strip())
-        if not match:
-            raise UsageError(f"calibration: {part.strip()!r} has no weight; write a mixture as A:0.7,B:0.3")
-        weight = float(match["weight"])
-        if not 0 < weight < math.inf:
-            raise UsageError(f"calibration: the weight of {match['data']} must be a number above 0, not {weight:g}")
-        parts.append((match["data"], weight))
-    names = [data for data, _ in parts]
-    twice = next((data for data in names if names.count(data) > 1), None)
-    if twice is not None:
-        raise UsageError(f"calibration: {twice} is in the mixture twice; add up its weights")
-    return tuple(parts)

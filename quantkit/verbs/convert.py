@@ -63,10 +63,13 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     shard_bytes = parse_size(options.max_shard_size)
     source = open_source(options.model, options.revision, options.trust_remote_code)
     note_source(source, progress)
+    if options.out is not None:
+        check_output(absolute(options.out), source.path, options.force, options.dry_run)
     held = source.dtype if options.dtype == "auto" else dtype_of(options.dtype)
     name = f"{variant_name(source.label)}-{_SUFFIXES[str(held)]}"
     target = Path.cwd() / name if options.out is None else absolute(options.out)
-    check_output(target, source.path, options.force, options.dry_run)
+    if options.out is None:
+        check_output(target, source.path, options.force, options.dry_run)
     plan = plan_folder(source, held, all_alike=options.dtype != "auto")
     note_left_out(plan.weights, progress)
     made = target, plan.dtype_name, len(plan.tensors), plan.bytes

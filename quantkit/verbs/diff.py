@@ -64,10 +64,10 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     started = time.perf_counter()
     shard_bytes = parse_size(options.max_shard_size)
     sources = open_both(options, options.tuned)
+    target = absolute(options.out)
+    check_outside(target, sources, options.force, options.dry_run)
     source = DiffSource(*sources, options.vocab)
     note_source(source, progress)
-    target = absolute(options.out)
-    check_outside(target, [source], options.force, options.dry_run)
     plan = plan_folder(source, dtype_of("float32" if options.dtype == "auto" else options.dtype))
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     report = DiffReport(

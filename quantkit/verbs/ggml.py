@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.blocks.open import named, note_left_out, note_source, open_model
+from quantkit.blocks.open import named, note_left_out, note_source, open_parts, whole
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes.kinds import SIZES, FileType, Kind
 from quantkit.containers import CONTAINERS, load
@@ -98,7 +98,11 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     split = 0 if options.split_max_size is None else parse_size(options.split_max_size)
     if not row.metadata and (split or options.pre):
         raise UsageError("--split-max-size and --pre are for GGUF files")
-    source = open_model(named(options.model, options.base, options.delta), options.revision, options.trust_remote_code)
+    given = named(options.model, options.base, options.delta)
+    parts = open_parts(given, options.revision, options.trust_remote_code)
+    if options.out is not None and not split:  # names of parts, and of types, come of the plan
+        check_other_file(absolute_file(options.out), parts, options.force, dry_run=options.dry_run)
+    source = whole(parts)
     note_source(source, progress)
     if row.admits:
         load(row.admits)(source, progress)
@@ -152,7 +156,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     typed = [(tensor, choice.kind) for tensor, choice in chosen]
     names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
     parts = names if len(names) > 1 else ()
-    check_other_file(job.target, source, job.force, parts, job.dry_run)
+    check_other_file(job.target, [source], job.force, parts, job.dry_run)
     origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen) and source.from_gptq)
     number = FileType.GUESSED if job.recipe is None else file_type(job.recipe)
     keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
@@ -178,7 +182,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
 
 def plan_ggjt(job: Job) -> Callable[[], Path]:
     """What writes a ggjt file. Raises QuantkitError where it cannot be made."""
-    check_other_file(job.target, job.source, job.force, dry_run=job.dry_run)
+    check_other_file(job.target, [job.source], job.force, dry_run=job.dry_run)
     config = job.source.config
     vocabulary = ggjt.make_vocabulary(job.source.tokenizer(), config.vocab_size, job.progress)
     made = {tensor.sources[0]: (tensor, choice) for tensor, choice in job.chosen if tensor.sources}

@@ -19,14 +19,16 @@ from quantkit.blocks.open import (
     model_or_default,
     note_left_out,
     note_source,
-    open_stream,
+    open_parts,
     pair_of,
+    stream_of,
+    whole,
 )
+from quantkit.blocks.pair import label_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
-from quantkit.containers import CONTAINERS, of_format
+from quantkit.containers import CONTAINERS, misfit, of_format
 from quantkit.containers.readback import Underflow
-from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
 from quantkit.late import torch
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
@@ -126,17 +128,18 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     shared = options.model_dump(include={"text", "template", "eval_tokens"})
     judging = make(EvaluationSpec, seq_len=default_seq_len(options.text), **shared)
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
-    stream = open_stream(given, options, ranks.device(options.device), options.untie, options.memory)
-    check_windows(stream, _windows(options)[1], progress)
-    judging = fitted(judging, [stream], asked=False, progress=progress)
-    name = _variant(stream.source, spec, options)
-    target = _target(stream, spec, options, name, progress)
-    refuse_codes(stream, target.plan, options.requantize)
-    note_plan(stream, target.plan, progress)
+    parts = open_parts(given, options.revision, options.trust_remote_code)
+    name = _variant(label_of(parts), spec, options)
     place = Path.cwd() / name if options.out is None else absolute(options.out)
     if ranks.first:
         check_unfinished(place, options.resume, options.force, options.dry_run)
-        check_outside(place, [stream.source], options.force or options.resume, dry_run=True)  # it is settled
+        check_outside(place, parts, options.force or options.resume, dry_run=True)  # it is settled
+    stream = stream_of(whole(parts), ranks.device(options.device), options.dtype, options.untie, options.memory)
+    check_windows(stream, _windows(options)[1], progress)
+    judging = fitted(judging, [stream], asked=False, progress=progress)
+    target = _target(stream, spec, options, name, progress)
+    refuse_codes(stream, target.plan, options.requantize)
+    note_plan(stream, target.plan, progress)
     _choose_dtype(stream, target.plan, place, options, ranks, progress)
     report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
@@ -170,7 +173,10 @@ def _quant_spec(options: Gptq) -> QuantSpec:
         for name, value in options.part(Ends).model_dump().items():
             if value not in (None, "auto"):
                 raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
-        return make(QuantSpec, **grid, overrides=overrides)
+        spec = make(QuantSpec, **grid, overrides=overrides)
+        if not overrides and (refusal := misfit(of_format(options.format), [spec])):  # else the plan's are looked at
+            raise UsageError(refusal)
+        return spec
     base = gptq_type(options.ggml)
     own = on_grid_of(base)
     for name, value in grid.items():
@@ -189,9 +195,9 @@ def _weighted(spec: QuantSpec) -> bool:
     return spec.token_weights and spec.method == "gptq"
 
 
-def _variant(source: Source, spec: QuantSpec, options: Gptq) -> str:
+def _variant(label: str, spec: QuantSpec, options: Gptq) -> str:
     """What the output is called, after the names that such repositories are published under."""
-    name, method = variant_name(source.label), METHODS[spec.method]
+    name, method = variant_name(label), METHODS[spec.method]
     if options.ggml is not None:
         return f"{name}-{method.label}-{options.ggml.upper()}"
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"

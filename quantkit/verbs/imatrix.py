@@ -9,7 +9,8 @@ from pathlib import Path
 
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.memory import plan_watching
-from quantkit.blocks.open import named, note_source, open_stream
+from quantkit.blocks.open import named, note_source, open_parts, stream_of, whole
+from quantkit.blocks.pair import label_of
 from quantkit.blocks.stages import Reading, run_watched
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
@@ -80,14 +81,16 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     """
     started = time.perf_counter()
     calibration = options.calibration
-    stream = open_stream(named(options.model, options.base, options.delta), options, memory=options.memory)
-    source = stream.source
+    given = named(options.model, options.base, options.delta)
+    parts = open_parts(given, options.revision, options.trust_remote_code)
+    name = f"{variant_name(label_of(parts))}.imatrix.gguf"
+    target = Path.cwd() / name if options.out is None else absolute_file(options.out)
+    check_other_file(target, parts, options.force)
+    source = whole(parts)
+    stream = stream_of(source, options.device, options.dtype, memory=options.memory)
     note_source(source, progress)
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
-    name = f"{variant_name(source.label)}.imatrix.gguf"
-    target = Path.cwd() / name if options.out is None else absolute_file(options.out)
-    check_other_file(target, source, options.force)
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())

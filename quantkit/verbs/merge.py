@@ -79,11 +79,11 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     started = time.perf_counter()
     shard_bytes = parse_size(options.max_shard_size)
     sources = open_both(options, options.delta)
+    target = absolute(options.out)
+    check_outside(target, sources, options.force, options.dry_run)
     source = DeltaSource(*sources, options.vocab)
     note_source(source, progress)
     held = dtype_of(_tuned_dtype(source) if options.dtype == "auto" else options.dtype)
-    target = absolute(options.out)
-    check_outside(target, [source], options.force, options.dry_run)
     plan = plan_folder(source, held, all_alike=options.dtype != "auto")
     made = target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes
     report = MergeReport(*made, memory_bytes=plan.weights.largest_bytes(3), dry_run=True)

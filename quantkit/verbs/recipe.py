@@ -35,7 +35,7 @@ from quantkit.options import (
     WindowLength,
     make,
 )
-from quantkit.options.values import gptq_type
+from quantkit.options.values import check_data, check_dataset, check_model, gptq_type
 from quantkit.runs.atomic import check_readable
 
 if TYPE_CHECKING:
@@ -239,7 +239,9 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with name, source and variants")
     try:
-        return make(Recipe, **_located(content, place.resolve().parent))
+        recipe = make(Recipe, **_located(content, place.resolve().parent))
+        _check_names(recipe)
+        return recipe
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except TypeError:  # keys that are no strings
@@ -296,6 +298,16 @@ def _located(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(part, dict):
             located[section] = {**part, **{key: found(part[key]) for key in keys if part.get(key)}}
     return located
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuse names of models and texts that can be of nothing. Raises UsageError."""
+    for model in (recipe.source.model, recipe.source.base, recipe.source.delta):
+        if model is not None:
+            check_model(model)
+    check_data(recipe.calibration.data)
+    for text in recipe.evaluation.texts:
+        check_dataset(text)
 
 
 def _repository(name: str) -> str:

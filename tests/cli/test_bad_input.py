@@ -665,7 +665,7 @@ def test_a_width_that_cannot_be_packed(desk: Desk) -> None:
 
 WRONG_EVALUATIONS = [
     (["--text", "nowhere.txt"], 2, ["nowhere.txt"]),
-    (["--text", "wikitext2:nowhere.raw"], 1, ["nowhere.raw"]),
+    (["--text", "wikitext2:nowhere.raw"], 2, ["nowhere.raw"]),
     (["--text", "short.txt"], 1, ["short.txt", "too short"]),
     (["--text", "latin.txt"], 1, ["latin.txt", "UTF-8"]),
     (["--text", "data.jsonl", "--seq-len", "0"], 2, ["--seq-len 0: give at least 8"]),
@@ -864,6 +864,17 @@ def test_an_output_where_nobody_may_write(desk: Desk) -> None:
         closed = desk.folder / "closed"
         closed.mkdir(mode=0o555)
     desk.refused(lambda: desk.gptq(model, "--out", closed / "out"), 1, str(closed / "out"), "cannot write")
+
+
+@pytest.mark.parametrize("command", ["gptq {} --dry-run", "convert {}", "merge {} {}", "ggml {}", "imatrix {}"])
+def test_an_output_where_nobody_may_write_is_told_before_the_model_is_built(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    (desk.folder / "closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # as for somebody but root
+    monkeypatch.setattr("quantkit.blocks.stream.build_on_meta", None)
+    words = command.replace("{}", str(desk.model())).split()
+    desk.refused(lambda: desk.run(*words, "--out", "closed/new/out"), 1, "cannot write beside", "permission")
 
 
 def test_a_failed_run_takes_the_folders_back_that_it_made(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,8 +272,8 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(desk: Desk, make_model: Mak
     model = make_model(family, tied=True)
     options = ["--no-eval", "--group-size", "64", "--bits", "3", "--out", "a/made", "--json"]
     before = listing(desk.folder)
-    # Only headers are read: whether there is such calibration data does not matter.
-    planned = desk.json(desk.gptq(model, *options, "--dry-run", "--calibration", "evol-instruct-7k"))
+    # Only headers are read: whether the Hub has such calibration data does not matter.
+    planned = desk.json(desk.gptq(model, *options, "--dry-run", "--calibration", "someone/data"))
     assert listing(desk.folder) == before
     assert (planned["layers"], planned["evaluation"], planned["dry_run"]) == ([], None, True)
     assert planned["memory_bytes"] > 0

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import MakeModel, token_matrix
 from safetensors.torch import load_file, save_file
+from support.folders import contents
 from support.ggjt_models import Parts
 
 import quantkit
@@ -162,3 +163,130 @@ def test_a_dry_run_of_publish_verifies_what_headers_and_names_tell(places: Path,
     for code, out, err, imported in found[len(wrong) :]:
         assert (code, imported) == (0, []), err
         assert "model.safetensors" in out
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+IN_THE_WAY = {  # of a verb that writes a folder, and of one that writes a file
+    True: {"full": "already exists; use --force", "file": "is a file; name a folder"},
+    False: {"file": "already exists; use --", "full": "is a folder; name a file"},
+}
+NEVER = {
+    "file/x": "file is no folder; name another",
+    "/proc": "is a mount point",
+    "lost": "lost is a link",
+}
+WRITES = {
+    "gptq plain --group-size 32": True,
+    "gptq --base plain --delta other --group-size 32": True,
+    "convert plain": True,
+    "merge plain other": True,
+    "diff plain other": True,
+    "compare plain codes": True,
+    "ggml plain --type q8_0": False,
+    "imatrix plain": False,
+    "eval plain": False,
+    "generate plain --prompts prompts.jsonl": False,
+}
+OPENS = (
+    *("inspect {}", "gptq {}", "ggml {}", "convert {}", "imatrix {}", "samples {}", "perplexity {}", "chat {}"),
+    *("merge {} plain --out x", "merge plain {} --out x", "diff plain {} --out x", "compare plain {} --out x"),
+    *("perplexity plain --against {}", "eval {} --out x", "generate {} --prompts prompts.jsonl --out x"),
+    "gptq --base plain --delta {}",
+)
+NO_MODELS = {
+    "nowhere/at/all": (2, "nowhere/at/all: no such file or folder, and not a Hub id"),
+    "full": (1, "full: no model here (it has no config.json)"),
+    "file": (1, "file: neither a GGUF file nor a folder nor a ggjt file"),
+    "awq": (1, "awq: quantized with 'awq'"),
+    "cut.gguf": (1, "cut.gguf: broken or cut short GGUF file"),
+}
+OTHERS = {
+    "gptq plain --bits 5": "--bits 5: a GPTQ checkpoint holds 2, 3, 4 or 8 bits",
+    "gptq plain --group-size 100": "--group-size 100: give -1 (one group a row) or a positive multiple of 8",
+    "gptq plain --group-size 24": "--group-size 24: GPTQ readers load groups of 16, 32, 64",
+    "gptq plain --ggml q4_0 --bits 8": "--bits 8: Q4_0 has bits 4 of its own",
+    "gptq plain --resume --force": "--resume goes on with an unfinished run and --force starts anew",
+    "gptq plain --revision v1": "--revision is for Hub ids; plain is a local path",
+    "gptq plain --calibration nosuch": "no such data: 'nosuch' is neither a file nor a known name",
+    "gptq plain --calibration alpaca:1,c4": "calibration: 'c4' has no weight",
+    "gptq plain --calibration full": "full is a folder: give one file",
+    "gptq plain --calibration alpaca:nowhere.json": "alpaca:nowhere.json: there is no file nowhere.json",
+    "perplexity plain --text nosuch": "no such data: 'nosuch' is neither a file nor a known name",
+    "compare plain codes --out x --text wikitext2:nowhere": "wikitext2:nowhere: there is no file nowhere",
+    "convert plain --out plain/x": "--out PLACE/plain/x lies inside the source plain",
+    "compare plain plain --out x": "plain is named twice; compare each model once",
+    "ggml plain --type q9_k": "--type q9_k: choose auto, f32",
+    "ggml plain --type q4_0 --imatrix nowhere": "nowhere: no such file; give an importance matrix",
+    "generate plain --prompts full --out x": "--prompts full: no file of prompts",
+    "card codes --report nowhere": "nowhere: no such file; give a report.json of `quantkit compare`",
+    "card codes --eval nowhere": "nowhere: no such file; give results of `quantkit eval`",
+    "card codes --template nowhere": "--template nowhere: choose default, thebloke-2023, or name a file",
+    "card codes --prompt-template nowhere": "--prompt-template nowhere: choose auto, chat",
+    "card codes --original nowhere": "--original PLACE/nowhere: no card there",
+    "card codes --with-branch a=nowhere": "--with-branch a=nowhere: no such folder",
+    "card full": "full: no model here, so there is nothing to write a card of",
+    "publish codes me/x --only *.nothing": "--only *.nothing: no file of PLACE/codes matches",
+    "publish codes me/x --branch a..b": "--branch a..b: not a name for a branch",
+    "publish plain me/x --branch auto": "--branch auto names branches after GPTQ settings",
+    "release model.yaml": "model.yaml: ./nowhere: no such file or folder",
+    "release data.yaml": "data.yaml: no such data: 'nosuch'",
+    "release text.yaml": "text.yaml: no such data: 'nosuch'",
+    "release kind.yaml": "kind.yaml: variants: 0: choose gptq, gguf, ggjt",
+    "release keys.yaml": "keys.yaml: variants: 0: gptq: bitts: no such key; did you mean bits?",
+}
+RECIPES = {
+    "model": "source: {model: ./nowhere}\nvariants: [{kind: gptq}]",
+    "data": "calibration: {data: nosuch}\nvariants: [{kind: gptq}]",
+    "text": "evaluation: {texts: [nosuch]}\nvariants: [{kind: gptq}]",
+    "kind": "variants: [{kind: awq}]",
+    "keys": "variants: [{kind: gptq, bitts: 4}]",
+}
+
+
+@pytest.fixture(scope="module")
+def desk(places: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models, and of what is none."""
+    folder = tmp_path_factory.mktemp("desk")
+    for name in ("plain", "codes"):
+        (folder / name).symlink_to(places / name)
+    shutil.copytree(places / "plain", folder / "other")
+    shutil.copytree(places / "plain", folder / "awq")
+    config = json.loads((places / "plain" / "config.json").read_text())
+    (folder / "awq" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    (folder / "cut.gguf").write_bytes((places / "tiny.gguf").read_bytes()[:-100])
+    (folder / "full").mkdir()
+    (folder / "full" / "x").write_text("x")
+    (folder / "file").write_text("no model")
+    (folder / "lost").symlink_to("nowhere")
+    (folder / "prompts.jsonl").write_text('{"prompt": "why?"}\n')
+    for name, text in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(f"name: tiny\n{text}\n")
+    return folder
+
+
+def refused(commands: dict[str, tuple[int, str]], folder: Path) -> None:
+    """Each command must end with its code and one line that has its words, without torch, and leave no file."""
+    before = contents(folder)
+    found = answers([command.split() for command in commands], folder, HF_HUB_OFFLINE="1")
+    for (command, (wanted, said)), (code, out, err, imported) in zip(commands.items(), found, strict=True):
+        assert (code, out, err.count("\n"), imported) == (wanted, "", 1, []), (command, err)
+        assert said.replace("PLACE", str(folder)) in err, (command, err)
+    assert contents(folder) == before
+
+
+def test_an_output_in_the_way(desk: Path) -> None:
+    commands = {
+        f"{command} --out {out}": (2, said)
+        for command, folder in WRITES.items()
+        for out, said in {**IN_THE_WAY[folder], **NEVER}.items()
+    }
+    refused(commands, desk)
+
+
+def test_what_is_no_model(desk: Path) -> None:
+    refused({command.format(name): told for command in OPENS for name, told in NO_MODELS.items()}, desk)
+
+
+def test_other_mistakes(desk: Path) -> None:
+    refused({command: (2, said) for command, said in OTHERS.items()}, desk)

@@ -276,7 +276,7 @@ def test_a_local_copy_of_a_known_set_has_its_licence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["nowhere.json", "0.7", ""])
 def test_a_local_copy_that_is_not_there_is_named(file: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"there is no file {Path(file)}; c4 alone takes allenai/c4")):
+    with pytest.raises(UsageError, match=re.escape(f"there is no file {Path(file)}; c4 alone is taken from the Hub")):
         load_dataset(f"c4:{file}")
 
 

@@ -589,7 +589,7 @@ def test_prompt_templates(folder: Path, made: Path) -> None:
     assert "`vicuna`, the form that the calibration text has:" in body
     with pytest.raises(UsageError, match="the tokenizer has no chat template"):
         card(folder, prompt_template="chat", force=True)
-    with pytest.raises(UsageError, match="prompt_template=chatml: choose auto, none, chat, alpaca"):
+    with pytest.raises(UsageError, match="prompt_template=chatml: choose auto, chat, vicuna"):
         card(folder, prompt_template="chatml", force=True)
 
 

@@ -9,11 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub  # which imports what it has when that is used
 import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from quantkit.containers import CONTAINERS
 from quantkit.errors import SourceError, UsageError
@@ -57,7 +54,9 @@ def read_original(path: Path) -> Original:
     if MARK in content:
         raise UsageError(f"--original {place}: quantkit wrote this card; give that of the model it was made from")
     content = content.removeprefix("\ufeff").replace("\r\n", "\n")
-    found = REGEX_YAML_BLOCK.match(content)  # the Hub's own
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK  # the Hub's own
+
+    found = REGEX_YAML_BLOCK.match(content)
     if not found:
         return Original({}, content.strip())
     try:
@@ -138,6 +137,8 @@ def front_matter(
 
     `of_2023`: switches off the Hub's widget, as publishers of quantized models did then; it means nothing today.
     """
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
     kinds = list(dict.fromkeys(model.kind for model in models))
     tags = [model.short.lower() for model in models if CONTAINERS[model.kind].quantized]
     tags += [f"{model.bits}-bit" for model in models if model.bits]
@@ -218,12 +219,12 @@ def _shown(value: float, share: bool) -> float:
     return float(100 * Decimal(str(value))) if share else value  # with the digits that it has
 
 
-def _loss_results(loss: Loss) -> list[EvalResult]:
+def _loss_results(loss: Loss) -> list[huggingface_hub.EvalResult]:
     args = {key: getattr(loss, key) for key in ("tokens", "seq_len", "stride", "tokens_sha256")}
     settings = {key: value for key, value in args.items() if value is not None}
 
-    def result(kind: str, value: float, name: str | None = None, **details: Any) -> EvalResult:
-        return EvalResult(
+    def result(kind: str, value: float, name: str | None = None, **details: Any) -> huggingface_hub.EvalResult:
+        return huggingface_hub.EvalResult(
             task_type="text-generation",
             dataset_type=loss.text,
             dataset_name=loss.text,
@@ -253,10 +254,10 @@ def _loss_results(loss: Loss) -> list[EvalResult]:
     return rows
 
 
-def _task_result(task: Mapping[str, Any], tasks: TaskScores) -> EvalResult:
+def _task_result(task: Mapping[str, Any], tasks: TaskScores) -> huggingface_hub.EvalResult:
     args = {"num_few_shot": task.get("fewshot"), "limit": tasks.limit}
     spread, share = task.get("stderr"), task["share"]
-    return EvalResult(
+    return huggingface_hub.EvalResult(
         task_type="text-generation",
         task_name="Text Generation",
         dataset_type=task.get("dataset") or task["task"],

@@ -161,11 +161,8 @@ def _scores(results: EvalResults, baseline: EvalResults | None) -> TaskScores:
 
 
 def _read(path: str | Path, kind: type[_Written], what: str, **left_out: Any) -> _Written:
-    place = Path(path)
-    if not place.is_file():
-        raise UsageError(f"{path}: no such file; give {what}")
     try:
-        return kind.of(read_json(place), **left_out)
+        return kind.of(read_json(Path(path)), **left_out)
     except ReportError as error:
         raise UsageError(f"{path}: not {what}: {error}") from None
 

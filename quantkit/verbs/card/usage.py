@@ -211,12 +211,8 @@ def prompt_of(folder: Path, models: Sequence[ModelFacts], given: str | None, tru
     """The template that is given by name, the chat template that comes with the model, or that of the calibration text.
 
     Raises:
-        UsageError: no template of this name, or none with the model where "chat" is asked for.
+        UsageError: none with the model where "chat" is asked for.
     """
-    if given not in (None, "auto", "none", "chat", *STYLES):
-        raise UsageError(
-            f"--prompt-template {given}: choose auto, none, chat, {', '.join(sorted(set(STYLES) - {'none'}))}"
-        )
     name, origin = given, "given"
     if given in (None, "auto", "chat"):
         if chat := _chat(folder, models[0], trust):

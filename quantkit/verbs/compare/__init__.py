@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from quantkit.blocks.open import fitted, note_source, open_stream
+from quantkit.blocks.open import fitted, note_source, stream_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
@@ -27,6 +27,7 @@ from quantkit.runs.outputs import Staging, check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import origin
 from quantkit.runs.unfinished import check_unfinished
+from quantkit.sources import open_source
 from quantkit.tokens.text import EvaluationText, check_tokens, common_text
 from quantkit.verbs import verb
 from quantkit.verbs.compare.answers import Answers, Questions, shown_tokens, staged_report
@@ -109,9 +110,7 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     if ranks.first:
         check_unfinished(place, options.resume, options.force)
     names = (options.reference, *options.variants)
-    streams = [open_stream(name, options, ranks.device(options.device), memory=options.memory) for name in names]
-    specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
-    sources = [stream.source for stream in streams]
+    sources = [open_source(name, options.revision, options.trust_remote_code) for name in names]
     _label_apart(sources)
     _warn_of_order(sources, progress)
     if ranks.first:
@@ -119,6 +118,9 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     for source in sources:
         note_source(source, progress)
     questions = Questions.of(options, options.template, sources)
+    where = ranks.device(options.device), options.dtype
+    streams = [stream_of(source, *where, memory=options.memory) for source in sources]
+    specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
     origins = ranks.from_first(lambda: _origins(sources, progress))
     staged = staged_report(place, questions, streams[0], origins, options.resume, options.force)
     with staged if ranks.first else nullcontext((place, None)) as (folder, journal):

@@ -106,7 +106,7 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
         check_tasks(folder)
     target = absolute_file(options.out)
     source = open_model(named(options.model, options.base, options.delta), options.revision, options.trust_remote_code)
-    check_other_file(target, source, options.force)
+    check_other_file(target, [source], options.force)
     if options.limit is not None:
         progress.warn(f"--limit {options.limit}: numbers of so few questions are to try things out, not to compare")
     with staged_files(target, options.force) as staged:

@@ -129,7 +129,8 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     Raises:
         UsageError: nothing is there, or no such device. What is wrong with a model is in the report.
     """
-    resolve_device(options.device)
+    if options.device not in ("auto", "cpu"):  # which every machine has
+        resolve_device(options.device)
     run = _Run(options.generate, options.device, options.trust_remote_code, progress)
     place = absolute(options.path)
     if not place.is_file() and not place.is_dir():

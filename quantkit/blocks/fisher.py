@@ -18,15 +18,13 @@ from dataclasses import dataclass, field
 from threading import local
 from typing import Any
 
-import torch
-from torch import nn
-
 from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.memory import SLICE, MemoryPlan
+from quantkit.blocks.routing import ROUTED
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.weights import ROUTED
 from quantkit.blocks.workers import Workers
+from quantkit.late import nn, torch
 from quantkit.progress import Advance, Progress
 
 _POSITIONS = 256  # whose logits are held at a time

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 
-from torch import nn
-
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.stages import paused_bytes
@@ -20,6 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
 from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.errors import UsageError
+from quantkit.late import nn
 from quantkit.progress import Progress, size
 
 _BASE = 96 * 2**20  # tokenizer, threads, a writer's buffers

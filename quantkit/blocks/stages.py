@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from greenlet import getcurrent, greenlet
-from torch import nn
 
 from quantkit.blocks.budget import large_apart, let_go
 from quantkit.blocks.families import hooked, shape_of
-from quantkit.blocks.weights import ROUTED
+from quantkit.blocks.routing import ROUTED
 from quantkit.blocks.workers import Workers
 from quantkit.errors import SourceError
+from quantkit.late import nn, torch
 
 _EXPERT = re.compile(r"\.\d+\.")
 
@@ -40,7 +39,7 @@ class Reading(NamedTuple):
     beside: Reading | None = None
 
 
-Forward = Callable[[int], torch.Tensor]
+Forward = Callable[[int], "torch.Tensor"]
 """Runs the block on batch i and returns its output; workers call it side by side."""
 OnInput = Callable[[int, int, Reading], None]
 """Receives the stage's index, the batch's, and what the stage's Linears read; as `Forward`."""

@@ -6,7 +6,7 @@ three words, two of the codes straddling a boundary.
 
 from __future__ import annotations
 
-import torch
+from quantkit.late import torch
 
 # For 3 bits, per word: (code, shift of the code inside the word); a negative shift drops the code's low bits, which
 # stand at the top of the word before.

@@ -194,7 +194,7 @@ _ROWS = (
         suffix=".gguf",
         holds=Holds(
             bits=(2, 3, 4, 5, 6, 8),
-            group_sizes=(16, 32),
+            group_sizes=(16, 32, 64),
             act_order=("static", "off"),
             instead={5: "Q5_0 (symmetric) or Q5_1", 6: "Q6_K", 7: "Q8_0, whose 8 bits hold them"},
         ),

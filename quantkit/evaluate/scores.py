@@ -7,9 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from torch import nn
-
 from quantkit.blocks.memory import plan_scoring
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
@@ -17,6 +14,7 @@ from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.errors import NumericError, UsageError
 from quantkit.evaluate.slices import Piece, SlicedHeads
 from quantkit.evaluate.worst import Worst, WorstPosition
+from quantkit.late import inference, nn, torch
 from quantkit.progress import SILENT, Advance, Progress
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.tokens.windows import Windows
@@ -77,7 +75,7 @@ def score(
     return score_texts(models, [windows], against, progress, ranks).texts[0]
 
 
-@torch.inference_mode()
+@inference
 def score_texts(
     models: list[ModelStream],
     texts: Sequence[Windows],

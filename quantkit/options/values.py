@@ -14,13 +14,15 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from quantkit.errors import UsageError, meant
 
-GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+GgmlType = Literal[
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"
+]
 """Types on whose grids GPTQ runs."""
 FILE_TYPES = (
     *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
     *("q2_k", "q2_k_s", "q3_k", "q4_k", "q5_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m"),
     *("q6_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"),
-    *("iq4_nl", "iq4_xs", "tq1_0", "tq2_0"),
+    *("q2_0", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0"),
 )
 """llama.cpp's mixtures; a test holds them against `containers.gguf.recipes`, which would need transformers here."""
 

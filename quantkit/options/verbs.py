@@ -86,6 +86,10 @@ class Gptq(
     Output,
 ):
     defaults: ClassVar[Mapping[str, Any]] = {"eval_tokens": 8192}
+    helps: ClassVar[Mapping[str, str]] = {
+        "dtype": "Of the calibration forwards; auto: on a CPU float32, or bfloat16 where that is faster, on a GPU the "
+        "model's own. On a CPU the evaluation is in float32."
+    }
     ggml: GridType | None = None
     """Write a GGUF file instead, with GPTQ on the grids of this type: q4_0, q5_0, q8_0, q4_k_m, ..."""
 

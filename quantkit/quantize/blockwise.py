@@ -10,9 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.memory import MemoryPlan, plan_quantizing
@@ -22,6 +19,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.errors import NumericError, SourceError
+from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
@@ -79,7 +77,7 @@ def recorded_layers(folder: Path) -> list[LayerStatistics]:
 OnLinear = Callable[[str, Codes, LayerStatistics], None]
 
 
-@torch.inference_mode()
+@inference
 def quantize_blocks(
     stream: ModelStream,
     tokens: torch.Tensor,
@@ -241,6 +239,7 @@ class StageWork:
     ) -> None:
         """`first`: number of this rank's first batch, where targets are corrected."""
         self._weighing, self._first = weighing, first
+        self._stored = partial(stream.stored_weight, index, block)
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
@@ -285,7 +284,8 @@ class StageWork:
             start = time.perf_counter()
             names, weights = [self._names[name] for name in linears], [weight_of(modules[name]) for name in linears]
             corrector = None if self._first is None else Corrector(gathered, spec.damp, self._part)
-            targets = [(W, None) if corrector is None else corrector.target(W) for W in weights]
+            stored = [self._stored(name) for name in linears]
+            targets = [(W, None) if corrector is None else corrector.target(W) for W in stored]
             H = gathered if corrector is None else corrector.H
             try:
                 solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)

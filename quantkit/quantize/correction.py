@@ -15,13 +15,11 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import NamedTuple, Self
 
-import torch
-from torch import nn
-
 from quantkit.blocks.stages import Beside, Reading
 from quantkit.blocks.states import HiddenPlace, HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
+from quantkit.late import nn, torch
 from quantkit.quantize.hessian import HessianAccumulator, add_product
 
 _FOLDS = 2

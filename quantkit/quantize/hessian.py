@@ -7,10 +7,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Self
 
-import torch
-
 from quantkit.codes import Codes
 from quantkit.errors import NumericError
+from quantkit.late import torch
 from quantkit.quantize.methods import Fallback
 from quantkit.runs.ranks import share_of
 

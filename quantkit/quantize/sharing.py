@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import transformers
-
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
 from quantkit.codes import put_together, take_apart
+from quantkit.late import torch, transformers
 from quantkit.options import QuantSpec
 from quantkit.quantize.methods import Method, Solved, Sums
 from quantkit.runs.ranks import ALONE, Ranks, share_of

@@ -13,14 +13,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import load, of_format
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec, matches
 from quantkit.runs.tensorfile import TensorPlan
 

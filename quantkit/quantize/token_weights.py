@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
@@ -26,6 +25,7 @@ from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.errors import first_line
+from quantkit.late import torch
 from quantkit.progress import Progress
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_weights, landed_weights, weights_file

@@ -22,8 +22,7 @@ from queue import Queue
 from threading import Thread
 from typing import Any, Protocol
 
-import torch
-
+from quantkit.late import torch
 from quantkit.options.values import Every
 from quantkit.progress import SILENT, Progress
 from quantkit.runs.atomic import file_sha256, sync

@@ -24,6 +24,7 @@ from quantkit.runs.atomic import REPORT_NAME, read_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.outputs import ChangedError, Staging, remove, settle, staging_of
 from quantkit.runs.places import BLOCKS, HIDDEN, WEIGHTS, folder_of
+from quantkit.runs.records import read_record
 
 _SHOWN = 5  # differences; the first ones tell what happened
 _LONGEST = 40  # characters of a value that is shown
@@ -109,6 +110,16 @@ def finished(out: Path, decides: Mapping[str, Any]) -> dict[str, Any] | None:
     if run and run[0].get("replaces"):
         return None
     raise UsageError(f"--resume: {out} is complete, but made otherwise ({found}); --force replaces it")
+
+
+def decided_before(out: Path) -> Mapping[str, Any]:
+    """What decides the result that `resume` would go on with: of an unfinished run, or else of the output; {}.
+
+    Raises:
+        SourceError: the output's record is damaged.
+    """
+    run = Journal(folder_of(out) / "journal").records[:1]
+    return run[0].get("decides") or {} if run else read_record(out)
 
 
 def drop_unfinished(out: Path) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError, SourceError, UsageError
+from quantkit.late import torch
 from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
 from quantkit.options.values import PACKED_SUFFIXES, is_wikitext2
 from quantkit.progress import SILENT, Progress
@@ -31,6 +30,9 @@ from quantkit.tokens import (
 from quantkit.tokens.datasets import DataFiles, data_file
 from quantkit.tokens.readers import read_source
 from quantkit.tokens.windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WIKITEXT2 = "wikitext2"
 _WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")

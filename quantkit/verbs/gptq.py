@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from quantkit.blocks.arithmetic import calibration_dtype
 from quantkit.blocks.open import (
     check_windows,
     fitted,
@@ -29,6 +28,7 @@ from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
+from quantkit.late import torch
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
@@ -53,7 +53,7 @@ from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import check_unchanged, checksums, companions, made_from, origin
-from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
+from quantkit.runs.unfinished import Run, check_unfinished, decided_before, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.text import calibration_windows, check_tokens
@@ -137,6 +137,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     if ranks.first:
         check_unfinished(place, options.resume, options.force, options.dry_run)
         check_outside(place, [stream.source], options.force or options.resume, dry_run=True)  # it is settled
+    _choose_dtype(stream, target.plan, place, options, ranks, progress)
     report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report
@@ -209,6 +210,21 @@ def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, prog
     for text in target.limits:
         progress.warn(text)
     return target
+
+
+def _choose_dtype(
+    stream: ModelStream, plan: Plan, place: Path, options: Gptq, ranks: Ranks, progress: Progress
+) -> None:
+    """Have one dtype of the calibration forwards in all processes, and in the run that is gone on with."""
+
+    def choose() -> torch.dtype:
+        return calibration_dtype(stream, plan, decided_before(place) if options.resume else {})
+
+    chosen = ranks.from_first(choose)  # which all call: who was told another dtype is refused later
+    if options.dtype == "auto":
+        if stream.dtype != chosen:
+            progress.note("calibration forwards in bfloat16; sums and the evaluation in float32")
+        stream.dtype = chosen
 
 
 def _windows(options: Gptq) -> Sequence[int]:
@@ -388,6 +404,8 @@ def _evaluate_written(
     """
     try:
         ranks.wait_for(model)
+        if reference.device.type == "cpu":
+            reference.dtype = torch.float32  # whatever calibration was done in
         opened = open_source(model, trust_remote_code=reference.source.trusts_code)
         written = ModelStream(opened, reference.device, reference.dtype)
         evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.memory import plan_watching
 from quantkit.blocks.open import named, note_source, open_stream
@@ -18,6 +15,7 @@ from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.imatrix import Entry, write_imatrix
+from quantkit.late import inference, nn, torch
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
@@ -178,7 +176,7 @@ def _weights(stream: ModelStream, tokens: torch.Tensor, seed: int, progress: Pro
 OnInputSquares = Callable[[str, InputSquares], None]
 
 
-@torch.inference_mode()
+@inference
 def collect_squares(
     stream: ModelStream,
     tokens: torch.Tensor,

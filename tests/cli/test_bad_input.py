@@ -34,7 +34,6 @@ from quantkit.quantize.sharing import Sharing
 from quantkit.runs import renames
 from quantkit.runs.atomic import write_json
 from quantkit.runs.outputs import staged_folder
-from quantkit.sources import hub
 
 MakeModel = Callable[..., Path]
 SENTENCES = (
@@ -742,7 +741,7 @@ def test_a_hub_that_cannot_be_reached(desk: Desk, monkeypatch: pytest.MonkeyPatc
     def fail(*args: Any, **options: Any) -> str:
         raise error
 
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     desk.refused(lambda: desk.gptq("owner/name", "--revision", "v1"), 1, "owner/name", "no route")
 
 
@@ -750,7 +749,7 @@ def test_a_local_path_never_reaches_for_the_hub(desk: Desk, monkeypatch: pytest.
     def fail(*args: Any, **options: Any) -> str:
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     desk.refused(lambda: desk.gptq("./nowhere/model"), 2, "./nowhere/model")
     desk.refused(lambda: desk.gptq("../model"), 2, "../model")
 

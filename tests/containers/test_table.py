@@ -117,7 +117,7 @@ def test_what_the_rows_say_they_hold_is_what_is_written() -> None:
             "--group-size 48: GPTQ readers load groups of 16, 32, 64, 128, 256, 512, 1024, or -1 for whole rows",
         ),
         ("ggjt", {"bits": 3}, "--bits 3: a ggjt file holds 4, 5 or 8 bits; 3-bit codes fit into a GPTQ checkpoint"),
-        ("gguf", {"group_size": 64}, "--group-size 64: GGUF readers load groups of 16, 32"),
+        ("gguf", {"group_size": 128}, "--group-size 128: GGUF readers load groups of 16, 32, 64"),
         (
             "gguf",
             {"group_size": 32, "act_order": "dynamic"},

@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.codes import QuantizedLinear, contiguous_groups
 from quantkit.codes.packing import PACKABLE_BITS, unpack
 from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype
 from quantkit.containers.source import HoldsCodes, TensorInfo
 from quantkit.errors import SourceError
+from quantkit.late import torch
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -43,10 +42,13 @@ class GptqSource(FolderSource):
                 choices = ", ".join(map(str, known))
                 raise SourceError(f"{self.path / 'config.json'}: {key} {told[key]!r} is not one of {choices}")
         self._by_gptqmodel = is_by_gptqmodel(self.quantization)
-        self.dtype = stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
         self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
         for module in self._modules:
             self._check_shapes(module)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
 
     @property
     def codes(self) -> HoldsCodes:

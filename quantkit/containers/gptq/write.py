@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.codes import Codes, Plan, QuantizedLinear
 from quantkit.codes.packing import pack, packing_multiple
 from quantkit.containers import CONTAINERS, misfit
@@ -19,6 +17,7 @@ from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
+from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec
 from quantkit.options.grid import pattern_regex
 from quantkit.runs.atomic import write_json

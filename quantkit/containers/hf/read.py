@@ -8,19 +8,21 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line, shortened
+from quantkit.late import torch, transformers
 from quantkit.runs.atomic import read_json
 from quantkit.runs.links import first_pipe, is_foreign
 from quantkit.runs.panics import panics_as
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Names, or patterns of them.
 OF_TOKENIZERS = (
@@ -61,9 +63,8 @@ class FolderSource(Source):
         self.path = folder
         self.label = label or folder.resolve().name
         self.trusts_code = trust_remote_code
-        self.config = load_config(folder, trust_remote_code)
+        self.model_type = check_config(folder)
         self.stored = open_weights(folder)
-        self.dtype = stored_dtype(self.stored.tensors)
         self.float32 = in_float32(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         beside = [*companions(folder), *_templates(folder), *code_files(folder)]
@@ -72,6 +73,14 @@ class FolderSource(Source):
             for path in dict.fromkeys(beside)
             if is_foreign(path, folder)
         )
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return load_config(self.path, self.trusts_code)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return stored_dtype(self.stored.tensors)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -145,8 +154,8 @@ def quantization_of(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {} if found is None else {"quant_method": found}
 
 
-def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The folder's config. Raises SourceError."""
+def check_config(folder: Path) -> str:
+    """The model_type of a folder's config. Raises SourceError for what can be seen of it without transformers."""
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no model here (it has no config.json)")
     content = read_json(folder / "config.json")
@@ -156,10 +165,16 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if not isinstance(model_type, str):
         raise SourceError(f"{folder / 'config.json'}: model_type is {shortened(str(model_type))}, not a name")
     check_counts(content, folder / "config.json")
+    return model_type
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The folder's config. Raises SourceError."""
+    model_type = check_config(folder)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not like
-        if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        if model_type not in transformers.CONFIG_MAPPING and not trust_remote_code:
             _refuse_code(folder / "config.json", error)
         raise SourceError(f"{folder / 'config.json'}: {shortened(first_line(error), 500)}") from error
     return config
@@ -199,7 +214,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
         options |= _empty_tokens(folder)
     try:
         with panics_as(SourceError, str(folder)):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, **options
             )
             tokenizer(_TRIED)

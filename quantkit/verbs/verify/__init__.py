@@ -6,9 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any, cast
 
 from quantkit.blocks.open import resolve_device
 from quantkit.containers import CONTAINERS, Container, files, is_imatrix, load, of_file, of_folder
@@ -35,6 +33,9 @@ from quantkit.verbs.verify.companions import (
 from quantkit.verbs.verify.findings import Findings
 from quantkit.verbs.verify.programs import Facts, Load, programs
 from quantkit.verbs.verify.stored import StoredTensors, check_checksums, check_model, check_values, check_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)

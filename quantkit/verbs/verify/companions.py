@@ -6,9 +6,7 @@ import getpass
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from quantkit.containers.hf.read import LOCAL_KEYS, unused_beyond
 from quantkit.errors import SourceError, first_line
@@ -17,6 +15,9 @@ from quantkit.runs.limits import template_limit
 from quantkit.runs.links import foreign_files
 from quantkit.runs.panics import panics_as
 from quantkit.verbs.verify.findings import Findings, listed
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # What decides how a file is read, and what a reader takes where it is not said.
 _DECIDING: dict[str, Any] = {

@@ -12,12 +12,12 @@ from statistics import median
 from typing import Any
 
 import regex
-import torch
 
 from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import PACKABLE_BITS, unpack
 from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError, shortened
+from quantkit.late import torch
 from quantkit.progress import Progress
 from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.companions import check_copies

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
-
+from quantkit import late
 from quantkit.blocks.families import FAMILIES
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers.gptq.read import is_by_gptqmodel
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.runs.atomic import read_json
 from quantkit.verbs.verify.packed import label_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PROGRAMS = ("transformers", "vLLM", "GPTQModel", "AutoGPTQ", "ExLlama", "ExLlamaV2", "llama.cpp", "ctransformers")
 SIZES = (1, 2, 4, 8)
@@ -145,9 +147,9 @@ class Facts:
     @property
     def linears(self) -> list[Linear]:
         """Matrices of the blocks, with the bits and groups of those that are packed."""
-        import gguf
+        from quantkit.codes.kinds import SIZES
 
-        blocks = {kind.name: int(gguf.GGML_QUANT_SIZES[kind][0]) for kind in gguf.GGMLQuantizationType}
+        blocks = {kind.name: block for kind, (block, _) in SIZES.items()}
         found = []
         for name, info in self.tensors.items():
             if not name.endswith(".weight") or len(info.shape) != 2 or 0 in info.shape or "embed" in name:
@@ -318,8 +320,12 @@ def rope_types(config: PretrainedConfig) -> list[str]:
 
 
 def gguf_by_transformers(facts: Facts) -> Iterator[str]:
+    import gguf
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    types = {info.stored_as for info in facts.tensors.values()}
+    if odd := sorted(types.difference(gguf.GGMLQuantizationType.__members__)):
+        yield f"the gguf package, by which it reads, does not know {', '.join(odd)}"
     name = facts.architecture
     if name not in GGUF_SUPPORTED_ARCHITECTURES and name.replace("moe", "_moe") not in GGUF_SUPPORTED_ARCHITECTURES:
         yield f"transformers reads no GGUF file of architecture {name}"
@@ -336,9 +342,9 @@ def _passed_over(facts: Facts, architecture: str) -> Iterator[str]:
     config: Any = facts.config.get_text_config()
     name = architecture.replace("moe", "_moe") if architecture not in GGUF_CONFIG_MAPPING else architecture
     keys: Any = GGUF_CONFIG_MAPPING.get(name, {})
-    kind = f"{name}_text" if f"{name}_text" in CONFIG_MAPPING else name
+    kind = f"{name}_text" if f"{name}_text" in late.transformers.CONFIG_MAPPING else name
     defaults: Any = GGUF_CONFIG_DEFAULTS_MAPPING.get(name, {})
-    usual: Any = CONFIG_MAPPING[kind](**defaults)
+    usual: Any = late.transformers.CONFIG_MAPPING[kind](**defaults)
     if scaled := rope_types(config):
         yield f"transformers reads no rope scaling ({', '.join(scaled)}) of GGUF files and computes other numbers"
     for key, what in _DEFAULTS.items():

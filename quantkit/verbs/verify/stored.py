@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.containers.hf.header import Header, Stored, examine_header
 from quantkit.containers.hf.shards import STORED_DTYPES, SafetensorsFiles, read_stored
 from quantkit.containers.source import Source, TensorInfo, Weights
+from quantkit.late import torch
 from quantkit.progress import Progress
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
 from quantkit.runs.record import CHECKSUMS

@@ -109,7 +109,6 @@ def fisher_squares(
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _kept_states(
     stream: ModelStream,
     batches: Sequence[torch.Tensor],
@@ -121,7 +120,8 @@ def _kept_states(
     """The states that enter each block, block after block and batch after batch; and those that leave the last."""
     kept = HiddenStates(stream.device, memory.kept)
     with progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
-        hidden = stream.embed(list(batches), place=memory.hidden)
+        with torch.no_grad():
+            hidden = stream.embed(list(batches), place=memory.hidden)
         with stream.reading_ahead(memory.prefetch):
             for index in range(len(stream.blocks)):
                 for state in hidden:

@@ -35,7 +35,7 @@ from quantkit.runs.tensorfile import read_tensors, write_tensors
 _BATCH_TOKENS = 1024  # as in `blockwise`
 _GLANCE = 8  # tokens of a forward that only shows whether it has a gradient
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, "torch.Tensor"]
 OnWeights = Callable[[int, Tensors], None]
 
 

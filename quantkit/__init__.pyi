@@ -268,6 +268,7 @@ def imatrix(
     model: str | Path | None = ...,
     out: Path | str | None = ...,
     *,
+    loss_aware: bool = ...,
     base: str | Path | None = ...,
     delta: str | Path | None = ...,
     revision: str | None = ...,

@@ -149,7 +149,8 @@ class Diff(Sum):
 
 
 class Imatrix(Pair, Opened, Trust, Calibration, Compute, Output):
-    pass
+    loss_aware: bool = False
+    """Let each token count by what the model's output feels of an error there, as `gptq --token-weights`."""
 
 
 class Samples(OrSmolLM2, Opened, Trust, Calibration, Evaluation):

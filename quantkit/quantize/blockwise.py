@@ -25,7 +25,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
 from quantkit.quantize.methods import Fallback, Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
-from quantkit.quantize.token_weights import TokenWeights
+from quantkit.quantize.token_weights import ALIKE, TokenWeights, Weighing
 from quantkit.runs.atomic import REPORT_NAME
 from quantkit.runs.landing import NOTHING, Batches, Landed
 from quantkit.runs.records import read_record
@@ -151,7 +151,7 @@ def quantize_blocks(
                     advance(1)
                     continue
                 stages = _planned(stream, index, block, hidden, sharing, plan)
-                weighing = _Weighing(weights, index, [batches[i].numel() for i in range(mine.stop)], mine.start)
+                weighing = Weighing(weights, index, [batches[i].numel() for i in range(mine.stop)], mine.start)
                 work = StageWork(
                     *(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing),
                     workers.count,
@@ -216,38 +216,6 @@ def _planned(
     return tuple(stage for stage in kept if stage)
 
 
-class _Weighing:
-    """Weights of this rank's tokens in one block.
-
-    Args:
-        weights: of all tokens; None: all count the same.
-        index: the block.
-        sizes: tokens of each batch, up to this rank's last.
-        start: number of its first.
-    """
-
-    def __init__(self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int) -> None:
-        self._weights, self._index = weights, index
-        self._first = [sum(sizes[:i]) for i in range(start, len(sizes))]
-        self._count = sizes[start:]
-
-    def of(self, linear: str, batch: int, read: Reading) -> torch.Tensor | None:
-        """Float32 of what a stage reads of this rank's batch number `batch`; None where all count the same."""
-        found = None if self._weights is None else self._weights.of(self._index, linear)
-        if found is None:
-            return None
-        weights = found.of(self._first[batch], self._count[batch], read.tokens)
-        return weights if weights.numel() == read.x[..., 0].numel() else None
-
-    def effective(self, linear: str) -> float | None:
-        """How many tokens of equal weight tell as much."""
-        found = None if self._weights is None else self._weights.of(self._index, linear)
-        return None if found is None else found.effective
-
-
-_ALIKE = _Weighing(None, 0, (), 0)
-
-
 class StageWork:
     """Sums and codes of the stages of one block.
 
@@ -266,7 +234,7 @@ class StageWork:
         batches: int,
         sharing: Sharing,
         workers: int = 1,
-        weighing: _Weighing = _ALIKE,
+        weighing: Weighing = ALIKE,
         first: int | None = None,
     ) -> None:
         """`first`: number of this rank's first batch, where targets are corrected."""

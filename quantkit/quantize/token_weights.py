@@ -10,7 +10,7 @@ quantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
 from quantkit.blocks.memory import MemoryPlan, plan_weighing
+from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.errors import first_line
@@ -95,6 +96,39 @@ def _by_linear(tensors: Tensors) -> dict[str, StageWeights]:
     }
     rows = (key.split(".", 2) for key in tensors if ".rows." in key)
     return {linear: stages[stage] for stage, _, linear in rows}
+
+
+class Weighing:
+    """Weights of this rank's tokens in one block.
+
+    Args:
+        weights: of all tokens; None: all count the same.
+        index: the block.
+        sizes: tokens of each batch, up to this rank's last.
+        start: number of its first.
+    """
+
+    def __init__(self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int = 0) -> None:
+        self._weights, self._index = weights, index
+        self._first = [sum(sizes[:i]) for i in range(start, len(sizes))]
+        self._count = sizes[start:]
+
+    def of(self, linear: str, batch: int, read: Reading) -> torch.Tensor | None:
+        """Float32 of what a stage reads of this rank's batch number `batch`; None where all count the same."""
+        found = None if self._weights is None else self._weights.of(self._index, linear)
+        if found is None:
+            return None
+        weights = found.of(self._first[batch], self._count[batch], read.tokens)
+        return weights if weights.numel() == read.x[..., 0].numel() else None
+
+    def effective(self, linear: str) -> float | None:
+        """How many tokens of equal weight tell as much."""
+        found = None if self._weights is None else self._weights.of(self._index, linear)
+        return None if found is None else found.effective
+
+
+ALIKE = Weighing(None, 0, ())
+"""All tokens count the same."""
 
 
 def token_weights(

@@ -21,6 +21,7 @@ from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, size
 from quantkit.quantize.hessian import check_squares
+from quantkit.quantize.token_weights import TokenWeights, Weighing, plan_weights_memory, weigh_tokens
 from quantkit.report import Report
 from quantkit.runs.atomic import absolute_file
 from quantkit.runs.outputs import check_other_file, staged_files
@@ -73,7 +74,8 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     """Write an importance matrix in llama.cpp's GGUF form, for its quantizers and for `ggml`.
 
     It holds, for every Linear of the blocks, each input column's squares summed over calibration tokens, at the model's
-    own weights. Embedding, output and an expert model's routers have no entry.
+    own weights; with `loss_aware` each token's as often as it counts. Embedding, output and an expert model's routers
+    have no entry.
 
     Raises:
         UsageError: options that cannot work together, a file in the way.
@@ -94,7 +96,10 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())
-    peak = size + plan_watching(stream, chunks * chunk_size, _BATCH_TOKENS, stream.budget).needed
+    plans = [plan_watching(stream, chunks * chunk_size, _BATCH_TOKENS, stream.budget)]
+    if options.loss_aware:
+        plans.append(plan_weights_memory(stream, chunks, chunk_size))
+    peak = size + max(plan.needed for plan in plans)
     work = chunks * chunk_size * sum(rows * columns for _, (rows, columns) in stream.linears())
     sizes = len(entries), chunks, chunk_size, size, peak
     report = ImatrixReport(target, *sizes, {}, multiplications=work, dry_run=True)
@@ -111,11 +116,13 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
         entries[tensor.name].counts[part] = squares.tokens
 
     with staged_files(target, options.force) as folder:
-        collect_squares(stream, matrix.tokens, keep, progress)
+        weights = _weights(stream, matrix.tokens, options.seed, progress) if options.loss_aware else None
+        collect_squares(stream, matrix.tokens, keep, progress, weights)
         check_unchanged(source)
         facts = matrix.provenance
         datasets = [part.dataset for part in facts.parts or (facts,)]
         origin = {"quantkit.version": __version__, "quantkit.tokens_sha256": facts.tokens_sha256}
+        origin |= {"quantkit.token_weights_seed": str(options.seed)} if weights is not None else {}
         write_imatrix(folder / target.name, entries, datasets, chunks, chunk_size, origin)
     unseen = _unseen(entries, progress)
     seconds = time.perf_counter() - started
@@ -162,18 +169,30 @@ class InputSquares:
     tokens: int
 
 
+def _weights(stream: ModelStream, tokens: torch.Tensor, seed: int, progress: Progress) -> TokenWeights | None:
+    """What each token counts, in memory; None where all count the same."""
+    blocks: dict[int, Mapping[str, torch.Tensor]] = {}
+    found = weigh_tokens(stream, tokens, seed, stream.budget, blocks.__setitem__, progress)
+    return TokenWeights(blocks.__getitem__) if found else None
+
+
 OnInputSquares = Callable[[str, InputSquares], None]
 
 
 @inference
 def collect_squares(
-    stream: ModelStream, tokens: torch.Tensor, on_linear: OnInputSquares, progress: Progress = SILENT
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    on_linear: OnInputSquares,
+    progress: Progress = SILENT,
+    weights: TokenWeights | None = None,
 ) -> None:
     """Run the model over calibration windows, once and with its own weights; what each Linear read goes to `on_linear`.
 
     Args:
         tokens: int64 [samples, seq_len].
         on_linear: receives every Linear's published module name, block by block.
+        weights: what each token counts; None: all the same.
 
     Raises:
         NumericError: an activation that is not finite, named by the Linear that reads it.
@@ -187,7 +206,9 @@ def collect_squares(
         for index in range(len(stream.blocks)):
             with stream.block(index) as block:
                 stages = stream.stages(index, block, 0, hidden[0])
-                for stage, squares in zip(stages, _watch(stream, index, block, stages, hidden), strict=True):
+                weighing = Weighing(weights, index, [batch.numel() for batch in batches])
+                watched = _watch(stream, index, block, stages, hidden, weighing)
+                for stage, squares in zip(stages, watched, strict=True):
                     names = [stream.published(index, name) for name in stage]
                     found = squares.finish(names[0])
                     for name in names:
@@ -195,15 +216,17 @@ def collect_squares(
             advance(1)
 
 
-def _watch(stream: ModelStream, index: int, block: nn.Module, stages: Stages, hidden: HiddenStates) -> list[_Squares]:
+def _watch(
+    stream: ModelStream, index: int, block: nn.Module, stages: Stages, hidden: HiddenStates, weighing: Weighing
+) -> list[_Squares]:
     """Move all batches through a block; what each stage read."""
     squares = [_Squares(shape_of(block.get_submodule(stage[0]))[1], stream.device) for stage in stages]
 
     def forward(batch: int) -> torch.Tensor:
         return stream.call(index, block, batch, hidden[batch])
 
-    def observe(stage: int, _: int, read: Reading) -> None:
-        squares[stage].add(read.x)
+    def observe(stage: int, batch: int, read: Reading) -> None:
+        squares[stage].add(read.x, weighing.of(stream.published(index, stages[stage][0]), batch, read))
 
     run_watched(block, stages, forward, len(hidden), observe, hidden.__setitem__)
     return squares
@@ -216,10 +239,13 @@ class _Squares:
         self._sums = torch.zeros(columns, dtype=torch.float64, device=device)
         self._tokens = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add activations x [..., in] of any float dtype."""
+    def add(self, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """Add activations x [..., in] of any float dtype, and what each counts, float32 [...]; None: all the same."""
         x = x.reshape(-1, x.shape[-1])
-        self._sums += x.float().square().sum(0, dtype=torch.float64)
+        squares = x.float().square()
+        if weight is not None:
+            squares *= weight.reshape(-1, 1).to(x.device)
+        self._sums += squares.sum(0, dtype=torch.float64)
         self._tokens += x.shape[0]
 
     def finish(self, name: str) -> InputSquares:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.imatrix_files import CASES, tiny
+from support.streamed import open_stream
 from support.tolerance import longest_path, summed
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +33,8 @@ from quantkit.errors import (
     SourceError,
     UsageError,
 )
+from quantkit.progress import SILENT
+from quantkit.quantize.token_weights import weigh_tokens
 from quantkit.runs.outputs import staged_files
 from quantkit.tokens import TokenMatrix
 
@@ -454,3 +457,27 @@ def test_the_command_says_what_it_wrote(
     printed = json.loads(capsys.readouterr().out)
     assert (printed["out"], printed["entries"], printed["chunks"]) == (str(out), 14, 3)
     assert read_imatrix(out).chunks == 3
+
+
+def test_loss_aware_sums_count_each_token_by_its_weight(make_model: MakeModel, tmp_path: Path) -> None:
+    tokens = token_matrix(3, 64)
+    plain = read_imatrix(made(make_model, tokens, tmp_path / "plain.gguf"))
+    found = read_imatrix(made(make_model, tokens, tmp_path / "aware.gguf", loss_aware=True))
+    stream = open_stream(tiny(make_model, "llama"))
+    weights: dict[int, Any] = {}
+    weigh_tokens(stream, tokens.tokens, 0, stream.budget, weights.__setitem__, SILENT)
+    model = AutoModelForCausalLM.from_pretrained(tiny(make_model, "llama"), dtype=torch.float64)
+    read: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        for name, stage in (("attn_q", layer.self_attn.q_proj), ("ffn_down", layer.mlp.down_proj)):
+            stage.register_forward_pre_hook(
+                lambda _, x, at=f"blk.{index}.{name}.weight": read.__setitem__(at, x[0].flatten(0, 1))
+            )
+    with torch.no_grad():
+        model(tokens.tokens)
+    for name, x in read.items():
+        index, stage = int(name.split(".")[1]), 0 if "attn_q" in name else 3
+        w = weights[index][f"{stage}.weights"].double()
+        expected = (w[:, None] * x.square()).mean(dim=0).numpy()
+        np.testing.assert_allclose(found.entries[name][0], expected, rtol=1e-3)
+        assert not np.allclose(plain.entries[name][0], expected, rtol=0.01)

@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantkit.errors import OutputError, UsageError
+from quantkit.progress import counted
 from quantkit.runs.atomic import REPORT_NAME, Origin, sync
 from quantkit.runs.journal import Journal
 from quantkit.runs.keeping import KEEPING, Known, carry
@@ -296,7 +297,7 @@ class Staging:
     def progress(self) -> str:
         """How far an unfinished run came."""
         total = self.journal.records[0].get("blocks")
-        return f"{self.landed} answers" if total is None else f"{self.landed} of {total} blocks"
+        return counted(self.landed, "answer") if total is None else f"{self.landed} of {total} blocks"
 
     def failed(self, error: OSError, left: str = "nothing was left there") -> OutputError:
         """What to raise where the disk failed."""

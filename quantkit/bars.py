@@ -122,7 +122,7 @@ class Bars:
 
             try:
                 yield advance
-                bar.update(task, detail="")
+                bar.update(task, detail="", total=clock.end())
             finally:
                 self._bar = None
 
@@ -140,7 +140,7 @@ class Bars:
                 say(f"{name}: {clock.done}/{total}, {clock}  {self._detail}")
 
         yield advance
-        say(f"{name}: {clock.done}/{total} in {time.monotonic() - clock.start:.1f} s")
+        say(f"{name}: {clock.done}/{clock.end()} in {time.monotonic() - clock.start:.1f} s")
         self._detail = ""
 
 
@@ -153,6 +153,11 @@ class Clock:
 
     def advance(self, steps: int) -> None:
         self.done, self._last = self.done + steps, time.monotonic()
+
+    def end(self) -> int:
+        """How many steps it was in all: fewer than were thought where they were enough."""
+        self._total = self.done or self._total
+        return self._total
 
     def __str__(self) -> str:
         if not self.done:

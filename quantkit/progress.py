@@ -62,6 +62,11 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number with what it counts, which is one or several."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 def significant(value: float, digits: int = 4, sign: bool = False) -> str:
     """A number with this many significant digits, written out where it is of ordinary size."""
     plus = "+" if sign else ""

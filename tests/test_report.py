@@ -15,6 +15,7 @@ from support.reports import CASES, DISPLAY, OUT, SAID
 
 from quantkit.cli import console
 from quantkit.errors import QuantkitError
+from quantkit.progress import counted
 from quantkit.report import LEFT_OUT, Column, Line, Report, ReportError, Rule, Shown, Table, called
 from quantkit.verbs.verify import Verified, VerifyReport
 
@@ -23,6 +24,11 @@ FIRST = [name for name, said in SAID.items() if "json" in said]
 
 def kinds(of: type[Report] = Report) -> set[type[Report]]:
     return {of}.union(*map(kinds, of.__subclasses__()))
+
+
+def test_one_is_counted_as_one() -> None:
+    assert [counted(number, "answer") for number in (0, 1, 2)] == ["0 answers", "1 answer", "2 answers"]
+    assert counted(1, "matrix is", "matrices are") == "1 matrix is"
 
 
 # -- the reports of the verbs ----------------------------------------------------------------------------------------

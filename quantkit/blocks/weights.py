@@ -21,6 +21,7 @@ from quantkit.containers.hf.read import check_counts
 from quantkit.containers.source import Place, Source, TensorInfo, Weights, by_prefix
 from quantkit.errors import SourceError, first_line
 from quantkit.late import nn, torch, transformers
+from quantkit.progress import counted
 
 
 def build_on_meta(source: Source, tied: bool = True) -> Any:
@@ -202,8 +203,8 @@ def left_out(weights: Weights, source: str = "", parameters_only: bool = False) 
     shown = [f"{prefix} ({len(names)})" for prefix, names in by_prefix(lost, known).items()]
     more = [f"{len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
     return (
-        f"{len(lost)} tensors{source} are left out, which the text model's class does not read: "
-        f"{', '.join(shown[:_SHOWN] + more)}"
+        f"{counted(len(lost), f'tensor{source} is', f'tensors{source} are')} left out, which the text model's class "
+        f"does not read: {', '.join(shown[:_SHOWN] + more)}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,18 @@ def print_json(content: dict[str, Any]) -> None:
     print(written.translate(_UNSEEN_IN_JSON))
 
 
+def _at_words(line: str) -> str:
+    """A line that is wider than the terminal broken at spaces, so that no number is cut.
+
+    One with a word that is wider than that, as a path may be, is left to the terminal: it is copied whole.
+    """
+    width = results().width if results().is_terminal else len(line)
+    indent = " " * (len(line) - len(line.lstrip()))
+    if len(line) <= width or max(map(len, line.split()), default=0) > width - len(indent):
+        return line
+    return textwrap.fill(line, width, subsequent_indent=indent, expand_tabs=False, break_on_hyphens=False)
+
+
 def show(lines: Iterable[Shown]) -> None:
     """What a report says, on stdout."""
     from quantkit.cli.tables import lines_of
@@ -42,9 +55,9 @@ def show(lines: Iterable[Shown]) -> None:
     for line in lines:
         match line:
             case str():
-                results().print(visible(line), markup=False)
+                results().print(_at_words(visible(line)), markup=False)
             case Line():
-                results().print(visible(line.text), markup=False, style=line.style)
+                results().print(_at_words(visible(line.text)), markup=False, style=line.style)
             case Text():
                 results().print(visible(line.text, lines=True), markup=False)
             case Rule():

@@ -38,7 +38,8 @@ def lines_of(table: Table, width: int | None) -> Iterator[str]:
     widths = _widths(columns, rows, table.heads)
     if room is not None:
         flexible = next((number for number, column in enumerate(columns) if column.wraps), 0)
-        widths[flexible] = max(min(widths[flexible], widths[flexible] - _total(widths) + room), _LEAST)
+        wide = widths[flexible]
+        widths[flexible] = min(wide, max(wide - _total(widths) + room, _LEAST))
     for row in [[visible(column.head) for column in columns], ["─" * wide for wide in widths]] if table.heads else []:
         yield from _laid_out(row, columns, widths, table.indent)
     for row in rows:

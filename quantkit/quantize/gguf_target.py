@@ -16,7 +16,7 @@ from quantkit.containers.gguf.recipes import file_type, fitting, parse_kind, ten
 from quantkit.containers.gguf.types import Choice, Chooser, TypeOptions
 from quantkit.errors import UsageError
 from quantkit.options import METHODS, Ends, GgmlType, QuantSpec
-from quantkit.progress import Progress
+from quantkit.progress import Progress, counted
 from quantkit.quantize.targets import CodesWriter, on_grid_of, plan_linears
 
 
@@ -125,7 +125,8 @@ def note_fallback(fallback: Mapping[str, str], progress: Progress) -> None:
     """Say which matrices of a GGUF file get another type than the one meant for them."""
     if fallback:
         held = ", ".join(f"{count} {name}" for name, count in Counter(fallback.values()).most_common())
+        shown = next(iter(fallback)) + (", ..." if len(fallback) > 1 else "")
         progress.note(
-            f"{len(fallback)} matrices are no whole number of blocks wide and get other types ({held}): "
-            f"{next(iter(fallback))}, ..."
+            f"{counted(len(fallback), 'matrix is', 'matrices are')} no whole number of blocks wide and "
+            f"{'gets another type' if len(fallback) == 1 else 'get other types'} ({held}): {shown}"
         )

@@ -29,6 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantkit.errors import OutputError, UsageError
+from quantkit.progress import counted
 from quantkit.runs.atomic import REPORT_NAME, Origin, sync
 from quantkit.runs.journal import Journal
 from quantkit.runs.keeping import KEEPING, Known, carry
@@ -310,7 +311,7 @@ class Staging:
         """How far an unfinished run came."""
         total = self.journal.records[0].get("blocks")
         weights = "" if self.landed or total is None else "token weights, "
-        return f"{self.landed} answers" if total is None else f"{weights}{self.landed} of {total} blocks"
+        return counted(self.landed, "answer") if total is None else f"{weights}{self.landed} of {total} blocks"
 
     def failed(self, error: OSError, left: str = "nothing was left there") -> OutputError:
         """What to raise where the disk failed."""

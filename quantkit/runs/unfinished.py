@@ -190,7 +190,8 @@ def _leave(staging: Staging, error: BaseException) -> NoReturn:
         remove(staging.staged)
         remove(staging.folder / "replaced")
     staging.keep = holds
-    kept = f"{staging.progress} are kept: --resume goes on with them" if holds else "nothing was left there"
+    are, them = ("is", "it") if landed == 1 else ("are", "them")
+    kept = f"{staging.progress} {are} kept: --resume goes on with {them}" if holds else "nothing was left there"
     if isinstance(error, OSError):
         raise OutputError(f"writing {staging.out} failed: {error.strerror or error}; {kept}") from error
     if holds and isinstance(error, QuantkitError):

@@ -15,7 +15,7 @@ import numpy as np
 from quantkit.errors import CalibrationError, UsageError
 from quantkit.late import torch
 from quantkit.options import Drawing, Spec, TemplateName
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, counted
 from quantkit.runs.panics import panics_as
 from quantkit.tokens.overlap import TextIndex
 from quantkit.tokens.readers import Dataset, Mixture
@@ -167,11 +167,12 @@ def draw(
                 break
     _say_refused(refused, stream, dataset, progress)
     if exclude and stream.dropped:
-        progress.note(f"{dataset.name}: left out {stream.dropped} records that also occur in {exclude.name}")
+        found = counted(stream.dropped, "record that also occurs", "records that also occur")
+        progress.note(f"{dataset.name}: left out {found} in {exclude.name}")
     matrix = stream.matrix(dataset, template=template, seed=spec.seed, asked=spec.samples)
     if matrix.provenance.samples < spec.samples:
         progress.warn(
-            f"{dataset.name} gives {matrix.provenance.samples} windows of {spec.seq_len} tokens, not the "
+            f"{dataset.name} gives {counted(matrix.provenance.samples, 'window')} of {spec.seq_len} tokens, not the "
             f"{spec.samples} asked for: going on with those; give more data, or ask for fewer or shorter windows"
         )
     return matrix
@@ -355,7 +356,9 @@ def _say_refused(refused: list[CalibrationError], stream: _Stream, dataset: Data
     if refused and not stream.ids:
         raise CalibrationError(f"{refused[0]}; --template vicuna, or another, renders records without it")
     if refused:
-        progress.warn(f"{dataset.name}: left out {len(refused)} records that the chat template refuses: {refused[0]}")
+        progress.warn(
+            f"{dataset.name}: left out {counted(len(refused), 'record')} that the chat template refuses: {refused[0]}"
+        )
 
 
 def _tokenized(

@@ -12,7 +12,7 @@ from quantkit.blocks.open import note_left_out, note_source
 from quantkit.late import dtype_of
 from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
-from quantkit.progress import SILENT, Progress, size
+from quantkit.progress import SILENT, Progress, counted, size
 from quantkit.report import Report
 from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.outputs import check_output, staged_folder
@@ -45,7 +45,7 @@ class ConvertReport(Report):
     def lines(self) -> Iterator[str]:
         took = "" if self.dry_run else f", in {self.seconds:.0f} s"
         yield f"{'would write' if self.dry_run else 'wrote'} {self.out}"
-        yield f"{self.tensors} tensors in {self.dtype}, {size(self.bytes)}{took}"
+        yield f"{counted(self.tensors, 'tensor')} in {self.dtype}, {size(self.bytes)}{took}"
 
 
 @verb(Convert)

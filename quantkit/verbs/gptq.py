@@ -34,7 +34,7 @@ from quantkit.late import torch
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
-from quantkit.progress import SILENT, Progress, size
+from quantkit.progress import SILENT, Progress, counted, size
 from quantkit.quantize.blockwise import (
     LayerStatistics,
     OnLinear,
@@ -106,7 +106,7 @@ class GptqReport(Report):
             if self.memory_remark is not None:
                 yield self.memory_remark
             return
-        yield f"{len(self.layers)} layers in quant_log.csv; {self.seconds:.0f} s in all"
+        yield f"{counted(len(self.layers), 'layer')} in quant_log.csv; {self.seconds:.0f} s in all"
         if self.evaluation is not None:
             yield from self.evaluation.lines()
 
@@ -539,8 +539,8 @@ def warn_starved_experts(
     wanted = max(plan[layer.name].shape[1] / max(layer.tokens, 1) for layer in starved)
     samples = math.ceil(min(wanted, 64) * tokens.shape[0])
     progress.warn(
-        f"{len(experts)} experts saw fewer calibration tokens than they have inputs, so their codes are little better "
-        f"than rounded (least: {least.name}, {least.tokens} tokens); use about --samples {samples}, "
+        f"{counted(len(experts), 'expert')} saw fewer calibration tokens than inputs, so that codes are little better "
+        f"than rounded (least: {least.name}, {counted(least.tokens, 'token')}); use about --samples {samples}, "
         "or text of more kinds: --calibration A:0.5,B:0.5"
     )
 

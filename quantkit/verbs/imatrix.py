@@ -19,7 +19,7 @@ from quantkit.containers.imatrix import Entry, write_imatrix
 from quantkit.late import inference, nn, torch
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
-from quantkit.progress import SILENT, Progress, size
+from quantkit.progress import SILENT, Progress, counted, size
 from quantkit.quantize.hessian import check_squares
 from quantkit.quantize.token_weights import TokenWeights, Weighing, plan_weights_memory, weigh_tokens
 from quantkit.report import Report
@@ -63,7 +63,8 @@ class ImatrixReport(Report):
         took = "" if self.dry_run else f", in {self.seconds:.0f} s"
         yield f"{'would write' if self.dry_run else 'wrote'} {self.out}"
         yield (
-            f"{self.entries} tensors over {self.chunks} windows of {self.chunk_size} tokens, {size(self.bytes)}{took}"
+            f"{counted(self.entries, 'tensor')} over {counted(self.chunks, 'window')} of "
+            f"{counted(self.chunk_size, 'token')}, {size(self.bytes)}{took}"
         )
         if self.dry_run:
             yield f"peak memory about {size(self.memory_bytes)} beyond torch itself"
@@ -147,8 +148,9 @@ def _unseen(entries: Mapping[str, Entry], progress: Progress) -> dict[str, int]:
     if unseen:
         worst = max(unseen, key=lambda name: unseen[name])
         progress.warn(
-            f"{len(unseen)} stacks have experts that saw no calibration token (most: {worst}, {unseen[worst]} of "
-            f"{len(entries[worst].counts)}), whose columns count alike; use more --samples, or text of more kinds"
+            f"{counted(len(unseen), 'stack has', 'stacks have')} experts that saw no calibration token (most: {worst}, "
+            f"{unseen[worst]} of {len(entries[worst].counts)}), whose columns count alike; use more --samples, or text "
+            "of more kinds"
         )
     return unseen
 

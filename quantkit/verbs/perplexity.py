@@ -12,7 +12,7 @@ from quantkit.evaluate.scores import score
 from quantkit.evaluate.statistics import ModelResult, heads, summarize
 from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.options.verbs import Perplexity
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, counted
 from quantkit.report import Column, Report, Shown, Table
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.tokens.text import check_tokens, common_text
@@ -35,7 +35,7 @@ class PerplexityReport(Report):
     precision: str = ""  # records of before have none
 
     def lines(self) -> Iterator[Shown]:
-        yield f"{self.text}: {self.tokens} tokens in windows of {self.seq_len}"
+        yield f"{self.text}: {counted(self.tokens, 'token')} in windows of {self.seq_len}"
         compared = any(result.kl_divergence for result in self.results)
         if self.precision:
             yield f"reference: {self.results[0].model}, {self.precision}"

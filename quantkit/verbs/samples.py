@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.blocks.open import model_or_default, open_model
 from quantkit.options.verbs import Samples
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, counted
 from quantkit.report import Report, Rule, Shown, Text
 from quantkit.tokens import TokenMatrix, shown_license
 from quantkit.tokens.text import calibration_windows
@@ -31,9 +31,11 @@ class SamplesReport(Report):
         facts = self.matrix.provenance
         parts = facts.parts or (facts,)
         for part in parts:
-            dropped = f", {part.dropped} records left out that are also in the evaluation text" if part.dropped else ""
+            left_out = counted(part.dropped, "record left out that is", "records left out that are")
+            dropped = f", {left_out} also in the evaluation text" if part.dropped else ""
             yield (
-                f"{part.samples} windows of {facts.seq_len} tokens from {len(part.records)} records of {part.dataset} "
+                f"{counted(part.samples, 'window')} of {counted(facts.seq_len, 'token')} "
+                f"from {counted(len(part.records), 'record')} of {part.dataset} "
                 f"({shown_license(part.license)}, sha256 {part.dataset_sha256[:12]}){dropped}"
             )
         yield f"template {facts.template}, seed {facts.seed}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from quantkit.cli import console
 from quantkit.cli.app import _run
@@ -98,3 +100,18 @@ def test_a_strangers_recipe_is_refused_in_one_short_line(
     assert err.count("\n") == 1
     assert len(err) < 2000
     assert drives(err) == []
+
+
+def test_a_long_line_is_broken_at_words_and_a_path_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = "  take out80: of 2 variants within 2,000,000 bytes it diverges least: 1,343,808 bytes"
+    path = "wrote /a/place/with/a/long/name/that/somebody/gave/it/for/reasons"
+    lines = [shown, Line(shown, "red"), path]
+    console.show(lines)
+    assert capsys.readouterr().out.splitlines() == [shown, shown, path]  # where there is no terminal
+    monkeypatch.setattr(console, "results", lambda: Console(force_terminal=True, width=40, soft_wrap=True))
+    console.show(lines)
+    out = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    broken = ["  take out80: of 2 variants within", "  2,000,000 bytes it diverges least:", "  1,343,808 bytes"]
+    assert [line.rstrip() for line in out] == [*broken, *broken, path]

@@ -16,6 +16,7 @@ from pathlib import Path
 from subprocess import Popen
 
 import pytest
+from rich.console import Console
 from support.reports import CASES, DISPLAY
 
 from quantkit import bars
@@ -109,6 +110,28 @@ def test_names_are_folded_and_text_is_wrapped_where_nothing_else_gives_way() -> 
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("width", range(24, 60))
+def test_short_names_take_no_more_than_they_need(width: int) -> None:
+    columns = [Column("model", "left"), Column("perplexity", drop=1), Column("KL mean")]
+    table = Table(columns, [["out", "13.000 ± 0.260", "0.1765 ± 0.0019"]])
+    lines = list(lines_of(table, width))
+    assert max(map(len, lines)) <= width
+    assert ("13.000 ± 0.260" in lines[-1]) == (width >= 38)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_phase_that_ends_early_is_done(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a text as much is read as is wanted."""
+    monkeypatch.setattr(bars, "log", lambda: Console(stderr=True, force_terminal=terminal, width=80))
+    with bars.Bars(quiet=False).phase("evaluation text", 72) as advance:
+        advance(6)
+    assert re.search(r"evaluation text:? .*6/6 .*(0 s left|in \d\.\d s)\s*$", plain(capsys.readouterr().err))
+
+
+@pytest.mark.fast
 def test_time_left_follows_the_work_and_runs_down(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(bars.time, "monotonic", lambda: now)
@@ -161,7 +184,12 @@ def on_a_terminal(commands: list[tuple[int, list[str]]], folder: Path) -> str:
         seen += part
     os.close(master)
     assert child.wait(60) == 0, seen.decode()
-    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen.decode())
+    return plain(seen.decode())
+
+
+def plain(drawn: str) -> str:
+    """Without what moves the cursor and colours."""
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", drawn)
 
 
 def test_long_work_and_its_results_at_80_100_and_120_columns(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import _imp
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -542,7 +543,7 @@ def test_a_read_error_in_a_shard(model: Path, whole: dict[str, str], tmp_path: P
         run(model, out, progress=Cutting())
     first, second = str(error.value).split("\n")
     assert first.startswith(f"{shard}: cannot read model.")
-    assert "of 6 blocks are kept: resume=True goes on with them" in second
+    assert re.search(r"of 6 blocks (is|are) kept: resume=True goes on with", second)
     assert not out.exists()
     assert {path.name for path in out.parent.iterdir()} == {folder_of(out).name}
     assert not (folder_of(out) / "staged").exists()
@@ -987,7 +988,7 @@ for number in range(10 if disk.name != "none" else 4):
         assert "No space left on device" in said or "File too large" in said, said
         unfinished = place / ".out.unfinished"
         assert not (place / "out").exists()
-        assert unfinished.exists() == ("blocks are kept: --resume goes on with them" in said), said
+        assert unfinished.exists() == ("kept: --resume goes on with" in said), said
         kept += unfinished.exists()
     if disk.name != "none":
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)

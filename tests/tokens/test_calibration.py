@@ -678,7 +678,7 @@ def test_conversations_that_the_template_refuses_are_left_out_and_counted(record
     alone = windows_in_order(Dataset("mixed", "0" * 64, tuple(good)), seq_len=8, template="chat", tokenizer=tokenizer)
     assert torch.equal(matrix.tokens, alone.tokens)
     assert len(recorder.warnings) == 1
-    assert recorder.warnings[0].startswith("mixed: left out 1 records that the chat template refuses: record bad: ")
+    assert recorder.warnings[0].startswith("mixed: left out 1 record that the chat template refuses: record bad: ")
     spec = CalibrationSpec(samples=2, seq_len=8, template="chat")
     assert "bad" not in draw(mixed, spec, tokenizer).provenance.records
     with pytest.raises(CalibrationError, match="roles must alternate; --template vicuna"):

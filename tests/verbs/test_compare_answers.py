@@ -277,6 +277,10 @@ def test_force_starts_anew_and_nothing_answered_leaves_nothing(
         run(family[:2], tmp_path / "report", text, resume=True, prompts=prompts, prompt_count=1)
     run(family[:2], tmp_path / "report", text, prompts=prompts, prompt_count=1, force=True, max_new_tokens=1)
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    batches[:] = [0] * 3
+    with pytest.raises(QuantkitError, match=r"^no word\n1 answer is kept: resume=True goes on with it$"):
+        run(family[:2], tmp_path / "one", text, prompts=prompts, prompt_count=1)
+    shutil.rmtree(next(path for path in tmp_path.iterdir() if path.name != "report"))
     batches[:] = [0] * 4
     with pytest.raises(QuantkitError, match=r"^no word$"):
         run(family[:2], tmp_path / "other", text, prompts=prompts)

@@ -303,7 +303,7 @@ def test_a_prompt_that_leaves_little_room(
     assert long["prompt_tokens"] == tokens
     assert long["output_tokens"] == context - tokens or long["finish_reason"] == "eos"
     assert sum(report.finished.values()) == 3
-    assert recorder.notes[-1].startswith("1 of 3 prompts leave less room than 200 tokens")
+    assert recorder.notes[-1].startswith("1 of 3 prompts leaves less room than 200 tokens")
     run(folder, asked, tmp_path / "alone", batch_size=1, **options)
     assert (tmp_path / "alone").read_bytes() == (tmp_path / "out").read_bytes()
 

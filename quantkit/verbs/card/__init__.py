@@ -18,7 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from quantkit.containers import CONTAINERS, is_imatrix
 from quantkit.errors import OutputError, UsageError
 from quantkit.options.verbs import Card
-from quantkit.progress import SILENT, Progress, number, per_cent, significant, size, spread
+from quantkit.progress import SILENT, Progress, counted, number, per_cent, significant, size, spread
 from quantkit.report import Report
 from quantkit.runs import limits
 from quantkit.runs.atomic import absolute, file_sha256, read_text
@@ -77,7 +77,7 @@ class CardReport(Report):
     missing: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        plots = f", {len(self.plots)} plots" if self.plots else ""
+        plots = f", {counted(len(self.plots), 'plot')}" if self.plots else ""
         yield f"wrote {self.out}"
         yield f"{', '.join(self.models)}: {len(self.evaluated)} of {len(self.models)} measured{plots}"
 

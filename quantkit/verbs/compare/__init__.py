@@ -20,7 +20,7 @@ from quantkit.evaluate.statistics import heads, numbers_of
 from quantkit.late import torch
 from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
-from quantkit.progress import SILENT, Progress, per_cent, size
+from quantkit.progress import SILENT, Progress, counted, per_cent, size
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.outputs import Staging, check_outside
@@ -71,11 +71,11 @@ class CompareReport(Report):
         front = Column("front", "center", drop=1)
         columns = [Column("model", "left"), Column("size"), Column("bits/w", drop=4), *heads(True), front]
         for text in self.texts:
-            yield f"{text.name}: {text.tokens} tokens in windows of {text.seq_len}"
+            yield f"{text.name}: {counted(text.tokens, 'token')} in windows of {text.seq_len}"
             yield Table(columns, [_row(model, text.name) for model in self.models], short=True)
         if self.answers is not None:
-            asked = f"{self.answers.name}: {len(self.answers.prompts)} prompts"
-            yield f"{asked}, answers of at most {self.answers.max_new_tokens} tokens"
+            asked = f"{self.answers.name}: {counted(len(self.answers.prompts), 'prompt')}"
+            yield f"{asked}, answers of at most {counted(self.answers.max_new_tokens, 'token')}"
             columns = [Column("model", "left"), Column("equal answers"), Column("others part after")]
             found = self.answers.agreement.items()
             rows = [[name, per_cent(one.equal), shown_tokens(one.parts_after)] for name, one in found]

@@ -14,7 +14,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_on_kernels
 from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, counted
 from quantkit.report import Report
 from quantkit.runs.answers import appending, begun, check_answers, is_complete, line_of
 from quantkit.runs.atomic import absolute_file
@@ -55,16 +55,16 @@ class GenerateReport(Report):
     def lines(self) -> Iterator[str]:
         if self.dry_run:
             yield (
-                f"would answer {self.prompts} prompts of {self.prompt_tokens} tokens, {self.longest_prompt} at most, "
-                f"by template {self.template}, into {self.out}"
+                f"would answer {counted(self.prompts, 'prompt')} of {counted(self.prompt_tokens, 'token')}, "
+                f"{self.longest_prompt} at most, by template {self.template}, into {self.out}"
             )
             return
-        before = f", {self.resumed} were there before" if self.resumed else ""
+        before = f", {counted(self.resumed, 'was', 'were')} there before" if self.resumed else ""
         cut = self.finished.get("length", 0)
         ended = f"; {cut} ended for want of room" if cut else ""
         yield f"wrote {self.out}"
-        yield f"{sum(self.finished.values())} answers{before}{ended}"
-        yield f"{self.output_tokens} tokens in {self.seconds:.0f} s"
+        yield f"{counted(sum(self.finished.values()), 'answer')}{before}{ended}"
+        yield f"{counted(self.output_tokens, 'token')} in {self.seconds:.0f} s"
 
 
 @verb(Generate)
@@ -145,6 +145,7 @@ def _note_room(requests: Sequence[Request], speaker: Speaker, progress: Progress
     short = [request.room for request in requests if request.room < speaker.spec.max_new_tokens]
     if short:
         progress.note(
-            f"{len(short)} of {len(requests)} prompts leave less room than {speaker.spec.max_new_tokens} tokens in the "
-            f"model's {speaker.context}: their answers end after {min(short)} tokens at the earliest"
+            f"{len(short)} of {counted(len(requests), 'prompt')} {'leaves' if len(short) == 1 else 'leave'} less room "
+            f"than {speaker.spec.max_new_tokens} tokens in the model's {speaker.context}: the shortest answer ends "
+            f"after {counted(min(short), 'token')}"
         )

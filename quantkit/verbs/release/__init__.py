@@ -13,7 +13,7 @@ from quantkit.blocks.open import named, open_model
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options.verbs import Release
-from quantkit.progress import SILENT, Progress, duration, size
+from quantkit.progress import SILENT, Progress, counted, duration, size
 from quantkit.report import Column, Line, Report, Shown, Table
 from quantkit.runs.atomic import absolute, read_text
 from quantkit.runs.ledger import Ledger, locked
@@ -63,7 +63,7 @@ class ReleaseReport(Report):
             why = "" if outcome.why is None else f"  {outcome.why}"
             line = f"{outcome.step:<{width}}  {outcome.status:<9}{why}"
             yield Line(line.rstrip(), _STYLES[outcome.status])
-        failed = f"{len(self.failures)} steps failed; the same command does what is missing"
+        failed = f"{counted(len(self.failures), 'step')} failed; the same command does what is missing"
         yield f"{self.out}: {failed if self.failures else 'complete'}"
 
     def _planned(self) -> Iterator[Shown]:

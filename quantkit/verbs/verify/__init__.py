@@ -24,7 +24,7 @@ from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import UsageError
 from quantkit.options.verbs import Verify
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, counted
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
 from quantkit.runs.records import read_record
@@ -119,7 +119,7 @@ class VerifyReport(Report):
         for model in self.models:
             yield from model.lines()
         count = len(self.problems)
-        yield "no problems" if not count else f"{count} problem{'s' * (count > 1)}"
+        yield "no problems" if not count else counted(count, "problem")
 
 
 @verb(Verify)

@@ -17,7 +17,7 @@ from quantkit.containers.hf.header import Header, Stored, examine_header
 from quantkit.containers.hf.shards import STORED_DTYPES, SafetensorsFiles, read_stored
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.late import torch
-from quantkit.progress import Progress
+from quantkit.progress import Progress, counted
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json, read_text
 from quantkit.runs.record import CHECKSUMS
 from quantkit.verbs.verify.findings import Findings, listed
@@ -252,7 +252,9 @@ def check_model(source: Source, found: Findings) -> None:
             )
     known = set(weights.names.values())
     if extra := [name for name in weights.tensors if name not in known]:
-        found.note(f"{len(extra)} tensors that a {source.config.model_type} model has no place for: {listed(extra)}")
+        found.note(
+            f"{counted(len(extra), 'tensor')} that a {source.config.model_type} model has no place for: {listed(extra)}"
+        )
     _check_tie(source, model, weights, found)
 
 

@@ -14,6 +14,7 @@ from quantkit.codes import Codes, Plan, QuantizedLinear
 from quantkit.codes.packing import pack, packing_multiple
 from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.gptq.read import GptqSource
+from quantkit.containers.hf.read import untied
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
@@ -152,7 +153,7 @@ class GptqWriter:
         config = {k: v for k, v in self.source.config_dict().items() if k not in ("dtype", "torch_dtype")}
         # transformers 5 reads dtype, transformers 4 torch_dtype.
         if self._weights.untied:
-            config["tie_word_embeddings"] = False
+            config = untied(config)
         config |= {"dtype": dtype, "torch_dtype": dtype, "quantization_config": self._quantization}
         write_json(self.folder / "config.json", config)
         write_json(self.folder / "quantize_config.json", self._quantization)

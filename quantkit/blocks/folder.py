@@ -9,7 +9,7 @@ from pathlib import Path
 from quantkit.blocks.families import ExpertNames
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import bind, build_on_meta, put_together
-from quantkit.containers.hf.read import open_weights
+from quantkit.containers.hf.read import open_weights, untied
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
@@ -89,6 +89,8 @@ def write_folder(
         writer.read_back(written.read, advance)
     name = plan.dtype_name
     config = {key: value for key, value in plan.source.config_dict().items() if key not in ("dtype", "torch_dtype")}
+    if plan.weights.untied:
+        config = untied(config)
     # transformers 5 reads dtype, transformers 4 torch_dtype.
     write_json(folder / "config.json", {**config, "dtype": name, "torch_dtype": name})
     plan.source.copy_companions(folder)

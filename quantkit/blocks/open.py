@@ -178,7 +178,13 @@ def memory_budget(device: torch.device, memory: str | int | None = None) -> Budg
 
 
 def note_left_out(weights: Weights, progress: Progress, parameters_only: bool = False) -> None:
-    """Warn of tensors that the output will lack; `parameters_only` as `left_out` has it."""
+    """Warn of tensors that the output will lack, and of a tie that it does not keep; `parameters_only` as `left_out`
+    has it."""
+    if weights.apart is not None:
+        progress.warn(
+            f"config.json says tie_word_embeddings, but {weights.apart} is stored and is not the input's embedding: it "
+            "is taken as it is, and the output says that they are apart"
+        )
     lost = left_out(weights, parameters_only=parameters_only)
     if lost is not None:
         progress.warn(lost)

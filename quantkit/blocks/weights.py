@@ -160,9 +160,9 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
         if name not in found and gate != name and gate in places and up in places:
             places[name] = Place(places.pop(gate).name, below=places.pop(up).name)
             found[name] = name
-    untied = _tie(source, model, places, found, untie)
+    untied, apart = _tie(source, model, places, found, untie)
     tensors = {published: _info(source, place) for published, place in places.items()}
-    return Weights(tensors, found, untied, tuple(left_out), source, places)
+    return Weights(tensors, found, untied, tuple(left_out), apart, source, places)
 
 
 def put_together(model: Any, weights: Weights) -> set[str]:
@@ -231,26 +231,31 @@ def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> It
             yield f"{expert}.{name}.{suffix}", Place(stored, expert, transposed=turned)
 
 
-def _tie(source: Source, model: Any, places: dict[str, Place], found: dict[str, str], untie: bool) -> bool:
+def _tie(
+    source: Source, model: Any, places: dict[str, Place], found: dict[str, str], untie: bool
+) -> tuple[bool, str | None]:
     """Let a tied output embedding be the input embedding, where the source has no other; or part them.
 
-    Files of torch.save list both ends of a tie: one that is equal is not published twice.
+    Files of torch.save list both ends of a tie: one that is equal is not published twice. Returns whether they are
+    parted, and the output embedding's name where it is stored and another one.
     """
     if not getattr(source.config.get_text_config(), "tie_word_embeddings", False):
-        return False
+        return False, None
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     embedding, head = names[model.get_input_embeddings()], names.get(model.get_output_embeddings())
     if head is None or embedding not in found:
-        return False
+        return False, None
     if head in found:
         one, other = places[found[head]], places[found[embedding]]
-        if untie or not torch.equal(one.read(source), other.read(source)):
-            return untie
+        if not torch.equal(one.read(source), other.read(source)):
+            return True, found[head]
+        if untie:
+            return True, None
         del places[found[head]]
     found[head] = head if untie else found[embedding]
     if untie:
         places[head] = places[found[embedding]]
-    return untie
+    return untie, None
 
 
 def _info(source: Source, place: Place) -> TensorInfo:

@@ -225,12 +225,14 @@ class Weights:
         names: parameter (or stored buffer) of the model -> published name.
         untied: whether a tied output embedding got a tensor of its own.
         left_out: the source's tensors that no variant holds, since the model's class passes over them.
+        apart: an output embedding that is stored, and is not the input's, although the config says that they are tied.
     """
 
     tensors: Mapping[str, TensorInfo]
     names: Mapping[str, str]
     untied: bool
     left_out: tuple[str, ...]
+    apart: str | None
     _source: Source
     _places: Mapping[str, Place]
 

@@ -129,7 +129,10 @@ def looks_like_id(name: str) -> bool:
 
 
 def _can_be(path: str | Path) -> bool:
-    """Whether a file may have this name: not where it is too long, has a zero byte, or begins with nobody's home."""
+    """Whether a file may have this name: not where it is empty, too long, has a zero byte, or begins with nobody's
+    home."""
+    if not str(path):
+        return False
     try:
         os.lstat(Path(path).expanduser())
     except OSError as error:

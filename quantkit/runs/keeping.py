@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,6 +55,11 @@ def is_known(path: Path, rows: Sequence[Sequence[Any]]) -> bool:
     if [state.st_size, state.st_mtime_ns] in [list(row[:2]) for row in rows]:
         return True
     return bool(rows) and file_sha256(path) in {row[2] for row in rows}
+
+
+def is_kept(name: str) -> bool:
+    """Whether a file has such a name as `carry` gives; it is no part of the output that it lies in."""
+    return re.search(r"\.old\d*$", name) is not None
 
 
 def carry(old: Path, new: Path, known: Known) -> list[Path]:

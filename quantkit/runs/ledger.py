@@ -90,10 +90,12 @@ class Ledger:
         return output
 
     def remove(self, out: Path) -> None:
-        """Remove what this release left at `out`, and nothing else."""
-        for name, rows in self._known(out).items():
-            path = out if out.is_file() else out / name
-            if is_known(path, rows):
+        """Remove what this release left at `out`, if that is all there is; what was changed is replaced, and kept."""
+        known = self._known(out)
+        files = [out] if out.is_file() else [path for path in out.rglob("*") if not path.is_dir()]
+        names = {path: path.name if path == out else path.relative_to(out).as_posix() for path in files}
+        if all(is_known(path, known.get(name, ())) for path, name in names.items()):
+            for path in files:
                 path.unlink()
 
     def is_own(self, out: Path) -> bool:

@@ -62,6 +62,7 @@ _OBJECTS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "special_tokens_map.json": lambda held: bool(held) and all(k.endswith(("_token", "_tokens")) for k in held),
     "vocab.json": _counts,
     "added_tokens.json": _counts,
+    "tekken.json": lambda held: isinstance(held.get("vocab"), list) and isinstance(held.get("config"), dict),
     "preprocessor_config.json": _has("processor_class", "image_processor_type", "feature_extractor_type"),
     "processor_config.json": _has("processor_class"),
 }

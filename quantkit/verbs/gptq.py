@@ -474,6 +474,10 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
     left = sum(1 for _ in stream.linears()) - len(plan)
     if left:
         progress.note(f"{left} Linears stay as they are")
+    coded = {stream.weights.tensors[f"{name}.weight"] for name, _ in stream.linears() if name not in plan}
+    if kinds := sorted({info.stored_as for info in coded if info.bits}):
+        kind = str(stream.source.dtype).removeprefix("torch.")
+        progress.warn(f"Linears that are {', '.join(kinds)} in {stream.source.label}, and not quantized, become {kind}")
     if stream.uncalled:
         progress.note(
             f"{len(stream.uncalled)} Linears stay as they are, for no forward calls them as such: "

@@ -124,13 +124,17 @@ def test_transformers_writes_on_as_our_reader_does(
 
 @pytest.mark.parametrize("family", ["gpt2", *EXPERTS])
 def test_a_quantized_folder_is_a_source_again(
-    family: str, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
+    family: str, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, recorder: Recorder
 ) -> None:
     """Conv1D keeps its weight the other way round than codes; experts lie apart."""
     quantkit.gptq(make_model(family), tmp_path / "one", calibration=tiny_tokens, bits=8, **OPTIONS)
     with pytest.raises(UsageError, match=r"one is quantized already \(8-bit codes\).*requantize=True"):
         quantkit.gptq(tmp_path / "one", tmp_path / "two", calibration=tiny_tokens, bits=8, **OPTIONS)
     quantkit.gptq(tmp_path / "one", tmp_path / "two", calibration=tiny_tokens, bits=8, **OPTIONS, requantize=True)
+    part = {"include": ["*.0.*"], "requantize": True, "dry_run": True, "progress": recorder}
+    quantkit.gptq(tmp_path / "one", tmp_path / "part", calibration=tiny_tokens, bits=8, **OPTIONS, **part)
+    said = [text for text in recorder.warnings if "and not quantized" in text]
+    assert said == ["Linears that are GPTQ8 in one, and not quantized, become float16"]
     logits = [streamed_logits(open_stream(path), [IDS])[0] for path in (make_model(family), tmp_path / "two")]
     assert float((logits[0] - logits[1]).abs().mean()) < 0.05 * float(logits[0].std())
 

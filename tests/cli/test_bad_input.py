@@ -932,6 +932,7 @@ def test_names_that_no_file_can_have(desk: Desk) -> None:
         ["generate", model, "--prompts", long, "--out", desk.out],
         ["card", model, "--report", long],
         ["release", long],
+        ["convert", model, "--out", ""],
     ):
         desk.refused(lambda given=arguments: desk.run(*given), 2, "no file can have this name")
     for arguments in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -54,6 +55,8 @@ def test_no_output_holds_what_a_link_leads_to(folder: Path, tmp_path: Path, reco
     (out / "notes.txt").symlink_to(tmp_path / "secret")
     problems = quantkit.verify(out, generate=False).problems
     assert [text.partition(" is a link to outside the folder")[0] for text in problems] == ["notes", "notes.txt"]
+    (out / "SHA256SUMS").symlink_to(tmp_path / "secret")
+    assert not any(SECRET.split()[-1] in text for text in quantkit.verify(out, generate=False).problems)
 
 
 @pytest.mark.usefixtures("hub_client")
@@ -93,11 +96,16 @@ def test_a_links_content_is_what_its_name_says(secret: Path, tmp_path: Path) -> 
     (tmp_path / "other.json").write_text('{"auths": {"registry": "token"}}')
     names = ("model.safetensors", "model.gguf", "pytorch_model.bin", "tokenizer.model", "vocab.txt", "a.tiktoken")
     objects = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "model.safetensors.index.json")
+    objects += ("tekken.json",)
     targets = dict.fromkeys((*names, *objects), secret), dict.fromkeys(objects, tmp_path / "other.json")
     for name, target in (pair for linked in targets for pair in linked.items()):
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(target)
         assert is_foreign(folder / name, folder), name
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": {"pattern": "."}, "vocab": [{"rank": 0}]}))
+    (folder / "tekken.json").unlink()
+    (folder / "tekken.json").symlink_to(tmp_path / "tekken.json")
+    assert not is_foreign(folder / "tekken.json", folder)
     (tmp_path / "real.gguf").write_bytes(b"GGUF\3\0\0\0")
     (folder / "model.gguf").unlink()
     (folder / "model.gguf").symlink_to(tmp_path / "real.gguf")

@@ -80,6 +80,20 @@ def test_a_file_of_the_users_that_has_the_name_of_a_new_one_is_kept_beside(tmp_p
     assert any("model.old" in text for text in recorder.warnings)
 
 
+def test_a_file_on_the_way_that_was_spoilt_is_made_anew(tmp_path: Path, recorder: Recorder) -> None:
+    hidden = tmp_path / ".release" / "files"
+
+    def once(text: str) -> str:
+        with locked(tmp_path):
+            (outcome,) = run_steps(steps(hidden, text)[:1], Ledger(tmp_path), recorder)
+        return outcome.status
+
+    assert [once("one"), once("two")] == ["done", "done"]
+    (hidden / "variant" / "model").write_text("spoilt")
+    assert [once("two"), once("two")] == ["done", "unchanged"]
+    assert held(hidden / "variant") == {"model": "two", "quantkit.json": "{}", "model.old": "spoilt"}
+
+
 def test_the_old_one_stands_until_the_new_one_is_whole(tmp_path: Path, recorder: Recorder) -> None:
     run(tmp_path, "one", recorder)
     before = held(tmp_path / "variant")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import MakeModel, Recorder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.ggjt_models import LLAMA, tiny
@@ -683,6 +683,20 @@ def test_a_head_that_a_tied_config_passes_over(make_model: MakeModel, tmp_path: 
     folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
     edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
     only(problems(folder), "config.json says tie_word_embeddings, but lm_head.weight is stored")
+
+
+def test_outputs_of_such_a_model_say_that_it_is_not_tied(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, recorder: Recorder
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    quantkit.convert(folder, tmp_path / "out", progress=recorder)
+    quantkit.gptq(folder, tmp_path / "gptq", calibration=tiny_tokens, group_size=32, evaluate=False, progress=recorder)
+    said = "lm_head.weight is stored and is not the input's embedding: it is taken as it is"
+    assert sum(said in text for text in recorder.warnings) == 2
+    for made in ("out", "gptq"):
+        assert not problems(tmp_path / made)
+        assert json.loads((tmp_path / made / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("cut", ["config.json", "tokenizer_config.json", "quantkit.json", "generation_config.json"])

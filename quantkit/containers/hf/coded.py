@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from quantkit.codes import Codes, Plan, QuantizedLinear
 from quantkit.containers import CONTAINERS, misfit
-from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype
+from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype, untied
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
 from quantkit.errors import NumericError, SourceError, UsageError
@@ -259,7 +259,7 @@ class CodedWriter:
         config = {k: v for k, v in self.source.config_dict().items() if k not in ("dtype", "torch_dtype")}
         # transformers 5 reads dtype, transformers 4 torch_dtype.
         if self._weights.untied:
-            config["tie_word_embeddings"] = False
+            config = untied(config)
         write_json(self.folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype} | self.config())
         self.source.copy_companions(self.folder)
         reader = self.opens(self.folder, trust_remote_code=self.source.trusts_code)

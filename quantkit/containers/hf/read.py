@@ -342,6 +342,15 @@ def publishable_config(config: dict[str, Any], read_by: type[PretrainedConfig]) 
     return widened if same else cleaned
 
 
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of a model whose output embedding is stored, whatever it said."""
+    inner = {key: untied(part) for key, part in config.items() if isinstance(part, dict) and _TIED in part}
+    return {**config, **inner, _TIED: False}
+
+
+_TIED = "tie_word_embeddings"
+
+
 def _rope(read_by: type[PretrainedConfig], config: dict[str, Any]) -> Any:
     """What a class makes of a config's rotary parameters."""
     with warnings.catch_warnings():  # of keys that it calls old

@@ -14,6 +14,7 @@ from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
 from quantkit.runs.atomic import REPORT_NAME, file_sha256
+from quantkit.runs.keeping import is_kept
 from quantkit.runs.records import read_record
 from quantkit.sources import open_source
 from quantkit.verbs.verify.programs import Facts, Load, programs
@@ -84,7 +85,7 @@ def models_in(folder: Path, branch: str, trust: bool = False) -> list[ModelFacts
     found = [open_source(folder, trust_remote_code=trust)] if (folder / "config.json").is_file() else []
     files: dict[str, Path] = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
-        if of_file(path) and not is_imatrix(path):
+        if not is_kept(path.name) and of_file(path) and not is_imatrix(path):
             files.setdefault(model_stem(path), path)
     found += [open_source(path) for path in files.values()]
     if not found:

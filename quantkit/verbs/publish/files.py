@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from quantkit.errors import UsageError
+from quantkit.runs.keeping import is_kept
 from quantkit.runs.links import is_foreign
 
 State = Literal["new", "changed", "same", "kept", "deleted"]
@@ -78,7 +79,7 @@ def local_files(folder: Path, patterns: Sequence[str] = ()) -> dict[str, LocalFi
     named = {
         name: path
         for name, path in named.items()
-        if is_result(name) or not any(fnmatch.fnmatch(part, pattern) for part in name.split("/") for pattern in _LITTER)
+        if is_result(name) or not any(_is_litter(part) for part in name.split("/"))
     }
     for pattern in patterns:
         if not fnmatch.filter(named, pattern):
@@ -88,6 +89,10 @@ def local_files(folder: Path, patterns: Sequence[str] = ()) -> dict[str, LocalFi
     if not named:
         raise UsageError(f"{folder}: holds nothing to publish")
     return {name: LocalFile(path, path.stat().st_size) for name, path in named.items()}
+
+
+def _is_litter(name: str) -> bool:
+    return is_kept(name) or any(fnmatch.fnmatch(name, pattern) for pattern in _LITTER)
 
 
 def changes_between(local: Mapping[str, LocalFile], remote: Mapping[str, RemoteFile], delete: bool) -> list[Change]:

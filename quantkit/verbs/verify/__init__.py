@@ -27,6 +27,7 @@ from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress, counted
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json
+from quantkit.runs.keeping import is_kept
 from quantkit.runs.records import read_record
 from quantkit.sources import check_adapter, open_source
 from quantkit.verbs import verb
@@ -332,7 +333,7 @@ def _model_files(folder: Path) -> list[Path]:
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and (of_file(path) or _named_like(path)):
-            if is_imatrix(path):
+            if is_imatrix(path) or is_kept(path.name):
                 continue
             found.setdefault(model_stem(path) + path.suffix, path)
     return list(found.values())

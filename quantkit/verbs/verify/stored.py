@@ -19,6 +19,7 @@ from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.late import torch
 from quantkit.progress import Progress, counted
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json, read_text
+from quantkit.runs.links import is_foreign
 from quantkit.runs.record import CHECKSUMS
 from quantkit.verbs.verify.findings import Findings, listed
 
@@ -220,7 +221,7 @@ def _recorded(folder: Path, found: Findings) -> dict[str, dict[str, str]]:
             files = read_json(folder / REPORT_NAME).get("files")
             for name, checksum in (files if isinstance(files, dict) else {}).items():
                 sums.setdefault(name, {})[REPORT_NAME] = str(checksum)
-    if (folder / CHECKSUMS).is_file():
+    if (folder / CHECKSUMS).is_file() and not is_foreign(folder / CHECKSUMS, folder):  # what it says is quoted
         with found.guard(CHECKSUMS):
             for line in read_text(folder / CHECKSUMS).splitlines():
                 checksum, _, name = line.partition(" ")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -32,6 +33,21 @@ class ExpertNames:
     down: str = "down_proj"
 
 
+ROUTED: ContextVar[torch.Tensor | None] = ContextVar("ROUTED", default=None)
+"""While an expert runs: the numbers of its tokens in the batch, int64 [n], ascending. Paused forwards each have their
+own, as a greenlet has its own context."""
+
+
+@contextmanager
+def routed(tokens: torch.Tensor) -> Iterator[None]:
+    """While inside, `ROUTED` are these; a forward may be ended there."""
+    ROUTED.set(tokens)
+    try:
+        yield
+    finally:
+        ROUTED.set(None)
+
+
 def linear_names(module: nn.Module) -> list[str]:
     """Names of all Linears inside `module`, in the order in which they were made."""
     return [name for name, child in module.named_modules() if isinstance(child, nn.Linear) or is_turned(child)]
@@ -41,6 +57,11 @@ def weight_of(linear: nn.Module) -> torch.Tensor:
     """Its weight as [out, in]: a view, so that writing to it changes the module."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
+    return as_rows(linear, weight)
+
+
+def as_rows(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of the Linear's weight as [out, in]: a view."""
     return weight.T if is_turned(linear) else weight
 
 

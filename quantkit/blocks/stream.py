@@ -16,10 +16,21 @@ from functools import cached_property, partial
 from typing import Any
 
 from quantkit.blocks.budget import Budget, free_budget
-from quantkit.blocks.families import FAMILIES, Family, Stages, discover_blocks, discover_stages, never_called, shape_of
+from quantkit.blocks.families import (
+    FAMILIES,
+    Family,
+    Stages,
+    as_rows,
+    discover_blocks,
+    discover_stages,
+    never_called,
+    shape_of,
+    weight_of,
+)
 from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, put_together, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
+from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError, UsageError, first_line
 from quantkit.late import nn, torch, transformers
@@ -118,15 +129,14 @@ class ModelStream:
     def longest(self) -> int | None:
         """How many tokens a window may have, of a model that looks its positions up; None of one that computes them."""
         embedding = self._model.get_input_embeddings()
+        text = self._models_around(self.family.blocks)[0]  # a picture's patches have positions of their own
         tables = [
             module.weight.shape[0] - int(getattr(module, "offset", 0)) - (-1 if padding is None else padding) - 1
-            for name, module in self._model.named_modules()
+            for name, module in text.named_modules()
             if isinstance(module, nn.Embedding) and module is not embedding and _POSITIONS.search(name)
             for padding in [module.padding_idx]
         ]
-        tables += [
-            len(table) for name, table in self._model.named_buffers() if _POSITIONS.search(name) and table.ndim > 1
-        ]
+        tables += [len(table) for name, table in text.named_buffers() if _POSITIONS.search(name) and table.ndim > 1]
         return min(tables, default=None)
 
     def check_length(self, tokens: int) -> None:
@@ -213,6 +223,17 @@ class ModelStream:
             yield block
         finally:
             block.to("meta")
+
+    def stored_weight(self, index: int, block: nn.Module, name: str) -> torch.Tensor:
+        """The weight [out, in] of a Linear of a loaded block as the source has it, on the device.
+
+        Read again where the block has it rounded to the stream's dtype.
+        """
+        linear, published = block.get_submodule(name), f"{self.published(index, name)}.weight"
+        own = STORED_DTYPES.get(self.weights.tensors[published].stored_as)
+        if self.dtype in (torch.float32, own):
+            return weight_of(linear)
+        return as_rows(linear, self.weights.read(published).to(self.device))
 
     def call(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run a loaded block on the hidden states [batch, seq, hidden] of batch number `batch`; same shape out."""

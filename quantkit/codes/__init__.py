@@ -83,15 +83,16 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class GgmlGrid:
-    """The grid of a weight [out, in]: ``d * q - dmin`` in a block of 32, ``d * sc * q - dmin * m`` in a super-block.
+    """The grid of a weight [out, in]: ``d * q - dmin`` in a block, ``d * sc * q - dmin * m`` in a super-block.
 
-    Types without a minimum: ``d * (q - 2**(bits - 1))`` and ``d * sc * (q - 2**(bits - 1))``.
+    Types without a minimum: ``d * (q - 2**(bits - 1))`` and ``d * sc * (q - 2**(bits - 1))``; those of a table:
+    ``d * levels[q]`` and ``d * sc * levels[q]``.
 
     Attributes:
         type: a key of `codes.block_types.BLOCK_TYPES`.
         d: float16 [out, in / block].
         dmin: as d; None for types without a minimum.
-        sc: int16 [out, in / sub_block]; None for blocks of 32.
+        sc: int16 [out, in / sub_block]; None without super-blocks.
         m: as sc; None where dmin or sc is.
     """
 
@@ -116,10 +117,16 @@ class GgmlGrid:
         """int32 [in]: which columns share a scale."""
         return contiguous_groups(self.d.shape[1] * self.kind.columns, self.kind.group)
 
+    @property
+    def levels(self) -> torch.Tensor | None:
+        """float32 [2**bits], ascending: what codes count for; None for themselves."""
+        return torch.tensor(self.kind.levels, dtype=torch.float32) if self.kind.levels else None
+
     def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, minimum), float32 [out, groups] each: a code q stands for ``scale * q - minimum``."""
+        """(scale, minimum), float32 [out, groups] each: a code q stands for ``scale * q - minimum``, or of a table for
+        ``scale * levels[q] - minimum``."""
         scale = self._units(self.d, self.sc)
-        minimum = scale * 2 ** (self.kind.bits - 1) if self.dmin is None else self._units(self.dmin, self.m)
+        minimum = scale * self.kind.zero if self.dmin is None else self._units(self.dmin, self.m)
         return scale, minimum
 
     def linear(self, codes: torch.Tensor) -> GgmlLinear:
@@ -154,7 +161,9 @@ class GgmlLinear:
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight these codes stand for, [out, in]. Computed in float32 as ggml does, then cast to `dtype`."""
         scale, minimum = (part.repeat_interleave(self.grid.kind.group, dim=1) for part in self.grid.steps())
-        values = self.codes.float() * scale - minimum
+        levels = self.grid.levels
+        steps = self.codes.float() if levels is None else levels.to(self.codes.device)[self.codes.int()]
+        values = steps * scale - minimum
         return values if dtype is None else values.to(dtype)
 
     def split(self, rows: list[int]) -> list[GgmlLinear]:

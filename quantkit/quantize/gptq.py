@@ -22,7 +22,7 @@ from quantkit.quantize.kernels import beside, column_loop
 from quantkit.quantize.methods import Need, Solved, fit
 from quantkit.quantize.rounding import rounded
 
-needs: tuple[Need, ...] = ()
+needs: tuple[Need, ...] = ("weight",)
 gathers = HessianAccumulator  # sums for H float32 [in, in]
 _BLOCK = 128  # columns; those behind a block get its errors in one matrix product
 
@@ -94,11 +94,12 @@ def quantize(W: torch.Tensor, H: torch.Tensor, factor: InverseFactor, spec: Quan
             group = grid.group.to(W.device).long()
             dynamic.append(grid)
         scale, minimum = (part.T.contiguous() for part in grid.steps())  # [groups, out]
+        levels = None if grid.levels is None else grid.levels.to(W.device)
         for start in range(first, last, _BLOCK):
             stop = min(start + _BLOCK, last)
             own = group[start - first : stop - first]
             block = Wt[start:stop], U[start:stop, start:stop], scale[own], minimum[own]
-            Err = quantize_columns(*block, 2**spec.bits - 1, codes[start:stop])
+            Err = quantize_columns(*block, 2**spec.bits - 1, codes[start:stop], levels)
             if stop < columns:
                 Wt[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
             squares += Err.square().sum(dim=0)

@@ -33,6 +33,7 @@ class GptqGrid:
     zeros: torch.Tensor
     group: torch.Tensor
     bits: int
+    levels: None = None
 
     def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, minimum), float32 [out, groups] each: a code q stands for ``scale * q - minimum``."""

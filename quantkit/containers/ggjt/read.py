@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
+from quantkit.codes.kinds import Kind
 from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.file import GgufFile, StoredTensor, bytes_of
 from quantkit.containers.gguf.read import GgmlSource, InFile
@@ -23,8 +24,6 @@ from quantkit.late import torch, transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-Kind = gguf.GGMLQuantizationType
 
 MAGIC = b"tjgg"  # numbers are little-endian, the first one too
 VERSION = 3

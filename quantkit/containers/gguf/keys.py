@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 
+from quantkit.codes.kinds import FileType
 from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.config import longrope_attention
 from quantkit.containers.gguf.vocabulary import vocabulary
@@ -49,7 +50,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 def file_keys(
     source: Source,
-    file_type: gguf.LlamaFileType,
+    file_type: FileType,
     *,
     name: str | None = None,
     pre: str | None = None,

@@ -129,18 +129,22 @@ def _problems(root: Path, options: Publish, progress: Progress) -> list[str]:
 
 
 def branch_of(folder: Path) -> str:
-    """The name of a GPTQ variant's branch, as repositories of 2023 had them.
+    """The name of a variant's branch, as repositories of 2023 had them.
 
     Raises:
-        UsageError: no GPTQ folder.
+        UsageError: no folder of codes.
     """
     from quantkit.containers.hf.read import quantization_of
+    from quantkit.sources import open_source
 
     found = quantization_of(folder) if (folder / "config.json").is_file() else {}
     container = of_folder(found)
     if container is None or container.recipe != "checkpoint":
-        raise UsageError("--branch auto names branches after GPTQ settings, and this is no GPTQ folder: name one")
-    return branch_name(found.get("bits"), found.get("group_size"), bool(found.get("desc_act")), container.name)
+        raise UsageError(
+            "--branch auto names branches after bits and groups; this is no GPTQ folder or other one of codes: name it"
+        )
+    said = found if "bits" in found else open_source(folder).settings
+    return branch_name(said.get("bits"), said.get("group_size"), bool(said.get("desc_act")), container.name)
 
 
 def branch_name(bits: object, group_size: object, desc_act: bool, kind: str) -> str:

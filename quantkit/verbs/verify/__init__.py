@@ -22,6 +22,7 @@ from quantkit.containers.hf.read import (
 )
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
+from quantkit.errors import UsageError
 from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
@@ -131,7 +132,10 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     if options.device not in ("auto", "cpu"):  # which every machine has
         resolve_device(options.device)
     run = _Run(options.generate, options.device, options.trust_remote_code, progress)
-    return run.report(absolute(options.path))
+    place = absolute(options.path)
+    if not place.is_file() and not place.is_dir():
+        raise UsageError(f"{options.path}: is neither file nor folder, so it is not opened")
+    return run.report(place)
 
 
 def glance(place: Path, trust_remote_code: bool, progress: Progress) -> VerifyReport:

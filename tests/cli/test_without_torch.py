@@ -198,7 +198,7 @@ NO_MODELS = {
     "nowhere/at/all": (2, "nowhere/at/all: no such file or folder, and not a Hub id"),
     "full": (1, "full: no model here (it has no config.json)"),
     "file": (1, "file: neither a GGUF file nor a folder nor a ggjt file"),
-    "awq": (1, "awq: quantized with 'awq'"),
+    "other-codes": (1, "other-codes: quantized with 'aqlm'"),
     "cut.gguf": (1, "cut.gguf: broken or cut short GGUF file"),
 }
 OTHERS = {
@@ -228,18 +228,18 @@ OTHERS = {
     "card full": "full: no model here, so there is nothing to write a card of",
     "publish codes me/x --only *.nothing": "--only *.nothing: no file of PLACE/codes matches",
     "publish codes me/x --branch a..b": "--branch a..b: not a name for a branch",
-    "publish plain me/x --branch auto": "--branch auto names branches after GPTQ settings",
+    "publish plain me/x --branch auto": "--branch auto names branches after bits and groups",
     "release model.yaml": "model.yaml: ./nowhere: no such file or folder",
     "release data.yaml": "data.yaml: no such data: 'nosuch'",
     "release text.yaml": "text.yaml: no such data: 'nosuch'",
-    "release kind.yaml": "kind.yaml: variants: 0: choose gptq, gguf, ggjt",
+    "release kind.yaml": "kind.yaml: variants: 0: choose gptq, ",
     "release keys.yaml": "keys.yaml: variants: 0: gptq: bitts: no such key; did you mean bits?",
 }
 RECIPES = {
     "model": "source: {model: ./nowhere}\nvariants: [{kind: gptq}]",
     "data": "calibration: {data: nosuch}\nvariants: [{kind: gptq}]",
     "text": "evaluation: {texts: [nosuch]}\nvariants: [{kind: gptq}]",
-    "kind": "variants: [{kind: awq}]",
+    "kind": "variants: [{kind: exl3}]",
     "keys": "variants: [{kind: gptq, bitts: 4}]",
 }
 
@@ -251,9 +251,11 @@ def desk(places: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("plain", "codes"):
         (folder / name).symlink_to(places / name)
     shutil.copytree(places / "plain", folder / "other")
-    shutil.copytree(places / "plain", folder / "awq")
+    shutil.copytree(places / "plain", folder / "other-codes")
     config = json.loads((places / "plain" / "config.json").read_text())
-    (folder / "awq" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    (folder / "other-codes" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "aqlm"}})
+    )
     (folder / "cut.gguf").write_bytes((places / "tiny.gguf").read_bytes()[:-100])
     (folder / "full").mkdir()
     (folder / "full" / "x").write_text("x")

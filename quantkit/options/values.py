@@ -202,6 +202,18 @@ _NO_NAME = "no file can have this name"
 Name = Annotated[str | Path, _must(_can_be, _NO_NAME)]
 """What a model is opened by: folder, file or Hub id."""
 Place = Annotated[Path | str, _must(_can_be, _NO_NAME)]
+
+
+def _part(given: str | float) -> str | float:
+    """ "auto", or a number from 0 to 1."""
+    try:
+        if given == "auto" or 0 <= (part := float(given)) <= 1:
+            return given if given == "auto" else part
+    except ValueError:
+        pass
+    raise ValueError("give a number from 0 to 1, or auto")
+
+
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
 Interval = Annotated[str, _parsed(parse_every)]
@@ -210,10 +222,12 @@ TokenCount = Annotated[
     _must(lambda number: re.fullmatch(r"all|0*[1-9]\d*", str(number)), "give a number of tokens such as 8192, or all"),
 ]
 Natural = Annotated[int, Field(ge=1)]
+Part = Annotated[str | float, AfterValidator(_part)]
+"""From 0 to 1, or "auto"."""
 Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]
 Bits = Annotated[int, _must(lambda bits: 2 <= bits <= 8, "give 2, 3, 4 or 8")]
-"""Checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6."""
+"""GPTQ checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6, compressed-tensors all."""
 GroupSize = Annotated[
     int,
     _must(

@@ -22,7 +22,7 @@ from quantkit.quantize.kernels import beside, column_loop
 from quantkit.quantize.methods import Need, Solved, fit
 from quantkit.quantize.rounding import rounded
 
-needs: tuple[Need, ...] = ()
+needs: tuple[Need, ...] = ("weight",)
 gathers = HessianAccumulator  # sums for H float32 [in, in]
 _BLOCK = 128  # columns; those behind a block get its errors in one matrix product
 

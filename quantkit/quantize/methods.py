@@ -21,7 +21,7 @@ from quantkit.quantize.gptq_grid import fit_grid
 Fallback = Literal["", "eigenvalues", "rounding"]
 Need = Literal["original", "weight"]
 """Beside a stage's input x [..., in] as the quantized blocks before it give it: "original", what unquantized ones give,
-of x's shape and dtype; "weight", what each token counts, float32 [...]."""
+of x's shape and dtype; "weight", what each token counts, float32 [...], or None where all count the same."""
 
 
 class Grid(Protocol):

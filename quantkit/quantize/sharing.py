@@ -117,7 +117,7 @@ class Gathering:
         self._tokens = 0
         self._lock = threading.Lock()
 
-    def add(self, batch: int, *inputs: torch.Tensor) -> None:
+    def add(self, batch: int, *inputs: torch.Tensor | None) -> None:
         """Give the inputs of this rank's batch number `batch` to `Sums.add`."""
         lane, batches = next(found for found in self._lanes.items() if batch in found[1])
         if batch == batches.start:

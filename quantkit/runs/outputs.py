@@ -262,7 +262,7 @@ class Staging:
         except OSError as error:
             raise self.failed(error) from error
         if told := self.waiting:
-            if not (force or (resume and self.landed)):
+            if not (force or (resume and self.holds)):
                 raise UsageError(f"--out {self.out}: {told}")
         elif not force and any((self.folder / BLOCKS).glob("*")) and not self.landed:
             if (self.folder / "run.json").exists():
@@ -281,7 +281,7 @@ class Staging:
         if "kept" in last and self.staged.exists():
             older = ", and what was there before is there" if os.path.lexists(self.place) else ""
             return f"{last['kept']}{older}; the finished output is kept as {self.staged}: move it, or --force drops it"
-        if self.landed:
+        if self.holds:
             return (
                 f"a run of {self.journal.records[0]['run']} into it was not finished; --resume goes on with it "
                 f"({self.progress}), --force starts anew"
@@ -296,10 +296,16 @@ class Staging:
         return sum("block" in record or "answer" in record for record in self.journal.records)
 
     @property
+    def holds(self) -> bool:
+        """Whether anything waits for --resume: blocks, answers, or token weights before any block has landed."""
+        return bool(self.landed) or self.journal.last("weights") is not None
+
+    @property
     def progress(self) -> str:
         """How far an unfinished run came."""
         total = self.journal.records[0].get("blocks")
-        return f"{self.landed} answers" if total is None else f"{self.landed} of {total} blocks"
+        weights = "" if self.landed or total is None else "token weights, "
+        return f"{self.landed} answers" if total is None else f"{weights}{self.landed} of {total} blocks"
 
     def failed(self, error: OSError, left: str = "nothing was left there") -> OutputError:
         """What to raise where the disk failed."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from quantkit.runs.atomic import REPORT_NAME
 
-BLOCKS, HIDDEN = "blocks", "hidden"
+BLOCKS, HIDDEN, WEIGHTS = "blocks", "hidden", "weights"
 MARK = b"made by quantkit"
-OURS = frozenset({"lock", "journal", "journal.new", "staged", "replaced", BLOCKS, HIDDEN})
+OURS = frozenset({"lock", "journal", "journal.new", "staged", "replaced", BLOCKS, HIDDEN, WEIGHTS})
 OLDER = frozenset({"run.json", ".run.json.partial"})
 """What versions before the journal had in that folder."""
 

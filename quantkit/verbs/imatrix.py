@@ -10,7 +10,7 @@ from pathlib import Path
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.memory import plan_watching
 from quantkit.blocks.open import named, note_source, open_stream
-from quantkit.blocks.stages import run_watched
+from quantkit.blocks.stages import Reading, run_watched
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
@@ -199,8 +199,8 @@ def _watch(stream: ModelStream, index: int, block: nn.Module, stages: Stages, hi
     def forward(batch: int) -> torch.Tensor:
         return stream.call(index, block, batch, hidden[batch])
 
-    def observe(stage: int, _: int, x: torch.Tensor) -> None:
-        squares[stage].add(x)
+    def observe(stage: int, _: int, read: Reading) -> None:
+        squares[stage].add(read.x)
 
     run_watched(block, stages, forward, len(hidden), observe, hidden.__setitem__)
     return squares

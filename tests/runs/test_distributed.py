@@ -138,7 +138,12 @@ def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "more", [["--ggml", "q5_0", "--pre", "gpt-2"], ["--act-order", "dynamic", "--bits", "8", "--asym"]]
+    "more",
+    [
+        ["--token-weights", "--correct", "auto"],
+        ["--ggml", "q5_0", "--pre", "gpt-2"],
+        ["--act-order", "dynamic", "--bits", "8", "--asym"],
+    ],
 )
 def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[str]) -> None:
     arguments = quantize("--deterministic", "--no-eval", *more, model="dense")

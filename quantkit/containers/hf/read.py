@@ -198,17 +198,7 @@ def check_counts(content: Mapping[str, Any], place: Path, most: Mapping[str, int
 def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises SourceError."""
     if "gguf_file" not in options and not trust_remote_code:
-        # For some model types transformers makes up a vocabulary of a few tokens where there is none.
-        names = [path.name for path in folder.iterdir()]
-        if not has_tokenizer(folder):
-            raise SourceError(
-                f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made "
-                "from"
-            )
-        if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & set(names):
-            raise SourceError(
-                f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing"
-            )
+        check_vocabulary(folder)
     if "gguf_file" not in options:
         if (pipe := first_pipe(folder)) is not None:
             raise SourceError(f"{pipe}: is no file, so it is not opened; remove it, or download the folder again")
@@ -236,6 +226,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
         _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raises SourceError where the files of a tokenizer are missing.
+
+    For some model types transformers makes up a vocabulary of a few tokens where there is none.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not has_tokenizer(folder):
+        raise SourceError(
+            f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made from"
+        )
+    if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & names:
+        raise SourceError(f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing")
 
 
 def check_sizes(folder: Path) -> None:

@@ -18,7 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from quantkit.containers import CONTAINERS, is_imatrix
 from quantkit.errors import OutputError, UsageError
 from quantkit.options.verbs import Card
-from quantkit.progress import SILENT, Progress, significant, size
+from quantkit.progress import SILENT, Progress, number, per_cent, significant, size, spread
 from quantkit.report import Report
 from quantkit.runs import limits
 from quantkit.runs.atomic import absolute, file_sha256, read_text
@@ -252,7 +252,8 @@ def _provenance(model: ModelFacts) -> dict[str, Any]:
         ],
         "versions": {name: version for name, version in by.items() if version},
         "codes": model.keys.get("quantkit.weights"),
-        "commands": commands_of(model.record),
+        "weighed": {name: model.keys.get(f"quantize.imatrix.{name}") for name in ("file", "dataset", "chunks_count")},
+        "commands": commands_of(model.record, model.keys.get("quantize.imatrix.file")),
         "pair": tuple(pair[role]["model"] for role in ("base", "delta")) if pair else (),
         "before": source.get("precision"),
     }
@@ -309,7 +310,7 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(size=size, number=significant)
+    environment.filters.update(size=size, number=significant, decimals=number, spread=spread, per_cent=per_cent)
     environment.filters.update(cell=cell, code=code, fence=fence)
     try:
         with (

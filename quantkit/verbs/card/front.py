@@ -234,17 +234,22 @@ def _loss_results(loss: Loss) -> list[EvalResult]:
             metric_args=details,
         )
 
+    def spread(error: float | None) -> dict[str, float]:
+        return {} if error is None else {"stderr": error}
+
     against: dict[str, Any] = {"reference": loss.reference}
     rows = [result("perplexity", loss.perplexity, stderr=loss.stderr)]
     if loss.delta_ln_ppl is not None:
-        spread = {} if loss.delta_ln_ppl_stderr is None else {"stderr": loss.delta_ln_ppl_stderr}
-        rows.append(result("delta_ln_perplexity", loss.delta_ln_ppl, "change of log perplexity", **against, **spread))
+        error = spread(loss.delta_ln_ppl_stderr)
+        rows.append(result("delta_ln_perplexity", loss.delta_ln_ppl, "change of log perplexity", **against, **error))
     if loss.kl_divergence is not None:
         rest = {key: loss.kl_divergence[key] for key in _KL_ARGS if key in loss.kl_divergence}
         mean = loss.kl_divergence["mean"]
-        rows.append(result("kl_divergence", mean, "mean KL divergence in nats", **against, **rest))
+        error = spread(loss.kl_divergence_stderr)
+        rows.append(result("kl_divergence", mean, "mean KL divergence in nats", **against, **error, **rest))
     if loss.top1_agreement is not None:
-        rows.append(result("top1_agreement", loss.top1_agreement, "same most likely token", **against))
+        error = spread(loss.top1_agreement_stderr)
+        rows.append(result("top1_agreement", loss.top1_agreement, "same most likely token", **against, **error))
     return rows
 
 

@@ -28,6 +28,7 @@ from quantkit.errors import OutputError
 VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "gptq": lambda model, at: quantkit.gptq(model, at / "gptq", samples=4, seq_len=32, group_size=32, evaluate=False),
     "ggml": lambda model, at: quantkit.ggml(model, at / "tiny.gguf", type="q8_0", pre="gpt-2"),
+    "repack": lambda model, at: quantkit.repack(at / "gptq", at / "packed", to="compressed-tensors"),
     "convert": lambda model, at: quantkit.convert(model, at / "plain"),
     "merge": lambda model, at: quantkit.merge(model, model, at / "merged"),
     "diff": lambda model, at: quantkit.diff(model, model, at / "delta"),

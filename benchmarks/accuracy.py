@@ -4,12 +4,14 @@ Calibration: 64 windows of 512 tokens of an Alpaca sample. Judged on the first 3
 split in windows of 512, all checkpoints read by quantkit's own reader.
 
     python benchmarks/accuracy.py --gptqmodel-python .../bin/python --bits 4 3
+    python benchmarks/accuracy.py --ablate --samples 24 --eval-tokens 12288
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ from quantkit.evaluate.statistics import summarize
 from quantkit.options import QuantSpec
 from quantkit.sources import open_source
 
+# Rows of --ablate, by what quantkit is told beside the bits.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "+ token weights": {"token_weights": True},
+    "+ corrected target": {"correct": "auto"},
+    "+ both": {"token_weights": True, "correct": "auto"},
+}
+
 
 def main() -> None:
     parser = common.arguments(__doc__)
@@ -30,6 +39,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--eval-tokens", type=int, default=30720)
     parser.add_argument("--text", type=Path, default=common.DATA / "wiki.test.raw", help="text to judge on")
+    parser.add_argument("--ablate", action="store_true", help="rows with token weights and corrected targets too")
     args = parser.parse_args()
     quantkit.tune()
 
@@ -55,21 +65,20 @@ def _measure(args: argparse.Namespace, model: Path, bits: int) -> dict[str, Any]
     variants = {"fp16": model, "plain rounding": args.work / f"rtn-{bits}"}
     if not variants["plain rounding"].exists():
         common.write_rounded(model, variants["plain rounding"], spec)
-    variants["quantkit"] = args.work / f"quantkit-{bits}"
-    quantkit.gptq(
-        model,
-        variants["quantkit"],
-        bits=bits,
-        group_size=args.group_size,
-        calibration=tokens,
-        evaluate=False,
-        force=True,
-    )
+    seconds: dict[str, float] = {}
+    for label, options in {"quantkit": {}, **(ABLATIONS if args.ablate else {})}.items():
+        variants[label] = args.work / "-".join(["quantkit", str(bits), *options])
+        common_options = {"bits": bits, "group_size": args.group_size, "calibration": tokens, "dtype": "float32"}
+        started = time.process_time()
+        quantkit.gptq(model, variants[label], **common_options, **options, evaluate=False, force=True)
+        seconds[label] = time.process_time() - started
     if args.gptqmodel_python:
         variants["GPTQModel"] = args.work / f"gptqmodel-{bits}"
         if not variants["GPTQModel"].exists():
             common.run_gptqmodel(args.gptqmodel_python, model, tokens, variants["GPTQModel"], spec)
     rows = evaluate(variants, args.text, args.eval_tokens, args.seq_len)
+    for label, spent in seconds.items():
+        rows[label]["processor_seconds"] = spent
     _print(bits, rows)
     return rows
 

@@ -18,6 +18,7 @@ from support.hub_server import HubServer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from quantkit.blocks import arithmetic
 from quantkit.tokens import TokenMatrix
 
 VOCABULARY = 320
@@ -116,6 +117,12 @@ def random_model(family: str, *, tied: bool, dtype: torch.dtype, seed: int, **co
                 is_embedding = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
                 parameter.copy_((0.3 if is_embedding else 0.08) * noise)
     return model.to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs compute in float32, whatever the processor of the tests is faster in."""
+    monkeypatch.setattr(arithmetic, "bfloat16_pays", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import quantkit
 
 # From low to high; what stands in one line is one room. The last are the doors: names that other programs import.
 ROOMS = [
-    {"errors", "progress", "version", "options", "report", "bars"},
+    {"errors", "late", "progress", "version", "options", "report", "bars"},
     {"runs"},
     {"codes"},
     {"containers"},
@@ -96,3 +98,21 @@ def reached(start: str, graph: dict[str, set[str]]) -> set[str]:
             found.add(module)
             waiting += graph[module]
     return found
+
+
+# What derives from classes of torch, transformers or the harness, or is compiled, and is imported where it is used.
+HEAVY = {"blocks.experts", "quantize.kernels.columns", "verbs.eval.model", "verbs.generate.drawing"}
+
+
+def test_no_module_imports_torch_before_it_computes() -> None:
+    """Options, paths and headers are looked at without it (`quantkit.late`)."""
+    names = [f"quantkit.{name}".rstrip(".") for name in sorted(MODULES.keys() - HEAVY - {"__main__"})]
+    program = f"""
+import sys
+from importlib import import_module
+for name in {names}:
+    import_module(name)
+    assert not {{"torch", "transformers"}} & sys.modules.keys(), name
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -11,14 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from quantkit.errors import SourceError
+from quantkit.late import nn, torch
 
 Stages = tuple[tuple[str, ...], ...]
 
@@ -26,16 +24,52 @@ Stages = tuple[tuple[str, ...], ...]
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a checkpoint calls an expert's matrices; experts without a gate have the other two."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+ROUTED: ContextVar[torch.Tensor | None] = ContextVar("ROUTED", default=None)
+"""While an expert runs: the numbers of its tokens in the batch, int64 [n], ascending. Paused forwards each have their
+own, as a greenlet has its own context."""
+
+
+@contextmanager
+def routed(tokens: torch.Tensor) -> Iterator[None]:
+    """While inside, `ROUTED` are these; a forward may be ended there."""
+    ROUTED.set(tokens)
+    try:
+        yield
+    finally:
+        ROUTED.set(None)
+
+
 def linear_names(module: nn.Module) -> list[str]:
     """Names of all Linears inside `module`, in the order in which they were made."""
-    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]
+    return [name for name, child in module.named_modules() if isinstance(child, nn.Linear) or is_turned(child)]
 
 
 def weight_of(linear: nn.Module) -> torch.Tensor:
     """Its weight as [out, in]: a view, so that writing to it changes the module."""
     weight = linear.weight
     assert isinstance(weight, torch.Tensor)
-    return weight.T if isinstance(linear, Conv1D) else weight
+    return as_rows(linear, weight)
+
+
+def as_rows(linear: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of the Linear's weight as [out, in]: a view."""
+    return weight.T if is_turned(linear) else weight
+
+
+def is_turned(linear: nn.Module) -> bool:
+    """Whether it is a Conv1D, whose weight is [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(linear, Conv1D)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from quantkit.blocks.families import ExpertNames
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.weights import ExpertNames, bind, build_on_meta, put_together
+from quantkit.blocks.weights import bind, build_on_meta, put_together
 from quantkit.containers.hf.read import open_weights
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError
+from quantkit.late import torch
 from quantkit.progress import Progress
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 
-from torch import nn
-
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.stages import paused_bytes
@@ -20,6 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
 from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.errors import UsageError
+from quantkit.late import nn
 from quantkit.progress import Progress, size
 
 _BASE = 96 * 2**20  # tokenizer, threads, a writer's buffers
@@ -27,6 +26,8 @@ _STACKS = 5  # float32 copies of a stage's weights that are at hand while it is 
 _SQUARES = 5  # float32 [in, in]: a Hessian, its sum, its permuted copy, its factor, a library's working copy
 _CHUNK = 256  # positions whose logits are held at a time
 _LOGITS = 6  # of them: log-probabilities of two models, and what comes between
+_GRAPH = 6  # times the widest stage: what a block's forward keeps of a token for the way back
+SLICE = 16384  # rows of the vocabulary at a time for gradients, whatever the memory: labels depend on where slices end
 _LEAST_ROWS = 1024  # of a vocabulary in a slice: fewer are slow, and save nothing beside a block
 
 
@@ -40,6 +41,7 @@ class MemoryPlan:
         prefetch: a thread reads the next block while this one is worked.
         side_by_side: several batches run at a time, in as many workers as the pass asked for.
         head_rows: rows of the vocabulary that the head computes at a time; None: all.
+        kept: where the states that enter each block wait, of a pass that goes back through them.
         needed: estimate of what it takes at most, bytes, host and device together.
         budget: bytes that were to be kept to.
     """
@@ -49,6 +51,7 @@ class MemoryPlan:
     prefetch: bool = True
     side_by_side: bool = True
     head_rows: int | None = None
+    kept: HiddenPlace = "device"
     needed: int = 0
     budget: int = 0
 
@@ -62,6 +65,8 @@ class MemoryPlan:
         found = []
         if self.hidden != "device":
             found.append(f"hidden states wait {'on disk' if self.hidden == 'disk' else 'in host memory'}")
+        if self.kept != "device":
+            found.append(f"states for token weights wait {'on disk' if self.kept == 'disk' else 'in host memory'}")
         if not self.paused:
             found.append("each block's stages are replayed")
         if not self.prefetch:
@@ -128,18 +133,24 @@ def _ends(stream: ModelStream) -> tuple[int, int]:
 
 
 def plan_quantizing(
-    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1
+    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, beside: bool = False
 ) -> MemoryPlan:
-    """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError."""
+    """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError.
+
+    `beside`: the unquantized model runs in step, and two folds have two sums each.
+    """
     block = _largest_block(stream, quantized=True)
-    hidden = tokens * _ends(stream)[1]
-    batch = 2 * block.paused_token
+    paths = 2 if beside else 1
+    hidden = paths * tokens * _ends(stream)[1]
+    batch = 2 * paths * block.paused_token
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         abreast = workers if plan.side_by_side else 1
         sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
-        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square
-        device = block.weights + max(block.work, running) + (tokens * block.paused_token if plan.paused else 0)
+        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else 1)
+        work = block.work + (6 * block.square if beside else 0)
+        paused = paths * tokens * block.paused_token if plan.paused else 0
+        device = paths * block.weights + max(work, running) + paused
         host = _BASE + (block.stored if plan.prefetch else 0)
         waiting = 0 if plan.paused else hidden  # of paused forwards they are a part
         return device + (waiting if plan.hidden == "device" else 0), host + (waiting if plan.hidden == "host" else 0)
@@ -148,6 +159,32 @@ def plan_quantizing(
         MemoryPlan(place, paused, prefetch, abreast)
         for paused, place, prefetch, abreast in product((True, False), _places(stream), (True, False), (True, False))
         if not paused or place == "device"
+    ]
+    return _first_that_fits(ways, takes, budget)
+
+
+def plan_weighing(stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1) -> MemoryPlan:
+    """For the gradients of so many tokens, which keeps in half precision what enters each block. Raises UsageError."""
+    block = _largest_block(stream, quantized=False)
+    row = _ends(stream)[1]
+    hidden = tokens * row
+    kept = tokens * len(stream.blocks) * row * min(2, stream.dtype.itemsize) // stream.dtype.itemsize
+    graph = _GRAPH * _widest(stream)
+
+    def takes(plan: MemoryPlan) -> tuple[int, int]:
+        running = graph * min(tokens, (workers if plan.side_by_side else 1) * batch_tokens)
+        device = block.weights + max(running, _LOGITS * 4 * _CHUNK * SLICE + SLICE * row)
+        host = _BASE + (block.stored if plan.prefetch else 0)
+        for place, waiting in ((plan.hidden, 2 * hidden), (plan.kept, kept)):
+            device, host = device + waiting * (place == "device"), host + waiting * (place == "host")
+        return device, host
+
+    places = _places(stream)
+    ways = [
+        MemoryPlan(place, True, prefetch, abreast, kept=kept_at)
+        for kept_at, place in product(places, places)
+        if places.index(place) <= places.index(kept_at)
+        for prefetch, abreast in product((True, False), (True, False))
     ]
     return _first_that_fits(ways, takes, budget)
 

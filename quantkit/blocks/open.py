@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from quantkit.blocks.budget import Budget, free_budget
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import left_out
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
+from quantkit.late import dtype_of, torch
 from quantkit.options import ComputeDtype, EvaluationSpec, make, parse_size
 from quantkit.progress import Progress
 from quantkit.runs.record import delta_record
 from quantkit.sources import default_source, open_source
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def stream_of(
     if dtype == "float16" and place.type == "cpu":
         raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
     own = torch.float32 if place.type == "cpu" else source.dtype
-    stream = ModelStream(source, place, own if dtype == "auto" else DTYPES[dtype], untie)
+    stream = ModelStream(source, place, own if dtype == "auto" else dtype_of(dtype), untie)
     stream.memory = None if memory is None else memory_budget(place, memory)
     return stream
 

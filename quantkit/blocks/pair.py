@@ -11,19 +11,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from quantkit.blocks.weights import ExpertNames, bind, build_on_meta, left_out
+from quantkit.blocks.families import ExpertNames
+from quantkit.blocks.weights import bind, build_on_meta, left_out
 from quantkit.containers.hf.read import OF_TOKENIZERS, copy_companions, has_tokenizer
-from quantkit.containers.hf.shards import STORED_DTYPES
+from quantkit.containers.hf.shards import dtype_as_read
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.errors import SourceError
+from quantkit.late import dtype_of, torch
 from quantkit.options import Vocabulary
 from quantkit.runs.atomic import REPORT_NAME
 from quantkit.runs.record import delta_record
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Old checkpoints store these; every reader computes them from the config, and in 16 bits they would be wrong.
@@ -54,7 +56,7 @@ class PairSource(Source):
 
     def __init__(self, base: Source, other: Source, vocab: Vocabulary = "auto") -> None:
         self.base, self.other = base, other
-        self.path, self.config, self.dtype = other.path, other.config, other.dtype
+        self.path, self.model_type = other.path, other.model_type
         self.trusts_code = other.trusts_code
         self.label = re.sub(r"[-_](w?diff|delta)(?=[-_@]|$)", "", other.label)
         self.doubt: str | None = None
@@ -83,6 +85,14 @@ class PairSource(Source):
                 self.remarks.append(
                     f"{other.label} has no tokenizer, and {base.label} none for as many tokens: what is made has none"
                 )
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return self.other.config
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return self.other.dtype
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -201,7 +211,7 @@ class PairSource(Source):
 
     def _check_types(self, name: str, ours: TensorInfo, theirs: TensorInfo) -> None:
         for role, info in zip(self.roles, (ours, theirs), strict=True):
-            held = STORED_DTYPES.get(info.stored_as)
+            held = dtype_as_read(info.stored_as)
             integers = held is not None and not held.is_floating_point and ours.stored_as == theirs.stored_as
             if info.stored_as not in _FLOATS and not integers:
                 raise SourceError(
@@ -245,9 +255,12 @@ class DeltaSource(PairSource):
     def __init__(self, base: Source, delta: Source, vocab: Vocabulary = "auto") -> None:
         self.record = delta_record(delta)
         super().__init__(base, delta, vocab)
-        if self.record.get("tuned_dtype") in ("float16", "bfloat16"):
-            self.dtype = getattr(torch, self.record["tuned_dtype"])
         self.doubt = None if self.record else self._doubt()
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        noted = self.record.get("tuned_dtype")
+        return dtype_of(noted) if noted in ("float16", "bfloat16") else self.other.dtype
 
     def _choose(self, name: str) -> tuple[Vocabulary, str]:
         if self.record.get("vocab") in ("mean", "delta"):

@@ -10,27 +10,52 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
-import torch
 from greenlet import getcurrent, greenlet
-from torch import nn
 
 from quantkit.blocks.budget import large_apart, let_go
-from quantkit.blocks.families import hooked, shape_of
+from quantkit.blocks.families import ROUTED, hooked, shape_of
 from quantkit.blocks.workers import Workers
 from quantkit.errors import SourceError
+from quantkit.late import nn, torch
 
 _EXPERT = re.compile(r"\.\d+\.")
 
-Forward = Callable[[int], torch.Tensor]
+
+class Reading(NamedTuple):
+    """What a stage's Linears read of a batch: x [..., in]; an expert the tokens of these numbers, int64 [n].
+
+    `beside`: the same of a block that is run in step.
+    """
+
+    x: torch.Tensor
+    tokens: torch.Tensor | None = None
+    beside: Reading | None = None
+
+
+Forward = Callable[[int], "torch.Tensor"]
 """Runs the block on batch i and returns its output; workers call it side by side."""
-OnInput = Callable[[int, int, torch.Tensor], None]
-"""Receives the stage's index, the batch's, and the tensor [..., in] that the stage's Linears read; as `Forward`."""
+OnInput = Callable[[int, int, Reading], None]
+"""Receives the stage's index, the batch's, and what the stage's Linears read; as `Forward`."""
 OnStage = Callable[[int], None]
 """Called when every batch has reached the stage: quantize its Linears now."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A block with the same stages that is run in step, as the unquantized one beside the one that is quantized.
+
+    `on_output` is called as the other's.
+    """
+
+    block: nn.Module
+    forward: Forward
+    on_output: Callable[[int, torch.Tensor], None]
 
 
 class _Stop(Exception):
@@ -46,53 +71,58 @@ def run_paused(
     on_stage: OnStage,
     on_output: Callable[[int, torch.Tensor], None],
     workers: Workers | None = None,
+    beside: Beside | None = None,
 ) -> None:
     """Run the block once on every batch, pausing all of them before each stage.
 
     Args:
         workers: run `forward` and `on_input` side by side; else one batch is run after another. The other callbacks
             are called while they do not.
+        beside: a block that is paused at the same stages.
 
     Raises:
         SourceError: a batch's forward did not reach a stage, or reached them in another order.
     """
     workers = workers or Workers([range(batches)])
-    paused: dict[int, greenlet] = {}
+    paused: dict[tuple[Forward, int], greenlet] = {}
 
-    def go_on(stage: int | None, i: int) -> torch.Tensor:
+    def go_on(forward: Forward, stage: int | None, i: int) -> Any:
         """Run batch i up to a stage, whose input it returns, or to the end; a greenlet stays in its thread."""
-        if i not in paused:
-            paused[i] = greenlet(lambda: (None, forward(i)))
-        at, x = paused[i].switch()
+        if (forward, i) not in paused:
+            paused[forward, i] = greenlet(lambda: (None, forward(i)))
+        at, found = paused[forward, i].switch()
         if at != stage:
             raise _out_of_order(stages, at if stage is None else stage)
-        result: torch.Tensor = x
-        return result
+        return found
 
     def reach(stage: int, i: int) -> None:
-        on_input(stage, i, go_on(stage, i))
+        read = go_on(forward, stage, i)
+        on_input(stage, i, read if beside is None else read._replace(beside=go_on(beside.forward, stage, i)))
 
     def drop(i: int) -> None:
-        """Let batch i's forward go, which ends it if it waits; also in the thread that made it."""
-        paused.pop(i, None)
+        """Let batch i's forwards go, which ends those that wait; also in the thread that made them."""
+        for run in (forward, *([beside.forward] if beside else ())):
+            paused.pop((run, i), None)
 
     def arrive(stage: int, x: torch.Tensor) -> None:
         here = getcurrent()
         if stage > getattr(here, "reached", -1):
             here.reached, back = stage, here.parent
             del here  # a forward that holds itself would not end when it is let go
-            back.switch((stage, x))
+            back.switch((stage, Reading(x, ROUTED.get())))
 
     widest = max(range(len(stages)), key=lambda stage: _width(block, stages[stage]), default=None)
     try:
-        with large_apart(), _watch(block, stages, arrive):
+        with large_apart(), _watch_all(block, beside, stages, arrive):
             for stage in range(len(stages)):
                 workers.map(partial(reach, stage))
                 if stage == widest:  # of what batches freed until here, little is of use from here on
                     let_go()
                 on_stage(stage)
-            for i, output in enumerate(workers.map(partial(go_on, None))):
+            for i, output in enumerate(workers.map(partial(go_on, forward, None))):
                 on_output(i, output)
+            for i, output in enumerate(workers.map(partial(go_on, beside.forward, None)) if beside else ()):
+                beside.on_output(i, output)  # type: ignore[union-attr]
     finally:
         workers.map(drop)
 
@@ -106,6 +136,7 @@ def run_replayed(
     on_stage: OnStage,
     on_output: Callable[[int, torch.Tensor], None],
     workers: Workers | None = None,
+    beside: Beside | None = None,
 ) -> None:
     """As `run_paused`, with a forward per stage and batch up to that stage: more work, no paused tensors.
 
@@ -121,25 +152,33 @@ def run_replayed(
         def arrive(stage: int, x: torch.Tensor, wave: list[int] = wave) -> None:
             if stage in wave and stage not in here.arrived:
                 here.arrived.add(stage)
-                on_input(stage, here.batch, x)
+                here.take(stage, Reading(x, ROUTED.get()))
                 if len(here.arrived) == len(wave):
                     raise _Stop
 
-        def reach(i: int, wave: list[int] = wave) -> None:
-            here.batch, here.arrived = i, set()
+        def go(run: Forward, i: int, take: Callable[[int, Reading], object], wave: list[int] = wave) -> None:
+            here.arrived, here.take = set(), take
             try:
-                forward(i)
+                run(i)
             except _Stop:
                 return
             raise _out_of_order(stages, next(stage for stage in wave if stage not in here.arrived))
 
-        with _watch(block, stages, arrive):
+        def reach(i: int, go: Callable[..., None] = go) -> None:
+            others: dict[int, Reading] = {}
+            if beside is not None:
+                go(beside.forward, i, others.__setitem__)
+            go(forward, i, lambda at, read: on_input(at, i, read._replace(beside=others.pop(at, None))))
+
+        with _watch_all(block, beside, stages, arrive):
             workers.map(reach)
         let_go()
         for stage in wave:
             on_stage(stage)
     for i, output in workers.each(forward):
         on_output(i, output)
+    for i, output in workers.each(beside.forward) if beside else ():
+        beside.on_output(i, output)  # type: ignore[union-attr]
 
 
 def run_watched(
@@ -160,7 +199,7 @@ def run_watched(
     def arrive(stage: int, x: torch.Tensor) -> None:
         if stage not in arrived:
             arrived.add(stage)
-            on_input(stage, i, x)
+            on_input(stage, i, Reading(x, ROUTED.get()))
 
     with _watch(block, stages, arrive):
         for i in range(batches):
@@ -192,6 +231,18 @@ def _watch(
     """Call `arrive` with the stage and the input whenever a Linear of a stage is about to run."""
     numbers = {name: stage for stage, names in enumerate(stages) for name in names}
     return hooked(block, numbers, lambda name, x: arrive(numbers[name], x))
+
+
+@contextmanager
+def _watch_all(
+    block: nn.Module,
+    beside: Beside | None,
+    stages: Sequence[Sequence[str]],
+    arrive: Callable[[int, torch.Tensor], None],
+) -> Iterator[None]:
+    """`_watch` both blocks."""
+    with _watch(block, stages, arrive), _watch(beside.block, stages, arrive) if beside else nullcontext():
+        yield
 
 
 def _out_of_order(stages: Sequence[Sequence[str]], stage: int) -> SourceError:

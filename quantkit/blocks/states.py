@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
-import torch
-
 from quantkit.errors import OutputError
+from quantkit.late import torch
 
 HiddenPlace = Literal["device", "host", "disk"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

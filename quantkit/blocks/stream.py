@@ -15,18 +15,25 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
-
 from quantkit.blocks.budget import Budget, free_budget
-from quantkit.blocks.families import FAMILIES, Family, Stages, discover_blocks, discover_stages, never_called, shape_of
+from quantkit.blocks.families import (
+    FAMILIES,
+    Family,
+    Stages,
+    as_rows,
+    discover_blocks,
+    discover_stages,
+    never_called,
+    shape_of,
+    weight_of,
+)
 from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, put_together, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
+from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError, UsageError, first_line
+from quantkit.late import nn, torch, transformers
 
 _RUN_BYTES = 4 * 2**20  # of an embedding, read at once
 _GLANCE = 8  # tokens of a forward that only shows what is called
@@ -100,6 +107,8 @@ class ModelStream:
             for name in self.family.linears(block)
         }
         model = self._model.base_model
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
         with torch.no_grad(), FakeTensorMode():
             held = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -120,15 +129,14 @@ class ModelStream:
     def longest(self) -> int | None:
         """How many tokens a window may have, of a model that looks its positions up; None of one that computes them."""
         embedding = self._model.get_input_embeddings()
+        text = self._models_around(self.family.blocks)[0]  # a picture's patches have positions of their own
         tables = [
             module.weight.shape[0] - int(getattr(module, "offset", 0)) - (-1 if padding is None else padding) - 1
-            for name, module in self._model.named_modules()
+            for name, module in text.named_modules()
             if isinstance(module, nn.Embedding) and module is not embedding and _POSITIONS.search(name)
             for padding in [module.padding_idx]
         ]
-        tables += [
-            len(table) for name, table in self._model.named_buffers() if _POSITIONS.search(name) and table.ndim > 1
-        ]
+        tables += [len(table) for name, table in text.named_buffers() if _POSITIONS.search(name) and table.ndim > 1]
         return min(tables, default=None)
 
     def check_length(self, tokens: int) -> None:
@@ -216,6 +224,17 @@ class ModelStream:
         finally:
             block.to("meta")
 
+    def stored_weight(self, index: int, block: nn.Module, name: str) -> torch.Tensor:
+        """The weight [out, in] of a Linear of a loaded block as the source has it, on the device.
+
+        Read again where the block has it rounded to the stream's dtype.
+        """
+        linear, published = block.get_submodule(name), f"{self.published(index, name)}.weight"
+        own = STORED_DTYPES.get(self.weights.tensors[published].stored_as)
+        if self.dtype in (torch.float32, own):
+            return weight_of(linear)
+        return as_rows(linear, self.weights.read(published).to(self.device))
+
     def call(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run a loaded block on the hidden states [batch, seq, hidden] of batch number `batch`; same shape out."""
         args, kwargs = self._arguments[batch][index]
@@ -282,7 +301,7 @@ class ModelStream:
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
-    def whole(self, advance: Callable[[int], None] = lambda n: None) -> PreTrainedModel:
+    def whole(self, advance: Callable[[int], None] = lambda n: None) -> transformers.PreTrainedModel:
         """The model with all of its weights; a tensor that is tied in the source is in memory once.
 
         The stream's last use: its blocks do not go back to the meta device. `advance` counts published tensors.
@@ -299,7 +318,7 @@ class ModelStream:
             for key, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_meta:  # a persistent buffer: stored with the weights
                     setattr(module, key, self.read(f"{prefix}.{key}" if prefix else key))
-        model: PreTrainedModel = self._model
+        model: transformers.PreTrainedModel = self._model
         return model
 
     def read(self, name: str) -> torch.Tensor:
@@ -457,11 +476,11 @@ class ModelStream:
             if bool(torch.isnan(self._model.get_buffer(name)).any()):
                 raise SourceError(f"{self.source.label}: buffer {name} cannot be computed from the config")
 
-    def _models_around(self, name: str) -> list[PreTrainedModel]:
+    def _models_around(self, name: str) -> list[transformers.PreTrainedModel]:
         """transformers' models that the module `name` is in, the innermost first, which initialises it."""
         parts = name.split(".")
         around = (self._model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
-        return [model for model in around if isinstance(model, PreTrainedModel)]
+        return [model for model in around if isinstance(model, transformers.PreTrainedModel)]
 
     def _check_tensors(self) -> None:
         """Every parameter must be in the source with the shape the config asks for."""

@@ -12,21 +12,15 @@ reader. Taken apart, an expert's Linears are quantized like any other, on the to
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
-
+from quantkit.blocks.families import ExpertNames, is_turned
 from quantkit.containers.hf.read import check_counts
 from quantkit.containers.source import Place, Source, TensorInfo, Weights, by_prefix
 from quantkit.errors import SourceError, first_line
+from quantkit.late import nn, torch, transformers
 from quantkit.progress import counted
 
 
@@ -41,7 +35,7 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     most = max(_FEW, len(tensors))
     widest = max((side for info in tensors for side in info.shape), default=0)
     check_counts(source.config.to_dict(), source.path, {"layer": most, "expert": max(most, widest)})
-    factory: Any = AutoModelForCausalLM
+    factory: Any = transformers.AutoModelForCausalLM
     try:
         config = type(source.config).from_dict(source.config.to_dict())
         if not tied:
@@ -67,91 +61,12 @@ _COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|att
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ExpertNames:
-    """What a checkpoint calls an expert's matrices; experts without a gate have the other two."""
-
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-
-
-class Expert(nn.Module):
-    """One expert: ``down(act(gate(x)) * up(x))`` with the activation of the model's own class, or ``down(act(up(x)))``.
-
-    `activate` receives gate and up side by side, or what the only one gives.
-    """
-
-    def __init__(
-        self,
-        hidden: int,
-        intermediate: int,
-        names: ExpertNames,
-        activate: Callable[[torch.Tensor], torch.Tensor],
-        bias: bool,
-        gated: bool = True,
-    ) -> None:
-        super().__init__()
-        self._down, self._activate = names.down, activate
-        self._first = (names.gate, names.up) if gated else (names.up,)
-        if gated:
-            self.add_module(names.gate, nn.Linear(hidden, intermediate, bias=bias))
-        self.add_module(names.up, nn.Linear(hidden, intermediate, bias=bias))
-        self.add_module(names.down, nn.Linear(intermediate, hidden, bias=bias))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [tokens, hidden] -> [tokens, hidden]; no token at all is fine."""
-        first = [self.get_submodule(name)(x) for name in self._first]
-        result: torch.Tensor = self.get_submodule(self._down)(self._activate(torch.cat(first, dim=-1)))
-        return result
-
-
-class Experts(nn.Module):
-    """All experts of a block, named 0, 1, ..., called as the fused module is.
-
-    Every expert runs, with no tokens where none was routed to it, so that a forward always reaches all of them.
-    """
-
-    def __init__(self, experts: list[Expert]) -> None:
-        super().__init__()
-        for number, expert in enumerate(experts):
-            self.add_module(str(number), expert)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
-        total = torch.zeros_like(hidden_states)
-        for number, expert in enumerate(self.children()):
-            if isinstance(top_k_index, FakeTensor):  # of which nobody knows where a token goes
-                token = place = top_k_index[:0, 0]
-            else:
-                token, place = torch.where(top_k_index == number)
-            result = expert(hidden_states[token]) * top_k_weights[token, place, None]
-            total.index_add_(0, token, result.to(total.dtype))
-        return total
-
-
-class WeightedExperts(Experts):
-    """As Llama 4 calls them: with all tokens for each expert in turn, times its weight for them, 0 for most."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """hidden_states [experts * tokens, hidden] -> the same; of a token that is 0 nothing comes."""
-        total = torch.zeros_like(hidden_states)
-        tokens = len(hidden_states) // len(self._modules)
-        for number, expert in enumerate(self.children()):
-            given = hidden_states[number * tokens : (number + 1) * tokens]
-            token = given[:0, 0].long() if isinstance(given, FakeTensor) else torch.where(given.any(dim=-1))[0]
-            total.index_add_(0, token + number * tokens, expert(given[token]).to(total.dtype))
-        return total
-
-
 def expert_names(model: Any) -> ExpertNames:
     """What this model's checkpoints call an expert's matrices: the sources of transformers' fusing conversions."""
     sources = {
         conversion.target_patterns[0].rsplit(".", 1)[-1]: [p.split(".")[-2] for p in conversion.source_patterns]
-        for conversion in get_model_conversion_mapping(model)
-        if isinstance(conversion, WeightConverter) and all(".experts.*." in p for p in conversion.source_patterns)
+        for conversion in _conversions(model, "WeightConverter")
+        if all(".experts.*." in p for p in conversion.source_patterns)
     }
     if {"gate_up_proj", "down_proj"} <= sources.keys() and len(sources["gate_up_proj"]) == 2:
         gate, up = sources["gate_up_proj"]
@@ -167,14 +82,16 @@ def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Mod
         if type(module).__name__ == _LLAMA_4:
             _describe_llama_4(module)
     fused = {name: module for name, module in model.named_modules() if _is_fused(module)}
+    from quantkit.blocks.experts import as_linears
+
     for name, module in fused.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _as_linears(module, names))
+        setattr(model.get_submodule(parent), child, as_linears(module, names, type(module).__name__ == _LLAMA_4))
     return fused
 
 
 def _describe_llama_4(module: Any) -> None:
-    """Give it the attributes that `_as_linears` reads, which transformers' own decorator has not given."""
+    """Give it the attributes that `experts.as_linears` reads, which transformers' own decorator has not given."""
     module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, True, True
 
     def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
@@ -186,7 +103,7 @@ def _describe_llama_4(module: Any) -> None:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether `module` keeps experts fused in the way that `_as_linears` knows."""
+    """Whether `module` keeps experts fused in the way that `experts.as_linears` knows."""
     gated = getattr(module, "has_gate", None)  # which only they have
     fused = (getattr(module, name, None) for name in ("gate_up_proj" if gated else "up_proj", "down_proj"))
     return (
@@ -194,30 +111,6 @@ def _is_fused(module: nn.Module) -> bool:
         and all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in fused)
         and not getattr(module, "has_post_expert_norm", False)
     )
-
-
-def _as_linears(fused: Any, names: ExpertNames) -> Experts:
-    """The same experts as Linears on the meta device, without weights.
-
-    `fused` has the attributes that transformers' ``use_experts_implementation`` gives: has_gate, has_bias,
-    is_transposed, is_concatenated, and ``_apply_gate``, which receives gate and up side by side (or interleaved);
-    without a gate ``act_fn``.
-    """
-    count, a, b = fused.down_proj.shape
-    hidden, intermediate = (b, a) if fused.is_transposed else (a, b)
-
-    def activate(gate_up: torch.Tensor) -> torch.Tensor:
-        if not fused.has_gate:
-            return fused.act_fn(gate_up)  # type: ignore[no-any-return]
-        if not fused.is_concatenated:
-            gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
-        result: torch.Tensor = fused._apply_gate(gate_up)
-        return result
-
-    with torch.device("meta"):
-        kind = hidden, intermediate, names, activate, bool(fused.has_bias), bool(fused.has_gate)
-        called = WeightedExperts if type(fused).__name__ == _LLAMA_4 else Experts
-        return called([Expert(*kind) for _ in range(count)])
 
 
 # -- which tensor each parameter is ------------------------------------------------------------------------------------
@@ -234,16 +127,14 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
         untie: give a tied output embedding a tensor of its own.
     """
     wanted = model.state_dict()
-    renamings = [
-        conversion for conversion in get_model_conversion_mapping(model) if isinstance(conversion, WeightRenaming)
-    ]
+    renamings = _conversions(model, "WeightRenaming")
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places: dict[str, Place] = {}
     found: dict[str, str] = {}
     left_out: list[str] = []
     prefix = f"{model.base_model_prefix}."
     for stored in source.tensors:
-        name = _usual_expert(rename_source_key(stored, renamings, [])[0], fused, names)
+        name = _usual_expert(_renamed(stored, renamings)[0], fused, names)
         published = stored
         if name not in wanted and prefix + name in wanted:  # stored without its head: published as the whole model
             name, published = prefix + name, prefix + stored
@@ -251,9 +142,9 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             name = name.removeprefix(prefix)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         if name in wanted:
-            coded = source.tensors[stored].stored_as.startswith("GPTQ") and name.endswith(".weight")
+            coded = bool(source.tensors[stored].bits) and name.endswith(".weight")
             # Codes are [out, in]; a Conv1D's weight is [in, out].
-            turned = coded and isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
+            turned = coded and is_turned(model.get_submodule(name.removesuffix(".weight")))
             places[published] = Place(stored, transposed=turned)
             found[name] = published
         elif module in fused:
@@ -276,11 +167,24 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
 
 def put_together(model: Any, weights: Weights) -> set[str]:
     """Parameters that transformers makes of several published tensors while it loads them."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    found = (rename_source_key(name, renamings, converters) for name in weights.tensors)
+    renamings, converters = (_conversions(model, kind) for kind in ("WeightRenaming", "WeightConverter"))
+    found = (_renamed(name, renamings, converters) for name in weights.tensors)
     return {name for name, pattern in found if pattern is not None}
+
+
+def _conversions(model: Any, kind: str) -> list[Any]:
+    """transformers' conversions of this model's tensors that are a "WeightRenaming" or a "WeightConverter"."""
+    from transformers import conversion_mapping, core_model_loading
+
+    wanted = getattr(core_model_loading, kind)
+    return [found for found in conversion_mapping.get_model_conversion_mapping(model) if isinstance(found, wanted)]
+
+
+def _renamed(name: str, renamings: list[Any], converters: Sequence[Any] = ()) -> tuple[str, str | None]:
+    """The model's name for a stored one, and the pattern of the conversion that it goes through, if it does."""
+    from transformers.core_model_loading import rename_source_key
+
+    return rename_source_key(name, renamings, list(converters))
 
 
 def left_out(weights: Weights, source: str = "", parameters_only: bool = False) -> str | None:

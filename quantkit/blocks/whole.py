@@ -6,16 +6,17 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, first_line
+from quantkit.late import torch, transformers
 from quantkit.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,18 @@ def fill(stream: ModelStream, progress: Progress = SILENT) -> PreTrainedModel:
     return model
 
 
-def generation_config(source: Source) -> GenerationConfig:
+def generation_config(source: Source) -> transformers.GenerationConfig:
     """What the model's folder says about generating, or else its config. Raises SourceError."""
     if not (source.path / "generation_config.json").is_file():
-        return GenerationConfig.from_model_config(source.config)
+        return transformers.GenerationConfig.from_model_config(source.config)
     try:
-        return GenerationConfig.from_pretrained(source.path, local_files_only=True)
+        return transformers.GenerationConfig.from_pretrained(source.path, local_files_only=True)
     except Exception as error:  # whatever it raises on values it does not like
         raise SourceError(f"{source.path / 'generation_config.json'}: {first_line(error)}") from error
 
 
 def _on_kernels(stream: ModelStream, trust_remote_code: bool) -> PreTrainedModel:
-    factory: Any = AutoModelForCausalLM
+    factory: Any = transformers.AutoModelForCausalLM
     with redirect_stdout(sys.stderr):  # which GPTQModel talks to
         model = factory.from_pretrained(
             stream.source.path,

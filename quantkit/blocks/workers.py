@@ -14,8 +14,7 @@ from functools import cache
 from itertools import zip_longest
 from typing import Generic, TypeVar
 
-import torch
-
+from quantkit.late import torch
 from quantkit.runs.ranks import share_of
 
 T = TypeVar("T")

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from quantkit.codes.block_types import BLOCK_TYPES, Array, BlockType, pack_blocks, pack_super_blocks
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 
 _OF_LINEAR = ("codes", "scales", "zeros", "group")
@@ -69,12 +68,12 @@ class QuantizedLinear:
         """(out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight these codes stand for, [out, in]. Computed in float32, then cast."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight these codes stand for, [out, in]. Computed in float32, then cast to `dtype`."""
         values = self.codes.float()
         for columns, groups in grouped(values, self.group):
             columns.sub_(self.zeros[:, groups, None].float()).mul_(self.scales[:, groups, None].float())
-        return values.to(dtype)
+        return values if dtype is None else values.to(dtype)
 
     def split(self, rows: list[int]) -> list[QuantizedLinear]:
         """Cut a stack of Linears that share their input into its parts of `rows` output rows each."""
@@ -84,15 +83,16 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class GgmlGrid:
-    """The grid of a weight [out, in]: ``d * q - dmin`` in a block of 32, ``d * sc * q - dmin * m`` in a super-block.
+    """The grid of a weight [out, in]: ``d * q - dmin`` in a block, ``d * sc * q - dmin * m`` in a super-block.
 
-    Types without a minimum: ``d * (q - 2**(bits - 1))`` and ``d * sc * (q - 2**(bits - 1))``.
+    Types without a minimum: ``d * (q - 2**(bits - 1))`` and ``d * sc * (q - 2**(bits - 1))``; those of a table:
+    ``d * levels[q]`` and ``d * sc * levels[q]``.
 
     Attributes:
         type: a key of `codes.block_types.BLOCK_TYPES`.
         d: float16 [out, in / block].
         dmin: as d; None for types without a minimum.
-        sc: int16 [out, in / sub_block]; None for blocks of 32.
+        sc: int16 [out, in / sub_block]; None without super-blocks.
         m: as sc; None where dmin or sc is.
     """
 
@@ -117,10 +117,16 @@ class GgmlGrid:
         """int32 [in]: which columns share a scale."""
         return contiguous_groups(self.d.shape[1] * self.kind.columns, self.kind.group)
 
+    @property
+    def levels(self) -> torch.Tensor | None:
+        """float32 [2**bits], ascending: what codes count for; None for themselves."""
+        return torch.tensor(self.kind.levels, dtype=torch.float32) if self.kind.levels else None
+
     def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, minimum), float32 [out, groups] each: a code q stands for ``scale * q - minimum``."""
+        """(scale, minimum), float32 [out, groups] each: a code q stands for ``scale * q - minimum``, or of a table for
+        ``scale * levels[q] - minimum``."""
         scale = self._units(self.d, self.sc)
-        minimum = scale * 2 ** (self.kind.bits - 1) if self.dmin is None else self._units(self.dmin, self.m)
+        minimum = scale * self.kind.zero if self.dmin is None else self._units(self.dmin, self.m)
         return scale, minimum
 
     def linear(self, codes: torch.Tensor) -> GgmlLinear:
@@ -152,10 +158,13 @@ class GgmlLinear:
         """(out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight these codes stand for, [out, in]. Computed in float32 as ggml does, then cast."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight these codes stand for, [out, in]. Computed in float32 as ggml does, then cast to `dtype`."""
         scale, minimum = (part.repeat_interleave(self.grid.kind.group, dim=1) for part in self.grid.steps())
-        return (self.codes.float() * scale - minimum).to(dtype)
+        levels = self.grid.levels
+        steps = self.codes.float() if levels is None else levels.to(self.codes.device)[self.codes.int()]
+        values = steps * scale - minimum
+        return values if dtype is None else values.to(dtype)
 
     def split(self, rows: list[int]) -> list[GgmlLinear]:
         """Cut a stack of Linears that share their input into its parts of `rows` output rows each."""

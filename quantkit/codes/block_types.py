@@ -1,7 +1,8 @@
 """GGML's block types: codes and scales into the bytes that llama.cpp reads.
 
-Layouts: ggml-common.h of llama.cpp. 32 weights make a block of the older types; a K-quant's super-block has 256, cut
-into sub-blocks whose scales are small integers times the super-block's float16. gguf-py's dequantizer is the inverse.
+Layouts: ggml-common.h of llama.cpp. 32 weights make a block of older types, 64 one of Q2_0; a super-block, of K-quants
+and IQ4_XS, has 256, cut into sub-blocks whose scales are small integers times the super-block's float16.
+`kinds.dequantize` is the inverse.
 """
 
 from __future__ import annotations
@@ -21,31 +22,43 @@ BLOCK, SUPER_BLOCK = 32, 256
 
 @dataclass(frozen=True)
 class BlockType:
-    """A block type of 32 weights, or a K-quant: super-blocks of 256 weights in sub-blocks.
+    """A type of blocks of 32 or 64 weights, or one of super-blocks of 256 weights in sub-blocks.
 
     Attributes:
         bits: of a code.
         has_minimum: value d * q + m; without it d * (q - 2**(bits - 1)). Of a K-quant d * sc * q - dmin * m, sc and m
             without a sign; without it d * sc * (q - 2**(bits - 1)), sc with a sign.
-        group: weights that share a scale: of a block, of a K-quant's sub-block.
-        scale_bits: of a sub-block's scale; 0 for blocks of 32.
+        group: weights that share a scale: of a block, of a super-block's sub-block.
+        scale_bits: of a sub-block's scale; 0 where there are no super-blocks.
+        levels: of a table, ascending: code q is ``levels[q]`` times the scale. Empty: codes are whole steps.
     """
 
     bits: int
     has_minimum: bool
     group: int = BLOCK
     scale_bits: int = 0
+    levels: tuple[int, ...] = ()
+
+    @property
+    def zero(self) -> int:
+        """What is taken off a code of a type without a minimum."""
+        return 0 if self.levels else 2 ** (self.bits - 1)
 
     @property
     def columns(self) -> int:
         """Weights of a block or super-block."""
-        return SUPER_BLOCK if self.scale_bits else BLOCK
+        return SUPER_BLOCK if self.scale_bits else self.group
 
+
+_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 BLOCK_TYPES = {
+    "Q2_0": BlockType(2, False, 64),
     "Q2_K": BlockType(2, True, 16, 4),
     "Q3_K": BlockType(3, False, 16, 6),
+    "IQ4_XS": BlockType(4, False, 32, 6, _IQ4_LEVELS),
     "Q4_0": BlockType(4, False),
+    "IQ4_NL": BlockType(4, False, levels=_IQ4_LEVELS),
     "Q4_K": BlockType(4, True, 32, 6),
     "Q4_1": BlockType(4, True),
     "Q5_0": BlockType(5, False),
@@ -58,19 +71,21 @@ BLOCK_TYPES = {
 
 
 def pack_blocks(name: str, codes: Array, d: Array, m: Array | None = None) -> Array:
-    """Rows of a 32-weight type.
+    """Rows of a type without super-blocks. Q2_0 stores ``d * (q - 1)``: it gets both mirrored, -d and 3 - q.
 
     Args:
-        name: of a type of 32 weights in `BLOCK_TYPES`.
-        codes: uint8 [rows, columns]; columns a multiple of 32.
-        d, m: float16 [rows, columns / 32]; m for types with a minimum only.
+        name: of a type without super-blocks in `BLOCK_TYPES`.
+        codes: uint8 [rows, columns]; columns a multiple of the block.
+        d, m: float16 [rows, columns / block]; m for types with a minimum only.
 
     Returns:
         uint8 [rows, bytes].
     """
     kind = BLOCK_TYPES[name]
     assert (m is not None) == kind.has_minimum
-    q = _blocks(codes, BLOCK)
+    q = _blocks(codes, kind.columns)
+    if name == "Q2_0":
+        return _rows([_as_bytes(-d), _merge((3 - q).reshape(*q.shape[:2], 16, 4).swapaxes(2, 3), 2)])
     head = [_as_bytes(d), *([] if m is None else [_as_bytes(m)])]
     if kind.bits == 8:
         return _rows([*head, q ^ 0x80])  # 0..255 with zero 128, as int8
@@ -81,10 +96,10 @@ def pack_blocks(name: str, codes: Array, d: Array, m: Array | None = None) -> Ar
 def pack_super_blocks(
     name: str, codes: Array, d: Array, sc: Array, dmin: Array | None = None, m: Array | None = None
 ) -> Array:
-    """Rows of a K-quant.
+    """Rows of a type of super-blocks.
 
     Args:
-        name: of a K-quant in `BLOCK_TYPES`.
+        name: of such a type in `BLOCK_TYPES`.
         codes: uint8 [rows, columns]; columns a multiple of 256.
         d: float16 [rows, columns / 256].
         sc: int16 [rows, columns / sub_block], what the sub-block's scale is in units of d.
@@ -97,6 +112,12 @@ def pack_super_blocks(
     q, scales = _blocks(codes, SUPER_BLOCK), _blocks(sc, subs)
     if name == "Q6_K":
         return _rows([_nibbles(q & 15, 64), _pairs(q >> 4), scales.astype(np.int8).view(np.uint8), _as_bytes(d)])
+    if name == "IQ4_XS":
+        # Eight scales of six bits: their high pairs in two bytes, their low nibbles in four.
+        sixths = (scales + 32).astype(np.uint8)
+        high = _merge((sixths >> 4).reshape(*sixths.shape[:2], 2, 4).swapaxes(2, 3), 2)
+        low = _merge((sixths & 15).reshape(*sixths.shape[:2], 4, 2).swapaxes(2, 3), 4)
+        return _rows([_as_bytes(d), high, low, _nibbles(q, 16)])
     if name == "Q3_K":
         # Sixteen scales 0..63 in twelve bytes: low nibbles of j and j + 8, then four high pairs a byte.
         sixths = (scales + 32).astype(np.uint8)

@@ -16,20 +16,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from quantkit.codes.block_types import BLOCK_TYPES
+from quantkit.codes.kinds import SIZES, Kind
 from quantkit.errors import MissingPackageError, NumericError, UsageError
-
-Kind = gguf.GGMLQuantizationType
+from quantkit.late import torch
 
 KINDS = (
     *(Kind.__members__[name] for name in BLOCK_TYPES),
     *(Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S),
-    *(Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL, Kind.IQ4_XS, Kind.TQ1_0, Kind.TQ2_0),
+    *(Kind.IQ3_XXS, Kind.IQ3_S, Kind.TQ1_0, Kind.TQ2_0),
 )
 """Types that `round_to_blocks` rounds to."""
 
@@ -71,7 +69,7 @@ def round_to_blocks(
     library = _library(kind)
     _check(library, values, kind, importance)
     rows, columns = values.shape
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    block, size = SIZES[kind]
     values = np.ascontiguousarray(values)
     packed = np.empty((rows, columns // block * size), dtype=np.uint8)
     weights = None if importance is None else np.ascontiguousarray(importance)
@@ -92,7 +90,7 @@ def round_to_blocks(
 def _check(library: Any, values: npt.NDArray[Any], kind: Kind, importance: npt.NDArray[Any] | None) -> None:
     assert values.ndim == 2 and values.dtype == np.float32, (values.shape, values.dtype)
     columns = values.shape[1]
-    block = gguf.GGML_QUANT_SIZES[kind][0]
+    block = SIZES[kind][0]
     if columns == 0 or columns % block:
         raise UsageError(f"{columns} columns; {kind.name} needs a multiple of {block}")
     if not (values.min(initial=0) >= -_MOST and values.max(initial=0) <= _MOST):  # nor where they are NaN

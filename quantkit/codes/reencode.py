@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from quantkit.codes import QuantizedLinear
 from quantkit.codes.block_types import BLOCK, BLOCK_TYPES, Array, pack_blocks, pack_super_blocks
+from quantkit.late import torch
 
 _NIBBLE, _LOW_NIBBLES = np.uint64(4), np.uint64(0x0F0F0F0F0F0F0F0F)
 
@@ -50,7 +50,7 @@ def expected_reencodings(bits: int, zeros: torch.Tensor, group: torch.Tensor) ->
 def _types(bits: int, low: int, high: int, zero: int, run: int) -> Iterator[Reencoding]:
     """Types for steps (code - zero) of low..high, zeros up to `zero`, and runs of columns of one group."""
     for name, kind in BLOCK_TYPES.items():
-        if run % kind.columns:
+        if run % kind.columns or kind.levels:
             continue
         half = 2 ** (kind.bits - 1)
         if not kind.has_minimum:

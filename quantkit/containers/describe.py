@@ -63,7 +63,7 @@ def describe(source: Source) -> Inspection:
     return Inspection(
         model=source.label,
         kind=source.kind,
-        architecture=str(source.config.model_type),
+        architecture=source.model_type,
         scheme=source.scheme or f"{source.kind}: mostly {types.most_common(1)[0][0]}",
         parameters=parameters,
         bits_per_weight=8 * held / parameters,

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter
 
+from quantkit.codes.kinds import Kind
 from quantkit.containers.gguf.file import MAGIC, GgufFile
 from quantkit.containers.readback import ReadBack
 from quantkit.errors import SourceError, UsageError
@@ -181,7 +182,7 @@ def _mean(file: GgufFile, name: str) -> Array:
     parts = []
     for suffix in (_SUMS, _COUNTS):
         tensor = file.tensors.get(name + suffix)
-        if tensor is None or tensor.kind != gguf.GGMLQuantizationType.F32 or not tensor.bytes:
+        if tensor is None or tensor.kind != Kind.F32 or not tensor.bytes:
             raise SourceError(f"{file.path}: broken importance matrix: {name}{suffix} is missing, empty or not float32")
         parts.append(_checked(file.values(name + suffix).reshape(-1), file.path, name))
     sums, counts = parts

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from quantkit.errors import OutputError
+from quantkit.late import torch
 from quantkit.progress import Progress
 
 _MOST = 0.01  # of a tensor's values that are not 0
@@ -86,9 +85,9 @@ class Underflow:
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
 
-    def see(self, name: str, values: torch.Tensor, held: torch.dtype = torch.float16) -> None:
-        """Count values of a tensor that are to be written as `held`, or as codes whose scales are."""
-        if held != torch.float16 or not values.is_floating_point() or values.dtype == torch.float16:
+    def see(self, name: str, values: torch.Tensor, held: torch.dtype | None = None) -> None:
+        """Count values of a tensor that are to be written as `held` (None: float16), or as codes whose scales are."""
+        if held not in (None, torch.float16) or not values.is_floating_point() or values.dtype == torch.float16:
             return
         nonzero = int(torch.count_nonzero(values))
         counts = self._counts.setdefault(name, [0, 0])

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-from quantkit.codes import QuantizedLinear
+from quantkit.late import dtype_of, torch
 from quantkit.runs.atomic import FileStates
 from quantkit.runs.record import rounded_before
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from quantkit.codes import QuantizedLinear
 
 # What is no rounding of weights to less than the floats of training.
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 # Masks and counters that some checkpoints store; everything else is a weight.
-_INTEGERS = {"I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
+_INTEGERS = {"I32": "int32", "I64": "int64", "U8": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class TensorInfo:
     """A stored tensor, known from its header.
 
     `stored_as` is the format's name for the type, `bytes` the size there, `bits` of a code where a module's codes are
-    packed; 0 for all others.
+    packed; 0 for all others. `group` columns share a scale of them, -1: a row; 0: as the folder's label says.
     """
 
     shape: tuple[int, ...]
     stored_as: str
     bytes: int
     bits: int = 0
+    group: int = 0
 
 
 class HoldsCodes(Protocol):
@@ -77,8 +80,7 @@ class Source(Protocol):
         label: what to call the model in reports: a folder's, file's or repository's name, never a local path.
         kind: name of its container in `quantkit.containers.CONTAINERS`; of a pair "delta" or "diff".
         path: the folder or file that is read.
-        config: the model's configuration, without any quantization.
-        dtype: dtype of the tensors that are not quantized, as published variants should keep it.
+        model_type: transformers' name of its kind, as its config has it.
         float32: names of the tensors that are float32 beside weights in half precision, and stay that.
         remarks: what a user should know of what was chosen or assumed to read it, a line each.
         left_out: what lies beside it and no output takes along, a line each.
@@ -94,8 +96,7 @@ class Source(Protocol):
     label: str
     kind: str
     path: Path
-    config: PretrainedConfig
-    dtype: torch.dtype
+    model_type: str
     float32: frozenset[str] = frozenset()
     remarks: Sequence[str] = ()
     left_out: Sequence[str] = ()
@@ -106,6 +107,14 @@ class Source(Protocol):
     from_gptq: bool = False
     trusts_code: bool = False
     states: FileStates = MappingProxyType({})
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, without any quantization; made when it is first asked for. Raises SourceError."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors that are not quantized, as published variants should keep it."""
 
     @property
     def parts(self) -> Mapping[str, Source]:
@@ -229,7 +238,7 @@ class Weights:
         """What a variant holds a tensor in that is not quantized: `wanted`, or else what the source keeps it in."""
         integers = _INTEGERS.get(self.tensors[name].stored_as)
         own = torch.float32 if self.in_float32(name) else self._source.dtype
-        return integers or wanted or own
+        return dtype_of(integers) if integers else wanted or own
 
     def in_float32(self, name: str) -> bool:
         """Whether the tensor is float32 beside weights in half precision, as routers' biases are."""
@@ -256,6 +265,11 @@ class Weights:
         """The source's tensor that a published one is, as it is; None where it is only a part or put together."""
         place = self._places[name]
         return place.name if place == Place(place.name) else None
+
+    def coded(self, name: str) -> str | None:
+        """As `stored`, also where it is turned: codes are [out, in] in either case."""
+        place = self._places[name]
+        return place.name if replace(place, transposed=False) == Place(place.name) else None
 
     def module(self, name: str) -> str:
         """The published name of the model's module `name`."""

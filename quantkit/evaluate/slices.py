@@ -12,11 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
-
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.evaluate.worst import KEPT
+from quantkit.late import torch
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-
 from quantkit.evaluate.scores import TokenScores
+from quantkit.late import torch
 from quantkit.progress import number, per_cent, spread
 from quantkit.report import Column, Report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from quantkit.late import torch
 
 KEPT = 10
 """Positions that are kept."""

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options.spec import Options, Spec, Typed, make
-from quantkit.options.values import Bits, GgmlType, GroupSize
+from quantkit.options.values import Bits, GgmlType, GroupSize, Part
 
 ActOrder = Literal["static", "dynamic", "off"]
 MethodName = Literal["gptq", "round"]
@@ -32,22 +32,40 @@ METHODS: Mapping[MethodName, MethodRow] = {
 }
 
 
-class FilledGrid(Options):
-    """How weights become codes."""
+class Coding(Options):
+    """What chooses codes, and of how many bits."""
 
     panel: ClassVar[str] = "Grid"
     method: MethodName = "gptq"
     """What chooses the codes; round: each weight to the nearest one, what GPTQ is measured against."""
     bits: Bits = 4
-    """2, 3, 4 or 8; default 4, or what --ggml has."""
+    """2 to 8, of GPTQ checkpoints 2, 3, 4 or 8; default 4, or what --ggml has."""
+
+
+class Groups(Options):
+    """What shares a scale."""
+
+    panel: ClassVar[str] = "Grid"
     group_size: GroupSize = 128
     """Columns that share a scale, -1: whole rows; default 128, or what --ggml has."""
+
+
+class FilledGrid(Groups, Coding):
+    """How weights become codes."""
+
+    panel: ClassVar[str] = "Grid"
     sym: Annotated[bool, Typed("--sym/--asym")] = True
     """Symmetric codes, which every fast kernel reads; the default, but what --ggml has."""
     act_order: ActOrder = "static"
     """dynamic is written with g_idx and desc_act."""
     damp: float = Field(0.1, gt=0, lt=1, allow_inf_nan=False)
     """Fraction of the mean Hessian diagonal added to it (GPTQ, section 3.3)."""
+    token_weights: bool = False
+    """Let each calibration token count in a Hessian by what the model's output feels of an error there; takes a
+    backward pass, block by block."""
+    correct: Annotated[Part, Typed(metavar="auto|0..1")] = 0.0
+    """Quantize weights that make up for what the quantized blocks before have changed: so much of the whole step; auto:
+    what two halves of the tokens tell of each other. Runs the unquantized model beside."""
     include: tuple[str, ...] = ()
     """Quantize only modules that match, such as '*.mlp.*'; may be repeated."""
     exclude: tuple[str, ...] = ()

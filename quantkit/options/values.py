@@ -2,6 +2,7 @@
 
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
+import errno
 import math
 import os
 import re
@@ -14,13 +15,15 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from quantkit.errors import UsageError, meant
 
-GgmlType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+GgmlType = Literal[
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"
+]
 """Types on whose grids GPTQ runs."""
 FILE_TYPES = (
     *("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
     *("q2_k", "q2_k_s", "q3_k", "q4_k", "q5_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m"),
     *("q6_k", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"),
-    *("iq4_nl", "iq4_xs", "tq1_0", "tq2_0"),
+    *("q2_0", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0"),
 )
 """llama.cpp's mixtures; a test holds them against `containers.gguf.recipes`, which would need transformers here."""
 
@@ -120,6 +123,17 @@ def looks_like_id(name: str) -> bool:
     return formed and owner not in _NO_OWNERS and not os.path.isdir(owner)
 
 
+def _can_be(path: str | Path) -> bool:
+    """Whether a file may have this name: not where it is too long, has a zero byte, or begins with nobody's home."""
+    try:
+        os.lstat(Path(path).expanduser())
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
 def check_model(name: str | Path) -> None:
     """Refuse what is neither a path that exists nor may be a Hub id. Raises UsageError."""
     path = Path(name).expanduser()
@@ -181,9 +195,22 @@ def _named_folders(given: Any) -> Any:
 
 
 # The command line takes the first type of a union.
-Name = str | Path
+_NO_NAME = "no file can have this name"
+Name = Annotated[str | Path, _must(_can_be, _NO_NAME)]
 """What a model is opened by: folder, file or Hub id."""
-Place = Path | str
+Place = Annotated[Path | str, _must(_can_be, _NO_NAME)]
+
+
+def _part(given: str | float) -> str | float:
+    """ "auto", or a number from 0 to 1."""
+    try:
+        if given == "auto" or 0 <= (part := float(given)) <= 1:
+            return given if given == "auto" else part
+    except ValueError:
+        pass
+    raise ValueError("give a number from 0 to 1, or auto")
+
+
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
 Interval = Annotated[str, _parsed(parse_every)]
@@ -192,10 +219,12 @@ TokenCount = Annotated[
     _must(lambda number: re.fullmatch(r"all|0*[1-9]\d*", str(number)), "give a number of tokens such as 8192, or all"),
 ]
 Natural = Annotated[int, Field(ge=1)]
+Part = Annotated[str | float, AfterValidator(_part)]
+"""From 0 to 1, or "auto"."""
 Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]
 Bits = Annotated[int, _must(lambda bits: 2 <= bits <= 8, "give 2, 3, 4 or 8")]
-"""Checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6."""
+"""GPTQ checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6, compressed-tensors all."""
 GroupSize = Annotated[
     int,
     _must(

@@ -8,28 +8,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import Any
 
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages, weight_of
 from quantkit.blocks.memory import MemoryPlan, plan_quantizing
-from quantkit.blocks.stages import run_paused, run_replayed
+from quantkit.blocks.stages import Reading, run_paused, run_replayed
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, worker_count
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.errors import NumericError, SourceError
+from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
-from quantkit.quantize.methods import Fallback, Solved, method_of
+from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
+from quantkit.quantize.methods import Fallback, Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
+from quantkit.quantize.token_weights import TokenWeights
 from quantkit.runs.atomic import REPORT_NAME
-from quantkit.runs.landing import NOTHING, Landed
+from quantkit.runs.landing import NOTHING, Batches, Landed
 from quantkit.runs.records import read_record
 
-OnBlock = Callable[[int, HiddenStates | None], None]
+OnBlock = Callable[[int, Batches | None], None]
 
 _BATCH_TOKENS = 1024  # where workers run side by side, larger ones are no faster
 _FALLBACK_TEXT = {
@@ -50,6 +51,8 @@ class LayerStatistics:
         fallback: "", "eigenvalues" or "rounding".
         tokens: calibration tokens that it saw; an expert sees those that were routed to it.
         seconds: quantizing it, Hessian included; a stage's time is shared out by rows.
+        n_eff: of weighted tokens, how many of equal weight would tell as much: ``(sum w)^2 / sum w^2``.
+        corrected: what part of the step to the corrected target was taken; losses are then against that target.
     """
 
     name: str
@@ -59,6 +62,8 @@ class LayerStatistics:
     fallback: Fallback
     tokens: int
     seconds: float
+    n_eff: float | None = None
+    corrected: float | None = None
 
 
 def recorded_layers(folder: Path) -> list[LayerStatistics]:
@@ -72,7 +77,7 @@ def recorded_layers(folder: Path) -> list[LayerStatistics]:
 OnLinear = Callable[[str, Codes, LayerStatistics], None]
 
 
-@torch.inference_mode()
+@inference
 def quantize_blocks(
     stream: ModelStream,
     tokens: torch.Tensor,
@@ -83,6 +88,7 @@ def quantize_blocks(
     landed: Landed = NOTHING,
     on_block: OnBlock = lambda index, hidden: None,
     sharing: Sharing = BY_ITSELF,
+    weights: TokenWeights | None = None,
 ) -> None:
     """Quantize every Linear of the plan; `on_linear` gets each one's codes as soon as they exist.
 
@@ -99,6 +105,7 @@ def quantize_blocks(
             where hidden states alone are not all that it hands on.
         sharing: how the work is split; every process calls this alike and gets all codes, but only its own part of the
             hidden states.
+        weights: what each token counts; None: all the same.
 
     Raises:
         NumericError: an activation that is not finite, named by the Linear that reads it.
@@ -109,13 +116,19 @@ def quantize_blocks(
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
     mine = sharing.batches(len(batches))
     count = worker_count(stream.device, len(mine))
-    memory = plan_quantizing(stream, sum(batches[i].numel() for i in mine), batches[0].numel(), memory_budget, count)
+    correcting = corrects(next(iter(plan.values())).spec)
+    sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
+    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting)
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
     replayed = sharing.ranks.any(not memory.paused)
     hands_on = sharing.ranks.any(stream.hands_on)
-    start = 0 if hands_on else landed.restore(hidden, mine.start, len(batches))
+    if correcting and hands_on:
+        progress.note("no target is corrected: blocks hand on more than hidden states, and cannot run twice in step")
+    original = OriginalPath(stream, hidden, memory.hidden) if correcting and not hands_on else None
+    states = hidden if original is None else BothPaths(hidden, original.hidden)
+    start = 0 if hands_on else landed.restore(states, mine.start, len(batches))
     with (
         progress.phase("quantizing blocks", len(stream.blocks)) as advance,
         stream.reading_ahead(memory.prefetch),
@@ -130,18 +143,26 @@ def quantize_blocks(
                     return stream.call(index, block, i, hidden[i] if replayed else hidden.take(i))
 
                 if index < landed.blocks:
+                    if original is not None:
+                        original.pass_through(index, block, workers)
                     _restore_codes(stream, index, block, landed, sharing)
                     for batch, output in workers.each(forward):
                         hidden[batch] = output
                     advance(1)
                     continue
                 stages = _planned(stream, index, block, hidden, sharing, plan)
+                weighing = _Weighing(weights, index, [batches[i].numel() for i in range(mine.stop)], mine.start)
                 work = StageWork(
-                    stream, index, block, stages, plan, on_linear, progress, len(batches), sharing, workers.count
+                    *(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing),
+                    workers.count,
+                    weighing,
+                    mine.start if original is not None else None,
                 )
+                beside = None if original is None else original.beside(index, block, replayed)
                 run = run_replayed if replayed else run_paused
-                run(block, stages, forward, len(mine), work.observe, work.quantize, hidden.__setitem__, workers)
-            on_block(index, None if hands_on else hidden)
+                seen = work.observe, work.quantize, hidden.__setitem__
+                run(block, stages, forward, len(mine), *seen, workers, beside)
+            on_block(index, None if hands_on else states)
             advance(1)
 
 
@@ -157,11 +178,16 @@ def _restore_codes(stream: ModelStream, index: int, block: nn.Module, landed: La
         weight.copy_(placed.dequantize(weight.dtype))
 
 
-def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+def corrects(spec: QuantSpec) -> bool:
+    """Whether targets are corrected: plain rounding has none."""
+    return spec.correct != 0 and spec.method == "gptq"
+
+
+def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int, beside: bool = False) -> MemoryPlan:
     """What `quantize_blocks` will do for memory with so many calibration windows. Raises UsageError."""
     windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
+    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside)
 
 
 def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
@@ -190,6 +216,38 @@ def _planned(
     return tuple(stage for stage in kept if stage)
 
 
+class _Weighing:
+    """Weights of this rank's tokens in one block.
+
+    Args:
+        weights: of all tokens; None: all count the same.
+        index: the block.
+        sizes: tokens of each batch, up to this rank's last.
+        start: number of its first.
+    """
+
+    def __init__(self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int) -> None:
+        self._weights, self._index = weights, index
+        self._first = [sum(sizes[:i]) for i in range(start, len(sizes))]
+        self._count = sizes[start:]
+
+    def of(self, linear: str, batch: int, read: Reading) -> torch.Tensor | None:
+        """Float32 of what a stage reads of this rank's batch number `batch`; None where all count the same."""
+        found = None if self._weights is None else self._weights.of(self._index, linear)
+        if found is None:
+            return None
+        weights = found.of(self._first[batch], self._count[batch], read.tokens)
+        return weights if weights.numel() == read.x[..., 0].numel() else None
+
+    def effective(self, linear: str) -> float | None:
+        """How many tokens of equal weight tell as much."""
+        found = None if self._weights is None else self._weights.of(self._index, linear)
+        return None if found is None else found.effective
+
+
+_ALIKE = _Weighing(None, 0, (), 0)
+
+
 class StageWork:
     """Sums and codes of the stages of one block.
 
@@ -208,25 +266,37 @@ class StageWork:
         batches: int,
         sharing: Sharing,
         workers: int = 1,
+        weighing: _Weighing = _ALIKE,
+        first: int | None = None,
     ) -> None:
+        """`first`: number of this rank's first batch, where targets are corrected."""
+        self._stored = partial(stream.stored_weight, index, block)
+        self._weighing, self._first = weighing, first
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress
         self._sharing, self._workers = sharing, workers
-        self._method = method_of(next(iter(plan.values())).spec.method)
-        assert not self._method.needs, "only a stage's own input is at hand"
+        spec = next(iter(plan.values())).spec
+        self._method, self._part = method_of(spec.method), None if spec.correct == "auto" else float(spec.correct)
+        assert set(self._method.needs) <= {"weight"}, "only a stage's own input is at hand, and weights"
         self._lock = threading.Lock()
         self._gatherings: dict[int, Gathering] = {}
         for stage, names in enumerate(stages):
             weight = weight_of(block.get_submodule(names[0]))
-            new = partial(self._method.gathers, weight.shape[1], weight.device)
+            new: Callable[[], Sums] = partial(self._method.gathers, weight.shape[1], weight.device)
+            if first is not None:
+                new = partial(CorrectionSums, weight.shape[1], weight.device, 2 if self._part is None else 1)
             self._gatherings[stage] = sharing.gathering(new, batches)
         self._seconds = 0.0
 
-    def observe(self, stage: int, batch: int, x: torch.Tensor) -> None:
+    def observe(self, stage: int, batch: int, read: Reading) -> None:
         """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
-        self._gatherings[stage].add(batch, x)
+        name = self._names[self._stages[stage][0]]
+        given: list[Any] = [self._weighing.of(name, batch, read)] if self._method.needs else []
+        if self._first is not None:
+            given += [difference_of(read), self._first + batch]
+        self._gatherings[stage].add(batch, read.x, *given)
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
             self._seconds += spent
@@ -245,25 +315,38 @@ class StageWork:
         for spec, linears in stacks.items():
             start = time.perf_counter()
             names, weights = [self._names[name] for name in linears], [weight_of(modules[name]) for name in linears]
+            corrector = None if self._first is None else Corrector(gathered, spec.damp, self._part)
+            stored = [self._stored(name) for name in linears]
+            targets = [(W, None) if corrector is None else corrector.target(W) for W in stored]
+            H = gathered if corrector is None else corrector.H
             try:
-                solved = self._sharing.solve(self._method, torch.cat(weights), gathered, spec)
+                solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start
-            self._hand_on(names, weights, solved, tokens, seconds)
+            self._hand_on(names, weights, solved, tokens, seconds, [part for _, part in targets])
 
     def _hand_on(
-        self, names: Sequence[str], weights: Sequence[torch.Tensor], solved: Solved, tokens: int, seconds: float
+        self,
+        names: Sequence[str],
+        weights: Sequence[torch.Tensor],
+        solved: Solved,
+        tokens: int,
+        seconds: float,
+        parts: Sequence[float | None],
     ) -> None:
         """Put the codes of a stack in place of its weights [out, in], and give each Linear's to `on_linear`."""
         rows = [weight.shape[0] for weight in weights]
         linears: Sequence[Codes] = solved.linear.split(rows)
         losses, rtn_losses = torch.split(solved.loss, rows), torch.split(solved.rtn_loss, rows)
-        for name, weight, linear, loss, rtn_loss in zip(names, weights, linears, losses, rtn_losses, strict=True):
+        found = zip(names, weights, linears, losses, rtn_losses, parts, strict=True)
+        for name, weight, linear, loss, rtn_loss, part in found:
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
             statistics = LayerStatistics(
-                name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share
+                *(name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share),
+                self._weighing.effective(name) if self._method.needs else None,
+                part,
             )
             self._progress.detail(f"{name}  error {statistics.loss:.3g}, plain rounding {statistics.rtn_loss:.3g}")
             if solved.fallback and tokens:

@@ -1,22 +1,24 @@
 """Grids of GGML's types: a scale (and minimum) per block of 32, or per sub-block in whole multiples of a super-block's.
 
 First every block or sub-block gets the scale and minimum of least weighted error, as if any number could be stored.
-A K-quant's are then snapped to the super-block's units; in turns, each sub-block tries the neighbouring integers and
-the units are refitted to the codes by least squares. What is found is what ggml stores, so GPTQ can run on it as it is.
+A super-block's are then snapped to its units; in turns, each sub-block tries the neighbouring integers and the units
+are refitted to the codes by least squares. Of a table's uneven levels the nearest counts, under a scale of either sign.
+What is found is what ggml stores, so GPTQ can run on it as it is.
 Types and their ranges: ggml-common.h of llama.cpp.
 """
 
 from __future__ import annotations
 
-import torch
-
 from quantkit.codes import GgmlGrid
 from quantkit.codes.block_types import BLOCK_TYPES, BlockType
 from quantkit.errors import NumericError
+from quantkit.late import torch
 from quantkit.quantize.gptq_grid import fit_grid, stored
+from quantkit.quantize.levels import nearest_levels
 
 _TILE = 1 << 20  # weights searched at a time
 _SMALLEST = 2.0**-24  # smallest positive float16
+_LEAST_OF_TABLE = 0.7  # as a fraction of the scale at which the first level is the largest weight
 _ROUNDS = 2  # of neighbouring integers and refitted units
 
 
@@ -32,25 +34,26 @@ def fit_ggml_grid(W: torch.Tensor, importance: torch.Tensor, name: str) -> GgmlG
         NumericError: a scale beyond float16's range.
     """
     kind = BLOCK_TYPES[name]
-    if not kind.scale_bits and not kind.has_minimum:
+    if not (kind.scale_bits or kind.has_minimum or kind.levels):
         return GgmlGrid(name, fit_grid(W, importance, kind.columns, kind.bits, sym=True).scales)
     rows, columns = W.shape
     blocks = W.T.reshape(columns // kind.columns, -1, kind.group, rows)
     h = importance.reshape(blocks.shape[:3])[..., None]
-    fit_tile = _fit_block if not kind.scale_bits else _fit_minimum if kind.has_minimum else _fit_signed
+    fits = (_fit_signed, _fit_minimum) if kind.scale_bits else (_fit_table, _fit_block)
+    fit_tile = fits[kind.has_minimum]
     tiles = [fit_tile(tile.contiguous(), h, kind) for tile in torch.split(blocks, max(1, _TILE // columns), dim=3)]
     d, sc, dmin, m = (torch.cat(parts, dim=-1).flatten(0, -2).T for parts in zip(*tiles, strict=True))
     # A search that found nothing that float16 holds left its scale at 0.
     if not bool((torch.isfinite(d) & (d != 0) & torch.isfinite(dmin)).all()):
         raise NumericError("a block's weights need a scale beyond float16")
     if not kind.scale_bits:
-        return GgmlGrid(name, d.half(), dmin.half())
+        return GgmlGrid(name, d.half(), dmin.half() if kind.has_minimum else None)
     if kind.has_minimum:
         return GgmlGrid(name, d.half(), dmin.half(), sc.short(), m.short())
     return GgmlGrid(name, d.half(), sc=sc.short())
 
 
-_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_Parts = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"]
 """d [blocks, rows], sc [blocks, subs, rows], dmin and m the same, float32."""
 
 
@@ -63,6 +66,18 @@ def _fit_block(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
         found.offer(stored(scale), minimum.half().float())
     d, dmin = found.scale[:, 0], found.minimum[:, 0]
     return d, d, dmin, dmin
+
+
+def _fit_table(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
+    """A scale of either sign for the levels of a table, as float16. w [blocks, 1, size, rows]."""
+    best = _search_scales(w, h, kind)
+    found = _Best(w, h, 2**kind.bits - 1, kind.levels)
+    found.offer(stored(best.scale), best.minimum)
+    for _ in range(_ROUNDS):
+        scale = stored(_slope(w, h, found.codes(found.scale, found.minimum), found.scale))
+        found.offer(torch.where(found.scale == 0, 0.0, scale), found.minimum)  # 0: nothing that float16 holds
+    d = found.scale[:, 0]
+    return d, d, d, d
 
 
 def _search_lines(w: torch.Tensor, h: torch.Tensor, top: int, least: float) -> _Best:
@@ -98,46 +113,57 @@ def _fit_minimum(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
 
 
 def _fit_signed(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Parts:
-    half, limit = 2 ** (kind.bits - 1), 2 ** (kind.scale_bits - 1)
-    peak = w.abs().amax(dim=2).clamp(min=_SMALLEST) / half
-    best = _Best(w, h, 2 * half - 1)
-    for fraction in torch.linspace(1 - 1.4 / half**0.9, half / (half - 1), 12).tolist():
-        for sign in (1, -1):
-            scale = peak * (sign * fraction)
-            best.offer(scale, scale * half)
-    for _ in range(_ROUNDS):
-        scale = _slope(w, h, best.codes(best.scale, best.minimum) - half, best.scale)
-        best.offer(scale, scale * half)
+    zero, limit = kind.zero, 2 ** (kind.scale_bits - 1)
+    best = _search_scales(w, h, kind)
     # The scale of largest magnitude becomes -limit, which reaches one further than limit - 1.
     widest = best.scale.gather(1, best.scale.abs().argmax(dim=1, keepdim=True))[:, 0]
     d = stored(widest / -limit)
     sc = (best.scale / d[:, None]).round_().clamp_(-limit, limit - 1)
-    found = _Best(w, h, 2 * half - 1)
+    found = _Best(w, h, 2**kind.bits - 1, kind.levels)
     for _ in range(_ROUNDS):
         for a in (-1, 0, 1):
             near = (sc + a).clamp(-limit, limit - 1)
-            found.offer(near * d[:, None], near * d[:, None] * half, near, near)
+            found.offer(near * d[:, None], near * d[:, None] * zero, near, near)
         sc = found.extra[0]
-        d = _refit_unit(w, h, found, d, sc, half)
-        found.restart(sc * d[:, None], sc * d[:, None] * half)
+        d = _refit_unit(w, h, found, d, sc, zero)
+        found.restart(sc * d[:, None], sc * d[:, None] * zero)
     return d, sc, d, sc
+
+
+def _search_scales(w: torch.Tensor, h: torch.Tensor, kind: BlockType) -> _Best:
+    """Scales of either sign of least error, in full precision."""
+    zero, low = kind.zero, -kind.levels[0] if kind.levels else kind.zero
+    high = kind.levels[-1] if kind.levels else zero - 1
+    peak = w.abs().amax(dim=2).clamp(min=_SMALLEST) / low
+    best = _Best(w, h, 2**kind.bits - 1, kind.levels)
+    shortest = _LEAST_OF_TABLE if kind.levels else 1 - 1.4 / zero**0.9
+    for fraction in torch.linspace(shortest, low / high, 12).tolist():
+        for sign in (1, -1):
+            scale = peak * (sign * fraction)
+            best.offer(scale, scale * zero)
+    for _ in range(_ROUNDS):
+        scale = _slope(w, h, best.codes(best.scale, best.minimum) - zero, best.scale)
+        best.offer(scale, scale * zero)
+    return best
 
 
 class _Best:
     """The best (scale, minimum) offered so far, per sub-block and row, by weighted squared error of rounded codes."""
 
-    def __init__(self, w: torch.Tensor, h: torch.Tensor, top: int) -> None:
-        self._w, self._h, self._top = w, h, top
+    def __init__(self, w: torch.Tensor, h: torch.Tensor, top: int, levels: tuple[int, ...] = ()) -> None:
+        self._w, self._h, self._top, self._levels = w, h, top, levels
         shape = (*w.shape[:2], w.shape[3])
         self.scale, self.minimum = w.new_zeros(shape), w.new_zeros(shape)
         self.extra = (w.new_zeros(shape), w.new_zeros(shape))
         self._error = torch.full(shape, torch.inf, device=w.device)
 
     def codes(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-        """Nearest codes, as floats, [blocks, subs, size, rows]; 0 where the scale is 0."""
+        """Nearest codes, of a table their levels, as floats, [blocks, subs, size, rows]; where the scale is 0, those of
+        0."""
         inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
         shifted = self._w + minimum[:, :, None]
-        return shifted.mul_(inverse[:, :, None]).round_().clamp_(0, self._top)
+        shifted.mul_(inverse[:, :, None])
+        return nearest_levels(shifted, self._levels) if self._levels else shifted.round_().clamp_(0, self._top)
 
     def offer(self, scale: torch.Tensor, minimum: torch.Tensor, *extra: torch.Tensor) -> None:
         """Keep it where its error is smaller; `extra` is kept beside it."""
@@ -206,12 +232,12 @@ def _refit_units(
 
 
 def _refit_unit(
-    w: torch.Tensor, h: torch.Tensor, found: _Best, d: torch.Tensor, sc: torch.Tensor, half: int
+    w: torch.Tensor, h: torch.Tensor, found: _Best, d: torch.Tensor, sc: torch.Tensor, zero: int
 ) -> torch.Tensor:
     scale = sc * d[:, None]
-    a = (found.codes(scale, scale * half) - half) * sc[:, :, None]
+    a = (found.codes(scale, scale * zero) - zero) * sc[:, :, None]
     fitted = (h * a * w).sum(dim=(1, 2)) / (h * a * a).sum(dim=(1, 2))
     new_d = stored(torch.where(torch.isfinite(fitted) & (fitted != 0), fitted, d))
     new = sc * new_d[:, None]
-    better = found.total(new, new * half) < found.total(scale, scale * half)
+    better = found.total(new, new * zero) < found.total(scale, scale * zero)
     return torch.where(better, new_d, d)

@@ -10,9 +10,10 @@ from typing import get_args
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, GgmlLinear, LinearPlan, Plan
+from quantkit.codes.kinds import Kind
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.gguf.recipes import file_type, fitting, parse_kind, tensor_kinds
-from quantkit.containers.gguf.types import Choice, Chooser, Kind, TypeOptions
+from quantkit.containers.gguf.types import Choice, Chooser, TypeOptions
 from quantkit.errors import UsageError
 from quantkit.options import METHODS, Ends, GgmlType, QuantSpec
 from quantkit.progress import Progress, counted

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from quantkit.codes import Codes, contiguous_groups
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import GptqGrid, fit_grid, round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, InverseFactor, column_order, factorize, row_losses
@@ -23,7 +22,7 @@ from quantkit.quantize.kernels import beside, column_loop
 from quantkit.quantize.methods import Need, Solved, fit
 from quantkit.quantize.rounding import rounded
 
-needs: tuple[Need, ...] = ()
+needs: tuple[Need, ...] = ("weight",)
 gathers = HessianAccumulator  # sums for H float32 [in, in]
 _BLOCK = 128  # columns; those behind a block get its errors in one matrix product
 
@@ -95,11 +94,12 @@ def quantize(W: torch.Tensor, H: torch.Tensor, factor: InverseFactor, spec: Quan
             group = grid.group.to(W.device).long()
             dynamic.append(grid)
         scale, minimum = (part.T.contiguous() for part in grid.steps())  # [groups, out]
+        levels = None if grid.levels is None else grid.levels.to(W.device)
         for start in range(first, last, _BLOCK):
             stop = min(start + _BLOCK, last)
             own = group[start - first : stop - first]
             block = Wt[start:stop], U[start:stop, start:stop], scale[own], minimum[own]
-            Err = quantize_columns(*block, 2**spec.bits - 1, codes[start:stop])
+            Err = quantize_columns(*block, 2**spec.bits - 1, codes[start:stop], levels)
             if stop < columns:
                 Wt[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
             squares += Err.square().sum(dim=0)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from quantkit.codes import QuantizedLinear, contiguous_groups, grouped
 from quantkit.errors import NumericError
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.quantize import loops
 
@@ -34,6 +33,7 @@ class GptqGrid:
     zeros: torch.Tensor
     group: torch.Tensor
     bits: int
+    levels: None = None
 
     def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, minimum), float32 [out, groups] each: a code q stands for ``scale * q - minimum``."""

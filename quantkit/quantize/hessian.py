@@ -7,10 +7,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Self
 
-import torch
-
 from quantkit.codes import Codes
 from quantkit.errors import NumericError
+from quantkit.late import torch
 from quantkit.quantize.methods import Fallback
 from quantkit.runs.ranks import share_of
 
@@ -22,7 +21,8 @@ _LEAF, _GPU_LEAF = 192, 1024  # columns of a symmetric product that is made as i
 
 
 class HessianAccumulator:
-    """Mean of x x^T over the tokens seen: H [in, in] float32, without the constant factor 2, which cancels everywhere.
+    """Weighted mean of x x^T over the tokens seen: H [in, in] float32, without the constant factor 2, which cancels
+    everywhere.
 
     The product is symmetric and only its upper triangle is made, by halves: 9/16 of the operations at 1536 columns.
     BLAS's own symmetric product has no name in torch; NumPy's reaches it, in threads that fight with torch's for the
@@ -32,33 +32,40 @@ class HessianAccumulator:
     def __init__(self, columns: int, device: torch.device) -> None:
         self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.tokens = 0
+        self._weight = torch.zeros(1, device=device)  # float32 as the sum: what is sent of it is all of it
 
-    def add(self, x: torch.Tensor) -> None:
-        """Add activations x [..., in] of any float dtype."""
+    def add(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add activations x [..., in] of any float dtype, and what each counts, float32 [...]; None: all the same."""
         x = x.reshape(-1, x.shape[-1])
-        if not adds_up_in_float32(x.dtype, x.device):
+        self.tokens += x.shape[0]
+        if weight is not None:
+            weight = weight.reshape(-1).to(x.device)
+            x = x.float() * weight.sqrt()[:, None]
+        elif not adds_up_in_float32(x.dtype, x.device):
             x = x.float()
+        self._weight += x.shape[0] if weight is None else weight.sum()
         if x.device.type == "cpu":
             for part in torch.split(x, _TOKENS):
                 _add_symmetric(self.sum, part, _LEAF)
         else:
             _add_symmetric(self.sum, x, _GPU_LEAF)
-        self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> Self:
         """These sums with another's added to them."""
         self.sum.add_(other.sum)
         self.tokens += other.tokens
+        self._weight += other._weight
         return self
 
     def packed(self) -> torch.Tensor:
-        """The upper triangle, and a little more, float32 [n]."""
-        return torch.cat([place.reshape(-1) for place in self._strips()])
+        """The sum of weights, the upper triangle, and a little more, float32 [n]."""
+        return torch.cat([self._weight, *(place.reshape(-1) for place in self._strips())])
 
     def unpack(self, packed: torch.Tensor) -> None:
         """Take what `packed` made; what lies below the triangle stays as it is."""
+        self._weight.copy_(packed[:1])
         places = self._strips()
-        for place, part in zip(places, torch.split(packed, [place.numel() for place in places]), strict=True):
+        for place, part in zip(places, torch.split(packed[1:], [place.numel() for place in places]), strict=True):
             place.copy_(part.view(place.shape))
 
     def finish(self, name: str) -> torch.Tensor:
@@ -68,8 +75,13 @@ class HessianAccumulator:
             NumericError: an activation was not finite; `name` says whose input it was.
         """
         check_squares(self.sum.diagonal(), name)
-        upper = torch.triu(self.sum).div_(max(self.tokens, 1))
+        upper = torch.triu(self.sum).div_(self.weight or 1)
         return upper.add_(torch.triu(upper, diagonal=1).T)
+
+    @property
+    def weight(self) -> float:
+        """The sum of what all tokens count."""
+        return float(self._weight)
 
     def _strips(self) -> list[torch.Tensor]:
         columns = self.sum.shape[0]

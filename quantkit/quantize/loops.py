@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
+
+from quantkit.late import torch
 
 _ROWS = 256  # of a tile: with 128 columns of weights, errors, scales and minima half a megabyte, a core's cache
 
@@ -27,7 +28,13 @@ def has_numba() -> bool:
 
 
 def quantize_columns(
-    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int, codes: torch.Tensor
+    W: torch.Tensor,
+    U: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+    top: int,
+    codes: torch.Tensor,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Quantize columns one after another, each one's error fed into those that follow (GPTQ, algorithm 1, inner loop).
 
@@ -37,13 +44,15 @@ def quantize_columns(
         scale, minimum: float32 [columns, out]; a code q stands for ``scale * q - minimum``.
         top: largest code.
         codes: uint8 [columns, out], written.
+        levels: float32 [top + 1], ascending, where a code q stands for ``scale * levels[q] - minimum``.
 
     Returns:
         errors float32 [columns, out] over the factor's diagonal: columns behind the block change by these times their
         rows of the factor.
     """
     errors = torch.empty(W.shape)
-    arrays = [tensor.contiguous().numpy() for tensor in (W, U, scale, minimum)]
+    table = torch.empty(0) if levels is None else levels
+    arrays = [tensor.contiguous().numpy() for tensor in (W, U, scale, minimum, table)]
     _over_rows(_compiled()[0], W.shape[1], *arrays, np.float32(top), codes.numpy(), errors.numpy())
     return errors
 
@@ -107,10 +116,10 @@ def _compiled() -> tuple[Any, Any, Any]:
 
 
 def _quantize_columns(
-    W: Any, U: Any, scale: Any, minimum: Any, top: Any, codes: Any, errors: Any, first: int, last: int
+    W: Any, U: Any, scale: Any, minimum: Any, levels: Any, top: Any, codes: Any, errors: Any, first: int, last: int
 ) -> None:
     columns = W.shape[0]
-    left = np.empty(_ROWS, np.float32)
+    left, value, place = np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32), np.empty(_ROWS, np.float32)
     for start in range(first, last, _ROWS):
         stop = min(start + _ROWS, last)
         rows = stop - start
@@ -133,6 +142,19 @@ def _quantize_columns(
                     left[r] -= u0 * e0[r]
                 k += 1
             inverse = np.float32(1) / U[j, j]
+            if levels.size:
+                for r in range(rows):
+                    place[r] = left[r] / s[r] if s[r] != 0 else np.float32(0)
+                    value[r], q[r] = levels[0], 0
+                for i in range(1, levels.size):
+                    between = (levels[i - 1] + levels[i]) * np.float32(0.5)
+                    for r in range(rows):
+                        above = place[r] > between
+                        value[r] = levels[i] if above else value[r]
+                        q[r] += np.uint8(above)
+                for r in range(rows):
+                    e[r] = (left[r] - value[r] * s[r]) * inverse
+                continue
             for r in range(rows):
                 code = np.rint(left[r] / s[r]) if s[r] != 0 else np.float32(0)
                 code = min(max(code, np.float32(0)), top)

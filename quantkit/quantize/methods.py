@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol, Self, cast
 
-import torch
-
 from quantkit.codes import Codes
+from quantkit.late import torch
 from quantkit.options import METHODS, MethodName, QuantSpec
 from quantkit.quantize.ggml_grid import fit_ggml_grid
 from quantkit.quantize.gptq_grid import fit_grid
@@ -22,11 +21,12 @@ from quantkit.quantize.gptq_grid import fit_grid
 Fallback = Literal["", "eigenvalues", "rounding"]
 Need = Literal["original", "weight"]
 """Beside a stage's input x [..., in] as the quantized blocks before it give it: "original", what unquantized ones give,
-of x's shape and dtype; "weight", what each token counts, float32 [...]."""
+of x's shape and dtype; "weight", what each token counts, float32 [...], or None where all count the same."""
 
 
 class Grid(Protocol):
-    """The values that the rows of a weight [out, in] may take: ``scale * q - minimum`` for a code q.
+    """The values that the rows of a weight [out, in] may take: ``scale * q - minimum`` for a code q, or with
+    ``levels[q]`` for q where codes are those of a table.
 
     Scales and minima are those that the container stores, one of each for every row and group of columns.
     """
@@ -38,6 +38,10 @@ class Grid(Protocol):
     @property
     def group(self) -> torch.Tensor:
         """int32 [in], on the CPU: the group of each column."""
+
+    @property
+    def levels(self) -> torch.Tensor | None:
+        """float32 [2**bits], on the CPU, ascending: a table; None where codes count as they are."""
 
     def steps(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, minimum), float32 [out, groups] each."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from quantkit.codes import Codes
+from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, row_losses
+from quantkit.quantize.levels import nearest_codes
 from quantkit.quantize.methods import Need, Solved, fit
 
 needs: tuple[Need, ...] = ()
@@ -41,5 +41,6 @@ def rounded(W: torch.Tensor, spec: QuantSpec) -> Codes:
     group = grid.group.to(W.device).long()
     scale, minimum = (part[:, group] for part in grid.steps())
     inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
-    codes = ((W + minimum) * inverse).round_().clamp_(0, 2**grid.bits - 1)
+    levels = None if grid.levels is None else grid.levels.to(W.device)
+    codes, _ = nearest_codes((W + minimum) * inverse, 2**grid.bits - 1, levels)
     return grid.linear(codes.to(torch.uint8))

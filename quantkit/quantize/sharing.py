@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import transformers
-
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import MOST
 from quantkit.codes import put_together, take_apart
+from quantkit.late import torch, transformers
 from quantkit.options import QuantSpec
 from quantkit.quantize.methods import Method, Solved, Sums
 from quantkit.runs.ranks import ALONE, Ranks, share_of
@@ -119,7 +117,7 @@ class Gathering:
         self._tokens = 0
         self._lock = threading.Lock()
 
-    def add(self, batch: int, *inputs: torch.Tensor) -> None:
+    def add(self, batch: int, *inputs: torch.Tensor | None) -> None:
         """Give the inputs of this rank's batch number `batch` to `Sums.add`."""
         lane, batches = next(found for found in self._lanes.items() if batch in found[1])
         if batch == batches.start:

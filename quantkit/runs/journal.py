@@ -24,6 +24,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "block": {"block": int, "sha256": str, "linears": list},
     "states": {"states": int, "batches": list},
     "dropped": {"dropped": int},
+    "weights": {"weights": list},
     "answer": {"answer": str},
     "placing": {"placing": (list, type(None)), "of": str, "inodes": list, "carries": (dict, type(None))},
     "kept": {"kept": str},

@@ -2,6 +2,7 @@
 
     blocks/00012.safetensors                codes of block 12
     hidden/00012/batch-00003.safetensors    what enters block 12
+    weights/00012.safetensors               what each token counts in block 12's sums
 
 The run's journal gets a record when they are whole, with their checksums and the block's statistics: that makes the
 block landed, and the hidden states kept.
@@ -21,14 +22,13 @@ from queue import Queue
 from threading import Thread
 from typing import Any, Protocol
 
-import torch
-
+from quantkit.late import torch
 from quantkit.options.values import Every
 from quantkit.progress import SILENT, Progress
 from quantkit.runs.atomic import file_sha256, sync
 from quantkit.runs.journal import Journal, Record
 from quantkit.runs.outputs import remove
-from quantkit.runs.places import BLOCKS, HIDDEN
+from quantkit.runs.places import BLOCKS, HIDDEN, WEIGHTS
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 from quantkit.runs.unfinished import Run
@@ -129,7 +129,11 @@ def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
             if folder.exists():  # else they were dropped, as a record told that is damaged
                 progress.warn(f"hidden states kept before block {index + 1} are damaged: not used")
             del kept[index]
-    run.journal.rewrite(first, *entries, *kept.values())
+    weights = [entry for entry in others if "weights" in entry][-1:]
+    if weights and not all(_is_whole(weights_file(run.folder, n), sha) for n, sha in enumerate(weights[0]["weights"])):
+        progress.warn("token weights of the unfinished run are damaged: they are made anew")
+        weights = []
+    run.journal.rewrite(first, *weights, *entries, *kept.values())
     used = {_block_file(run.folder, number).name for number in range(len(entries))} | {f"{index:05d}" for index in kept}
     for part in (BLOCKS, HIDDEN):
         for path in (run.folder / part).glob("*"):
@@ -270,6 +274,23 @@ def keep_states(folder: Path, journal: Journal | None, index: int, hidden: Batch
         sync(place)
         sync(place.parent)
         journal.append({"states": index, "batches": sums})
+
+
+def land_weights(folder: Path, journal: Journal, checksums: Sequence[str]) -> None:
+    """Note that the files of `weights_file` are whole, one for each block; without any, that there are none to have."""
+    sync(folder / WEIGHTS)
+    journal.append({"weights": list(checksums)})
+
+
+def landed_weights(journal: Journal) -> int | None:
+    """How many blocks' token weights a run has; None where they were not looked for yet."""
+    told = journal.last("weights")
+    return None if told is None else len(told["weights"])
+
+
+def weights_file(folder: Path, index: int) -> Path:
+    """Where a run has the token weights of a block."""
+    return folder / WEIGHTS / f"{index:05d}.safetensors"
 
 
 def _block_file(folder: Path, index: int) -> Path:

@@ -46,6 +46,7 @@ from quantkit.runs.places import (
     never,
     place_of,
     stranger,
+    too_long,
 )
 from quantkit.runs.renames import move_over, move_to_free
 
@@ -137,6 +138,8 @@ def _check_free(out: Path, folder: bool, force: bool, advice: str = REPLACE) -> 
 
 
 def _check_staging(out: Path) -> None:
+    if (found := too_long(out)) is not None:
+        raise UsageError(f"--out {out} {found}")
     strange = stranger(folder_of(out))
     if strange is not None:
         raise UsageError(f"--out {out}: {folder_of(out)} {strange}; move it away, or name another")
@@ -178,8 +181,8 @@ def _working(out: Path, force: bool, check: Callable[[], None]) -> Iterator[Stag
             staging.staged.mkdir()
             yield staging
         except OSError as error:
-            of_output = str(error.filename or staging.folder).startswith(str(staging.folder))
-            if error.errno is None or not of_output:  # of a connection, or of a file that is read
+            place = str(error.filename2 or error.filename or staging.folder)  # the second is what is copied to
+            if error.errno is None or not place.startswith(str(staging.folder)):  # of a connection, or what is read
                 raise
             raise staging.failed(error) from error
 
@@ -199,7 +202,7 @@ def staging_of(out: Path, force: bool = False, resume: bool = False) -> Iterator
         UsageError: another run is at work here, or left something that neither `force` nor `resume` goes for.
         OutputError: the place cannot be written to.
     """
-    if (found := never(out)) is not None:
+    if (found := too_long(out) or never(out)) is not None:
         raise UsageError(f"--out {out} {found}")
     staging = Staging(out)
     with _folders_above(out, staging.place):
@@ -260,7 +263,7 @@ class Staging:
         except OSError as error:
             raise self.failed(error) from error
         if told := self.waiting:
-            if not (force or (resume and self.landed)):
+            if not (force or (resume and self.holds)):
                 raise UsageError(f"--out {self.out}: {told}")
         elif not force and any((self.folder / BLOCKS).glob("*")) and not self.landed:
             if (self.folder / "run.json").exists():
@@ -279,7 +282,7 @@ class Staging:
         if "kept" in last and self.staged.exists():
             older = ", and what was there before is there" if os.path.lexists(self.place) else ""
             return f"{last['kept']}{older}; the finished output is kept as {self.staged}: move it, or --force drops it"
-        if self.landed:
+        if self.holds:
             return (
                 f"a run of {self.journal.records[0]['run']} into it was not finished; --resume goes on with it "
                 f"({self.progress}), --force starts anew"
@@ -294,10 +297,16 @@ class Staging:
         return sum("block" in record or "answer" in record for record in self.journal.records)
 
     @property
+    def holds(self) -> bool:
+        """Whether anything waits for --resume: blocks, answers, or token weights before any block has landed."""
+        return bool(self.landed) or self.journal.last("weights") is not None
+
+    @property
     def progress(self) -> str:
         """How far an unfinished run came."""
         total = self.journal.records[0].get("blocks")
-        return counted(self.landed, "answer") if total is None else f"{self.landed} of {total} blocks"
+        weights = "" if self.landed or total is None else "token weights, "
+        return counted(self.landed, "answer") if total is None else f"{weights}{self.landed} of {total} blocks"
 
     def failed(self, error: OSError, left: str = "nothing was left there") -> OutputError:
         """What to raise where the disk failed."""

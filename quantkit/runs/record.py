@@ -7,10 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from quantkit.errors import SourceError
+from quantkit.late import torch, transformers
 from quantkit.runs.atomic import FileStates, Origin, file_sha256, file_state
 from quantkit.runs.places import READ_BY
 from quantkit.runs.records import read_record

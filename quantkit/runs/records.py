@@ -20,6 +20,7 @@ _PART: dict[str, Any] = {"dataset": str, "dataset_sha256": str}
 _RECORD: dict[str, Any] = {
     "source": _MADE,
     "versions": {str: str},
+    "compute": {"dtype": str},
     "recipe": {"act_order": str, "damp": _NUMBER},
     "calibration": {**_PART, "template": str, "parts": [_PART]},
     "evaluation": {

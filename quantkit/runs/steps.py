@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import transformers
-
 from quantkit.errors import QuantkitError
+from quantkit.late import torch, transformers
 from quantkit.progress import Progress
 from quantkit.runs.atomic import fingerprint
 from quantkit.runs.keeping import keeping

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
+from quantkit.late import torch
 
 NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.uint8: "U8",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.uint8": "U8",
 }
 """What the format calls the types that are written."""
 
@@ -56,7 +55,7 @@ def header(tensors: Sequence[TensorPlan]) -> tuple[bytes, dict[str, int]]:
     for tensor in sorted(tensors, key=lambda t: -t.dtype.itemsize):
         offsets[tensor.name] = at
         entries[tensor.name] = {
-            "dtype": NAMES[tensor.dtype],
+            "dtype": NAMES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [at, at + tensor.bytes],
         }
@@ -87,4 +86,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that `write_tensors` wrote, on the CPU, in memory of their own."""
+    from safetensors.torch import load_file  # which imports torch
+
     return {name: tensor.clone() for name, tensor in load_file(path).items()}

@@ -23,7 +23,8 @@ from quantkit.errors import (
 from quantkit.runs.atomic import REPORT_NAME, read_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.outputs import ChangedError, Staging, remove, settle, staging_of
-from quantkit.runs.places import BLOCKS, HIDDEN, folder_of
+from quantkit.runs.places import BLOCKS, HIDDEN, WEIGHTS, folder_of
+from quantkit.runs.records import read_record
 
 _SHOWN = 5  # differences; the first ones tell what happened
 _LONGEST = 40  # characters of a value that is shown
@@ -79,11 +80,11 @@ def working(
     """
     wanted = {"run": verb, "decides": json.loads(json.dumps(decides)), "blocks": total, "replaces": force}
     with staging_of(out, force, resume) as staging:
-        staging.keep = bool(staging.landed)
+        staging.keep = staging.holds
         resumed = resume and _goes_on(staging, wanted["decides"], verb)
         staging.keep = False
         try:
-            staging.sweep(("journal", BLOCKS, HIDDEN) if resumed else ())
+            staging.sweep(("journal", BLOCKS, HIDDEN, WEIGHTS) if resumed else ())
             if not resumed:
                 staging.journal.append(wanted)
             staging.staged.mkdir()
@@ -109,6 +110,16 @@ def finished(out: Path, decides: Mapping[str, Any]) -> dict[str, Any] | None:
     if run and run[0].get("replaces"):
         return None
     raise UsageError(f"--resume: {out} is complete, but made otherwise ({found}); --force replaces it")
+
+
+def decided_before(out: Path) -> Mapping[str, Any]:
+    """What decides the result that `resume` would go on with: of an unfinished run, or else of the output; {}.
+
+    Raises:
+        SourceError: the output's record is damaged.
+    """
+    run = Journal(folder_of(out) / "journal").records[:1]
+    return run[0].get("decides") or {} if run else read_record(out)
 
 
 def drop_unfinished(out: Path) -> None:
@@ -151,7 +162,7 @@ def _shown(value: Any) -> str:
 
 def _goes_on(staging: Staging, decides: Mapping[str, Any], verb: str) -> bool:
     """Whether there is an unfinished run to go on with. Raises ChangedError."""
-    if not staging.landed:
+    if not staging.holds:
         return False
     before = staging.journal.records[0]
     if before["run"] != verb or not before.get("decides"):
@@ -172,20 +183,20 @@ def _leave(staging: Staging, error: BaseException) -> NoReturn:
         raise Interrupted(f"when {staging.out} was complete") from None
     if staging.keep:  # the output is whole, and what is said tells where
         raise staging.failed(error) if isinstance(error, OSError) else error
-    landed = staging.landed
+    landed, holds = staging.landed, staging.holds
     if isinstance(error, NumericError):  # which the same numbers would end in again
-        landed = 0
+        landed, holds = 0, False
     with suppress(OSError):
         remove(staging.staged)
         remove(staging.folder / "replaced")
-    staging.keep = bool(landed)
+    staging.keep = holds
     are, them = ("is", "it") if landed == 1 else ("are", "them")
-    kept = f"{staging.progress} {are} kept: --resume goes on with {them}" if landed else "nothing was left there"
+    kept = f"{staging.progress} {are} kept: --resume goes on with {them}" if holds else "nothing was left there"
     if isinstance(error, OSError):
         raise OutputError(f"writing {staging.out} failed: {error.strerror or error}; {kept}") from error
-    if landed and isinstance(error, QuantkitError):
+    if holds and isinstance(error, QuantkitError):
         error.args = (f"{error}\n{kept}",)
-    if landed and isinstance(error, KeyboardInterrupt):
+    if holds and isinstance(error, KeyboardInterrupt):
         total = staging.journal.records[0].get("blocks")
         raise Interrupted(
             f"after {staging.progress}" if total is None else f"after block {landed} of {total}"

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import errors, snapshot_download
-
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.read import COMPANIONS
 from quantkit.containers.hf.shards import SafetensorsFiles
@@ -48,6 +46,8 @@ def download(repo_id: str, revision: str | None, code: bool = False) -> Path:
 
 
 def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download  # a third of a second, for Hub ids alone
+
     try:
         with quiet_client():
             return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED))
@@ -58,6 +58,8 @@ def _snapshot(repo_id: str, revision: str | None, wanted: list[str]) -> Path:
 
 def _reason(error: Exception) -> str:
     """What the client's exception means, in words for one line."""
+    from huggingface_hub import errors
+
     if isinstance(error, errors.LocalEntryNotFoundError):
         offline = isinstance(error.__cause__, errors.OfflineModeIsEnabled)
         partial = getattr(errors, "IncompleteSnapshotError", ())  # since huggingface_hub 2

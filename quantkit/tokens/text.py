@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError, SourceError, UsageError
+from quantkit.late import torch
 from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
 from quantkit.options.values import PACKED_SUFFIXES, is_wikitext2
 from quantkit.progress import SILENT, Progress
@@ -31,6 +31,9 @@ from quantkit.tokens import (
 from quantkit.tokens.datasets import DataFiles, data_file
 from quantkit.tokens.readers import read_source
 from quantkit.tokens.windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WIKITEXT2 = "wikitext2"
 _WIKITEXT2_TEST = ("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet")
@@ -151,7 +154,7 @@ def _read(text: str, progress: Progress) -> Dataset | str:
     if is_wikitext2(text):
         return _wikitext2(text)
     path = Path(text)
-    if path.is_file() and path.suffix.lower() not in _DATASET_SUFFIXES:
+    if os.path.isfile(path) and path.suffix.lower() not in _DATASET_SUFFIXES:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -180,7 +183,7 @@ def _shown_name(text: str) -> str:
     """What reports call the text: a name as it is, a file without its folder."""
     if is_wikitext2(text):
         return WIKITEXT2
-    return Path(text).name if Path(text).is_file() else text
+    return Path(text).name if os.path.isfile(text) else text
 
 
 def _wikitext2(text: str) -> str:

@@ -11,9 +11,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from quantkit.errors import CalibrationError, UsageError
+from quantkit.late import torch
 from quantkit.options import Drawing, Spec, TemplateName
 from quantkit.progress import SILENT, Progress, counted
 from quantkit.runs.panics import panics_as

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Protocol
 
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.whole import load_on_kernels
@@ -17,6 +15,9 @@ from quantkit.report import Report
 from quantkit.tokens.records import Record, Turn
 from quantkit.verbs import verb
 from quantkit.verbs.generate.speaker import Speaker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HELP = "/reset forgets the conversation, /system TEXT also sets the system message, /quit (or the end of input) ends it"
 

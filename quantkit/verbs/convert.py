@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from quantkit.blocks.folder import plan_folder, write_folder
-from quantkit.blocks.open import DTYPES, note_left_out, note_source
+from quantkit.blocks.open import note_left_out, note_source
+from quantkit.late import dtype_of
 from quantkit.options import parse_size
 from quantkit.options.verbs import Convert
 from quantkit.progress import SILENT, Progress, counted, size
@@ -21,7 +20,7 @@ from quantkit.runs.record import checksums, origin
 from quantkit.sources import open_source, variant_name
 from quantkit.verbs import verb
 
-_SUFFIXES = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32"}
+_SUFFIXES = {"torch.float16": "FP16", "torch.bfloat16": "BF16", "torch.float32": "FP32"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def convert(options: Convert, *, progress: Progress = SILENT) -> ConvertReport:
     shard_bytes = parse_size(options.max_shard_size)
     source = open_source(options.model, options.revision, options.trust_remote_code)
     note_source(source, progress)
-    held = DTYPES.get(options.dtype, source.dtype)
-    name = f"{variant_name(source.label)}-{_SUFFIXES[held]}"
+    held = source.dtype if options.dtype == "auto" else dtype_of(options.dtype)
+    name = f"{variant_name(source.label)}-{_SUFFIXES[str(held)]}"
     target = Path.cwd() / name if options.out is None else absolute(options.out)
     check_output(target, source.path, options.force, options.dry_run)
     plan = plan_folder(source, held, all_alike=options.dtype != "auto")

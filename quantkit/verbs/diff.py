@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.folder import plan_folder, write_folder
-from quantkit.blocks.open import DTYPES, note_source
+from quantkit.blocks.open import note_source
 from quantkit.blocks.pair import DeltaSource, DiffSource
+from quantkit.late import dtype_of, torch
 from quantkit.options import parse_size
 from quantkit.options.verbs import Diff
 from quantkit.progress import SILENT, Progress
@@ -69,7 +68,7 @@ def diff(options: Diff, *, progress: Progress = SILENT) -> DiffReport:
     note_source(source, progress)
     target = absolute(options.out)
     check_outside(target, [source], options.force, options.dry_run)
-    plan = plan_folder(source, DTYPES["float32" if options.dtype == "auto" else options.dtype])
+    plan = plan_folder(source, dtype_of("float32" if options.dtype == "auto" else options.dtype))
     values = sum(math.prod(tensor.shape) for tensor in plan.tensors)
     report = DiffReport(
         *(target, plan.dtype_name, source.vocab, len(plan.tensors), plan.bytes),

@@ -10,19 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import gguf
-import torch
-
 from quantkit.blocks.open import named, note_left_out, note_source, open_model
 from quantkit.blocks.stream import ModelStream
+from quantkit.codes.kinds import SIZES, FileType, Kind
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.ggjt import write as ggjt
 from quantkit.containers.gguf.recipes import file_type, parse_kind, recipe_of
-from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, Kind, TypeOptions
+from quantkit.containers.gguf.types import Choice, Chooser, Fidelity, TypeOptions
 from quantkit.containers.imatrix import Imatrix, read_imatrix
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import parse_size
 from quantkit.options.verbs import Ggml
 from quantkit.progress import SILENT, Progress, size
@@ -154,8 +153,8 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
     parts = names if len(names) > 1 else ()
     check_other_file(job.target, source, job.force, parts, job.dry_run)
-    origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
-    number = gguf.LlamaFileType.GUESSED if job.recipe is None else file_type(job.recipe)
+    origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen) and source.from_gptq)
+    number = FileType.GUESSED if job.recipe is None else file_type(job.recipe)
     keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
     for text in (*gguf_files.limits(source), *gguf_files.cut_otherwise(source, keys)):
@@ -205,7 +204,7 @@ def plan_ggjt(job: Job) -> Callable[[], Path]:
 
 def _holds_codes(source: Source, chosen: Chosen) -> bool:
     kept = any(choice.fidelity in ("exact", "bounded") for _, choice in chosen)
-    return kept and source.from_gptq
+    return kept and (source.from_gptq or source.codes is not None)
 
 
 def _sizes(target: Path, weights: Weights, chosen: Chosen, progress: Progress) -> GgmlReport:
@@ -241,7 +240,7 @@ def _fitting(imatrix: Imatrix, chosen: Chosen, progress: Progress) -> Imatrix | 
     Raises:
         UsageError: it has one for none.
     """
-    rounded = [tensor.name for tensor, choice in chosen if gguf.GGML_QUANT_SIZES[choice.kind][0] > 1]
+    rounded = [tensor.name for tensor, choice in chosen if SIZES[choice.kind][0] > 1]
     blocks = [name for name in rounded if name.startswith("blk.")]
     missing = [name for name in blocks if name not in imatrix.entries]
     if missing and len(missing) == len(blocks):

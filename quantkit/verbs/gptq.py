@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from quantkit.blocks.arithmetic import calibration_dtype
 from quantkit.blocks.open import (
     check_windows,
     fitted,
@@ -29,6 +28,7 @@ from quantkit.containers import CONTAINERS, of_format
 from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
+from quantkit.late import torch
 from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
@@ -36,6 +36,7 @@ from quantkit.progress import SILENT, Progress, counted, size
 from quantkit.quantize.blockwise import (
     LayerStatistics,
     OnLinear,
+    corrects,
     gptq_multiplications,
     plan_gptq_memory,
     quantize_blocks,
@@ -44,13 +45,15 @@ from quantkit.quantize.blockwise import (
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
+from quantkit.quantize.token_weights import TokenWeights, plan_weights_memory, token_weights
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.journal import Journal
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import check_unchanged, checksums, companions, made_from, origin
-from quantkit.runs.unfinished import Run, check_unfinished, drop_unfinished, finished, working
+from quantkit.runs.unfinished import Run, check_unfinished, decided_before, drop_unfinished, finished, working
 from quantkit.sources import open_source, variant_name
 from quantkit.tokens import TokenMatrix
 from quantkit.tokens.text import calibration_windows, check_tokens
@@ -134,6 +137,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     if ranks.first:
         check_unfinished(place, options.resume, options.force, options.dry_run)
         check_outside(place, [stream.source], options.force or options.resume, dry_run=True)  # it is settled
+    _choose_dtype(stream, target.plan, place, options, ranks, progress)
     report = _sizes(place, stream, spec, target, options)
     if options.dry_run:
         return report
@@ -180,6 +184,11 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     return make(QuantSpec, **(grid | own | {"ggml": None}), overrides=overrides)
 
 
+def _weighted(spec: QuantSpec) -> bool:
+    """Whether tokens have weights: plain rounding has nothing that they could change."""
+    return spec.token_weights and spec.method == "gptq"
+
+
 def _variant(source: Source, spec: QuantSpec, options: Gptq) -> str:
     """What the output is called, after the names that such repositories are published under."""
     name, method = variant_name(source.label), METHODS[spec.method]
@@ -203,6 +212,21 @@ def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, prog
     return target
 
 
+def _choose_dtype(
+    stream: ModelStream, plan: Plan, place: Path, options: Gptq, ranks: Ranks, progress: Progress
+) -> None:
+    """Have one dtype of the calibration forwards in all processes, and in the run that is gone on with."""
+
+    def choose() -> torch.dtype:
+        return calibration_dtype(stream, plan, decided_before(place) if options.resume else {})
+
+    chosen = ranks.from_first(choose)  # which all call: who was told another dtype is refused later
+    if options.dtype == "auto":
+        if stream.dtype != chosen:
+            progress.note("calibration forwards in bfloat16; sums and the evaluation in float32")
+        stream.dtype = chosen
+
+
 def _windows(options: Gptq) -> Sequence[int]:
     """How many windows of calibration text, and of how many tokens."""
     given = options.calibration
@@ -212,7 +236,10 @@ def _windows(options: Gptq) -> Sequence[int]:
 def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
     """Sizes from headers alone."""
     windows = _windows(options)
-    memory = plan_gptq_memory(stream, *windows)
+    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec))]
+    if _weighted(spec):
+        plans.append(plan_weights_memory(stream, *windows))
+    memory = max(plans, key=lambda plan: plan.needed)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
         out=place,
@@ -243,9 +270,13 @@ def _made(
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear."""
     sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
-    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set())
+    weighted = _weighted(spec)
+    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
+    unsaid |= set() if corrects(spec) else {"correct"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if options.ggml is None else of_file)
+    seed = options.seed if weighted else None
+    recipe |= {"seed": seed} if weighted else {}
     sharing.check_alike(stream, recipe)
 
     def decides() -> dict[str, Any]:
@@ -268,9 +299,9 @@ def _made(
         with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
-            made = _quantize(run, stream, matrix, target, every, decided, sharing, progress)
+            made = _quantize(run, stream, matrix, target, every, decided, seed, sharing, progress)
     else:
-        _help_quantize(stream, matrix, target, every, sharing)
+        _help_quantize(stream, matrix, target, every, seed, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -281,16 +312,18 @@ def _quantize(
     target: Target,
     every: Every,
     decided: dict[str, Any],
+    seed: int | None,
     sharing: Sharing,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
-    equal runs, and what happened to each Linear."""
+    equal runs, and what happened to each Linear. `seed`: of tokens' weights; None: all count the same."""
     landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
         check_finite(stream, target, progress, sharing.ranks)
+    weights = _weights(seed, stream, matrix, run.folder, run.journal, sharing, progress)
     layers: list[LayerStatistics] = []
     with target.writer(run.staged) as writer:
         for index in range(landed.blocks):
@@ -301,7 +334,7 @@ def _quantize(
         with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
             budget = stream.budget // sharing.ranks.here
             arguments = stream, matrix.tokens, target.plan, _landing(lander, writer.add_linear), budget, progress
-            quantize_blocks(*arguments, landed, lander.land, sharing)
+            quantize_blocks(*arguments, landed, lander.land, sharing, weights)
         layers += [LayerStatistics(**told) for told in lander.statistics]
         with progress.phase("writing", 1) as advance:
             writer.add_others()
@@ -310,22 +343,40 @@ def _quantize(
     warn_starved_experts(layers, target.plan, matrix.tokens, progress)
     write_layer_table(run.staged / "quant_log.csv", layers)
     check_unchanged(stream.source)
-    told = [{k: v for k, v in vars(layer).items() if k != "seconds"} for layer in layers]
+    told = [{k: v for k, v in vars(layer).items() if k != "seconds" and v is not None} for layer in layers]
     record = {**decided, "layers": told, "evaluation": None, "files": checksums(run.staged)}
     write_json(run.staged / REPORT_NAME, record)
     return record, layers
 
 
-def _help_quantize(stream: ModelStream, matrix: TokenMatrix, target: Target, every: Every, sharing: Sharing) -> None:
+def _help_quantize(
+    stream: ModelStream, matrix: TokenMatrix, target: Target, every: Every, seed: int | None, sharing: Sharing
+) -> None:
     """What all ranks but the first do of `_quantize`."""
     ranks = sharing.ranks
     landed = ranks.from_first(lambda: NOTHING)
     if not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
+    weights = _weights(seed, stream, matrix, landed.folder, None, sharing, SILENT)
     with Lander(landed.folder, (), every, ranks) as lander:
         budget = stream.budget // ranks.here
         take = _landing(lander, lambda name, linear: None)
-        quantize_blocks(stream, matrix.tokens, target.plan, take, budget, SILENT, landed, lander.land, sharing)
+        quantize_blocks(stream, matrix.tokens, target.plan, take, budget, SILENT, landed, lander.land, sharing, weights)
+
+
+def _weights(
+    seed: int | None,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    folder: Path,
+    journal: Journal | None,
+    sharing: Sharing,
+    progress: Progress,
+) -> TokenWeights | None:
+    """What each token counts; None: all the same."""
+    if seed is None:
+        return None
+    return token_weights(stream, matrix.tokens, seed, folder, journal, progress, sharing.ranks)
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:
@@ -353,6 +404,8 @@ def _evaluate_written(
     """
     try:
         ranks.wait_for(model)
+        if reference.device.type == "cpu":
+            reference.dtype = torch.float32  # whatever calibration was done in
         opened = open_source(model, trust_remote_code=reference.source.trusts_code)
         written = ModelStream(opened, reference.device, reference.dtype)
         evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)
@@ -371,11 +424,16 @@ def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
     """CSV with a row per Linear. No seconds: equal runs write equal files."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens"])
+        table.writerow(
+            ["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens", "n_eff", "corrected"]
+        )
         for layer in layers:
             ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else 1.0
             numbers = [f"{value:.6g}" for value in (layer.loss, layer.rtn_loss, ratio, layer.damp)]
-            table.writerow([layer.name, *numbers, layer.fallback, layer.tokens])
+            effective = layer.tokens if layer.n_eff is None else f"{layer.n_eff:.6g}"
+            table.writerow(
+                [layer.name, *numbers, layer.fallback, layer.tokens, effective, f"{layer.corrected or 0:.4g}"]
+            )
 
 
 def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from quantkit.blocks.families import Stages, shape_of
 from quantkit.blocks.memory import plan_watching
 from quantkit.blocks.open import named, note_source, open_stream
-from quantkit.blocks.stages import run_watched
+from quantkit.blocks.stages import Reading, run_watched
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import gguf as gguf_files
 from quantkit.containers.imatrix import Entry, write_imatrix
+from quantkit.late import inference, nn, torch
 from quantkit.options import HELDOUT
 from quantkit.options.verbs import Imatrix
 from quantkit.progress import SILENT, Progress, counted, size
@@ -166,7 +164,7 @@ class InputSquares:
 OnInputSquares = Callable[[str, InputSquares], None]
 
 
-@torch.inference_mode()
+@inference
 def collect_squares(
     stream: ModelStream, tokens: torch.Tensor, on_linear: OnInputSquares, progress: Progress = SILENT
 ) -> None:
@@ -203,8 +201,8 @@ def _watch(stream: ModelStream, index: int, block: nn.Module, stages: Stages, hi
     def forward(batch: int) -> torch.Tensor:
         return stream.call(index, block, batch, hidden[batch])
 
-    def observe(stage: int, _: int, x: torch.Tensor) -> None:
-        squares[stage].add(x)
+    def observe(stage: int, _: int, read: Reading) -> None:
+        squares[stage].add(read.x)
 
     run_watched(block, stages, forward, len(hidden), observe, hidden.__setitem__)
     return squares

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.folder import FolderPlan, plan_folder, write_folder
 from quantkit.blocks.open import DTYPES, note_source
 from quantkit.blocks.pair import DeltaSource
-from quantkit.containers.hf.shards import STORED_DTYPES
+from quantkit.containers.hf.shards import dtype_as_read
 from quantkit.containers.source import Source
 from quantkit.errors import NumericError, UsageError
+from quantkit.late import dtype_of, torch
 from quantkit.options import parse_size
 from quantkit.options.verbs import Merge, Sum
 from quantkit.progress import SILENT, Progress
@@ -82,7 +81,7 @@ def merge(options: Merge, *, progress: Progress = SILENT) -> MergeReport:
     sources = open_both(options, options.delta)
     source = DeltaSource(*sources, options.vocab)
     note_source(source, progress)
-    held = DTYPES[_tuned_dtype(source) if options.dtype == "auto" else options.dtype]
+    held = dtype_of(_tuned_dtype(source) if options.dtype == "auto" else options.dtype)
     target = absolute(options.out)
     check_outside(target, [source], options.force, options.dry_run)
     plan = plan_folder(source, held, all_alike=options.dtype != "auto")
@@ -136,7 +135,7 @@ def dtype_name(source: Source) -> str:
     """What most bytes of the float tensors are stored in; float32 for wider ones."""
     sizes = Counter[str]()
     for info in source.tensors.values():
-        held = STORED_DTYPES.get(info.stored_as, torch.float32)
+        held = dtype_as_read(info.stored_as) or torch.float32
         if held.is_floating_point:
             sizes[str(held).removeprefix("torch.")] += info.bytes
     found = sizes.most_common(1)[0][0] if sizes else "float32"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.families import DISCOVERED
 from support.streamed import greedy, open_stream, streamed_logits
 from support.tolerance import forward
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import quantkit
 from quantkit.blocks import weights
@@ -375,6 +375,22 @@ def test_windows_longer_than_the_positions_are_refused(make_model: MakeModel, tm
     with pytest.raises(UsageError, match="windows of 96 tokens"):
         quantkit.perplexity([folder], text=str(text), seq_len=96)
     assert quantkit.perplexity([folder], text=str(text)).seq_len == 64  # of 512, which nobody asked for
+
+
+def test_a_pictures_positions_limit_no_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Gemma 3 with its vision tower, whose patches have learned positions, four of them here."""
+    tower = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    text = random_model("gemma3_text", tied=True, dtype=torch.float16, seed=0).config.to_dict()
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config={"model_type": "siglip_vision_model", "num_attention_heads": 2, **tower},
+        mm_tokens_per_image=4,
+    )
+    AutoModelForImageTextToText.from_config(config).to(torch.float16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert open_stream(tmp_path / "model").longest is None
+    assert quantkit.gptq(tmp_path / "model", tmp_path / "out", calibration=token_matrix(4, 32), **OPTIONS).layers
 
 
 def test_a_model_that_cannot_be_run_block_by_block_is_refused(make_model: MakeModel) -> None:

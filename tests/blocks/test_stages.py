@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from quantkit.blocks import budget, stages
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import FAMILIES as FAMILIES_TABLE
-from quantkit.blocks.stages import paused_bytes, run_paused, run_replayed
+from quantkit.blocks.stages import Reading, paused_bytes, run_paused, run_replayed
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import QuantizedLinear
 from quantkit.errors import NumericError, SourceError
@@ -196,7 +196,8 @@ def staged(
                 hooks.append(block.get_submodule(path).register_forward_hook(count))
             hessians: dict[int, HessianAccumulator] = {}
 
-            def observe(stage: int, batch: int, x: torch.Tensor, hessians: Any = hessians) -> None:
+            def observe(stage: int, batch: int, read: Reading, hessians: Any = hessians) -> None:
+                x = read.x
                 hessians.setdefault(stage, HessianAccumulator(x.shape[-1], CPU)).add(x)
                 inputs.append((stage, x.shape[0]))
 

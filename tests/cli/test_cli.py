@@ -27,7 +27,20 @@ pytestmark = pytest.mark.fast
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[2]
 VERBS = (
-    *("gptq", "perplexity", "samples", "ggml", "imatrix", "convert", "inspect", "compare", "eval", "generate", "chat"),
+    *(
+        "gptq",
+        "perplexity",
+        "samples",
+        "ggml",
+        "repack",
+        "imatrix",
+        "convert",
+        "inspect",
+        "compare",
+        "eval",
+        "generate",
+        "chat",
+    ),
     *("verify", "card", "publish", "release"),
 )
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
@@ -45,7 +58,7 @@ GPTQ_KEYS = {
     "evaluation",
     "seconds",
 }
-LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds"}
+LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected"}
 PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results", "precision"}
 RESULT_KEYS = {
     "model",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes import QuantizedLinear, contiguous_groups, kinds
 from quantkit.codes.block_types import (
     BLOCK_TYPES,
+    BlockType,
     pack_blocks,
     pack_super_blocks,
 )
@@ -28,21 +28,25 @@ pytestmark = pytest.mark.fast
 
 
 def dequantize(name: str, rows: np.ndarray) -> np.ndarray:
-    return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[name])
+    return kinds.dequantize(rows, kinds.Kind[name])
 
 
 def spread(values: np.ndarray, times: int) -> np.ndarray:
     return np.repeat(values.astype(np.float32), times, axis=1)
 
 
+def counted(kind: BlockType, codes: np.ndarray) -> np.ndarray:
+    return np.array(kind.levels, dtype=np.float32)[codes] if kind.levels else codes.astype(np.float32)
+
+
 @pytest.mark.parametrize("name", [name for name, kind in BLOCK_TYPES.items() if not kind.scale_bits])
 def test_blocks_hold_what_gguf_reads(name: str) -> None:
     kind, rng = BLOCK_TYPES[name], np.random.default_rng(0)
-    codes = rng.integers(0, 2**kind.bits, (5, 96)).astype(np.uint8)
+    codes = rng.integers(0, 2**kind.bits, (5, 3 * kind.group)).astype(np.uint8)
     d, m = rng.normal(size=(2, 5, 3)).astype(np.float16)
     rows = pack_blocks(name, codes, d, m if kind.has_minimum else None)
-    steps = codes.astype(np.float32) - (0 if kind.has_minimum else 2 ** (kind.bits - 1))
-    expected = spread(d, 32) * steps + (spread(m, 32) if kind.has_minimum else 0)
+    steps = counted(kind, codes) - (0 if kind.has_minimum else kind.zero)
+    expected = spread(d, kind.group) * steps + (spread(m, kind.group) if kind.has_minimum else 0)
     assert np.array_equal(dequantize(name, rows), expected)
 
 
@@ -60,7 +64,7 @@ def test_super_blocks_hold_what_gguf_reads(name: str) -> None:
     else:
         sc = rng.integers(-half, half, (5, count)).astype(np.int16)
         rows = pack_super_blocks(name, codes, d, sc)
-        steps = codes.astype(np.float32) - 2 ** (kind.bits - 1)
+        steps = counted(kind, codes) - kind.zero
         expected = spread(d, 256) * spread(sc, kind.group) * steps
     assert np.array_equal(dequantize(name, rows), expected)
 
@@ -112,6 +116,8 @@ def test_codes_are_kept(bits: int, sym: bool, group_size: int, blocks: int, seed
         (4, False, 256, Reencoding("Q4_K", "exact")),
         (4, False, -1, Reencoding("Q4_K", "exact")),
         (2, False, -1, Reencoding("Q2_K", "exact")),
+        (2, True, 64, Reencoding("Q2_0", "exact")),
+        (2, True, 32, Reencoding("Q4_0", "exact")),
         (3, True, 256, Reencoding("Q3_K", "exact")),
         (3, False, 32, Reencoding("Q4_0", "exact")),
     ],

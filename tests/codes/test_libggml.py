@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.codes import libggml
+from quantkit.codes import kinds, libggml
+from quantkit.codes.kinds import Kind, dequantize
 from quantkit.errors import (
     MissingPackageError,
     NumericError,
@@ -23,7 +25,6 @@ from quantkit.errors import (
     UsageError,
 )
 
-Kind = gguf.GGMLQuantizationType
 Array = np.ndarray[Any, Any]
 # Those without a grid, which takes seconds to make.
 QUICK = sorted(kind for kind in libggml.KINDS if kind.name[:3] not in ("IQ1", "IQ2", "IQ3"))
@@ -38,11 +39,25 @@ def normal(rows: int = 4, columns: int = 512, seed: int = 0) -> Array:
 def test_values_come_back_near(kind: Kind) -> None:
     values = normal()
     packed = libggml.round_to_blocks(values, kind)
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    block, size = kinds.SIZES[kind]
     assert packed.shape == (4, 512 // block * size)
-    error = np.abs(gguf.quants.dequantize(packed, kind) - values).mean() / np.abs(values).mean()
+    error = np.abs(dequantize(packed, kind) - values).mean() / np.abs(values).mean()
     limits = {8: 0.01, 6: 0.05, 5: 0.09, 4: 0.1, 3: 0.2, 2: 0.35}
-    assert error < (0.9 if kind in (Kind.TQ1_0, Kind.TQ2_0) else limits[size * 8 // block])  # T: three values in all
+    ternary = kind in (Kind.TQ1_0, Kind.TQ2_0, kinds.Q2_0)  # Q2_0's scale is the largest weight: three values of four
+    assert error < (0.9 if ternary else limits[size * 8 // block])
+
+
+def test_what_gguf_py_does_not_read_is_read_as_ggml_reads_it() -> None:
+    """Q2_0, by ggml's own dequantizer, to the bit."""
+    packed = np.random.default_rng(3).integers(0, 256, (4, 8 * 18)).astype(np.uint8)
+    scales = packed.reshape(-1, 18)[:, :2]
+    scales[:] = np.random.default_rng(4).normal(size=(32, 1)).astype("<f2").view(np.uint8)
+    expected = np.empty((4, 512), dtype=np.float32)
+    library = libggml._library(kinds.Q2_0)
+    library.dequantize_row_q2_0(
+        ctypes.c_void_p(packed.ctypes.data), ctypes.c_void_p(expected.ctypes.data), ctypes.c_int64(expected.size)
+    )
+    assert dequantize(packed, kinds.Q2_0).tobytes() == expected.tobytes()
 
 
 @settings(deadline=None, max_examples=60)

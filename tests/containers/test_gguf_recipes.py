@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
+from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers.gguf import GgufTensor
 from quantkit.containers.gguf.recipes import (
     RECIPES,
@@ -22,7 +23,6 @@ from quantkit.containers.gguf.recipes import (
 
 pytestmark = pytest.mark.fast
 
-Kind = gguf.GGMLQuantizationType
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 ENDS = ("token_embd.weight", "output.weight")
 
@@ -111,6 +111,7 @@ def test_a_pure_file_is_of_one_type() -> None:
         ("TQ1_0", "Q4_0", "F16"),
         ("IQ1_S", "IQ4_NL", "F16"),
         ("IQ4_XS", "IQ4_NL", "F16"),
+        ("Q2_0", "Q4_0", "F16"),
         ("Q8_0", "Q8_0", "F16"),
         ("F32", "F32", "F32"),
         ("BF16", "BF16", "BF16"),
@@ -145,8 +146,8 @@ def test_every_type_fits_its_width(
     tensors = plan(blocks, width, tied, down=2 * width)
     found = tensor_kinds(name, tensors, config(blocks, keys), "llama", importance=importance, pure=pure)
     for tensor, planned in zip(tensors, found, strict=True):
-        assert tensor.shape[-1] % gguf.GGML_QUANT_SIZES[planned.kind][0] == 0
-        assert planned.kind == planned.wanted or tensor.shape[-1] % gguf.GGML_QUANT_SIZES[planned.wanted][0]
+        assert tensor.shape[-1] % SIZES[planned.kind][0] == 0
+        assert planned.kind == planned.wanted or tensor.shape[-1] % SIZES[planned.wanted][0]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -18,6 +18,7 @@ from support.smollm2 import smollm2_gguf
 import quantkit
 from quantkit.codes import libggml
 from quantkit.containers.gguf import GgufTensor
+from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.recipes import RECIPES, tensor_kinds
 from quantkit.containers.imatrix import read_imatrix
 from quantkit.sources import open_source
@@ -120,24 +121,24 @@ def compare(model: Path, folder: Path, scratch: Path, recipe: str, theirs: list[
     matrix = options.get("imatrix")
     quantize(model, scratch / "theirs.gguf", recipe, *theirs, imatrix=matrix)
     quantkit.ggml(folder, scratch / "ours.gguf", type=recipe, pre="gpt-2", force=True, **options)
-    ours, other = (gguf.GGUFReader(scratch / f"{name}.gguf") for name in ("ours", "theirs"))
-    found = {tensor.name: tensor for tensor in other.tensors}
-    assert {tensor.name for tensor in ours.tensors} == set(found)
-    for tensor in ours.tensors:
-        assert tensor.tensor_type == found[tensor.name].tensor_type, tensor.name
-        assert tensor.data.tobytes() == found[tensor.name].data.tobytes(), (tensor.name, tensor.tensor_type.name)
-    weighed = [key for key in other.fields if key.startswith("quantize.imatrix.")]
+    ours, other = (GgufFile(scratch / f"{name}.gguf") for name in ("ours", "theirs"))  # gguf-py does not know Q2_0
+    assert set(ours.tensors) == set(other.tensors)
+    for name in ours.tensors:
+        (kind, packed), (expected, bytes_) = ours.blocks(name), other.blocks(name)
+        assert kind == expected, name
+        assert packed.tobytes() == bytes_.tobytes(), (name, kind.name)
+    weighed = [key for key in other.keys if key.startswith("quantize.imatrix.")]
     if recipe in (
         "f32",
         "f16",
         "bf16",
     ):  # where importance counts for nothing, and llama-quantize names it all the same
-        assert not any(key.startswith("quantize.imatrix.") for key in ours.fields)
+        assert not any(key.startswith("quantize.imatrix.") for key in ours.keys)
         weighed = []
     keys = ["general.file_type", *weighed]
     for key in keys:
         if not key.endswith((".file", ".dataset")):  # of those we write the last part of the path
-            assert ours.fields[key].contents() == other.fields[key].contents(), key
+            assert ours.keys[key] == other.keys[key], key
 
 
 @pytest.mark.judges

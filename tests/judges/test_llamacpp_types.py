@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from conftest import VOCABULARY, random_model, token_matrix
@@ -19,6 +18,7 @@ from support.smollm2 import smollm2_gguf
 from support.streamed import open_stream, streamed_logits
 
 import quantkit
+from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.recipes import RECIPES, base_kind
 
 pytestmark = pytest.mark.judges
@@ -30,6 +30,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 FAMILIES = {"llama": WIDE, "qwen2": WIDE, "gemma3_text": {**WIDE, "query_pre_attn_scalar": 64}}
 # By GPTQ, so that none of them needs another program to be made.
 CALIBRATED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
+CALIBRATED += ("q2_0", "iq4_nl", "iq4_xs")
 WEIGHED = ("q2_k_s", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs")
 # To round a whole model to the others takes ggml minutes each; the tiny models have them all.
 QUICK = [name for name in RECIPES if not name.startswith(("iq1", "iq2", "iq3"))]
@@ -53,7 +54,7 @@ def divergence(path: Path, tokens: torch.Tensor, scratch: Path, text: str = "") 
 
 
 def is_of(path: Path, recipe: str) -> bool:
-    return base_kind(recipe) in {tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
+    return base_kind(recipe) in {tensor.kind for tensor in GgufFile(path).tensors.values()}
 
 
 def imatrix_for(model: Path, recipe: str, scratch: Path) -> Path | None:

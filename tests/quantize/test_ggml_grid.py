@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from support.problems import naive_gptq, problem, quantize
 from support.tolerance import summed
 
-from quantkit.codes import GgmlGrid, GgmlLinear, QuantizedLinear
+from quantkit.codes import GgmlGrid, GgmlLinear, QuantizedLinear, kinds
 from quantkit.codes.block_types import (
     BLOCK_TYPES,
 )
@@ -44,13 +43,15 @@ def of_columns(grid: GgmlGrid) -> tuple[torch.Tensor, torch.Tensor]:
 def rounded(W: torch.Tensor, grid: GgmlGrid) -> torch.Tensor:
     scale, minimum = of_columns(grid)
     inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
+    if grid.levels is not None:
+        return grid.levels[(W * inverse)[..., None].sub(grid.levels).abs().argmin(dim=-1)] * scale
     codes = ((W + minimum) * inverse).round().clamp(0, 2**grid.kind.bits - 1)
     return codes * scale - minimum
 
 
 def stored_values(linear: GgmlLinear) -> torch.Tensor:
     """What ggml reads."""
-    return torch.from_numpy(gguf.quants.dequantize(linear.pack(), gguf.GGMLQuantizationType[linear.grid.type]))
+    return torch.from_numpy(kinds.dequantize(linear.pack(), kinds.Kind[linear.grid.type]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +84,8 @@ def test_codes_are_the_naive_float64_ones_on_the_frozen_grid(name: str) -> None:
     scale, minimum = (part.double().numpy() for part in of_columns(linear.grid))
     assert (scale != 0).all()
     perm = np.argsort(-np.diag(H.numpy()), kind="stable")
-    codes, _ = naive_gptq(W.numpy(), H.numpy(), perm, 0.01, scale, minimum / scale, BLOCK_TYPES[name].bits)
+    kind = BLOCK_TYPES[name]
+    codes, _ = naive_gptq(W.numpy(), H.numpy(), perm, 0.01, scale, minimum / scale, kind.bits, kind.levels)
     differences = np.abs(codes - linear.codes.numpy().astype(np.int64))
     assert differences.max() <= 1
     assert np.mean(differences > 0) < 0.005
@@ -113,7 +115,7 @@ def _of_extremes(W: torch.Tensor, name: str) -> GgmlGrid:
         low = low if not kind.scale_bits else low.clamp(max=0)
         scale, minimum = (groups.amax(dim=2) - low) / (2**kind.bits - 1), -low
     else:
-        scale, minimum = groups.abs().amax(dim=2) / 2 ** (kind.bits - 1), None
+        scale, minimum = groups.abs().amax(dim=2) / (-kind.levels[0] if kind.levels else kind.zero), None
     if not kind.scale_bits:
         return GgmlGrid(name, scale.half(), None if minimum is None else minimum.half())
     limit = 2**kind.scale_bits - 1 if kind.has_minimum else 2 ** (kind.scale_bits - 1) - 1
@@ -156,8 +158,8 @@ def test_a_stack_is_cut_into_its_rows(name: str) -> None:
     assert torch.equal(torch.cat([part.dequantize() for part in parts]), whole.dequantize())
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
-def test_symmetric_blocks_are_those_of_a_checkpoint_with_groups_of_32(name: str) -> None:
+@pytest.mark.parametrize("name", ["Q2_0", "Q4_0", "Q5_0", "Q8_0"])
+def test_symmetric_blocks_are_those_of_a_checkpoint_with_groups_of_a_block(name: str) -> None:
     """One run's codes, whether they go through a GPTQ checkpoint or straight into blocks."""
     W, H = problem(16, 256, seed=7)
     straight = quantize(W, H, spec(name))
@@ -166,7 +168,7 @@ def test_symmetric_blocks_are_those_of_a_checkpoint_with_groups_of_32(name: str)
     assert np.array_equal(on_grid(straight).pack(), reencode(checkpoint.linear, name))
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q4_1", "Q4_0"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"])
 def test_a_unit_beyond_float16_is_an_error(name: str) -> None:
     W = torch.full((1, 256), 1e9)
     W[0, ::2] = -1e9

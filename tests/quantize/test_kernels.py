@@ -22,6 +22,7 @@ from support.tolerance import assert_mean_product
 
 import quantkit
 from quantkit.blocks.workers import uploaded
+from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.options import QuantSpec
 from quantkit.quantize import kernels, loops
 from quantkit.quantize.hessian import HessianAccumulator, adds_up_in_float32, column_order, factorize
@@ -31,10 +32,18 @@ from quantkit.verbs.gptq import note_plan
 
 needs_triton = pytest.mark.skipif(not kernels._has_triton(), reason="Triton is not installed: pip install triton")
 
-Block = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
+Block = tuple[Any, ...]
+"""W, U, scale, minimum, top, and the levels of a table where codes are of one."""
 
 
-def reference(W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int) -> Any:
+def reference(
+    W: torch.Tensor,
+    U: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+    top: int,
+    levels: torch.Tensor | None = None,
+) -> Any:
     """Codes uint8 and errors float32 [columns, out]: GPTQ, algorithm 1, one column after the other, in plain torch."""
     W = W + minimum
     codes, Err = torch.empty(W.shape, dtype=torch.uint8), torch.empty_like(W)
@@ -42,7 +51,11 @@ def reference(W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: to
         s = scale[j]
         inverse = torch.where(s == 0, 0.0, 1.0 / s)
         q = torch.round(W[j] * inverse).clamp(0, top)
-        codes[j] = q.to(torch.uint8)
+        if levels is not None:
+            codes[j] = (W[j, :, None] * inverse[:, None]).gt((levels[1:] + levels[:-1]) / 2).sum(dim=1)
+            q = levels[codes[j].long()]
+        else:
+            codes[j] = q.to(torch.uint8)
         Err[j] = (W[j] - q * s) / U[j, j]
         W[j + 1 :] -= U[j, j + 1 :, None] * Err[j]
     return codes, Err
@@ -70,6 +83,9 @@ def block(rows: int, columns: int, bits: int, minimum: str, dead: tuple[int, ...
     return W.T.contiguous(), factor.U, scale, 0.15 * torch.randn(scale.shape, generator=generator), top
 
 
+IQ4 = torch.tensor(BLOCK_TYPES["IQ4_NL"].levels, dtype=torch.float32)
+
+
 def blocks() -> dict[str, Block]:
     """Problems by name: every width and kind of grid, ragged shapes, and what may be odd about a column."""
     found, generator = {}, torch.Generator().manual_seed(0)
@@ -90,6 +106,10 @@ def blocks() -> dict[str, Block]:
     W, U, scale, minimum, top = block(20, 70, 4, "sym")
     found["a block of a larger factor"] = W[20:60], U[20:60, 20:60], scale[20:60], minimum[20:60], top
     found["one scale for all columns"] = W, U, scale[:1].expand(70, -1), minimum[:1].expand(70, -1), top
+    for name, (rows, columns) in {"table": (33, 100), "table, ragged": (5, 9)}.items():
+        W, U, scale, minimum, top = block(rows, columns, 4, "sym")
+        scale = torch.where(torch.rand(scale.shape, generator=generator) < 0.05, 0.0, scale / 16)
+        found[name] = W, U, scale, torch.zeros_like(scale), top, IQ4
     # Every weight lies halfway between two codes, and no error reaches the next column.
     halves = torch.arange(-6, 40).repeat(20, 1) / 2
     found["ties"] = halves, torch.eye(20), torch.ones(20, 46), torch.zeros(20, 46), 15
@@ -112,6 +132,7 @@ LAYERS: dict[str, tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]] = {
     "dead columns": ((16, 70), (0, 5, 69), {"bits": 4, "group_size": 32}),
     "Q4_1": ((16, 64), (), {"bits": 4, "group_size": 32, "sym": False, "ggml": "Q4_1"}),
     "Q4_K": ((16, 256), (), {"bits": 4, "group_size": 32, "sym": False, "ggml": "Q4_K"}),
+    "IQ4_XS": ((16, 256), (), {"bits": 4, "group_size": 32, "sym": True, "ggml": "IQ4_XS"}),
 }
 
 
@@ -153,9 +174,10 @@ def test_the_kernel_is_the_column_by_column_loop_bit_for_bit(interpreted: dict[s
 
 def test_the_problems_are_not_trivial() -> None:
     """Codes of all kinds occur, and errors that are fed on change them."""
-    for name, (W, U, scale, minimum, top) in BLOCKS.items():
-        codes, _ = reference(W, U, scale, minimum, top)
-        alone, _ = reference(W, U.diagonal().diag(), scale, minimum, top)
+    for name, (W, U, *grid) in BLOCKS.items():
+        codes, _ = reference(W, U, *grid)
+        alone, _ = reference(W, U.diagonal().diag(), *grid)
+        top = grid[2]
         if W.numel() > 80 and name not in ("ties", "far outside"):
             assert len(codes.unique()) >= min(top, 8), name
             assert not torch.equal(codes, alone), name
@@ -185,9 +207,11 @@ def test_a_layer_through_the_kernel_is_the_cpus(interpreted: dict[str, dict[str,
 
 
 @needs_triton
-@pytest.mark.parametrize(("capability", "columns"), [(80, 128), (90, 128), (90, 16), (100, 128)])
+@pytest.mark.parametrize(
+    ("capability", "columns", "levels"), [(80, 128, 0), (90, 128, 0), (90, 16, 0), (100, 128, 0), (90, 128, 16)]
+)
 def test_the_kernel_compiles_for_gpus_without_spills_or_fused_products(
-    capability: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: int, columns: int, levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton has its own assembler: no GPU is needed to see the code and its registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -195,10 +219,12 @@ def test_the_kernel_compiles_for_gpus_without_spills_or_fused_products(
     from quantkit.quantize.kernels import columns as module
 
     kernel = module._quantize_tile
-    pointers = dict.fromkeys(("W", "U", "S", "M", "Err"), "*fp32") | {"Codes": "*u8"}
-    known = pointers | {"top": "fp32", "ROWS": "constexpr", "COLUMNS": "constexpr"}
+    pointers = dict.fromkeys(("W", "U", "S", "M", "Err", "Levels"), "*fp32") | {"Codes": "*u8"}
+    known = pointers | {"top": "fp32", **dict.fromkeys(("LEVELS", "ROWS", "COLUMNS"), "constexpr")}
     signature = {name: known.get(name, "i32") for name in kernel.arg_names}
-    source = compiler.ASTSource(kernel, signature, constexprs={"ROWS": module._ROWS, "COLUMNS": columns})
+    source = compiler.ASTSource(
+        kernel, signature, constexprs={"LEVELS": levels, "ROWS": module._ROWS, "COLUMNS": columns}
+    )
     target = backends.GPUTarget("cuda", capability, 32)
     built = compiler.compile(source, target=target, options=module._OPTIONS)
 

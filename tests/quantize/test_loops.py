@@ -9,10 +9,12 @@ import torch
 from support.problems import quantize
 from support.tolerance import rounding, summed
 
+from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.options import QuantSpec
 from quantkit.quantize import gptq_grid, loops
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
 from quantkit.quantize.kernels import plain_columns
+from quantkit.quantize.levels import midpoints, nearest_levels
 
 pytestmark = [
     pytest.mark.numerics,
@@ -63,6 +65,37 @@ def test_columns_are_quantized_as_torch_does(columns: int, rows: int, bits: int)
     size = torch.linalg.inv(U.T).abs() @ summands
     ours, theirs = (errors / size)[:, same], (expected_errors / size)[:, same]
     torch.testing.assert_close(ours, theirs, **summed(columns + 3, scale=1))
+
+
+@pytest.mark.parametrize(("columns", "rows"), SHAPES)
+def test_nearest_levels_of_a_table_are_found_as_torch_finds_them(columns: int, rows: int) -> None:
+    W, U, scale, _, top = block(columns, rows, 4)
+    scale, minimum = scale / 16, torch.zeros_like(scale)
+    levels = torch.tensor(BLOCK_TYPES["IQ4_NL"].levels, dtype=torch.float32)
+    codes, expected = (torch.full(W.shape, 99, dtype=torch.uint8) for _ in range(2))
+    errors = loops.quantize_columns(W, U, scale, minimum, top, codes, levels)
+    expected_errors = plain_columns(W, U, scale, minimum, top, expected, levels)
+    assert float((codes == expected).float().mean()) > 0.999
+    same = (codes == expected).all(dim=0)
+    summands = U.T.abs() @ expected_errors.abs() + W.abs() + (levels[codes.int()] * scale).abs()
+    size = torch.linalg.inv(U.T).abs() @ summands
+    ours, theirs = (errors / size)[:, same], (expected_errors / size)[:, same]
+    torch.testing.assert_close(ours, theirs, **summed(columns + 3, scale=1))
+
+
+def test_both_searches_take_the_lower_of_two_levels_as_near() -> None:
+    """Exactly halfway too, and beyond the ends; of a single column there is no sum that could differ."""
+    levels = BLOCK_TYPES["IQ4_NL"].levels
+    table = torch.tensor(levels, dtype=torch.float32)
+    x = torch.cat([midpoints(table), torch.arange(-1100, 1100) / 8, torch.tensor([-1e6, 0.0, 1e6])])
+    one = torch.ones(1, len(x))
+    expected = (x[:, None] - table).abs().argmin(dim=1)
+    for loop in (loops.quantize_columns, plain_columns):
+        codes = torch.empty(1, len(x), dtype=torch.uint8)
+        errors = loop(x[None], torch.ones(1, 1), one, torch.zeros_like(one), 15, codes, table)
+        assert torch.equal(codes[0].long(), expected)
+        assert torch.equal(errors[0], x - table[expected])
+    assert torch.equal(nearest_levels(x.clone(), levels), table[expected])
 
 
 def test_errors_are_fed_into_later_columns() -> None:
@@ -124,8 +157,9 @@ def test_the_result_does_not_depend_on_the_number_of_threads(rows: int, threads:
         QuantSpec(bits=3, group_size=48, sym=False),
         QuantSpec(bits=4, group_size=32, act_order="dynamic"),
         QuantSpec(bits=4, group_size=32, sym=True, ggml="Q4_0"),
+        QuantSpec(bits=4, group_size=32, sym=True, ggml="IQ4_NL"),
     ],
-    ids=["static", "asymmetric, short group", "dynamic", "Q4_0"],
+    ids=["static", "asymmetric, short group", "dynamic", "Q4_0", "IQ4_NL"],
 )
 def test_without_numba_torch_gives_the_same_codes(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -138,7 +138,12 @@ def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "more", [["--ggml", "q5_0", "--pre", "gpt-2"], ["--act-order", "dynamic", "--bits", "8", "--asym"]]
+    "more",
+    [
+        ["--token-weights", "--correct", "auto"],
+        ["--ggml", "q5_0", "--pre", "gpt-2"],
+        ["--act-order", "dynamic", "--bits", "8", "--asym"],
+    ],
 )
 def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[str]) -> None:
     arguments = quantize("--deterministic", "--no-eval", *more, model="dense")
@@ -147,6 +152,15 @@ def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[s
     for ranks in (1, 3):
         check_done(start(str(ranks), ranks, arguments))
     assert contents(tmp_path / "3" / "out") == contents(tmp_path / "1" / "out")
+
+
+def test_the_first_processor_decides_the_arithmetic_of_all(start: Start, tmp_path: Path) -> None:
+    arguments = quantize("--deterministic", "--no-eval", model="dense")
+    for name, fast, dtype in (("first", [0], "bfloat16"), ("other", [1], "float32")):
+        check_done(start(name, 2, arguments, bfloat16=fast))
+        assert json.loads((tmp_path / name / "out/quantkit.json").read_text())["compute"]["dtype"] == dtype
+    told = start("told", 2, arguments, last=["--dtype", "float32"], bfloat16=[0, 1])
+    assert "dtype" in told[0].err
 
 
 def test_measuring_gives_the_same_numbers(start: Start, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import MakeModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from quantkit.errors import SourceError, UsageError
-from quantkit.sources import hub, open_source, variant_name
+from quantkit.sources import open_source, variant_name
 
 pytestmark = pytest.mark.fast
 
@@ -26,7 +26,7 @@ def asked(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
         requests.append((repo_id, revision))
         return str(make_model("llama"))
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return requests
 
 
@@ -57,7 +57,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise LocalEntryNotFoundError("offline mode is on\nlong advice")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(SourceError) as error:
         open_source("someone/model")
     assert str(error.value).startswith("someone/model: not a local path, not in the Hub cache, and the Hub cannot be")

@@ -31,6 +31,7 @@ class Request:
         last: more arguments for the last rank only.
         stop: (rank, block, signal): that rank sends itself the signal when that block is done; signal 0: it fails.
         stale: seconds without a heartbeat after which a rank counts as gone.
+        bfloat16: ranks whose processors are faster in it; None: as they are.
         namespaces: network namespaces to spread the ranks over, and where they meet.
         interface, address: of the first rank, there.
     """
@@ -41,6 +42,7 @@ class Request:
     last: list[str] = field(default_factory=list)
     stop: tuple[int, int, int] | None = None
     stale: float | None = None
+    bfloat16: list[int] | None = None
     namespaces: list[str] = field(default_factory=list)
     interface: str = ""
     address: str = "127.0.0.1"
@@ -146,12 +148,15 @@ def _main(arguments: list[str]) -> int:
 
 def _prepare(request: Request, rank: int) -> None:
     """What this rank is to suffer."""
+    from quantkit.blocks import arithmetic
     from quantkit.errors import NumericError
     from quantkit.runs import ranks as parallel
     from quantkit.runs import watch
     from quantkit.runs.landing import Lander
 
     parallel._VISIBLE = 1.0
+    if (fast := request.bfloat16) is not None:
+        arithmetic.bfloat16_pays = lambda: rank in fast  # type: ignore[assignment]
     if request.stale is not None:
         watch._STALE = request.stale
     if request.stop is None or request.stop[0] != rank:

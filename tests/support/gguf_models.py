@@ -13,6 +13,8 @@ import numpy as np
 from conftest import SPECIAL, permute_heads
 from transformers import PreTrainedTokenizerFast
 
+from quantkit.containers.gguf.file import GgufFile
+
 Quantization = gguf.GGMLQuantizationType
 Vocabulary = Callable[[gguf.GGUFWriter], None]
 
@@ -199,4 +201,5 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 
 
 def types_of(path: Path) -> dict[str, str]:
-    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    """By quantkit's own reader, since gguf-py's does not know Q2_0."""
+    return {name: tensor.kind.name for name, tensor in GgufFile(path).tensors.items()}

@@ -27,10 +27,10 @@ def main(problems: str, answers: str) -> None:
 
 
 def _block(
-    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int
+    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int, *levels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.full((W.shape[0] + 1, W.shape[1]), 99, dtype=torch.uint8)  # one row more: nobody may write there
-    Err = quantize_columns(W, U, scale, minimum, top, codes[:-1])
+    Err = quantize_columns(W, U, scale, minimum, top, codes[:-1], *levels)
     assert bool((codes[-1] == 99).all())
     return codes[:-1], Err
 

@@ -26,9 +26,18 @@ def quantize(W: torch.Tensor, H: torch.Tensor, spec: QuantSpec) -> Solved:
 
 
 def naive_gptq(
-    W: np.ndarray, H: np.ndarray, perm: np.ndarray, damp: float, scale: np.ndarray, zero: np.ndarray, bits: int
+    W: np.ndarray,
+    H: np.ndarray,
+    perm: np.ndarray,
+    damp: float,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    bits: int,
+    levels: tuple[int, ...] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """GPTQ, algorithm 1, without blocks: float64, one column after the other, the inverse taken as such.
+
+    With `levels` the nearest of a table, which needs no zero.
 
     Returns codes [out, in] and the weights [out, in] as each column stood when its turn came.
     """
@@ -43,9 +52,14 @@ def naive_gptq(
     for k in range(columns):
         i = perm[k]
         seen[:, k] = W[:, k]
-        q = np.clip(np.round(W[:, k] / scale[:, i] + zero[:, i]), 0, 2**bits - 1)
+        if levels:
+            q = np.abs(W[:, k, None] / scale[:, i, None] - np.array(levels)).argmin(axis=1)
+            steps = np.array(levels)[q]
+        else:
+            q = np.clip(np.round(W[:, k] / scale[:, i] + zero[:, i]), 0, 2**bits - 1)
+            steps = q - zero[:, i]
         codes[:, i] = q
-        error = (W[:, k] - scale[:, i] * (q - zero[:, i])) / Hinv[k, k]
+        error = (W[:, k] - scale[:, i] * steps) / Hinv[k, k]
         W[:, k:] -= np.outer(error, Hinv[k, k:])
     natural = np.empty_like(seen)
     natural[:, perm] = seen

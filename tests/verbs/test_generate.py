@@ -45,10 +45,10 @@ from quantkit.verbs.generate import GenerateReport
 from quantkit.verbs.generate.decoding import (
     Answer,
     Request,
-    _Draw,
     decode,
     own_seed,
 )
+from quantkit.verbs.generate.drawing import Draw
 from quantkit.verbs.generate.prompts import (
     prompt_ids,
     prompt_text,
@@ -366,7 +366,7 @@ def test_the_global_generator_is_left_alone(model: Path, prompts: Path, tmp_path
 
 def test_tokens_are_drawn_by_their_probability() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
-    draw = _Draw([own_seed(0, f"{row}") for row in range(500)])
+    draw = Draw([own_seed(0, f"{row}") for row in range(500)])
     counts = torch.zeros(5)
     for _ in range(40):
         scores = draw(torch.zeros(500, 1), probabilities.log().repeat(500, 1))
@@ -724,7 +724,7 @@ def test_kernels_that_fail_are_done_without(
     def failing(*given: Any, **options: Any) -> Any:
         raise RuntimeError("no kernel for this\nmore")
 
-    monkeypatch.setattr("quantkit.blocks.whole.AutoModelForCausalLM.from_pretrained", failing)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", failing)
     run(tmp_path / "q", prompts, tmp_path / "out", progress=recorder)
     assert recorder.warnings == ["q: dequantized, for GPTQModel does not run it: no kernel for this"]
     assert (tmp_path / "out").read_bytes() == (tmp_path / "without").read_bytes()

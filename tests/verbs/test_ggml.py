@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shutil
 from functools import partial
@@ -57,6 +58,8 @@ def quantized(make_model: MakeModel, tokens: TokenMatrix, out: Path, family: str
         *(({"group_size": size, "bits": 8}, "Q8_0") for size in (32, -1)),
         *(({"group_size": size, "sym": False}, "Q4_K") for size in (256, -1)),
         ({"group_size": 64, "bits": 3}, "Q4_0"),
+        *(({"group_size": size, "bits": 2}, "Q2_0") for size in (64, 128, -1)),
+        ({"group_size": 32, "bits": 2}, "Q4_0"),
         ({"group_size": 256, "bits": 2, "sym": False}, "Q2_K"),
         ({"group_size": 32, "sym": False}, "Q5_0"),
     ],
@@ -65,7 +68,7 @@ def quantized(make_model: MakeModel, tokens: TokenMatrix, out: Path, family: str
 def test_the_files_weights_are_the_checkpoints_to_the_bit(
     options: dict[str, Any], expected: str, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:
-    """Judged by gguf's own reader and dequantizer, rows of Q and K put back from llama.cpp's order."""
+    """Judged by gguf's own dequantizer (Q2_0 by ours), rows of Q and K put back from llama.cpp's order."""
     folder = quantized(make_model, tiny_tokens, tmp_path / "gptq", **options)
     report = quantkit.ggml(folder, tmp_path / "out.gguf", pre="gpt-2")
     assert report.fidelity["exact"] == 14
@@ -75,19 +78,42 @@ def test_the_files_weights_are_the_checkpoints_to_the_bit(
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_output": "self_attn.o_proj"}
     names |= {"attn_v": "self_attn.v_proj"} | {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
     seen = 0
-    for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors:
-        part = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+    file = GgufFile(tmp_path / "out.gguf")
+    for name in file.tensors:
+        part = name.split(".")[2] if name.startswith("blk.") else ""
         if part in names:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = file.values(name)
             heads = {"attn_q": 4, "attn_k": 2}.get(part)
             if heads:
                 values = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-            module = f"model.layers.{tensor.name.split('.')[1]}.{names[part]}"
-            assert np.array_equal(values, checkpoint.read_codes(module).dequantize().numpy()), tensor.name
+            module = f"model.layers.{name.split('.')[1]}.{names[part]}"
+            assert np.array_equal(values, checkpoint.read_codes(module).dequantize().numpy()), name
             seen += 1
     assert seen == 14
     ours = [streamed_logits(open_stream(path), [IDS])[0] for path in (folder, tmp_path / "out.gguf")]
     torch.testing.assert_close(ours[0], ours[1], **forward(ours[1]))
+
+
+def test_q2_0_is_read_by_every_verb(make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path) -> None:
+    """2-bit codes of a GPTQ folder, and what comes back of the file: the same numbers as of the folder."""
+    folder = quantized(make_model, tiny_tokens, tmp_path / "gptq", group_size=64, bits=2)
+    file = tmp_path / "q2_0.gguf"
+    quantkit.ggml(folder, file, pre="gpt-2")
+    back = [quantkit.convert(path, tmp_path / f"back{i}", dtype="float32").out for i, path in enumerate((folder, file))]
+    one, other = (load_file(path / "model.safetensors") for path in back)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+    assert any("Q2_0" in line for line in map(str, quantkit.inspect(file).lines()))
+    assert all("perplexity" in problem for problem in quantkit.verify(file).problems)  # random weights: that alone
+    answers = {found.program: found for found in quantkit.verify(file).models[0].loads}
+    assert answers["llama.cpp"].ok
+    assert "the gguf package, by which it reads, does not know Q2_0" in answers["transformers"].why
+    copied = quantkit.ggml(file, tmp_path / "copy.gguf", output_type="f16")
+    assert copied.fidelity == {"exact": 16}
+    (tmp_path / "text.txt").write_text("words of a text, and more of them " * 40)
+    quantkit.compare(folder, [file], tmp_path / "c", texts=[str(tmp_path / "text.txt")], eval_tokens=64, seq_len=16)
+    _, variant = json.loads((tmp_path / "c" / "report.json").read_text())["models"]
+    assert variant["texts"]["text.txt"]["kl_divergence"]["mean"] < 1e-6
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "phi3", "gemma3_text"])

@@ -17,6 +17,7 @@ from support.streamed import open_stream, streamed_logits
 
 import quantkit
 from quantkit.cli.app import main
+from quantkit.containers.gguf.file import GgufFile
 from quantkit.errors import UsageError
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq import GptqReport
@@ -31,28 +32,38 @@ def run(folder: Path, out: Path, tokens: TokenMatrix, ggml: str, **options: Any)
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:
-    return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+    file = GgufFile(path)
+    return {name: file.blocks(name)[1] for name in file.tensors}
 
 
-@pytest.mark.parametrize(("ggml", "bits"), [("q4_0", 4), ("q8_0", 8)])
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text"])
-def test_symmetric_blocks_are_those_of_a_checkpoint_with_groups_of_32(
+@pytest.mark.parametrize(
+    ("family", "ggml", "bits"),
+    [
+        ("llama", "q2_0", 2),
+        *((family, *of) for family in ("llama", "qwen3_moe", "gemma3_text") for of in (("q4_0", 4), ("q8_0", 8))),
+    ],
+)
+def test_symmetric_blocks_are_those_of_a_checkpoint_with_groups_of_a_block(
     family: str, ggml: str, bits: int, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:
     folder = make_model(family, **CONFIG.get(family, {}))
     straight = run(folder, tmp_path / "straight", tiny_tokens, ggml)
+    size = 64 if ggml == "q2_0" else 32
     quantkit.gptq(
-        folder, tmp_path / "gptq", calibration=tiny_tokens, bits=bits, group_size=32, evaluate=False, device="cpu"
+        folder, tmp_path / "gptq", calibration=tiny_tokens, bits=bits, group_size=size, evaluate=False, device="cpu"
     )
     quantkit.ggml(tmp_path / "gptq", tmp_path / "x.gguf", type=ggml, pre="gpt-2")
     expected, found = stored(tmp_path / "x.gguf"), stored(straight.model)
-    blocks = [name for name in found if name.startswith("blk.") and found[name].dtype == np.uint8]
+    blocks = [name for name, kind in types_of(straight.model).items() if name.startswith("blk.") and kind != "F32"]
     assert len(blocks) >= 14
     for name in blocks:
         assert np.array_equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("ggml", ["q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q3_k_m", "q4_k_m"])
+@pytest.mark.parametrize(
+    "ggml",
+    ["q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q3_k_m", "q4_k_m", "iq4_nl", "iq4_xs", "q2_0"],
+)
 def test_what_is_in_the_file_is_what_was_optimised(
     ggml: str, make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:
@@ -71,8 +82,7 @@ def test_what_is_in_the_file_is_what_was_optimised(
     record = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert (record["recipe"]["ggml"], record["recipe"]["pre"]) == (ggml, "gpt-2")
     assert len(record["layers"]) == 14
-    fields = gguf.GGUFReader(report.model).fields
-    assert fields["quantkit.weights"].contents() == "GPTQ codes"
+    assert GgufFile(report.model).keys["quantkit.weights"] == "GPTQ codes"
 
 
 def test_a_file_of_rounded_codes_does_not_say_that_gptq_made_them(
@@ -106,19 +116,25 @@ def test_the_mixture_is_llama_cpps(
     types = types_of(run(folder, tmp_path / "m", tiny_tokens, "q4_k_m", dry_run=False).model)
     more = {f"blk.{i}.{role}.weight" for i in (0, 3, 6, 7) for role in ("attn_v", "ffn_down")}
     assert {name for name, kind in types.items() if kind == "Q6_K"} == {*more, "output.weight"}
+    mixed = types_of(run(folder, tmp_path / "i", tiny_tokens, "iq4_xs").model)
+    assert {name for name, kind in mixed.items() if kind == "Q5_K"} == {"blk.0.ffn_down.weight"}
+    assert mixed["blk.1.ffn_down.weight"] == mixed["blk.0.attn_q.weight"] == "IQ4_XS"
+    narrow = types_of(run(make_model("phi3"), tmp_path / "x", tiny_tokens, "iq4_xs").model)
+    assert {kind for name, kind in narrow.items() if name.startswith("blk.1.") and "norm" not in name} == {"IQ4_NL"}
     narrow = types_of(run(make_model("phi3"), tmp_path / "n", tiny_tokens, "q4_k_m", progress=recorder).model)
     assert any(note.startswith("9 matrices are no whole number of blocks wide") for note in recorder.notes)
     assert [narrow[f"blk.{i}.attn_qkv.weight"] for i in (0, 1)] == ["Q5_0", "Q8_0"]
     assert [narrow[f"blk.{i}.ffn_up.weight"] for i in (0, 1)] == ["Q5_0", "Q5_0"]
 
 
-def test_the_files_logits_are_nearer_than_those_of_rounding(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ggml", ["q3_k", "iq4_nl", "iq4_xs", "q2_0"])
+def test_the_files_logits_are_nearer_than_those_of_rounding(ggml: str, make_model: MakeModel, tmp_path: Path) -> None:
     folder = make_model("llama", **WIDE)
     tokens = token_matrix(24, 64, seed=2)
     reference = streamed_logits(open_stream(folder), [IDS])[0]
     ends = {"embedding_type": "f16", "output_type": "f16"}
-    ours = run(folder, tmp_path / "out", tokens, "q3_k", **ends).model
-    quantkit.ggml(folder, tmp_path / "r.gguf", type="q3_k", pre="gpt-2", **ends)
+    ours = run(folder, tmp_path / "out", tokens, ggml, **ends).model
+    quantkit.ggml(folder, tmp_path / "r.gguf", type=ggml, pre="gpt-2", **ends)
     assert types_of(ours) == types_of(tmp_path / "r.gguf")
     far = [
         float((streamed_logits(open_stream(path), [IDS])[0] - reference).square().mean())
@@ -147,7 +163,7 @@ def test_some_modules_stay_and_some_have_other_types(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ggml": "iq4_xs"}, "GPTQ goes to .*q4_k_m.*`quantkit ggml --type iq4_xs` rounds to it"),
+        ({"ggml": "iq3_xs"}, "GPTQ goes to .*q4_k_m.*`quantkit ggml --type iq3_xs` rounds to it"),
         ({"ggml": "q9_9"}, "ggml=q9_9: GPTQ goes to"),
         ({"ggml": "q5_0", "bits": 4}, "bits=4: Q5_0 has bits 5 of its own; leave bits out"),
         ({"ggml": "q4_k_m", "group_size": 128}, "group_size=128: Q4_K has group_size 32"),

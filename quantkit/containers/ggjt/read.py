@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from quantkit.codes.kinds import Kind
 from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.file import GgufFile, StoredTensor, bytes_of
 from quantkit.containers.gguf.read import GgmlSource, InFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import publishable_config, stored_dtype
 from quantkit.errors import SourceError
+from quantkit.late import torch, transformers
 
-Kind = gguf.GGMLQuantizationType
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MAGIC = b"tjgg"  # numbers are little-endian, the first one too
 VERSION = 3
@@ -137,6 +140,7 @@ class GgjtSource(GgmlSource):
     """A ggjt file."""
 
     kind = "ggjt"
+    model_type = "llama"
     remarks = (
         "a ggjt file says neither the norms' epsilon, nor the rotary base, nor the context length: "
         f"{RMS_EPS:g}, {ROPE_THETA:g} and {CONTEXT} are assumed",
@@ -147,9 +151,16 @@ class GgjtSource(GgmlSource):
         self.label = label or path.stem
         self._file = GgjtFile(path)
         self._stored = {name: InFile(self._file, stored) for name, stored in self._names().items()}
-        self.config: PretrainedConfig = self._config()
+        self._settings = self._config_settings()
         self._check_shapes()
-        self.dtype = stored_dtype(self.tensors)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return transformers.LlamaConfig(**self._settings)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return stored_dtype(self.tensors)
 
     def _names(self) -> dict[str, str]:
         """`names_of` the header's layers, which must be the names of the file's tensors."""
@@ -167,7 +178,7 @@ class GgjtSource(GgmlSource):
             raise SourceError(f"{self.path}: tensor {other!r} is not one that a Llama of {layers} layers is read with")
         return names
 
-    def _config(self) -> PretrainedConfig:
+    def _config_settings(self) -> dict[str, Any]:
         sizes = self._file.sizes
         width, heads = sizes["n_embd"], sizes["n_head"]
         if width % heads or sizes["n_rot"] != width // heads or sizes["n_rot"] % 2:
@@ -176,30 +187,32 @@ class GgjtSource(GgmlSource):
             )
         keys = self._file.tensors["layers.0.attention.wk.weight"].shape[0]
         inner = self._file.tensors["layers.0.feed_forward.w1.weight"].shape[0]
-        return LlamaConfig(
-            vocab_size=sizes["n_vocab"],
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=sizes["n_layer"],
-            num_attention_heads=heads,
+        return {
+            "vocab_size": sizes["n_vocab"],
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": sizes["n_layer"],
+            "num_attention_heads": heads,
             # Not stored: 2023's readers were told on the command line. The shapes tell it as well.
-            num_key_value_heads=max(keys // sizes["n_rot"], 1),
-            max_position_embeddings=CONTEXT,
-            rms_norm_eps=RMS_EPS,
-            rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            tie_word_embeddings=False,
-        )
+            "num_key_value_heads": max(keys // sizes["n_rot"], 1),
+            "max_position_embeddings": CONTEXT,
+            "rms_norm_eps": RMS_EPS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "tie_word_embeddings": False,
+        }
 
     def _check_shapes(self) -> None:
-        config = self.config
-        width, inner = config.hidden_size, config.intermediate_size
-        keys = config.num_key_value_heads * (width // config.num_attention_heads)
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise SourceError(f"{self.path}: {config.num_attention_heads} heads cannot share {keys} rows of keys")
+        width, inner, words, heads, shared = (
+            self._settings[name]
+            for name in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+        )
+        keys = shared * (width // heads)
+        if heads % shared:
+            raise SourceError(f"{self.path}: {heads} heads cannot share {keys} rows of keys")
         shapes = {
-            **dict.fromkeys(("embed_tokens", "lm_head"), (config.vocab_size, width)),
+            **dict.fromkeys(("embed_tokens", "lm_head"), (words, width)),
             **dict.fromkeys(("q_proj", "o_proj"), (width, width)),
             **dict.fromkeys(("k_proj", "v_proj"), (keys, width)),
             **dict.fromkeys(("gate_proj", "up_proj"), (inner, width)),

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-from transformers import PretrainedConfig
 
+from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers.ggjt import read as ggjt
 from quantkit.containers.gguf.probe import cut_differently
 from quantkit.containers.gguf.tensors import in_rotary_order
@@ -30,7 +30,9 @@ from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.progress import SILENT, Progress
 
-Kind = gguf.GGMLQuantizationType
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 Vocabulary = list[tuple[bytes, float]]
 
 # Types of matrices, and the header's number for a file of mostly that type.
@@ -70,7 +72,7 @@ class GgjtTensor:
     @property
     def bytes(self) -> int:
         """Of its values."""
-        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        block, size = SIZES[self.kind]
         return int(math.prod(self.shape) // block * size)
 
 
@@ -148,7 +150,7 @@ def plan(config: PretrainedConfig, tensors: Mapping[str, TensorInfo], kinds: Map
         if kind not in FILE_TYPES:
             allowed = ", ".join(known_kind.name for known_kind in FILE_TYPES)
             raise UsageError(f"{published}: a ggjt file holds {allowed}, not {getattr(kind, 'name', kind)}")
-        block = gguf.GGML_QUANT_SIZES[kind][0]
+        block = SIZES[kind][0]
         if shape[-1] % block:
             raise UsageError(
                 f"{published} is {shape[-1]} wide: {kind.name} needs multiples of {block}; choose F16 for it"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, OUTSIDE, Architecture
 from quantkit.containers.gguf.file import Array
 from quantkit.errors import SourceError
+from quantkit.late import transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _FIELDS = {
     "context_length": "max_position_embeddings",
@@ -81,10 +84,20 @@ class ArchitectureKeys:
         return value
 
 
-def make_config(
+def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """The config that `config_settings` are of."""
+    fields = {name: value for name, value in settings.items() if name != "model_type"}
+    kind = transformers.CONFIG_MAPPING[settings["model_type"]]
+    if fields["head_dim"] * fields["num_attention_heads"] == fields["hidden_size"] and not hasattr(kind, "head_dim"):
+        del fields["head_dim"]
+    config: PretrainedConfig = kind(**fields)
+    return config
+
+
+def config_settings(
     keys: ArchitectureKeys, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Array]
-) -> PretrainedConfig:
-    """The config of a file.
+) -> dict[str, Any]:
+    """The fields of a file's config, model_type among them.
 
     Args:
         keys: the file's keys.
@@ -120,12 +133,10 @@ def make_config(
         settings[flag] = f"blk.0.{name}" in shapes
     window = keys.number("attention.sliding_window", whole=True) or None  # 0 says that there is none
     model_type = architecture.windowed_type if window and architecture.windowed_type else architecture.model_type
-    config_class = CONFIG_MAPPING[model_type]
     width = settings["hidden_size"] // settings["num_attention_heads"]
     head = keys.number("attention.key_length", width, whole=True)
     _check_shapes(architecture, settings, head, shapes)
-    if hasattr(config_class, "head_dim") or head != width:
-        settings["head_dim"] = head
+    settings |= {"model_type": model_type, "head_dim": head}
     if model_type in ("mistral", "phi3") or window:
         settings["sliding_window"] = window
     if architecture.window_pattern:
@@ -136,8 +147,7 @@ def make_config(
         local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
         rope = {"full_attention": rope, "sliding_attention": local}
     settings["rope_parameters"] = rope
-    config: PretrainedConfig = config_class(**settings)
-    return config
+    return settings
 
 
 def token_id(values: Callable[[str], Any], key: str, vocabulary: int) -> int | None:

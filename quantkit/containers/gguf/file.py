@@ -1,7 +1,7 @@
 """The GGUF container, versions 2 and 3: keys, and tensors that stay on disk until they are asked for.
 
 gguf's own reader makes several arrays of every string, which takes half a minute for a vocabulary of 262144 tokens;
-this one reads it in a second. Tensor types and dequantizers are gguf's.
+this one reads it in a second. Tensor types and dequantizers are gguf's (`codes.kinds`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
+from quantkit.codes.kinds import SIZES, Kind, dequantize
 from quantkit.containers.hf.header import read_into
 from quantkit.errors import SourceError
 
 Array = npt.NDArray[Any]
-Blocks = tuple[gguf.GGMLQuantizationType, npt.NDArray[np.uint8]]
+Blocks = tuple[Kind, npt.NDArray[np.uint8]]
 """A tensor as it is stored: its type, and the bytes of its rows."""
 
 MAGIC = b"GGUF"
@@ -38,11 +38,11 @@ _LEAST_STRING, _LEAST_KEY, _LEAST_TENSOR = 8, 8 + 4 + 1, 8 + 4 + 8 + 4 + 8
 # value types of the format by their number
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "|b1")))
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}
-_KINDS = {int(kind): kind for kind in gguf.GGML_QUANT_SIZES}
+_KINDS = {int(kind): kind for kind in SIZES}
 # Repacked forms of 2024; what is packed so is made when a file is loaded now.
 _REMOVED = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 _NUMBERS = 128  # a larger number is damage and no newer type
-_PLAIN = {gguf.GGMLQuantizationType.F32: "<f4", gguf.GGMLQuantizationType.F16: "<f2"}
+_PLAIN = {Kind.F32: "<f4", Kind.F16: "<f2"}
 _WINDOW = 1 << 16
 _PIECE = 1 << 20
 
@@ -102,7 +102,7 @@ class StoredTensor:
     """A stored tensor; `offset` counts bytes from the start of the file."""
 
     shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
+    kind: Kind
     offset: int
     bytes: int
 
@@ -166,7 +166,8 @@ class GgufFile:
         if kind in _PLAIN:
             return packed.reshape(-1).view(_PLAIN[kind]).reshape(shape)
         try:
-            values: Array = gguf.quants.dequantize(packed, kind).reshape(shape)
+            with np.errstate(all="ignore"):  # of scales that are not finite, which whoever takes the values looks for
+                values: Array = dequantize(packed, kind).reshape(shape)
         except NotImplementedError as error:
             raise SourceError(f"{self.path}: {kind.name} of {name} has no dequantizer") from error
         return values
@@ -299,9 +300,9 @@ class GgufFile:
         return header[start - base : self._at - base]
 
 
-def bytes_of(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+def bytes_of(name: str, shape: tuple[int, ...], kind: Kind) -> int:
     """Bytes of a tensor. Raises ValueError where it has no values, or its rows are no whole number of blocks."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    block, size = SIZES[kind]
     if 0 in shape or shape[-1] % block:
         raise ValueError(f"{name} of shape {list(shape)} cannot be {kind.name}")
     return math.prod(shape) // block * size

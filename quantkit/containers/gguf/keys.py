@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
-from transformers import PretrainedConfig
 
+from quantkit.codes.kinds import FileType
 from quantkit.containers.gguf.architectures import ARCHITECTURES
 from quantkit.containers.gguf.config import longrope_attention
 from quantkit.containers.gguf.vocabulary import vocabulary
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError
 from quantkit.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Keys = dict[str, Any]
 """Key -> value; an int is written as uint32, a float as float32, a list by what it holds."""
@@ -47,7 +50,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 def file_keys(
     source: Source,
-    file_type: gguf.LlamaFileType,
+    file_type: FileType,
     *,
     name: str | None = None,
     pre: str | None = None,

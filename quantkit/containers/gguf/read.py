@@ -5,21 +5,22 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, IN_CONFIG, OUTSIDE
-from quantkit.containers.gguf.config import LENIENT, ArchitectureKeys, make_config, token_id
+from quantkit.containers.gguf.config import LENIENT, ArchitectureKeys, config_settings, make_config, token_id
 from quantkit.containers.gguf.file import Array, Blocks, GgufFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
 from quantkit.containers.source import HoldsBlocks, Source, TensorInfo
 from quantkit.errors import SourceError, first_line
+from quantkit.late import torch, transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
@@ -42,8 +43,8 @@ class GgmlSource(Source):
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         raise NotImplementedError
 
-    def _generation(self) -> GenerationConfig:
-        return GenerationConfig.from_model_config(self.config)
+    def _generation(self) -> transformers.GenerationConfig:
+        return transformers.GenerationConfig.from_model_config(self.config)
 
     @property
     def ggml(self) -> HoldsBlocks:
@@ -144,9 +145,9 @@ class GgufSource(GgmlSource):
         self.label = label or model_stem(path)
         self._holder = {name: part for part in self._parts for name in part.tensors}
         self._check_parts()
-        self.config = self._config(name)
+        self._settings = self._config_settings(name)
+        self.model_type = self._settings["model_type"]
         self._stored = dict(self._names())
-        self.dtype = torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
 
     def _field(self, key: str) -> Any:
         return self._parts[0].keys.get(key)
@@ -182,12 +183,25 @@ class GgufSource(GgmlSource):
         if len(self._parts) > 1 and expected is not None and expected != stored:
             raise SourceError(f"{self.path}: its parts hold {stored} tensors, not {str(expected)[:20]}")
 
-    def _config(self, architecture: str) -> PretrainedConfig:
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        with self._making_config():
+            return make_config(self._settings)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
+
+    def _config_settings(self, architecture: str) -> dict[str, Any]:
         shapes = {name: part.tensors[name].shape for name, part in self._holder.items()}
+        keys = ArchitectureKeys(architecture, self._field)
+        with self._making_config():
+            return config_settings(keys, shapes, lambda name: self._holder[name].values(name))
+
+    @contextmanager
+    def _making_config(self) -> Iterator[None]:
         try:
-            return make_config(
-                ArchitectureKeys(architecture, self._field), shapes, lambda name: self._holder[name].values(name)
-            )
+            yield
         except SourceError as error:
             raise SourceError(f"{self.path}: {error}") from error
         except Exception as error:  # whatever a config class raises on values it does not like
@@ -213,7 +227,7 @@ class GgufSource(GgmlSource):
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         return make_tokenizer(self._field, self._architecture, self.config.vocab_size)
 
-    def _generation(self) -> GenerationConfig:
+    def _generation(self) -> transformers.GenerationConfig:
         generation = super()._generation()
         turn = token_id(self._field, "eot_token_id", self.config.vocab_size)
         if turn not in (None, generation.eos_token_id):  # an answer of an instructed model ends here
@@ -224,6 +238,8 @@ class GgufSource(GgmlSource):
         return [part.path for part in self._parts]
 
     def config_dict(self) -> dict[str, Any]:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.model_type]
         content = {**self.config.to_diff_dict(), "architectures": [architecture]}
         if "expert_count" in self._architecture.fields:  # which transformers 5 calls num_local_experts

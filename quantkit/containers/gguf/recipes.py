@@ -11,15 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import gguf
-from transformers import PretrainedConfig
-
+from quantkit.codes.kinds import Q2_0, SIZES, FileType, Kind
 from quantkit.containers.gguf.tensors import GgufTensor
 from quantkit.errors import UsageError
 
-Kind = gguf.GGMLQuantizationType
-FileType = gguf.LlamaFileType
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 
 
@@ -199,6 +199,7 @@ _RECIPES = {
             "attn_output": (*_OF_EXPERTS, ("always", Kind.Q4_K)),
         },
     ),
+    "q2_0": _Recipe(Q2_0, embedding=Kind.Q4_K),
     "iq4_nl": _Recipe(Kind.IQ4_NL, _IQ4),
     "iq4_xs": _Recipe(Kind.IQ4_XS, _IQ4),
     "tq1_0": _Recipe(Kind.TQ1_0, embedding=Kind.Q4_K),
@@ -208,10 +209,10 @@ RECIPES: tuple[str, ...] = tuple(_RECIPES)
 """Names of all recipes, as `--type` takes them."""
 
 _NEEDS_IMPORTANCE = (Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS)
-# What a matrix becomes whose width is no multiple of 256; where it is none of 32 either, F16.
+# What a matrix becomes whose width is no multiple of 256 (of Q2_0: 64); where it is none of 32 either, F16.
 _SMALLER_BLOCKS = {
     **dict.fromkeys((*_NEEDS_IMPORTANCE, Kind.IQ3_S, Kind.IQ4_XS), Kind.IQ4_NL),
-    **dict.fromkeys((Kind.Q2_K, Kind.Q3_K, Kind.TQ1_0, Kind.TQ2_0), Kind.Q4_0),
+    **dict.fromkeys((Kind.Q2_K, Kind.Q3_K, Kind.TQ1_0, Kind.TQ2_0, Q2_0), Kind.Q4_0),
     Kind.Q4_K: Kind.Q5_0,
     Kind.Q5_K: Kind.Q5_1,
     Kind.Q6_K: Kind.Q8_0,
@@ -301,7 +302,7 @@ def tensor_kinds(
         if is_output:
             if recipe.output is None or recipe.base in FLOATS:
                 return recipe.base
-            return Kind.Q8_0 if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[recipe.base][0] else recipe.output
+            return Kind.Q8_0 if tensor.shape[-1] % SIZES[recipe.base][0] else recipe.output
         if tensor.name == EMBEDDING:
             return recipe.base if recipe.embedding is None else recipe.embedding
         return _of_block(recipe, model, tensor.name)
@@ -313,9 +314,9 @@ def tensor_kinds(
 
 def fitting(kind: Kind, width: int) -> Kind:
     """`kind`, or where its blocks do not divide a width, the type that llama.cpp takes instead."""
-    if width % gguf.GGML_QUANT_SIZES[kind][0]:
+    if width % SIZES[kind][0]:
         kind = _SMALLER_BLOCKS.get(kind, kind)
-    return Kind.F16 if width % gguf.GGML_QUANT_SIZES[kind][0] else kind
+    return Kind.F16 if width % SIZES[kind][0] else kind
 
 
 def needs_importance(name: str | None, tensor: str, kind: Kind) -> bool:

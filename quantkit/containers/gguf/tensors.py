@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import PretrainedConfig
 
 from quantkit.containers.gguf.architectures import ARCHITECTURES, OUTSIDE
 from quantkit.containers.gguf.config import llama3_factors
@@ -20,6 +19,10 @@ from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.keys import architecture_of, head_width
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
+from quantkit.late import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _ROUTER = "ffn_gate_inp.weight"
 _EMBEDDING, _HEAD, _FIRST = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0."

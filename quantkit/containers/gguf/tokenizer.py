@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from quantkit.containers.gguf.architectures import Architecture
 from quantkit.containers.gguf.config import TOKENS, token_id
 from quantkit.containers.gguf.cuts import CUTS, DIGIT, GPT2, NOT_BYTES
 from quantkit.errors import SourceError
+from quantkit.late import transformers
 
 # tokenizer.ggml.token_type, as gguf.TokenType has them
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
@@ -26,7 +26,9 @@ _REMEDY = "convert the model again with a current llama.cpp, or name its origina
 _LONGEST = 4096  # characters of a token: the merges of a longer one take their time, and no model has any
 
 
-def make_tokenizer(values: Callable[[str], Any], architecture: Architecture, embedded: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    values: Callable[[str], Any], architecture: Architecture, embedded: int
+) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer of a file.
 
     Args:
@@ -68,7 +70,7 @@ def make_tokenizer(values: Callable[[str], Any], architecture: Architecture, emb
     two = [*one, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)]
     ends = [(token, backend.token_to_id(token)) for token in dict.fromkeys([*first, *last])]
     backend.post_processor = processors.TemplateProcessing(single=one, pair=two, special_tokens=ends)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     tokenizer.chat_template = _templates(values)
     return tokenizer
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 import gguf
 import numpy as np
-import torch
 
 from quantkit.codes import libggml
+from quantkit.codes.kinds import READABLE, SIZES, Kind, dequantize
 from quantkit.codes.reencode import expected_reencodings, q4_0_rows, reencode
 from quantkit.containers.gguf import GgufTensor, architecture_of
 from quantkit.containers.gguf.file import Array
@@ -32,8 +32,8 @@ from quantkit.containers.imatrix import Imatrix
 from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
+from quantkit.late import torch
 
-Kind = gguf.GGMLQuantizationType
 Fidelity = Literal["exact", "bounded", "requantized", "rounded"]
 """A matrix's numbers in the file: the source's own codes or blocks; those but for a minimum rounded once more; rounded
 after a rounding; or rounded (if at all) for the first time."""
@@ -42,9 +42,8 @@ after a rounding; or rounded (if at all) for the first time."""
 _WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
 # Stored as they were trained or published: rounding them is the first.
 _UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
-_AS_IT_IS = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+_AS_IT_IS = {"torch.float32": Kind.F32, "torch.float16": Kind.F16, "torch.bfloat16": Kind.BF16}
 _VALUES_A_TILE = 1 << 22
-_READABLE = frozenset(gguf.quants._type_traits)  # blocks that gguf-py can take apart
 
 
 @dataclass(frozen=True)
@@ -263,17 +262,17 @@ class Chooser:
         if kind in FLOATS:
             if not bool(torch.isfinite(self._weights.read(published)).all()):
                 raise _damaged(published)
-        elif kind in _READABLE:
+        elif kind in READABLE:
             with np.errstate(all="ignore"):
                 for start in range(0, len(rows), step):
-                    if not np.isfinite(gguf.quants.dequantize(rows[start : start + step], kind)).all():
+                    if not np.isfinite(dequantize(rows[start : start + step], kind)).all():
                         raise _damaged(published)
         return rows
 
     def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
         def encode(tensor: GgufTensor, published: str) -> Array:
             values = self._weights.read(published)
-            if _AS_IT_IS.get(values.dtype) == kind and values.ndim == 2 and not tensor.offset:
+            if _AS_IT_IS.get(str(values.dtype)) == kind and values.ndim == 2 and not tensor.offset:
                 if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
                     raise _damaged(published)
                 octets: Array = values.contiguous().view(torch.uint8).numpy()
@@ -281,7 +280,7 @@ class Chooser:
             if values.ndim == 1:
                 return self._held(tensor.values(values), kind, published)
             own = None if importance is None else importance[tensor.sources.index(published)]
-            block, size = gguf.GGML_QUANT_SIZES[kind]
+            block, size = SIZES[kind]
             packed = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
             step = max(1, _VALUES_A_TILE // values.shape[1])
             by_library = kind not in FLOATS and (own is not None or kind not in _WITHOUT_LIBRARY or libggml.available())

@@ -17,17 +17,18 @@ from typing import Any, Self
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
+from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers.gguf.file import MAGIC, Array, FileBytes
 from quantkit.containers.gguf.tensors import GgufTensor, in_rotary_order
 from quantkit.containers.hf.write import parts_of
 from quantkit.containers.readback import ByTurns, ReadBack
 from quantkit.errors import OutputError, UsageError
 
-TypedTensor = tuple[GgufTensor, GGMLQuantizationType]
+TypedTensor = tuple[GgufTensor, Kind]
 
-_PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+_PLAIN = {Kind.F32: np.float32, Kind.F16: np.float16}
 _ALIGNMENT = 32  # what every tensor's place is a multiple of
 _VERSION = 3
 _TYPES: dict[type, tuple[GGUFValueType, str]] = {
@@ -41,13 +42,13 @@ _TYPES_IN_LISTS = {**_TYPES, int: _TYPES[np.int32]}
 _INT, _LONG = struct.Struct("<I"), struct.Struct("<Q")
 
 
-def packed_bytes(tensor: GgufTensor, kind: GGMLQuantizationType) -> int:
+def packed_bytes(tensor: GgufTensor, kind: Kind) -> int:
     """Bytes of a tensor's data.
 
     Raises:
         UsageError: its rows are no whole number of blocks of this type.
     """
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    block, size = SIZES[kind]
     if tensor.shape[-1] % block:
         raise UsageError(f"{tensor.name} has {tensor.shape[-1]} columns; {kind.name} needs a multiple of {block}")
     return math.prod(tensor.shape) // block * size
@@ -211,7 +212,7 @@ def _padded(size: int) -> int:
     return size + -size % _ALIGNMENT
 
 
-def _head(keys: Mapping[str, Any], table: Sequence[tuple[str, tuple[int, ...], GGMLQuantizationType, int]]) -> bytes:
+def _head(keys: Mapping[str, Any], table: Sequence[tuple[str, tuple[int, ...], Kind, int]]) -> bytes:
     """What comes before the tensors, which begin at the next multiple of the alignment, in the table's order.
 
     Args:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from quantkit.containers.hf.read import FolderSource
 from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError
+from quantkit.late import torch
 from quantkit.runs.atomic import read_json
 
 # Of `NAME.weight` it is `NAME.weight_scale_inv`; weights are multiplied by it, whatever it is called.
@@ -25,7 +25,6 @@ class Fp8Source(FolderSource):
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         super().__init__(folder, label, trust_remote_code)
-        self.dtype = torch.bfloat16
         quantization = read_json(folder / "config.json")["quantization_config"]
         block = quantization.get("weight_block_size", (128, 128))
         pair = isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
@@ -34,6 +33,10 @@ class Fp8Source(FolderSource):
         self._block: tuple[int, int] | None = None if block is None else (block[0], block[1])
         for name, info in self.tensors.items():
             self._check(name, info)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -69,7 +72,7 @@ class Fp8Source(FolderSource):
         if info.stored_as not in ("F8_E4M3", "F8_E5M2") or len(info.shape) != 2:
             shape = list(info.shape)
             raise SourceError(f"{self.path}: {name} has scales, but is {info.stored_as} {shape}; F8 matrices are read")
-        if torch.Size(scale.shape).numel() == 1:
+        if math.prod(scale.shape) == 1:
             return
         wanted = self._block and tuple(-(-n // b) for n, b in zip(info.shape, self._block, strict=True))
         if scale.shape != wanted:

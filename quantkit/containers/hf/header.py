@@ -21,7 +21,7 @@ _LENGTH = 8  # bytes that say how long a header is
 _LARGEST = 100_000_000
 _MOST = 2**64  # above every size, number of values and number of bits
 _DEEPEST = 127  # objects and lists inside each other
-_BITS = {
+BITS = {
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
@@ -150,7 +150,7 @@ def _stored(entry: Any, data: int) -> Stored:
     dtype, shape, offsets = _fields(entry)
     if isinstance(dtype, tuple) and len(dtype) == 1 and dtype[0][1] is None:  # {"F32": null}: serde's long form
         dtype = dtype[0][0]
-    if not isinstance(dtype, str) or dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"its type {str(dtype)[:40]} is none of the format")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"shape {str(shape)[:80]} or place {str(offsets)[:80]} are no whole numbers")
@@ -159,9 +159,9 @@ def _stored(entry: Any, data: int) -> Stored:
         count *= side
         if count >= _MOST:
             break
-    if count * _BITS[dtype] >= _MOST:
+    if count * BITS[dtype] >= _MOST:
         raise ValueError(f"shape {str(shape)[:80]} is larger than any file")
-    size, rest = divmod(count * _BITS[dtype], 8)
+    size, rest = divmod(count * BITS[dtype], 8)
     if rest:
         raise ValueError(f"shape {shape} of {dtype} ends within a byte")
     start, stop = offsets

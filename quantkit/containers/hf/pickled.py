@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.containers.hf.shards import STORED_DTYPES, WeightFiles, tensor_info, widened
 from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError, first_line
+from quantkit.late import torch
 
-_STORED_AS = {dtype: name for name, dtype in STORED_DTYPES.items()}
+_STORED_AS = {f"torch.{dtype}": name for name, dtype in STORED_DTYPES.items()}
 _ZIP_MAGIC = b"PK\x03\x04"
 # Where training programs put the weights in a checkpoint that holds more.
 _WRAPPERS = ("state_dict", "model", "module")
@@ -55,7 +54,7 @@ class PickledFiles(WeightFiles):
 
     def _header(self, shard: Path) -> Mapping[str, TensorInfo]:
         return {
-            name: tensor_info(shard, name, tensor.shape, _STORED_AS.get(tensor.dtype, str(tensor.dtype)))
+            name: tensor_info(shard, name, tensor.shape, _STORED_AS.get(str(tensor.dtype), str(tensor.dtype)))
             for name, tensor in self._opened(shard).items()
         }
 

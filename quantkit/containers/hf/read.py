@@ -8,19 +8,22 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from quantkit.containers.hf.pickled import PickledFiles
 from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line, shortened
-from quantkit.runs.atomic import read_json
+from quantkit.late import torch, transformers
+from quantkit.runs.atomic import check_readable, read_json, read_text
 from quantkit.runs.links import first_pipe, is_foreign
 from quantkit.runs.panics import panics_as
+from quantkit.runs.places import READ_BY
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Names, or patterns of them.
 OF_TOKENIZERS = (
@@ -61,9 +64,8 @@ class FolderSource(Source):
         self.path = folder
         self.label = label or folder.resolve().name
         self.trusts_code = trust_remote_code
-        self.config = load_config(folder, trust_remote_code)
+        self.model_type = check_config(folder)
         self.stored = open_weights(folder)
-        self.dtype = stored_dtype(self.stored.tensors)
         self.float32 = in_float32(self.stored.tensors)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         beside = [*companions(folder), *_templates(folder), *code_files(folder)]
@@ -72,6 +74,14 @@ class FolderSource(Source):
             for path in dict.fromkeys(beside)
             if is_foreign(path, folder)
         )
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return load_config(self.path, self.trusts_code)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return stored_dtype(self.stored.tensors)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -145,8 +155,8 @@ def quantization_of(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {} if found is None else {"quant_method": found}
 
 
-def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The folder's config. Raises SourceError."""
+def check_config(folder: Path) -> str:
+    """The model_type of a folder's config. Raises SourceError for what can be seen of it without transformers."""
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder}: no model here (it has no config.json)")
     content = read_json(folder / "config.json")
@@ -156,10 +166,16 @@ def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     if not isinstance(model_type, str):
         raise SourceError(f"{folder / 'config.json'}: model_type is {shortened(str(model_type))}, not a name")
     check_counts(content, folder / "config.json")
+    return model_type
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The folder's config. Raises SourceError."""
+    model_type = check_config(folder)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config class raises on values it does not like
-        if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        if model_type not in transformers.CONFIG_MAPPING and not trust_remote_code:
             _refuse_code(folder / "config.json", error)
         raise SourceError(f"{folder / 'config.json'}: {shortened(first_line(error), 500)}") from error
     return config
@@ -182,24 +198,15 @@ def check_counts(content: Mapping[str, Any], place: Path, most: Mapping[str, int
 def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises SourceError."""
     if "gguf_file" not in options and not trust_remote_code:
-        # For some model types transformers makes up a vocabulary of a few tokens where there is none.
-        names = [path.name for path in folder.iterdir()]
-        if not has_tokenizer(folder):
-            raise SourceError(
-                f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made "
-                "from"
-            )
-        if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & set(names):
-            raise SourceError(
-                f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing"
-            )
+        check_vocabulary(folder)
     if "gguf_file" not in options:
         if (pipe := first_pipe(folder)) is not None:
             raise SourceError(f"{pipe}: is no file, so it is not opened; remove it, or download the folder again")
+        check_sizes(folder)
         options |= _empty_tokens(folder)
     try:
         with panics_as(SourceError, str(folder)):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, **options
             )
             tokenizer(_TRIED)
@@ -219,6 +226,27 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
         _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raises SourceError where the files of a tokenizer are missing.
+
+    For some model types transformers makes up a vocabulary of a few tokens where there is none.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not has_tokenizer(folder):
+        raise SourceError(
+            f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made from"
+        )
+    if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & names:
+        raise SourceError(f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing")
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse what a model is read by, beside its weights, where it would fill the memory. Raises SourceError."""
+    for path in sorted(folder.iterdir()):
+        if READ_BY.search(path.name) and path.is_file():
+            check_readable(path)
 
 
 def _templates(folder: Path) -> list[Path]:
@@ -366,7 +394,7 @@ def code_files(folder: Path) -> list[Path]:
             continue
         found[name] = path
         if not is_foreign(path, folder):
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = read_text(path, "replace")
             wanted += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE)  # as transformers has it
     return [found[name] for name in sorted(found)]
 

@@ -9,28 +9,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
-from quantkit.containers.hf.header import Stored, read_header, read_into
+from quantkit.containers.hf.header import BITS, Stored, read_header, read_into
 from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError, shortened
+from quantkit.late import dtype_of, torch
 from quantkit.runs.atomic import read_json
+from quantkit.runs.tensorfile import tensor_bytes
 
-# By safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
+# torch's names by safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
 STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 _LONGEST_NAME = 255  # bytes
 _LARGEST = 2**63 - 1  # for torch, of a side and of a stride; an empty tensor's may be larger in a file
@@ -98,6 +98,10 @@ class WeightFiles(ABC):
             SourceError: it cannot be read.
         """
 
+    def octets(self, name: str) -> bytes:
+        """The stored tensor's bytes, little end first; of small ones. Raises as `read` does."""
+        return bytes(tensor_bytes(self.read(name)))
+
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a stored tensor, as `read` gives them."""
@@ -133,6 +137,14 @@ class SafetensorsFiles(WeightFiles):
     def read(self, name: str) -> torch.Tensor:
         return read_stored(self.shard_of[name], name, self._stored[name])
 
+    def octets(self, name: str) -> bytes:
+        content, stored = bytearray(self._stored[name].bytes), self._stored[name]
+        try:
+            read_into(self.shard_of[name], stored.start, memoryview(content))
+        except OSError as error:
+            raise SourceError(f"{self.shard_of[name]}: cannot read {name}: {error}") from error
+        return bytes(content)
+
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         whole = self._stored[name]
         row = whole.bytes // whole.shape[0]
@@ -153,7 +165,7 @@ def read_stored(shard: Path, name: str, stored: Stored) -> torch.Tensor:
     if math.prod(side or 1 for side in stored.shape) > _LARGEST:
         raise SourceError(f"{shard}: {name} has shape {list(stored.shape)}, which no tensor can have")
     # Memory of its own: what a mapped file gives is read through page faults, and copied after all.
-    tensor = torch.empty(stored.shape, dtype=STORED_DTYPES[stored.dtype])
+    tensor = torch.empty(stored.shape, dtype=dtype_as_read(stored.dtype))
     try:
         read_into(shard, stored.start, tensor.reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:
@@ -161,12 +173,17 @@ def read_stored(shard: Path, name: str, stored: Stored) -> torch.Tensor:
     return widened(tensor)
 
 
+def dtype_as_read(stored_as: str) -> torch.dtype | None:
+    """torch's dtype of a stored type; None of one that is not read."""
+    return dtype_of(STORED_DTYPES[stored_as]) if stored_as in STORED_DTYPES else None
+
+
 def tensor_info(shard: Path, name: str, shape: Iterable[int], stored_as: str) -> TensorInfo:
     """A header's entry. Raises SourceError for a type that is not read."""
     if stored_as not in STORED_DTYPES:
         raise SourceError(f"{shard}: {name} is stored as {stored_as}; read are {', '.join(STORED_DTYPES)}")
     sides = tuple(shape)
-    return TensorInfo(sides, stored_as, STORED_DTYPES[stored_as].itemsize * math.prod(sides))
+    return TensorInfo(sides, stored_as, BITS[stored_as] // 8 * math.prod(sides))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from quantkit.containers.readback import ByTurns, ReadBack
 from quantkit.errors import OutputError
+from quantkit.late import torch
 from quantkit.runs.atomic import write_json
 from quantkit.runs.tensorfile import TensorPlan, header, tensor_bytes
 

@@ -11,11 +11,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
-import torch
-
+from quantkit.late import torch
 from quantkit.quantize import loops
+from quantkit.quantize.levels import nearest_codes
 
-ColumnLoop = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], torch.Tensor]
+ColumnLoop = Callable[
+    [
+        "torch.Tensor",
+        "torch.Tensor",
+        "torch.Tensor",
+        "torch.Tensor",
+        int,
+        "torch.Tensor",
+        "torch.Tensor | None",
+    ],
+    "torch.Tensor",
+]
 """`loops.quantize_columns`, which says what it takes and gives."""
 
 
@@ -29,7 +40,13 @@ def column_loop(device: torch.device) -> ColumnLoop:
 
 
 def plain_columns(
-    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int, codes: torch.Tensor
+    W: torch.Tensor,
+    U: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+    top: int,
+    codes: torch.Tensor,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`loops.quantize_columns` in torch's own operations, on any device.
 
@@ -45,8 +62,8 @@ def plain_columns(
         w = shifted[j]
         if j:
             w = torch.addmv(w, errors[:j].T, Ut[j, :j], alpha=-1)
-        q = torch.mul(w, inverse[j], out=found[j]).round_().clamp_(0, top)
-        torch.addcmul(w, q, scale[j], value=-1, out=errors[j]).div_(diagonal[j])
+        found[j], steps = nearest_codes(torch.mul(w, inverse[j], out=found[j]), top, levels)
+        torch.addcmul(w, steps, scale[j], value=-1, out=errors[j]).div_(diagonal[j])
     codes.copy_(found)
     return errors
 

@@ -25,7 +25,13 @@ _TO_WHOLE = tl.constexpr(12582912.0)
 
 
 def quantize_columns(
-    W: torch.Tensor, U: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, top: int, codes: torch.Tensor
+    W: torch.Tensor,
+    U: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+    top: int,
+    codes: torch.Tensor,
+    levels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Quantize the columns of one block in turn, each one's error fed into the block's later ones.
 
@@ -44,6 +50,8 @@ def quantize_columns(
         scale, minimum: float32 [columns, out]; code q stands for ``scale * q - minimum``.
         top: the last code, 2**bits - 1.
         codes: uint8 [columns, out], written.
+        levels: float32 [top + 1], ascending: code q is the number of midpoints between them that the quotient is
+            above, and stands for ``scale * levels[q] - minimum``.
 
     Returns:
         Err float32 [columns, out]: columns behind the block change by ``-U[block, behind]^T Err``.
@@ -61,6 +69,7 @@ def quantize_columns(
             M,
             codes,
             Err,
+            W if levels is None else levels,
             rows,
             columns,
             W.stride(0),
@@ -69,6 +78,7 @@ def quantize_columns(
             M.stride(0),
             codes.stride(0),
             float(top),
+            LEVELS=0 if levels is None else len(levels),
             ROWS=_ROWS,
             COLUMNS=max(16, triton.next_power_of_2(columns)),
             **_OPTIONS,
@@ -89,6 +99,7 @@ def _quantize_tile(
     M,
     Codes,
     Err,
+    Levels,
     rows,
     columns,
     w_stride,
@@ -97,6 +108,7 @@ def _quantize_tile(
     m_stride,
     codes_stride,
     top,
+    LEVELS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -119,9 +131,19 @@ def _quantize_tile(
         diagonal_next = tl.load(U + following * (u_stride + 1))
         inverse = tl.where(s == 0, 0.0, tl.div_rn(1.0, tl.where(s == 0, 1.0, s)))
         x = tl.sum(tl.where(column[:, None] == j, w, 0.0), axis=0)  # row j of w
-        q = tl.minimum(tl.maximum(x * inverse, 0.0), top)
-        q = (q + _TO_WHOLE) - _TO_WHOLE
-        error = tl.div_rn(x - q * s, diagonal)
+        if LEVELS:
+            place, q = x * inverse, tl.zeros([ROWS], tl.float32)
+            value = q + tl.load(Levels)
+            for i in tl.static_range(1, LEVELS):
+                level = tl.load(Levels + i)
+                above = place > (tl.load(Levels + i - 1) + level) * 0.5
+                q += above.to(tl.float32)
+                value = tl.where(above, level, value)
+        else:
+            q = tl.minimum(tl.maximum(x * inverse, 0.0), top)
+            q = (q + _TO_WHOLE) - _TO_WHOLE
+            value = q
+        error = tl.div_rn(x - value * s, diagonal)
         tl.store(Codes + j * codes_stride + row, q.to(tl.uint8), mask=in_rows)
         tl.store(Err + j * rows + row, error, mask=in_rows)
         w -= u[:, None] * error[None, :]  # columns up to j are not looked at again

@@ -150,9 +150,9 @@ def _is_of(record: Mapping[str, Any], files: Mapping[str, str], source: Source, 
 
 def _scheme(source: Source, keys: Mapping[str, Any], described: str) -> str:
     """A short name of how the weights are stored."""
-    import gguf
+    from quantkit.codes.kinds import FileType
 
-    known = {int(kind): kind.name for kind in gguf.LlamaFileType if kind != gguf.LlamaFileType.GUESSED}
+    known = {int(kind): kind.name for kind in FileType if kind != FileType.GUESSED}
     if name := known.get(keys.get("general.file_type", -1)):
         return name.removeprefix("MOSTLY_").removeprefix("ALL_")
     return described.removeprefix(f"{source.kind}: mostly ")

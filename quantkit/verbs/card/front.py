@@ -17,6 +17,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from quantkit.containers import CONTAINERS
 from quantkit.errors import SourceError, UsageError
+from quantkit.runs.atomic import read_text
 from quantkit.runs.links import is_foreign
 from quantkit.verbs.card.facts import ModelFacts
 from quantkit.verbs.card.measured import Loss, Measurements, TaskScores
@@ -52,10 +53,7 @@ def read_original(path: Path) -> Original:
         raise UsageError(f"--original {path}: no card there (a README.md)")
     if path.is_dir() and is_foreign(place, path):
         raise UsageError(f"--original {path}: its README.md is a link to outside the folder; name that file itself")
-    try:
-        content = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{place}: cannot be read: {error}") from error
+    content = read_text(place)
     if MARK in content:
         raise UsageError(f"--original {place}: quantkit wrote this card; give that of the model it was made from")
     content = content.removeprefix("\ufeff").replace("\r\n", "\n")

@@ -10,8 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.open import fitted, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.describe import describe
@@ -19,6 +17,7 @@ from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.evaluate.scores import Scores, score_texts
 from quantkit.evaluate.statistics import heads, numbers_of
+from quantkit.late import torch
 from quantkit.options import EvaluationSpec, default_seq_len, make, parse_size
 from quantkit.options.verbs import Compare
 from quantkit.progress import SILENT, Progress, counted, per_cent, size

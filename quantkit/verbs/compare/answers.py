@@ -11,11 +11,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import torch
-
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.whole import load_model
 from quantkit.containers.source import Source
+from quantkit.late import torch
 from quantkit.options import Asking, Decoding, TemplateName, make
 from quantkit.progress import Progress
 from quantkit.runs.answers import Appender, kept_answers

@@ -5,23 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.streamers import BaseStreamer
-
-from quantkit.errors import NumericError
+from quantkit.late import inference, torch, transformers
 from quantkit.options import Decoding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ def own_seed(seed: int, key: str) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-@torch.inference_mode()
+@inference
 def decode(
     model: PreTrainedModel,
     requests: Sequence[Request],
@@ -99,6 +89,8 @@ def _batch(
     longest = max(len(request.ids) for request in requests)
     rows = [[request.ids[0]] * (longest - len(request.ids)) + list(request.ids) for request in requests]
     masks = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
+    from quantkit.verbs.generate import drawing
+
     generator: Any = model  # a PreTrainedModel is not typed as one that has transformers' loop
     own = model.generation_config
     # The model's own defaults out of the way: transformers takes from them whatever a config leaves open.
@@ -108,8 +100,8 @@ def _batch(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(masks, device=model.device),
             generation_config=config,
-            logits_processor=_processors(requests, spec),
-            streamer=None if each is None else _Watch(each),
+            logits_processor=drawing.processors([own_seed(spec.seed, request.key) for request in requests], spec),
+            streamer=None if each is None else drawing.Watch(each),
         )
     finally:
         model.generation_config = own
@@ -120,10 +112,10 @@ def _batch(
     return found
 
 
-def _config(spec: Decoding, stops: Sequence[int], room: int) -> GenerationConfig:
-    """Every choice that is not ours to leave open; sampling without beams is done by `_Draw`."""
+def _config(spec: Decoding, stops: Sequence[int], room: int) -> transformers.GenerationConfig:
+    """Every choice that is not ours to leave open; sampling without beams is done by `drawing.Draw`."""
     drawn = {} if spec.num_beams == 1 or spec.greedy else spec.model_dump(include={"temperature", "top_p", "top_k"})
-    return GenerationConfig(
+    return transformers.GenerationConfig(
         max_new_tokens=room,
         num_beams=spec.num_beams,
         do_sample=bool(drawn),
@@ -132,63 +124,3 @@ def _config(spec: Decoding, stops: Sequence[int], room: int) -> GenerationConfig
         use_cache=True,
         **drawn,
     )
-
-
-def _processors(requests: Sequence[Request], spec: Decoding) -> LogitsProcessorList:
-    """In transformers' order: the penalty, temperature, top-k, top-p; then the draw itself, which beams do not leave
-    to us."""
-    found: list[Any] = [_Finite()]
-    if spec.repetition_penalty != 1:
-        # What fills a row up is its own first token, so the filling is not penalised on top.
-        found.append(RepetitionPenaltyLogitsProcessor(spec.repetition_penalty))
-    if spec.num_beams == 1 and not spec.greedy:
-        if spec.temperature != 1:
-            found.append(TemperatureLogitsWarper(spec.temperature))
-        if spec.top_k:
-            found.append(TopKLogitsWarper(spec.top_k))
-        if spec.top_p < 1:
-            found.append(TopPLogitsWarper(spec.top_p))
-        found.append(_Draw([own_seed(spec.seed, request.key) for request in requests]))
-    return LogitsProcessorList(found)
-
-
-class _Finite(LogitsProcessor):
-    """Refuses logits that are no numbers, before anything is made of them."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if bool(torch.isnan(scores).any()):
-            raise NumericError("the model's logits are not finite; try --dtype float32")
-        return scores
-
-
-class _Draw(LogitsProcessor):
-    """Draws each row's token with a generator of its own, by one number a step, and leaves only that one to take.
-
-    Numbers come from the CPU's generator on every device, and tokens are counted through in the order of their ids.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        numbers = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in self._generators]
-        below = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-        wanted = torch.stack(numbers).to(scores.device) * below[:, -1:]
-        # The first token whose sum exceeds the number; never one that adds nothing.
-        drawn = torch.searchsorted(below, wanted, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-
-class _Watch(BaseStreamer):
-    """Hands on new ids as they come; the first that transformers gives is the prompt."""
-
-    def __init__(self, each: Callable[[list[int]], None]) -> None:
-        self._each, self._begun = each, False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._begun:
-            self._each(value.flatten().tolist())
-        self._begun = True
-
-    def end(self) -> None:
-        pass

@@ -6,15 +6,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import CalibrationError, UsageError, first_line
 from quantkit.options import TemplateName
 from quantkit.runs.panics import panics_as
 from quantkit.tokens.datasets import HELD_OUT, read_bundled
 from quantkit.tokens.records import Record, Turn, parse_record, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CONVERSATIONS = ("messages", "conversations")
 # Fields that an answer may stand in already, beside the prompt's: there it is a reference, not part of the prompt.

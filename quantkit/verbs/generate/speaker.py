@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from quantkit.blocks.whole import generation_config
 from quantkit.containers.source import Source
 from quantkit.errors import CalibrationError
+from quantkit.late import torch
 from quantkit.options import Decoding, TemplateName
 from quantkit.tokens.records import Record, resolve
 from quantkit.tokens.text import check_tokens
 from quantkit.verbs.generate.decoding import Answer, Request, decode
 from quantkit.verbs.generate.prompts import PromptLine, prompt_ids, prompt_text, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.open import resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.source import Source
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.late import torch
 from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.progress import SILENT
 from quantkit.tokens.text import evaluation_text

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-import torch
-
 from quantkit.blocks.open import memory_budget, resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.source import Source
 from quantkit.evaluate.scores import score
+from quantkit.late import torch
 from quantkit.options import HELDOUT, EvaluationSpec, make
 from quantkit.progress import Progress
 from quantkit.tokens.text import check_tokens, evaluation_text

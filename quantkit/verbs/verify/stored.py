@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.containers.hf.header import Header, Stored, examine_header
 from quantkit.containers.hf.shards import STORED_DTYPES, SafetensorsFiles, read_stored
 from quantkit.containers.source import Source, TensorInfo, Weights
+from quantkit.late import torch
 from quantkit.progress import Progress, counted
-from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
+from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json, read_text
 from quantkit.runs.record import CHECKSUMS
 from quantkit.verbs.verify.findings import Findings, listed
 
@@ -223,7 +222,7 @@ def _recorded(folder: Path, found: Findings) -> dict[str, dict[str, str]]:
                 sums.setdefault(name, {})[REPORT_NAME] = str(checksum)
     if (folder / CHECKSUMS).is_file():
         with found.guard(CHECKSUMS):
-            for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+            for line in read_text(folder / CHECKSUMS).splitlines():
                 checksum, _, name = line.partition(" ")
                 sums.setdefault(name.lstrip(" *"), {})[CHECKSUMS] = checksum
     return sums

@@ -1,0 +1,112 @@
+"""Experts taken apart: modules of a Linear for each matrix, in the place of transformers' fused ones.
+
+They derive from torch's classes, so this is imported where a model has experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from quantkit.blocks.families import ExpertNames, routed
+
+
+class Expert(nn.Module):
+    """One expert: ``down(act(gate(x)) * up(x))`` with the activation of the model's own class, or ``down(act(up(x)))``.
+
+    `activate` receives gate and up side by side, or what the only one gives.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        names: ExpertNames,
+        activate: Callable[[torch.Tensor], torch.Tensor],
+        bias: bool,
+        gated: bool = True,
+    ) -> None:
+        super().__init__()
+        self._down, self._activate = names.down, activate
+        self._first = (names.gate, names.up) if gated else (names.up,)
+        if gated:
+            self.add_module(names.gate, nn.Linear(hidden, intermediate, bias=bias))
+        self.add_module(names.up, nn.Linear(hidden, intermediate, bias=bias))
+        self.add_module(names.down, nn.Linear(intermediate, hidden, bias=bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]; no token at all is fine."""
+        first = [self.get_submodule(name)(x) for name in self._first]
+        result: torch.Tensor = self.get_submodule(self._down)(self._activate(torch.cat(first, dim=-1)))
+        return result
+
+
+class Experts(nn.Module):
+    """All experts of a block, named 0, 1, ..., called as the fused module is.
+
+    Every expert runs, with no tokens where none was routed to it, so that a forward always reaches all of them.
+    """
+
+    def __init__(self, experts: list[Expert]) -> None:
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
+        total = torch.zeros_like(hidden_states)
+        for number, expert in enumerate(self.children()):
+            if isinstance(top_k_index, FakeTensor):  # of which nobody knows where a token goes
+                token = place = top_k_index[:0, 0]
+            else:
+                token, place = torch.where(top_k_index == number)
+            with routed(token):
+                result = expert(hidden_states[token]) * top_k_weights[token, place, None]
+            total.index_add_(0, token, result.to(total.dtype))
+        return total
+
+
+class WeightedExperts(Experts):
+    """As Llama 4 calls them: with all tokens for each expert in turn, times its weight for them, 0 for most."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """hidden_states [experts * tokens, hidden] -> the same; of a token that is 0 nothing comes."""
+        total = torch.zeros_like(hidden_states)
+        tokens = len(hidden_states) // len(self._modules)
+        for number, expert in enumerate(self.children()):
+            given = hidden_states[number * tokens : (number + 1) * tokens]
+            token = given[:0, 0].long() if isinstance(given, FakeTensor) else torch.where(given.any(dim=-1))[0]
+            with routed(token):
+                result = expert(given[token])
+            total.index_add_(0, token + number * tokens, result.to(total.dtype))
+        return total
+
+
+def as_linears(fused: Any, names: ExpertNames, weighted: bool) -> Experts:
+    """The same experts as Linears on the meta device, without weights.
+
+    `fused` has the attributes that transformers' ``use_experts_implementation`` gives: has_gate, has_bias,
+    is_transposed, is_concatenated, and ``_apply_gate``, which receives gate and up side by side (or interleaved);
+    without a gate ``act_fn``.
+    """
+    count, a, b = fused.down_proj.shape
+    hidden, intermediate = (b, a) if fused.is_transposed else (a, b)
+
+    def activate(gate_up: torch.Tensor) -> torch.Tensor:
+        if not fused.has_gate:
+            return fused.act_fn(gate_up)  # type: ignore[no-any-return]
+        if not fused.is_concatenated:
+            gate_up = torch.stack(gate_up.chunk(2, dim=-1), dim=-1).flatten(-2)
+        result: torch.Tensor = fused._apply_gate(gate_up)
+        return result
+
+    with torch.device("meta"):
+        kind = hidden, intermediate, names, activate, bool(fused.has_bias), bool(fused.has_gate)
+        called = WeightedExperts if weighted else Experts
+        return called([Expert(*kind) for _ in range(count)])

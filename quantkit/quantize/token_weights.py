@@ -1,0 +1,232 @@
+"""What each calibration token counts in a stage's Hessian: the squared gradient of the model's loss at its outputs.
+
+With weights w the Hessian is ``sum w x x^T / sum w``, and what GPTQ minimises becomes, to second order and block by
+block, the divergence of the model's output (GuidedQuant, arXiv 2505.07004, with a group for each stage). Weights have
+the mean 1 over a stage; of an expert's over the tokens that it saw.
+
+They are a checkpoint of their own: files of a run's folder, one for each block, made once before the first block is
+quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.blocks.budget import Budget
+from quantkit.blocks.families import Stages
+from quantkit.blocks.fisher import StageSquares, fisher_squares
+from quantkit.blocks.memory import MemoryPlan, plan_weighing
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.workers import Workers, even_shares, worker_count
+from quantkit.errors import first_line
+from quantkit.late import torch
+from quantkit.progress import Progress
+from quantkit.runs.journal import Journal
+from quantkit.runs.landing import land_weights, landed_weights, weights_file
+from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.tensorfile import read_tensors, write_tensors
+
+_BATCH_TOKENS = 1024  # as in `blockwise`
+_GLANCE = 8  # tokens of a forward that only shows whether it has a gradient
+
+Tensors = Mapping[str, "torch.Tensor"]
+OnWeights = Callable[[int, Tensors], None]
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """Weights of one stage's tokens, over all windows.
+
+    Attributes:
+        weights: float32 [n], mean 1.
+        tokens: int32 [n], numbers in all windows, ascending: those that an expert saw; None: all, in order.
+    """
+
+    weights: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+    def of(self, first: int, count: int, routed: torch.Tensor | None) -> torch.Tensor:
+        """Weights float32 of a batch's tokens: `count` from number `first` on, of which an expert sees `routed`.
+
+        A token that the quantized blocks send elsewhere than the unquantized ones counts as the mean one does.
+        """
+        if self.tokens is None:
+            whole = self.weights[first : first + count]
+        else:
+            ends = torch.tensor([first, first + count], dtype=torch.int32)
+            start, stop = torch.searchsorted(self.tokens, ends).tolist()
+            whole = torch.ones(count)
+            whole[self.tokens[start:stop].long() - first] = self.weights[start:stop]
+        return whole if routed is None else whole[routed.to(whole.device)]
+
+    @property
+    def effective(self) -> float:
+        """How many tokens of equal weight would tell as much: ``(sum w)^2 / sum w^2``."""
+        weights = self.weights.double()
+        return float(weights.sum().square() / weights.square().sum().clamp(min=1e-300))
+
+
+class TokenWeights:
+    """Weights of all blocks, of which one block's are in memory.
+
+    Args:
+        read: the tensors of a block, as `weigh_tokens` gave them.
+    """
+
+    def __init__(self, read: Callable[[int], Tensors]) -> None:
+        self._block = lru_cache(1)(lambda index: _by_linear(read(index)))
+
+    def of(self, index: int, linear: str) -> StageWeights | None:
+        """Those of the stage that a Linear of block `index` is in, by its published name."""
+        found: dict[str, StageWeights] = self._block(index)
+        return found.get(linear)
+
+
+def _by_linear(tensors: Tensors) -> dict[str, StageWeights]:
+    stages = {
+        key.partition(".")[0]: StageWeights(tensor, tensors.get(key.replace("weights", "tokens")))
+        for key, tensor in tensors.items()
+        if key.endswith(".weights")
+    }
+    rows = (key.split(".", 2) for key in tensors if ".rows." in key)
+    return {linear: stages[stage] for stage, _, linear in rows}
+
+
+def token_weights(
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    seed: int,
+    folder: Path,
+    journal: Journal | None,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+) -> TokenWeights | None:
+    """The weights that a run has in its folder, made now unless it has; None where all tokens count the same.
+
+    Args:
+        journal: of the run; None on all ranks but the first.
+    """
+    blocks = ranks.from_first(lambda: landed_weights(_of_first(journal)))
+    if blocks is None:
+        checksums: dict[int, str] = {}
+
+        def keep(index: int, tensors: Tensors) -> None:
+            if ranks.first:
+                checksums[index] = write_tensors(weights_file(folder, index), tensors)
+
+        if ranks.first:
+            weights_file(folder, 0).parent.mkdir(exist_ok=True)
+        weigh_tokens(stream, tokens, seed, stream.budget // ranks.here, keep, progress, ranks)
+        if ranks.first:
+            land_weights(folder, _of_first(journal), [checksums[index] for index in sorted(checksums)])
+        blocks = ranks.from_first(lambda: len(checksums))
+    if not blocks:
+        return None
+    ranks.wait_for(weights_file(folder, 0))
+    return TokenWeights(lambda index: read_tensors(weights_file(folder, index)))
+
+
+def _of_first(journal: Journal | None) -> Journal:
+    assert journal is not None
+    return journal
+
+
+def weigh_tokens(
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    seed: int,
+    budget: Budget,
+    on_block: OnWeights,
+    progress: Progress,
+    ranks: Ranks = ALONE,
+) -> bool:
+    """Weights of every block, from the last to the first; False, and said why, where the model has no gradient.
+
+    All ranks call it alike, each runs its share of the windows, and each gets all weights.
+
+    Args:
+        tokens: int64 [samples, seq_len], the calibration windows.
+        seed: decides the labels, by one number for each token.
+        on_block: gets a block's number and its tensors: for each stage, by its number in the block, "0.weights" and
+            for experts "0.tokens" (`StageWeights`), and "0.rows.NAME" for each Linear by its published name, float32
+            [out]: the squared gradient of that output row, summed over all tokens.
+    """
+    if (why := no_gradient(stream, tokens)) is not None:
+        progress.note(f"every token counts the same, since {stream.source.config.model_type} {why}")
+        return False
+    batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+    chances = torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1])).random(tuple(tokens.shape)))
+    drawn = torch.split(chances, len(batches[0]))
+    mine = ranks.share(len(batches))
+    workers = worker_count(stream.device, max(1, len(mine)))
+    memory = plan_weighing(stream, sum(batches[i].numel() for i in mine), batches[0].numel(), budget, workers)
+    memory.note(progress)
+    with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
+        own = [batches[i] for i in mine], [drawn[i] for i in mine]
+        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress):
+            everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found]))
+            whole = [batch for _, part in everyone for batch in part]
+            on_block(index, _tensors(stream, index, everyone[0][0], whole, batches))
+    return True
+
+
+def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+    """What `weigh_tokens` will do for memory with so many calibration windows. Raises UsageError."""
+    windows = max(1, _BATCH_TOKENS // seq_len)
+    workers = worker_count(stream.device, -(-samples // windows))
+    return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
+
+
+def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:
+    """Why a model has no gradient that can be had block by block; None where it has. Its first block is tried."""
+    [hidden] = stream.embed([tokens[:1, :_GLANCE]])
+    if stream.hands_on:
+        return "hands more than hidden states from block to block"
+    try:
+        with stream.block(0) as block, torch.enable_grad():
+            state = hidden.detach().requires_grad_()
+            torch.autograd.grad(stream.call(0, block, 0, state).sum(), state)
+    except RuntimeError as error:
+        return f"has a forward without a gradient ({first_line(error)})"
+    return None
+
+
+def _on_host(seen: StageSquares) -> StageSquares:
+    tokens = None if seen.tokens is None else seen.tokens.cpu()
+    return StageSquares([rows.cpu() for rows in seen.rows], seen.squares.cpu(), tokens)
+
+
+def _tensors(
+    stream: ModelStream,
+    index: int,
+    stages: Stages,
+    found: list[list[StageSquares]],
+    batches: list[torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """What `weigh_tokens` gives of a block, of all batches in order: sums do not depend on who made which."""
+    tensors: dict[str, torch.Tensor] = {}
+    starts = np.cumsum([0, *(ids.numel() for ids in batches)]).tolist()
+    for number, names in enumerate(stages):
+        seen = [batch[number] for batch in found]
+        routed = any(one.tokens is not None for one in seen)
+        if routed:
+            numbers = [one.tokens + at for one, at in zip(seen, starts, strict=False) if one.tokens is not None]
+            tensors[f"{number}.tokens"] = torch.cat(numbers).to(torch.int32)
+        elif any(len(one.squares) != ids.numel() for one, ids in zip(seen, batches, strict=True)):
+            continue  # no gradient, or of tokens that nobody knows the numbers of: all count the same
+        tensors[f"{number}.weights"] = _mean_one(torch.cat([one.squares for one in seen]))
+        for k, name in enumerate(names):
+            rows = torch.stack([one.rows[k] for one in seen]).sum(dim=0)
+            tensors[f"{number}.rows.{stream.published(index, name)}"] = rows.float()
+    return tensors
+
+
+def _mean_one(squares: torch.Tensor) -> torch.Tensor:
+    """Squares float32 [n] over their mean; ones where that tells nothing."""
+    mean = squares.mean(dtype=torch.float64) if len(squares) else torch.tensor(0.0)
+    return (squares / mean).float() if 0 < float(mean) < float("inf") else torch.ones_like(squares)

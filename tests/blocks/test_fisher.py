@@ -1,0 +1,159 @@
+"""Squared gradients, block by block, against autograd through the whole model in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeModel
+
+from quantkit.blocks import fisher
+from quantkit.blocks.families import ROUTED
+from quantkit.blocks.fisher import StageSquares, fisher_squares
+from quantkit.blocks.memory import MemoryPlan
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.workers import Workers, even_shares
+from quantkit.progress import SILENT
+from quantkit.sources import open_source
+
+WINDOWS, LENGTH = 6, 24
+Squares = dict[str, torch.Tensor]
+
+
+def windows(vocabulary: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(vocabulary, size=(WINDOWS, LENGTH)))
+
+
+def open_in(model: Path, dtype: torch.dtype) -> ModelStream:
+    return ModelStream(open_source(model), torch.device("cpu"), dtype)
+
+
+def naive(model: Path, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Squares, Squares]:
+    """(squared gradient of each token [tokens], of each row [out]) by Linear, of a backward through all of it."""
+    stream = open_in(model, torch.float64)
+    inside = [
+        f"{place}.{n}"
+        for place, block in zip(stream.blocks, stream.modules, strict=True)
+        for n in stream.family.linears(block)
+    ]
+    whole = stream.whole()
+    tokens: Squares = {}
+    rows: Squares = {}
+    for name in inside:
+        whole.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: watch(name, out))
+
+    def watch(name: str, output: torch.Tensor) -> None:
+        routed = ROUTED.get()
+
+        def see(gradient: torch.Tensor) -> None:
+            squares = gradient.reshape(-1, gradient.shape[-1]).square()
+            tokens[name] = torch.zeros(ids.numel(), dtype=torch.float64)
+            at = slice(None) if routed is None else routed
+            tokens[name][at] = squares.sum(dim=1)
+            rows[name] = squares.sum(dim=0)
+
+        if output.requires_grad:
+            output.register_hook(see)
+
+    embedded = whole.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = whole(inputs_embeds=embedded, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    return tokens, rows
+
+
+def streamed(
+    stream: ModelStream, ids: torch.Tensor, chances: torch.Tensor, each: int, workers: int = 1, exact: bool = True
+) -> tuple[list[Squares], Squares]:
+    """(per stage and Linear the squared gradient of each token, of each row) with batches of `each` windows."""
+    batches, drawn = list(torch.split(ids, each)), torch.split(chances, each)
+    stages: list[Squares] = []
+    rows: Squares = {}
+    with Workers(even_shares(len(batches), workers)) as at_work:
+        for index, named, found in fisher_squares(stream, batches, drawn, MemoryPlan(), at_work, SILENT, exact):
+            for number, names in enumerate(named):
+                seen = [batch[number] for batch in found]
+                stages.append({f"model.layers.{index}.{name}": spread(seen, batches) for name in names})
+                for k, name in enumerate(names):
+                    rows[f"model.layers.{index}.{name}"] = torch.stack([one.rows[k] for one in seen]).sum(dim=0)
+    return stages, rows
+
+
+def spread(seen: list[StageSquares], batches: list[torch.Tensor]) -> torch.Tensor:
+    """Squares [tokens of all batches], 0 where an expert did not see a token."""
+    found = []
+    for one, ids in zip(seen, batches, strict=True):
+        whole = torch.zeros(ids.numel())
+        whole[slice(None) if one.tokens is None else one.tokens] = one.squares
+        found.append(whole)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text"])
+def test_gradients_are_those_of_the_whole_model(make_model: MakeModel, family: str) -> None:
+    model = make_model(family)
+    stream = open_in(model, torch.float64)
+    ids = windows(stream.vocabulary)
+    labels = windows(stream.vocabulary, seed=1)
+    tokens, rows = naive(model, ids, labels)
+    for dtype in (torch.float64, torch.float32):
+        stages, found = streamed(open_in(model, dtype), ids, labels, each=2)
+        assert sum(map(len, stages)) == len(rows) == len(list(stream.linears()))
+        for stage in stages:
+            expected = torch.stack([tokens[name] for name in stage]).sum(dim=0)
+            for squares in stage.values():
+                torch.testing.assert_close(squares.double(), expected, rtol=0, atol=1e-4 * float(expected.mean()))
+        for name, squares in found.items():
+            torch.testing.assert_close(squares, rows[name], rtol=1e-4, atol=1e-6 * float(rows[name].mean()))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_batches_and_workers_change_nothing(make_model: MakeModel, family: str) -> None:
+    """Labels are drawn by a number for each token, so that no cut of the windows changes them."""
+    stream = open_in(make_model(family), torch.float32)
+    ids = windows(stream.vocabulary)
+    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
+    stages, rows = streamed(stream, ids, chances, each=1)
+    for each, workers in ((1, 2), (3, 1), (6, 1)):
+        others, theirs = streamed(stream, ids, chances, each, workers)
+        same = {"rtol": 0, "atol": 0} if each == 1 else {"rtol": 1e-4, "atol": 1e-6}
+        for one, other in zip(stages, others, strict=True):
+            for name, squares in one.items():
+                torch.testing.assert_close(other[name], squares, **same)
+        for name, squares in rows.items():
+            torch.testing.assert_close(theirs[name], squares, rtol=1e-4, atol=1e-6)
+
+
+def test_half_precision_between_blocks_costs_little(make_model: MakeModel) -> None:
+    stream = open_in(make_model(), torch.float32)
+    ids = windows(stream.vocabulary)
+    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
+    exact, half = (streamed(stream, ids, chances, 2, exact=exact)[0] for exact in (True, False))
+    for one, other in zip(exact, half, strict=True):
+        for name, squares in one.items():
+            torch.testing.assert_close(other[name], squares, rtol=0.02, atol=1e-3 * float(squares.mean()))
+
+
+def test_labels_have_the_models_distribution_whatever_the_slices(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices and pieces change nothing; what is drawn is one label a position, as often as it is likely."""
+    stream = open_in(make_model(), torch.float32)
+    ids = windows(stream.vocabulary)
+    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
+    whole = streamed(stream, ids, chances, each=2)[0]
+    monkeypatch.setattr(fisher, "SLICE", 100)
+    monkeypatch.setattr(fisher, "_POSITIONS", 7)
+    for one, other in zip(whole, streamed(stream, ids, chances, each=2)[0], strict=True):
+        for name, squares in one.items():
+            torch.testing.assert_close(other[name], squares, rtol=1e-4, atol=1e-6)
+
+    logits = torch.randn(4000, 7, generator=torch.Generator().manual_seed(0))[:1].expand(4000, 7)
+    chance = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    shares = torch.stack([logits[:, :3].logsumexp(1), logits[:, 3:].logsumexp(1)], dim=1).double()
+    draw = fisher._Draw(shares, chance)
+    gradient = torch.cat([draw.loss_gradient(0, 0, logits[:, :3]), draw.loss_gradient(1, 3, logits[:, 3:])], dim=1)
+    drawn = logits.softmax(dim=1) - gradient
+    torch.testing.assert_close(drawn.sum(dim=1), torch.ones(4000))
+    torch.testing.assert_close(drawn.mean(dim=0), logits[0].softmax(dim=0), rtol=0, atol=1 / 4000)

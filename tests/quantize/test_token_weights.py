@@ -1,0 +1,128 @@
+"""Token weights in a run: what they change, and that whatever stops or shares a run changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeModel, Recorder, token_matrix
+from support.failing import failing_at
+from support.families import DISCOVERED
+from support.folders import contents
+
+import quantkit
+from quantkit.errors import UsageError
+from quantkit.quantize import gptq, token_weights
+from quantkit.quantize.hessian import HessianAccumulator
+from quantkit.quantize.token_weights import StageWeights
+from quantkit.runs.landing import weights_file
+from quantkit.runs.places import folder_of
+from quantkit.sources import open_source
+
+OPTIONS: dict[str, Any] = {"calibration": token_matrix(12, 256), "group_size": 32, "evaluate": False, "device": "cpu"}
+WEIGHTED: dict[str, Any] = {**OPTIONS, "token_weights": True}
+
+
+def test_a_weighted_hessian_is_the_weighted_mean() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(3, 50, 12)).astype(np.float32), rng.gamma(0.3, size=(3, 50)).astype(np.float32)
+    sums = HessianAccumulator(12, torch.device("cpu"))
+    for part, weight in zip(x, w, strict=True):
+        sums.add(torch.from_numpy(part), torch.from_numpy(weight))
+    expected = np.einsum("bt,bti,btj->ij", w.astype(float), x, x) / w.sum()
+    assert sums.tokens == 150
+    again = HessianAccumulator(12, torch.device("cpu"))
+    again.unpack(sums.packed())
+    for one in (sums, again):
+        np.testing.assert_allclose(one.finish("x").numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_find_their_tokens_weights() -> None:
+    found = StageWeights(torch.tensor([3.0, 0.5, 2.0]), torch.tensor([1, 6, 9], dtype=torch.int32))
+    assert found.of(5, 5, torch.tensor([0, 1, 4])).tolist() == [
+        1.0,
+        0.5,
+        2.0,
+    ]  # 5 went elsewhere: it counts as the mean
+    assert found.of(0, 5, torch.tensor([], dtype=torch.int64)).tolist() == []
+    whole = StageWeights(torch.arange(10.0))
+    assert whole.of(5, 3, None).tolist() == [5.0, 6.0, 7.0]
+    assert StageWeights(torch.tensor([1.0, 1.0, 0.0, 0.0])).effective == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_equal_runs_write_equal_bytes_and_their_own(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+    model = make_model(family)
+    for name, options in (("one", WEIGHTED), ("two", WEIGHTED), ("plain", OPTIONS), ("other", {**WEIGHTED, "seed": 1})):
+        quantkit.gptq(model, tmp_path / name, **options)
+    one, two, plain, other = (contents(tmp_path / name) for name in ("one", "two", "plain", "other"))
+    assert one == two
+    assert one["model.safetensors"] not in (plain["model.safetensors"], other["model.safetensors"])
+    recipe, usual = (json.loads((tmp_path / name / "quantkit.json").read_text())["recipe"] for name in ("one", "plain"))
+    assert (recipe["token_weights"], recipe["seed"]) == (True, 0)
+    assert recipe.keys() - usual.keys() == {"token_weights", "seed"}
+    with (tmp_path / "one" / "quant_log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(0 < float(row["n_eff"]) <= int(row["tokens"]) for row in rows if int(row["tokens"]))
+    assert any(float(row["n_eff"]) < 0.9 * int(row["tokens"]) for row in rows)
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_stopped_run_goes_on_with_its_weights(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    model, out = make_model("mixtral"), tmp_path / "out"
+    quantkit.gptq(model, tmp_path / "whole", **WEIGHTED)
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq, "solve", failing_at(gptq.solve, 1 + 10 * blocks))
+        with pytest.raises(UsageError, match=f"{blocks} of 2 blocks are kept: resume=True goes on with them"):
+            quantkit.gptq(model, out, **WEIGHTED)
+    with monkeypatch.context() as patch:
+        patch.setattr(token_weights, "weigh_tokens", lambda *_: pytest.fail("made again"))
+        quantkit.gptq(model, out, resume=True, **WEIGHTED)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not folder_of(out).exists()
+
+
+def test_damaged_weights_are_made_anew(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
+) -> None:
+    model, out = make_model(), tmp_path / "out"
+    quantkit.gptq(model, tmp_path / "whole", **WEIGHTED)
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq, "solve", failing_at(gptq.solve, 6))
+        with pytest.raises(UsageError):
+            quantkit.gptq(model, out, **WEIGHTED)
+    path = weights_file(folder_of(out), 1)
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    quantkit.gptq(model, out, resume=True, progress=recorder, **WEIGHTED)
+    assert any("token weights" in text for text in recorder.warnings)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_cannot_be_weighed_says_so(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
+    model = make_model("gemma3n_text", **DISCOVERED["gemma3n_text"])
+    quantkit.gptq(model, tmp_path / "out", progress=recorder, **WEIGHTED)
+    assert [text for text in recorder.notes if text.startswith("every token counts the same, since gemma3n_text")]
+    quantkit.gptq(model, tmp_path / "plain", **OPTIONS)
+    assert contents(tmp_path / "out")["model.safetensors"] == contents(tmp_path / "plain")["model.safetensors"]
+
+
+def test_plain_rounding_has_no_weights(make_model: MakeModel, tmp_path: Path) -> None:
+    for name, options in (("one", WEIGHTED), ("two", OPTIONS)):
+        quantkit.gptq(make_model(), tmp_path / name, method="round", **options)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_dry_run_counts_the_states(make_model: MakeModel) -> None:
+    options = {**OPTIONS, "calibration": token_matrix(1024, 256), "dry_run": True}
+    model = make_model(num_hidden_layers=40)
+    plain, weighted = (quantkit.gptq(model, token_weights=on, **options).memory_bytes for on in (False, True))
+    width = open_source(model).config.hidden_size
+    assert weighted >= 40 * 1024 * 256 * width * 2
+    assert weighted > plain

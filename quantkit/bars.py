@@ -60,13 +60,16 @@ def say(text: str, style: str = "") -> None:
 
 
 class Bars:
-    """A bar with the time left per phase on a terminal; elsewhere a line when a phase ends, and now and then within."""
+    """A bar with the time left per phase on a terminal; elsewhere a line when a phase ends, and now and then within.
+    Notes and warnings are said once, however many models or steps they hold of.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: Drawing | None = None
         self._task: Any = None
         self._detail = ""
+        self._said: set[str] = set()
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Advance]:
@@ -81,10 +84,15 @@ class Bars:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            say(text)
+            self._once(text)
 
     def warn(self, text: str) -> None:
-        say(f"warning: {text}", "yellow")
+        self._once(f"warning: {text}", "yellow")
+
+    def _once(self, text: str, style: str = "") -> None:
+        if text not in self._said:
+            self._said.add(text)
+            say(text, style)
 
     def detail(self, text: str) -> None:
         self._detail = text = visible(text)

@@ -102,6 +102,16 @@ def test_a_strangers_recipe_is_refused_in_one_short_line(
     assert drives(err) == []
 
 
+def test_what_holds_of_several_models_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    bars = console.Bars(quiet=False)
+    for _ in range(3):
+        bars.note("a ggjt file says no context")
+        bars.warn("windows are long")
+    bars.note("windows are long")
+    said = ["a ggjt file says no context", "warning: windows are long", "windows are long"]
+    assert capsys.readouterr().err.splitlines() == said
+
+
 def test_a_long_line_is_broken_at_words_and_a_path_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,8 @@ def test_the_wizardlm_recipe_from_base_and_delta_to_the_hub_and_back(
     out = tmp_path / "out"
     report = quantkit.release(case / "recipe.yaml", out)
     assert set(statuses(report).values()) == {"done"}, report.outcomes
+    assert list(report.lines())[-1] == f"what each variant loses: {out / 'report' / 'report.html'}"
+    assert (out / "report" / "report.html").is_file()
     merged = stored(out / "Tiny-Wizard")
     tuned = stored(case / "wizard")
     assert merged.keys() == tuned.keys()

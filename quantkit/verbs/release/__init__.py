@@ -25,7 +25,7 @@ from quantkit.verbs import verb
 from quantkit.verbs.card.front import MARK
 from quantkit.verbs.eval.code import check_tasks
 from quantkit.verbs.recipe import Recipe, load_recipe
-from quantkit.verbs.release.family import FamilySteps
+from quantkit.verbs.release.family import COMPARE, FamilySteps
 from quantkit.verbs.release.forecast import Forecast, Forecaster
 from quantkit.verbs.release.variants import CalibrationWindows, Setting, Workshop, model_of, step_name
 
@@ -65,6 +65,8 @@ class ReleaseReport(Report):
             yield Line(line.rstrip(), _STYLES[outcome.status])
         failed = f"{counted(len(self.failures), 'step')} failed; the same command does what is missing"
         yield f"{self.out}: {failed if self.failures else 'complete'}"
+        if any(one.step == COMPARE and one.status in ("done", "unchanged") for one in self.outcomes):
+            yield f"what each variant loses: {self.out / 'report' / 'report.html'}"
 
     def _planned(self) -> Iterator[Shown]:
         yield f"would make {self.out}"

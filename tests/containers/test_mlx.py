@@ -235,7 +235,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         )
     },
     "gemma2": {"tied": True},
-    "gemma3_text": {"tied": True, "num_hidden_layers": 6},
+    "gemma3_text": {
+        **{"tied": True, "num_hidden_layers": 6},
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+    },
     "gpt_neox": {"intermediate_size": 256},
 }
 
@@ -252,8 +255,8 @@ def difference(judge: Judge, folder: Path) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mlx_lm_computes_the_same(family: str, judge: Judge, make_model: MakeModel, tmp_path: Path) -> None:
     write_codes(tmp_path / "out", make_model(family, **FAMILIES[family]), {"group_size": 32}, "mlx")
-    # Its Starcoder2 has the exact form of the activation that transformers approximates.
-    assert difference(judge, tmp_path / "out") < (1e-3 if family == "starcoder2" else 1e-4)
+    # Of two families it approximates the activation that transformers has exactly, or the other way round.
+    assert difference(judge, tmp_path / "out") < (1e-3 if family in ("starcoder2", "gpt_neox") else 1e-4)
 
 
 @pytest.mark.judges
@@ -264,14 +267,15 @@ def test_mlx_lm_has_the_same_weights(bits: int, sym: bool, judge: Judge, make_mo
     weights = judge.weights(tmp_path / "out")
     assert sorted(weights) == sorted(codes)
     assert all(torch.equal(weights[module], linear.dequantize()) for module, linear in codes.items())
-    assert difference(judge, tmp_path / "out") < 1e-4
+    # scale * code and bias are 128 times what is left of them, and it sums each alone.
+    assert difference(judge, tmp_path / "out") < (1e-3 if bits == 8 else 1e-4)
 
 
 @pytest.mark.judges
 @pytest.mark.parametrize("sym", [True, False])
 def test_mlx_lm_reads_awq_folders(sym: bool, judge: Judge, make_model: MakeModel, tmp_path: Path) -> None:
     write_codes(tmp_path / "out", make_model(), {"group_size": 32, "sym": sym}, "awq")
-    assert difference(judge, tmp_path / "out") < 1e-4
+    assert difference(judge, tmp_path / "out") < (1e-4 if sym else 1e-2)  # it rounds biases to float16
 
 
 @pytest.mark.judges

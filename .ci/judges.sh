@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds the environments of the judges, the readers and quantizers that quantkit's files are compared with, outside the
 # checkout: ${QUANTKIT_JUDGES:-${XDG_CACHE_HOME:-$HOME/.cache}/quantkit/judges}/NAME-VERSION/{venv,kernels,stamp}
-#   .ci/judges.sh                      both
-#   .ci/judges.sh gptqmodel|autogptq   one
+#   .ci/judges.sh                          all
+#   .ci/judges.sh gptqmodel|autogptq|mlx   one
 # A finished one is left alone. One that is half made, or made from other pins, is removed and made again: the stamp is
 # written last and holds what decided the build. PYTHON picks the interpreter. AutoGPTQ has a wheel for Python 3.11
 # only: it takes PYTHON if that is 3.11, else python3.11 if there is one, else it is left out with a word.
@@ -103,9 +103,30 @@ imports_autogptq() {
     echo 'import auto_gptq, transformers'
 }
 
-gptqmodel() {
+needs_mlx() {
+    :
+}
+
+# Wheels only; mlx-cpu is what mlx computes with on a machine without Metal.
+install_mlx() {
+    "${pip[@]}" --no-deps --only-binary=:all: --requirement "$pins"
+}
+
+imports_mlx() {
+    echo 'import mlx.core, mlx_lm'
+}
+
+of_all_pythons() {
     [[ $given == 3.1[1-4] ]] || die "$PYTHON is Python $given; the pins are for 3.11 to 3.14: PYTHON=python3.11"
-    build gptqmodel gptqmodel "$PYTHON"
+    build "$1" "$2" "$PYTHON"
+}
+
+gptqmodel() {
+    of_all_pythons gptqmodel gptqmodel
+}
+
+mlx() {
+    of_all_pythons mlx mlx-lm
 }
 
 autogptq() {
@@ -124,8 +145,9 @@ given=$(version_of "$PYTHON")
 mkdir -p "$root"
 root=$(cd "$root" && pwd) # a virtual environment holds its own path, so the path belongs to the stamp
 
-[[ $# -gt 0 ]] || set -- gptqmodel autogptq
+[[ $# -gt 0 ]] || set -- gptqmodel autogptq mlx
 for judge in "$@"; do
-    [[ $judge == gptqmodel || $judge == autogptq ]] || die "no judge $judge; there are gptqmodel and autogptq"
+    [[ $judge == gptqmodel || $judge == autogptq || $judge == mlx ]] ||
+        die "no judge $judge; there are gptqmodel, autogptq and mlx"
     "$judge"
 done

@@ -20,7 +20,12 @@ from quantkit.options import ActOrder, QuantSpec
 _PROGRAMS = "quantkit.verbs.verify.programs"
 _READS_GPTQ = "it reads GPTQ folders"
 _READS_GGUF = "it reads GGUF files: quantkit ggml makes one of this"
-_READS_CODES = {**dict.fromkeys(("llama.cpp", "ctransformers"), _READS_GGUF), "": f"{_READS_GPTQ}: --format gptq"}
+_READS_MLX = "it reads MLX folders"
+_READS_CODES = {
+    **dict.fromkeys(("llama.cpp", "ctransformers"), _READS_GGUF),
+    "mlx-lm": f"{_READS_MLX}: quantkit repack --to mlx makes one of this",
+    "": f"{_READS_GPTQ}: --format gptq",
+}
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
 _LONGEST_MAGIC = 16
 _FIRST_KEYS = 1024
@@ -137,6 +142,7 @@ class Container:
 _FULL_PRECISION = {"transformers": Loads(), "vLLM": Loads(unless=f"{_PROGRAMS}:unknown_family")}
 _NEEDS_CODES = {
     **dict.fromkeys(("llama.cpp", "ctransformers"), _READS_GGUF),
+    "mlx-lm": f"{_READS_MLX} and full precision: quantkit convert makes that of this",
     "": f"{_READS_GPTQ}: quantkit gptq makes one of this",
 }
 
@@ -149,7 +155,11 @@ _ROWS = (
         method="",
         quantized=False,
         shown=Shown("fp16", "Weights in floats", "weights in floats, for transformers", ("HF", "fp16")),
-        loads={**_FULL_PRECISION, "ExLlamaV2": Loads("in float16", f"{_PROGRAMS}:exllama2")},
+        loads={
+            **_FULL_PRECISION,
+            "ExLlamaV2": Loads("in float16", f"{_PROGRAMS}:exllama2"),
+            "mlx-lm": Loads(unless=f"{_PROGRAMS}:no_class_in_mlx"),
+        },
         refused=_NEEDS_CODES,
     ),
     Container(
@@ -174,7 +184,7 @@ _ROWS = (
             "ExLlama": Loads("", f"{_PROGRAMS}:exllama"),
             "ExLlamaV2": Loads("", f"{_PROGRAMS}:exllama2"),
         },
-        refused={"": _READS_GGUF},
+        refused={"mlx-lm": _READS_CODES["mlx-lm"], "": _READS_GGUF},
     ),
     Container(
         "compressed-tensors",
@@ -212,8 +222,23 @@ _ROWS = (
         loads={
             "transformers": Loads("with gptqmodel", f"{_PROGRAMS}:transformers"),
             "vLLM": Loads("", f"{_PROGRAMS}:awq_by_vllm"),
+            "mlx-lm": Loads("", f"{_PROGRAMS}:awq_by_mlx"),
         },
         refused=_READS_CODES,
+    ),
+    Container(
+        "mlx",
+        word="MLX",
+        one="an MLX folder",
+        opens="quantkit.containers.mlx.read:MlxSource",
+        method="mlx",
+        holds=Holds(bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), act_order=("static", "off")),
+        formats=("mlx",),
+        writes="quantkit.containers.mlx.write",
+        recipe="checkpoint",
+        shown=Shown("MLX", "MLX folders", "MLX folders, for Apple machines", ("MLX",), "mlx"),
+        loads={"mlx-lm": Loads("", f"{_PROGRAMS}:mlx_lm")},
+        refused={**_READS_CODES, "transformers": "it knows no MLX folders: quantkit repack makes another"},
     ),
     Container(
         "fp8",  # to all but `verify` full precision: its sources say that they are hf
@@ -253,7 +278,7 @@ _ROWS = (
             "llama.cpp": Loads("", f"{_PROGRAMS}:llama_cpp"),
             "ctransformers": Loads("0.2.27", f"{_PROGRAMS}:ctransformers"),
         },
-        refused={"": _READS_GPTQ},
+        refused={"mlx-lm": f"{_READS_MLX}: quantkit gptq --format mlx makes one", "": _READS_GPTQ},
     ),
     Container(
         "ggjt",

@@ -49,9 +49,9 @@ from quantkit.options.values import is_wikitext2 as is_wikitext2
 from quantkit.options.values import parse_size as parse_size
 
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
-CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "awq"]
+CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "mlx"]
 Container = Literal["gguf", "ggjt"]
-Target = Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "gguf", "ggjt"]
+Target = Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "mlx", "gguf", "ggjt"]
 """Formats of folders, and containers of files."""
 ComputeDtype = Literal["auto", "float16", "bfloat16", "float32"]
 SuiteName = Literal["open-llm-leaderboard"]
@@ -486,12 +486,20 @@ class Shards(Options):
     """Of a weight file."""
 
 
-class Checkpoint(Shards):
+class MlxBiases(Options):
+    """What MLX has in place of zeros."""
+
+    panel: ClassVar[str] = "Output"
+    mlx_bias: Literal["float16", "float32"] = "float16"
+    """Of an MLX folder; float32 takes asymmetric codes exactly, and MLX then computes in float32."""
+
+
+class Checkpoint(MlxBiases, Shards):
     """A folder of codes."""
 
     panel: ClassVar[str] = "Output"
     format: CheckpointFormat = "gptq"
-    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, compressed-tensors, or AWQ (4 bits)."""
+    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, compressed-tensors, AWQ (4 bits), or MLX."""
     untie: bool = False
     """Store a tied output embedding once more, as AutoGPTQ needs it."""
 

@@ -35,6 +35,7 @@ from quantkit.options import (
     Groups,
     Json,
     Merging,
+    MlxBiases,
     Model,
     Opened,
     OrSmolLM2,
@@ -64,8 +65,8 @@ from quantkit.options.values import FileType, Folders, GridType, Name, Place
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
-    5: "a compressed-tensors folder or GGUF or ggjt as Q5_0 (symmetric) or Q5_1",
-    6: "a compressed-tensors folder or GGUF as Q6_K",
+    5: "a compressed-tensors folder or an MLX folder or GGUF or ggjt as Q5_0 (symmetric) or Q5_1",
+    6: "a compressed-tensors folder or an MLX folder or GGUF as Q6_K",
     7: "a compressed-tensors folder or GGUF as Q8_0, whose 8 bits hold them",
 }
 
@@ -116,10 +117,10 @@ class Ggml(Pair, Opened, Trust, Ends, Twice, Split, Output):
     """Importance matrix, of `quantkit imatrix` or llama.cpp's tools."""
 
 
-class Repack(Model, Opened, Trust, Groups, Ends, Shards, Output):
+class Repack(Model, Opened, Trust, Groups, Ends, MlxBiases, Shards, Output):
     defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
     helps: ClassVar[Mapping[str, str]] = {
-        "model": "Folder of codes (GPTQ, compressed-tensors, AWQ), or Hub id of one.",
+        "model": "Folder of codes (GPTQ, compressed-tensors, AWQ, MLX), or Hub id of one.",
         "group_size": "Groups of so many columns, parts of the present ones, whose scales they repeat.",
     }
     to: Target

@@ -22,6 +22,7 @@ NAMES = {
     "torch.bfloat16": "BF16",
     "torch.int64": "I64",
     "torch.int32": "I32",
+    "torch.uint32": "U32",
     "torch.int16": "I16",
     "torch.uint8": "U8",
 }

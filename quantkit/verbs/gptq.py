@@ -28,10 +28,22 @@ from quantkit.blocks.pair import label_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.containers import CONTAINERS, misfit, of_format
+from quantkit.containers.mlx.write import check_biases
 from quantkit.containers.readback import Underflow
 from quantkit.errors import Interrupted, NumericError, OutputError, QuantkitError, UsageError
 from quantkit.late import torch
-from quantkit.options import METHODS, ActOrder, Ends, EvaluationSpec, Grid, QuantSpec, default_seq_len, make, parse_size
+from quantkit.options import (
+    METHODS,
+    ActOrder,
+    Ends,
+    EvaluationSpec,
+    Grid,
+    MlxBiases,
+    QuantSpec,
+    default_seq_len,
+    make,
+    parse_size,
+)
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, counted, size
@@ -208,7 +220,9 @@ def _variant(label: str, spec: QuantSpec, options: Gptq) -> str:
 def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, progress: Progress) -> Target:
     """What the codes are written into. Says what a GGUF file cannot hold."""
     if options.ggml is None:
-        return CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
+        folder = CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
+        check_biases(options.format, folder.plan, options.mlx_bias)
+        return folder
     from quantkit.quantize.gguf_target import GgufTarget, note_fallback
 
     target = GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
@@ -280,7 +294,8 @@ def _made(
     unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
     unsaid |= set() if corrects(spec) else {"correct"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
-    recipe = spec.model_dump(exclude=unsaid) | ({"format": options.format} if options.ggml is None else of_file)
+    of_folder = {"format": options.format} | options.part(MlxBiases).model_dump(exclude_defaults=True)
+    recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
     seed = options.seed if weighted else None
     recipe |= {"seed": seed} if weighted else {}
     sharing.check_alike(stream, recipe)

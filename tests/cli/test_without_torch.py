@@ -60,7 +60,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, tiny
     shutil.copy(tiny_gguf, folder / "tiny.gguf")
     options: dict[str, Any] = {"calibration": token_matrix(4, 32), "group_size": 32, "evaluate": False}
     quantkit.gptq(folder / "plain", folder / "codes", **options)
-    for name in ("compressed-tensors", "awq"):
+    for name in ("compressed-tensors", "awq", "mlx"):
         quantkit.repack(folder / "codes", folder / name, to=name)
     (folder / "tiny.ggjt.bin").write_bytes(Parts().bytes())
     return folder
@@ -76,7 +76,7 @@ def in_hub_cache(model: Path, home: Path, name: str) -> None:
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
-FORMS = ("plain", "codes", "compressed-tensors", "awq", "tiny.gguf", "tiny.ggjt.bin")
+FORMS = ("plain", "codes", "compressed-tensors", "awq", "mlx", "tiny.gguf", "tiny.ggjt.bin")
 
 
 def test_inspect_reads_headers_of_every_form(places: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_run_writes_it_and_every_verb_takes_it(make_model: MakeModel, tmp_path
     assert quantkit.inspect(folder).types["AWQ4"] == 14
     (checked,) = quantkit.verify(folder, device="cpu").models
     assert (checked.problems, checked.kind) == ((), "awq")
-    assert {one.program for one in checked.loads if one.ok} == {"transformers", "vLLM"}
+    assert {one.program for one in checked.loads if one.ok} == {"transformers", "vLLM", "mlx-lm"}
     assert quantkit.ggml(folder, tmp_path / "out.gguf", pre="gpt-2").fidelity["exact"] == 14
     source, written = open_source(folder), open_source(tmp_path / "out.gguf")
     assert torch.equal(written.read(f"{Q}.weight"), source.read(f"{Q}.weight"))

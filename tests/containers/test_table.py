@@ -114,7 +114,7 @@ def test_what_the_rows_say_they_hold_is_what_is_written() -> None:
             "gptq",
             {"bits": 6},
             "--bits 6: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; 6-bit codes fit into a compressed-tensors folder or "
-            "GGUF as Q6_K",
+            "an MLX folder or GGUF as Q6_K",
         ),
         (
             "gptq",
@@ -125,7 +125,7 @@ def test_what_the_rows_say_they_hold_is_what_is_written() -> None:
             "ggjt",
             {"bits": 3},
             "--bits 3: a ggjt file holds 4, 5 or 8 bits; 3-bit codes fit into a GPTQ checkpoint or a "
-            "compressed-tensors folder",
+            "compressed-tensors folder or an MLX folder",
         ),
         ("gguf", {"group_size": 128}, "--group-size 128: GGUF readers load groups of 16, 32, 64"),
         (

@@ -55,7 +55,8 @@ class Program:
 
 GPTQMODEL = Program("gptqmodel", "gptqmodel", "GPTQModel")
 AUTOGPTQ = Program("autogptq", "auto-gptq", "AutoGPTQ", " (its wheel needs a python3.11)")
-PROGRAMS = {program.name: program for program in (GPTQMODEL, AUTOGPTQ)}
+MLX = Program("mlx", "mlx-lm", "mlx-lm")
+PROGRAMS = {program.name: program for program in (GPTQMODEL, AUTOGPTQ, MLX)}
 
 
 class JudgeError(AssertionError):
@@ -97,7 +98,7 @@ class Judge:
         return tensors["logits"], tensors["generated"].tolist(), info
 
     def weights(self, folder: Path, timeout: float = 300) -> dict[str, torch.Tensor]:
-        """AutoGPTQ's dequantized weights float32 [out, in], by module name."""
+        """A judge's dequantized weights float32 [out, in], by module name."""
         out = self._scratch / "out.safetensors"
         self.ask("weights", timeout, folder=str(folder), out=str(out))
         return load_file(out)

@@ -77,7 +77,7 @@ class Matrix:
         reasons = sorted({cell.reason for cell in self.cells.values() if cell.reason})
         judges = "\n".join(
             f"- {program.title} {program.version} with transformers {program.pinned('transformers')}"
-            for program in PROGRAMS.values()
+            for program in dict.fromkeys(PROGRAMS[name] for name, _ in READERS.values())
         )
         parts = [_HEAD.format(judges=judges), _OURS, *_our_rows(self.cells, reasons)]
         parts += [_THEIRS, *_their_rows(self.cells, reasons), _REASONS]

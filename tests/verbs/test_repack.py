@@ -22,7 +22,8 @@ from quantkit.sources import open_source
 
 pytestmark = pytest.mark.fast
 
-FORMATS = ("gptq", "gptq_v2", "compressed-tensors", "awq")
+FORMATS = ("gptq", "gptq_v2", "compressed-tensors", "awq", "mlx")
+BY_BITS = ("gptq", "gptq_v2", "compressed-tensors", "mlx")
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -30,6 +31,11 @@ def codes_of(folder: Path) -> HoldsCodes:
     codes = open_source(folder).codes
     assert codes is not None
     return codes
+
+
+def exactly(to: str) -> dict[str, Any]:
+    """Options with which a container holds asymmetric codes."""
+    return {"mlx_bias": "float32"} if to == "mlx" else {}
 
 
 def all_same(folder: Path, expected: dict[str, QuantizedLinear]) -> bool:
@@ -43,10 +49,10 @@ def test_any_two_containers_hold_each_other_s_codes(
     one: str, other: str, make_model: MakeModel, tmp_path: Path
 ) -> None:
     expected = write_codes(tmp_path / "one", make_model(), {"group_size": 32, "sym": False}, one)
-    report = quantkit.repack(tmp_path / "one", tmp_path / "other", to=other)
+    report = quantkit.repack(tmp_path / "one", tmp_path / "other", to=other, **exactly(other))
     assert (report.to, report.linears) == (other, len(expected))
     assert all_same(tmp_path / "other", expected)
-    again = quantkit.repack(tmp_path / "other", tmp_path / "again", to=one)
+    again = quantkit.repack(tmp_path / "other", tmp_path / "again", to=one, **exactly(one))
     assert again.bytes == sum(info.bytes for info in open_source(tmp_path / "one").stored.tensors.values())  # type: ignore[attr-defined]
     assert all_same(tmp_path / "again", expected)
     assert quantkit.verify(tmp_path / "other", generate=False).ok
@@ -54,11 +60,11 @@ def test_any_two_containers_hold_each_other_s_codes(
 
 CASES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"bits": 4, "group_size": 32}, FORMATS),
-    ({"bits": 4, "group_size": -1, "sym": False}, FORMATS),
+    ({"bits": 4, "group_size": -1, "sym": False}, FORMATS[:4]),
     ({"bits": 2, "group_size": 16}, FORMATS[:3]),
-    ({"bits": 3, "group_size": 32, "sym": False}, FORMATS[:3]),
-    ({"bits": 8, "group_size": 32, "sym": False}, FORMATS[:3]),
-    ({"bits": 4, "group_size": 32, "overrides": (("*.down_proj", {"bits": 8, "sym": False}),)}, FORMATS[:3]),
+    ({"bits": 3, "group_size": 32, "sym": False}, BY_BITS),
+    ({"bits": 8, "group_size": 32, "sym": False}, BY_BITS),
+    ({"bits": 4, "group_size": 32, "overrides": (("*.down_proj", {"bits": 8, "sym": False}),)}, BY_BITS),
     ({"bits": 4, "group_size": 32, "exclude": ("*.v_proj",)}, FORMATS),
     ({"bits": 4, "group_size": 64}, FORMATS[:2]),  # with a short last group
     ({"bits": 4, "group_size": 32, "act_order": "dynamic"}, FORMATS[:2]),
@@ -71,7 +77,9 @@ def test_codes_come_back_from_a_way_through_all(
 ) -> None:
     expected = write_codes(tmp_path / formats[0], make_model(tied=True), spec, formats[0])
     for before, after in itertools.pairwise((*formats, "back")):
-        quantkit.repack(tmp_path / before, tmp_path / after, to=formats[0] if after == "back" else after)
+        quantkit.repack(
+            tmp_path / before, tmp_path / after, to=formats[0] if after == "back" else after, **exactly(after)
+        )
         assert all_same(tmp_path / after, expected)
     first, last = (json.loads((tmp_path / name / "config.json").read_text()) for name in (formats[0], "back"))
     same_keys = {"bits", "group_size", "sym", "desc_act", "checkpoint_format", "modules_in_block_to_quantize"}
@@ -151,7 +159,7 @@ def test_what_does_not_fit_is_refused_before_the_work(make_model: MakeModel, tmp
         (make_model(), "awq", "holds no codes that another container takes"),
         (tmp_path / "eight", "awq", "an AWQ folder holds 4 bits; 8-bit codes fit into a GPTQ checkpoint or "),
         (tmp_path / "order", "compressed-tensors", "a compressed-tensors folder cannot hold it"),
-        (tmp_path / "order", "exl3", "to=exl3: choose gptq, gptq_v2, compressed-tensors, awq"),
+        (tmp_path / "order", "exl3", "to=exl3: choose gptq, gptq_v2, compressed-tensors, awq, mlx"),
     ):
         with pytest.raises(UsageError, match=line):
             quantkit.repack(folder, tmp_path / "out", to=to)

@@ -36,6 +36,7 @@ COMPANIONS = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "generation_config.json"),
     *("LICENSE", "LICENSE.txt", "NOTICE"),
 )
+_OF_CODES = ("quantization_config", "quantization")  # of config.json; the second is MLX's
 _GPTQ_LABEL = "add the quantize_config.json that belongs to them, with bits, group_size, sym and desc_act"
 _OTHER_LABEL = "config.json has no quantization_config; take that of the repository they are from"
 # The last part of a tensor's name that only quantized weights have.
@@ -92,7 +93,7 @@ class FolderSource(Source):
         return self.stored.shards()
 
     def config_dict(self) -> dict[str, Any]:
-        config = {k: v for k, v in read_json(self.path / "config.json").items() if k != "quantization_config"}
+        config = {k: v for k, v in read_json(self.path / "config.json").items() if k not in _OF_CODES}
         return publishable_config(config, type(self.config))
 
     def copy_companions(self, folder: Path) -> None:
@@ -146,10 +147,16 @@ def open_weights(folder: Path) -> WeightFiles:
 def quantization_of(folder: Path) -> dict[str, Any]:
     """What a folder says about its quantization: in config.json, or before 2024 in quantize_config.json; {} if nothing.
 
+    MLX's has no `quant_method`, and another key: it is "mlx" here.
+
     Raises:
         SourceError: neither is readable.
     """
-    found: Any = read_json(folder / "config.json").get("quantization_config")
+    config = read_json(folder / "config.json")
+    found: Any = config.get("quantization_config")
+    of_mlx = config.get("quantization")
+    if isinstance(of_mlx, dict) and not (isinstance(found, dict) and "quant_method" in found):
+        return {"quant_method": "mlx", **of_mlx}
     if found is None and (folder / "quantize_config.json").is_file():
         found = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
     return found if isinstance(found, dict) else {} if found is None else {"quant_method": found}

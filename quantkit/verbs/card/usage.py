@@ -81,6 +81,11 @@ _LLAMA_CPP_PYTHON = """from llama_cpp import Llama
 
 model = Llama.from_pretrained("{repo}", filename="{file}")
 {answer}"""
+_MLX = """from mlx_lm import generate, load
+
+model, tokenizer = load("{repo}"{revision})
+{prompted}
+print(generate(model, tokenizer, prompt, max_tokens=200))"""
 _FOLDER = "hf download {repo}{branch} --local-dir {name}\n"
 
 # Program, the programs of `quantkit.verbs.verify.programs` that it is or has in it, language, code. Of a file first
@@ -92,6 +97,7 @@ _CODE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("vLLM", ("vLLM",), "bash", "{vllm}{posted_8000}"),
     ("transformers", ("transformers",), "python", _TRANSFORMERS),
     ("GPTQModel", ("GPTQModel",), "python", _GPTQMODEL),
+    ("mlx-lm", ("mlx-lm",), "python", _MLX),
     ("AutoGPTQ", ("AutoGPTQ",), "python", _AUTOGPTQ),
     ("ExLlama", ("ExLlama",), "bash", _FOLDER + "python test_benchmark_inference.py -d {name} -p"),
     ("ExLlamaV2", ("ExLlamaV2",), "bash", _FOLDER + "python test_inference.py -m {name} -p {text}"),
@@ -172,12 +178,15 @@ def _asking(prompt: PromptForm | None, language: str) -> dict[str, str]:
     text = prompt.text.replace(_ASKED, _QUESTION) if prompt else _BEGUN
     literal = _literal(text)
     asked = f'inputs = tokenizer({literal}, return_tensors="pt").to(model.device)'
+    prompted = f"prompt = {literal}"
     answer = f'print(model({literal}, max_tokens=200)["choices"][0]["text"])'
     posts = [("8080", "completion", {"prompt": text, "n_predict": 200})]
     posts.append(("8000", "v1/completions", {"prompt": text, "max_tokens": 200}))
     if chat:
         messages = [{"role": "user", "content": _QUESTION}]
         asked = f"messages = {json.dumps(messages)}\n" + _BY_TEMPLATE
+        prompted = f"messages = {json.dumps(messages)}\n"
+        prompted += "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
         answer = f"messages = {json.dumps(messages)}\n"
         answer += 'print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])'
         posts = [(port, "v1/chat/completions", {"messages": messages}) for port in ("8080", "8000")]
@@ -188,6 +197,7 @@ def _asking(prompt: PromptForm | None, language: str) -> dict[str, str]:
     }
     return {
         "asked": asked,
+        "prompted": prompted,
         "answer": answer,
         "text": literal if language == "python" else _in_shell(text, lines=True),
         **sent,

@@ -23,7 +23,8 @@ from quantkit.verbs.verify.packed import label_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PROGRAMS = ("transformers", "vLLM", "GPTQModel", "AutoGPTQ", "ExLlama", "ExLlamaV2", "llama.cpp", "ctransformers")
+_OF_FOLDERS = ("transformers", "vLLM", "GPTQModel", "AutoGPTQ", "ExLlama", "ExLlamaV2", "mlx-lm")
+PROGRAMS = (*_OF_FOLDERS, "llama.cpp", "ctransformers")
 SIZES = (1, 2, 4, 8)
 
 # Of docs/judges.md: families that a program misreads, and why.
@@ -41,6 +42,12 @@ _GPTQMODEL_NOT = {
     "mixtral": "it looks for Mixtral's experts under the names that it writes itself",
     "phi3": "it splits Phi-3's gate_up_proj and looks for the halves",
 }
+_MLX_NOT = {
+    "gpt2": "it takes GPT-2's tensors turned and under other names, and raises",
+    "qwen3_moe": "it stacks the weights of Qwen3's experts without their scales, and raises",
+}
+_MLX_HAS_NOT, _MLX_TIED = ("falcon", "opt"), ("gemma2",)
+_MLX_GROUPS = (32, 64, 128)
 _AUTOGPTQ = ("falcon", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2")
 _EXLLAMA2 = ("gemma2", "granite", "gpt2", "llama", "mistral", "mixtral", "phi3", "qwen2", "starcoder2")
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -258,6 +265,29 @@ def compressed_by_vllm(facts: Facts) -> Iterator[str]:
 def awq_by_vllm(facts: Facts) -> Iterator[str]:
     yield from unknown_family(facts)
     yield from _by_marlin(facts)
+
+
+def no_class_in_mlx(facts: Facts) -> Iterator[str]:
+    yield from unknown_family(facts)
+    if facts.family in _MLX_HAS_NOT:
+        yield f"it has no class for {facts.family}"
+    if facts.family in _MLX_TIED and "lm_head.weight" in facts.tensors:
+        yield f"its class of {facts.family} has no head of its own, and raises: leave --untie out"
+
+
+def mlx_lm(facts: Facts) -> Iterator[str]:
+    yield from no_class_in_mlx(facts)
+    if facts.family in _MLX_NOT:
+        yield _MLX_NOT[facts.family]
+
+
+def awq_by_mlx(facts: Facts) -> Iterator[str]:
+    yield from mlx_lm(facts)
+    sizes = {one.columns if one.group == -1 else one.group for one in facts.packed}
+    if odd := sorted(sizes - set(_MLX_GROUPS)):
+        yield f"it has groups of 32, 64 and 128, not {', '.join(map(str, odd))}"
+    if any(".experts." in one.module for one in facts.packed):
+        yield "it does not stack the experts of AWQ folders, and raises"
 
 
 def _are_asymmetric(facts: Facts) -> bool:

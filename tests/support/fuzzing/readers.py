@@ -275,6 +275,7 @@ READERS: dict[str, Reader] = {
     "gptq-label": Reader("gptq", dict.fromkeys(("config.json", "quantize_config.json"), damage.json_of), model, 2),
     "compressed": Reader("compressed", {"*.safetensors": damage.safetensors_of}, model),
     "awq": Reader("awq", {"*.safetensors": damage.safetensors_of, "config.json": damage.json_of}, model, 2),
+    "mlx": Reader("mlx", {"*.safetensors": damage.safetensors_of, "config.json": damage.json_of}, model, 2),
     "compressed-label": Reader("compressed", {"config.json": damage.json_of}, model, 2),
     "bin": Reader("bin", {"pytorch_model*.bin": damage.zip_of}, model, 2),
     "bin-old": Reader("bin-old", {"pytorch_model.bin": damage.bytes_of}, model),

@@ -99,6 +99,7 @@ def _models(root: Path, model: Any, tokenizer: Any) -> None:
     (root / "gptq" / "quantize_config.json").write_text(json.dumps(label))
     quantkit.gptq(plain, root / "compressed", bits=3, sym=False, format="compressed-tensors", **options)
     quantkit.gptq(plain, root / "awq", sym=False, format="awq", **options)
+    quantkit.gptq(plain, root / "mlx", bits=5, format="mlx", **options)
     for name, old in (("bin", False), ("bin-old", True)):
         _pickled(plain, root / name, model.state_dict(), old)
     words = root / "words"

@@ -31,6 +31,7 @@ __all__ = [
     "perplexity",
     "publish",
     "release",
+    "repack",
     "samples",
     "tune",
     "verify",

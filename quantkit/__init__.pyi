@@ -26,6 +26,7 @@ from quantkit.verbs.merge import MergeReport
 from quantkit.verbs.perplexity import PerplexityReport
 from quantkit.verbs.publish import PublishReport
 from quantkit.verbs.release import ReleaseReport
+from quantkit.verbs.repack import RepackReport
 from quantkit.verbs.samples import SamplesReport
 from quantkit.verbs.verify import VerifyReport
 
@@ -48,6 +49,7 @@ __all__ = [
     "perplexity",
     "publish",
     "release",
+    "repack",
     "samples",
     "tune",
     "verify",
@@ -225,9 +227,6 @@ def gptq(
     delta: str | Path | None = ...,
     revision: str | None = ...,
     trust_remote_code: bool = ...,
-    method: Literal["gptq", "round"] = ...,
-    bits: int | None = ...,
-    group_size: int | None = ...,
     sym: bool | None = ...,
     act_order: Literal["static", "dynamic", "off"] = ...,
     damp: float = ...,
@@ -235,6 +234,9 @@ def gptq(
     correct: str | float = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
+    group_size: int | None = ...,
+    method: Literal["gptq", "round"] = ...,
+    bits: int | None = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,
     embedding_type: str = ...,
     output_type: str = ...,
@@ -254,7 +256,7 @@ def gptq(
     deterministic: bool = ...,
     resume: bool = ...,
     requantize: bool = ...,
-    format: Literal["gptq", "gptq_v2"] = ...,
+    format: Literal["gptq", "gptq_v2", "compressed-tensors", "awq"] = ...,
     untie: bool = ...,
     max_shard_size: str | int = ...,
     dry_run: bool = ...,
@@ -346,6 +348,22 @@ def release(
     debug: bool = ...,
     progress: Progress | bool = ...,
 ) -> ReleaseReport: ...
+def repack(
+    model: str | Path,
+    out: Path | str | None = ...,
+    *,
+    to: Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "gguf", "ggjt"],
+    revision: str | None = ...,
+    trust_remote_code: bool = ...,
+    group_size: int | None = ...,
+    embedding_type: str = ...,
+    output_type: str = ...,
+    pre: str | None = ...,
+    max_shard_size: str | int = ...,
+    dry_run: bool = ...,
+    force: bool = ...,
+    progress: Progress | bool = ...,
+) -> RepackReport: ...
 def samples(
     model: str | Path | None = ...,
     *,

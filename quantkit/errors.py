@@ -40,6 +40,10 @@ class NumericError(QuantkitError):
     """A weight, an activation or a scale is not a finite number that the format can hold."""
 
 
+NOT_FINITE = "logits are not finite; try --dtype float32, or let `quantkit verify` look for a damaged weight"
+"""What is wrong with a model, after "its"."""
+
+
 class OutputError(QuantkitError):
     """The output could not be written."""
 

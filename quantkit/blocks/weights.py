@@ -141,7 +141,7 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             name = name.removeprefix(prefix)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
         if name in wanted:
-            coded = source.tensors[stored].stored_as.startswith("GPTQ") and name.endswith(".weight")
+            coded = bool(source.tensors[stored].bits) and name.endswith(".weight")
             # Codes are [out, in]; a Conv1D's weight is [in, out].
             turned = coded and is_turned(model.get_submodule(name.removesuffix(".weight")))
             places[published] = Place(stored, transposed=turned)

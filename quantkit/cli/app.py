@@ -26,6 +26,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
     "gptq": "Quantize a model with GPTQ into a folder that transformers, vLLM and others load, or into a GGUF file.",
     "ggml": "Write a model as a GGUF file for llama.cpp; codes of a GPTQ checkpoint go into it as they are.",
+    "repack": "Write the codes of a model into another container, as they are: GPTQ, compressed-tensors, AWQ, GGUF.",
     "convert": "Write a model as a Hugging Face folder of safetensors; a quantized one is dequantized.",
     "merge": "Add a delta to the base it was made from, tensor by tensor, into a Hugging Face folder of the tuned "
     "model.",

@@ -20,6 +20,8 @@ from quantkit.options import ActOrder, QuantSpec
 _PROGRAMS = "quantkit.verbs.verify.programs"
 _READS_GPTQ = "it reads GPTQ folders"
 _READS_GGUF = "it reads GGUF files: quantkit ggml makes one of this"
+_READS_CODES = {**dict.fromkeys(("llama.cpp", "ctransformers"), _READS_GGUF), "": f"{_READS_GPTQ}: --format gptq"}
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
 _LONGEST_MAGIC = 16
 _FIRST_KEYS = 1024
 # general.type = "imatrix" as GGUF has it: the key, the number of text, a length, the text.
@@ -157,7 +159,7 @@ _ROWS = (
         opens="quantkit.containers.gptq.read:GptqSource",
         method="gptq",
         # What GPTQModel 7.7, transformers, vLLM or AutoGPTQ can load.
-        holds=Holds(bits=(2, 3, 4, 8), group_sizes=(16, 32, 64, 128, 256, 512, 1024, -1)),
+        holds=Holds(bits=(2, 3, 4, 8), group_sizes=_GROUP_SIZES),
         formats=("gptq", "gptq_v2"),
         writes="quantkit.containers.gptq.write",
         recipe="checkpoint",
@@ -173,6 +175,45 @@ _ROWS = (
             "ExLlamaV2": Loads("", f"{_PROGRAMS}:exllama2"),
         },
         refused={"": _READS_GGUF},
+    ),
+    Container(
+        "compressed-tensors",
+        word="compressed-tensors",
+        one="a compressed-tensors folder",
+        opens="quantkit.containers.compressed.read:CompressedSource",
+        method="compressed-tensors",
+        holds=Holds(bits=(2, 3, 4, 5, 6, 7, 8), group_sizes=_GROUP_SIZES, act_order=("static", "off")),
+        formats=("compressed-tensors",),
+        writes="quantkit.containers.compressed.write",
+        recipe="checkpoint",
+        shown=Shown(
+            "compressed-tensors",
+            "compressed-tensors folders",
+            "compressed-tensors folders, for vLLM and SGLang",
+            ("compressed-tensors",),
+        ),
+        loads={
+            "transformers": Loads("with compressed-tensors", f"{_PROGRAMS}:compressed_by_transformers"),
+            "vLLM": Loads("", f"{_PROGRAMS}:compressed_by_vllm"),
+        },
+        refused=_READS_CODES,
+    ),
+    Container(
+        "awq",
+        word="awq",
+        one="an AWQ folder",
+        opens="quantkit.containers.awq.read:AwqSource",
+        method="awq",
+        holds=Holds(bits=(4,), group_sizes=(32, 64, 128, -1), act_order=("static", "off"), mixed=False),
+        formats=("awq",),
+        writes="quantkit.containers.awq.write",
+        recipe="checkpoint",
+        shown=Shown("AWQ", "AWQ folders", "AWQ folders, for GPUs", ("AWQ",)),
+        loads={
+            "transformers": Loads("with gptqmodel", f"{_PROGRAMS}:transformers"),
+            "vLLM": Loads("", f"{_PROGRAMS}:awq_by_vllm"),
+        },
+        refused=_READS_CODES,
     ),
     Container(
         "fp8",  # to all but `verify` full precision: its sources say that they are hf

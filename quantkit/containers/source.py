@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,13 +31,14 @@ class TensorInfo:
     """A stored tensor, known from its header.
 
     `stored_as` is the format's name for the type, `bytes` the size there, `bits` of a code where a module's codes are
-    packed; 0 for all others.
+    packed; 0 for all others. `group` columns share a scale of them, -1: a row; 0: as the folder's label says.
     """
 
     shape: tuple[int, ...]
     stored_as: str
     bytes: int
     bits: int = 0
+    group: int = 0
 
 
 class HoldsCodes(Protocol):
@@ -264,6 +265,11 @@ class Weights:
         """The source's tensor that a published one is, as it is; None where it is only a part or put together."""
         place = self._places[name]
         return place.name if place == Place(place.name) else None
+
+    def coded(self, name: str) -> str | None:
+        """As `stored`, also where it is turned: codes are [out, in] in either case."""
+        place = self._places[name]
+        return place.name if replace(place, transposed=False) == Place(place.name) else None
 
     def module(self, name: str) -> str:
         """The published name of the model's module `name`."""

@@ -11,7 +11,7 @@ from quantkit.blocks.memory import plan_scoring
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
-from quantkit.errors import NumericError, UsageError
+from quantkit.errors import NOT_FINITE, NumericError, UsageError
 from quantkit.evaluate.slices import Piece, SlicedHeads
 from quantkit.evaluate.worst import Worst, WorstPosition
 from quantkit.late import inference, nn, torch
@@ -21,6 +21,7 @@ from quantkit.tokens.windows import Windows
 
 _CHUNK = 256  # positions whose logits are held at a time
 _BATCH_TOKENS = 1024
+_LARGEST_LOSS = 700.0  # nats, of which a float still holds the exponential
 
 Ratios = list[tuple[float, int]]
 """Per window a sum of ratios and how many they are."""
@@ -269,7 +270,12 @@ class _Kept:
     def scores(self, model: ModelStream, compared: bool) -> TokenScores:
         nll = torch.cat(self.nll)
         if not all(bool(torch.isfinite(values).all()) for values in (nll, *self.kl)):
-            raise NumericError(f"{model.source.label}: its logits are not finite; try --dtype float32")
+            raise NumericError(f"{model.source.label}: its {NOT_FINITE}")
+        if float(nll.double().mean()) > _LARGEST_LOSS:
+            raise NumericError(
+                f"{model.source.label}: a mean loss of {float(nll.double().mean()):.4g} nats a token has no perplexity "
+                "that a number holds; let `quantkit verify` look for a damaged weight"
+            )
         if not compared:
             return TokenScores(nll, None, None)
         return TokenScores(nll, torch.cat(self.kl), torch.cat(self.agrees), self.worst.positions())

@@ -18,6 +18,7 @@ from quantkit.options.grid import METHODS as METHODS
 from quantkit.options.grid import ActOrder as ActOrder
 from quantkit.options.grid import FilledGrid as FilledGrid
 from quantkit.options.grid import Grid as Grid
+from quantkit.options.grid import Groups as Groups
 from quantkit.options.grid import MethodName as MethodName
 from quantkit.options.grid import Overrides as Overrides
 from quantkit.options.grid import QuantSpec as QuantSpec
@@ -47,8 +48,10 @@ from quantkit.options.values import is_wikitext2 as is_wikitext2
 from quantkit.options.values import parse_size as parse_size
 
 TemplateName = Literal["auto", "chat", "vicuna", "wizardlm-7b", "alpaca", "none"]
-CheckpointFormat = Literal["gptq", "gptq_v2"]
+CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "awq"]
 Container = Literal["gguf", "ggjt"]
+Target = Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "gguf", "ggjt"]
+"""Formats of folders, and containers of files."""
 ComputeDtype = Literal["auto", "float16", "bfloat16", "float32"]
 SuiteName = Literal["open-llm-leaderboard"]
 Vocabulary = Literal["auto", "mean", "delta"]
@@ -484,11 +487,11 @@ class Shards(Options):
 
 
 class Checkpoint(Shards):
-    """A GPTQ checkpoint."""
+    """A folder of codes."""
 
     panel: ClassVar[str] = "Output"
     format: CheckpointFormat = "gptq"
-    """Checkpoint format: v1 or v2 zeros."""
+    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, compressed-tensors, or AWQ (4 bits)."""
     untie: bool = False
     """Store a tied output embedding once more, as AutoGPTQ needs it."""
 

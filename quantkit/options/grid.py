@@ -32,16 +32,28 @@ METHODS: Mapping[MethodName, MethodRow] = {
 }
 
 
-class FilledGrid(Options):
-    """How weights become codes."""
+class Coding(Options):
+    """What chooses codes, and of how many bits."""
 
     panel: ClassVar[str] = "Grid"
     method: MethodName = "gptq"
     """What chooses the codes; round: each weight to the nearest one, what GPTQ is measured against."""
     bits: Bits = 4
-    """2, 3, 4 or 8; default 4, or what --ggml has."""
+    """2 to 8, of GPTQ checkpoints 2, 3, 4 or 8; default 4, or what --ggml has."""
+
+
+class Groups(Options):
+    """What shares a scale."""
+
+    panel: ClassVar[str] = "Grid"
     group_size: GroupSize = 128
     """Columns that share a scale, -1: whole rows; default 128, or what --ggml has."""
+
+
+class FilledGrid(Groups, Coding):
+    """How weights become codes."""
+
+    panel: ClassVar[str] = "Grid"
     sym: Annotated[bool, Typed("--sym/--asym")] = True
     """Symmetric codes, which every fast kernel reads; the default, but what --ggml has."""
     act_order: ActOrder = "static"

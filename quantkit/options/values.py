@@ -2,6 +2,7 @@
 
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
+import errno
 import math
 import os
 import re
@@ -122,6 +123,17 @@ def looks_like_id(name: str) -> bool:
     return formed and owner not in _NO_OWNERS and not os.path.isdir(owner)
 
 
+def _can_be(path: str | Path) -> bool:
+    """Whether a file may have this name: not where it is too long, has a zero byte, or begins with nobody's home."""
+    try:
+        os.lstat(Path(path).expanduser())
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
 def check_model(name: str | Path) -> None:
     """Refuse what is neither a path that exists nor may be a Hub id. Raises UsageError."""
     path = Path(name).expanduser()
@@ -183,9 +195,10 @@ def _named_folders(given: Any) -> Any:
 
 
 # The command line takes the first type of a union.
-Name = str | Path
+_NO_NAME = "no file can have this name"
+Name = Annotated[str | Path, _must(_can_be, _NO_NAME)]
 """What a model is opened by: folder, file or Hub id."""
-Place = Path | str
+Place = Annotated[Path | str, _must(_can_be, _NO_NAME)]
 
 
 def _part(given: str | float) -> str | float:
@@ -211,7 +224,7 @@ Part = Annotated[str | float, AfterValidator(_part)]
 Divergence = Annotated[float, _must(lambda nats: 0 <= nats < math.inf, "give a divergence in nats, such as 0.05")]
 SeqLen = Annotated[int, Field(ge=8)]
 Bits = Annotated[int, _must(lambda bits: 2 <= bits <= 8, "give 2, 3, 4 or 8")]
-"""Checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6."""
+"""GPTQ checkpoints hold 2, 3, 4 and 8; blocks of GGML's types also 5 and 6, compressed-tensors all."""
 GroupSize = Annotated[
     int,
     _must(

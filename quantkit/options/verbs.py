@@ -32,6 +32,7 @@ from quantkit.options import (
     Evaluation,
     Force,
     Grid,
+    Groups,
     Json,
     Merging,
     Model,
@@ -51,6 +52,7 @@ from quantkit.options import (
     Spec,
     Split,
     System,
+    Target,
     Tasks,
     Text,
     Texts,
@@ -62,9 +64,9 @@ from quantkit.options.values import FileType, Folders, GridType, Name, Place
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
-    5: "GGUF or ggjt as Q5_0 (symmetric) or Q5_1",
-    6: "GGUF as Q6_K",
-    7: "GGUF as Q8_0, whose 8 bits hold them",
+    5: "a compressed-tensors folder or GGUF or ggjt as Q5_0 (symmetric) or Q5_1",
+    6: "a compressed-tensors folder or GGUF as Q6_K",
+    7: "a compressed-tensors folder or GGUF as Q8_0, whose 8 bits hold them",
 }
 
 
@@ -95,7 +97,8 @@ class Gptq(
 
     @model_validator(mode="after")
     def _check_bits(self) -> Self:
-        if self.ggml is None and self.bits not in (None, 2, 3, 4, 8):
+        of_gptq = self.ggml is None and self.format in ("gptq", "gptq_v2")
+        if of_gptq and self.bits not in (None, 2, 3, 4, 8):
             elsewhere = f"{self.bits}-bit codes fit into {_ELSEWHERE[self.bits]}"
             raise ValueError(f"--bits {self.bits}: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; {elsewhere}")
         return self
@@ -111,6 +114,16 @@ class Ggml(Pair, Opened, Trust, Ends, Twice, Split, Output):
     """One type for all matrices."""
     imatrix: Place | None = None
     """Importance matrix, of `quantkit imatrix` or llama.cpp's tools."""
+
+
+class Repack(Model, Opened, Trust, Groups, Ends, Shards, Output):
+    defaults: ClassVar[Mapping[str, Any]] = {"group_size": None}
+    helps: ClassVar[Mapping[str, str]] = {
+        "model": "Folder of codes (GPTQ, compressed-tensors, AWQ), or Hub id of one.",
+        "group_size": "Groups of so many columns, parts of the present ones, whose scales they repeat.",
+    }
+    to: Target
+    """What to write the codes into."""
 
 
 class Convert(Dtype, Model, Opened, Trust, Shards, Output):

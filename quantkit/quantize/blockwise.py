@@ -238,8 +238,8 @@ class StageWork:
         first: int | None = None,
     ) -> None:
         """`first`: number of this rank's first batch, where targets are corrected."""
-        self._weighing, self._first = weighing, first
         self._stored = partial(stream.stored_weight, index, block)
+        self._weighing, self._first = weighing, first
         self._block, self._stages, self._plan = block, stages, plan
         self._names = {name: stream.published(index, name) for stage in stages for name in stage}
         self._on_linear, self._progress = on_linear, progress

@@ -150,13 +150,26 @@ class Layout(Protocol):
 class CheckpointTarget:
     """A folder of packed Linears, in the layout of the container that has the format."""
 
-    def __init__(self, stream: ModelStream, spec: QuantSpec, format: CheckpointFormat, max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        stream: ModelStream,
+        spec: QuantSpec,
+        format: CheckpointFormat,
+        max_shard_bytes: int,
+        plan: Plan | None = None,
+    ) -> None:
         """
+        Args:
+            stream, spec: the model, and what its Linears are quantized to.
+            format: of the folder.
+            max_shard_bytes: of a weight file.
+            plan: of codes that are there already; `spec` describes it. None: as the patterns of `spec` say.
+
         Raises:
             UsageError: a pattern that no Linear matches, or what the layout has no place for.
         """
         self._source, self._weights, self._max_shard_bytes = stream.source, stream.weights, max_shard_bytes
-        self.plan = plan_linears(stream, spec)
+        self.plan = plan_linears(stream, spec) if plan is None else plan
         self._layout: Layout = load(of_format(format).writes)
         self._layout.check(self.plan)
         modules = modules_in_block(stream, self.plan)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quantkit.errors import SourceError, UsageError
+from quantkit.progress import size
 
 REPORT_NAME = "quantkit.json"
 """The file that tells a folder which quantkit finished."""
 
+LARGEST_TEXT = 256_000_000
+"""Bytes of a file that is read whole, such as a config, a vocabulary, a card or a recipe."""
 
 FileStates = Mapping[Path, tuple[int, ...]]
 """Size, time of the last change and inode of files."""
@@ -69,10 +72,27 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises SourceError."""
+def check_readable(path: Path) -> None:
+    """Refuse what cannot be read whole: a pipe or a device, and what fills the memory. Raises SourceError."""
     if path.exists() and not path.is_file():
         raise SourceError(f"{path}: is no file, so it is not opened")
+    length = path.stat().st_size if path.exists() else 0
+    if length > LARGEST_TEXT:
+        raise SourceError(f"{path}: has {size(length)}, and at most {size(LARGEST_TEXT)} are read of such a file")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file. Raises SourceError."""
+    check_readable(path)
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises SourceError."""
+    check_readable(path)
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

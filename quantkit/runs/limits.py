@@ -1,17 +1,23 @@
-"""A limit to the time that a program of somebody else takes, such as a model's chat template."""
+"""Limits to the time and memory that a program of somebody else takes, such as a model's chat template."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError, SourceError
+from quantkit.progress import size
 
 TEMPLATE_SECONDS = 20.0
 """For one rendering of a chat template or a card's, which takes milliseconds."""
+TEMPLATE_BYTES = 1_000_000_000
+"""That one rendering may take beyond what the process has; a text of a hundredth of it is a whole book."""
+LONGEST_RENDERED = TEMPLATE_BYTES // 100
 
 
 class _TooLong(BaseException):
@@ -49,13 +55,42 @@ def time_limit(seconds: float, what: str, kind: type[QuantkitError] = SourceErro
 
 
 @contextmanager
-def template_limit() -> Iterator[None]:
-    """The limits of one rendering of a chat template, in jinja2's sandbox: its time, and how large products are.
+def memory_limit(most: int, what: str, kind: type[QuantkitError] = SourceError) -> Iterator[None]:
+    """Give what runs inside at most so many bytes more than the process has; only where Linux counts them.
 
     Raises:
-        SourceError: it takes too long.
+        QuantkitError: of this kind, where it asked for more.
     """
-    with _rendering, _checked_products(), time_limit(TEMPLATE_SECONDS, "the chat template"):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError):  # macOS has no such file, and does not keep the limit
+        own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + most
+        if before[0] == resource.RLIM_INFINITY or own < before[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (own, before[1]))
+    try:
+        yield
+    except MemoryError:
+        raise kind(f"{what} takes more than {size(most)} of memory, and was stopped") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def check_rendered(text: str, given: int) -> str:
+    """What a chat template made of so many characters. Raises SourceError where that is far too much."""
+    if len(text) > LONGEST_RENDERED + 10 * given:
+        raise SourceError(f"the chat template makes {len(text)} characters of {given}; it is damaged")
+    return text
+
+
+@contextmanager
+def template_limit() -> Iterator[None]:
+    """The limits of one rendering of a chat template, in jinja2's sandbox: its time, its memory, and how large products
+    are.
+
+    Raises:
+        SourceError: it takes too long, or too much.
+    """
+    what = "the chat template"
+    with _rendering, _checked_products(), memory_limit(TEMPLATE_BYTES, what), time_limit(TEMPLATE_SECONDS, what):
         yield
 
 

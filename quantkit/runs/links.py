@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_LARGEST_JSON = 200_000_000
+from quantkit.runs.atomic import LARGEST_TEXT
+
 _TABLE_BYTES = 1 << 16  # of a vocabulary's beginning
 
 
@@ -79,7 +80,7 @@ def _is_part_of_a_model(path: Path) -> bool:
             return False
         if path.suffix == ".json":
             known = _has("weight_map") if path.name.endswith(".index.json") else _OBJECTS.get(path.name)
-            if known is None or path.stat().st_size > _LARGEST_JSON:
+            if known is None or path.stat().st_size > LARGEST_TEXT:
                 return False
             content = json.loads(path.read_text(encoding="utf-8"))
             return isinstance(content, dict) and known(content)

@@ -45,6 +45,7 @@ from quantkit.runs.places import (
     never,
     place_of,
     stranger,
+    too_long,
 )
 from quantkit.runs.renames import move_over, move_to_free
 
@@ -136,6 +137,8 @@ def _check_free(out: Path, folder: bool, force: bool, advice: str = REPLACE) -> 
 
 
 def _check_staging(out: Path) -> None:
+    if (found := too_long(out)) is not None:
+        raise UsageError(f"--out {out} {found}")
     strange = stranger(folder_of(out))
     if strange is not None:
         raise UsageError(f"--out {out}: {folder_of(out)} {strange}; move it away, or name another")
@@ -177,8 +180,8 @@ def _working(out: Path, force: bool, check: Callable[[], None]) -> Iterator[Stag
             staging.staged.mkdir()
             yield staging
         except OSError as error:
-            of_output = str(error.filename or staging.folder).startswith(str(staging.folder))
-            if error.errno is None or not of_output:  # of a connection, or of a file that is read
+            place = str(error.filename2 or error.filename or staging.folder)  # the second is what is copied to
+            if error.errno is None or not place.startswith(str(staging.folder)):  # of a connection, or what is read
                 raise
             raise staging.failed(error) from error
 
@@ -198,7 +201,7 @@ def staging_of(out: Path, force: bool = False, resume: bool = False) -> Iterator
         UsageError: another run is at work here, or left something that neither `force` nor `resume` goes for.
         OutputError: the place cannot be written to.
     """
-    if (found := never(out)) is not None:
+    if (found := too_long(out) or never(out)) is not None:
         raise UsageError(f"--out {out} {found}")
     staging = Staging(out)
     with _folders_above(out, staging.place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -60,6 +61,17 @@ def in_the_way(out: Path, folder: bool, force: bool, advice: str = REPLACE) -> s
         return f"already exists; {advice}{', or choose another folder' if folder else ''}"
     if folder and not (place / REPORT_NAME).is_file():
         return f"is not an output of quantkit (no {REPORT_NAME}); --force replaces only those"
+    return None
+
+
+def too_long(out: Path) -> str | None:
+    """Why no output can have this name, after it; None where one may."""
+    for path in (out, folder_of(out)):
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return "is a longer name than the file system takes, with the folder beside it; name a shorter one"
     return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.containers import files, folders, load, of_file, of_folder
 from quantkit.containers.hf.pickled import PickledFiles
-from quantkit.containers.hf.read import quantization_of
+from quantkit.containers.hf.read import check_sizes, quantization_of
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
@@ -68,6 +68,7 @@ def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> So
         names = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; it holds GGUF files, name one of them: {', '.join(names)}" if names else ""
         raise SourceError(f"{folder}: no model here (it has no config.json){hint}")
+    check_sizes(folder)
     quantization = quantization_of(folder)
     container = of_folder(quantization)
     if container is None:
@@ -95,6 +96,8 @@ def check_adapter(folder: Path) -> str | None:
 
 
 def _open_file(path: Path) -> Source:
+    if not path.is_file():
+        raise SourceError(f"{path}: is no file, so it is not opened; give a model's folder or file")
     container = of_file(path)
     if container is None:
         first, *others = (row.one for row in files())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from quantkit.errors import CalibrationError, SourceError, UsageError, shortened
 from quantkit.options import TemplateName
 from quantkit.report import called
-from quantkit.runs.limits import template_limit
+from quantkit.runs.limits import check_rendered, template_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -221,7 +221,7 @@ def render(record: Record, template: TemplateName, tokenizer: PreTrainedTokenize
 
     A conversation that ends with the user's turn ends where the answer would begin. A record of plain text is the
     text and a blank line, whatever the template. Raises `UsageError` as `resolve` does, `CalibrationError` where the
-    chat template refuses the record, and `SourceError` where it takes too long.
+    chat template refuses the record, and `SourceError` where it takes too long, or makes far too much.
     """
     if record.turns is None:
         return f"{record.text}\n\n"
@@ -239,12 +239,12 @@ def _render_chat(record: Record, turns: tuple[Turn, ...], tokenizer: PreTrainedT
             rendered = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=turns[-1].role == "user"
             )
-    except SourceError:  # it takes too long, as it would for other records
+    except SourceError:  # it takes too long or too much, as it would for other records
         raise
     except Exception as error:  # a template is the model's own program and may raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CalibrationError(f"record {record.id}: the tokenizer's chat template refuses it: {reason}") from error
-    return str(rendered)
+    return check_rendered(str(rendered), sum(len(message["content"]) for message in messages))
 
 
 def _render_style(record: Record, turns: tuple[Turn, ...], style: Style, eos: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def _read(text: str, progress: Progress) -> Dataset | str:
     if is_wikitext2(text):
         return _wikitext2(text)
     path = Path(text)
-    if path.is_file() and path.suffix.lower() not in _DATASET_SUFFIXES:
+    if os.path.isfile(path) and path.suffix.lower() not in _DATASET_SUFFIXES:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -182,7 +183,7 @@ def _shown_name(text: str) -> str:
     """What reports call the text: a name as it is, a file without its folder."""
     if is_wikitext2(text):
         return WIKITEXT2
-    return Path(text).name if Path(text).is_file() else text
+    return Path(text).name if os.path.isfile(text) else text
 
 
 def _wikitext2(text: str) -> str:

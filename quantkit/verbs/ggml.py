@@ -153,7 +153,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
     names = gguf_files.part_names(job.target, typed, job.split_max_bytes)
     parts = names if len(names) > 1 else ()
     check_other_file(job.target, source, job.force, parts, job.dry_run)
-    origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen))
+    origin = gguf_files.origin(from_gptq=_holds_codes(source, chosen) and source.from_gptq)
     number = FileType.GUESSED if job.recipe is None else file_type(job.recipe)
     keys = gguf_files.file_keys(source, number, pre=job.pre, provenance={**origin, **_imatrix_keys(job.imatrix)})
     architecture = gguf_files.architecture_of(source)
@@ -204,7 +204,7 @@ def plan_ggjt(job: Job) -> Callable[[], Path]:
 
 def _holds_codes(source: Source, chosen: Chosen) -> bool:
     kept = any(choice.fidelity in ("exact", "bounded") for _, choice in chosen)
-    return kept and source.from_gptq
+    return kept and (source.from_gptq or source.codes is not None)
 
 
 def _sizes(target: Path, weights: Weights, chosen: Chosen, progress: Progress) -> GgmlReport:

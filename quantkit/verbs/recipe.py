@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from quantkit.containers import CONTAINERS
-from quantkit.errors import UsageError, shortened
+from quantkit.errors import SourceError, UsageError, shortened
 from quantkit.options import (
     METHODS,
     Amount,
@@ -36,6 +36,7 @@ from quantkit.options import (
     make,
 )
 from quantkit.options.values import gptq_type
+from quantkit.runs.atomic import check_readable
 
 if TYPE_CHECKING:
     CheckpointKind = str
@@ -227,7 +228,10 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     place = Path(path).expanduser()
     try:
+        check_readable(place)
         content = yaml.load(place.read_text(encoding="utf-8"), Loader=_Loader)
+    except SourceError as error:
+        raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect

@@ -900,6 +900,37 @@ def test_a_full_disk(desk: Desk, monkeypatch: pytest.MonkeyPatch, number: int) -
     desk.refused(lambda: desk.gptq(model), 1, str(desk.out), "No space left on device")
 
 
+def test_a_disk_that_is_full_when_companions_are_copied(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = desk.model()
+
+    def full(source: Path, target: Path) -> None:  # as shutil raises it: the file that is read comes first
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    said = (str(desk.out), "No space left on device; nothing was left there")
+    desk.refused(lambda: desk.run("convert", model, "--out", desk.out, "--quiet"), 1, *said)
+
+
+def test_names_that_no_file_can_have(desk: Desk) -> None:
+    model, long = desk.model(), "x" * 300
+    for arguments in (
+        ["inspect", long],
+        ["verify", long],
+        ["convert", model, "--out", desk.folder / long],
+        ["convert", model, "--out", "~nobody-of-this-name/out"],
+        ["generate", model, "--prompts", long, "--out", desk.out],
+        ["card", model, "--report", long],
+        ["release", long],
+    ):
+        desk.refused(lambda given=arguments: desk.run(*given), 2, "no file can have this name")
+    for arguments in (
+        ["convert", model, "--out", desk.folder / ("x" * 250)],  # the folder that is worked in has a longer one
+        ["card", model, "--template", long],
+        ["perplexity", model, "--text", long],
+    ):
+        desk.refused(lambda given=arguments: desk.run(*given), 2, "xxxx")
+
+
 def test_a_json_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "quantkit.json"
     write_json(path, {"evaluation": None})

@@ -27,7 +27,20 @@ pytestmark = pytest.mark.fast
 MakeModel = Callable[..., Path]
 REPOSITORY = Path(__file__).parents[2]
 VERBS = (
-    *("gptq", "perplexity", "samples", "ggml", "imatrix", "convert", "inspect", "compare", "eval", "generate", "chat"),
+    *(
+        "gptq",
+        "perplexity",
+        "samples",
+        "ggml",
+        "repack",
+        "imatrix",
+        "convert",
+        "inspect",
+        "compare",
+        "eval",
+        "generate",
+        "chat",
+    ),
     *("verify", "card", "publish", "release"),
 )
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, token_matrix
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.ggjt_models import Parts
 
 import quantkit
@@ -59,6 +59,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel, tiny
     shutil.copy(tiny_gguf, folder / "tiny.gguf")
     options: dict[str, Any] = {"calibration": token_matrix(4, 32), "group_size": 32, "evaluate": False}
     quantkit.gptq(folder / "plain", folder / "codes", **options)
+    for name in ("compressed-tensors", "awq"):
+        quantkit.repack(folder / "codes", folder / name, to=name)
     (folder / "tiny.ggjt.bin").write_bytes(Parts().bytes())
     return folder
 
@@ -73,7 +75,7 @@ def in_hub_cache(model: Path, home: Path, name: str) -> None:
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
-FORMS = ("plain", "codes", "tiny.gguf", "tiny.ggjt.bin")
+FORMS = ("plain", "codes", "compressed-tensors", "awq", "tiny.gguf", "tiny.ggjt.bin")
 
 
 def test_inspect_reads_headers_of_every_form(places: Path, tmp_path: Path) -> None:
@@ -123,3 +125,40 @@ def test_a_pickle_is_opened_by_torch(places: Path, tmp_path: Path) -> None:
     ((code, out, _, imported),) = answers([["inspect", "pickled", "--json"]], tmp_path)
     assert (code, imported) == (0, ["torch"])
     assert json.loads(out)["types"] == quantkit.inspect(places / "plain").types
+
+
+# -- publish -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_of_publish_verifies_what_headers_and_names_tell(places: Path, tmp_path: Path) -> None:
+    for name in ("cut", "mute", "changed", "uneven"):
+        shutil.copytree(places / "codes", tmp_path / name)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "tiny.gguf").write_bytes((places / "tiny.gguf").read_bytes()[:-100])
+    for name in ("cut", "mute", "uneven"):
+        (tmp_path / name / "quantkit.json").unlink()  # with its checksums
+    os.truncate(tmp_path / "cut" / "model.safetensors", 50_000)
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    with (tmp_path / "changed" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x77")
+    tensors = load_file(tmp_path / "uneven" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.scales"] = torch.ones(1, 96, dtype=torch.float16)
+    save_file(tensors, tmp_path / "uneven" / "model.safetensors", metadata={"format": "pt"})
+    wrong = {
+        "cut": "model.safetensors: it has 50000 bytes",
+        "mute": "has no tokenizer",
+        "changed": "model.safetensors is not the file that was written",
+        "uneven": "model.layers.0.mlp.up_proj.qzeros is (2, 12), but qweight asks for (1, 12)",
+        "file": "ends before the end of",
+    }
+    sound = [str(places / name) for name in ("plain", "codes")]
+    commands = [["publish", name, "me/tiny", "--dry-run", "--quiet"] for name in (*wrong, *sound)]
+    found = answers(commands, tmp_path, HF_HUB_OFFLINE="1")
+    for said, (code, out, err, imported) in zip(wrong.values(), found, strict=False):
+        assert (code, out, imported) == (1, "", []), err
+        assert "not published, `quantkit verify` finds: " in err
+        assert said in err
+    for code, out, err, imported in found[len(wrong) :]:
+        assert (code, imported) == (0, []), err
+        assert "model.safetensors" in out

@@ -25,7 +25,7 @@ from quantkit.containers import CONTAINERS, Container, Holds, Loads, Shown, file
 from quantkit.containers.ggjt.read import MAGICS
 from quantkit.containers.ggjt.write import FILE_TYPES
 from quantkit.containers.gguf.file import MAGIC
-from quantkit.containers.gptq.write import kept_tensor
+from quantkit.containers.hf.coded import kept_tensor
 from quantkit.containers.hf.read import FolderSource, stored_dtype
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
@@ -110,13 +110,23 @@ def test_what_the_rows_say_they_hold_is_what_is_written() -> None:
     ("kind", "spec", "line"),
     [
         ("gptq", {}, None),
-        ("gptq", {"bits": 6}, "--bits 6: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; 6-bit codes fit into GGUF as Q6_K"),
+        (
+            "gptq",
+            {"bits": 6},
+            "--bits 6: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; 6-bit codes fit into a compressed-tensors folder or "
+            "GGUF as Q6_K",
+        ),
         (
             "gptq",
             {"group_size": 48},
             "--group-size 48: GPTQ readers load groups of 16, 32, 64, 128, 256, 512, 1024, or -1 for whole rows",
         ),
-        ("ggjt", {"bits": 3}, "--bits 3: a ggjt file holds 4, 5 or 8 bits; 3-bit codes fit into a GPTQ checkpoint"),
+        (
+            "ggjt",
+            {"bits": 3},
+            "--bits 3: a ggjt file holds 4, 5 or 8 bits; 3-bit codes fit into a GPTQ checkpoint or a "
+            "compressed-tensors folder",
+        ),
         ("gguf", {"group_size": 128}, "--group-size 128: GGUF readers load groups of 16, 32, 64"),
         (
             "gguf",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import shutil
 import time
 from contextlib import suppress
@@ -14,7 +17,7 @@ from conftest import MakeModel
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import quantkit
-from quantkit.errors import SourceError, UsageError
+from quantkit.errors import QuantkitError, SourceError, UsageError
 from quantkit.runs import limits
 from quantkit.runs.limits import time_limit
 from quantkit.sources import open_source
@@ -67,6 +70,23 @@ def test_a_step_of_a_template_that_nothing_could_stop(program: str, make_model: 
     assert ImmutableSandboxedEnvironment.intercepted_binops == frozenset()
 
 
+@pytest.mark.parametrize("program", ["'a' * 10 ** 10", "'%9999999999d' % 1", "'a' * 10 ** 8", "'x'.ljust(10 ** 10)"])
+def test_a_chat_template_that_takes_the_memory(program: str, make_model: MakeModel, tmp_path: Path) -> None:
+    model = shutil.copytree(make_model("llama"), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(f"{{{{ {program} }}}}")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"instruction": "a", "output": "b " * 99}) + "\n")
+    said = r"the chat template (takes more than 1\.0 GB of memory, and was stopped|makes 100000000 characters of \d+)"
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(SourceError, match=said):
+        quantkit.samples(model, calibration=str(tmp_path / "d.jsonl"), samples=1, seq_len=16)
+    (problem,) = quantkit.verify(model, generate=False).problems
+    assert re.search(said, problem)
+    (tmp_path / "card.md.j2").write_text("{{ 'a' * 10 ** 10 }}")
+    with pytest.raises(UsageError, match=r"card\.md\.j2 takes more than 1\.0 GB of memory"):
+        quantkit.card(model, template=str(tmp_path / "card.md.j2"), force=True)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "pattern", ["(a|aa)+$", "(", "((a{99}){99}){99}", "(" * 9999, "a" * 200_000, "a{" + "9" * 5000 + "}"]
@@ -110,3 +130,32 @@ def test_a_config_of_more_layers_than_there_can_be(
         with pytest.raises(SourceError, match=said):
             open_source(model)
     assert any(said in problem for problem in quantkit.verify(model, generate=False).problems)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"])
+def test_a_file_that_fills_the_memory_is_not_read(name: str, make_model: MakeModel, tmp_path: Path) -> None:
+    model = shutil.copytree(make_model("llama"), tmp_path / "model")
+    with (model / name).open("wb") as file:
+        file.truncate(10**12)  # with holes: it takes no room
+    said = rf"{name}: has 1\.0 TB, and at most 256\.0 MB are read"
+    with pytest.raises(SourceError, match=said):
+        quantkit.convert(model, tmp_path / "out")
+    assert any(re.search(said, problem) for problem in quantkit.verify(model, generate=False).problems)
+
+
+@pytest.mark.fast
+def test_texts_that_are_pipes_or_fill_the_memory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(10**12)
+    pipe, huge = tmp_path / "pipe.gguf", tmp_path / "huge"
+    for run in (
+        lambda: quantkit.inspect(pipe),
+        lambda: quantkit.verify(pipe),
+        lambda: quantkit.release(pipe, tmp_path / "out"),
+        lambda: quantkit.release(huge, tmp_path / "out"),
+        lambda: quantkit.card(tmp_path, original=huge),
+        lambda: quantkit.card(tmp_path, template=str(huge)),
+    ):
+        with pytest.raises(QuantkitError, match=r"is not opened|at most 256\.0 MB are read"):
+            run()

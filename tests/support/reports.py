@@ -35,6 +35,7 @@ from quantkit.verbs.publish import PublishReport
 from quantkit.verbs.publish.files import Change
 from quantkit.verbs.release import ReleaseReport
 from quantkit.verbs.release.forecast import Forecast
+from quantkit.verbs.repack import RepackReport
 from quantkit.verbs.samples import SamplesReport
 from quantkit.verbs.verify import Verified, VerifyReport
 from quantkit.verbs.verify.programs import Load
@@ -185,6 +186,7 @@ DIFF = DiffReport(
     *(OUT, "float16", None, 291, 13_000_000_000, 50637.1875, 61.25, False, 1000, 3, 0.000123),
     memory_bytes=1_570_000_000,
 )
+REPACK = RepackReport(OUT, "compressed-tensors", 210, 141_000_000, 3.75, memory_bytes=226_000_000)
 CONVERT = ConvertReport(OUT, "bfloat16", 272, 269_000_000, 3.75, memory_bytes=226_000_000)
 IMATRIX = ImatrixReport(
     *(OUT, 210, 128, 512, 900_000, 1_500_000_000, {"blk.0.ffn_up_exps.weight": 3}, 12.25),
@@ -285,6 +287,8 @@ CASES: dict[str, Report] = {
     "publish": replace(PUBLISH, dry_run=False, commit="abc123"),
     "publish, dry run": PUBLISH,
     "publish nothing": replace(PUBLISH, changes=PUBLISH.changes[1:2], created=False),
+    "repack": REPACK,
+    "repack, dry run": replace(REPACK, dry_run=True),
     "release": ReleaseReport(OUT, [], OUTCOMES),
     "release, complete": ReleaseReport(OUT, [], OUTCOMES[:2]),
     "release, dry run": ReleaseReport(OUT, FORECASTS, dry_run=True),

@@ -22,6 +22,7 @@ from support.wizard import wizard
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import SourceError, UsageError, visible
+from quantkit.progress import number
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card import CardReport, card, fill_template
 from quantkit.verbs.card.advice import advice
@@ -100,6 +101,8 @@ def row(name: str, file: Path, perplexity: float, kl: float | None) -> dict[str,
         "delta_ln_ppl_stderr": None if kl is None else 0.0012,
         "kl_divergence": None if kl is None else values,
         "top1_agreement": None if kl is None else 0.9375,
+        "kl_divergence_stderr": None if kl is None else 0.00321,
+        "top1_agreement_stderr": None if kl is None else 0.0042,
         "worst": [],
     }
     return {
@@ -334,8 +337,10 @@ def test_a_report_counts_for_the_file_with_its_hash(files: Path, tmp_path: Path)
     assert metrics["delta_ln_perplexity"]["value"] == 0.0123456789012345
     assert text["dataset"]["args"] == {"tokens": 4096, "seq_len": 2048, "tokens_sha256": "ab" * 32}
     assert [metric["type"] for metric in head["model-index"][0]["results"][0]["metrics"]] == ["perplexity"]
-    line = "| `tiny.Q4_0.gguf` | 12.346 | 0.25 | +0.0123 | 0.0012 | 0.0988 | 0.0100 | 0.500 | 1.50 | 93.8 % |"
-    assert line in body.splitlines()
+    assert metrics["kl_divergence"]["args"]["stderr"] == 0.00321
+    assert metrics["top1_agreement"]["args"]["stderr"] == 0.0042
+    numbers = "12.346 ± 0.250 | +0.0123 ± 0.0012 | 0.0988 ± 0.0032 | 0.0100 | 0.5000 | 1.5000 | 93.8 ± 0.4 %"
+    assert f"| `tiny.Q4_0.gguf` | {numbers} |" in body.splitlines()  # as compare's report has them
     assert "On `wikitext2` (4096 tokens scored, windows of 2048), against tiny-fp16:" in body
 
 
@@ -612,13 +617,14 @@ def test_the_layout_of_2023(folder: Path, tmp_path: Path) -> None:
         "# Original model card: tiny",
     ]
     assert [head for head in heads if head in wanted] == wanted
-    kl = json.loads((folder / "quantkit.json").read_text())["evaluation"]["results"][1]["kl_divergence"]["mean"]
+    own = json.loads((folder / "quantkit.json").read_text())["evaluation"]["results"][1]
     line = next(
         line
         for line in body.splitlines()
         if line.startswith(f"| [main]({HUB}/tree/main) | 4 | 32 | No | 0.05 | data.jsonl | 32 |")
     )
-    assert float(line.split("|")[10]) == pytest.approx(kl, rel=0.01)
+    told = f"{number(own['kl_divergence']['mean'])} ± {number(own['kl_divergence_stderr'])}"
+    assert line.split("|")[10].strip() == told
     assert "\ntransformers (with gptqmodel and optimum):\n" in body
 
 
@@ -719,6 +725,20 @@ def test_quality_in_words(kl: tuple[float, float], quality: tuple[str, str], mar
     assert [one.mark for one in within][1] == "recommended"
     assert within[1].why == "what diverges least within 150 bytes"
     assert advice(facts[:1], measured[:1], Limits())[0].mark == ""  # nothing to choose from
+
+
+@pytest.mark.parametrize(("template", "best"), [("default", "**recommended**"), ("thebloke-2023", "recommended")])
+def test_the_smallest_usable_file_is_called_so_once(files: Path, tmp_path: Path, template: str, best: str) -> None:
+    rows = (
+        row("q", files / "tiny.Q4_0.gguf", 12, 0.2),
+        row("f", files / "tiny.F16.gguf", 12, 0.002),
+    )
+    _, _, body = write(files, template=template, reports=[report(tmp_path / "r", *rows)])
+    ends = {
+        name: next(line for line in body.splitlines() if line.startswith("|") and name in line).split("|")[-2].strip()
+        for name in ("Q4_0.gguf", "F16.gguf")
+    }
+    assert ends == {"Q4_0.gguf": "smallest usable", "F16.gguf": f"indistinguishable, {best}"}
 
 
 # -- the file --------------------------------------------------------------------------------------------------------

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from gguf import GGUFReader
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from support.recipes import write_recipe
 from support.wizard import wizard
 
 import quantkit
+from quantkit.cli import app as cli
 from quantkit.containers import is_imatrix
 from quantkit.verbs.eval.tasks import SUITES
 
@@ -236,6 +239,59 @@ def test_the_importance_matrix_goes_with_the_files(family: Path, tmp_path: Path)
     report = quantkit.verify(folder, generate=False)
     assert (report.problems, len(report.models)) == ([], 3)
     assert "`Tiny-Wizard-imatrix.gguf`: the importance matrix" in write(family, "GGUF", "default", tmp_path).body
+
+
+@pytest.mark.parametrize("template", ["default", "thebloke-2023"])
+def test_numbers_have_the_digits_and_standard_errors_of_the_report(family: Path, tmp_path: Path, template: str) -> None:
+    body = write(family, "GGUF", template, tmp_path).body
+    told = (family / "report" / "report.md").read_text().splitlines()
+    for name in ("Q4_K_M", "Q5_K_M", "Q8_0"):
+        cells = next(line for line in told if line.startswith(f"| Tiny-Wizard-{name}")).split("|")
+        row = next(line for line in body.splitlines() if f"Tiny-Wizard-{name}.gguf" in line and " ± " in line)
+        kl, top1, change = cells[3].strip(), cells[9].strip(), cells[10].strip()
+        assert kl.count(" ± ") == top1.count(" ± ") == 1
+        assert f"| {kl} |" in row
+        assert f"| {change} |" in row
+        assert (f"| {top1} |" in row) == (template == "default")
+
+
+def test_commands_make_the_files_again(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every card, one after the other, in a folder that has nothing but base and delta."""
+    for name in ("llama", "wizard-delta"):
+        (tmp_path / name).symlink_to(family.parent / name)
+    monkeypatch.chdir(tmp_path)
+    for kind in PLACES:
+        made = write(family, kind, "default", tmp_path).part("## Where it comes from")
+        for command in re.findall(r"made by `quantkit (.*)`", made):
+            name = ["--out", "Tiny-Wizard"] if kind == "HF" else []  # as the recipe calls it
+            with pytest.raises(SystemExit) as ended:
+                cli.main([*shlex.split(command), *name, "--quiet", *(["--no-eval"] if "gptq" in command else [])])
+            assert ended.value.code == 0, command
+    for name in ("Tiny-Wizard", PLACES["GPTQ"]):
+        assert (Path(name) / "model.safetensors").read_bytes() == (family / name / "model.safetensors").read_bytes()
+    weights = Path("Tiny-Wizard-imatrix.gguf")
+    assert weights.read_bytes() == (family / PLACES["GGUF"] / weights).read_bytes()
+    found = {place.name.removeprefix("Tiny-Wizard-").removeprefix("GPTQ-"): place for place in Path().rglob("*.gguf")}
+    for name in ("Q4_K_M", "Q5_K_M", "Q8_0"):
+        again, file = found[f"{name}.gguf"], family / PLACES["GGUF"] / f"Tiny-Wizard-{name}.gguf"
+        # What the reference's own card says, its licence and base, is in the new one's keys too.
+        old, new = (GGUFReader(path).tensors for path in (file, again))
+        assert [tensor.name for tensor in old] == [tensor.name for tensor in new]
+        assert all(bytes(one.data) == bytes(other.data) for one, other in zip(old, new, strict=True)), name
+
+
+def test_a_file_that_an_importance_matrix_rounded_says_by_which(family: Path, tmp_path: Path) -> None:
+    made = write(family, "GGUF", "default", tmp_path).part("## Where it comes from")
+    (named,) = re.findall(r"columns weighed by (.*)", made)
+    assert named == "`Tiny-Wizard-imatrix.gguf`, made on evol-instruct-sample in 2 windows"
+    assert (family / PLACES["GGUF"] / "Tiny-Wizard-imatrix.gguf").is_file()
+    drawn = json.loads((family / PLACES["GPTQ"] / "quantkit.json").read_text())["calibration"]
+    assert made.count(drawn["tokens_sha256"]) == 3  # the two files of GPTQ's codes, and this one
+
+
+def test_a_card_of_2023_of_a_folder_is_called_after_the_model(family: Path, tmp_path: Path) -> None:
+    body = write(family, "GPTQ", "thebloke-2023", tmp_path, repo=None).body
+    assert "\n# Tiny-Wizard GPTQ\n" in body
 
 
 def test_the_models_own_chat_template_is_used(family: Path, tmp_path: Path) -> None:

@@ -338,6 +338,16 @@ def test_logits_that_are_not_finite_name_the_model(base: Path, text: Path, tmp_p
         run([folder], text, seq_len=32)
 
 
+def test_a_loss_that_has_no_perplexity_names_the_model(base: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "wild")
+    model = random_model("llama", tied=False, dtype=torch.float32, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(folder)
+    with pytest.raises(NumericError, match=r"wild: a mean loss of .* nats a token has no perplexity"):
+        run([folder], text, seq_len=32)
+
+
 # -- the statistics --------------------------------------------------------------------------------------------------
 
 

@@ -392,11 +392,16 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stands in for `quantkit.verbs.verify`: what it was asked, and the problems that it finds."""
     told: dict[str, Any] = {"problems": []}
 
-    def verify(path: Path, *, generate: bool, trust_remote_code: bool, progress: Any) -> Any:
-        told.update(path=path, generate=generate, trusted=trust_remote_code)
+    def verify(path: Path, *, trust_remote_code: bool, progress: Any) -> Any:
+        told.update(path=path, trusted=trust_remote_code)
         return types.SimpleNamespace(problems=told["problems"])
 
-    monkeypatch.setitem(sys.modules, "quantkit.verbs.verify", types.SimpleNamespace(verify=verify))  # type: ignore[arg-type]
+    def glance(path: Path, trust_remote_code: bool, progress: Any) -> Any:
+        told["glanced"] = path
+        return types.SimpleNamespace(problems=told["problems"])
+
+    stands_in: Any = types.SimpleNamespace(verify=verify, glance=glance)
+    monkeypatch.setitem(sys.modules, "quantkit.verbs.verify", stands_in)
     return told
 
 
@@ -411,9 +416,9 @@ def test_a_folder_with_problems_is_not_published(server: HubServer, folder: Path
 
 def test_a_sound_folder_is_verified_and_published(server: HubServer, folder: Path, verified: dict[str, Any]) -> None:
     send(folder, verify=True, dry_run=True)
-    assert verified["generate"] is False
+    assert verified == {"problems": [], "glanced": folder}
     send(folder, verify=True)
-    assert verified == {"problems": [], "path": folder, "generate": True, "trusted": False}
+    assert verified == {"problems": [], "glanced": folder, "path": folder, "trusted": False}
     assert held(server) == FILES
 
 

@@ -65,7 +65,7 @@ calibration: {{data: text.txt}}
             "name: a\nvariants: [{kind: gptq, bitts: 4}]",
             "variants: 0: gptq: bitts: no such key; did you mean bits? (got 4)",
         ),
-        ("name: a\nvariants: [{kind: exl3}]", "variants: 0: choose gptq, gguf, ggjt"),
+        ("name: a\nvariants: [{kind: exl3}]", "variants: 0: choose gptq, compressed-tensors, awq, gguf, ggjt"),
         ("name: a\nvariants: [{kind: gguf}]", "variants: 0: gguf: type: is missing"),
         ("name: a\nvariants: [{kind: gptq}, {kind: gptq}]", "2 of them are gptq 4bit-128g in a-GPTQ"),
         ("name: a\nvariants: [{kind: gptq}, {kind: gguf, type: q4_0, repo: a-GPTQ}]", "repo a-GPTQ is for one kind"),

@@ -113,6 +113,12 @@ def test_ggml_keeps_the_codes(family: Family) -> None:
     assert torch.equal(open_source(family.gguf).read(name), open_source(family.quantized.out).read(name))
 
 
+def test_repack_keeps_the_codes(family: Family, tmp_path: Path) -> None:
+    quantkit.repack(family.quantized.out, to="compressed-tensors", out=tmp_path / "packed")
+    name = f"{DOWN}.weight"
+    assert torch.equal(open_source(tmp_path / "packed").read(name), open_source(family.quantized.out).read(name))
+
+
 def test_convert_keeps_the_values(family: Family, tmp_path: Path) -> None:
     quantkit.convert(family.quantized.out, tmp_path / "plain", dtype="float32")
     values = open_source(family.quantized.out).read(f"{DOWN}.weight")

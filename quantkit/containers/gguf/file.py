@@ -166,7 +166,8 @@ class GgufFile:
         if kind in _PLAIN:
             return packed.reshape(-1).view(_PLAIN[kind]).reshape(shape)
         try:
-            values: Array = dequantize(packed, kind).reshape(shape)
+            with np.errstate(all="ignore"):  # of scales that are not finite, which whoever takes the values looks for
+                values: Array = dequantize(packed, kind).reshape(shape)
         except NotImplementedError as error:
             raise SourceError(f"{self.path}: {kind.name} of {name} has no dequantizer") from error
         return values

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.codes import QuantizedLinear, contiguous_groups
+from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import PACKABLE_BITS, unpack
-from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype
-from quantkit.containers.source import HoldsCodes, TensorInfo
+from quantkit.containers.hf.coded import CodedFolder
 from quantkit.errors import SourceError
 from quantkit.late import torch
 
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -25,16 +22,16 @@ def is_by_gptqmodel(label: Mapping[str, Any]) -> bool:
     return any(str(name).startswith("gptqmodel") for name in (writers if isinstance(writers, list) else [writers]))
 
 
-class GptqSource(FolderSource):
+class GptqSource(CodedFolder):
     """A folder in the GPTQ layout, v1 or v2, at 2, 3, 4 or 8 bits. `read` gives them dequantized."""
 
     kind = "gptq"
     from_gptq = True
-    quantization: dict[str, Any]
+    of_linear = ("qweight", "qzeros", "scales", "g_idx")
+    stored_as = "GPTQ"
 
     def __init__(self, folder: Path, label: str | None = None, trust_remote_code: bool = False) -> None:
         super().__init__(folder, label, trust_remote_code)
-        self.quantization = quantization_of(folder)
         self.checkpoint_format = self.quantization.get("checkpoint_format", "gptq")
         told = {"bits": self.quantization.get("bits"), "checkpoint_format": self.checkpoint_format}
         for key, known in (("bits", PACKABLE_BITS), ("checkpoint_format", ("gptq", "gptq_v2"))):
@@ -42,17 +39,8 @@ class GptqSource(FolderSource):
                 choices = ", ".join(map(str, known))
                 raise SourceError(f"{self.path / 'config.json'}: {key} {told[key]!r} is not one of {choices}")
         self._by_gptqmodel = is_by_gptqmodel(self.quantization)
-        self._modules = [n.removesuffix(".qweight") for n in self.stored.tensors if n.endswith(".qweight")]
         for module in self._modules:
             self._check_shapes(module)
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        return stored_dtype({n: i for n, i in self.stored.tensors.items() if not n.endswith(".scales")})
-
-    @property
-    def codes(self) -> HoldsCodes:
-        return self
 
     @property
     def scheme(self) -> str:
@@ -67,56 +55,11 @@ class GptqSource(FolderSource):
         said = {key: self.quantization.get(key) for key in ("bits", "group_size", "sym", "desc_act")}
         return {**said, "damp": self.quantization.get("damp_percent")}
 
-    @cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The dequantized names: a Linear's parts appear as one weight."""
-        stored = self.stored.tensors
-        shown = {n: i for n, i in stored.items() if n.rsplit(".", 1)[-1] not in _PARTS}
-        for module in self._modules:
-            rows, columns = stored[f"{module}.qweight"].shape[1], self._columns(module)
-            size = sum(stored[f"{module}.{part}"].bytes for part in _PARTS if f"{module}.{part}" in stored)
-            bits = self.bits(module)
-            shown[f"{module}.weight"] = TensorInfo((rows, columns), f"GPTQ{bits}", size, bits)
-        return shown
-
-    def quantized_names(self) -> Iterable[str]:
-        return self._modules
-
-    def read(self, name: str) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and f"{module}.qweight" in self.stored.tensors:
-            scales, group = self._finite_scales(module).T, self.read_groups(module).long()
-            steps = self.read_unpacked(module).float() - self.read_zeros(module).float()[:, group]
-            return steps * scales[:, group]
-        return self.stored.read(name)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if name in self.stored.tensors:
-            return self.stored.read_rows(name, start, stop)
-        return self.read(name)[start:stop]
-
-    def read_codes(self, module: str) -> QuantizedLinear:
-        codes, scales, zeros = self.read_unpacked(module), self.read_scales(module), self.read_zeros(module)
-        return QuantizedLinear(codes, scales.T.contiguous(), zeros, self.read_groups(module), self.bits(module))
-
     def read_words(self, module: str) -> torch.Tensor:
         return self.stored.read(f"{module}.qweight")
 
-    def read_scales(self, module: str) -> torch.Tensor:
-        stored = self._finite_scales(module)
-        scales = stored.half()
-        if not torch.equal(scales.float(), stored):
-            raise SourceError(
-                f"{self.path}: {module}.scales hold more than float16; its codes cannot be taken as they are"
-            )
-        return scales
-
-    def _finite_scales(self, module: str) -> torch.Tensor:
-        """float32 [groups, out]. Raises SourceError."""
-        scales = self.stored.read(f"{module}.scales").float()
-        if not bool(torch.isfinite(scales).all()):
-            raise SourceError(f"{self.path}: {module}.scales hold NaN or infinity; the model's files are damaged")
-        return scales
+    def oriented_scales(self, module: str) -> torch.Tensor:
+        return super().oriented_scales(module).T
 
     def read_unpacked(self, module: str) -> torch.Tensor:
         """Codes of one Linear, uint8 [out, in]."""
@@ -151,6 +94,9 @@ class GptqSource(FolderSource):
             raise SourceError(f"{self.path}: {module} has no g_idx, so which group a column is in cannot be told")
         return contiguous_groups(columns, size)
 
+    def shape(self, module: str) -> tuple[int, int]:
+        return self.stored.tensors[f"{module}.qweight"].shape[1], self._columns(module)
+
     def bits(self, module: str) -> int:
         stored = self.stored.tensors  # their shapes tell it: per-module overrides need not be understood
         return stored[f"{module}.qzeros"].shape[1] * 32 // stored[f"{module}.qweight"].shape[1]
@@ -160,13 +106,13 @@ class GptqSource(FolderSource):
 
     def _check_shapes(self, module: str) -> None:
         shapes = {}
-        for part in _PARTS:
+        for part in self.of_linear:
             info = self.stored.tensors.get(f"{module}.{part}")
             if info is not None:
                 shapes[part] = info.shape
             elif part != "g_idx":
                 raise SourceError(f"{self.path}: {module} has qweight but no {part}")
-        if any(len(shapes[part]) != 2 or 0 in shapes[part] for part in _PARTS[:3]):
+        if any(len(shapes[part]) != 2 or 0 in shapes[part] for part in self.of_linear[:3]):
             raise SourceError(f"{self.path}: {module}: its parts are of shapes {shapes}: not a GPTQ layout")
         groups, rows = shapes["scales"][0], shapes["qweight"][1]
         bits = self.bits(module)

@@ -17,9 +17,10 @@ from quantkit.containers.hf.shards import SafetensorsFiles, WeightFiles
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line, shortened
 from quantkit.late import torch, transformers
-from quantkit.runs.atomic import read_json
+from quantkit.runs.atomic import check_readable, read_json, read_text
 from quantkit.runs.links import first_pipe, is_foreign
 from quantkit.runs.panics import panics_as
+from quantkit.runs.places import READ_BY
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -197,20 +198,11 @@ def check_counts(content: Mapping[str, Any], place: Path, most: Mapping[str, int
 def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises SourceError."""
     if "gguf_file" not in options and not trust_remote_code:
-        # For some model types transformers makes up a vocabulary of a few tokens where there is none.
-        names = [path.name for path in folder.iterdir()]
-        if not has_tokenizer(folder):
-            raise SourceError(
-                f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made "
-                "from"
-            )
-        if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & set(names):
-            raise SourceError(
-                f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing"
-            )
+        check_vocabulary(folder)
     if "gguf_file" not in options:
         if (pipe := first_pipe(folder)) is not None:
             raise SourceError(f"{pipe}: is no file, so it is not opened; remove it, or download the folder again")
+        check_sizes(folder)
         options |= _empty_tokens(folder)
     try:
         with panics_as(SourceError, str(folder)):
@@ -234,6 +226,27 @@ def load_tokenizer(folder: Path, trust_remote_code: bool, **options: Any) -> Pre
     if (folder / "added_tokens.json").is_file() and not (folder / "tokenizer.json").is_file():
         _check_added(folder / "added_tokens.json", tokenizer)
     return tokenizer
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Raises SourceError where the files of a tokenizer are missing.
+
+    For some model types transformers makes up a vocabulary of a few tokens where there is none.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not has_tokenizer(folder):
+        raise SourceError(
+            f"{folder}: has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy that of the model it was made from"
+        )
+    if "vocab.json" in names and not {"merges.txt", *_VOCABULARIES[:2]} & names:
+        raise SourceError(f"{folder}: has a tokenizer's vocab.json, but the merges.txt that belongs to it is missing")
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse what a model is read by, beside its weights, where it would fill the memory. Raises SourceError."""
+    for path in sorted(folder.iterdir()):
+        if READ_BY.search(path.name) and path.is_file():
+            check_readable(path)
 
 
 def _templates(folder: Path) -> list[Path]:
@@ -381,7 +394,7 @@ def code_files(folder: Path) -> list[Path]:
             continue
         found[name] = path
         if not is_foreign(path, folder):
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = read_text(path, "replace")
             wanted += re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE)  # as transformers has it
     return [found[name] for name in sorted(found)]
 

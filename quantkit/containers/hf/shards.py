@@ -14,6 +14,7 @@ from quantkit.containers.source import TensorInfo
 from quantkit.errors import SourceError, shortened
 from quantkit.late import dtype_of, torch
 from quantkit.runs.atomic import read_json
+from quantkit.runs.tensorfile import tensor_bytes
 
 # torch's names by safetensors' names. What is not here (packed 4- and 6-bit floats, complex numbers) is refused.
 STORED_DTYPES = {
@@ -97,6 +98,10 @@ class WeightFiles(ABC):
             SourceError: it cannot be read.
         """
 
+    def octets(self, name: str) -> bytes:
+        """The stored tensor's bytes, little end first; of small ones. Raises as `read` does."""
+        return bytes(tensor_bytes(self.read(name)))
+
     @abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of a stored tensor, as `read` gives them."""
@@ -131,6 +136,14 @@ class SafetensorsFiles(WeightFiles):
 
     def read(self, name: str) -> torch.Tensor:
         return read_stored(self.shard_of[name], name, self._stored[name])
+
+    def octets(self, name: str) -> bytes:
+        content, stored = bytearray(self._stored[name].bytes), self._stored[name]
+        try:
+            read_into(self.shard_of[name], stored.start, memoryview(content))
+        except OSError as error:
+            raise SourceError(f"{self.shard_of[name]}: cannot read {name}: {error}") from error
+        return bytes(content)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         whole = self._stored[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,12 +16,12 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from quantkit.containers import CONTAINERS, is_imatrix
-from quantkit.errors import OutputError, SourceError, UsageError
+from quantkit.errors import OutputError, UsageError
 from quantkit.options.verbs import Card
-from quantkit.progress import SILENT, Progress, significant, size
+from quantkit.progress import SILENT, Progress, number, per_cent, significant, size, spread
 from quantkit.report import Report
 from quantkit.runs import limits
-from quantkit.runs.atomic import absolute, file_sha256
+from quantkit.runs.atomic import absolute, file_sha256, read_text
 from quantkit.runs.links import lies_within
 from quantkit.runs.outputs import staged_files
 from quantkit.verbs import verb
@@ -198,7 +199,7 @@ def _is_ours(path: Path) -> bool:
     """Whether an earlier card wrote a file of results."""
     if not lies_within(path, path.parent) or not path.is_file():
         return False
-    return path.read_text(encoding="utf-8", errors="replace").startswith(RESULTS_MARK)
+    return read_text(path, "replace").startswith(RESULTS_MARK)
 
 
 def _check_place(root: Path, original: Path | None, force: bool) -> None:
@@ -208,7 +209,7 @@ def _check_place(root: Path, original: Path | None, force: bool) -> None:
         return
     if original is not None and place.resolve() in (original.resolve(), (original / CARD).resolve()):
         return
-    ours = place.is_file() and MARK in place.read_text(encoding="utf-8", errors="replace")
+    ours = place.is_file() and MARK in read_text(place, "replace")
     kept = "" if ours else f"; --original {place} keeps it below the new one"
     raise UsageError(f"{place} already exists; --force replaces it{kept}")
 
@@ -251,7 +252,8 @@ def _provenance(model: ModelFacts) -> dict[str, Any]:
         ],
         "versions": {name: version for name, version in by.items() if version},
         "codes": model.keys.get("quantkit.weights"),
-        "commands": commands_of(model.record),
+        "weighed": {name: model.keys.get(f"quantize.imatrix.{name}") for name in ("file", "dataset", "chunks_count")},
+        "commands": commands_of(model.record, model.keys.get("quantize.imatrix.file")),
         "pair": tuple(pair[role]["model"] for role in ("base", "delta")) if pair else (),
         "before": source.get("precision"),
     }
@@ -292,12 +294,9 @@ def read_template(name: str) -> str:
     if name in BUILT_IN:
         return (files("quantkit.verbs.card") / "templates" / f"{name}.md.j2").read_text(encoding="utf-8")
     place = Path(name).expanduser()
-    if not place.is_file():
+    if not os.path.isfile(place):
         raise UsageError(f"--template {name}: choose {', '.join(BUILT_IN)}, or name a file (.md.j2)")
-    try:
-        return place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{place}: cannot be read: {error}") from error
+    return read_text(place)
 
 
 def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str:
@@ -311,10 +310,13 @@ def fill_template(template: str, name: str, variables: Mapping[str, Any]) -> str
     environment = SandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters.update(size=size, number=significant)
+    environment.filters.update(size=size, number=significant, decimals=number, spread=spread, per_cent=per_cent)
     environment.filters.update(cell=cell, code=code, fence=fence)
     try:
-        with limits.time_limit(limits.TEMPLATE_SECONDS, f"--template {name}", UsageError):
+        with (
+            limits.memory_limit(limits.TEMPLATE_BYTES, f"--template {name}", UsageError),
+            limits.time_limit(limits.TEMPLATE_SECONDS, f"--template {name}", UsageError),
+        ):
             return environment.from_string(template).render(variables)
     except UsageError:  # it takes too long
         raise

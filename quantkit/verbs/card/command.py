@@ -7,33 +7,49 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantkit.options import Options
-from quantkit.options.verbs import Convert, Ggml, Gptq, Merge
+from quantkit.options.grid import METHODS
+from quantkit.options.verbs import Convert, Ggml, Gptq, Imatrix, Merge
+from quantkit.sources import variant_name
 from quantkit.tokens.datasets import KNOWN_HUB
 
+_CODES = "CODES"  # the folder of a run whose codes another command takes
 
-def commands_of(record: Mapping[str, Any]) -> list[str]:
-    """Command lines without local paths, as far as a record tells: of files made of a run's codes two."""
+
+def commands_of(record: Mapping[str, Any], imatrix: str | None = None) -> list[str]:
+    """Command lines without local paths, as far as a record tells: more than one where each takes what the one before
+    it made.
+
+    Args:
+        record: of a model.
+        imatrix: name of the importance matrix that it was rounded by.
+    """
     try:
-        return _commands(record)
+        return _commands(record, imatrix)
     except (AttributeError, TypeError, ValueError):  # options that quantkit does not write
         return []
 
 
-def _commands(record: Mapping[str, Any]) -> list[str]:
+def _commands(record: Mapping[str, Any], imatrix: str | None) -> list[str]:
     source, recipe = record.get("source") or {}, record.get("recipe") or {}
     pair = [source[role] for role in ("base", "delta") if isinstance(source.get(role), dict)]
     names = [str(part["model"]) for part in pair or [source] if isinstance(part.get("model"), str)]
     if not names or not isinstance(recipe, dict):
         return []
-    if isinstance(drawn := record.get("calibration"), dict):
-        options = {**recipe, **_drawn(drawn), "override": recipe.get("overrides")}
-        first = _command(Gptq, names, options)
-        written = record.get("written")
-        return [first, _command(Ggml, ["CODES.gguf"], written)] if isinstance(written, dict) else [first]
+    drawn = record.get("calibration")
+    calibrated = _drawn(drawn) if isinstance(drawn, dict) else {}
+    if "bits" in recipe:
+        options = {**recipe, **calibrated, "override": recipe.get("overrides")}
+        written, ggml = record.get("written"), recipe.get("ggml")
+        if not isinstance(written, dict) or not isinstance(ggml, str):
+            return [_command(Gptq, names, options)]
+        codes = f"{_CODES}/{variant_name(str(source['model']))}-{METHODS['gptq'].label}-{ggml.upper()}.gguf"
+        return [_command(Gptq, names, {**options, "out": _CODES}), _command(Ggml, [codes], written)]
+    if "type" in recipe:
+        weighed = [_command(Imatrix, names, {**calibrated, "out": imatrix})] if imatrix and calibrated else []
+        return [*weighed, _command(Ggml, names, {**recipe, "imatrix": imatrix})]
     if len(pair) == 2 and "delta" not in record:
         return [_command(Merge, names, {**recipe, "vocab": source.get("vocab")})]
-    of_file = "type" in recipe
-    return [_command(Ggml if of_file else Convert, names, recipe)] if {"type", "dtype"} & recipe.keys() else []
+    return [_command(Convert, names, recipe)] if "dtype" in recipe else []
 
 
 def _drawn(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from quantkit.sources import open_source
 from quantkit.verbs.verify.programs import Facts, Load, programs
 
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+_KEYS = ("general.", "quantkit.", "quantize.imatrix.")
 KV_TOKENS = 2048
 """Tokens whose keys and values are counted into the memory needed."""
 
@@ -129,7 +130,7 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
         calibration=calibration if isinstance(calibration, dict) else None,
         loads=tuple(programs(Facts.of(source))),
         record=own,
-        keys={key: value for key, value in keys.items() if key.startswith(("general.", "quantkit."))},
+        keys={key: value for key, value in keys.items() if key.startswith(_KEYS)},
         **settings,
     )
 

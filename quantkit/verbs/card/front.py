@@ -17,6 +17,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from quantkit.containers import CONTAINERS
 from quantkit.errors import SourceError, UsageError
+from quantkit.runs.atomic import read_text
 from quantkit.runs.links import is_foreign
 from quantkit.verbs.card.facts import ModelFacts
 from quantkit.verbs.card.measured import Loss, Measurements, TaskScores
@@ -52,10 +53,7 @@ def read_original(path: Path) -> Original:
         raise UsageError(f"--original {path}: no card there (a README.md)")
     if path.is_dir() and is_foreign(place, path):
         raise UsageError(f"--original {path}: its README.md is a link to outside the folder; name that file itself")
-    try:
-        content = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{place}: cannot be read: {error}") from error
+    content = read_text(place)
     if MARK in content:
         raise UsageError(f"--original {place}: quantkit wrote this card; give that of the model it was made from")
     content = content.removeprefix("\ufeff").replace("\r\n", "\n")
@@ -236,17 +234,22 @@ def _loss_results(loss: Loss) -> list[EvalResult]:
             metric_args=details,
         )
 
+    def spread(error: float | None) -> dict[str, float]:
+        return {} if error is None else {"stderr": error}
+
     against: dict[str, Any] = {"reference": loss.reference}
     rows = [result("perplexity", loss.perplexity, stderr=loss.stderr)]
     if loss.delta_ln_ppl is not None:
-        spread = {} if loss.delta_ln_ppl_stderr is None else {"stderr": loss.delta_ln_ppl_stderr}
-        rows.append(result("delta_ln_perplexity", loss.delta_ln_ppl, "change of log perplexity", **against, **spread))
+        error = spread(loss.delta_ln_ppl_stderr)
+        rows.append(result("delta_ln_perplexity", loss.delta_ln_ppl, "change of log perplexity", **against, **error))
     if loss.kl_divergence is not None:
         rest = {key: loss.kl_divergence[key] for key in _KL_ARGS if key in loss.kl_divergence}
         mean = loss.kl_divergence["mean"]
-        rows.append(result("kl_divergence", mean, "mean KL divergence in nats", **against, **rest))
+        error = spread(loss.kl_divergence_stderr)
+        rows.append(result("kl_divergence", mean, "mean KL divergence in nats", **against, **error, **rest))
     if loss.top1_agreement is not None:
-        rows.append(result("top1_agreement", loss.top1_agreement, "same most likely token", **against))
+        error = spread(loss.top1_agreement_stderr)
+        rows.append(result("top1_agreement", loss.top1_agreement, "same most likely token", **against, **error))
     return rows
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import UsageError, visible
-from quantkit.runs.limits import template_limit
+from quantkit.runs.limits import check_rendered, template_limit
 from quantkit.sources import open_source
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card.facts import ModelFacts
@@ -242,6 +242,7 @@ def _chat(folder: Path, first: ModelFacts, trust: bool) -> PromptForm | None:
         asked = [{"role": "user", "content": _ASKED}]
         with template_limit():
             text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        check_rendered(text, len(_ASKED))
     except Exception:  # no tokenizer: `verify` says so; a template is the model's own program and may raise anything
         return None
     return PromptForm("chat", text, "chat template") if _ASKED in text else None

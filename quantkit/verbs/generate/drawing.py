@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from quantkit.errors import NumericError
+from quantkit.errors import NOT_FINITE, NumericError
 from quantkit.options import Decoding
 
 
@@ -43,7 +43,7 @@ class _Finite(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if bool(torch.isnan(scores).any()):
-            raise NumericError("the model's logits are not finite; try --dtype float32")
+            raise NumericError(f"the model's {NOT_FINITE}")
         return scores
 
 

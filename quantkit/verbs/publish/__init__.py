@@ -100,10 +100,7 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     if "README.md" not in files and "README.md" not in state.files:
         progress.warn(f"{options.folder} has no README.md: `quantkit card` writes one")
     if options.verify:
-        from quantkit.verbs.verify import verify
-
-        trust = options.trust_remote_code
-        problems = verify(root, generate=not options.dry_run, trust_remote_code=trust, progress=progress).problems
+        problems = _problems(root, options, progress)
         if problems:
             more = f"; {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             found = "; ".join(problems[:_SHOWN]) + more
@@ -121,19 +118,33 @@ def publish(options: Publish, *, progress: Progress = SILENT) -> PublishReport:
     return replace(report, commit=commit, dry_run=False)
 
 
+def _problems(root: Path, options: Publish, progress: Progress) -> list[str]:
+    """What `quantkit verify` finds; a dry run only what it finds without torch."""
+    from quantkit.verbs.verify import glance, verify
+
+    if not options.dry_run:
+        return verify(root, trust_remote_code=options.trust_remote_code, progress=progress).problems
+    progress.note("a dry run looks at files and headers; before it sends, publish verifies weights and tokenizer too")
+    return glance(root, options.trust_remote_code, progress).problems
+
+
 def branch_of(folder: Path) -> str:
-    """The name of a GPTQ variant's branch, as repositories of 2023 had them.
+    """The name of a variant's branch, as repositories of 2023 had them.
 
     Raises:
-        UsageError: no GPTQ folder.
+        UsageError: no folder of codes.
     """
     from quantkit.containers.hf.read import quantization_of
+    from quantkit.sources import open_source
 
     found = quantization_of(folder) if (folder / "config.json").is_file() else {}
     container = of_folder(found)
     if container is None or container.recipe != "checkpoint":
-        raise UsageError("--branch auto names branches after GPTQ settings, and this is no GPTQ folder: name one")
-    return branch_name(found.get("bits"), found.get("group_size"), bool(found.get("desc_act")), container.name)
+        raise UsageError(
+            "--branch auto names branches after bits and groups; this is no GPTQ folder or other one of codes: name it"
+        )
+    said = found if "bits" in found else open_source(folder).settings
+    return branch_name(said.get("bits"), said.get("group_size"), bool(said.get("desc_act")), container.name)
 
 
 def branch_name(bits: object, group_size: object, desc_act: bool, kind: str) -> str:

@@ -15,7 +15,7 @@ from quantkit.errors import UsageError
 from quantkit.options.verbs import Release
 from quantkit.progress import SILENT, Progress, duration, size
 from quantkit.report import Column, Line, Report, Shown, Table
-from quantkit.runs.atomic import absolute
+from quantkit.runs.atomic import absolute, read_text
 from quantkit.runs.ledger import Ledger, locked
 from quantkit.runs.links import is_foreign
 from quantkit.runs.outputs import drop_left
@@ -160,4 +160,4 @@ def _original(source: Source) -> str | None:
     path = source.path / "README.md"
     if not path.is_file() or is_foreign(path, source.path):
         return None
-    return str(path) if MARK not in path.read_text(encoding="utf-8", errors="replace") else None
+    return str(path) if MARK not in read_text(path, "replace") else None

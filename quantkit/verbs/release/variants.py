@@ -191,7 +191,7 @@ class Workshop:
         made = tuple(self._add_file(variant, folder) for variant in variants)
         name = f"folder {repo}"
         weighed = any(isinstance(one, GgufVariant) and one.imatrix and not runs_gptq(one) for one in variants)
-        beside = {f"{self._recipe.name}-imatrix.gguf": self._imatrix} if weighed else {}
+        beside = [self._imatrix] if weighed else []
 
         def run(done: frozenset[str], again: bool) -> None:
             gather([model for model in made if model.step in done], folder, beside, again)
@@ -237,6 +237,8 @@ class Workshop:
         else:
             source = open_source(model, trust_remote_code=self._common["trust_remote_code"])
             record = {"recipe": dict(options), **origin(source)}
+            if weights is not None:
+                record["calibration"] = self._calibration.matrix.provenance.model_dump(mode="json")
         write_json(at.parent / REPORT_NAME, record)
 
     def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:
@@ -251,7 +253,8 @@ class Workshop:
 
     @property
     def _imatrix(self) -> Path:
-        return self._hidden / "files" / f"{IMATRIX}.gguf"
+        """The matrix, under the name that it is published by: files that are rounded by it note that."""
+        return self._hidden / "files" / f"{self._recipe.name}-imatrix.gguf"
 
     def _add_imatrix(self) -> Path:
         path = self._imatrix
@@ -332,8 +335,8 @@ def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str
     return {"type": variant.type, "split_max_size": variant.split_max_size, **ends_of(variant)}
 
 
-def gather(models: Collection[Made], folder: Path, beside: Mapping[str, Path], force: bool = False) -> None:
-    """A folder of the files that single steps made, of others under new names `beside` them, and one record of all.
+def gather(models: Collection[Made], folder: Path, beside: Collection[Path], force: bool = False) -> None:
+    """A folder of the files that single steps made, of others `beside` them, and one record of all.
 
     Raises:
         UsageError: none was made.
@@ -349,8 +352,8 @@ def gather(models: Collection[Made], folder: Path, beside: Mapping[str, Path], f
                 _link(part, staged / name)
                 record = read_record(model.at.parent)
                 records[name] = {key: value for key, value in record.items() if key != "files"}
-        for name, path in beside.items():
-            _link(path, staged / name)
+        for path in beside:
+            _link(path, staged / path.name)
         write_json(staged / REPORT_NAME, {"variants": records, "files": checksums(staged)})
 
 

@@ -12,9 +12,17 @@ from quantkit.blocks.open import resolve_device
 from quantkit.containers import CONTAINERS, Container, files, is_imatrix, load, of_file, of_folder
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.hf.pickled import PickledFiles
-from quantkit.containers.hf.read import check_plain, load_config, load_tokenizer, quantization_of
+from quantkit.containers.hf.read import (
+    check_config,
+    check_plain,
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    quantization_of,
+)
 from quantkit.containers.hf.shards import SafetensorsFiles
 from quantkit.containers.source import Source, TensorInfo
+from quantkit.errors import UsageError
 from quantkit.options.verbs import Verify
 from quantkit.progress import SILENT, Progress
 from quantkit.report import LEFT_OUT, Column, Report, Shown, Table
@@ -121,21 +129,17 @@ def verify(options: Verify, *, progress: Progress = SILENT) -> VerifyReport:
     Raises:
         UsageError: nothing is there, or no such device. What is wrong with a model is in the report.
     """
-    place = absolute(options.path)
     resolve_device(options.device)
     run = _Run(options.generate, options.device, options.trust_remote_code, progress)
-    name = place.name
-    if place.is_file():
-        return VerifyReport(name, (run.file(place, place.parent),))
-    inside = _model_files(place)
-    models = [run.file(file, None) for file in inside]
-    if (place / "config.json").is_file() or not inside:
-        return VerifyReport(name, (run.folder(place), *models))
-    found = Findings(place)
-    check_checksums(place, None, found, progress)
-    check_links(place, found)
-    check_folder_paths(place, found)
-    return VerifyReport(name, tuple(models), tuple(found.problems))
+    place = absolute(options.path)
+    if not place.is_file() and not place.is_dir():
+        raise UsageError(f"{options.path}: is neither file nor folder, so it is not opened")
+    return run.report(place)
+
+
+def glance(place: Path, trust_remote_code: bool, progress: Progress) -> VerifyReport:
+    """As much of it as takes no torch: checksums, headers, names, JSON files, local paths. No weight is looked at."""
+    return _Run(False, "cpu", trust_remote_code, progress, headers=True).report(place)
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,22 @@ class _Run:
     device: str
     trust: bool
     progress: Progress
+    headers: bool = False
+
+    def report(self, place: Path) -> VerifyReport:
+        """What is found of a folder or file."""
+        name = place.name
+        if place.is_file():
+            return VerifyReport(name, (self.file(place, place.parent),))
+        inside = _model_files(place)
+        models = [self.file(file, None) for file in inside]
+        if (place / "config.json").is_file() or not inside:
+            return VerifyReport(name, (self.folder(place), *models))
+        found = Findings(place)
+        check_checksums(place, None, found, self.progress)
+        check_links(place, found)
+        check_folder_paths(place, found)
+        return VerifyReport(name, tuple(models), tuple(found.problems))
 
     def folder(self, folder: Path) -> Verified:
         found = Findings(folder)
@@ -156,6 +176,8 @@ class _Run:
         with found.guard("metadata"):
             check_links(folder, found)
             check_folder_paths(folder, found)
+        if self.headers:
+            return self._headers(folder, found)
         config: PretrainedConfig | None = None
         content: dict[str, Any] = {}
         with found.guard("config.json"):
@@ -175,6 +197,22 @@ class _Run:
                 loads = programs(facts) if tensors else []
         sentence = None if delta else self._behave(folder, found)
         return _verified(folder.name, container.name, found, loads, sentence)
+
+    def _headers(self, folder: Path, found: Findings) -> Verified:
+        """What headers and names tell of a folder's model; of a pickle, whose header is torch's, names alone."""
+        label: dict[str, Any] = {}
+        with found.guard("config.json"):
+            check_config(folder)
+            label = quantization_of(folder)
+        _weights(folder, found)
+        if not found.problems and SafetensorsFiles.present(folder):
+            with found.guard("weights"):
+                open_source(folder, trust_remote_code=self.trust)
+        with found.guard("tokenizer"):
+            if not self.trust:
+                check_vocabulary(folder)
+        container = of_folder(label) or CONTAINERS["hf"]
+        return _verified(folder.name, container.name, found)
 
     def _tensors(
         self, folder: Path, config: PretrainedConfig | None, content: Mapping[str, Any], found: Findings
@@ -235,7 +273,7 @@ class _Run:
         for part in parts if container.metadata else []:
             with found.guard(part.name):
                 check_metadata_paths(part.name, load(container.metadata)(part), found)
-        if source is None:
+        if source is None or self.headers:
             return _verified(path.name, container.name, found)
         return self._opened(path.name, container.name, source, found)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.containers.hf.read import LOCAL_KEYS, unused_beyond
 from quantkit.errors import SourceError, first_line
-from quantkit.runs.atomic import read_json
-from quantkit.runs.limits import template_limit
+from quantkit.runs.atomic import read_json, read_text
+from quantkit.runs.limits import check_rendered, template_limit
 from quantkit.runs.links import foreign_files
 from quantkit.runs.panics import panics_as
 from quantkit.verbs.verify.findings import Findings, listed
@@ -120,6 +120,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, found: 
         try:
             with template_limit():
                 rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            check_rendered(rendered, len(_PROBE))
         except Exception as error:  # a template is the model's own program and may raise anything
             found.problem(f"the chat template cannot be rendered: {first_line(error)}; copy that of the source model")
             return
@@ -148,7 +149,7 @@ def check_folder_paths(folder: Path, found: Findings) -> None:
             if path.suffix == ".json":
                 check_strings(path.name, _strings(read_json(path)), found)
             elif path.suffix in (".csv", ".md", ".yaml", ".yml") or path.name == "SHA256SUMS":
-                lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+                lines = enumerate(read_text(path).splitlines(), 1)
                 pattern = _HOME if path.suffix == ".md" else _PATH
                 check_strings(path.name, ((f"line {number}", line) for number, line in lines), found, pattern)
 

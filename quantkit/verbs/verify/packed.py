@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import regex
-
 from quantkit.codes import contiguous_groups
 from quantkit.codes.packing import PACKABLE_BITS, unpack
+from quantkit.containers.patterns import fits
 from quantkit.containers.source import TensorInfo
-from quantkit.errors import SourceError, shortened
+from quantkit.errors import SourceError
 from quantkit.late import torch
 from quantkit.progress import Progress
 from quantkit.runs.atomic import read_json
@@ -32,8 +28,6 @@ _ABSURD_WEIGHT, _ABSURD_RATIO = 64.0, 1000.0
 # How near to a whole step the mean of all codes must lie, in steps, to tell the two readings of the zeros apart.
 _NEAR = 0.3
 _DECIDABLE_BITS = 4
-# Of a pattern: seconds to look at a name, characters, and the product of what it repeats, which takes memory.
-_PATTERN_SECONDS, _MOST_PATTERN, _MOST_REPEATS = 1.0, 100_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -103,24 +97,9 @@ def label_of(module: str, label: Mapping[str, Any]) -> Mapping[str, Any] | None:
         raise SourceError("config.json: `dynamic` of quantization_config is not patterns and what they change")
     for rule, changes in rules.items():
         pattern = rule.removeprefix("-:").removeprefix("+:")
-        try:
-            fits = _compiled(pattern).match(module, timeout=_PATTERN_SECONDS)
-        except (regex.error, TimeoutError, RecursionError, ValueError) as error:
-            raise SourceError(
-                f"config.json: the `dynamic` rule {shortened(pattern)!r} is no pattern: {error}"
-            ) from None
-        if fits:
+        if fits(pattern, module, "config.json: the `dynamic` rule"):
             return None if rule.startswith("-:") else {**label, **(changes or {})}
     return label
-
-
-@lru_cache(1 << 16)
-def _compiled(pattern: str) -> Any:
-    """A file's pattern; its matches can be given a limit, as those of `re` cannot. Raises ValueError for a bomb."""
-    repeats = (int(count) for count in re.findall(r"\{(?:\d*,)?(\d+)", pattern))
-    if len(pattern) > _MOST_PATTERN or math.prod(max(1, count) for count in repeats) > _MOST_REPEATS:
-        raise ValueError("it is too long, or repeats too much")
-    return regex.compile(pattern)
 
 
 @dataclass(frozen=True)

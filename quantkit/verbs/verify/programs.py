@@ -5,6 +5,7 @@ Nothing is loaded here; what a program reads is known from its code, or was meas
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit import late
 from quantkit.blocks.families import FAMILIES
 from quantkit.containers import CONTAINERS, load
+from quantkit.containers.compressed.scheme import Scheme, schemes_of
 from quantkit.containers.gptq.read import is_by_gptqmodel
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.runs.atomic import read_json
@@ -29,6 +31,10 @@ _TRANSFORMERS_NOT = {
     "falcon": "it does not replace Falcon's own Linear class and leaves its weights unread",
     "gpt2": "it initialises GPT-2's projections as if they were not quantized, and raises",
     **dict.fromkeys(("mixtral", "olmoe", "qwen3_moe"), "it leaves experts unquantized and their weights unread"),
+}
+_COMPRESSED_NOT = {
+    "falcon": "it initialises Falcon's own Linear class as if it were not quantized, and raises",
+    "gpt2": "it takes GPT-2's projections for no Linears and leaves their codes unread",
 }
 _GPTQMODEL_NOT = {
     "gpt_neox": "it looks for GPT-NeoX's head under another name and leaves it unread",
@@ -155,8 +161,10 @@ class Facts:
             if not name.endswith(".weight") or len(info.shape) != 2 or 0 in info.shape or "embed" in name:
                 continue
             module, block = name.removesuffix(".weight"), blocks.get(info.stored_as, 1)
-            label = label_of(module, self.label) or self.label
-            group = int(label.get("group_size", -1)) if info.bits else block if block > 1 else -1
+            group = info.group
+            if not group:
+                label = label_of(module, self.label) or self.label
+                group = int(label.get("group_size", -1)) if info.bits else block if block > 1 else -1
             found.append(Linear(module, *info.shape, info.bits, group))
         return found
 
@@ -203,13 +211,17 @@ def gptqmodel(facts: Facts) -> Iterator[str]:
 
 
 def vllm(facts: Facts) -> Iterator[str]:
-    packed = facts.packed
     yield from unknown_family(facts)
     if not facts.label.get("sym"):
         yield "its kernels take symmetric codes only: --sym"
-    if odd := sorted({linear.bits for linear in packed} - {4, 8}):
+    if odd := sorted({linear.bits for linear in facts.packed} - {4, 8}):
         yield f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
-    if odd := sorted({linear.group for linear in packed} - set(_MARLIN_GROUPS)):
+    yield from _by_marlin(facts)
+
+
+def _by_marlin(facts: Facts) -> Iterator[str]:
+    """Groups that kernels have, and one precision for what is fused."""
+    if odd := sorted({linear.group for linear in facts.packed} - set(_MARLIN_GROUPS)):
         yield f"its kernels take groups of 32, 64, 128 or whole rows, not {', '.join(map(str, odd))}"
     if short := facts.short:
         yield f"{short.module} is {short.columns} wide, no multiple of its group of {short.group}"
@@ -223,6 +235,39 @@ def vllm(facts: Facts) -> Iterator[str]:
             if len(precisions) > 1:
                 yield f"{'/'.join(fused)} of {parent} differ in precision, and it fuses them"
                 return
+
+
+def compressed_by_transformers(facts: Facts) -> Iterator[str]:
+    if facts.family in _COMPRESSED_NOT:
+        yield _COMPRESSED_NOT[facts.family]
+    if _are_asymmetric(facts):
+        experts = any(".experts." in linear.module for linear in facts.packed)
+        way = "" if experts else "; quantization_config=CompressedTensorsConfig(dequantize=True) reads them"
+        yield f"it expects zeros of asymmetric codes in another shape, and raises{way}"
+
+
+def compressed_by_vllm(facts: Facts) -> Iterator[str]:
+    yield from unknown_family(facts)
+    if odd := sorted({one.bits for one in _schemes(facts) if not one.symmetric} - {4, 8}):
+        yield f"of asymmetric codes its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}: --sym"
+    if _are_asymmetric(facts) and any(".experts." in one.module for one in facts.packed):
+        yield "of experts its kernels take symmetric codes only: --sym"
+    yield from _by_marlin(facts)
+
+
+def awq_by_vllm(facts: Facts) -> Iterator[str]:
+    yield from unknown_family(facts)
+    yield from _by_marlin(facts)
+
+
+def _are_asymmetric(facts: Facts) -> bool:
+    """Whether some codes of a compressed-tensors folder are."""
+    return any(not one.symmetric and not one.floats for one in _schemes(facts))
+
+
+def _schemes(facts: Facts) -> list[Scheme]:
+    """Config groups of a compressed-tensors folder."""
+    return schemes_of(facts.label, "config.json") if facts.label else []
 
 
 def autogptq(facts: Facts) -> Iterator[str]:
@@ -398,10 +443,10 @@ def _obstacles(config: PretrainedConfig, linears: Sequence[Linear], desc_act: bo
         rows, rest = divmod(linear.rows, parts)
         if rest:
             yield f"{linear.module}: {linear.rows} rows cannot be shared by {parts}"
-        elif linear.bits and rows % (32 // linear.bits):  # each part must be whole words of zeros
+        elif linear.bits and rows % _unit(linear):  # each part must be whole words of zeros
             yield (
                 f"{linear.module}: {linear.rows} rows over {parts} are {rows}, no whole number of words of "
-                f"{32 // linear.bits} codes"
+                f"{_unit(linear)} codes"
             )
 
 
@@ -411,9 +456,14 @@ def _by_columns(linear: Linear, desc_act: bool, size: int) -> Iterator[str]:
     where = f"{linear.module}: {linear.columns} columns over {size} are {linear.columns / size:g}"
     if linear.columns % size:
         yield f"{linear.module}: {linear.columns} columns cannot be shared by {size}"
-    elif linear.bits and part % (32 // linear.bits):
-        yield f"{where}, which is no whole number of words of {32 // linear.bits} codes"
+    elif linear.bits and part % _unit(linear):
+        yield f"{where}, which is no whole number of words of {_unit(linear)} codes"
     elif linear.group > 0 and part % linear.group:
         yield f"{where}, no multiple of the {'group' if linear.bits else 'block'} of {linear.group}"
     elif linear.bits and desc_act and linear.group > 0 and (part % _MARLIN_COLUMNS or linear.rows % _MARLIN_ROWS):
         yield f"{where} x {linear.rows} rows; with desc_act the cut needs multiples of 128 x 64"
+
+
+def _unit(linear: Linear) -> int:
+    """Codes that fill whole words."""
+    return 32 // math.gcd(32, linear.bits)

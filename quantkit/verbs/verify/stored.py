@@ -18,7 +18,7 @@ from quantkit.containers.hf.shards import STORED_DTYPES, SafetensorsFiles, read_
 from quantkit.containers.source import Source, TensorInfo, Weights
 from quantkit.late import torch
 from quantkit.progress import Progress
-from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json
+from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json, read_text
 from quantkit.runs.record import CHECKSUMS
 from quantkit.verbs.verify.findings import Findings, listed
 
@@ -222,7 +222,7 @@ def _recorded(folder: Path, found: Findings) -> dict[str, dict[str, str]]:
                 sums.setdefault(name, {})[REPORT_NAME] = str(checksum)
     if (folder / CHECKSUMS).is_file():
         with found.guard(CHECKSUMS):
-            for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
+            for line in read_text(folder / CHECKSUMS).splitlines():
                 checksum, _, name = line.partition(" ")
                 sums.setdefault(name.lstrip(" *"), {})[CHECKSUMS] = checksum
     return sums

@@ -97,6 +97,8 @@ def _models(root: Path, model: Any, tokenizer: Any) -> None:
     quantkit.gptq(plain, root / "gptq", bits=4, **options)
     label = json.loads((root / "gptq" / "config.json").read_text())["quantization_config"]
     (root / "gptq" / "quantize_config.json").write_text(json.dumps(label))
+    quantkit.gptq(plain, root / "compressed", bits=3, sym=False, format="compressed-tensors", **options)
+    quantkit.gptq(plain, root / "awq", sym=False, format="awq", **options)
     for name, old in (("bin", False), ("bin-old", True)):
         _pickled(plain, root / name, model.state_dict(), old)
     words = root / "words"

@@ -18,9 +18,12 @@ from dataclasses import dataclass, field
 from threading import local
 from typing import Any
 
+<<<<<<< HEAD
 from quantkit.blocks.families import Stages, weight_of
+=======
+from quantkit.blocks.families import ROUTED, Stages, weight_of
+>>>>>>> w-k
 from quantkit.blocks.memory import SLICE, MemoryPlan
-from quantkit.blocks.routing import ROUTED
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
@@ -119,9 +122,14 @@ def _kept_states(
 ) -> tuple[HiddenStates, HiddenStates]:
     """The states that enter each block, block after block and batch after batch; and those that leave the last."""
     kept = HiddenStates(stream.device, memory.kept)
+<<<<<<< HEAD
     with progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
         with torch.no_grad():
             hidden = stream.embed(list(batches), place=memory.hidden)
+=======
+    with torch.no_grad(), progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
+        hidden = stream.embed(list(batches), place=memory.hidden)
+>>>>>>> w-k
         with stream.reading_ahead(memory.prefetch):
             for index in range(len(stream.blocks)):
                 for state in hidden:

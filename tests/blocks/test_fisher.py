@@ -12,7 +12,6 @@ from conftest import MakeModel
 from quantkit.blocks import fisher
 from quantkit.blocks.fisher import StageSquares, fisher_squares
 from quantkit.blocks.memory import MemoryPlan
-from quantkit.blocks.routing import ROUTED
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares
 from quantkit.progress import SILENT

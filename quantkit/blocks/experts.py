@@ -12,12 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-<<<<<<< HEAD
-from quantkit.blocks.families import ExpertNames
-from quantkit.blocks.routing import routing
-=======
 from quantkit.blocks.families import ExpertNames, routed
->>>>>>> w-k
 
 
 class Expert(nn.Module):
@@ -71,11 +66,7 @@ class Experts(nn.Module):
                 token = place = top_k_index[:0, 0]
             else:
                 token, place = torch.where(top_k_index == number)
-<<<<<<< HEAD
-            with routing(token):
-=======
             with routed(token):
->>>>>>> w-k
                 result = expert(hidden_states[token]) * top_k_weights[token, place, None]
             total.index_add_(0, token, result.to(total.dtype))
         return total
@@ -91,11 +82,7 @@ class WeightedExperts(Experts):
         for number, expert in enumerate(self.children()):
             given = hidden_states[number * tokens : (number + 1) * tokens]
             token = given[:0, 0].long() if isinstance(given, FakeTensor) else torch.where(given.any(dim=-1))[0]
-<<<<<<< HEAD
-            with routing(token):
-=======
             with routed(token):
->>>>>>> w-k
                 result = expert(given[token])
             total.index_add_(0, token + number * tokens, result.to(total.dtype))
         return total

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -30,6 +31,21 @@ class ExpertNames:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+
+
+ROUTED: ContextVar[torch.Tensor | None] = ContextVar("ROUTED", default=None)
+"""While an expert runs: the numbers of its tokens in the batch, int64 [n], ascending. Paused forwards each have their
+own, as a greenlet has its own context."""
+
+
+@contextmanager
+def routed(tokens: torch.Tensor) -> Iterator[None]:
+    """While inside, `ROUTED` are these; a forward may be ended there."""
+    ROUTED.set(tokens)
+    try:
+        yield
+    finally:
+        ROUTED.set(None)
 
 
 def linear_names(module: nn.Module) -> list[str]:

@@ -18,11 +18,7 @@ from dataclasses import dataclass, field
 from threading import local
 from typing import Any
 
-<<<<<<< HEAD
-from quantkit.blocks.families import Stages, weight_of
-=======
 from quantkit.blocks.families import ROUTED, Stages, weight_of
->>>>>>> w-k
 from quantkit.blocks.memory import SLICE, MemoryPlan
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
@@ -122,14 +118,8 @@ def _kept_states(
 ) -> tuple[HiddenStates, HiddenStates]:
     """The states that enter each block, block after block and batch after batch; and those that leave the last."""
     kept = HiddenStates(stream.device, memory.kept)
-<<<<<<< HEAD
-    with progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
-        with torch.no_grad():
-            hidden = stream.embed(list(batches), place=memory.hidden)
-=======
     with torch.no_grad(), progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
->>>>>>> w-k
         with stream.reading_ahead(memory.prefetch):
             for index in range(len(stream.blocks)):
                 for state in hidden:
@@ -137,7 +127,7 @@ def _kept_states(
                 with stream.block(index) as block:
 
                     def forward(i: int, index: int = index, block: nn.Module = block) -> torch.Tensor:
-                        with torch.no_grad():
+                        with torch.no_grad():  # in threads of their own too
                             return stream.call(index, block, i, hidden.take(i))
 
                     for i, output in workers.each(forward):

@@ -19,12 +19,7 @@ from typing import Any, NamedTuple
 from greenlet import getcurrent, greenlet
 
 from quantkit.blocks.budget import large_apart, let_go
-<<<<<<< HEAD
-from quantkit.blocks.families import hooked, shape_of
-from quantkit.blocks.routing import ROUTED
-=======
 from quantkit.blocks.families import ROUTED, hooked, shape_of
->>>>>>> w-k
 from quantkit.blocks.workers import Workers
 from quantkit.errors import SourceError
 from quantkit.late import nn, torch

@@ -10,6 +10,7 @@ import torch
 from conftest import MakeModel
 
 from quantkit.blocks import fisher
+from quantkit.blocks.families import ROUTED
 from quantkit.blocks.fisher import StageSquares, fisher_squares
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.stream import ModelStream

@@ -154,8 +154,8 @@ class Stopping(Recorder):
     ("flags", "slow", "pays"),
     [
         ("fpu avx2", torch.float32, False),
-        ("fpu avx512_bf16", torch.float32, False),
-        ("fpu amx_bf16", torch.bfloat16, False),
+        ("fpu avx512_bf16", torch.float32, True),
+        ("fpu avx512_bf16", torch.bfloat16, False),
         ("fpu amx_bf16 amx_tile", torch.float32, True),
     ],
 )

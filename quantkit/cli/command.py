@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from quantkit.blocks.budget import tune
 from quantkit.cli import console
 from quantkit.options import Terminal, make, verbs
-from quantkit.options.spec import Options, bare, choices, members
+from quantkit.options.spec import Options, bare, choices, members, words_of
 from quantkit.runs.ranks import joined
 
 _REMEDIES = {True: "go on with --resume, with as many processes as are left", False: "start it again"}
@@ -140,7 +140,7 @@ def _parameter(spec: type[Options], name: str) -> inspect.Parameter:
             help=help,
             show_default=shown,
             rich_help_panel=spec.panel_of(name),
-            autocompletion=_words(choices(field.annotation)),
+            autocompletion=_words(words_of(field)),
         )
     annotation = Annotated[taken, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

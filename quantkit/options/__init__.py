@@ -28,6 +28,7 @@ from quantkit.options.spec import Spec as Spec
 from quantkit.options.spec import Typed as Typed
 from quantkit.options.spec import make as make
 from quantkit.options.values import (
+    DataName,
     DeviceName,
     Divergence,
     Interval,
@@ -206,7 +207,9 @@ class Calibration(Drawing):
     """Text the Hessians are taken over."""
 
     panel: ClassVar[str] = "Calibration"
-    calibration: Annotated[str, AfterValidator(check_data)] | tuple[str, ...] | DrawnWindows = "evol-instruct-sample"
+    calibration: Annotated[DataName, AfterValidator(check_data)] | tuple[str, ...] | DrawnWindows = (
+        "evol-instruct-sample"
+    )
     """Data set: a name, NAME:FILE for a local copy of it, a file (JSON, JSON lines, Parquet, text) or a Hub id
     (owner/name[@revision][:file]); several by weight as A:0.7,B:0.3."""
 
@@ -214,14 +217,14 @@ class Calibration(Drawing):
 class CalibrationSpec(Drawing):
     """The same in a recipe; `data` is a data set, or several by weight."""
 
-    data: str = "evol-instruct-sample"
+    data: DataName = "evol-instruct-sample"
 
 
 class Text(Options):
     """What a model is judged on."""
 
     panel: ClassVar[str] = "Judging"
-    text: str = HELDOUT
+    text: DataName = HELDOUT
     """Evaluation text: a data set name, wikitext2 (its test split), wikitext2:FILE, or a file."""
 
 
@@ -229,7 +232,7 @@ class Texts(Options):
     """What variants are compared on."""
 
     panel: ClassVar[str] = "Judging"
-    texts: Annotated[tuple[str, ...], Typed("--text")] = (HELDOUT,)
+    texts: Annotated[tuple[DataName, ...], Typed("--text")] = (HELDOUT,)
     """Evaluation text: a data set name, wikitext2 (its test split), wikitext2:FILE, or a file; may be repeated."""
 
     @field_validator("texts")

@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from quantkit.errors import UsageError, meant, shortened
 
@@ -40,8 +41,15 @@ class Typed:
     bare: str = ""
 
 
+@dataclass(frozen=True)
+class Words:
+    """What `Annotated` says of a text that is one of these: more of them than a Literal's, which help would list."""
+
+    words: tuple[str, ...]
+
+
 class Spec(BaseModel):
-    """Base of all specs: immutable, closed, written to and read from JSON. Literals are read blind to case."""
+    """Base of all specs: immutable, closed, written to and read from JSON. Known words are read blind to case."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True, arbitrary_types_allowed=True)
 
@@ -51,8 +59,8 @@ class Spec(BaseModel):
         if not isinstance(given, Mapping):
             return given
         given = {cls._known_as(name): value for name, value in given.items()}
-        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
-        return {name: _as_meant(value, kinds[name]) if name in kinds else value for name, value in given.items()}
+        fields = cls.model_fields
+        return {name: _as_meant(value, fields[name]) if name in fields else value for name, value in given.items()}
 
     @classmethod
     def _known_as(cls, key: str) -> str:
@@ -158,17 +166,23 @@ def choices(kind: Any) -> tuple[str, ...]:
     return next((get_args(one) for one in members(kind) if get_origin(one) is Literal), ())
 
 
+def words_of(field: FieldInfo) -> tuple[str, ...]:
+    """The words that a field is one of; none where it may be anything."""
+    told = [*field.metadata, *(one for kind in members(field.annotation) for one in getattr(kind, "__metadata__", ()))]
+    return choices(field.annotation) or next((one.words for one in told if isinstance(one, Words)), ())
+
+
 def alone(kind: Any) -> bool:
     """Whether a type is several texts or paths, for which one by itself may be given."""
     kind = bare(kind)
     return get_origin(kind) is tuple and bare(members(bare(get_args(kind)[0]))[0]) in (str, Path)
 
 
-def _as_meant(value: Any, kind: Any) -> Any:
-    """A word of a Literal as it is spelled there; one path or text as the only one of several."""
-    if isinstance(value, str | Path) and alone(kind):
+def _as_meant(value: Any, field: FieldInfo) -> Any:
+    """A known word as it is spelled; one path or text as the only one of several."""
+    if isinstance(value, str | Path) and alone(field.annotation):
         return (value,)
-    return _as_spelled(value, choices(kind)) if isinstance(value, str) else value
+    return _as_spelled(value, words_of(field)) if isinstance(value, str) else value
 
 
 def _as_spelled(value: str, words: Iterable[str]) -> str:

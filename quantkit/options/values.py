@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkabl
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from quantkit.errors import UsageError, meant
+from quantkit.options.spec import Words
 
 GgmlType = Literal[
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"
@@ -47,6 +48,7 @@ HUB_DATA = re.compile(
 _WEIGHTED = re.compile(r"(?P<data>.+):(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
 _NO_OWNERS = ("models", "datasets", "spaces")  # the Hub gives these names to nobody
 _WIKITEXT2 = "wikitext2"
+_KNOWN_DATA = re.compile(rf"(?<![^,\s])({'|'.join(sorted(DATA_NAMES, reverse=True))})(?=$|[:,])", re.IGNORECASE)
 
 
 # -- sizes, times, numbers ---------------------------------------------------------------------------------------------
@@ -112,6 +114,17 @@ def _must(hold: Callable[[Any], object], advice: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _one_of(*words: str) -> tuple[Words, AfterValidator]:
+    """For texts that are one of the words."""
+
+    def check(value: str) -> str:
+        if value not in words:
+            raise ValueError(f"choose {', '.join(words)}{meant(value, words)}")
+        return value
+
+    return Words(words), AfterValidator(check)
 
 
 # -- names of things ---------------------------------------------------------------------------------------------------
@@ -206,11 +219,16 @@ def parse_mixture(spec: str) -> tuple[tuple[str, float], ...]:
     return tuple(parts)
 
 
+def _known_data(spec: str) -> str:
+    """With the names of data sets as they are spelled, in whatever case they are typed."""
+    return spec if os.path.exists(spec) else _KNOWN_DATA.sub(lambda found: found[0].lower(), spec)
+
+
 def no_data(spec: str) -> UsageError:
     """The error of a data set that nothing is known of."""
     return UsageError(
         f"no such data: {spec!r} is neither a file nor a known name ({', '.join(DATA_NAMES)}) "
-        "nor a Hub data set (owner/name or owner/name:file)"
+        f"nor a Hub data set (owner/name or owner/name:file){meant(spec, DATA_NAMES)}"
     )
 
 
@@ -264,6 +282,8 @@ def _part(given: str | float) -> str | float:
 
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
+DataName = Annotated[str, AfterValidator(_known_data)]
+"""A known name, NAME:FILE, a file, a Hub id."""
 Interval = Annotated[str, _parsed(parse_every)]
 TokenCount = Annotated[
     str | int,
@@ -287,12 +307,12 @@ DeviceName = Annotated[
     str,
     _must(re.compile(r"(auto|(cpu|cuda)(:\d+)?)").fullmatch, "not a device to run on; use auto, cpu, cuda or cuda:N"),
 ]
-FileType = Annotated[str, _must(("auto", *FILE_TYPES).__contains__, f"choose auto, {', '.join(FILE_TYPES)}")]
+FileType = Annotated[str, *_one_of("auto", *FILE_TYPES)]
 _MIXTURES = ("iq2_m", "iq3_xs", "iq3_m")  # which have no kind of their name
 _KINDS = tuple(dict.fromkeys(re.sub(r"_k_[sml]$", "_k", kind) for kind in FILE_TYPES if kind not in _MIXTURES))
-KindName = Annotated[str, _must(("auto", *_KINDS).__contains__, f"choose auto, {', '.join(_KINDS)}")]
+KindName = Annotated[str, *_one_of("auto", *_KINDS)]
 """A type of matrices."""
-GridType = Annotated[str, _parsed(gptq_type)]
+GridType = Annotated[str, Words(FILE_TYPES), _parsed(gptq_type)]
 Folders = Annotated[Mapping[str, Place], BeforeValidator(_named_folders)]
 
 

@@ -168,6 +168,15 @@ class Recipe(Spec):
     card: CardRecipe = Field(default_factory=lambda: make(CardRecipe))
     publish: PublishingRecipe | None = None
 
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _kinds_in_small_letters(cls, value: Any) -> Any:
+        """`kind` tells which spec reads a variant, so that no spec has spelled it yet."""
+        if not isinstance(value, list | tuple):
+            return value
+        told = [(one, one.get("kind") if isinstance(one, dict) else None) for one in value]
+        return [{**one, "kind": kind.lower()} if isinstance(kind, str) else one for one, kind in told]
+
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:

@@ -158,6 +158,8 @@ def test_a_shell_completes_commands_options_and_words() -> None:
     assert offered("quantkit gptq --act", 2) == ["--act-order"]
     assert offered("quantkit gptq --act-order ", 3) == ["static", "dynamic", "off"]
     assert offered("quantkit ggml --container gg", 3) == ["gguf", "ggjt"]
+    assert offered("quantkit ggml --type q8", 3) == ["q8_0"]
+    assert offered("quantkit gptq --ggml q5_k_", 3) == ["q5_k_s", "q5_k_m"]
 
 
 # -- requests that can be carried out, and may not be meant --------------------------------------------------------

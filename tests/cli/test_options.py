@@ -22,6 +22,7 @@ from quantkit.options import Ends, GgmlType, Grid, Options, QuantSpec, SuiteName
 from quantkit.tokens import KNOWN_NAMES
 from quantkit.verbs import _in_arguments
 from quantkit.verbs.eval.tasks import SUITES
+from quantkit.verbs.recipe import Recipe
 
 SPECS = {name: spec_of(name) for name in cli.COMMANDS}
 BESIDES = {"progress", "ranks", "person"}
@@ -88,10 +89,23 @@ def test_the_help_has_a_panel_for_each_group(
 def test_words_are_read_blind_to_case() -> None:
     spec = make(verbs.Gptq, model="o/m", act_order="STATIC", dtype="BFloat16", override={"*": {"ggml": "q4_0"}})
     assert (spec.act_order, spec.dtype, spec.override["*"].ggml) == ("static", "bfloat16", "Q4_0")
+    spec = make(verbs.Gptq, model="o/m", ggml="Q4_K_M", output_type="Q6_K", text="WikiText2", calibration="Alpaca")
+    assert (spec.ggml, spec.output_type, spec.text, spec.calibration) == ("q4_k_m", "q6_k", "wikitext2", "alpaca")
+    assert (
+        make(verbs.Gptq, model="o/m", calibration="C4:.5, Evol-Instruct-V2:1").calibration
+        == "c4:.5, evol-instruct-v2:1"
+    )
+    file = make(verbs.Ggml, model="o/m", type="IQ4_XS", container="GGUF", embedding_type="F16")
+    assert (file.type, file.container, file.embedding_type) == ("iq4_xs", "gguf", "f16")
+    variants = [{"kind": "GGUF", "type": "Q4_K_M", "output_type": "Q6_K"}, {"kind": "Gptq", "bits": 4}]
+    told = Recipe.model_validate({"name": "x", "source": {"model": "o/m"}, "variants": variants})
+    assert [(one.kind, one.title) for one in told.variants] == [("gguf", "Q4_K_M"), ("gptq", "4bit-128g")]
 
 
 def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "gptq", "--act-order", "Off", "no/such/model")
+    assert (code, "no/such/model" in err) == (2, True)
+    code, _, err = run(capsys, "ggml", "--type", "Q4_K_M", "no/such/model")
     assert (code, "no/such/model" in err) == (2, True)
 
 
@@ -120,6 +134,7 @@ def test_words_are_read_blind_to_case_on_the_command_line(capsys: pytest.Capture
         ("gptq --checkpoint-every 0", f"--checkpoint-every 0: {EVERY}"),
         ("gptq --device tpu", "--device tpu: not a device to run on; use auto, cpu, cuda or cuda:N"),
         ("gptq --ggml q4_9", "--ggml q4_9: GPTQ goes to "),
+        ("ggml o/m --type Q4_KM", "--type Q4_KM: choose auto, f32, f16, bf16, q4_0, "),
         ("gptq --ggml iq2_s", "--ggml iq2_s: GPTQ goes to "),
         ("ggml o/m --type q4_9", "--type q4_9: choose auto, f32, f16, bf16, q4_0, "),
         ("ggml o/m --output-type q4_k_m", "--output-type q4_k_m: choose auto, f32, f16, bf16, q4_0, "),

@@ -50,8 +50,8 @@ class Groups(Options):
     """Columns that share a scale, -1: whole rows; default 128, or what --ggml has."""
 
 
-class FilledGrid(Groups, Coding):
-    """How weights become codes."""
+class Solving(Options):
+    """How codes are found, and of what."""
 
     panel: ClassVar[str] = "Grid"
     sym: Annotated[bool, Typed("--sym/--asym")] = True
@@ -70,6 +70,12 @@ class FilledGrid(Groups, Coding):
     """Quantize only modules that match, such as '*.mlp.*'; may be repeated."""
     exclude: tuple[str, ...] = ()
     """Leave modules that match as they are; may be repeated."""
+
+
+class FilledGrid(Coding, Groups, Solving):
+    """How weights become codes."""
+
+    panel: ClassVar[str] = "Grid"
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

@@ -592,7 +592,7 @@ def test_code_that_comes_with_a_model_goes_with_it(
         assert code == {"configuration_own.py", "helping_own.py", "modeling_own.py"}
         assert quantkit.verify(folder, generate=False, trust_remote_code=True).problems == []
     with pytest.raises(SourceError, match="--trust-remote-code"):
-        open_source(tmp_path / "out")
+        _ = open_source(tmp_path / "out").config
     (problem,) = quantkit.verify(tmp_path / "out", generate=False).problems
     assert "--trust-remote-code" in problem
     left_out = open_source(model, trust_remote_code=True).left_out

@@ -47,4 +47,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_LIKE_BUILTINS})
+    """What there is to use: not what this module is made of."""
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_LIKE_BUILTINS})

@@ -102,6 +102,14 @@ def first_line(error: BaseException) -> str:
     return lines[-1 if lines[0].rstrip().endswith(":") else 0].strip() or type(error).__name__
 
 
+def yaml_fault(error: Exception) -> str:
+    """What is wrong with a text that is no YAML, and where in it."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem and mark:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}"
+    return " ".join(str(error).split())
+
+
 def _out_of_memory(error: BaseException) -> str:
     """A line where the system or torch had no memory to give; "" for other errors.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -55,7 +56,10 @@ def test_a_notebook_type_checks(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_names_are_listed_and_replace_nothing_of_python_s() -> None:
-    assert set(cli.COMMANDS) <= set(dir(quantkit))
+    shown = {name for name in dir(quantkit) if not name.startswith("__")}
+    assert shown == {*cli.COMMANDS, "QuantkitError", "QuantkitWarning", "UsageError", "tune"}
+    for name in cli.COMMANDS:
+        assert re.search(r"(?<![`\w])--[a-z]", str(getattr(quantkit, name).__doc__)) is None, name
     assert callable(quantkit.eval)
     given: dict[str, Any] = {}
     exec("from quantkit import *", given)

@@ -78,7 +78,7 @@ class Revision(Options):
 
     panel: ClassVar[str] = "Model"
     revision: str | None = None
-    """Branch, tag or commit of a Hub id; of --delta or DELTA, beside a base."""
+    """Branch, tag or commit of a Hub id."""
 
 
 class Model(Revision):
@@ -113,6 +113,7 @@ class Pair(Base, Delta, Model):
     helps: ClassVar[Mapping[str, str]] = {
         "base": "Instead of MODEL: the base that --delta is added to, as merge would.",
         "delta": "What is added to --base.",
+        "revision": "Branch, tag or commit of a Hub id; beside --base, of --delta.",
     }
 
 

@@ -139,12 +139,18 @@ class Sum(Dtype, Base, Opened, Merging, Trust, Shards, Out, DryRun, Force):
 
 class Merge(Sum, Delta):
     arguments: ClassVar[tuple[str, ...]] = ("base", "delta")
-    helps: ClassVar[Mapping[str, str]] = {"dtype": "Of the weights; auto: the tuned model's, or else DELTA's."}
+    helps: ClassVar[Mapping[str, str]] = {
+        "dtype": "Of the weights; auto: the tuned model's, or else DELTA's.",
+        "revision": "Branch, tag or commit of DELTA, a Hub id.",
+    }
 
 
 class Diff(Sum):
     arguments: ClassVar[tuple[str, ...]] = ("base", "tuned")
-    helps: ClassVar[Mapping[str, str]] = {"dtype": "Of the differences; auto: float32."}
+    helps: ClassVar[Mapping[str, str]] = {
+        "dtype": "Of the differences; auto: float32.",
+        "revision": "Branch, tag or commit of TUNED, a Hub id.",
+    }
     tuned: Name
     """The model made from it: folder, GGUF file or Hub id."""
 

@@ -15,7 +15,7 @@ from quantkit.errors import CalibrationError, SourceError, UsageError
 from quantkit.late import torch
 from quantkit.options import Drawing, DrawnWindows, EvaluationSpec
 from quantkit.options.values import PACKED_SUFFIXES, is_wikitext2
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, counted
 from quantkit.tokens import (
     Dataset,
     Provenance,
@@ -137,7 +137,7 @@ def _dataset_of(texts: Sequence[str]) -> Dataset:
     """Texts as a data set of plain records, without those of white space alone."""
     records = tuple(Record(str(number), text=text) for number, text in enumerate(texts) if text.strip())
     digest = hashlib.sha256("\0".join(texts).encode(errors="surrogatepass"))
-    return Dataset(f"{len(texts)} texts", digest.hexdigest(), records)
+    return Dataset(counted(len(texts), "text"), digest.hexdigest(), records)
 
 
 def check_tokens(tokens: torch.Tensor, source: Source) -> None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from quantkit.containers import CONTAINERS
-from quantkit.errors import SourceError, UsageError, shortened
+from quantkit.errors import SourceError, UsageError, shortened, yaml_fault
 from quantkit.options import (
     METHODS,
     Amount,
@@ -244,7 +244,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect
-        raise UsageError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: no YAML: {yaml_fault(error)}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: a recipe is a mapping with name, source and variants")
     try:

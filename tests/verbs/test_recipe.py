@@ -57,7 +57,7 @@ calibration: {{data: text.txt}}
     [
         ("- a", "a recipe is a mapping with name, source and variants"),
         ("1: 2", "keys are names"),
-        ("name: [", "no YAML"),
+        ("name: [x\n", "recipe.yaml: no YAML: line 2, column 1: expected ',' or ']', but got '<stream end>'"),
         ("name: a\nname: b", "name is given twice"),
         ("name: ../a\n" + GPTQ, "name: use letters, digits and . _ - (got '../a')"),
         ("name: a\nvariants: []", "variants: name at least one"),

@@ -13,7 +13,7 @@ import huggingface_hub  # which imports what it has when that is used
 import yaml
 
 from quantkit.containers import CONTAINERS
-from quantkit.errors import SourceError, UsageError
+from quantkit.errors import SourceError, UsageError, yaml_fault
 from quantkit.runs.atomic import read_text
 from quantkit.runs.links import is_foreign
 from quantkit.verbs.card.facts import ModelFacts
@@ -62,7 +62,7 @@ def read_original(path: Path) -> Original:
     try:
         data = yaml.load(re.sub(r"([:-])\t[ \t]*", r"\1 ", found[2]), Loader=_Yaml12)
     except Exception as error:  # YAML's own, and what its makers of values raise on others than they expect
-        raise SourceError(f"{place}: its front matter is no YAML: {' '.join(str(error).split())}") from None
+        raise SourceError(f"{place}: its front matter is no YAML: {yaml_fault(error)}") from None
     data = data if isinstance(data, dict) else {}
     for key in _KEPT.intersection(data):
         if not all(one is None or isinstance(one, str) for one in _as_list(data[key])):

@@ -35,6 +35,7 @@ from quantkit.blocks.open import DTYPES, resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes
 from quantkit.containers.source import TensorInfo
+from quantkit.late import dtype_of
 from quantkit.options import QuantSpec
 from quantkit.quantize import gptq, kernels
 from quantkit.quantize.blockwise import quantize_blocks
@@ -71,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     tune()
     device = resolve_device(args.device)
-    dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    dtype = dtype_of(args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     source = RandomLlama(_config(args), dtype)
     tokens = torch.randint(_VOCABULARY, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0))
     spec = QuantSpec(bits=args.bits, group_size=args.group_size)

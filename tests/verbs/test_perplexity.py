@@ -232,7 +232,7 @@ def test_wikitext2_that_cannot_be_read_names_the_file(content: bytes | None, bas
     file = tmp_path / "wiki.raw"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(CalibrationError, match=r"wiki\.raw"):
+    with pytest.raises(UsageError if content is None else CalibrationError, match=r"wiki\.raw"):
         run([base], f"wikitext2:{file}", seq_len=32)
 
 

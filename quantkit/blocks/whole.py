@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source
-from quantkit.errors import SourceError, first_line
+from quantkit.errors import SourceError, UsageError, first_line
 from quantkit.late import torch, transformers
-from quantkit.progress import SILENT, Progress
+from quantkit.progress import SILENT, Progress, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,28 @@ def load_on_kernels(stream: ModelStream, trust_remote_code: bool = False, progre
     kernels = _kernels(model)
     progress.note(f"{stream.source.label}: runs on GPTQModel's kernels ({kernels})")
     return Loaded(model, kernels)
+
+
+def check_room(stream: ModelStream, why: str, progress: Progress) -> None:
+    """Refuse a model that is more, whole, than `--memory` says; warn of one that is more than is free.
+
+    Args:
+        stream: of the model.
+        why: it is loaded whole.
+        progress: receives the warning.
+
+    Raises:
+        UsageError: the first.
+    """
+    tensors, budget = stream.weights.tensors, stream.budget
+    shapes = [tensors[name].shape for name in set(stream.weights.names.values()) if name in tensors]
+    needed = stream.dtype.itemsize * sum(map(math.prod, shapes))
+    if needed <= budget.here:
+        return
+    takes = f"{why}, and {stream.source.label} takes {size(needed)} in {str(stream.dtype).removeprefix('torch.')}"
+    if budget.named:
+        raise UsageError(f"--memory {size(budget.here)}: {takes}")
+    progress.warn(f"{takes}, where {size(budget.here)} can be counted on")
 
 
 def fill(stream: ModelStream, progress: Progress = SILENT) -> PreTrainedModel:

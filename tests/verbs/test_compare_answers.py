@@ -14,8 +14,12 @@ from conftest import MakeModel, Recorder, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
+from quantkit.blocks.budget import Budget
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.whole import check_room
 from quantkit.cli.app import main
 from quantkit.errors import CalibrationError, QuantkitError, UsageError
+from quantkit.sources import open_source
 from quantkit.tokens.datasets import HELD_OUT, read_bundled
 from quantkit.verbs.compare import CompareReport
 from quantkit.verbs.compare.answers import Agreement, Said, _place
@@ -257,6 +261,22 @@ def test_a_stopped_comparison_goes_on_to_the_same_bytes(
     for name in ("report.json", "report.html", "report.md", "quantkit.json"):
         assert (out / name).read_bytes() == (report.out / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_model_that_does_not_fit_in_whole_is_told_before_the_work(
+    family: list[Path], prompts: Path, text: Path, tmp_path: Path, recorder: Recorder
+) -> None:
+    said = "for answers to prompts each model is loaded whole, and tiny takes "
+    with pytest.raises(UsageError, match=rf"^memory=100\.0 kB: {said}[\d.]+ kB in float32$"):
+        run(family, tmp_path / "report", text, prompts=prompts, memory="100KB", progress=recorder)
+    assert list(tmp_path.iterdir()) == recorder.phases == []
+    stream = ModelStream(open_source(family[0]), torch.device("cpu"), torch.float32)
+    check_room(stream, "why", recorder)
+    assert recorder.warnings == []
+    stream.memory = Budget(1000)
+    check_room(stream, "why", recorder)
+    assert len(recorder.warnings) == 1
+    assert recorder.warnings[0].endswith(", where 1.0 kB can be counted on")
 
 
 def test_force_starts_anew_and_nothing_answered_leaves_nothing(

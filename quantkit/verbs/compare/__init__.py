@@ -12,6 +12,7 @@ from typing import Any
 
 from quantkit.blocks.open import fitted, note_source, stream_of
 from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.whole import check_room
 from quantkit.containers.describe import describe
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
@@ -121,6 +122,8 @@ def compare(options: Compare, *, progress: Progress = SILENT, ranks: Ranks = ALO
     where = ranks.device(options.device), options.dtype
     streams = [stream_of(source, *where, memory=options.memory) for source in sources]
     specs = [fitted(spec, streams, asked=options.seq_len is not None, progress=progress) for spec in specs]
+    for stream in streams if questions else ():
+        check_room(stream, "for answers to --prompts each model is loaded whole", progress)
     origins = ranks.from_first(lambda: _origins(sources, progress))
     staged = staged_report(place, questions, streams[0], origins, options.resume, options.force)
     with staged if ranks.first else nullcontext((place, None)) as (folder, journal):

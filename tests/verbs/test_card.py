@@ -26,6 +26,7 @@ from quantkit.progress import number
 from quantkit.tokens.records import STYLES
 from quantkit.verbs.card import CardReport, card, fill_template
 from quantkit.verbs.card.advice import advice
+from quantkit.verbs.card.command import commands_of
 from quantkit.verbs.card.facts import ModelFacts
 from quantkit.verbs.card.measured import Loss, Measurements
 from quantkit.verbs.card.usage import hints
@@ -822,3 +823,18 @@ def test_names_are_quoted_for_where_they_stand() -> None:
     strings = [node.value for node in ast.walk(parsed) if isinstance(node, ast.Constant)]
     assert hostile in strings
     assert "o/it's" in strings
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "commands"),
+    [
+        ({"repack": "awq", "group_size": None}, {}, ["quantkit repack m --to awq"]),
+        ({"dtype": "bfloat16"}, {}, ["quantkit convert m --dtype bfloat16"]),
+        ({"method": "round", "bits": 3}, {"calibration": {}}, ["quantkit gptq m --method round --bits 3"]),
+        ({"type": "q4_k_m", "imatrix": None}, {}, ["quantkit ggml m --type q4_k_m --imatrix i.gguf"]),
+        ({"bits": 4, "ggml": 5}, {"written": {}, "calibration": 3}, ["quantkit gptq m --ggml 5 --bits 4"]),
+        ({"neither": 1}, {}, []),
+    ],
+)
+def test_commands_of_a_record(recipe: dict[str, Any], more: dict[str, Any], commands: list[str]) -> None:
+    assert commands_of({"source": {"model": "m"}, "recipe": recipe, **more}, "i.gguf") == commands

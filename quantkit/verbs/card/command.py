@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.options import Options
 from quantkit.options.grid import METHODS
-from quantkit.options.verbs import Convert, Ggml, Gptq, Imatrix, Merge
+from quantkit.options.verbs import Convert, Ggml, Gptq, Imatrix, Merge, Repack
 from quantkit.sources import variant_name
 from quantkit.tokens.datasets import KNOWN_HUB
 
@@ -44,6 +44,8 @@ def _commands(record: Mapping[str, Any], imatrix: str | None) -> list[str]:
             return [_command(Gptq, names, options)]
         codes = f"{_CODES}/{variant_name(str(source['model']))}-{METHODS['gptq'].label}-{ggml.upper()}.gguf"
         return [_command(Gptq, names, {**options, "out": _CODES}), _command(Ggml, [codes], written)]
+    if "repack" in recipe:
+        return [_command(Repack, names, {**recipe, "to": recipe["repack"]})]
     if "type" in recipe:
         weighed = [_command(Imatrix, names, {**calibrated, "out": imatrix})] if imatrix and calibrated else []
         return [*weighed, _command(Ggml, names, {**recipe, "imatrix": imatrix})]

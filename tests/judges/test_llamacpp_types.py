@@ -125,8 +125,8 @@ def test_every_type_of_smollm2(recipe: str, smollm2: tuple[Path, torch.Tensor, s
     quantkit.ggml(folder, tmp_path / "smol.gguf", type=recipe, imatrix=matrix)
     as_float, directly = divergence(tmp_path / "smol.gguf", tokens, tmp_path, text)
     assert as_float < 1e-5
-    # Ternary values break a model that was not trained with them: then any rounding changes everything.
-    assert directly < 8e-3 or recipe.startswith("tq")
+    # Two bits and ternary values break a model that was not trained with them: then any rounding changes everything.
+    assert directly < 8e-3 or recipe in ("q2_0", "tq1_0", "tq2_0")
 
 
 @pytest.mark.e2e

@@ -76,10 +76,10 @@ def fisher_squares(
         RuntimeError: torch's own, where the forward has no gradient.
     """
     kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
-    with progress.phase("weighing: head", 2 * -(-stream.vocabulary // SLICE)) as advance:
+    with progress.phase("weighing the head", 2 * -(-stream.vocabulary // SLICE)) as advance:
         gradients = HiddenStates(stream.device, memory.hidden, _head_gradients(stream, last, chances, advance))
     last.close()
-    with progress.phase("weighing: blocks, backward", len(stream.blocks)) as advance:
+    with progress.phase("weighing backwards", len(stream.blocks)) as advance:
         for index in reversed(range(len(stream.blocks))):
             with stream.block(index) as block:
                 first = index * len(batches)
@@ -118,7 +118,7 @@ def _kept_states(
 ) -> tuple[HiddenStates, HiddenStates]:
     """The states that enter each block, block after block and batch after batch; and those that leave the last."""
     kept = HiddenStates(stream.device, memory.kept)
-    with torch.no_grad(), progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
+    with torch.no_grad(), progress.phase("weighing forwards", len(stream.blocks)) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
         with stream.reading_ahead(memory.prefetch):
             for index in range(len(stream.blocks)):

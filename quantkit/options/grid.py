@@ -32,6 +32,32 @@ METHODS: Mapping[MethodName, MethodRow] = {
 }
 
 
+EffortName = Literal["fast", "standard", "best"]
+
+
+class EffortRow(NamedTuple):
+    """What is done for accuracy."""
+
+    token_weights: bool
+    correct: float | Literal["auto"]
+
+
+EFFORTS: Mapping[EffortName, EffortRow] = {
+    "fast": EffortRow(token_weights=False, correct=0.0),
+    "standard": EffortRow(token_weights=True, correct=0.0),
+    "best": EffortRow(token_weights=True, correct="auto"),
+}
+
+
+class Effort(Options):
+    """What accuracy may cost."""
+
+    panel: ClassVar[str] = "Grid"
+    effort: EffortName = "standard"
+    """What accuracy may take: fast: GPTQ alone; standard: with --token-weights, some 3 times as long; best: with
+    --correct auto too, some 4 times."""
+
+
 class Coding(Options):
     """What chooses codes, and of how many bits."""
 
@@ -84,7 +110,18 @@ class FilledGrid(Coding, Groups, Solving):
         return self
 
 
-class Grid(FilledGrid):
+class EffortGrid(Effort, FilledGrid):
+    """The same where --effort decides on what is not said otherwise."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"token_weights": None, "correct": None}
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields of a `FilledGrid` that are known, and by `effort` what accuracy costs."""
+        given = self.model_dump(include=set(FilledGrid.model_fields), exclude_none=True)
+        return EFFORTS[self.effort]._asdict() | given if self.method == "gptq" else given
+
+
+class Grid(EffortGrid):
     """The same where --ggml may decide: None is what it has, or else the default of GPTQ checkpoints."""
 
     defaults: ClassVar[Mapping[str, Any]] = {"bits": None, "group_size": None, "sym": None}

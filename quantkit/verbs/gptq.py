@@ -177,7 +177,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
 
 def _quant_spec(options: Gptq) -> QuantSpec:
     """The spec of a run; with `ggml` that of most of its Linears. Raises UsageError."""
-    grid = options.part(Grid).model_dump(exclude_none=True)
+    grid = options.part(Grid).chosen()
     overrides = tuple(options.override.items())
     if options.ggml is None:
         if any(changes.ggml for _, changes in overrides):

@@ -22,7 +22,8 @@ from quantkit.options import (
     Choosing,
     ComputeDtype,
     Ends,
-    FilledGrid,
+    Effort,
+    EffortGrid,
     Merging,
     Overrides,
     Pair,
@@ -75,7 +76,7 @@ class VariantRecipe(Spec):
     optional: bool = False
 
 
-class GptqVariant(VariantRecipe, FilledGrid, Overrides, Checkpoint):
+class GptqVariant(VariantRecipe, EffortGrid, Overrides, Checkpoint):
     """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
 
     kind: CheckpointKind
@@ -89,7 +90,7 @@ class GptqVariant(VariantRecipe, FilledGrid, Overrides, Checkpoint):
         return f"{self.bits}bit-{group}{order}{METHODS[self.method].suffix}"
 
 
-class FileVariant(VariantRecipe):
+class FileVariant(VariantRecipe, Effort):
     """A file for llama.cpp. `method`: GPTQ on the type's grid where it has one ("auto"), or plain rounding by ggml."""
 
     type: str

@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from quantkit.errors import UsageError
+from quantkit.options.grid import EFFORTS as EFFORTS
 from quantkit.options.grid import METHODS as METHODS
 from quantkit.options.grid import ActOrder as ActOrder
-from quantkit.options.grid import EFFORTS as EFFORTS
 from quantkit.options.grid import Effort as Effort
 from quantkit.options.grid import EffortGrid as EffortGrid
 from quantkit.options.grid import FilledGrid as FilledGrid

@@ -1076,7 +1076,8 @@ def test_weights_of_tokens_are_kept_when_a_run_is_stopped_before_its_first_block
         patch.setattr(Interrupting, "at", "quantizing blocks")
         patch.setattr(console, "Bars", Interrupting)
         stopped = desk.gptq(model, "--effort", "standard")
-    assert stopped.code == 1 and "after block 0 of 2; go on with: " in stopped.lines[-1]
+    assert stopped.code == 1
+    assert "after block 0 of 2; go on with: " in stopped.lines[-1]
     with monkeypatch.context() as patch:
         patch.setattr(token_weights, "weigh_tokens", lambda *_: pytest.fail("made again"))
         assert desk.gptq(model, "--effort", "standard", "--resume").code == 0

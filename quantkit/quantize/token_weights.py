@@ -20,7 +20,7 @@ import numpy as np
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
-from quantkit.blocks.memory import MemoryPlan, plan_weighing
+from quantkit.blocks.memory import MemoryPlan, keeps_exact, plan_weighing
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
@@ -202,7 +202,8 @@ def weigh_tokens(
     memory.note(progress)
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
-        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress):
+        exact = keeps_exact(stream, batches[0].numel())
+        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress, exact):
             everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found]))
             whole = [batch for _, part in everyone for batch in part]
             on_block(index, _tensors(stream, index, everyone[0][0], whole, batches))

@@ -16,6 +16,8 @@ from support.families import DISCOVERED
 from support.folders import contents
 
 import quantkit
+from quantkit.blocks import memory
+from quantkit.blocks.memory import MemoryPlan
 from quantkit.errors import UsageError
 from quantkit.quantize import gptq, token_weights
 from quantkit.quantize.hessian import HessianAccumulator
@@ -119,10 +121,24 @@ def test_plain_rounding_has_no_weights(make_model: MakeModel, tmp_path: Path) ->
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_dry_run_counts_the_states(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_no_plan_changes_the_bytes(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    model = make_model(family)
+    for name, plan in (("at-once", MemoryPlan(at_once=True)), ("by-block", MemoryPlan(head_rows=memory.SLICE))):
+        monkeypatch.setattr(token_weights, "plan_weighing", lambda *_, plan=plan: plan)
+        quantkit.gptq(model, tmp_path / name, **WEIGHTED)
+    assert contents(tmp_path / "at-once") == contents(tmp_path / "by-block")
+
+
+def test_a_dry_run_counts_the_states(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small model none are kept, for all of it is held with a batch's graph; else each block's in half."""
     options = {**OPTIONS, "calibration": token_matrix(1024, 256), "dry_run": True}
     model = make_model(num_hidden_layers=40)
+    states = 40 * 1024 * 256 * open_source(model).config.hidden_size * 2
     plain, weighted = (quantkit.gptq(model, token_weights=on, **options).memory_bytes for on in (False, True))
-    width = open_source(model).config.hidden_size
-    assert weighted >= 40 * 1024 * 256 * width * 2
-    assert weighted > plain
+    assert plain <= weighted < states
+    monkeypatch.setattr(memory, "_SMALL", 0)
+    weighted = quantkit.gptq(model, token_weights=True, **options).memory_bytes
+    assert states < weighted < 1.5 * states

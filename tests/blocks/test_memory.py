@@ -452,11 +452,11 @@ def test_a_large_vocabulary_is_cut_where_memory_asks_for_it(make_model: MakeMode
 
 def test_gradients_hold_all_blocks_where_there_is_room(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then block by block, with less and less in memory; never of a model that keeps its states in half precision."""
-    model = make_model(num_hidden_layers=12, vocab_size=40000)
-    stream = open_stream(model)
+    stream = open_stream(make_model(num_hidden_layers=12))
+    stream.source.config.vocab_size = 40000
 
     def plans() -> list[MemoryPlan]:
-        budgets = (Budget(amount, named=True) for amount in range(2 * 10**9, 17 * 10**7, -(10**7)))
+        budgets = (Budget(amount, named=True) for amount in range(2 * 10**9, 21 * 10**7, -(10**7)))
         return [plan_weighing(stream, 2**16, 1024, budget, 2) for budget in budgets]
 
     found = plans()

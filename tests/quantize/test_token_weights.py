@@ -24,6 +24,7 @@ from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.token_weights import StageWeights
 from quantkit.runs.landing import weights_file
 from quantkit.runs.places import folder_of
+from quantkit.runs.shared_weights import sharing_weights
 from quantkit.sources import open_source
 
 OPTIONS: dict[str, Any] = {"calibration": token_matrix(12, 256), "group_size": 32, "evaluate": False, "device": "cpu"}
@@ -105,6 +106,36 @@ def test_damaged_weights_are_made_anew(
     quantkit.gptq(model, out, resume=True, progress=recorder, **WEIGHTED)
     assert any("token weights" in text for text in recorder.warnings)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_runs_that_share_weights_make_them_once(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever codes they are for; another seed or text has others, and what is damaged is made anew."""
+    model, kept, made = make_model(), tmp_path / "kept", []
+    weigh = token_weights.weigh_tokens
+    monkeypatch.setattr(token_weights, "weigh_tokens", lambda *given: made.append(given[2]) or weigh(*given))
+    options = {
+        "four": WEIGHTED,
+        "three": {**WEIGHTED, "bits": 3, "correct": "auto"},
+        "seed": {**WEIGHTED, "seed": 1},
+        "text": {**WEIGHTED, "calibration": token_matrix(12, 256, seed=1)},
+    }
+    for name, given in options.items():
+        quantkit.gptq(model, tmp_path / f"{name} alone", **given)
+    assert made == [0, 0, 1, 0]
+    made.clear()
+    with sharing_weights(kept):
+        for name, given in options.items():
+            quantkit.gptq(model, tmp_path / name, **given)
+            assert contents(tmp_path / name) == contents(tmp_path / f"{name} alone")
+        assert made == [0, 1, 0]
+        for path in kept.rglob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1] + b"\1")
+        quantkit.gptq(model, tmp_path / "again", **WEIGHTED)
+        quantkit.gptq(model, tmp_path / "once more", **WEIGHTED)
+    assert made == [0, 1, 0, 0]
+    assert contents(tmp_path / "again") == contents(tmp_path / "once more") == contents(tmp_path / "four")
 
 
 def test_what_cannot_be_weighed_says_so(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:

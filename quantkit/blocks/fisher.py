@@ -5,16 +5,19 @@ information: to second order the divergence of a model whose Linear is off by e[
 the gradient of the summed loss there, ``1/2 sum_t (g[t] . e[t])^2`` (GuidedQuant, arXiv 2505.07004, section 3; YAQA,
 2505.22988, section 2).
 
-No more than one block is in memory with its graph. A forward keeps the states that enter each block, the head's
-gradient is taken over slices of the vocabulary, and then the blocks run once more, from the last to the first. Weights
-have no gradient; what is asked for is that of states and of the Linears' outputs.
+No more than one block need be in memory with its graph. A forward keeps the states that enter each block, the head's
+gradient is taken over slices of the vocabulary, and then the blocks run once more, from the last to the first. Where
+all blocks have room with the graph of a batch, each batch goes there and back at once, and no forward is run twice;
+every product is the same one, so that both ways give the same bits. Weights have no gradient; what is asked for is that
+of states and of the Linears' outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from threading import local
 from typing import Any
 
@@ -24,9 +27,14 @@ from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
 from quantkit.late import nn, torch
-from quantkit.progress import Advance, Progress
+from quantkit.progress import Progress
 
 _POSITIONS = 256  # whose logits are held at a time
+_PIECE = 64  # tokens whose squares are made at a time on a CPU: they stay in its cache for both sums
+
+Slices = list[tuple[int, int]]
+Head = Callable[["torch.Tensor"], "torch.Tensor"]
+Found = list[list["StageSquares"]]  # by batch and stage
 
 
 @dataclass
@@ -45,9 +53,13 @@ class StageSquares:
 
     def see(self, number: int, gradient: torch.Tensor, tokens: torch.Tensor | None) -> None:
         """Take the gradient [..., out] at the output of the stage's Linear `number`, of these tokens."""
-        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
-        self.rows[number] += squares.sum(dim=0, dtype=torch.float64)
-        of_tokens = squares.sum(dim=1)
+        gradient = gradient.detach().reshape(-1, gradient.shape[-1])
+        sums = []
+        for part in torch.split(gradient, _PIECE if gradient.device.type == "cpu" else max(1, len(gradient))):
+            squares = part.float().square()
+            self.rows[number] += squares.sum(dim=0)
+            sums.append(squares.sum(dim=1))
+        of_tokens = torch.cat(sums)
         self.squares = self.squares + of_tokens if len(self.squares) else of_tokens
         self.tokens = tokens
 
@@ -60,7 +72,7 @@ def fisher_squares(
     workers: Workers,
     progress: Progress,
     exact: bool = False,
-) -> Iterator[tuple[int, Stages, list[list[StageSquares]]]]:
+) -> Iterator[tuple[int, Stages, Found]]:
     """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage).
 
     Not to be run in inference mode, whose tensors have no gradients.
@@ -69,40 +81,111 @@ def fisher_squares(
         batches: int64 [windows, seq] token ids each.
         chances: what decides on labels, as `batches`: float64, a number from 0 to 1 that is looked up in the model's
             distribution; or int64, the labels themselves.
-        memory: where states wait.
-        exact: keep them in the stream's dtype, not in half precision.
+        memory: where states wait, and whether all blocks are held.
+        exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
 
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
     """
+    slices = [(start, min(start + SLICE, stream.vocabulary)) for start in range(0, stream.vocabulary, SLICE)]
+    if memory.at_once:
+        yield from _at_once(stream, batches, chances, memory, workers, progress, slices)
+        return
     kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
-    with progress.phase("weighing the head", 2 * -(-stream.vocabulary // SLICE)) as advance:
-        gradients = HiddenStates(stream.device, memory.hidden, _head_gradients(stream, last, chances, advance))
+    found = _head_gradients(stream, last, chances, memory.head_rows is None, slices, progress)
+    gradients = HiddenStates(stream.device, memory.hidden, found)
     last.close()
     with progress.phase("weighing backwards", len(stream.blocks)) as advance:
         for index in reversed(range(len(stream.blocks))):
             with stream.block(index) as block:
                 first = index * len(batches)
-                stages = stream.stages(index, block, 0, kept[first].to(stream.dtype))
+                stages = stream.stages(index, block, 0, kept[first].to(stream.dtype)) if batches else ()
                 watch = _Watch(block, stages)
 
                 def backward(
                     i: int, index: int = index, block: nn.Module = block, watch: _Watch = watch, first: int = first
                 ) -> tuple[torch.Tensor, list[StageSquares]]:
                     state, gradient = kept.take(first + i).to(stream.dtype), gradients.take(i)
-                    with torch.enable_grad(), watch.batch() as seen:
-                        state.requires_grad_()
-                        output = stream.call(index, block, i, state)
-                        return torch.autograd.grad(output, state, gradient)[0], seen
+                    with watch.batch() as seen:
+                        run = _run(stream, index, block, i, state)
+                    return run.backward(gradient), seen
 
-                found: list[list[StageSquares]] = [[] for _ in batches]
+                squares: Found = [[] for _ in batches]
                 with watch.hooked():
-                    for i, (gradient, squares) in workers.each(backward):
-                        gradients[i], found[i] = gradient, squares
-            yield index, stages, found
+                    for i, (gradient, seen) in workers.each(backward):
+                        gradients[i], squares[i] = gradient, seen
+            yield index, stages, squares
             advance(1)
     kept.close()
     gradients.close()
+
+
+def _at_once(
+    stream: ModelStream,
+    batches: Sequence[torch.Tensor],
+    chances: Sequence[torch.Tensor],
+    memory: MemoryPlan,
+    workers: Workers,
+    progress: Progress,
+    slices: Slices,
+) -> Iterator[tuple[int, Stages, Found]]:
+    """`fisher_squares` with all blocks held: each batch through all of them, the head, and back."""
+    with torch.no_grad():
+        hidden = stream.embed(list(batches), place=memory.hidden)
+    every = range(len(stream.blocks))
+    with ExitStack() as held, progress.phase("weighing there and back", len(batches)) as advance:
+        with stream.reading_ahead(memory.prefetch):
+            blocks = [held.enter_context(stream.block(index)) for index in every]
+        stages = [stream.stages(index, blocks[index], 0, hidden[0]) for index in every] if batches else []
+        watches = [_Watch(block, own) for block, own in zip(blocks, stages, strict=False)]
+        for watch in watches:
+            held.enter_context(watch.hooked())
+        heads = held.enter_context(stream.head_rows(*slices))
+        found: list[Found] = [[[] for _ in batches] for _ in every]
+        runs: dict[int, list[_Run]] = {}
+
+        def forward(i: int) -> torch.Tensor:
+            state, runs[i] = hidden.take(i), []
+            for index in every:
+                with watches[index].batch() as found[index][i]:
+                    runs[i].append(_run(stream, index, blocks[index], i, state))
+                state = runs[i][-1].output.detach()
+            return state
+
+        def backward(i: int) -> None:
+            gradient, own = gradients.pop(i), runs.pop(i)
+            while own:
+                gradient = own.pop().backward(gradient)
+
+        for items in workers.rounds():
+            at_hand = list(chain.from_iterable(items))
+            lasts = workers.together(forward, items)
+            gradients = {
+                i: _batch_gradient(heads, slices, last, chances[i]) for i, last in zip(at_hand, lasts, strict=True)
+            }
+            workers.together(backward, items)
+            advance(len(at_hand))
+    hidden.close()
+    for index in reversed(every):
+        yield index, stages[index] if stages else (), found[index]
+
+
+@dataclass
+class _Run:
+    """A batch's forward through a block, with its graph."""
+
+    state: torch.Tensor
+    output: torch.Tensor
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient at what entered the block, of that at its output."""
+        return torch.autograd.grad(self.output, self.state, gradient)[0]
+
+
+def _run(stream: ModelStream, index: int, block: nn.Module, batch: int, state: torch.Tensor) -> _Run:
+    with torch.enable_grad():
+        state = state.detach().requires_grad_()
+        return _Run(state, stream.call(index, block, batch, state))
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -148,41 +231,72 @@ def _half(state: torch.Tensor) -> torch.Tensor:
 
 
 def _head_gradients(
-    stream: ModelStream, hidden: HiddenStates, chances: Sequence[torch.Tensor], advance: Advance
+    stream: ModelStream,
+    hidden: HiddenStates,
+    chances: Sequence[torch.Tensor],
+    held: bool,
+    slices: Slices,
+    progress: Progress,
 ) -> list[torch.Tensor]:
     """The summed loss's gradient at the states that leave the last block, per batch, of labels that `chances` decide.
 
-    A softmax's denominator is a sum over slices of the vocabulary; with those of all slices known, the second time a
-    slice is run its own part of the gradient can be made, and the labels that fall into it be found.
+    A softmax's denominator is a sum over slices of the vocabulary; with those of all slices known, each slice's own
+    part of the gradient can be made, and the labels that fall into it be found. Where the whole head is `held` the
+    logits of a few positions wait for that, else they are made twice.
     """
-    pieces = [
-        (i, row, slice(start, start + _POSITIONS))
-        for i, chance in enumerate(chances)
-        for row in range(chance.shape[0])
-        for start in range(0, chance.shape[1], _POSITIONS)
-    ]
-    slices = [(start, min(start + SLICE, stream.vocabulary)) for start in range(0, stream.vocabulary, SLICE)]
+    if held:
+        with progress.phase("weighing the head", len(hidden)) as advance, stream.head_rows(*slices) as heads:
+            found = []
+            for state, chance in zip(hidden, chances, strict=True):
+                found.append(_batch_gradient(heads, slices, state, chance))
+                advance(1)
+            return found
+    pieces = [(i, *piece) for i, chance in enumerate(chances) for piece in _pieces(chance)]
     shares: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
-    for start, stop in slices:
-        with torch.no_grad(), stream.head_rows(start, stop) as head:
-            for number, (i, row, at) in enumerate(pieces):
-                shares[number].append(head(hidden[i][..., row : row + 1, at, :])[0].logsumexp(dim=-1).double())
-        advance(1)
-    draws = [
-        _Draw(torch.stack(shares[number], dim=-1), chances[i][row, at].to(stream.device))
-        for number, (i, row, at) in enumerate(pieces)
-    ]
-    gradients = [torch.zeros_like(state) for state in hidden]
-    for place, (start, stop) in enumerate(slices):
-        with stream.head_rows(start, stop) as head:
-            for draw, (i, row, at) in zip(draws, pieces, strict=True):
-                with torch.enable_grad():
+    with progress.phase("weighing the head", 2 * len(slices)) as advance:
+        for at_rows in slices:
+            with torch.no_grad(), stream.head_rows(at_rows) as [head]:
+                for number, (i, row, at) in enumerate(pieces):
+                    shares[number].append(_share(head(hidden[i][..., row : row + 1, at, :])))
+            advance(1)
+        draws = [
+            _Draw(torch.stack(shares[number], dim=-1), chances[i][row, at].to(stream.device))
+            for number, (i, row, at) in enumerate(pieces)
+        ]
+        gradients = [torch.zeros_like(state) for state in hidden]
+        for place, at_rows in enumerate(slices):
+            with stream.head_rows(at_rows) as [head]:
+                for draw, (i, row, at) in zip(draws, pieces, strict=True):
                     state = hidden[i][..., row : row + 1, at, :].detach().requires_grad_()
-                    logits = head(state)
-                own = draw.loss_gradient(place, start, logits.detach()[0])
-                gradients[i][..., row : row + 1, at, :] += torch.autograd.grad(logits, state, own[None])[0]
-        advance(1)
+                    with torch.enable_grad():
+                        logits = head(state)
+                    gradients[i][..., row : row + 1, at, :] += draw.state_gradient(place, at_rows[0], logits, state)
+            advance(1)
     return gradients
+
+
+def _batch_gradient(heads: list[Head], slices: Slices, state: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """`_head_gradients` of one batch, with a head for each slice."""
+    gradient = torch.zeros_like(state)
+    for row, at in _pieces(chance):
+        part = state[..., row : row + 1, at, :].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = [head(part) for head in heads]
+        draw = _Draw(torch.stack([_share(own.detach()) for own in logits], dim=-1), chance[row, at].to(state.device))
+        for place, (start, _) in enumerate(slices):
+            gradient[..., row : row + 1, at, :] += draw.state_gradient(place, start, logits[place], part)
+    return gradient
+
+
+def _pieces(chance: torch.Tensor) -> list[tuple[int, slice]]:
+    """(row, positions) of a batch, of which few enough are worked at a time."""
+    starts = range(0, chance.shape[1], _POSITIONS)
+    return [(row, slice(start, start + _POSITIONS)) for row in range(chance.shape[0]) for start in starts]
+
+
+def _share(logits: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a slice's part of the softmax's denominator, float64; logits [1, positions, rows]."""
+    return logits[0].logsumexp(dim=-1).double()
 
 
 class _Draw:
@@ -197,6 +311,11 @@ class _Draw:
         self._total = shares.logsumexp(dim=-1, keepdim=True)
         self._until = (shares - self._total).exp().cumsum(dim=-1)
         self._chance, self._last = chance, shares.shape[-1] - 1
+
+    def state_gradient(self, place: int, start: int, logits: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """The same by the state [..., 1, positions, hidden] that the logits [1, positions, rows] were made of."""
+        own = self.loss_gradient(place, start, logits.detach()[0])
+        return torch.autograd.grad(logits, state, own[None])[0]
 
     def loss_gradient(self, place: int, start: int, logits: torch.Tensor) -> torch.Tensor:
         """Of ``-log p[label]`` by the logits [positions, rows] of slice number `place`, which begins at `start`."""

@@ -20,7 +20,7 @@ import numpy as np
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
-from quantkit.blocks.memory import MemoryPlan, plan_weighing
+from quantkit.blocks.memory import MemoryPlan, keeps_exact, plan_weighing
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
@@ -30,6 +30,7 @@ from quantkit.progress import Progress
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_weights, landed_weights, weights_file
 from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.shared_weights import keep_weights, take_weights
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 
 _BATCH_TOKENS = 1024  # as in `blockwise`
@@ -139,13 +140,25 @@ def token_weights(
     journal: Journal | None,
     progress: Progress,
     ranks: Ranks = ALONE,
+    fingerprint: str = "",
 ) -> TokenWeights | None:
-    """The weights that a run has in its folder, made now unless it has; None where all tokens count the same.
+    """The weights that a run has in its folder, made now unless it or another has; None where all tokens count the
+    same.
 
     Args:
         journal: of the run; None on all ranks but the first.
+        fingerprint: of all that decides them; as `journal`.
     """
-    blocks = ranks.from_first(lambda: landed_weights(_of_first(journal)))
+
+    def known() -> int | None:
+        blocks = landed_weights(_of_first(journal))
+        if blocks is None and (taken := take_weights(fingerprint, folder)):
+            progress.note("token weights of an earlier variant are used")
+            land_weights(folder, _of_first(journal), taken)
+            blocks = len(taken)
+        return blocks
+
+    blocks = ranks.from_first(known)
     if blocks is None:
         checksums: dict[int, str] = {}
 
@@ -157,7 +170,10 @@ def token_weights(
             weights_file(folder, 0).parent.mkdir(exist_ok=True)
         weigh_tokens(stream, tokens, seed, stream.budget // ranks.here, keep, progress, ranks)
         if ranks.first:
-            land_weights(folder, _of_first(journal), [checksums[index] for index in sorted(checksums)])
+            made = [checksums[index] for index in sorted(checksums)]
+            land_weights(folder, _of_first(journal), made)
+            if made:
+                keep_weights(fingerprint, folder, made)
         blocks = ranks.from_first(lambda: len(checksums))
     if not blocks:
         return None
@@ -202,7 +218,8 @@ def weigh_tokens(
     memory.note(progress)
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
-        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress):
+        exact = keeps_exact(stream, batches[0].numel())
+        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress, exact):
             everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found]))
             whole = [batch for _, part in everyone for batch in part]
             on_block(index, _tensors(stream, index, everyone[0][0], whole, batches))

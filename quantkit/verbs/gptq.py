@@ -61,7 +61,7 @@ from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
 from quantkit.quantize.token_weights import TokenWeights, plan_weights_memory, token_weights
 from quantkit.report import Report, Shown
-from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, fingerprint, write_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.outputs import check_outside
@@ -344,7 +344,8 @@ def _quantize(
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
         check_finite(stream, target, progress, sharing.ranks)
-    weights = _weights(seed, stream, matrix, run.folder, run.journal, sharing, progress)
+    deciding = fingerprint({name: part for name, part in decided.items() if name != "recipe"} | {"seed": seed})
+    weights = _weights(seed, stream, matrix, run.folder, run.journal, sharing, progress, deciding)
     layers: list[LayerStatistics] = []
     with target.writer(run.staged) as writer:
         for index in range(landed.blocks):
@@ -393,11 +394,12 @@ def _weights(
     journal: Journal | None,
     sharing: Sharing,
     progress: Progress,
+    deciding: str = "",
 ) -> TokenWeights | None:
-    """What each token counts; None: all the same."""
+    """What each token counts; None: all the same. `deciding`: fingerprint of what decides that, on the first rank."""
     if seed is None:
         return None
-    return token_weights(stream, matrix.tokens, seed, folder, journal, progress, sharing.ranks)
+    return token_weights(stream, matrix.tokens, seed, folder, journal, progress, sharing.ranks, deciding)
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:

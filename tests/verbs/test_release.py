@@ -25,6 +25,7 @@ from support.wizard import stored, wizard
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.quantize import token_weights
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
 from quantkit.verbs.generate.speaker import Speaker
@@ -204,6 +205,22 @@ def test_what_is_done_is_not_done_again(small: Path, tmp_path: Path) -> None:
     mended = statuses(quantkit.release(small, out))
     assert weights.read_bytes() == whole
     assert (mended["gptq 8bit-32g"], mended["reference"], mended["compare"]) == ("done", "unchanged", "unchanged")
+
+
+def test_variants_share_the_weights_of_tokens(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made once, and each variant is what it is alone."""
+    variants = [f"  - {{kind: gptq, bits: {bits}, group_size: 32, token_weights: true}}\n" for bits in (4, 8)]
+    recipe, made = SMALL[: SMALL.index("  - {kind")], []
+    small.write_text(recipe + variants[1])
+    quantkit.release(small, tmp_path / "alone")
+    weigh = token_weights.weigh_tokens
+    monkeypatch.setattr(token_weights, "weigh_tokens", lambda *given: made.append(given) or weigh(*given))
+    small.write_text(recipe + "".join(variants))
+    assert set(statuses(quantkit.release(small, tmp_path / "both")).values()) == {"done"}
+    assert len(made) == 1
+    alone, both = contents(tmp_path / "alone"), contents(tmp_path / "both")
+    file = "Tiny-GPTQ-8bit-32g/model.safetensors"
+    assert both[file] == alone[file]
 
 
 def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path: Path) -> None:

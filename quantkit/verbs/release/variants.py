@@ -20,6 +20,7 @@ from quantkit.runs.ledger import Ledger
 from quantkit.runs.outputs import ChangedError, Staging, staged_folder
 from quantkit.runs.record import checksums, origin
 from quantkit.runs.records import read_record
+from quantkit.runs.shared_weights import sharing_weights
 from quantkit.runs.steps import Step
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
@@ -169,12 +170,13 @@ class Workshop:
 
     def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str], again: bool) -> None:
         given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
-        try:
-            landed = bool(Staging(folder).landed)
-            gptq(self.reference, folder, **given, resume=landed, force=again and not landed)
-        except ChangedError as error:
-            self._common["progress"].note(f"  starting anew: {error}")
-            gptq(self.reference, folder, **given, force=True)
+        with sharing_weights(self._hidden / "weights"):
+            try:
+                landed = bool(Staging(folder).landed)
+                gptq(self.reference, folder, **given, resume=landed, force=again and not landed)
+            except ChangedError as error:
+                self._common["progress"].note(f"  starting anew: {error}")
+                gptq(self.reference, folder, **given, force=True)
 
     def _add_calibrated(self, step: Step) -> None:
         """Add a step whose output the calibration decides too, once."""

@@ -218,6 +218,17 @@ def take_apart(linear: Codes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, {"type": linear.grid.type}
 
 
+def stacked(parts: Sequence[Codes]) -> Codes:
+    """Linears of the same columns and kind of grid as one, rows after rows; `split` takes it apart."""
+    apart = [take_apart(part) for part in parts]
+    first, fields = apart[0]
+    tensors = {
+        name: tensor if name == "group" else torch.cat([own[name] for own, _ in apart])
+        for name, tensor in first.items()
+    }
+    return put_together(tensors, fields)
+
+
 def put_together(
     tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any], device: torch.device | None = None
 ) -> Codes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections import Counter
@@ -48,15 +47,14 @@ from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, counted, size
 from quantkit.quantize.blockwise import (
-    LayerStatistics,
     OnLinear,
     corrects,
     gptq_multiplications,
     plan_gptq_memory,
     quantize_blocks,
-    recorded_layers,
 )
 from quantkit.quantize.kernels import shortfall
+from quantkit.quantize.layers import LayerStatistics, predicted_divergence, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
 from quantkit.quantize.token_weights import TokenWeights, plan_weights_memory, token_weights
@@ -75,6 +73,8 @@ from quantkit.verbs import verb
 from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
 from quantkit.verbs.verify.findings import listed
 
+_FAR = 2.0  # between a prediction and what is measured
+
 
 @dataclass(frozen=True)
 class GptqReport(Report):
@@ -86,6 +86,8 @@ class GptqReport(Report):
         bits, group_size, sym, act_order: of most Linears.
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
+        predicted: the mean KL divergence that the Linears' errors make, in nats, as token weights tell it: to second
+            order, of each by itself, on the calibration tokens.
         memory_bytes: estimate of the peak beyond what importing torch takes.
         multiplications: of the run, with their additions.
         memory_remark: what is done otherwise than with plenty of memory, one line.
@@ -104,6 +106,7 @@ class GptqReport(Report):
     multiplications: int = field(default=0, kw_only=True)
     memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
+    predicted: float | None = None
     evaluation: PerplexityReport | None = None
     seconds: float = 0.0
     dry_run: bool = False
@@ -121,6 +124,20 @@ class GptqReport(Report):
         yield f"{counted(len(self.layers), 'layer')} in quant_log.csv; {self.seconds:.0f} s in all"
         if self.evaluation is not None:
             yield from self.evaluation.lines()
+        if self.predicted is not None:
+            yield self._prediction(self.predicted)
+
+    def _prediction(self, predicted: float) -> str:
+        """What was predicted beside what was measured."""
+        also = "" if self.ggml is None else "; embedding and output matrix are not counted"
+        told = f"KL mean predicted from the Linears' errors on the calibration tokens: {predicted:.4f}{also}"
+        found = None if self.evaluation is None else self.evaluation.results[-1].kl_divergence
+        if found is None:
+            return told
+        ratio = max(predicted, 1e-12) / max(found.mean, 1e-12)
+        if 1 / _FAR < ratio < _FAR:
+            return told
+        return f"{told}; {ratio:.2g} times what was measured: errors this large are no longer what it holds for"
 
 
 @verb(Gptq)
@@ -169,7 +186,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     elif options.evaluate:
         evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
-    return replace(report, layers=layers, evaluation=evaluation, seconds=seconds, dry_run=False)
+    report = replace(report, layers=layers, predicted=predicted_divergence(layers), evaluation=evaluation)
+    return replace(report, seconds=seconds, dry_run=False)
 
 
 # -- parts of the flows ----------------------------------------------------------------------------------------------
@@ -439,22 +457,6 @@ def _evaluate_written(
     except KeyboardInterrupt:
         raise Interrupted(f"while evaluating {out}, which is complete") from None
     return evaluation
-
-
-def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
-    """CSV with a row per Linear. No seconds: equal runs write equal files."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(
-            ["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens", "n_eff", "corrected"]
-        )
-        for layer in layers:
-            ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else 1.0
-            numbers = [f"{value:.6g}" for value in (layer.loss, layer.rtn_loss, ratio, layer.damp)]
-            effective = layer.tokens if layer.n_eff is None else f"{layer.n_eff:.6g}"
-            table.writerow(
-                [layer.name, *numbers, layer.fallback, layer.tokens, effective, f"{layer.corrected or 0:.4g}"]
-            )
 
 
 def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:

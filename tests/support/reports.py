@@ -11,7 +11,7 @@ import torch
 
 from quantkit.containers.describe import Inspection
 from quantkit.evaluate.statistics import KlDivergence, ModelResult, Numbers
-from quantkit.quantize.blockwise import LayerStatistics
+from quantkit.quantize.layers import LayerStatistics
 from quantkit.report import Report
 from quantkit.runs.steps import Outcome
 from quantkit.tokens import Part, Provenance, TokenMatrix, Turn

@@ -238,6 +238,8 @@ def gptq(
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,
+    budget: str | int | None = ...,
+    candidate_bits: Sequence[int] = ...,
     embedding_type: str = ...,
     output_type: str = ...,
     pre: str | None = ...,

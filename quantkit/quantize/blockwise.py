@@ -52,6 +52,7 @@ def quantize_blocks(
     on_block: OnBlock = lambda index, hidden: None,
     sharing: Sharing = BY_ITSELF,
     weights: TokenWeights | None = None,
+    work_of: Callable[..., StageWork] | None = None,
 ) -> None:
     """Quantize every Linear of the plan; `on_linear` gets each one's codes as soon as they exist.
 
@@ -69,6 +70,7 @@ def quantize_blocks(
         sharing: how the work is split; every process calls this alike and gets all codes, but only its own part of the
             hidden states.
         weights: what each token counts; None: all the same.
+        work_of: makes what is done at a block's stages, by the arguments of `StageWork`; None: that.
 
     Raises:
         NumericError: an activation that is not finite, named by the Linear that reads it.
@@ -93,7 +95,7 @@ def quantize_blocks(
     states = hidden if original is None else BothPaths(hidden, original.hidden)
     start = 0 if hands_on else landed.restore(states, mine.start, len(batches))
     with (
-        progress.phase("quantizing blocks", len(stream.blocks)) as advance,
+        progress.phase("quantizing blocks" if work_of is None else "trying candidates", len(stream.blocks)) as advance,
         stream.reading_ahead(memory.prefetch),
         Workers(sharing.shares(len(batches), count if memory.side_by_side and not hands_on else 1)) as workers,
     ):
@@ -116,7 +118,7 @@ def quantize_blocks(
                 stages = _planned(stream, index, block, hidden, sharing, plan)
                 sizes_until = [batches[i].numel() for i in range(mine.stop)]
                 weighing = Weighing(weights, index, sizes_until, mine.start, tokens.numel())
-                work = StageWork(
+                work = (work_of or StageWork)(
                     *(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing),
                     workers.count,
                     weighing,

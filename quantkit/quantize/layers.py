@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.codes import Plan
 from quantkit.errors import SourceError
 from quantkit.quantize.methods import Fallback
 from quantkit.runs.atomic import REPORT_NAME
@@ -61,16 +62,23 @@ def predicted_divergence(layers: Sequence[LayerStatistics]) -> float | None:
     return sum(known) if seen and len(known) == len(seen) else None
 
 
-def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
-    """CSV with a row per Linear. No seconds: equal runs write equal files."""
+def write_layer_table(
+    path: Path, layers: Sequence[LayerStatistics], plan: Plan, planned: Mapping[str, float] | None = None
+) -> None:
+    """CSV with a row per Linear. No seconds: equal runs write equal files.
+
+    `planned`: of a run that chose its bits, what was predicted when they were chosen.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         heads = ["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens", "n_eff", "corrected"]
-        table.writerow([*heads, "predicted"])
+        table.writerow([*heads, "predicted", *([] if planned is None else ["planned", "bits", "group_size"])])
         for layer in layers:
             ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else 1.0
             numbers = [f"{value:.6g}" for value in (layer.loss, layer.rtn_loss, ratio, layer.damp)]
             effective = layer.tokens if layer.n_eff is None else f"{layer.n_eff:.6g}"
             rest = [layer.fallback, layer.tokens, effective, f"{layer.corrected or 0:.4g}"]
             predicted = "" if layer.predicted is None else f"{layer.predicted:.6g}"
-            table.writerow([layer.name, *numbers, *rest, predicted])
+            spec = plan[layer.name].spec
+            own = [] if planned is None else [f"{planned[layer.name]:.6g}", spec.bits, spec.group_size]
+            table.writerow([layer.name, *numbers, *rest, predicted, *own])

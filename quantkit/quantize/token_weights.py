@@ -173,7 +173,7 @@ def token_weights(
     Args:
         journal: of the run; None on all ranks but the first.
     """
-    blocks = ranks.from_first(lambda: landed_weights(_of_first(journal)))
+    blocks = ranks.from_first(lambda: landed_weights(of_first(journal)))
     if blocks is None:
         checksums: dict[int, str] = {}
 
@@ -185,7 +185,7 @@ def token_weights(
             weights_file(folder, 0).parent.mkdir(exist_ok=True)
         weigh_tokens(stream, tokens, seed, stream.budget // ranks.here, keep, progress, ranks)
         if ranks.first:
-            land_weights(folder, _of_first(journal), [checksums[index] for index in sorted(checksums)])
+            land_weights(folder, of_first(journal), [checksums[index] for index in sorted(checksums)])
         blocks = ranks.from_first(lambda: len(checksums))
     if not blocks:
         return None
@@ -193,7 +193,8 @@ def token_weights(
     return TokenWeights(lambda index: read_tensors(weights_file(folder, index)))
 
 
-def _of_first(journal: Journal | None) -> Journal:
+def of_first(journal: Journal | None) -> Journal:
+    """The journal, where only the first rank, which has it, asks."""
     assert journal is not None
     return journal
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantkit import late
-from quantkit.blocks.families import FAMILIES
+from quantkit.blocks.families import FAMILIES, FUSED
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers.compressed.scheme import Scheme, schemes_of
 from quantkit.containers.gptq.read import is_by_gptqmodel
@@ -52,8 +52,6 @@ _AUTOGPTQ = ("falcon", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt",
 _EXLLAMA2 = ("gemma2", "granite", "gpt2", "llama", "mistral", "mixtral", "phi3", "qwen2", "starcoder2")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _MARLIN_GROUPS = (-1, 32, 64, 128)
-# Linears that vLLM and SGLang fuse into one, which then has one precision.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # Fields of a config that change what a model computes, and that transformers may not read from GGUF files.
 _DEFAULTS = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias"), "biases"),
@@ -237,7 +235,7 @@ def _by_marlin(facts: Facts) -> Iterator[str]:
         parent, _, name = linear.module.rpartition(".")
         by_parent[parent][name] = linear
     for parent, children in by_parent.items():
-        for fused in _FUSED:
+        for fused in FUSED:
             precisions = {(children[name].bits, children[name].group) for name in fused if name in children}
             if len(precisions) > 1:
                 yield f"{'/'.join(fused)} of {parent} differ in precision, and it fuses them"

@@ -107,7 +107,8 @@ class Spent(Report):
         told = sorted(self.shares, key=lambda share: -(share.weights or 0.0))
         if self.predicted is None or self.gap is None:
             bits = ", ".join(map(str, sorted({share.bits for share in told})))
-            groups = ", ".join(map(str, sorted({share.group_size for share in told})))
+            sizes = sorted({share.group_size for share in told}, key=lambda group: group % 2**31)
+            groups = ", ".join("whole rows" if group == -1 else str(group) for group in sizes)
             held = f"{size(self.least)} to {size(self.most)}"
             return [f"budget {self.asked}; candidates: {bits} bits in groups of {groups}, which take {held}"]
         names = ", ".join(f"{share.weights:.0%} {_called(share)}" for share in told if share.weights)

@@ -146,7 +146,7 @@ class GptqReport(Report):
         ratio = max(predicted, 1e-12) / max(found.mean, 1e-12)
         if 1 / _FAR < ratio < _FAR:
             return told
-        return f"{told}; {ratio:.2g} times what was measured: errors this large are no longer what it holds for"
+        return f"{told}, {ratio:.2g} times what was measured: it is of small errors, and of text like the calibration's"
 
 
 @verb(Gptq)

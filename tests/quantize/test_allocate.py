@@ -207,6 +207,14 @@ def test_a_budget_is_kept_and_read(
     assert again.budget == report.budget
 
 
+def test_vllm_finds_the_rules(make_model: MakeModel, tmp_path: Path) -> None:
+    quantkit.gptq(make_model(), tmp_path / "out", **BUDGET, candidate_bits=(4, 8))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["dynamic"]
+    [found] = quantkit.verify(tmp_path / "out", generate=False).models
+    [load] = [one for one in found.loads if one.program == "vLLM"]
+    assert load.ok, load.why
+
+
 def test_it_is_better_than_one_precision_for_all(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model(num_hidden_layers=4)
     uniform = quantkit.gptq(model, tmp_path / "uniform", bits=4, group_size=32, token_weights=True, **OPTIONS)

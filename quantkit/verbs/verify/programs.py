@@ -222,6 +222,22 @@ def vllm(facts: Facts) -> Iterator[str]:
     if odd := sorted({linear.bits for linear in facts.packed} - {4, 8}):
         yield f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
     yield from _by_marlin(facts)
+    yield from _by_fused_names(facts)
+
+
+def _by_fused_names(facts: Facts) -> Iterator[str]:
+    """What it fuses it looks up under one name, which rules must match as well."""
+    known = {linear.module for linear in facts.packed}
+    names = {part: (parts, whole) for parts, whole in FUSED.items() for part in parts}
+    for linear in facts.packed if facts.label.get("dynamic") else ():
+        parts, whole = names.get(linear.name, ((), ""))
+        stem = linear.module.removesuffix(linear.name)
+        if not parts or ".experts." in stem or not known.issuperset(stem + part for part in parts):
+            continue
+        told = [label_of(module, facts.label) or {} for module in (linear.module, stem + whole)]
+        if any(told[0].get(key) != told[1].get(key) for key in ("bits", "group_size")):
+            yield f"it looks up {stem}{whole}, of which the `dynamic` rules say something else than of {linear.name}"
+            return
 
 
 def _by_marlin(facts: Facts) -> Iterator[str]:

@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=common.DATA / "wiki.test.raw", help="text to judge on")
     parser.add_argument("--chance", type=int, default=2, help="assignments that chance makes")
     parser.add_argument("--also", nargs="*", default=["4:32"], help="BITS:GROUP whose bytes are spent too")
+    parser.add_argument("--readers", choices=["any", "vllm"], default="any", help="as --budget-for")
     args = parser.parse_args()
     quantkit.tune()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -91,10 +92,11 @@ class Bench:
             )
             self.seconds["token weights"] = time.process_time() - started
         self.weights = TokenWeights(lambda index: read_tensors(folder / f"{index}.safetensors"))
-        candidates = folder_candidates(self.stream, SPEC, "gptq", (2, 3, 4, 8))
+        candidates = folder_candidates(self.stream, SPEC, "gptq", args.readers)
         self.allocator = Allocator(
             *(self.stream, SPEC, "4bpw", candidates),
             lambda spec: CheckpointTarget(self.stream, spec, "gptq", 5 * 10**9),
+            args.readers,
         )
         started = time.process_time()
         losses = args.work / f"losses-{args.samples}.json"

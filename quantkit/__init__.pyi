@@ -239,7 +239,7 @@ def gptq(
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,
     budget: str | int | None = ...,
-    candidate_bits: Sequence[int] = ...,
+    budget_for: Literal["any", "vllm"] = ...,
     embedding_type: str = ...,
     output_type: str = ...,
     pre: str | None = ...,

@@ -131,8 +131,9 @@ class Spending(Options):
     budget: AllowanceText | None = None
     """Instead of --bits and --group-size: what is to be spent, such as 4.5bpw or 3GB, where token weights predict that
     it is worth most (extra: budget)."""
-    candidate_bits: tuple[Bits, ...] = (2, 3, 4, 8)
-    """What --budget chooses from, in groups of 32, 64 and 128; may be repeated. vLLM has kernels for 4 and 8."""
+    budget_for: Literal["any", "vllm"] = "any"
+    """Who is to load what --budget makes; vllm: 4 and 8 bits, and one precision for q, k and v, and for gate and up,
+    which it fuses."""
 
 
 class QuantSpec(FilledGrid):

@@ -1,8 +1,8 @@
 """Bits where they are worth their bytes: of each Linear's candidates the ones of least predicted divergence that fit.
 
 What a candidate costs the model is `Weighing.divergence` of its error, which adds up over Linears, so that the choice
-is a knapsack with one item of each kind: an integer program, solved by HiGHS through scipy. Linears that readers fuse
-into one, and the experts of a block, get one precision.
+is a knapsack with one item of each kind: an integer program, solved by HiGHS through scipy. The experts of a block get
+one precision, and where vLLM is to load them Linears that it fuses into one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from quantkit.progress import size
 from quantkit.quantize.targets import CheckpointTarget, plan_linears
 from quantkit.report import Report
 
+_BITS = {"any": (2, 3, 4, 8), "vllm": (4, 8)}  # that there are kernels for
 _GROUPS = (32, 64, 128)
 _GAP = 1e-5  # between what is found and the least possible, as a fraction, at which the program may stop
 _NODES = 100_000  # that it looks at: a limit in seconds would not find the same twice
@@ -130,7 +131,7 @@ def check_solver() -> None:
 
 
 def folder_candidates(
-    stream: ModelStream, spec: QuantSpec, format: CheckpointFormat, bits: Sequence[int]
+    stream: ModelStream, spec: QuantSpec, format: CheckpointFormat, readers: str = "any"
 ) -> list[Candidate]:
     """Precisions that a folder of a format can hold: bits by groups that divide a width, or whole rows where none does.
 
@@ -156,7 +157,7 @@ def folder_candidates(
     found = []
     asked = plan_linears(stream, spec)
     common = next(iter(asked.values())).spec.model_dump()
-    for width, group in product(sorted(set(bits)), (*_GROUPS, -1)):
+    for width, group in product(_BITS[readers], (*_GROUPS, -1)):
         changes = Override(bits=width, group_size=group)
         own = make(QuantSpec, **common | changes.changes())
         plan = {name: LinearPlan(linear.shape, own) for name, linear in asked.items() if fits(linear.shape, own)}
@@ -186,6 +187,7 @@ class Allocator:
         allowance: str | int,
         candidates: Sequence[Candidate],
         target_of: Callable[[QuantSpec], CheckpointTarget],
+        readers: str = "any",
     ) -> None:
         """
         Args:
@@ -193,13 +195,14 @@ class Allocator:
             allowance: as `parse_allowance` reads it.
             candidates: what there is to choose from.
             target_of: what codes are written into, by a spec with overrides.
+            readers: "vllm": Linears that it fuses have one precision.
 
         Raises:
             UsageError: a Linear that no candidate fits, or a budget that no choice meets, or all do.
         """
         self._spec, self._target_of, self._asked = spec, target_of, str(allowance)
         self._shapes = {name: linear.shape for name, linear in plan_linears(stream, spec).items()}
-        self.units = _units(stream, self._shapes, candidates)
+        self.units = _units(stream, self._shapes, candidates, FUSED if readers == "vllm" else {})
         self._candidates = [one for one in candidates if any(one in unit.candidates for unit in self.units)]
         smallest = [unit.bytes.index(min(unit.bytes)) for unit in self.units]
         self.target = self.target_with(smallest)
@@ -292,9 +295,15 @@ class Allocator:
         return rows * columns
 
 
-def _units(stream: ModelStream, shapes: Mapping[str, tuple[int, int]], candidates: Sequence[Candidate]) -> list[Unit]:
-    """Linears of a block by what readers fuse, in order."""
-    fused = {part: (parts, whole) for parts, whole in FUSED.items() for part in parts}
+def _units(
+    stream: ModelStream,
+    shapes: Mapping[str, tuple[int, int]],
+    candidates: Sequence[Candidate],
+    fuses: Mapping[tuple[str, ...], str],
+) -> list[Unit]:
+    """Linears of a block by what has one precision, in order; `fuses`: by their last names, and what the whole is
+    called."""
+    fused = {part: (parts, whole) for parts, whole in fuses.items() for part in parts}
     units = []
     for index in range(len(stream.blocks)):
         groups: dict[tuple[str, str], list[str]] = defaultdict(list)

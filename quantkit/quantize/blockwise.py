@@ -217,20 +217,25 @@ class StageWork:
         self._gatherings: dict[int, Gathering] = {}
         for stage, names in enumerate(stages):
             weight = weight_of(block.get_submodule(names[0]))
-            new: Callable[[], Sums] = partial(self._method.gathers, weight.shape[1], weight.device)
-            if first is not None:
-                new = partial(CorrectionSums, weight.shape[1], weight.device, 2 if self._part is None else 1)
-            self._gatherings[stage] = sharing.gathering(new, batches)
+            self._gatherings[stage] = sharing.gathering(self._sums(weight.shape[1], weight.device), batches)
         self._seconds = 0.0
+
+    def _sums(self, columns: int, device: torch.device) -> Callable[[], Sums]:
+        """Makes what adds up the input of a stage."""
+        if self._first is not None:
+            return partial(CorrectionSums, columns, device, 2 if self._part is None else 1)
+        return partial(self._method.gathers, columns, device)
+
+    def _beside(self, batch: int, read: Reading) -> list[Any]:
+        """What the sums take beside the input and its tokens' weights."""
+        return [] if self._first is None else [difference_of(read), self._first + batch]
 
     def observe(self, stage: int, batch: int, read: Reading) -> None:
         """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
         name = self._names[self._stages[stage][0]]
         given: list[Any] = [self._weighing.of(name, batch, read)] if self._method.needs else []
-        if self._first is not None:
-            given += [difference_of(read), self._first + batch]
-        self._gatherings[stage].add(batch, read.x, *given)
+        self._gatherings[stage].add(batch, read.x, *given, *self._beside(batch, read))
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
             self._seconds += spent

@@ -108,6 +108,9 @@ def _by_linear(tensors: Tensors) -> dict[str, tuple[StageWeights, torch.Tensor]]
 class Weighing:
     """Weights of this rank's tokens in one block.
 
+    Attributes:
+        start: number of this rank's first batch.
+
     Args:
         weights: of all tokens; None: all count the same.
         index: the block.
@@ -119,7 +122,7 @@ class Weighing:
     def __init__(
         self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int = 0, total: int = 1
     ) -> None:
-        self._weights, self._index, self._total = weights, index, total
+        self._weights, self._index, self._total, self.start = weights, index, total, start
         self._first = [sum(sizes[:i]) for i in range(start, len(sizes))]
         self._count = sizes[start:]
 

@@ -1,20 +1,21 @@
 """What each candidate of a Linear would cost the model: a pass over the unquantized one, before anything is quantized.
 
 Stages are gathered as they are for quantizing, and each Linear is quantized to all of its candidates with one factor
-of the stage's Hessian; its weight stays as it is.
+of the stage's Hessian; its weight stays as it is. The errors are judged by tokens that were held out (`holdout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quantkit.blocks.budget import Budget
+from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import LinearPlan, Plan
+from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.errors import NumericError, UsageError
 from quantkit.late import torch
 from quantkit.options import QuantSpec
@@ -22,6 +23,9 @@ from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent
 from quantkit.quantize.blockwise import StageWork, quantize_blocks
 from quantkit.quantize.gptq import SharedFactor
+from quantkit.quantize.hessian import row_losses
+from quantkit.quantize.holdout import HeldOutSums
+from quantkit.quantize.methods import Sums
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import Target
 from quantkit.quantize.token_weights import TokenWeights, of_first
@@ -133,8 +137,14 @@ class _TrialWork(StageWork):
         super().__init__(*arguments)
         self._trials, self._found = trials, found
 
+    def _sums(self, columns: int, device: torch.device) -> Callable[[], Sums]:
+        return partial(HeldOutSums, columns, device)
+
+    def _beside(self, batch: int, read: Reading) -> list[Any]:
+        return [self._weighing.start + batch]
+
     def quantize(self, stage: int) -> None:
-        modules, H, tokens, _ = self._finished(stage)
+        modules, (H, judge), tokens, _ = self._finished(stage)
         factor = SharedFactor()
         stacks: dict[tuple[QuantSpec, ...], list[str]] = {}
         for linear in modules:
@@ -146,8 +156,9 @@ class _TrialWork(StageWork):
                     solved = self._sharing.solve(factor, torch.cat(stored), H, spec)
                 except NumericError as error:
                     raise NumericError(f"{', '.join(names)}: {error}") from None
-                losses = torch.split(solved.loss, [len(W) for W in stored])
-                for name, loss in zip(names, losses, strict=True):
+                found: Sequence[Codes] = solved.linear.split([len(W) for W in stored])
+                for name, W, codes in zip(names, stored, found, strict=True):
+                    loss = row_losses(W, codes, judge)
                     self._found.setdefault(name, []).append(self._predicted(name, loss, tokens))
 
     def _predicted(self, name: str, loss: torch.Tensor, tokens: int) -> float:

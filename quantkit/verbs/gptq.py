@@ -252,8 +252,9 @@ def _spec_to_choose(options: Gptq, grid: dict[str, Any]) -> QuantSpec:
 def _allocator(stream: ModelStream, spec: QuantSpec, options: Gptq) -> Allocator:
     """What will choose bits and groups. Raises UsageError."""
     assert options.budget is not None
-    candidates = folder_candidates(stream, spec, options.format, options.candidate_bits)
-    return Allocator(stream, spec, options.budget, candidates, lambda own: _folder(stream, own, options))
+    candidates = folder_candidates(stream, spec, options.format, options.budget_for)
+    given = stream, spec, options.budget, candidates, lambda own: _folder(stream, own, options)
+    return Allocator(*given, options.budget_for)
 
 
 def _spending(report: GptqReport, spent: Spent) -> GptqReport:
@@ -367,8 +368,8 @@ def _made(
     seed = options.seed if weighted else None
     recipe |= {"seed": seed} if weighted else {}
     if allocator is not None:
-        chosen_from = {"budget": str(options.budget), "candidate_bits": sorted(set(options.candidate_bits))}
-        recipe |= {"bits": None, "group_size": None, **chosen_from}
+        chosen_for = {"budget": str(options.budget), "budget_for": options.budget_for}
+        recipe |= {"bits": None, "group_size": None, **chosen_for}
     sharing.check_alike(stream, recipe)
 
     def decides() -> dict[str, Any]:

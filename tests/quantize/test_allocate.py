@@ -24,6 +24,7 @@ from quantkit.options import QuantSpec
 from quantkit.options.grid import Override, matches, pattern_regex
 from quantkit.quantize import allocate, blockwise, gptq, trials
 from quantkit.quantize.allocate import Allocator, folder_candidates, least_loss
+from quantkit.quantize.holdout import HeldOutSums
 from quantkit.quantize.targets import CheckpointTarget
 from quantkit.runs.landing import choice_file
 from quantkit.runs.places import folder_of
@@ -79,37 +80,42 @@ def test_either_of_several_texts(pattern: str, fits: list[str], not_these: list[
 # -- what there is to choose from --------------------------------------------------------------------------------------
 
 
-def allocator(model: Path, allowance: str, bits: tuple[int, ...] = (2, 3, 4, 8), **options: Any) -> Allocator:
+def allocator(model: Path, allowance: str, readers: str = "any", **options: Any) -> Allocator:
     stream, spec = open_stream(model), QuantSpec(**options)
     return Allocator(
-        *(stream, spec, allowance, folder_candidates(stream, spec, "gptq", bits)),
+        *(stream, spec, allowance, folder_candidates(stream, spec, "gptq", readers)),
         lambda own: CheckpointTarget(stream, own, "gptq", 10**9),
+        readers,
     )
 
 
 def test_units_are_what_readers_fuse(make_model: MakeModel) -> None:
-    found = allocator(make_model(), "5bpw").units
+    found = allocator(make_model(), "6bpw", "vllm").units
     assert [len(unit.names) for unit in found] == [3, 1, 2, 1] * 2
     assert found[0].pattern == ("model.layers.", ".self_attn.{q_proj,k_proj,v_proj,qkv_proj}")
     assert found[2].pattern == ("model.layers.", ".mlp.{gate_proj,up_proj,gate_up_proj}")
     groups = {unit.names[0].rpartition(".")[2]: {c.changes.group_size for c in unit.candidates} for unit in found}
+    assert {c.changes.bits for unit in found for c in unit.candidates} == {4, 8}
     assert groups == {"q_proj": {32, 64}, "o_proj": {32, 64}, "gate_proj": {32, 64}, "down_proj": {32}}  # 64, 96 wide
-    partly = allocator(make_model(), "5bpw", exclude=("*.k_proj",)).units
+    partly = allocator(make_model(), "6bpw", "vllm", exclude=("*.k_proj",)).units
     assert partly[0].pattern == ("model.layers.", ".self_attn.{q_proj,v_proj}")
-    mixed = allocator(make_model("mixtral"), "5bpw").units
+    mixed = allocator(make_model("mixtral"), "6bpw", "vllm").units
     assert [len(unit.names) for unit in mixed[:3]] == [3, 1, 12]
     assert mixed[2].pattern == ("model.layers.", ".block_sparse_moe.experts*")
+    apart = allocator(make_model("mixtral"), "6bpw").units
+    assert [len(unit.names) for unit in apart[:5]] == [1, 1, 1, 1, 12]
+    assert apart[1].pattern == ("model.layers.", ".self_attn.k_proj")
 
 
 def test_widths_that_no_group_divides_get_whole_rows(make_model: MakeModel) -> None:
-    found = allocator(make_model(intermediate_size=80), "5bpw", (4, 8)).units
+    found = allocator(make_model(intermediate_size=80), "6bpw", "vllm").units
     down = next(unit for unit in found if unit.names[0].endswith("down_proj"))
     assert {candidate.changes.group_size for candidate in down.candidates} == {-1}
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_rules_say_what_was_chosen(make_model: MakeModel, family: str) -> None:
-    one = allocator(make_model(family, num_hidden_layers=3), "5bpw")
+    one = allocator(make_model(family, num_hidden_layers=3), "6bpw", "vllm")
     rng = np.random.default_rng(0)
     chosen = [int(rng.integers(len(unit.candidates))) for unit in one.units]
     target = one.target_with(chosen)  # which looks at its own rules
@@ -137,7 +143,7 @@ def test_the_rules_say_what_was_chosen(make_model: MakeModel, family: str) -> No
         ({"method": "round"}, "leave method=round out"),
         ({"ggml": "q4_0"}, "leave ggml out"),
         ({"format": "awq"}, "an AWQ folder has one for all"),
-        ({"candidate_bits": (9,)}, "give 2, 3, 4 or 8"),
+        ({"budget_for": "all"}, "choose any, vllm"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(
@@ -208,7 +214,7 @@ def test_a_budget_is_kept_and_read(
 
 
 def test_vllm_finds_the_rules(make_model: MakeModel, tmp_path: Path) -> None:
-    quantkit.gptq(make_model(), tmp_path / "out", **BUDGET, candidate_bits=(4, 8))
+    quantkit.gptq(make_model(), tmp_path / "out", **BUDGET, budget_for="vllm")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["dynamic"]
     [found] = quantkit.verify(tmp_path / "out", generate=False).models
     [load] = [one for one in found.loads if one.program == "vLLM"]
@@ -224,7 +230,7 @@ def test_it_is_better_than_one_precision_for_all(make_model: MakeModel, tmp_path
 
 
 def test_a_dry_run_has_the_candidates(make_model: MakeModel, tmp_path: Path) -> None:
-    report = quantkit.gptq(make_model(), tmp_path / "out", **{**BUDGET, "candidate_bits": (4, 8)}, dry_run=True)
+    report = quantkit.gptq(make_model(), tmp_path / "out", **{**BUDGET, "budget_for": "vllm"}, dry_run=True)
     assert {(share.bits, share.group_size) for share in report.budget.shares} == set(product((4, 8), (32, 64)))
     assert report.budget.least < report.bytes < report.budget.most
     assert report.bits_per_weight == pytest.approx(6, abs=0.1)
@@ -242,15 +248,16 @@ def test_a_stopped_run_goes_on_with_its_choice(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
 ) -> None:
     model, out = make_model(), tmp_path / "out"
-    quantkit.gptq(model, tmp_path / "whole", **BUDGET)
+    options = {**BUDGET, "budget_for": "vllm"}  # a stack for each stage
+    quantkit.gptq(model, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         patch.setattr(gptq, "solve", failing_at(gptq.solve, 1 + 4 * blocks))
         with pytest.raises(UsageError, match=f"{blocks} of 2 blocks (is|are) kept"):
-            quantkit.gptq(model, out, **BUDGET)
+            quantkit.gptq(model, out, **options)
     with monkeypatch.context() as patch:
         patch.setattr(trials, "trial_losses", lambda *_: pytest.fail("tried again"))
         patch.setattr(allocate, "least_loss", lambda *_: pytest.fail("chosen again"))
-        quantkit.gptq(model, out, resume=True, **BUDGET)
+        quantkit.gptq(model, out, resume=True, **options)
     assert contents(out) == contents(tmp_path / "whole")
     assert not folder_of(out).exists()
 
@@ -286,6 +293,35 @@ def test_a_little_memory_changes_nothing(
         patch.setattr(blockwise.HiddenStates, "take", blockwise.HiddenStates.__getitem__)
         quantkit.gptq(model, tmp_path / "replayed", **BUDGET)
     assert contents(tmp_path / "whole") == contents(tmp_path / "replayed")
+
+
+def test_every_fourth_batch_is_held_out() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(8, 20, 6)).astype(np.float32), rng.gamma(0.5, size=(8, 20)).astype(np.float32)
+    sums = HeldOutSums(6, torch.device("cpu"))
+    for number in range(8):
+        part = HeldOutSums(6, torch.device("cpu"))
+        part.add(torch.from_numpy(x[number]), torch.from_numpy(w[number]), number)
+        sums.merge(part)
+    again = HeldOutSums(6, torch.device("cpu"))
+    again.unpack(sums.packed())
+    held = np.isin(np.arange(8), (3, 7))
+    for one in (sums, again):
+        found = one.finish("x")
+        for H, mine in zip(found, (~held, held), strict=True):
+            own = np.einsum("bt,bti,btj->ij", w[mine].astype(float), x[mine], x[mine]) / w[mine].sum()
+            np.testing.assert_allclose(H.numpy(), own, rtol=1e-4, atol=1e-5)
+    assert sums.tokens == 160
+
+
+def test_too_few_batches_hold_nothing_out() -> None:
+    sums = HeldOutSums(6, torch.device("cpu"))
+    sums.add(torch.ones(3, 6), None, 0)
+    found = sums.finish("x")
+    assert torch.equal(found.H, found.judge)
+    assert float(found.H.sum()) == 36
+    nothing = HeldOutSums(6, torch.device("cpu")).finish("x")
+    assert not nothing.H.any()
 
 
 def test_one_factor_serves_all_candidates() -> None:

@@ -239,6 +239,8 @@ def gptq(
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,
+    budget: str | int | None = ...,
+    budget_for: Literal["any", "vllm"] = ...,
     embedding_type: str = ...,
     output_type: str = ...,
     pre: str | None = ...,

@@ -25,6 +25,7 @@ from quantkit.options.grid import Groups as Groups
 from quantkit.options.grid import MethodName as MethodName
 from quantkit.options.grid import Overrides as Overrides
 from quantkit.options.grid import QuantSpec as QuantSpec
+from quantkit.options.grid import Spending as Spending
 from quantkit.options.grid import matches as matches
 from quantkit.options.spec import Options as Options
 from quantkit.options.spec import Spec as Spec

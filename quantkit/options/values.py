@@ -76,6 +76,25 @@ def _bytes(size: str | int) -> int:
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """What codes may take: so many bits a weight of the quantized Linears, with scales, zeros and their order, or so
+    many bytes of weight files with all that is in them."""
+
+    bits_per_weight: float | None = None
+    bytes: int | None = None
+
+
+def parse_allowance(text: str | int) -> Allowance:
+    """``4.5bpw``, or a size such as ``3GB``. Raises ValueError."""
+    if found := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*bpw", str(text).strip().lower()):
+        return Allowance(bits_per_weight=float(found[1]))
+    try:
+        return Allowance(bytes=_bytes(text))
+    except ValueError:
+        raise ValueError("give bits per weight such as 4.5bpw, or a size such as 900MB") from None
+
+
+@dataclass(frozen=True)
 class Every:
     """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
 
@@ -282,6 +301,8 @@ def _part(given: str | float) -> str | float:
 
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
+AllowanceText = Annotated[str | int, _parsed(parse_allowance)]
+"""Such as "4.5bpw" or "3GB"."""
 DataName = Annotated[str, AfterValidator(_known_data)]
 """A known name, NAME:FILE, a file, a Hub id."""
 Interval = Annotated[str, _parsed(parse_every)]

@@ -51,6 +51,7 @@ GPTQ_KEYS = {
     "bits",
     "group_size",
     "sym",
+    "predicted",
     "act_order",
     "bits_per_weight",
     "bytes",
@@ -58,7 +59,7 @@ GPTQ_KEYS = {
     "evaluation",
     "seconds",
 }
-LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected"}
+LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected", "predicted"}
 PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results", "precision"}
 RESULT_KEYS = {
     "model",

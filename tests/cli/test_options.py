@@ -254,14 +254,14 @@ def test_a_group_redeclared_keeps_its_help_and_its_place() -> None:
 
 
 def test_every_option_is_declared_once() -> None:
-    """But for --template, which of a card is another one than of a prompt."""
+    """But for --template, which of a card is another one than of a prompt, and --budget, which is met or spent."""
     declared = Counter(
         name
         for group in {one for spec in (*SPECS.values(), Terminal) for one in spec.__mro__ if issubclass(one, Options)}
         for name in inspect.get_annotations(group)
         if name in group.model_fields
     )
-    assert {name for name, times in declared.items() if times > 1} == {"template"}
+    assert {name for name, times in declared.items() if times > 1} == {"budget", "template"}
 
 
 @pytest.mark.parametrize("verb", SPECS)

@@ -57,9 +57,7 @@ def solve(
     return Solved(linear, *losses, *((0.0, "rounding") if factor is None else (factor.damp, factor.fallback)))
 
 
-def _fed(
-    W: torch.Tensor, A: torch.Tensor | None, H: torch.Tensor, factor: InverseFactor, spec: QuantSpec
-) -> Codes:
+def _fed(W: torch.Tensor, A: torch.Tensor | None, H: torch.Tensor, factor: InverseFactor, spec: QuantSpec) -> Codes:
     """Codes of one Linear W float32 [out, in], which is overwritten."""
     rows = None if A is None else factorize(A.to(W.device), torch.arange(len(W), device=W.device), _DAMP)
     if rows is None:

@@ -251,7 +251,7 @@ def weigh_tokens(
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
         exact = keeps_exact(stream, batches[0].numel())
-        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress, exact):
+        for index, stages, found, _ in fisher_squares(stream, *own, memory, at_work, progress, exact):
             everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found]))
             whole = [batch for _, part in everyone for batch in part]
             on_block(index, _tensors(stream, index, everyone[0][0], whole, batches))

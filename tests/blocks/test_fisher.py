@@ -78,7 +78,7 @@ def streamed(
     stages: list[Squares] = []
     rows: Squares = {}
     with Workers(even_shares(len(batches), workers)) as at_work:
-        for index, named, found in fisher_squares(stream, batches, drawn, memory, at_work, SILENT, exact):
+        for index, named, found, _ in fisher_squares(stream, batches, drawn, memory, at_work, SILENT, exact):
             for number, names in enumerate(named):
                 seen = [batch[number] for batch in found]
                 stages.append({f"model.layers.{index}.{name}": spread(seen, batches) for name in names})

@@ -185,7 +185,7 @@ def check_device(device: str) -> None:
 
 
 def has_driver() -> bool:
-    """Whether torch may find a GPU that it calls cuda: NVIDIA's library, or AMD's device; False only where it cannot."""
+    """False where torch cannot find a GPU that it calls cuda: neither NVIDIA's library nor AMD's device is there."""
     if sys.platform != "linux" or os.path.exists("/dev/kfd"):
         return True
     try:

@@ -219,7 +219,7 @@ OTHERS = {
     "compare plain plain --out x": "plain is named twice; compare each model once",
     "ggml plain --type q9_k": "--type q9_k: choose auto, f32",
     "ggml plain --type q4_0 --imatrix nowhere": "nowhere: no such file; give an importance matrix",
-    "gptq plain --ggml q4_0 --out model.gguf": "--out model.gguf is a file's name, and a folder is written; name a folder",
+    "gptq plain --ggml q4_0 --out model.gguf": "--out model.gguf is a file's name, and a folder is written",
     "eval plain --out x --task hellaswagg": "--task hellaswagg: no such task; near it are hellaswag,",
     "generate plain --prompts full --out x": "--prompts full: no file of prompts",
     "card codes --report nowhere": "nowhere: no such file; give a report.json of `quantkit compare`",

@@ -236,6 +236,7 @@ OTHERS = {
     "release data.yaml": "data.yaml: no such data: 'nosuch'",
     "release text.yaml": "text.yaml: no such data: 'nosuch'",
     "release kind.yaml": "kind.yaml: variants: 0: choose gptq, ",
+    "release type.yaml": "type.yaml: variants: 0: ggjt: type: choose auto, f32",
     "release keys.yaml": "keys.yaml: variants: 0: gptq: bitts: no such key; did you mean bits?",
 }
 RECIPES = {
@@ -243,6 +244,7 @@ RECIPES = {
     "data": "calibration: {data: nosuch}\nvariants: [{kind: gptq}]",
     "text": "evaluation: {texts: [nosuch]}\nvariants: [{kind: gptq}]",
     "kind": "variants: [{kind: exl3}]",
+    "type": "variants: [{kind: ggjt, type: q4_9}]",
     "keys": "variants: [{kind: gptq, bitts: 4}]",
 }
 

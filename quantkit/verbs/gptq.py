@@ -148,7 +148,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         check_outside(place, parts, options.force or options.resume, dry_run=True)  # it is settled
     stream = stream_of(whole(parts), ranks.device(options.device), options.dtype, options.untie, options.memory)
     check_windows(stream, _windows(options)[1], progress)
-    if options.evaluate:
+    if options.evaluate and not options.dry_run:
         judging = fitted(judging, [stream], asked=False, progress=progress)
     target = _target(stream, spec, options, name, progress)
     refuse_codes(stream, target.plan, options.requantize)

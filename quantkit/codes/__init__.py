@@ -5,7 +5,7 @@ Every container is written from this. Which Linears become such, and to what, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -45,6 +45,8 @@ from quantkit.options.values import (
     TokenCount,
     check_data,
     check_dataset,
+    check_device,
+    check_folder_name,
     check_model,
 )
 from quantkit.options.values import DrawnWindows as DrawnWindows
@@ -401,6 +403,12 @@ class Device(Options):
     device: DeviceName = "auto"
     """auto, cpu, cuda or cuda:N."""
 
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        check_device(device)
+        return device
+
 
 class Dtype(Options):
     """Of which type numbers are."""
@@ -484,6 +492,16 @@ class Output(Out, DryRun, Force):
 
     defaults: ClassVar[Mapping[str, Any]] = {"out": None}
     helps: ClassVar[Mapping[str, str]] = {"out": "Folder or file to write; default: named after the model."}
+
+
+class IntoFolder(Options):
+    """What is written is a folder."""
+
+    @field_validator("out", check_fields=False)
+    @classmethod
+    def _check_is_no_file(cls, given: Any) -> Any:
+        check_folder_name(given)
+        return given
 
 
 class Shards(Options):

@@ -174,7 +174,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         check_outside(place, parts, options.force or options.resume, dry_run=True)  # it is settled
     stream = stream_of(whole(parts), ranks.device(options.device), options.dtype, options.untie, options.memory)
     check_windows(stream, _windows(options)[1], progress)
-    judging = fitted(judging, [stream], asked=False, progress=progress)
+    if options.evaluate and not options.dry_run:
+        judging = fitted(judging, [stream], asked=False, progress=progress)
     allocator = None if options.budget is None else _allocator(stream, spec, options)
     target = _target(stream, spec, options, name, progress) if allocator is None else allocator.target
     refuse_codes(stream, target.plan, options.requantize)

@@ -36,7 +36,7 @@ from quantkit.options import (
     WindowLength,
     make,
 )
-from quantkit.options.values import check_data, check_dataset, check_model, gptq_type
+from quantkit.options.values import FileType, check_data, check_dataset, check_model, gptq_type
 from quantkit.runs.atomic import check_readable
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class GptqVariant(VariantRecipe, EffortGrid, Overrides, Checkpoint):
 class FileVariant(VariantRecipe, Effort):
     """A file for llama.cpp. `method`: GPTQ on the type's grid where it has one ("auto"), or plain rounding by ggml."""
 
-    type: str
+    type: FileType
     method: Literal["auto", "gptq", "round"] = "auto"
 
     @field_validator("type")

@@ -169,7 +169,7 @@ def test_a_process_without_windows_has_nothing_to_tell(make_model: MakeModel) ->
     for memory in (BY_BLOCK, AT_ONCE):
         with Workers([range(0)]) as at_work:
             found = list(fisher_squares(stream, [], [], memory, at_work, SILENT))
-        assert [squares for _, _, squares in found] == [[] for _ in stream.blocks]
+        assert [squares for _, _, squares, _ in found] == [[] for _ in stream.blocks]
 
 
 def test_half_precision_between_blocks_costs_little(make_model: MakeModel) -> None:

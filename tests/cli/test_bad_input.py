@@ -648,12 +648,14 @@ def test_a_dry_run_refuses_the_same(desk: Desk, options: list[str]) -> None:
 
 
 def test_a_gpu_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.options.values.has_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = desk.model()
     desk.refused(lambda: desk.gptq(model, "--device", "cuda"), 2, "--device cuda", "--device cpu")
 
 
 def test_a_gpu_number_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.options.values.has_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     model = desk.model()

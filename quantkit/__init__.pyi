@@ -235,6 +235,7 @@ def gptq(
     act_order: Literal["static", "dynamic", "off"] = ...,
     damp: float = ...,
     token_weights: bool | None = ...,
+    row_feedback: bool | None = ...,
     correct: str | float | None = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,

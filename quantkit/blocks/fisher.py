@@ -93,7 +93,7 @@ def fisher_squares(
     """
     slices = [(start, min(start + SLICE, stream.vocabulary)) for start in range(0, stream.vocabulary, SLICE)]
     if memory.at_once:
-        yield from _at_once(stream, batches, chances, memory, workers, progress, slices)
+        yield from _at_once(stream, batches, chances, memory, workers, progress, slices, most_rows)
         return
     kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
     found = _head_gradients(stream, last, chances, memory.head_rows is None, slices, progress)
@@ -132,8 +132,9 @@ def _at_once(
     workers: Workers,
     progress: Progress,
     slices: Slices,
+    most_rows: int,
 ) -> Iterator[tuple[int, Stages, Found, Products]]:
-    """`fisher_squares` without products, with all blocks held: each batch through all of them, the head, and back."""
+    """`fisher_squares` with all blocks held: each batch through all of them, the head, and back."""
     with torch.no_grad():
         hidden = stream.embed(list(batches), place=memory.hidden)
     every = range(len(stream.blocks))
@@ -141,7 +142,7 @@ def _at_once(
         with stream.reading_ahead(memory.prefetch):
             blocks = [held.enter_context(stream.block(index)) for index in every]
         stages = [stream.stages(index, blocks[index], 0, hidden[0]) for index in every] if batches else []
-        watches = [_Watch(block, own) for block, own in zip(blocks, stages, strict=False)]
+        watches = [_Watch(block, own, most_rows) for block, own in zip(blocks, stages, strict=False)]
         for watch in watches:
             held.enter_context(watch.hooked())
         heads = held.enter_context(stream.head_rows(*slices))
@@ -171,7 +172,7 @@ def _at_once(
             advance(len(at_hand))
     hidden.close()
     for index in reversed(every):
-        yield index, stages[index] if stages else (), found[index], {}
+        yield index, stages[index] if stages else (), found[index], watches[index].products if watches else {}
 
 
 @dataclass

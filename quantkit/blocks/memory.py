@@ -138,22 +138,30 @@ def _ends(stream: ModelStream) -> tuple[int, int]:
 
 
 def plan_quantizing(
-    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, beside: bool = False
+    stream: ModelStream,
+    tokens: int,
+    batch_tokens: int,
+    budget: Budget,
+    workers: int = 1,
+    beside: bool = False,
+    products: bool = False,
 ) -> MemoryPlan:
     """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError.
 
-    `beside`: the unquantized model runs in step, and two folds have two sums each.
+    `beside`: the unquantized model runs in step, and two folds have two sums each. `products`: of a block's rows'
+    gradients are at hand.
     """
     block = _largest_block(stream, quantized=True)
     paths = 2 if beside else 1
     hidden = paths * tokens * _ends(stream)[1]
     batch = 2 * paths * block.paused_token
+    fed = 2 * max(fed_rows(stream)) + _SQUARES * 4 * most_fed_rows(stream) ** 2 if products else 0
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         abreast = workers if plan.side_by_side else 1
         sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
         running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else 1)
-        work = block.work + (6 * block.square if beside else 0)
+        work = block.work + (6 * block.square if beside else 0) + fed
         paused = paths * tokens * block.paused_token if plan.paused else 0
         device = paths * block.weights + max(work, running) + paused
         host = _BASE + (block.stored if plan.prefetch else 0)
@@ -168,8 +176,13 @@ def plan_quantizing(
     return _first_that_fits(ways, takes, budget)
 
 
-def plan_weighing(stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1) -> MemoryPlan:
-    """For the gradients of so many tokens, of which a batch has `batch_tokens`. Raises UsageError."""
+def plan_weighing(
+    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, products: bool = False
+) -> MemoryPlan:
+    """For the gradients of so many tokens, of which a batch has `batch_tokens`. Raises UsageError.
+
+    `products`: rows' gradients are multiplied with each other's, where `fed_rows` has them.
+    """
     block = _largest_block(stream, quantized=False)
     vocabulary, row = _ends(stream)
     hidden = tokens * row
@@ -178,6 +191,7 @@ def plan_weighing(stream: ModelStream, tokens: int, batch_tokens: int, budget: B
     graph = _GRAPH * _widest(stream)
     weights, all_graphs = _all_blocks(stream, batch_tokens)
     outputs = sum(rows for _, (rows, _) in stream.linears())
+    squares = [8 * own for own in fed_rows(stream)] if products else [0]
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         running = min(tokens, (workers if plan.side_by_side else 1) * batch_tokens)
@@ -187,9 +201,9 @@ def plan_weighing(stream: ModelStream, tokens: int, batch_tokens: int, budget: B
         host = _BASE + (block.stored if plan.prefetch else 0)
         if plan.at_once:
             sums = 8 * outputs * -(-tokens // batch_tokens)
-            device = weights + block.weights + running * all_graphs + head + sums
+            device = weights + block.weights + running * all_graphs + head + sums + sum(squares)
         else:
-            device = block.weights + max(running * graph, head)
+            device = block.weights + max(running * graph + 2 * max(squares), head)
         waiting = [(plan.hidden, 2 * hidden)] + ([] if plan.at_once else [(plan.kept, kept)])
         for place, taken in waiting:
             device, host = device + taken * (place == "device"), host + taken * (place == "host")
@@ -205,6 +219,18 @@ def plan_weighing(stream: ModelStream, tokens: int, batch_tokens: int, budget: B
         for prefetch, abreast in product((True, False), (True, False))
     ]
     return _first_that_fits(ways, takes, budget)
+
+
+def fed_rows(stream: ModelStream) -> list[int]:
+    """Numbers in the products of gradients of each block's Linears that have no more rows than the model's width."""
+    widest = most_fed_rows(stream)
+    shapes = ([rows for _, (rows, _) in stream.linears_in(index)] for index in range(len(stream.blocks)))
+    return [sum(rows * rows for rows in block if rows <= widest) for block in shapes]
+
+
+def most_fed_rows(stream: ModelStream) -> int:
+    """How many rows a Linear may have whose rows' gradients are multiplied with each other's."""
+    return int(stream.source.config.get_text_config().hidden_size)
 
 
 def keeps_exact(stream: ModelStream, batch_tokens: int) -> bool:

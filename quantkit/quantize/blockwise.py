@@ -20,6 +20,7 @@ from quantkit.errors import NumericError, SourceError
 from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
+from quantkit.quantize import row_feedback
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
 from quantkit.quantize.hessian import row_losses
 from quantkit.quantize.layers import LayerStatistics
@@ -83,7 +84,9 @@ def quantize_blocks(
     count = worker_count(stream.device, len(mine))
     correcting = corrects(next(iter(plan.values())).spec)
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
-    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting)
+    memory = plan_quantizing(
+        stream, *sizes, memory_budget, count, correcting, weights is not None and weights.feed_rows
+    )
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
@@ -149,11 +152,13 @@ def corrects(spec: QuantSpec) -> bool:
     return spec.correct != 0 and spec.method == "gptq"
 
 
-def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int, beside: bool = False) -> MemoryPlan:
+def plan_gptq_memory(
+    stream: ModelStream, samples: int, seq_len: int, beside: bool = False, products: bool = False
+) -> MemoryPlan:
     """What `quantize_blocks` will do for memory with so many calibration windows. Raises UsageError."""
     windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside)
+    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside, products)
 
 
 def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
@@ -253,8 +258,12 @@ class StageWork:
             stored = [self._stored(name) for name in linears]
             targets = [(W, None) if corrector is None else corrector.target(W) for W in stored]
             H = gathered if corrector is None else corrector.H
+            products = [self._weighing.products(name) for name in names] if spec.row_feedback else []
             try:
-                solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
+                if any(own is not None for own in products):  # rows that depend on each other are every process's own
+                    solved = row_feedback.solve([W for W, _ in targets], products, H, spec)
+                else:
+                    solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
-from quantkit.blocks.memory import MemoryPlan, keeps_exact, plan_weighing
+from quantkit.blocks.memory import MemoryPlan, keeps_exact, most_fed_rows, plan_weighing
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
@@ -73,14 +75,22 @@ class StageWeights:
         return float(weights.sum().square() / weights.square().sum().clamp(min=1e-300))
 
 
+OfLinear = tuple[StageWeights, "torch.Tensor", "torch.Tensor | None"]
+"""Its stage's weights, its rows' squared gradients, and the cosines between its rows' gradients."""
+
+
 class TokenWeights:
     """Weights of all blocks, of which one block's are in memory.
+
+    Attributes:
+        feed_rows: whether `products` were made.
 
     Args:
         read: the tensors of a block, as `weigh_tokens` gave them.
     """
 
-    def __init__(self, read: Callable[[int], Tensors]) -> None:
+    def __init__(self, read: Callable[[int], Tensors], feed_rows: bool = False) -> None:
+        self.feed_rows = feed_rows
         self._block = lru_cache(1)(lambda index: _by_linear(read(index)))
 
     def of(self, index: int, linear: str) -> StageWeights | None:
@@ -91,19 +101,29 @@ class TokenWeights:
         """Its squared gradient of each output row, summed over all tokens: float32 [out], on the CPU."""
         return self._found(index, linear)[1]
 
-    def _found(self, index: int, linear: str) -> tuple[StageWeights, torch.Tensor] | tuple[None, None]:
-        found: dict[str, tuple[StageWeights, torch.Tensor]] = self._block(index)
-        return found.get(linear, (None, None))
+    def products(self, index: int, linear: str) -> torch.Tensor | None:
+        """``sum g g^T`` of its output rows over all tokens: float32 [out, out], on the CPU; None where not made."""
+        rows, cosines = self._found(index, linear)[1:]
+        if rows is None or cosines is None:
+            return None
+        lengths = rows.sqrt()
+        return cosines.float() * lengths[:, None] * lengths
+
+    def _found(self, index: int, linear: str) -> OfLinear | tuple[None, None, None]:
+        found: dict[str, OfLinear] = self._block(index)
+        return found.get(linear, (None, None, None))
 
 
-def _by_linear(tensors: Tensors) -> dict[str, tuple[StageWeights, torch.Tensor]]:
+def _by_linear(tensors: Tensors) -> dict[str, OfLinear]:
     stages = {
         key.partition(".")[0]: StageWeights(tensor, tensors.get(key.replace("weights", "tokens")))
         for key, tensor in tensors.items()
         if key.endswith(".weights")
     }
     rows = ((key.split(".", 2), tensor) for key, tensor in tensors.items() if ".rows." in key)
-    return {linear: (stages[stage], tensor) for (stage, _, linear), tensor in rows}
+    return {
+        linear: (stages[stage], tensor, tensors.get(f"{stage}.cosines.{linear}")) for (stage, _, linear), tensor in rows
+    }
 
 
 class Weighing:
@@ -140,6 +160,10 @@ class Weighing:
         found = None if self._weights is None else self._weights.of(self._index, linear)
         return None if found is None else found.effective
 
+    def products(self, linear: str) -> torch.Tensor | None:
+        """``sum g g^T`` of a Linear's output rows over all tokens, float32 [out, out]; None where not known."""
+        return None if self._weights is None else self._weights.products(self._index, linear)
+
     def divergence(self, linear: str, losses: torch.Tensor) -> float | None:
         """What the model's output diverges by, in nats a token, if this Linear alone is changed by E [out, in]:
         ``1/(2T) sum_j S_j E_j H E_j^T``, S_j being the row's squared gradient summed over the T tokens.
@@ -163,10 +187,17 @@ ALIKE = Weighing(None, 0, ())
 """All tokens count the same."""
 
 
+class Gradients(NamedTuple):
+    """What a run takes of gradients: labels by `seed`, and whether `products` are made (`weigh_tokens`)."""
+
+    seed: int
+    products: bool
+
+
 def token_weights(
     stream: ModelStream,
     tokens: torch.Tensor,
-    seed: int,
+    gradients: Gradients,
     folder: Path,
     journal: Journal | None,
     progress: Progress,
@@ -199,7 +230,8 @@ def token_weights(
 
         if ranks.first:
             weights_file(folder, 0).parent.mkdir(exist_ok=True)
-        weigh_tokens(stream, tokens, seed, stream.budget // ranks.here, keep, progress, ranks)
+        budget = stream.budget // ranks.here
+        weigh_tokens(stream, tokens, gradients.seed, budget, keep, progress, ranks, gradients.products)
         if ranks.first:
             made = [checksums[index] for index in sorted(checksums)]
             land_weights(folder, of_first(journal), made)
@@ -209,7 +241,7 @@ def token_weights(
     if not blocks:
         return None
     ranks.wait_for(weights_file(folder, 0))
-    return TokenWeights(lambda index: read_tensors(weights_file(folder, index)))
+    return TokenWeights(lambda index: read_tensors(weights_file(folder, index)), gradients.products)
 
 
 def of_first(journal: Journal | None) -> Journal:
@@ -226,6 +258,7 @@ def weigh_tokens(
     on_block: OnWeights,
     progress: Progress,
     ranks: Ranks = ALONE,
+    products: bool = False,
 ) -> bool:
     """Weights of every block, from the last to the first; False, and said why, where the model has no gradient.
 
@@ -236,33 +269,46 @@ def weigh_tokens(
         seed: decides the labels, by one number for each token.
         on_block: gets a block's number and its tensors: for each stage, by its number in the block, "0.weights" and
             for experts "0.tokens" (`StageWeights`), and "0.rows.NAME" for each Linear by its published name, float32
-            [out]: the squared gradient of that output row, summed over all tokens.
+            [out]: the squared gradient of that output row, summed over all tokens; with products
+            "0.cosines.NAME", float16 [out, out].
+        products: make cosines between the gradients of the rows of each Linear that has no more rows than the model's
+            width and that all tokens go through: ``A_ij / sqrt(A_ii A_jj)``, A the sum of ``g g^T`` over all tokens.
     """
     if (why := no_gradient(stream, tokens)) is not None:
         progress.note(f"every token counts the same, since {stream.source.config.model_type} {why}")
         return False
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
-    chances = torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1])).random(tuple(tokens.shape)))
-    drawn = torch.split(chances, len(batches[0]))
+    drawn = torch.split(chances(tokens.shape, seed), len(batches[0]))
     mine = ranks.share(len(batches))
     workers = worker_count(stream.device, max(1, len(mine)))
-    memory = plan_weighing(stream, sum(batches[i].numel() for i in mine), batches[0].numel(), budget, workers)
+    sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
+    memory = plan_weighing(stream, *sizes, budget, workers, products)
     memory.note(progress)
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
         exact = keeps_exact(stream, batches[0].numel())
-        for index, stages, found, _ in fisher_squares(stream, *own, memory, at_work, progress, exact):
-            everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found]))
-            whole = [batch for _, part in everyone for batch in part]
-            on_block(index, _tensors(stream, index, everyone[0][0], whole, batches))
+        passes = fisher_squares(
+            stream, *own, memory, at_work, progress, exact, most_fed_rows(stream) if products else 0
+        )
+        for index, stages, found, own_products in passes:
+            on_host = {name: product.cpu() for name, product in own_products.items()}
+            everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found], on_host))
+            whole = [batch for _, part, _ in everyone for batch in part]
+            tensors = _tensors(stream, index, everyone[0][0], whole, batches)
+            on_block(index, tensors | _cosines(stream, index, tensors, [own for *_, own in everyone]))
     return True
 
 
-def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+def chances(shape: Sequence[int], seed: int) -> torch.Tensor:
+    """A number from 0 to 1 for each token, float64, that decides on its label."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1])).random(tuple(shape)))
+
+
+def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, products: bool = False) -> MemoryPlan:
     """What `weigh_tokens` will do for memory with so many calibration windows. Raises UsageError."""
     windows = max(1, _BATCH_TOKENS // seq_len)
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
+    return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, products)
 
 
 def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:
@@ -307,6 +353,22 @@ def _tensors(
             rows = torch.stack([one.rows[k] for one in seen]).sum(dim=0)
             tensors[f"{number}.rows.{stream.published(index, name)}"] = rows.float()
     return tensors
+
+
+def _cosines(
+    stream: ModelStream, index: int, tensors: Tensors, products: Sequence[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Of a block's Linears whose products all ranks have made, or those that had windows."""
+    rows = (key.split(".", 2) for key in tensors if ".rows." in key)
+    stages = {linear: stage for stage, _, linear in rows}
+    found = {}
+    for name in dict.fromkeys(chain.from_iterable(products)):
+        total = torch.stack([own[name] for own in products if name in own]).sum(dim=0)
+        lengths = total.diagonal().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        linear = stream.published(index, name)
+        if linear in stages:
+            found[f"{stages[linear]}.cosines.{linear}"] = (total / lengths[:, None] / lengths).half()
+    return found
 
 
 def _mean_one(squares: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,13 @@ from quantkit.runs.places import folder_of
 from quantkit.runs.shared_weights import sharing_weights
 from quantkit.sources import open_source
 
-OPTIONS: dict[str, Any] = {"calibration": token_matrix(12, 256), "group_size": 32, "evaluate": False, "device": "cpu"}
+OPTIONS: dict[str, Any] = {
+    "calibration": token_matrix(12, 256),
+    "group_size": 32,
+    "evaluate": False,
+    "device": "cpu",
+    "effort": "fast",
+}
 WEIGHTED: dict[str, Any] = {**OPTIONS, "token_weights": True}
 
 

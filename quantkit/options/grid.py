@@ -111,7 +111,7 @@ class FilledGrid(Coding, Groups, Solving):
     def _check_order(self) -> Self:
         if self.method == "round" and self.act_order == "dynamic":
             raise ValueError("act_order dynamic lets groups follow GPTQ's order, and method round has none")
-        if self.row_feedback and not self.token_weights and self.method == "gptq":
+        if self.row_feedback and self.token_weights is False and self.method == "gptq":
             raise ValueError("row_feedback goes by the gradients that token_weights takes: turn both on")
         return self
 

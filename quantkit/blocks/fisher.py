@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from threading import local
+from threading import Lock, local
 from typing import Any
 
 from quantkit.blocks.budget import let_go
@@ -37,6 +37,8 @@ _TIDY = 4  # rounds of batches between which freed memory goes back: each leaves
 Slices = list[tuple[int, int]]
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
 Found = list[list["StageSquares"]]  # by batch and stage
+Products = dict[str, "torch.Tensor"]
+"""``sum g g^T`` over all tokens, float64 [out, out], of some Linears by their names in the block."""
 
 
 @dataclass
@@ -74,8 +76,9 @@ def fisher_squares(
     workers: Workers,
     progress: Progress,
     exact: bool = False,
-) -> Iterator[tuple[int, Stages, Found]]:
-    """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage).
+    most_rows: int = 0,
+) -> Iterator[tuple[int, Stages, Found, Products]]:
+    """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage, products).
 
     Not to be run in inference mode, whose tensors have no gradients.
 
@@ -85,6 +88,7 @@ def fisher_squares(
             distribution; or int64, the labels themselves.
         memory: where states wait, and whether all blocks are held.
         exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
+        most_rows: products are made of Linears of at most so many rows that all tokens go through; 0: of none.
 
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
@@ -97,12 +101,12 @@ def fisher_squares(
     found = _head_gradients(stream, last, chances, memory.head_rows is None, slices, progress)
     gradients = HiddenStates(stream.device, memory.hidden, found)
     last.close()
-    with progress.phase("weighing: blocks, backward", len(stream.blocks)) as advance:
+    with progress.phase("weighing backwards", len(stream.blocks)) as advance:
         for index in reversed(range(len(stream.blocks))):
             with stream.block(index) as block:
                 first = index * len(batches)
                 stages = stream.stages(index, block, 0, kept[first].to(stream.dtype)) if batches else ()
-                watch = _Watch(block, stages)
+                watch = _Watch(block, stages, most_rows)
 
                 def backward(
                     i: int, index: int = index, block: nn.Module = block, watch: _Watch = watch, first: int = first
@@ -116,7 +120,7 @@ def fisher_squares(
                 with watch.hooked():
                     for i, (gradient, seen) in workers.each(backward):
                         gradients[i], squares[i] = gradient, seen
-            yield index, stages, squares
+            yield index, stages, squares, watch.products
             advance(1)
     kept.close()
     gradients.close()
@@ -130,12 +134,12 @@ def _at_once(
     workers: Workers,
     progress: Progress,
     slices: Slices,
-) -> Iterator[tuple[int, Stages, Found]]:
-    """`fisher_squares` with all blocks held: each batch through all of them, the head, and back."""
+) -> Iterator[tuple[int, Stages, Found, Products]]:
+    """`fisher_squares` without products, with all blocks held: each batch through all of them, the head, and back."""
     with torch.no_grad():
         hidden = stream.embed(list(batches), place=memory.hidden)
     every = range(len(stream.blocks))
-    with ExitStack() as held, progress.phase("weighing: windows, there and back", len(batches)) as advance:
+    with ExitStack() as held, progress.phase("weighing there and back", len(batches)) as advance:
         with stream.reading_ahead(memory.prefetch):
             blocks = [held.enter_context(stream.block(index)) for index in every]
         stages = [stream.stages(index, blocks[index], 0, hidden[0]) for index in every] if batches else []
@@ -171,7 +175,7 @@ def _at_once(
             advance(len(at_hand))
     hidden.close()
     for index in reversed(every):
-        yield index, stages[index] if stages else (), found[index]
+        yield index, stages[index] if stages else (), found[index], {}
 
 
 @dataclass
@@ -205,7 +209,7 @@ def _kept_states(
 ) -> tuple[HiddenStates, HiddenStates]:
     """The states that enter each block, block after block and batch after batch; and those that leave the last."""
     kept = HiddenStates(stream.device, memory.kept)
-    with torch.no_grad(), progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
+    with torch.no_grad(), progress.phase("weighing forwards", len(stream.blocks)) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
         with stream.reading_ahead(memory.prefetch):
             for index in range(len(stream.blocks)):
@@ -249,7 +253,7 @@ def _head_gradients(
     logits of a few positions wait for that, else they are made twice.
     """
     if held:
-        with progress.phase("weighing: head", len(hidden)) as advance, stream.head_rows(*slices) as heads:
+        with progress.phase("weighing the head", len(hidden)) as advance, stream.head_rows(*slices) as heads:
             found = []
             for state, chance in zip(hidden, chances, strict=True):
                 found.append(_batch_gradient(heads, slices, state, chance))
@@ -257,7 +261,7 @@ def _head_gradients(
             return found
     pieces = [(i, *piece) for i, chance in enumerate(chances) for piece in _pieces(chance)]
     shares: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
-    with progress.phase("weighing: head", 2 * len(slices)) as advance:
+    with progress.phase("weighing the head", 2 * len(slices)) as advance:
         for at_rows in slices:
             with torch.no_grad(), stream.head_rows(at_rows) as [head]:
                 for number, (i, row, at) in enumerate(pieces):
@@ -346,10 +350,17 @@ class _Draw:
 
 
 class _Watch:
-    """Looks at the gradients that reach the outputs of a block's Linears; batches may run side by side."""
+    """Looks at the gradients that reach the outputs of a block's Linears; batches may run side by side.
 
-    def __init__(self, block: nn.Module, stages: Stages) -> None:
+    Attributes:
+        products: of Linears of at most `most_rows` rows. Numbers of float32 are added in float64, which is exact but
+            for what is 2^-29 of the rest: their order does not matter.
+    """
+
+    def __init__(self, block: nn.Module, stages: Stages, most_rows: int = 0) -> None:
         self._block, self._stages, self._here = block, stages, local()
+        self._most_rows, self._lock = most_rows, Lock()
+        self.products: Products = {}
 
     @contextmanager
     def batch(self) -> Iterator[list[StageSquares]]:
@@ -381,3 +392,12 @@ class _Watch:
         seen, tokens = self._here.seen[stage], ROUTED.get()
         if output.requires_grad:
             output.register_hook(lambda gradient: seen.see(number, gradient, tokens))
+            if tokens is None and output.shape[-1] <= self._most_rows:
+                output.register_hook(lambda gradient: self._multiply(self._stages[stage][number], gradient))
+
+    def _multiply(self, name: str, gradient: torch.Tensor) -> None:
+        rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        product = rows.T @ rows
+        with self._lock:
+            total = self.products.setdefault(name, torch.zeros_like(product, dtype=torch.float64))
+            total += product

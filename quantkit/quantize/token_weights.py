@@ -85,32 +85,45 @@ class TokenWeights:
 
     def of(self, index: int, linear: str) -> StageWeights | None:
         """Those of the stage that a Linear of block `index` is in, by its published name."""
-        found: dict[str, StageWeights] = self._block(index)
-        return found.get(linear)
+        return self._found(index, linear)[0]
+
+    def rows(self, index: int, linear: str) -> torch.Tensor | None:
+        """Its squared gradient of each output row, summed over all tokens: float32 [out], on the CPU."""
+        return self._found(index, linear)[1]
+
+    def _found(self, index: int, linear: str) -> tuple[StageWeights, torch.Tensor] | tuple[None, None]:
+        found: dict[str, tuple[StageWeights, torch.Tensor]] = self._block(index)
+        return found.get(linear, (None, None))
 
 
-def _by_linear(tensors: Tensors) -> dict[str, StageWeights]:
+def _by_linear(tensors: Tensors) -> dict[str, tuple[StageWeights, torch.Tensor]]:
     stages = {
         key.partition(".")[0]: StageWeights(tensor, tensors.get(key.replace("weights", "tokens")))
         for key, tensor in tensors.items()
         if key.endswith(".weights")
     }
-    rows = (key.split(".", 2) for key in tensors if ".rows." in key)
-    return {linear: stages[stage] for stage, _, linear in rows}
+    rows = ((key.split(".", 2), tensor) for key, tensor in tensors.items() if ".rows." in key)
+    return {linear: (stages[stage], tensor) for (stage, _, linear), tensor in rows}
 
 
 class Weighing:
     """Weights of this rank's tokens in one block.
+
+    Attributes:
+        start: number of this rank's first batch.
 
     Args:
         weights: of all tokens; None: all count the same.
         index: the block.
         sizes: tokens of each batch, up to this rank's last.
         start: number of its first.
+        total: tokens of all batches.
     """
 
-    def __init__(self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int = 0) -> None:
-        self._weights, self._index = weights, index
+    def __init__(
+        self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int = 0, total: int = 1
+    ) -> None:
+        self._weights, self._index, self._total, self.start = weights, index, total, start
         self._first = [sum(sizes[:i]) for i in range(start, len(sizes))]
         self._count = sizes[start:]
 
@@ -126,6 +139,24 @@ class Weighing:
         """How many tokens of equal weight tell as much."""
         found = None if self._weights is None else self._weights.of(self._index, linear)
         return None if found is None else found.effective
+
+    def divergence(self, linear: str, losses: torch.Tensor) -> float | None:
+        """What the model's output diverges by, in nats a token, if this Linear alone is changed by E [out, in]:
+        ``1/(2T) sum_j S_j E_j H E_j^T``, S_j being the row's squared gradient summed over the T tokens.
+
+        It is ``1/2 mean_t (g[t] . E x[t])^2``, the second-order term of the divergence (`blocks.fisher`), with the
+        gradients g of different rows taken for independent, and a row's for independent of what it reads.
+
+        Args:
+            losses: float64 [out], ``E_j H E_j^T``.
+
+        Returns:
+            None where gradients are not known.
+        """
+        rows = None if self._weights is None else self._weights.rows(self._index, linear)
+        if rows is None:
+            return None
+        return float(rows.to(losses.device, torch.float64) @ losses) / (2 * self._total)
 
 
 ALIKE = Weighing(None, 0, ())
@@ -151,10 +182,10 @@ def token_weights(
     """
 
     def known() -> int | None:
-        blocks = landed_weights(_of_first(journal))
+        blocks = landed_weights(of_first(journal))
         if blocks is None and (taken := take_weights(fingerprint, folder)):
             progress.note("token weights of an earlier variant are used")
-            land_weights(folder, _of_first(journal), taken)
+            land_weights(folder, of_first(journal), taken)
             blocks = len(taken)
         return blocks
 
@@ -171,7 +202,7 @@ def token_weights(
         weigh_tokens(stream, tokens, seed, stream.budget // ranks.here, keep, progress, ranks)
         if ranks.first:
             made = [checksums[index] for index in sorted(checksums)]
-            land_weights(folder, _of_first(journal), made)
+            land_weights(folder, of_first(journal), made)
             if made:
                 keep_weights(fingerprint, folder, made)
         blocks = ranks.from_first(lambda: len(checksums))
@@ -181,7 +212,8 @@ def token_weights(
     return TokenWeights(lambda index: read_tensors(weights_file(folder, index)))
 
 
-def _of_first(journal: Journal | None) -> Journal:
+def of_first(journal: Journal | None) -> Journal:
+    """The journal, where only the first rank, which has it, asks."""
     assert journal is not None
     return journal
 
@@ -219,7 +251,7 @@ def weigh_tokens(
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
         exact = keeps_exact(stream, batches[0].numel())
-        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress, exact):
+        for index, stages, found, _ in fisher_squares(stream, *own, memory, at_work, progress, exact):
             everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found]))
             whole = [batch for _, part in everyone for batch in part]
             on_block(index, _tensors(stream, index, everyone[0][0], whole, batches))

@@ -78,7 +78,7 @@ def streamed(
     stages: list[Squares] = []
     rows: Squares = {}
     with Workers(even_shares(len(batches), workers)) as at_work:
-        for index, named, found in fisher_squares(stream, batches, drawn, memory, at_work, SILENT, exact):
+        for index, named, found, _ in fisher_squares(stream, batches, drawn, memory, at_work, SILENT, exact):
             for number, names in enumerate(named):
                 seen = [batch[number] for batch in found]
                 stages.append({f"model.layers.{index}.{name}": spread(seen, batches) for name in names})
@@ -169,7 +169,7 @@ def test_a_process_without_windows_has_nothing_to_tell(make_model: MakeModel) ->
     for memory in (BY_BLOCK, AT_ONCE):
         with Workers([range(0)]) as at_work:
             found = list(fisher_squares(stream, [], [], memory, at_work, SILENT))
-        assert [squares for _, _, squares in found] == [[] for _ in stream.blocks]
+        assert [squares for _, _, squares, _ in found] == [[] for _ in stream.blocks]
 
 
 def test_half_precision_between_blocks_costs_little(make_model: MakeModel) -> None:

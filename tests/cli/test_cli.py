@@ -51,6 +51,7 @@ GPTQ_KEYS = {
     "bits",
     "group_size",
     "sym",
+    "predicted",
     "act_order",
     "bits_per_weight",
     "bytes",
@@ -58,7 +59,7 @@ GPTQ_KEYS = {
     "evaluation",
     "seconds",
 }
-LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected"}
+LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected", "predicted"}
 PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results", "precision"}
 RESULT_KEYS = {
     "model",
@@ -544,9 +545,7 @@ def test_gptq_of_a_gguf_file(desk: Desk, tiny_gguf: Path) -> None:
     report = desk.json(desk.gptq(tiny_gguf, *options))
     source, made = report["evaluation"]["results"]
     assert source["model"] == "tiny-llama-Q4_0"
-    measured = desk.json(
-        desk.run("perplexity", tiny_gguf, "made", "--text", "text.txt", "--seq-len", "512", "--quiet", "--json")
-    )
+    measured = desk.json(desk.run("perplexity", tiny_gguf, "made", "--text", "text.txt", "--quiet", "--json"))
     assert [row["perplexity"] for row in measured["results"]] == [source["perplexity"], made["perplexity"]]
     assert made["kl_divergence"]["mean"] < 0.01
     assert made["perplexity"] == pytest.approx(source["perplexity"], rel=0.02)

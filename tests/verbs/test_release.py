@@ -337,9 +337,10 @@ def test_answers_to_prompts_are_forecast_and_gone_on_with(
     (tmp_path / "asked.jsonl").write_text('{"prompt": "the fox"}\n{"prompt": "the dog"}\n')
     asking = "seq_len: 64, prompts: asked.jsonl, max_new_tokens: 4}\nvariants"
     small.write_text(SMALL.replace("seq_len: 64}\n\nvariants", asking))
-    forecast = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts[-1]
-    assert forecast.name == "compare"
-    assert forecast.seconds > before.seconds
+    *_, compared, answered = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts
+    assert (compared.name, compared.seconds) == ("compare", before.seconds)
+    assert answered.name == "answers to prompts"
+    assert answered.seconds > 0
     whole, batches = Speaker.answer, []
 
     def stopping(self: Speaker, *given: Any) -> Any:

@@ -86,8 +86,8 @@ class Forecaster:
         seconds = _OVER_FLOOR * operations / self._rate + _WRITING * made.bytes / 1e9
         return Forecast(step_name(variant), made.bytes, memory, seconds)
 
-    def comparison(self, models: int) -> Forecast:
-        """Of one pass over so many models on all texts."""
+    def comparison(self, models: int) -> list[Forecast]:
+        """Of one pass over so many models on all texts, and of their answers where there are prompts."""
         recipe, source = self._recipe.evaluation, self._source
         tokens = 0
         for text in recipe.texts:
@@ -98,12 +98,13 @@ class Forecaster:
         width, weights = int(config.hidden_size), sum(rows * columns for _, (rows, columns) in stream.linears())
         head = int(config.vocab_size) * width
         memory = models * 4 * (tokens * width + head + weights // len(stream.blocks))
-        passed = tokens * _OVER_FLOOR
+        a_token = models * (weights + head) / self._rate
+        parts = [Forecast("compare", 0, memory, tokens * _OVER_FLOOR * a_token)]
         questions = Questions.of(recipe, "auto", [source])
-        if questions is not None:
-            memory = max(memory, 4 * (weights + head))  # a whole model at a time
-            passed += questions.tokens * _ANSWERING
-        return Forecast("compare", 0, memory, passed * models * (weights + head) / self._rate)
+        if questions is not None:  # a whole model at a time
+            answering = questions.tokens * _ANSWERING * a_token
+            parts.append(Forecast("answers to prompts", 0, 4 * (weights + head), answering))
+        return parts
 
     def _steps(self, variant: AnyVariant) -> list[GptqReport | ImatrixReport | GgmlReport]:
         """What the verbs would do for a variant, the one that writes it at the end."""

@@ -246,7 +246,9 @@ class Workshop:
     def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:
         """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
         options = codes_options(variant, self._recipe)
-        told = "".join(f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto"))
+        told = "".join(
+            f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto", "standard")
+        )
         name = f"codes {variant.title}{told}"
         folder = self._hidden / "files" / name.replace(" ", "-")
         # Not optional: what is told of it is why the variants are missing that need it.
@@ -323,7 +325,7 @@ def codes_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[st
     a type of its own: of most mixtures the output is Q6_K, which ggjt has no place for.
     """
     ends = {"embedding_type": "f32", "output_type": "f32"} if recipe.shares(variant) else ends_of(variant)
-    return {"ggml": variant.type, **ends}
+    return {"ggml": variant.type, "effort": variant.effort, **ends}
 
 
 def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:

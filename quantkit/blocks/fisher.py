@@ -21,6 +21,7 @@ from itertools import chain
 from threading import Lock, local
 from typing import Any
 
+from quantkit.blocks.budget import let_go
 from quantkit.blocks.families import ROUTED, Stages, weight_of
 from quantkit.blocks.memory import SLICE, MemoryPlan
 from quantkit.blocks.states import HiddenStates
@@ -31,6 +32,7 @@ from quantkit.progress import Progress
 
 _POSITIONS = 256  # whose logits are held at a time
 _PIECE = 64  # tokens whose squares are made at a time on a CPU: they stay in its cache for both sums
+_TIDY = 4  # rounds of batches between which freed memory goes back: each leaves holes, and each return is paid for
 
 Slices = list[tuple[int, int]]
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -162,13 +164,15 @@ def _at_once(
             while own:
                 gradient = own.pop().backward(gradient)
 
-        for items in workers.rounds():
+        for number, items in enumerate(workers.rounds()):
             at_hand = list(chain.from_iterable(items))
             lasts = workers.together(forward, items)
             gradients = {
                 i: _batch_gradient(heads, slices, last, chances[i]) for i, last in zip(at_hand, lasts, strict=True)
             }
             workers.together(backward, items)
+            if number % _TIDY == _TIDY - 1:
+                let_go()
             advance(len(at_hand))
     hidden.close()
     for index in reversed(every):

@@ -174,8 +174,8 @@ def test_a_dry_run_counts_the_states(make_model: MakeModel, monkeypatch: pytest.
     options = {**OPTIONS, "calibration": token_matrix(1024, 256), "dry_run": True}
     model = make_model(num_hidden_layers=40)
     states = 40 * 1024 * 256 * open_source(model).config.hidden_size * 2
-    plain, weighted = (quantkit.gptq(model, token_weights=on, **options).memory_bytes for on in (False, True))
+    plain, weighted = (quantkit.gptq(model, **{**options, "token_weights": on}).memory_bytes for on in (False, True))
     assert plain <= weighted < states
     monkeypatch.setattr(memory, "_SMALL", 0)
-    weighted = quantkit.gptq(model, token_weights=True, **options).memory_bytes
+    weighted = quantkit.gptq(model, **{**options, "token_weights": True}).memory_bytes
     assert states < weighted < 1.5 * states

@@ -161,15 +161,18 @@ def plan_gptq_memory(
     return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside, products)
 
 
-def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
-    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates."""
+def gptq_multiplications(stream: ModelStream, tokens: int, beside: bool = False) -> int:
+    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates.
+
+    `beside`: the unquantized model runs in step, and what both read is multiplied too.
+    """
     shapes = dict(stream.linears())
-    operations = tokens * sum(rows * columns for rows, columns in shapes.values())
+    operations = (2 if beside else 1) * tokens * sum(rows * columns for rows, columns in shapes.values())
     for index, stages in enumerate(stream.known_stages()):
         for stage in stages:
             held = [shapes[stream.published(index, name)] for name in stage]
             width, rows = held[0][1], sum(rows for rows, _ in held)
-            operations += tokens * width**2 // 2 + width**3 + rows * width**2
+            operations += (3 if beside else 1) * tokens * width**2 // 2 + width**3 + rows * width**2
     return operations
 
 

@@ -311,6 +311,13 @@ def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, product
     return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, products)
 
 
+def weighing_multiplications(stream: ModelStream, tokens: int) -> int:
+    """Multiplications, with their additions, of `weigh_tokens`: a forward, another with its graph, and the way back."""
+    blocks = sum(rows * columns for _, (rows, columns) in stream.linears())
+    config = stream.source.config.get_text_config()
+    return 3 * tokens * (blocks + int(config.vocab_size) * int(config.hidden_size))
+
+
 def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:
     """Why a model has no gradient that can be had block by block; None where it has. Its first block is tried."""
     [hidden] = stream.embed([tokens[:1, :_GLANCE]])

@@ -58,7 +58,13 @@ from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.layers import LayerStatistics, predicted_divergence, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
-from quantkit.quantize.token_weights import Gradients, TokenWeights, plan_weights_memory, token_weights
+from quantkit.quantize.token_weights import (
+    Gradients,
+    TokenWeights,
+    plan_weights_memory,
+    token_weights,
+    weighing_multiplications,
+)
 from quantkit.quantize.trials import chosen_for
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, fingerprint, write_json
@@ -93,6 +99,7 @@ class GptqReport(Report):
             order, of each by itself, on the calibration tokens.
         memory_bytes: estimate of the peak beyond what importing torch takes.
         multiplications: of the run, with their additions.
+        shared_multiplications: those of token weights, which the variants of a release make once.
         memory_remark: what is done otherwise than with plenty of memory, one line.
     """
 
@@ -107,6 +114,7 @@ class GptqReport(Report):
     bytes: int
     memory_bytes: int
     multiplications: int = field(default=0, kw_only=True)
+    shared_multiplications: int = field(default=0, kw_only=True)
     memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
     budget: Spent | None = None
@@ -329,6 +337,7 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
     plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec), feeds)]
     if _weighted(spec):
         plans.append(plan_weights_memory(stream, windows[0], windows[1], feeds))
+    shared = weighing_multiplications(stream, math.prod(windows)) if _weighted(spec) else 0
     memory = max(plans, key=lambda plan: plan.needed)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
@@ -343,7 +352,8 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
         bytes=target.bytes,
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
-        multiplications=gptq_multiplications(stream, math.prod(windows)),
+        multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec)),
+        shared_multiplications=shared,
         dry_run=True,
     )
 

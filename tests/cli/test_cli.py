@@ -220,7 +220,13 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
 def test_gptq_end_to_end(desk: Desk, make_model: MakeModel, options: list[str]) -> None:
     report = desk.json(desk.gptq(make_model("llama"), *options, "--out", "made", "--json"))
     out = desk.folder / "made"
-    assert report.keys() == GPTQ_KEYS | {"memory_bytes", "memory_remark", "multiplications", "dry_run"}
+    assert report.keys() == GPTQ_KEYS | {
+        "memory_bytes",
+        "memory_remark",
+        "multiplications",
+        "shared_multiplications",
+        "dry_run",
+    }
     assert report["out"] == str(out)
     given = dict(zip(options[::2], options[1::2], strict=False))
     assert report["bits"] == int(given.get("--bits", 4))

@@ -323,6 +323,8 @@ def test_a_part_takes_what_its_verb_says(small: Path, tmp_path: Path) -> None:
     weighed = quantkit.imatrix(model, file, **drawn)
     assert held.memory_bytes > 0
     assert 0 < weighed.multiplications < codes.multiplications
+    quick = quantkit.gptq(model, file, ggml="q8_0", pre="gpt-2", effort="fast", **drawn)
+    assert codes.multiplications - codes.shared_multiplications == quick.multiplications
     assert (parts["reference"].bytes, parts["reference"].memory_bytes) == (held.bytes, held.memory_bytes)
     assert (parts["gguf Q8_0"].bytes, parts["gguf Q8_0"].memory_bytes) == (codes.bytes, codes.memory_bytes)
     most = max(rounded.memory_bytes, weighed.memory_bytes)

@@ -68,6 +68,7 @@ class Forecaster:
         self._drawn: dict[str, Any] = {"samples": drawn.samples, "seq_len": drawn.seq_len}
         self._device = resolve_device("auto")
         self._rate = _multiplications_per_second(self._device)
+        self._weighed = False  # what variants share is told of the first that needs it
 
     def reference(self) -> Forecast:
         """Of the full-precision folder. Raises QuantkitError: it cannot be made, and so nothing can."""
@@ -83,6 +84,8 @@ class Forecaster:
             return Forecast(step_name(variant), refused=str(error))
         made, memory = steps[-1], max(step.memory_bytes for step in steps)
         operations = sum(step.multiplications for step in steps if not isinstance(step, GgmlReport))
+        shared = sum(step.shared_multiplications for step in steps if isinstance(step, GptqReport))
+        operations, self._weighed = operations - shared * self._weighed, self._weighed or shared > 0
         seconds = _OVER_FLOOR * operations / self._rate + _WRITING * made.bytes / 1e9
         return Forecast(step_name(variant), made.bytes, memory, seconds)
 

@@ -45,6 +45,7 @@ VERBS = (
 )
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 GPTQ_KEYS = {
+    "budget",
     "ggml",
     "model",
     "out",

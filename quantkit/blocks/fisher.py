@@ -140,7 +140,7 @@ def _at_once(
     with torch.no_grad():
         hidden = stream.embed(list(batches), place=memory.hidden)
     every = range(len(stream.blocks))
-    with ExitStack() as held, progress.phase("weighing there and back", len(batches)) as advance:
+    with ExitStack() as held, progress.phase("weighing tokens", len(batches)) as advance:
         with stream.reading_ahead(memory.prefetch):
             blocks = [held.enter_context(stream.block(index)) for index in every]
         stages = [stream.stages(index, blocks[index], 0, hidden[0]) for index in every] if batches else []

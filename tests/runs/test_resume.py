@@ -53,7 +53,13 @@ from quantkit.verbs.gptq import GptqReport
 
 BLOCKS = 6
 TOKENS = token_matrix(12, 32)
-OPTIONS: dict[str, Any] = {"calibration": TOKENS, "group_size": 32, "evaluate": False, "checkpoint_every": "2", "effort": "fast"}
+OPTIONS: dict[str, Any] = {
+    "calibration": TOKENS,
+    "group_size": 32,
+    "evaluate": False,
+    "checkpoint_every": "2",
+    "effort": "fast",
+}
 
 
 class Stopped(Recorder):

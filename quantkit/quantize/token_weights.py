@@ -1,8 +1,8 @@
 """What each calibration token counts in a stage's Hessian: the squared gradient of the model's loss at its outputs.
 
-With weights w, a power of it below 1, the Hessian is ``sum w x x^T / sum w``, and what GPTQ minimises becomes, to second order and block by
-block, the divergence of the model's output (GuidedQuant, arXiv 2505.07004, with a group for each stage). Weights have
-the mean 1 over a stage; of an expert's over the tokens that it saw.
+With weights w, a power below 1 of that, the Hessian is ``sum w x x^T / sum w``, and what GPTQ minimises becomes, to
+second order and block by block, the divergence of the model's output (GuidedQuant, arXiv 2505.07004, with a group for
+each stage). Weights have the mean 1 over a stage; of an expert's over the tokens that it saw.
 
 They are a checkpoint of their own: files of a run's folder, one for each block, made once before the first block is
 quantized.

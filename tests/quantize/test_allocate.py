@@ -85,7 +85,6 @@ def allocator(model: Path, allowance: str, readers: str = "any", **options: Any)
     return Allocator(
         *(stream, spec, allowance, folder_candidates(stream, spec, "gptq", readers)),
         lambda own: CheckpointTarget(stream, own, "gptq", 10**9),
-        readers,
     )
 
 
@@ -102,9 +101,6 @@ def test_units_are_what_readers_fuse(make_model: MakeModel) -> None:
     mixed = allocator(make_model("mixtral"), "6bpw", "vllm").units
     assert [len(unit.names) for unit in mixed[:3]] == [3, 1, 12]
     assert mixed[2].pattern == ("model.layers.", ".block_sparse_moe.experts*")
-    apart = allocator(make_model("mixtral"), "6bpw").units
-    assert [len(unit.names) for unit in apart[:5]] == [1, 1, 1, 1, 12]
-    assert apart[1].pattern == ("model.layers.", ".self_attn.k_proj")
 
 
 def test_widths_that_no_group_divides_get_whole_rows(make_model: MakeModel) -> None:
@@ -141,7 +137,7 @@ def test_the_rules_say_what_was_chosen(make_model: MakeModel, family: str) -> No
         ({"bits": 4}, "chooses bits and groups: leave bits out"),
         ({"override": {"*.q_proj": Override(bits=8)}}, "leave override out"),
         ({"method": "round"}, "leave method=round out"),
-        ({"ggml": "q4_0"}, "leave ggml out"),
+        ({"ggml": "q4_0", "budget_for": "vllm"}, "leave ggml out"),
         ({"format": "awq"}, "an AWQ folder has one for all"),
         ({"budget_for": "all"}, "choose any, vllm"),
     ],
@@ -211,6 +207,33 @@ def test_a_budget_is_kept_and_read(
     assert verified.ok, verified.problems
     again = quantkit.gptq(model, out, **{**BUDGET, "budget": budget}, format=format, resume=True)
     assert again.budget == report.budget
+
+
+@pytest.mark.parametrize(("family", "budget"), [("llama", "5.5bpw"), ("qwen3_moe", "5bpw"), ("llama", "100KB")])
+def test_a_gguf_file_of_chosen_types(make_model: MakeModel, tmp_path: Path, family: str, budget: str) -> None:
+    own = {"norm_topk_prob": True} if family == "qwen3_moe" else {}
+    model, out = make_model(family, **own), tmp_path / "out"
+    options: dict[str, Any] = {**BUDGET, "budget": budget, "ggml": "q4_0", "pre": "gpt-2"}
+    planned = quantkit.gptq(model, out, dry_run=True, **options)
+    report = quantkit.gptq(model, out, **options)
+    held = report.model.stat().st_size
+    if budget.endswith("bpw"):
+        assert float(budget.removesuffix("bpw")) - 1 < report.bits_per_weight <= float(budget.removesuffix("bpw"))
+    else:
+        assert 95_000 < held <= 100_000
+    assert planned.bytes >= report.bytes
+    assert report.bytes < held
+    types = {share.type for share in report.budget.shares if share.weights}
+    assert len(types) > 1
+    source = open_source(report.model)
+    with (out / "quant_log.csv").open() as file:
+        told = {row["layer"]: row["type"] for row in csv.DictReader(file)}
+    assert set(told.values()) == types
+    assert {source.tensors[f"{name}.weight"].stored_as for name in told} == types
+    assert quantkit.verify(out, generate=False).ok
+    lines = "\n".join(map(str, report.lines()))
+    assert "chosen types" in lines
+    assert "Q4_1" in "\n".join(map(str, planned.lines()))
 
 
 def test_vllm_finds_the_rules(make_model: MakeModel, tmp_path: Path) -> None:

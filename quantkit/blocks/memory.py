@@ -133,11 +133,19 @@ def _ends(stream: ModelStream) -> tuple[int, int]:
 
 
 def plan_quantizing(
-    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, beside: bool = False
+    stream: ModelStream,
+    tokens: int,
+    batch_tokens: int,
+    budget: Budget,
+    workers: int = 1,
+    beside: bool = False,
+    squares: int = 1,
 ) -> MemoryPlan:
     """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError.
 
-    `beside`: the unquantized model runs in step, and two folds have two sums each.
+    Args:
+        beside: the unquantized model runs in step, and two folds have two sums each.
+        squares: else, how many Hessians a stage has.
     """
     block = _largest_block(stream, quantized=True)
     paths = 2 if beside else 1
@@ -147,8 +155,8 @@ def plan_quantizing(
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         abreast = workers if plan.side_by_side else 1
         sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
-        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else 1)
-        work = block.work + (6 * block.square if beside else 0)
+        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else squares)
+        work = block.work + block.square * (6 if beside else 2 * squares - 2)
         paused = paths * tokens * block.paused_token if plan.paused else 0
         device = paths * block.weights + max(work, running) + paused
         host = _BASE + (block.stored if plan.prefetch else 0)

@@ -137,14 +137,16 @@ class _TrialWork(StageWork):
         super().__init__(*arguments)
         self._trials, self._found = trials, found
 
-    def _sums(self, columns: int, device: torch.device) -> Callable[[], Sums]:
-        return partial(HeldOutSums, columns, device)
+    def _sums(self, stage: int, columns: int, device: torch.device) -> Callable[[], Sums]:
+        return partial(HeldOutSums, columns, device, len(self._stages[stage]))
 
-    def _beside(self, batch: int, read: Reading) -> list[Any]:
-        return [self._weighing.start + batch]
+    def _beside(self, stage: int, batch: int, read: Reading) -> list[Any]:
+        own = [self._weighing.own(self._names[name], batch, read) for name in self._stages[stage]]
+        return [self._weighing.start + batch, *own]
 
     def quantize(self, stage: int) -> None:
-        modules, (H, judge), tokens, _ = self._finished(stage)
+        modules, (H, judges), tokens, _ = self._finished(stage)
+        judge_of = dict(zip((self._names[name] for name in modules), judges, strict=True))
         factor = SharedFactor()
         stacks: dict[tuple[QuantSpec, ...], list[str]] = {}
         for linear in modules:
@@ -158,7 +160,7 @@ class _TrialWork(StageWork):
                     raise NumericError(f"{', '.join(names)}: {error}") from None
                 found: Sequence[Codes] = solved.linear.split([len(W) for W in stored])
                 for name, W, codes in zip(names, stored, found, strict=True):
-                    loss = row_losses(W, codes, judge)
+                    loss = row_losses(W, codes, judge_of[name])
                     self._found.setdefault(name, []).append(self._predicted(name, loss, tokens))
 
     def _predicted(self, name: str, loss: torch.Tensor, tokens: int) -> float:

@@ -340,6 +340,8 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
     """Sizes from headers alone."""
     windows = _windows(options)
     plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec))]
+    if options.budget is not None:
+        plans.append(plan_gptq_memory(stream, windows[0], windows[1], tried=True))
     if _weighted(spec):
         plans.append(plan_weights_memory(stream, *windows))
     memory = max(plans, key=lambda plan: plan.needed)

@@ -320,31 +320,39 @@ def test_a_little_memory_changes_nothing(
 
 def test_every_fourth_batch_is_held_out() -> None:
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(8, 20, 6)).astype(np.float32), rng.gamma(0.5, size=(8, 20)).astype(np.float32)
-    sums = HeldOutSums(6, torch.device("cpu"))
+    x, w = rng.normal(size=(8, 20, 6)).astype(np.float32), rng.gamma(0.5, size=(3, 8, 20)).astype(np.float32)
+    sums = HeldOutSums(6, torch.device("cpu"), 2)
     for number in range(8):
-        part = HeldOutSums(6, torch.device("cpu"))
-        part.add(torch.from_numpy(x[number]), torch.from_numpy(w[number]), number)
+        part = HeldOutSums(6, torch.device("cpu"), 2)
+        stage, *own = map(torch.from_numpy, w[:, number])
+        part.add(torch.from_numpy(x[number]), stage, number, *own)
         sums.merge(part)
-    again = HeldOutSums(6, torch.device("cpu"))
+    again = HeldOutSums(6, torch.device("cpu"), 2)
     again.unpack(sums.packed())
     held = np.isin(np.arange(8), (3, 7))
     for one in (sums, again):
-        found = one.finish("x")
-        for H, mine in zip(found, (~held, held), strict=True):
-            own = np.einsum("bt,bti,btj->ij", w[mine].astype(float), x[mine], x[mine]) / w[mine].sum()
-            np.testing.assert_allclose(H.numpy(), own, rtol=1e-4, atol=1e-5)
+        H, judges = one.finish("x")
+        for found, weights, mine in zip((H, *judges), w, (~held, held, held), strict=True):
+            own = np.einsum("bt,bti,btj->ij", weights[mine].astype(float), x[mine], x[mine]) / weights[mine].sum()
+            np.testing.assert_allclose(found.numpy(), own, rtol=1e-4, atol=1e-5)
     assert sums.tokens == 160
 
 
 def test_too_few_batches_hold_nothing_out() -> None:
-    sums = HeldOutSums(6, torch.device("cpu"))
-    sums.add(torch.ones(3, 6), None, 0)
+    sums = HeldOutSums(6, torch.device("cpu"), 1)
+    sums.add(torch.ones(3, 6), None, 0, None)
     found = sums.finish("x")
-    assert torch.equal(found.H, found.judge)
+    assert torch.equal(found.H, found.judges[0])
     assert float(found.H.sum()) == 36
-    nothing = HeldOutSums(6, torch.device("cpu")).finish("x")
+    nothing = HeldOutSums(6, torch.device("cpu"), 1).finish("x")
     assert not nothing.H.any()
+
+
+def test_a_dry_run_counts_what_trying_takes(make_model: MakeModel) -> None:
+    options = {**OPTIONS, "dry_run": True, "memory": "2GB"}
+    model = make_model(intermediate_size=2048)
+    plain = quantkit.gptq(model, token_weights=True, **options).memory_bytes
+    assert quantkit.gptq(model, budget="5bpw", **options).memory_bytes > plain + 3 * 4 * 2048**2
 
 
 def test_one_factor_serves_all_candidates() -> None:

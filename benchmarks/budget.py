@@ -96,6 +96,7 @@ class Bench:
         self.allocator = Allocator(
             *(self.stream, SPEC, "4bpw", candidates),
             lambda spec: CheckpointTarget(self.stream, spec, "gptq", 5 * 10**9),
+            args.readers,
         )
         started = time.process_time()
         losses = args.work / f"losses-{args.samples}.json"

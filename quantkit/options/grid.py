@@ -132,7 +132,8 @@ class Spending(Options):
     """Instead of --bits and --group-size: what is to be spent, such as 4.5bpw or 3GB, where token weights predict that
     it is worth most (extra: budget)."""
     budget_for: Literal["any", "vllm"] = "any"
-    """Who is to load what --budget makes; vllm: 4 and 8 bits, which it has kernels for."""
+    """Who is to load what --budget makes; vllm: 4 and 8 bits, and one precision for q, k and v, and for gate and up,
+    which it fuses."""
 
 
 class QuantSpec(FilledGrid):

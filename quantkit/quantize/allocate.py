@@ -1,9 +1,8 @@
 """Bits where they are worth their bytes: of each Linear's candidates the ones of least predicted divergence that fit.
 
 What a candidate costs the model is `Weighing.divergence` of its error, which adds up over Linears, so that the choice
-is a knapsack with one item of each kind: an integer program, solved by HiGHS through scipy. Linears that
-readers fuse get one precision, and so do the experts of a block. q, k and v could not be told apart in any case: tokens
-have one weight in a stage, that of all three together, by which q seems to cost less than it does (docs/accuracy.md).
+is a knapsack with one item of each kind: an integer program, solved by HiGHS through scipy. The experts of a block get
+one precision, and where vLLM is to load them the Linears that it fuses into one.
 """
 
 from __future__ import annotations
@@ -211,6 +210,7 @@ class Allocator:
         allowance: str | int,
         candidates: Sequence[Candidate],
         target_of: Callable[[QuantSpec], Target],
+        readers: str = "any",
     ) -> None:
         """
         Args:
@@ -218,13 +218,14 @@ class Allocator:
             allowance: as `parse_allowance` reads it.
             candidates: what there is to choose from.
             target_of: what codes are written into, by a spec with overrides.
+            readers: "vllm": Linears that it fuses have one precision.
 
         Raises:
             UsageError: a Linear that no candidate fits, or a budget that no choice meets, or all do.
         """
         self._spec, self._target_of, self._asked = spec, target_of, str(allowance)
         self._shapes = {name: linear.shape for name, linear in plan_linears(stream, spec).items()}
-        self.units = _units(stream, self._shapes, candidates)
+        self.units = _units(stream, self._shapes, candidates, FUSED if readers == "vllm" else {})
         self._candidates = [one for one in candidates if any(one in unit.candidates for unit in self.units)]
         smallest = [unit.bytes.index(min(unit.bytes)) for unit in self.units]
         self.target = self.target_with(smallest)
@@ -320,9 +321,15 @@ class Allocator:
         return rows * columns
 
 
-def _units(stream: ModelStream, shapes: Mapping[str, tuple[int, int]], candidates: Sequence[Candidate]) -> list[Unit]:
-    """Linears of a block by what readers fuse, in order."""
-    fused = {part: (parts, whole) for parts, whole in FUSED.items() for part in parts}
+def _units(
+    stream: ModelStream,
+    shapes: Mapping[str, tuple[int, int]],
+    candidates: Sequence[Candidate],
+    fuses: Mapping[tuple[str, ...], str],
+) -> list[Unit]:
+    """Linears of a block by what has one precision, in order; `fuses`: by their last names, and what the whole is
+    called."""
+    fused = {part: (parts, whole) for parts, whole in fuses.items() for part in parts}
     units = []
     for index in range(len(stream.blocks)):
         groups: dict[tuple[str, str], list[str]] = defaultdict(list)

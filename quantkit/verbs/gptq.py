@@ -261,7 +261,7 @@ def _allocator(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) -
     if options.ggml is not None:
         return Allocator(stream, spec, options.budget, ggml_candidates(stream, spec), target)
     candidates = folder_candidates(stream, spec, options.format, options.budget_for)
-    return Allocator(stream, spec, options.budget, candidates, target)
+    return Allocator(stream, spec, options.budget, candidates, target, options.budget_for)
 
 
 def _spending(report: GptqReport, spent: Spent) -> GptqReport:

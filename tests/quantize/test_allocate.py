@@ -85,6 +85,7 @@ def allocator(model: Path, allowance: str, readers: str = "any", **options: Any)
     return Allocator(
         *(stream, spec, allowance, folder_candidates(stream, spec, "gptq", readers)),
         lambda own: CheckpointTarget(stream, own, "gptq", 10**9),
+        readers,
     )
 
 
@@ -101,6 +102,9 @@ def test_units_are_what_readers_fuse(make_model: MakeModel) -> None:
     mixed = allocator(make_model("mixtral"), "6bpw", "vllm").units
     assert [len(unit.names) for unit in mixed[:3]] == [3, 1, 12]
     assert mixed[2].pattern == ("model.layers.", ".block_sparse_moe.experts*")
+    apart = allocator(make_model("mixtral"), "6bpw").units
+    assert [len(unit.names) for unit in apart[:5]] == [1, 1, 1, 1, 12]
+    assert apart[1].pattern == ("model.layers.", ".self_attn.k_proj")
 
 
 def test_widths_that_no_group_divides_get_whole_rows(make_model: MakeModel) -> None:

@@ -33,6 +33,33 @@ METHODS: Mapping[MethodName, MethodRow] = {
 }
 
 
+EffortName = Literal["fast", "standard", "best"]
+
+
+class EffortRow(NamedTuple):
+    """What is done for accuracy."""
+
+    token_weights: bool
+    row_feedback: bool
+    correct: float | Literal["auto"]
+
+
+EFFORTS: Mapping[EffortName, EffortRow] = {
+    "fast": EffortRow(token_weights=False, row_feedback=False, correct=0.0),
+    "standard": EffortRow(token_weights=True, row_feedback=False, correct=0.0),
+    "best": EffortRow(token_weights=True, row_feedback=True, correct="auto"),
+}
+
+
+class Effort(Options):
+    """What accuracy may cost."""
+
+    panel: ClassVar[str] = "Grid"
+    effort: EffortName = "standard"
+    """What accuracy may take: fast: GPTQ alone; standard: with --token-weights, some 3 times as long; best: with
+    --correct auto too, some 4 times."""
+
+
 class Coding(Options):
     """What chooses codes, and of how many bits."""
 
@@ -64,6 +91,8 @@ class Solving(Options):
     token_weights: bool = False
     """Let each calibration token count in a Hessian by what the model's output feels of an error there; takes a
     backward pass, block by block."""
+    row_feedback: bool = False
+    """Let rows make up for what the errors of rows before them do to the model's output, with --token-weights."""
     correct: Annotated[Part, Typed(metavar="auto|0..1")] = 0.0
     """Quantize weights that make up for what the quantized blocks before have changed: so much of the whole step; auto:
     what two halves of the tokens tell of each other. Runs the unquantized model beside."""
@@ -82,10 +111,23 @@ class FilledGrid(Coding, Groups, Solving):
     def _check_order(self) -> Self:
         if self.method == "round" and self.act_order == "dynamic":
             raise ValueError("act_order dynamic lets groups follow GPTQ's order, and method round has none")
+        if self.row_feedback and self.token_weights is False and self.method == "gptq":
+            raise ValueError("row_feedback goes by the gradients that token_weights takes: turn both on")
         return self
 
 
-class Grid(FilledGrid):
+class EffortGrid(Effort, FilledGrid):
+    """The same where --effort decides on what is not said otherwise."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"token_weights": None, "row_feedback": None, "correct": None}
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields of a `FilledGrid` that are known, and by `effort` what accuracy costs."""
+        given = self.model_dump(include=set(FilledGrid.model_fields), exclude_none=True)
+        return EFFORTS[self.effort]._asdict() | given if self.method == "gptq" else given
+
+
+class Grid(EffortGrid):
     """The same where --ggml may decide: None is what it has, or else the default of GPTQ checkpoints."""
 
     defaults: ClassVar[Mapping[str, Any]] = {"bits": None, "group_size": None, "sym": None}

@@ -2,10 +2,12 @@
 
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
+import ctypes
 import errno
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +176,14 @@ def _can_be(path: str | Path) -> bool:
     return True
 
 
+def check_folder_name(out: str | Path | None) -> None:
+    """Refuse a file's name for what will be a folder, unless there is a folder of it. Raises UsageError."""
+    if out is None or os.path.isdir(os.path.expanduser(out)):
+        return
+    if str(out).lower().endswith((*_FILE_SUFFIXES, ".jsonl", ".html", ".pdf", ".yaml")):
+        raise UsageError(f"--out {out} is a file's name, and a folder is written; name a folder")
+
+
 def check_model(name: str | Path) -> None:
     """Refuse what is neither a path that exists nor may be a Hub id. Raises UsageError."""
     path = Path(name).expanduser()
@@ -182,6 +192,26 @@ def check_model(name: str | Path) -> None:
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = meant(path.name, beside)
     raise UsageError(f"{name}: no such file or folder, and not a Hub id (owner/name){near}")
+
+
+NO_GPU = "this machine's torch sees no CUDA GPU; use --device cpu"
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU where there is no driver of one, which torch would only find after seconds. Raises UsageError."""
+    if device.startswith("cuda") and not has_driver():
+        raise UsageError(f"--device {device}: {NO_GPU}")
+
+
+def has_driver() -> bool:
+    """False where torch cannot find a GPU that it calls cuda: neither NVIDIA's library nor AMD's device is there."""
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def check_data(spec: str) -> str:

@@ -20,6 +20,7 @@ from quantkit.errors import NumericError, SourceError
 from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
+from quantkit.quantize import row_feedback
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
 from quantkit.quantize.hessian import row_losses
 from quantkit.quantize.layers import LayerStatistics
@@ -84,7 +85,8 @@ def quantize_blocks(
     count = worker_count(stream.device, len(mine))
     correcting = corrects(next(iter(plan.values())).spec)
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
-    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting, 1 if work_of is None else TRIED)
+    feeds, squares = weights is not None and weights.feed_rows, 1 if work_of is None else TRIED
+    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting, feeds, squares)
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
@@ -151,7 +153,12 @@ def corrects(spec: QuantSpec) -> bool:
 
 
 def plan_gptq_memory(
-    stream: ModelStream, samples: int, seq_len: int, beside: bool = False, tried: bool = False
+    stream: ModelStream,
+    samples: int,
+    seq_len: int,
+    beside: bool = False,
+    products: bool = False,
+    tried: bool = False,
 ) -> MemoryPlan:
     """What `quantize_blocks` will do for memory with so many calibration windows, or where candidates are `tried`.
 
@@ -159,19 +166,22 @@ def plan_gptq_memory(
     """
     windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
-    squares = TRIED if tried else 1
-    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside, squares)
+    sizes = samples * seq_len, windows * seq_len
+    return plan_quantizing(stream, *sizes, stream.budget, workers, beside, products, TRIED if tried else 1)
 
 
-def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
-    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates."""
+def gptq_multiplications(stream: ModelStream, tokens: int, beside: bool = False) -> int:
+    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates.
+
+    `beside`: the unquantized model runs in step, and what both read is multiplied too.
+    """
     shapes = dict(stream.linears())
-    operations = tokens * sum(rows * columns for rows, columns in shapes.values())
+    operations = (2 if beside else 1) * tokens * sum(rows * columns for rows, columns in shapes.values())
     for index, stages in enumerate(stream.known_stages()):
         for stage in stages:
             held = [shapes[stream.published(index, name)] for name in stage]
             width, rows = held[0][1], sum(rows for rows, _ in held)
-            operations += tokens * width**2 // 2 + width**3 + rows * width**2
+            operations += (3 if beside else 1) * tokens * width**2 // 2 + width**3 + rows * width**2
     return operations
 
 
@@ -260,8 +270,12 @@ class StageWork:
             stored = [self._stored(name) for name in linears]
             targets = [(W, None) if corrector is None else corrector.target(W) for W in stored]
             H = gathered if corrector is None else corrector.H
+            products = [self._weighing.products(name) for name in names] if spec.row_feedback else []
             try:
-                solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
+                if any(own is not None for own in products):  # rows that depend on each other are every process's own
+                    solved = row_feedback.solve([W for W, _ in targets], products, H, spec)
+                else:
+                    solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start

@@ -58,10 +58,16 @@ from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.layers import LayerStatistics, predicted_divergence, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
-from quantkit.quantize.token_weights import TokenWeights, plan_weights_memory, token_weights
+from quantkit.quantize.token_weights import (
+    Gradients,
+    TokenWeights,
+    plan_weights_memory,
+    token_weights,
+    weighing_multiplications,
+)
 from quantkit.quantize.trials import chosen_for
 from quantkit.report import Report, Shown
-from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, fingerprint, write_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
 from quantkit.runs.outputs import check_outside
@@ -93,6 +99,7 @@ class GptqReport(Report):
             order, of each by itself, on the calibration tokens.
         memory_bytes: estimate of the peak beyond what importing torch takes.
         multiplications: of the run, with their additions.
+        shared_multiplications: those of token weights, which the variants of a release make once.
         memory_remark: what is done otherwise than with plenty of memory, one line.
     """
 
@@ -107,6 +114,7 @@ class GptqReport(Report):
     bytes: int
     memory_bytes: int
     multiplications: int = field(default=0, kw_only=True)
+    shared_multiplications: int = field(default=0, kw_only=True)
     memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
     budget: Spent | None = None
@@ -175,7 +183,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         check_outside(place, parts, options.force or options.resume, dry_run=True)  # it is settled
     stream = stream_of(whole(parts), ranks.device(options.device), options.dtype, options.untie, options.memory)
     check_windows(stream, _windows(options)[1], progress)
-    judging = fitted(judging, [stream], asked=False, progress=progress)
+    if options.evaluate and not options.dry_run:
+        judging = fitted(judging, [stream], asked=False, progress=progress)
     allocator = None if options.budget is None else _allocator(stream, spec, options, name)
     target = _target(stream, spec, options, name) if allocator is None else allocator.target
     _note_limits(target, progress)
@@ -211,7 +220,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
 
 def _quant_spec(options: Gptq) -> QuantSpec:
     """The spec of a run; with `ggml` that of most of its Linears. Raises UsageError."""
-    grid = options.part(Grid).model_dump(exclude_none=True)
+    grid = options.part(Grid).chosen()
     overrides = tuple(options.override.items())
     if options.budget is not None:
         _check_budget(options, grid)
@@ -339,11 +348,13 @@ def _windows(options: Gptq) -> Sequence[int]:
 def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
     """Sizes from headers alone."""
     windows = _windows(options)
-    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec))]
+    feeds = _weighted(spec) and spec.row_feedback
+    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec), feeds)]
     if options.budget is not None:
         plans.append(plan_gptq_memory(stream, windows[0], windows[1], tried=True))
     if _weighted(spec):
-        plans.append(plan_weights_memory(stream, *windows))
+        plans.append(plan_weights_memory(stream, windows[0], windows[1], feeds))
+    shared = weighing_multiplications(stream, math.prod(windows)) if _weighted(spec) else 0
     memory = max(plans, key=lambda plan: plan.needed)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
@@ -358,7 +369,8 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
         bytes=target.bytes,
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
-        multiplications=gptq_multiplications(stream, math.prod(windows)),
+        multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec)),
+        shared_multiplications=shared,
         dry_run=True,
     )
 
@@ -378,12 +390,14 @@ def _made(
     sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
     weighted = _weighted(spec)
     unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
-    unsaid |= set() if corrects(spec) else {"correct"}
+    unsaid |= (set() if corrects(spec) else {"correct"}) | (
+        set() if weighted and spec.row_feedback else {"row_feedback"}
+    )
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.part(MlxBiases).model_dump(exclude_defaults=True)
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
-    seed = options.seed if weighted else None
-    recipe |= {"seed": seed} if weighted else {}
+    gradients = Gradients(options.seed, spec.row_feedback) if weighted else None
+    recipe |= {"seed": options.seed} if weighted else {}
     if allocator is not None:
         chosen_for = {"budget": str(options.budget), "budget_for": options.budget_for}
         recipe |= {"bits": None, "group_size": None, **chosen_for}
@@ -409,9 +423,9 @@ def _made(
         with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
-            made = _quantize(run, stream, matrix, target, allocator, every, decided, seed, sharing, progress)
+            made = _quantize(run, stream, matrix, target, allocator, every, decided, gradients, sharing, progress)
     else:
-        _help_quantize(stream, matrix, target, allocator, every, seed, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -423,18 +437,21 @@ def _quantize(
     allocator: Allocator | None,
     every: Every,
     decided: dict[str, Any],
-    seed: int | None,
+    gradients: Gradients | None,
     sharing: Sharing,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
-    equal runs, and what happened to each Linear. `seed`: of tokens' weights; None: all count the same."""
+    equal runs, and what happened to each Linear. `gradients`: those of tokens' weights; None: all count the same."""
     landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
         check_finite(stream, target, progress, sharing.ranks)
-    weights = _weights(seed, stream, matrix, run.folder, run.journal, sharing, progress)
+    deciding = fingerprint(
+        {name: part for name, part in decided.items() if name != "recipe"} | {"gradients": gradients}
+    )
+    weights = _weights(gradients, stream, matrix, run.folder, run.journal, sharing, progress, deciding)
     choice = None
     if allocator is not None:
         choice = chosen_for(allocator, stream, matrix.tokens, weights, run.folder, run.journal, sharing, progress)
@@ -471,7 +488,7 @@ def _help_quantize(
     target: Target,
     allocator: Allocator | None,
     every: Every,
-    seed: int | None,
+    gradients: Gradients | None,
     sharing: Sharing,
 ) -> None:
     """What all ranks but the first do of `_quantize`."""
@@ -479,7 +496,7 @@ def _help_quantize(
     landed = ranks.from_first(lambda: NOTHING)
     if not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
-    weights = _weights(seed, stream, matrix, landed.folder, None, sharing, SILENT)
+    weights = _weights(gradients, stream, matrix, landed.folder, None, sharing, SILENT)
     if allocator is not None:
         choice = chosen_for(allocator, stream, matrix.tokens, weights, landed.folder, None, sharing, SILENT)
         target = choice.target
@@ -490,18 +507,19 @@ def _help_quantize(
 
 
 def _weights(
-    seed: int | None,
+    gradients: Gradients | None,
     stream: ModelStream,
     matrix: TokenMatrix,
     folder: Path,
     journal: Journal | None,
     sharing: Sharing,
     progress: Progress,
+    deciding: str = "",
 ) -> TokenWeights | None:
-    """What each token counts; None: all the same."""
-    if seed is None:
+    """What each token counts; None: all the same. `deciding`: fingerprint of what decides that, on the first rank."""
+    if gradients is None:
         return None
-    return token_weights(stream, matrix.tokens, seed, folder, journal, progress, sharing.ranks)
+    return token_weights(stream, matrix.tokens, gradients, folder, journal, progress, sharing.ranks, deciding)
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:

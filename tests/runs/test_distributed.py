@@ -140,7 +140,7 @@ def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Pat
 @pytest.mark.parametrize(
     "more",
     [
-        ["--token-weights", "--correct", "auto"],
+        ["--effort", "best"],
         ["--budget", "6bpw"],
         ["--ggml", "q5_0", "--pre", "gpt-2"],
         ["--act-order", "dynamic", "--bits", "8", "--asym"],

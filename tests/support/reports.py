@@ -63,6 +63,7 @@ GPTQ = GptqReport(
     bytes=123456789,
     memory_bytes=2345678901,
     multiplications=4_000_000_000_000,
+    shared_multiplications=3_000_000_000_000,
     memory_remark="hidden states go to the disk",
     dry_run=True,
 )

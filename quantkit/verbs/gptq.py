@@ -256,6 +256,8 @@ def _check_budget(options: Gptq, grid: dict[str, Any]) -> None:
         raise UsageError(f"--budget chooses bits and groups: leave {', '.join(named)} out")
     if options.method != "gptq":
         raise UsageError(f"--budget weighs GPTQ's errors: leave --method {options.method} out")
+    if options.token_weights is False:
+        raise UsageError("--budget chooses by token weights: leave --token-weights false out")
     if options.ggml is not None and options.budget_for != "any":
         raise UsageError(f"--budget-for {options.budget_for} is for folders of codes: leave --ggml out")
 

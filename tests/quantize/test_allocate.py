@@ -142,6 +142,7 @@ def test_the_rules_say_what_was_chosen(make_model: MakeModel, family: str) -> No
         ({"override": {"*.q_proj": Override(bits=8)}}, "leave override out"),
         ({"method": "round"}, "leave method=round out"),
         ({"ggml": "q4_0", "budget_for": "vllm"}, "leave ggml out"),
+        ({"token_weights": False}, "budget chooses by token weights: leave .*token.weights[= ]false out"),
         ({"format": "awq"}, "an AWQ folder has one for all"),
         ({"budget_for": "all"}, "choose any, vllm"),
     ],

@@ -80,7 +80,7 @@ def quantize_blocks(
     """
     if landed.blocks == len(stream.blocks):
         return
-    batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+    batches = in_batches(tokens)
     mine = sharing.batches(len(batches))
     count = worker_count(stream.device, len(mine))
     correcting = corrects(next(iter(plan.values())).spec)
@@ -145,6 +145,11 @@ def _restore_codes(stream: ModelStream, index: int, block: nn.Module, landed: La
         weight = weight_of(block.get_submodule(modules[name]))
         placed = put_together(*take_apart(linear), stream.device)
         weight.copy_(placed.dequantize(weight.dtype))
+
+
+def in_batches(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Calibration windows int64 [samples, seq_len] as they are run."""
+    return list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
 
 
 def corrects(spec: QuantSpec) -> bool:

@@ -21,10 +21,10 @@ from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent
-from quantkit.quantize.blockwise import StageWork, quantize_blocks
+from quantkit.quantize.blockwise import StageWork, in_batches, quantize_blocks
 from quantkit.quantize.gptq import SharedFactor
 from quantkit.quantize.hessian import row_losses
-from quantkit.quantize.holdout import HeldOutSums
+from quantkit.quantize.holdout import EVERY, HeldOutSums
 from quantkit.quantize.methods import Sums
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import Target
@@ -57,6 +57,10 @@ def trial_losses(
         NumericError: an activation that is not finite.
         UsageError: a Linear of which no gradient is known.
     """
+    if len(in_batches(tokens)) < EVERY:
+        progress.warn(
+            "too few calibration tokens to hold any out: candidates seem better than they are; more --samples"
+        )
     shapes, found = dict(stream.linears()), dict[str, list[float]]()
     plan: Plan = {
         name: LinearPlan(shapes[name], specs[0].model_copy(update={"correct": 0.0})) for name, specs in trials.items()

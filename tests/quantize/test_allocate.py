@@ -30,7 +30,7 @@ from quantkit.runs.landing import choice_file
 from quantkit.runs.places import folder_of
 from quantkit.sources import open_source
 
-OPTIONS: dict[str, Any] = {"calibration": token_matrix(8, 128), "evaluate": False, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"calibration": token_matrix(16, 256), "evaluate": False, "device": "cpu"}
 BUDGET: dict[str, Any] = {**OPTIONS, "budget": "6bpw"}
 
 
@@ -247,6 +247,12 @@ def test_vllm_finds_the_rules(make_model: MakeModel, tmp_path: Path) -> None:
     [found] = quantkit.verify(tmp_path / "out", generate=False).models
     [load] = [one for one in found.loads if one.program == "vLLM"]
     assert load.ok, load.why
+
+
+def test_too_few_tokens_to_hold_any_out_are_told(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
+    few = {**BUDGET, "calibration": token_matrix(4, 32)}
+    quantkit.gptq(make_model(), tmp_path / "out", progress=recorder, **few)
+    assert any(text.startswith("too few calibration tokens to hold any out") for text in recorder.warnings)
 
 
 def test_it_is_better_than_one_precision_for_all(make_model: MakeModel, tmp_path: Path) -> None:

@@ -145,11 +145,14 @@ def plan_quantizing(
     workers: int = 1,
     beside: bool = False,
     products: bool = False,
+    squares: int = 1,
 ) -> MemoryPlan:
     """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError.
 
-    `beside`: the unquantized model runs in step, and two folds have two sums each. `products`: of a block's rows'
-    gradients are at hand.
+    Args:
+        beside: the unquantized model runs in step, and two folds have two sums each.
+        products: of a block's rows' gradients are at hand.
+        squares: how many Hessians a stage has where nothing runs beside.
     """
     block = _largest_block(stream, quantized=True)
     paths = 2 if beside else 1
@@ -160,8 +163,8 @@ def plan_quantizing(
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         abreast = workers if plan.side_by_side else 1
         sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
-        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else 1)
-        work = block.work + (6 * block.square if beside else 0) + fed
+        running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else squares)
+        work = block.work + block.square * (6 if beside else 2 * squares - 2) + fed
         paused = paths * tokens * block.paused_token if plan.paused else 0
         device = paths * block.weights + max(work, running) + paused
         host = _BASE + (block.stored if plan.prefetch else 0)

@@ -2,7 +2,7 @@
 
 What a candidate costs the model is `Weighing.divergence` of its error, which adds up over Linears, so that the choice
 is a knapsack with one item of each kind: an integer program, solved by HiGHS through scipy. The experts of a block get
-one precision, and where vLLM is to load them Linears that it fuses into one.
+one precision, and where vLLM is to load them the Linears that it fuses into one.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import product
 from math import floor, gcd
+from typing import get_args
 
 from quantkit.blocks.families import FUSED
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import LinearPlan, Plan
+from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers import load, of_format
 from quantkit.errors import MissingPackageError, UsageError
-from quantkit.options import CheckpointFormat, QuantSpec, make
+from quantkit.options import CheckpointFormat, GgmlType, QuantSpec, make
 from quantkit.options.grid import Override
 from quantkit.options.values import Allowance, parse_allowance
 from quantkit.progress import size
-from quantkit.quantize.targets import CheckpointTarget, plan_linears
+from quantkit.quantize.targets import Target, on_grid_of, plan_linears
 from quantkit.report import Report
 
 _BITS = {"any": (2, 3, 4, 8), "vllm": (4, 8)}  # that there are kernels for
@@ -72,11 +74,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of the quantized weights have a precision; None: not known yet."""
+    """How many of the quantized weights have a precision; None: not known yet. `type`: GGML's, in a GGUF file."""
 
     bits: int
     group_size: int
     weights: float | None = None
+    type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,11 @@ class Spent(Report):
             bits = ", ".join(map(str, sorted({share.bits for share in told})))
             sizes = sorted({share.group_size for share in told}, key=lambda group: group % 2**31)
             groups = ", ".join("whole rows" if group == -1 else str(group) for group in sizes)
+            names = f"{bits} bits in groups of {groups}"
+            if told[0].type is not None:
+                names = ", ".join(map(_called, told))
             held = f"{size(self.least)} to {size(self.most)}"
-            return [f"budget {self.asked}; candidates: {bits} bits in groups of {groups}, which take {held}"]
+            return [f"budget {self.asked}; candidates: {names}, which take {held}"]
         names = ", ".join(f"{share.weights:.0%} {_called(share)}" for share in told if share.weights)
         return [
             f"budget {self.asked} spent on {names}",
@@ -121,6 +127,8 @@ class Spent(Report):
 
 
 def _called(share: Share) -> str:
+    if share.type is not None:
+        return share.type
     return f"{share.bits}-bit " + ("whole rows" if share.group_size == -1 else f"group {share.group_size}")
 
 
@@ -171,6 +179,21 @@ def folder_candidates(
     return found
 
 
+def ggml_candidates(stream: ModelStream, spec: QuantSpec) -> list[Candidate]:
+    """GGML's types that GPTQ runs on; not Q2_0, which few builds of llama.cpp read yet."""
+    asked = plan_linears(stream, spec)
+    common = next(iter(asked.values())).spec
+    found = []
+    for kind in (Kind.__members__[name] for name in get_args(GgmlType) if name != "Q2_0"):
+        block, held = SIZES[kind]
+        own = common.model_copy(update=on_grid_of(kind.name))
+        plan = {name: LinearPlan(one.shape, own) for name, one in asked.items() if one.shape[1] % block == 0}
+        sizes = {name: one.shape[0] * one.shape[1] // block * held for name, one in plan.items()}
+        if plan:
+            found.append(Candidate(Override(ggml=own.ggml), plan, sizes))
+    return found
+
+
 class Allocator:
     """Chooses a candidate for every Linear of a model.
 
@@ -186,7 +209,7 @@ class Allocator:
         spec: QuantSpec,
         allowance: str | int,
         candidates: Sequence[Candidate],
-        target_of: Callable[[QuantSpec], CheckpointTarget],
+        target_of: Callable[[QuantSpec], Target],
         readers: str = "any",
     ) -> None:
         """
@@ -248,7 +271,7 @@ class Allocator:
             [sum(found) for found in zip(*(losses[name] for name in unit.names), strict=True)] for unit in self.units
         ]
 
-    def target_with(self, chosen: Sequence[int]) -> CheckpointTarget:
+    def target_with(self, chosen: Sequence[int]) -> Target:
         """What codes of a choice are written into."""
         weights: Counter[Override] = Counter()
         for unit, number in zip(self.units, chosen, strict=True):
@@ -279,8 +302,11 @@ class Allocator:
         counts: Counter[Override] = Counter()
         for unit, number in zip(self.units, chosen or (), strict=chosen is not None):
             counts[unit.candidates[number].changes] += sum(self._size(name) for name in unit.names)
-        of_all = [(one.changes.bits or 0, one.changes.group_size or 0, one.changes) for one in self._candidates]
-        shares = [Share(b, g, counts[what] / self._weights if chosen else None) for b, g, what in of_all]
+        specs = [(one.changes, next(iter(one.plan.values())).spec) for one in self._candidates]
+        shares = [
+            Share(own.bits, own.group_size, counts[what] / self._weights if chosen else None, what.ggml)
+            for what, own in specs
+        ]
         held, predicted = self.room, None
         if chosen is not None and losses is not None:
             held = sum(unit.bytes[number] for unit, number in zip(self.units, chosen, strict=True))

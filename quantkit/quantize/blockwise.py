@@ -31,6 +31,7 @@ from quantkit.runs.landing import NOTHING, Batches, Landed
 
 OnBlock = Callable[[int, Batches | None], None]
 
+TRIED = 4  # Hessians of a stage whose candidates are tried: one to quantize by, three Linears' to judge by
 _BATCH_TOKENS = 1024  # where workers run side by side, larger ones are no faster
 _FALLBACK_TEXT = {
     "eigenvalues": "its Hessian had to be repaired (negative eigenvalues); more calibration samples may help",
@@ -79,14 +80,13 @@ def quantize_blocks(
     """
     if landed.blocks == len(stream.blocks):
         return
-    batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+    batches = in_batches(tokens)
     mine = sharing.batches(len(batches))
     count = worker_count(stream.device, len(mine))
     correcting = corrects(next(iter(plan.values())).spec)
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
-    memory = plan_quantizing(
-        stream, *sizes, memory_budget, count, correcting, weights is not None and weights.feed_rows
-    )
+    feeds, squares = weights is not None and weights.feed_rows, 1 if work_of is None else TRIED
+    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting, feeds, squares)
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
@@ -147,18 +147,32 @@ def _restore_codes(stream: ModelStream, index: int, block: nn.Module, landed: La
         weight.copy_(placed.dequantize(weight.dtype))
 
 
+def in_batches(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Calibration windows int64 [samples, seq_len] as they are run."""
+    return list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+
+
 def corrects(spec: QuantSpec) -> bool:
     """Whether targets are corrected: plain rounding has none."""
     return spec.correct != 0 and spec.method == "gptq"
 
 
 def plan_gptq_memory(
-    stream: ModelStream, samples: int, seq_len: int, beside: bool = False, products: bool = False
+    stream: ModelStream,
+    samples: int,
+    seq_len: int,
+    beside: bool = False,
+    products: bool = False,
+    tried: bool = False,
 ) -> MemoryPlan:
-    """What `quantize_blocks` will do for memory with so many calibration windows. Raises UsageError."""
+    """What `quantize_blocks` will do for memory with so many calibration windows, or where candidates are `tried`.
+
+    Raises UsageError.
+    """
     windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside, products)
+    sizes = samples * seq_len, windows * seq_len
+    return plan_quantizing(stream, *sizes, stream.budget, workers, beside, products, TRIED if tried else 1)
 
 
 def gptq_multiplications(stream: ModelStream, tokens: int, beside: bool = False) -> int:
@@ -225,16 +239,16 @@ class StageWork:
         self._gatherings: dict[int, Gathering] = {}
         for stage, names in enumerate(stages):
             weight = weight_of(block.get_submodule(names[0]))
-            self._gatherings[stage] = sharing.gathering(self._sums(weight.shape[1], weight.device), batches)
+            self._gatherings[stage] = sharing.gathering(self._sums(stage, weight.shape[1], weight.device), batches)
         self._seconds = 0.0
 
-    def _sums(self, columns: int, device: torch.device) -> Callable[[], Sums]:
+    def _sums(self, stage: int, columns: int, device: torch.device) -> Callable[[], Sums]:
         """Makes what adds up the input of a stage."""
         if self._first is not None:
             return partial(CorrectionSums, columns, device, 2 if self._part is None else 1)
         return partial(self._method.gathers, columns, device)
 
-    def _beside(self, batch: int, read: Reading) -> list[Any]:
+    def _beside(self, stage: int, batch: int, read: Reading) -> list[Any]:
         """What the sums take beside the input and its tokens' weights."""
         return [] if self._first is None else [difference_of(read), self._first + batch]
 
@@ -243,7 +257,7 @@ class StageWork:
         start = time.perf_counter()
         name = self._names[self._stages[stage][0]]
         given: list[Any] = [self._weighing.of(name, batch, read)] if self._method.needs else []
-        self._gatherings[stage].add(batch, read.x, *given, *self._beside(batch, read))
+        self._gatherings[stage].add(batch, read.x, *given, *self._beside(stage, batch, read))
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
             self._seconds += spent

@@ -86,6 +86,11 @@ class GgufTarget:
     def model_in(self, folder: Path) -> Path:
         return folder / self._name
 
+    @property
+    def head_bytes(self) -> int:
+        """Of what the file has beside tensors."""
+        return gguf_files.head_bytes(self._architecture, self._keys, self._typed)
+
     @contextmanager
     def writer(self, folder: Path) -> Iterator[CodesWriter]:
         with gguf_files.GgufWriter(self.model_in(folder), self._architecture, self._keys, self._typed) as writer:

@@ -72,7 +72,7 @@ def write_layer_table(
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         heads = ["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens", "n_eff", "corrected"]
-        table.writerow([*heads, "predicted", *([] if planned is None else ["planned", "bits", "group_size"])])
+        table.writerow([*heads, "predicted", *([] if planned is None else ["planned", "bits", "group_size", "type"])])
         for layer in layers:
             ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else 1.0
             numbers = [f"{value:.6g}" for value in (layer.loss, layer.rtn_loss, ratio, layer.damp)]
@@ -80,5 +80,5 @@ def write_layer_table(
             rest = [layer.fallback, layer.tokens, effective, f"{layer.corrected or 0:.4g}"]
             predicted = "" if layer.predicted is None else f"{layer.predicted:.6g}"
             spec = plan[layer.name].spec
-            own = [] if planned is None else [f"{planned[layer.name]:.6g}", spec.bits, spec.group_size]
+            own = [] if planned is None else [f"{planned[layer.name]:.6g}", spec.bits, spec.group_size, spec.ggml]
             table.writerow([layer.name, *numbers, *rest, predicted, *own])

@@ -98,11 +98,15 @@ class Target(Protocol):
         plan: what every Linear is quantized to.
         bytes: of all tensors.
         quantized_bytes: of the quantized Linears, with scales and minima or zeros.
+        head_bytes: of what the weight files have beside tensors.
     """
 
     plan: Plan
     bytes: int
     quantized_bytes: int
+
+    @property
+    def head_bytes(self) -> int: ...
 
     def check_kept(self, name: str) -> None:
         """Refuse a tensor that is not quantized and cannot be written. Raises NumericError."""
@@ -148,11 +152,7 @@ class Layout(Protocol):
 
 
 class CheckpointTarget:
-    """A folder of packed Linears, in the layout of the container that has the format.
-
-    Attributes:
-        head_bytes: of what a weight file has beside tensors.
-    """
+    """A folder of packed Linears, in the layout of the container that has the format."""
 
     def __init__(
         self,

@@ -78,10 +78,6 @@ class StageWeights:
         return float(weights.sum().square() / weights.square().sum().clamp(min=1e-300))
 
 
-OfLinear = tuple[StageWeights, "torch.Tensor", "torch.Tensor | None"]
-"""Its stage's weights, its rows' squared gradients, and the cosines between its rows' gradients."""
-
-
 class TokenWeights:
     """Weights of all blocks, of which one block's are in memory.
 
@@ -98,35 +94,49 @@ class TokenWeights:
 
     def of(self, index: int, linear: str) -> StageWeights | None:
         """Those of the stage that a Linear of block `index` is in, by its published name."""
-        return self._found(index, linear)[0]
+        return self._found(index, linear).stage
+
+    def own(self, index: int, linear: str) -> StageWeights | None:
+        """Those by the gradient at that Linear alone."""
+        return self._found(index, linear).own
 
     def rows(self, index: int, linear: str) -> torch.Tensor | None:
         """Its squared gradient of each output row, summed over all tokens: float32 [out], on the CPU."""
-        return self._found(index, linear)[1]
+        return self._found(index, linear).rows
 
     def products(self, index: int, linear: str) -> torch.Tensor | None:
         """``sum g g^T`` of its output rows over all tokens: float32 [out, out], on the CPU; None where not made."""
-        rows, cosines = self._found(index, linear)[1:]
-        if rows is None or cosines is None:
+        found = self._found(index, linear)
+        if found.rows is None or found.cosines is None:
             return None
-        lengths = rows.sqrt()
-        return cosines.float() * lengths[:, None] * lengths
+        lengths = found.rows.sqrt()
+        return found.cosines.float() * lengths[:, None] * lengths
 
-    def _found(self, index: int, linear: str) -> OfLinear | tuple[None, None, None]:
-        found: dict[str, OfLinear] = self._block(index)
-        return found.get(linear, (None, None, None))
+    def _found(self, index: int, linear: str) -> _OfLinear:
+        found: dict[str, _OfLinear] = self._block(index)
+        return found.get(linear, _OfLinear())
 
 
-def _by_linear(tensors: Tensors) -> dict[str, OfLinear]:
-    stages = {
-        key.partition(".")[0]: StageWeights(tensor, tensors.get(key.replace("weights", "tokens")))
-        for key, tensor in tensors.items()
-        if key.endswith(".weights")
-    }
-    rows = ((key.split(".", 2), tensor) for key, tensor in tensors.items() if ".rows." in key)
-    return {
-        linear: (stages[stage], tensor, tensors.get(f"{stage}.cosines.{linear}")) for (stage, _, linear), tensor in rows
-    }
+class _OfLinear(NamedTuple):
+    """Of one Linear; None where it has none."""
+
+    stage: StageWeights | None = None
+    own: StageWeights | None = None
+    rows: torch.Tensor | None = None
+    cosines: torch.Tensor | None = None
+
+
+def _by_linear(tensors: Tensors) -> dict[str, _OfLinear]:
+    found = {}
+    for key, rows in tensors.items():
+        stage, kind, linear = (*key.split(".", 2), "")[:3]
+        if kind == "rows":
+            tokens = tensors.get(f"{stage}.tokens")
+            shared = StageWeights(tensors[f"{stage}.weights"], tokens)
+            own = tensors.get(f"{stage}.own.{linear}")
+            alone = shared if own is None else StageWeights(own, tokens)
+            found[linear] = _OfLinear(shared, alone, rows, tensors.get(f"{stage}.cosines.{linear}"))
+    return found
 
 
 class Weighing:
@@ -152,7 +162,13 @@ class Weighing:
 
     def of(self, linear: str, batch: int, read: Reading) -> torch.Tensor | None:
         """Float32 of what a stage reads of this rank's batch number `batch`; None where all count the same."""
-        found = None if self._weights is None else self._weights.of(self._index, linear)
+        return self._of(None if self._weights is None else self._weights.of(self._index, linear), batch, read)
+
+    def own(self, linear: str, batch: int, read: Reading) -> torch.Tensor | None:
+        """The same by the gradient at this Linear alone."""
+        return self._of(None if self._weights is None else self._weights.own(self._index, linear), batch, read)
+
+    def _of(self, found: StageWeights | None, batch: int, read: Reading) -> torch.Tensor | None:
         if found is None:
             return None
         weights = found.of(self._first[batch], self._count[batch], read.tokens)
@@ -273,8 +289,9 @@ def weigh_tokens(
         seed: decides the labels, by one number for each token.
         on_block: gets a block's number and its tensors: for each stage, by its number in the block, "0.weights" and
             for experts "0.tokens" (`StageWeights`), and "0.rows.NAME" for each Linear by its published name, float32
-            [out]: the squared gradient of that output row, summed over all tokens; with products
-            "0.cosines.NAME", float16 [out, out].
+            [out]: the squared gradient of that output row, summed over all tokens; where a stage has several,
+            "0.own.NAME": weights by the gradient at that Linear alone; with products "0.cosines.NAME", float16
+            [out, out].
         products: make cosines between the gradients of the rows of each Linear that has no more rows than the model's
             width and that all tokens go through: ``A_ij / sqrt(A_ii A_jj)``, A the sum of ``g g^T`` over all tokens.
     """
@@ -346,7 +363,8 @@ def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:
 
 def _on_host(seen: StageSquares) -> StageSquares:
     tokens = None if seen.tokens is None else seen.tokens.cpu()
-    return StageSquares([rows.cpu() for rows in seen.rows], seen.squares.cpu(), tokens)
+    own = {number: squares.cpu() for number, squares in seen.own.items()}
+    return StageSquares([rows.cpu() for rows in seen.rows], seen.squares.cpu(), tokens, own)
 
 
 def _tensors(
@@ -370,7 +388,11 @@ def _tensors(
         tensors[f"{number}.weights"] = _mean_one(torch.cat([one.squares for one in seen]).pow(_POWER))
         for k, name in enumerate(names):
             rows = torch.stack([one.rows[k] for one in seen]).sum(dim=0)
-            tensors[f"{number}.rows.{stream.published(index, name)}"] = rows.float()
+            published = stream.published(index, name)
+            tensors[f"{number}.rows.{published}"] = rows.float()
+            own = [one.own[k] for one in seen if k in one.own]
+            if sum(map(len, own)) == len(tensors[f"{number}.weights"]):
+                tensors[f"{number}.own.{published}"] = _mean_one(torch.cat(own))
     return tensors
 
 

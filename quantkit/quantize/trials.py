@@ -21,10 +21,10 @@ from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent
-from quantkit.quantize.blockwise import StageWork, quantize_blocks
+from quantkit.quantize.blockwise import StageWork, in_batches, quantize_blocks
 from quantkit.quantize.gptq import SharedFactor
 from quantkit.quantize.hessian import row_losses
-from quantkit.quantize.holdout import HeldOutSums
+from quantkit.quantize.holdout import EVERY, HeldOutSums
 from quantkit.quantize.methods import Sums
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import Target
@@ -57,6 +57,10 @@ def trial_losses(
         NumericError: an activation that is not finite.
         UsageError: a Linear of which no gradient is known.
     """
+    if len(in_batches(tokens)) < EVERY:
+        progress.warn(
+            "too few calibration tokens to hold any out: candidates seem better than they are; more --samples"
+        )
     shapes, found = dict(stream.linears()), dict[str, list[float]]()
     plan: Plan = {
         name: LinearPlan(shapes[name], specs[0].model_copy(update={"correct": 0.0})) for name, specs in trials.items()
@@ -137,14 +141,16 @@ class _TrialWork(StageWork):
         super().__init__(*arguments)
         self._trials, self._found = trials, found
 
-    def _sums(self, columns: int, device: torch.device) -> Callable[[], Sums]:
-        return partial(HeldOutSums, columns, device)
+    def _sums(self, stage: int, columns: int, device: torch.device) -> Callable[[], Sums]:
+        return partial(HeldOutSums, columns, device, len(self._stages[stage]))
 
-    def _beside(self, batch: int, read: Reading) -> list[Any]:
-        return [self._weighing.start + batch]
+    def _beside(self, stage: int, batch: int, read: Reading) -> list[Any]:
+        own = [self._weighing.own(self._names[name], batch, read) for name in self._stages[stage]]
+        return [self._weighing.start + batch, *own]
 
     def quantize(self, stage: int) -> None:
-        modules, (H, judge), tokens, _ = self._finished(stage)
+        modules, (H, judges), tokens, _ = self._finished(stage)
+        judge_of = dict(zip((self._names[name] for name in modules), judges, strict=True))
         factor = SharedFactor()
         stacks: dict[tuple[QuantSpec, ...], list[str]] = {}
         for linear in modules:
@@ -158,7 +164,7 @@ class _TrialWork(StageWork):
                     raise NumericError(f"{', '.join(names)}: {error}") from None
                 found: Sequence[Codes] = solved.linear.split([len(W) for W in stored])
                 for name, W, codes in zip(names, stored, found, strict=True):
-                    loss = row_losses(W, codes, judge)
+                    loss = row_losses(W, codes, judge_of[name])
                     self._found.setdefault(name, []).append(self._predicted(name, loss, tokens))
 
     def _predicted(self, name: str, loss: torch.Tensor, tokens: int) -> float:

@@ -46,7 +46,7 @@ from quantkit.options import (
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, counted, size
-from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates
+from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates, ggml_candidates
 from quantkit.quantize.blockwise import (
     OnLinear,
     corrects,
@@ -128,7 +128,8 @@ class GptqReport(Report):
         held = f"{self.bits_per_weight:.2f} bits per weight, {size(self.bytes)}"
         grid = f"{self.bits}-bit {symmetry}, group {self.group_size}" if self.ggml is None else self.ggml.upper()
         if self.budget is not None:
-            grid, held = f"chosen bits, {symmetry}", f"at most {held}" if self.dry_run else held
+            chosen = "chosen types" if self.ggml is not None else f"chosen bits, {symmetry}"
+            grid, held = chosen, f"at most {held}" if self.dry_run else held
         yield f"{'would write' if self.dry_run else 'wrote'} {self.model}"
         yield f"{grid}, act-order {self.act_order}: {held}"
         if self.budget is not None:
@@ -184,8 +185,9 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     check_windows(stream, _windows(options)[1], progress)
     if options.evaluate and not options.dry_run:
         judging = fitted(judging, [stream], asked=False, progress=progress)
-    allocator = None if options.budget is None else _allocator(stream, spec, options)
-    target = _target(stream, spec, options, name, progress) if allocator is None else allocator.target
+    allocator = None if options.budget is None else _allocator(stream, spec, options, name)
+    target = _target(stream, spec, options, name) if allocator is None else allocator.target
+    _note_limits(target, progress)
     refuse_codes(stream, target.plan, options.requantize)
     note_plan(stream, target.plan, progress)
     _choose_dtype(stream, target.plan, place, options, ranks, progress)
@@ -221,7 +223,8 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     grid = options.part(Grid).chosen()
     overrides = tuple(options.override.items())
     if options.budget is not None:
-        return _spec_to_choose(options, grid)
+        _check_budget(options, grid)
+        grid["token_weights"] = True
     if options.ggml is None:
         if any(changes.ggml for _, changes in overrides):
             raise UsageError("--override with ggml is for runs with --ggml")
@@ -245,25 +248,31 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     return make(QuantSpec, **(grid | own | {"ggml": None}), overrides=overrides)
 
 
-def _spec_to_choose(options: Gptq, grid: dict[str, Any]) -> QuantSpec:
-    """The spec of a run that chooses bits and groups itself. Raises UsageError, MissingPackageError."""
+def _check_budget(options: Gptq, grid: dict[str, Any]) -> None:
+    """Refuse what has no place beside --budget. Raises UsageError, MissingPackageError."""
     check_solver()
-    if options.ggml is not None:
-        raise UsageError("--budget is for folders of codes: leave --ggml out")
     given = {"--bits": "bits" in grid, "--group-size": "group_size" in grid, "--override": bool(options.override)}
     if named := [option for option, is_given in given.items() if is_given]:
         raise UsageError(f"--budget chooses bits and groups: leave {', '.join(named)} out")
     if options.method != "gptq":
         raise UsageError(f"--budget weighs GPTQ's errors: leave --method {options.method} out")
-    return make(QuantSpec, **grid | {"token_weights": True})
+    if options.token_weights is False:
+        raise UsageError("--budget chooses by token weights: leave --token-weights false out")
+    if options.ggml is not None and options.budget_for != "any":
+        raise UsageError(f"--budget-for {options.budget_for} is for folders of codes: leave --ggml out")
 
 
-def _allocator(stream: ModelStream, spec: QuantSpec, options: Gptq) -> Allocator:
-    """What will choose bits and groups. Raises UsageError."""
+def _allocator(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) -> Allocator:
+    """What will choose bits and groups, or types. Raises UsageError."""
     assert options.budget is not None
+
+    def target(own: QuantSpec) -> Target:
+        return _target(stream, own, options, name)
+
+    if options.ggml is not None:
+        return Allocator(stream, spec, options.budget, ggml_candidates(stream, spec), target)
     candidates = folder_candidates(stream, spec, options.format, options.budget_for)
-    given = stream, spec, options.budget, candidates, lambda own: _folder(stream, own, options)
-    return Allocator(*given, options.budget_for)
+    return Allocator(stream, spec, options.budget, candidates, target, options.budget_for)
 
 
 def _spending(report: GptqReport, spent: Spent) -> GptqReport:
@@ -281,7 +290,7 @@ def _variant(label: str, spec: QuantSpec, options: Gptq) -> str:
     """What the output is called, after the names that such repositories are published under."""
     name, method = variant_name(label), METHODS[spec.method]
     if options.ggml is not None:
-        return f"{name}-{method.label}-{options.ggml.upper()}"
+        return f"{name}-{method.label}-{options.budget or options.ggml.upper()}"
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
     order = "-actorder" if spec.act_order == "dynamic" else ""
     if options.budget is not None:
@@ -289,17 +298,25 @@ def _variant(label: str, spec: QuantSpec, options: Gptq) -> str:
     return f"{name}-{of_format(options.format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
 
 
-def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, progress: Progress) -> Target:
-    """What the codes are written into. Says what a GGUF file cannot hold."""
+def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) -> Target:
+    """What the codes are written into."""
     if options.ggml is None:
         return _folder(stream, spec, options)
+    from quantkit.quantize.gguf_target import GgufTarget
+
+    return GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
+
+
+def _note_limits(target: Target, progress: Progress) -> None:
+    """Say what a GGUF file cannot hold."""
+    if isinstance(target, CheckpointTarget):
+        return
     from quantkit.quantize.gguf_target import GgufTarget, note_fallback
 
-    target = GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
+    assert isinstance(target, GgufTarget)
     note_fallback(target.fallback, progress)
     for text in target.limits:
         progress.warn(text)
-    return target
 
 
 def _folder(stream: ModelStream, spec: QuantSpec, options: Gptq) -> CheckpointTarget:
@@ -335,6 +352,8 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
     windows = _windows(options)
     feeds = _weighted(spec) and spec.row_feedback
     plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec), feeds)]
+    if options.budget is not None:
+        plans.append(plan_gptq_memory(stream, windows[0], windows[1], tried=True))
     if _weighted(spec):
         plans.append(plan_weights_memory(stream, windows[0], windows[1], feeds))
     shared = weighing_multiplications(stream, math.prod(windows)) if _weighted(spec) else 0

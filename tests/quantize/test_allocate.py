@@ -30,7 +30,7 @@ from quantkit.runs.landing import choice_file
 from quantkit.runs.places import folder_of
 from quantkit.sources import open_source
 
-OPTIONS: dict[str, Any] = {"calibration": token_matrix(8, 128), "evaluate": False, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"calibration": token_matrix(16, 256), "evaluate": False, "device": "cpu"}
 BUDGET: dict[str, Any] = {**OPTIONS, "budget": "6bpw"}
 
 
@@ -141,7 +141,8 @@ def test_the_rules_say_what_was_chosen(make_model: MakeModel, family: str) -> No
         ({"bits": 4}, "chooses bits and groups: leave bits out"),
         ({"override": {"*.q_proj": Override(bits=8)}}, "leave override out"),
         ({"method": "round"}, "leave method=round out"),
-        ({"ggml": "q4_0"}, "leave ggml out"),
+        ({"ggml": "q4_0", "budget_for": "vllm"}, "leave ggml out"),
+        ({"token_weights": False}, "budget chooses by token weights: leave .*token.weights[= ]false out"),
         ({"format": "awq"}, "an AWQ folder has one for all"),
         ({"budget_for": "all"}, "choose any, vllm"),
     ],
@@ -213,12 +214,45 @@ def test_a_budget_is_kept_and_read(
     assert again.budget == report.budget
 
 
+@pytest.mark.parametrize(("family", "budget"), [("llama", "5.5bpw"), ("qwen3_moe", "5bpw"), ("llama", "100KB")])
+def test_a_gguf_file_of_chosen_types(make_model: MakeModel, tmp_path: Path, family: str, budget: str) -> None:
+    own = {"norm_topk_prob": True} if family == "qwen3_moe" else {}
+    model, out = make_model(family, **own), tmp_path / "out"
+    options: dict[str, Any] = {**BUDGET, "budget": budget, "ggml": "q4_0", "pre": "gpt-2"}
+    planned = quantkit.gptq(model, out, dry_run=True, **options)
+    report = quantkit.gptq(model, out, **options)
+    held = report.model.stat().st_size
+    if budget.endswith("bpw"):
+        assert float(budget.removesuffix("bpw")) - 1 < report.bits_per_weight <= float(budget.removesuffix("bpw"))
+    else:
+        assert 95_000 < held <= 100_000
+    assert planned.bytes >= report.bytes
+    assert report.bytes < held
+    types = {share.type for share in report.budget.shares if share.weights}
+    assert len(types) > 1
+    source = open_source(report.model)
+    with (out / "quant_log.csv").open() as file:
+        told = {row["layer"]: row["type"] for row in csv.DictReader(file)}
+    assert set(told.values()) == types
+    assert {source.tensors[f"{name}.weight"].stored_as for name in told} == types
+    assert quantkit.verify(out, generate=False).ok
+    lines = "\n".join(map(str, report.lines()))
+    assert "chosen types" in lines
+    assert "Q4_1" in "\n".join(map(str, planned.lines()))
+
+
 def test_vllm_finds_the_rules(make_model: MakeModel, tmp_path: Path) -> None:
     quantkit.gptq(make_model(), tmp_path / "out", **BUDGET, budget_for="vllm")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["dynamic"]
     [found] = quantkit.verify(tmp_path / "out", generate=False).models
     [load] = [one for one in found.loads if one.program == "vLLM"]
     assert load.ok, load.why
+
+
+def test_too_few_tokens_to_hold_any_out_are_told(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
+    few = {**BUDGET, "calibration": token_matrix(4, 32)}
+    quantkit.gptq(make_model(), tmp_path / "out", progress=recorder, **few)
+    assert any(text.startswith("too few calibration tokens to hold any out") for text in recorder.warnings)
 
 
 def test_it_is_better_than_one_precision_for_all(make_model: MakeModel, tmp_path: Path) -> None:
@@ -297,31 +331,39 @@ def test_a_little_memory_changes_nothing(
 
 def test_every_fourth_batch_is_held_out() -> None:
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(8, 20, 6)).astype(np.float32), rng.gamma(0.5, size=(8, 20)).astype(np.float32)
-    sums = HeldOutSums(6, torch.device("cpu"))
+    x, w = rng.normal(size=(8, 20, 6)).astype(np.float32), rng.gamma(0.5, size=(3, 8, 20)).astype(np.float32)
+    sums = HeldOutSums(6, torch.device("cpu"), 2)
     for number in range(8):
-        part = HeldOutSums(6, torch.device("cpu"))
-        part.add(torch.from_numpy(x[number]), torch.from_numpy(w[number]), number)
+        part = HeldOutSums(6, torch.device("cpu"), 2)
+        stage, *own = map(torch.from_numpy, w[:, number])
+        part.add(torch.from_numpy(x[number]), stage, number, *own)
         sums.merge(part)
-    again = HeldOutSums(6, torch.device("cpu"))
+    again = HeldOutSums(6, torch.device("cpu"), 2)
     again.unpack(sums.packed())
     held = np.isin(np.arange(8), (3, 7))
     for one in (sums, again):
-        found = one.finish("x")
-        for H, mine in zip(found, (~held, held), strict=True):
-            own = np.einsum("bt,bti,btj->ij", w[mine].astype(float), x[mine], x[mine]) / w[mine].sum()
-            np.testing.assert_allclose(H.numpy(), own, rtol=1e-4, atol=1e-5)
+        H, judges = one.finish("x")
+        for found, weights, mine in zip((H, *judges), w, (~held, held, held), strict=True):
+            own = np.einsum("bt,bti,btj->ij", weights[mine].astype(float), x[mine], x[mine]) / weights[mine].sum()
+            np.testing.assert_allclose(found.numpy(), own, rtol=1e-4, atol=1e-5)
     assert sums.tokens == 160
 
 
 def test_too_few_batches_hold_nothing_out() -> None:
-    sums = HeldOutSums(6, torch.device("cpu"))
-    sums.add(torch.ones(3, 6), None, 0)
+    sums = HeldOutSums(6, torch.device("cpu"), 1)
+    sums.add(torch.ones(3, 6), None, 0, None)
     found = sums.finish("x")
-    assert torch.equal(found.H, found.judge)
+    assert torch.equal(found.H, found.judges[0])
     assert float(found.H.sum()) == 36
-    nothing = HeldOutSums(6, torch.device("cpu")).finish("x")
+    nothing = HeldOutSums(6, torch.device("cpu"), 1).finish("x")
     assert not nothing.H.any()
+
+
+def test_a_dry_run_counts_what_trying_takes(make_model: MakeModel) -> None:
+    options = {**OPTIONS, "dry_run": True, "memory": "2GB"}
+    model = make_model(intermediate_size=2048)
+    plain = quantkit.gptq(model, token_weights=True, **options).memory_bytes
+    assert quantkit.gptq(model, budget="5bpw", **options).memory_bytes > plain + 3 * 4 * 2048**2
 
 
 def test_one_factor_serves_all_candidates() -> None:

@@ -15,14 +15,16 @@ from conftest import MakeModel, Recorder, token_matrix
 from support.failing import failing_at
 from support.families import DISCOVERED
 from support.folders import contents
+from support.streamed import open_stream
 
 import quantkit
 from quantkit.blocks import memory
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.errors import UsageError
+from quantkit.progress import SILENT
 from quantkit.quantize import gptq, token_weights
 from quantkit.quantize.hessian import HessianAccumulator
-from quantkit.quantize.token_weights import StageWeights
+from quantkit.quantize.token_weights import StageWeights, weigh_tokens
 from quantkit.runs.landing import weights_file
 from quantkit.runs.places import folder_of
 from quantkit.runs.shared_weights import sharing_weights
@@ -63,6 +65,20 @@ def test_experts_find_their_tokens_weights() -> None:
     whole = StageWeights(torch.arange(10.0))
     assert whole.of(5, 3, None).tolist() == [5.0, 6.0, 7.0]
     assert StageWeights(torch.tensor([1.0, 1.0, 0.0, 0.0])).effective == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weights_of_each_linear_add_up_to_the_stages(make_model: MakeModel, family: str) -> None:
+    stream, found = open_stream(make_model(family)), dict[int, Any]()
+    weigh_tokens(stream, token_matrix(4, 64).tokens, 0, stream.budget, found.__setitem__, SILENT)
+    for tensors in found.values():
+        for stage in {key.partition(".")[0] for key in tensors}:
+            rows = {key.split(".", 2)[2]: own for key, own in tensors.items() if key.startswith(f"{stage}.rows.")}
+            own = {name: tensors[f"{stage}.own.{name}"] for name in rows if f"{stage}.own.{name}" in tensors}
+            assert len(own) == (len(rows) if len(rows) > 1 else 0)
+            if own:
+                total = sum(rows[name].sum() * weights for name, weights in own.items())
+                torch.testing.assert_close(tensors[f"{stage}.weights"], total / total.mean(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

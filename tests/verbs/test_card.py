@@ -831,6 +831,11 @@ def test_names_are_quoted_for_where_they_stand() -> None:
         ({"repack": "awq", "group_size": None}, {}, ["quantkit repack m --to awq"]),
         ({"dtype": "bfloat16"}, {}, ["quantkit convert m --dtype bfloat16"]),
         ({"method": "round", "bits": 3}, {"calibration": {}}, ["quantkit gptq m --method round --bits 3"]),
+        (
+            {"bits": None, "group_size": None, "budget": "4.5bpw", "budget_for": "vllm", "token_weights": True},
+            {},
+            ["quantkit gptq m --token-weights --budget 4.5bpw --budget-for vllm"],
+        ),
         ({"type": "q4_k_m", "imatrix": None}, {}, ["quantkit ggml m --type q4_k_m --imatrix i.gguf"]),
         ({"bits": 4, "ggml": 5}, {"written": {}, "calibration": 3}, ["quantkit gptq m --ggml 5 --bits 4"]),
         (

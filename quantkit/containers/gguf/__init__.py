@@ -8,7 +8,7 @@ packed rows; `file_keys` makes the keys; `GgufWriter` writes into a folder of `r
 from quantkit.containers.gguf.keys import WRITABLE, architecture_of, file_keys, limits, origin
 from quantkit.containers.gguf.probe import cut_otherwise
 from quantkit.containers.gguf.tensors import GgufTensor, plan
-from quantkit.containers.gguf.write import GgufWriter, packed_bytes, part_names
+from quantkit.containers.gguf.write import GgufWriter, head_bytes, packed_bytes, part_names
 
 __all__ = [
     "WRITABLE",
@@ -17,6 +17,7 @@ __all__ = [
     "architecture_of",
     "cut_otherwise",
     "file_keys",
+    "head_bytes",
     "limits",
     "origin",
     "packed_bytes",

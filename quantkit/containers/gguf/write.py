@@ -106,6 +106,18 @@ def _parts(tensors: Sequence[TypedTensor], split_max_bytes: int) -> list[list[Ty
     return parts_of(tensors, lambda typed: packed_bytes(*typed), split_max_bytes)
 
 
+def head_bytes(architecture: str, keys: Mapping[str, Any], tensors: Sequence[TypedTensor]) -> int:
+    """What a file of one part has beside the tensors' data, padding included."""
+    table = [(tensor.name, tensor.shape, kind, packed_bytes(tensor, kind)) for tensor, kind in tensors]
+    padding = sum(_padded(size) - size for _, _, _, size in table)
+    return _padded(len(_head(_first_keys(architecture, keys, tensors), table))) + padding
+
+
+def _first_keys(architecture: str, keys: Mapping[str, Any], tensors: Sequence[TypedTensor]) -> dict[str, Any]:
+    """Keys of a file's first part."""
+    return {"general.architecture": architecture, **keys, "general.size_label": _size_label(tensors)}
+
+
 class GgufWriter(PlacedWriter):
     """Writes the planned tensors, each exactly once.
 
@@ -141,7 +153,7 @@ class GgufWriter(PlacedWriter):
         self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
         super().__init__(self._parts)
         self._place: dict[str, tuple[int, int]] = {}
-        first = {"general.architecture": architecture, **keys, "general.size_label": _size_label(tensors)}
+        first = _first_keys(architecture, keys, tensors)
         try:
             for number, part in enumerate(parts):
                 self._open_part(number, first if number == 0 else {}, part, len(parts))

@@ -18,15 +18,14 @@ from dataclasses import dataclass, field
 from threading import local
 from typing import Any
 
+from quantkit.blocks.backward import block_gradients, head_pieces, head_slices, run_forward
 from quantkit.blocks.families import ROUTED, Stages, weight_of
-from quantkit.blocks.memory import SLICE, MemoryPlan
-from quantkit.blocks.states import HiddenStates
+from quantkit.blocks.memory import MemoryPlan
+from quantkit.blocks.states import HiddenStates, half
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
 from quantkit.late import nn, torch
 from quantkit.progress import Advance, Progress
-
-_POSITIONS = 256  # whose logits are held at a time
 
 
 @dataclass
@@ -76,7 +75,7 @@ def fisher_squares(
         RuntimeError: torch's own, where the forward has no gradient.
     """
     kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
-    with progress.phase("weighing: head", 2 * -(-stream.vocabulary // SLICE)) as advance:
+    with progress.phase("weighing: head", 2 * len(head_slices(stream))) as advance:
         gradients = HiddenStates(stream.device, memory.hidden, _head_gradients(stream, last, chances, advance))
     last.close()
     with progress.phase("weighing: blocks, backward", len(stream.blocks)) as advance:
@@ -90,10 +89,10 @@ def fisher_squares(
                     i: int, index: int = index, block: nn.Module = block, watch: _Watch = watch, first: int = first
                 ) -> tuple[torch.Tensor, list[StageSquares]]:
                     state, gradient = kept.take(first + i).to(stream.dtype), gradients.take(i)
-                    with torch.enable_grad(), watch.batch() as seen:
-                        state.requires_grad_()
-                        output = stream.call(index, block, i, state)
-                        return torch.autograd.grad(output, state, gradient)[0], seen
+                    with watch.batch() as seen:
+                        [found] = block_gradients(stream, index, block, i, state, gradient)
+                        assert found is not None
+                        return found, seen
 
                 found: list[list[StageSquares]] = [[] for _ in batches]
                 with watch.hooked():
@@ -120,28 +119,15 @@ def _kept_states(
     kept = HiddenStates(stream.device, memory.kept)
     with torch.no_grad(), progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
+        numbers = range(len(batches))
+
+        def keep(entering: HiddenStates) -> None:
+            for state in entering:
+                kept.append(state if exact else half(state))
+
         with stream.reading_ahead(memory.prefetch):
-            for index in range(len(stream.blocks)):
-                for state in hidden:
-                    kept.append(state if exact else _half(state))
-                with stream.block(index) as block:
-
-                    def forward(i: int, index: int = index, block: nn.Module = block) -> torch.Tensor:
-                        with torch.no_grad():  # in threads of their own too
-                            return stream.call(index, block, i, hidden.take(i))
-
-                    for i, output in workers.each(forward):
-                        hidden[i] = output
-                advance(1)
+            run_forward(stream, hidden, numbers, workers, entering=keep, advance=advance)
     return kept, hidden
-
-
-def _half(state: torch.Tensor) -> torch.Tensor:
-    """A state in half precision: float16, which is the finer one, unless its range is too small."""
-    if state.itemsize <= 2:
-        return state
-    fits = bool(state.abs().amax() < torch.finfo(torch.float16).max)
-    return state.to(torch.float16 if fits else torch.bfloat16)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------
@@ -155,13 +141,8 @@ def _head_gradients(
     A softmax's denominator is a sum over slices of the vocabulary; with those of all slices known, the second time a
     slice is run its own part of the gradient can be made, and the labels that fall into it be found.
     """
-    pieces = [
-        (i, row, slice(start, start + _POSITIONS))
-        for i, chance in enumerate(chances)
-        for row in range(chance.shape[0])
-        for start in range(0, chance.shape[1], _POSITIONS)
-    ]
-    slices = [(start, min(start + SLICE, stream.vocabulary)) for start in range(0, stream.vocabulary, SLICE)]
+    pieces = head_pieces(tuple(chance.shape) for chance in chances)
+    slices = head_slices(stream)
     shares: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
     for start, stop in slices:
         with torch.no_grad(), stream.head_rows(start, stop) as head:

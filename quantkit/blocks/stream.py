@@ -285,6 +285,16 @@ class ModelStream:
                     output.register_parameter(key, parameter)
         self._last_hidden = None
 
+    def outside(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(published name, parameter) of what is neither in a block nor an embedding; it has values within `head` and
+        `head_rows` alone."""
+        inside = set(self.modules.parameters())
+        ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        skip = inside.union(*(end.parameters() for end in ends))
+        for name, parameter in self._model.named_parameters():
+            if parameter not in skip:
+                yield self.weights.names[name], parameter
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         embedding = self._model.get_input_embeddings()
         self._last_hidden = hidden

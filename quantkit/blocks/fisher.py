@@ -141,7 +141,7 @@ def _head_gradients(
     A softmax's denominator is a sum over slices of the vocabulary; with those of all slices known, the second time a
     slice is run its own part of the gradient can be made, and the labels that fall into it be found.
     """
-    pieces = head_pieces(tuple(chance.shape) for chance in chances)
+    pieces = head_pieces((len(chance), chance.shape[1]) for chance in chances)
     slices = head_slices(stream)
     shares: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
     for start, stop in slices:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from quantkit.codes import Codes, QuantizedLinear, contiguous_groups, grouped
 from quantkit.late import torch
@@ -21,8 +22,8 @@ def units(linear: Codes) -> dict[str, torch.Tensor]:
     return {"d": grid.d} if grid.dmin is None else {"d": grid.d, "dmin": grid.dmin}
 
 
-def with_units(linear: Codes, changed: Mapping[str, torch.Tensor]) -> Codes:
-    """The same codes with other numbers of `units`, float16."""
+def with_units(linear: Codes, changed: Mapping[str, Any]) -> Codes:
+    """The same codes with other numbers of `units`, float16 tensors."""
     if isinstance(linear, QuantizedLinear):
         return replace(linear, **changed)
     return replace(linear, grid=replace(linear.grid, **changed))

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 
-from quantkit.blocks.backward import Opened, block_gradients, head_pieces, head_slices, run_forward
+from quantkit.blocks.backward import block_gradients, head_pieces, head_slices, run_forward
 from quantkit.blocks.families import as_rows, weight_of
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.states import HiddenStates, half
@@ -33,7 +33,6 @@ CodesOf = Callable[[int], Sequence[tuple[str, Codes]]]
 Tensors = dict[str, "torch.Tensor"]
 
 _STEP_TOKENS = 1024
-_HELD_OUT = 8  # of so many windows one
 _BETAS = 0.9, 0.95
 _EPSILON = 1e-30  # a gradient's size is the model's own
 
@@ -53,6 +52,12 @@ class Settings:
     every: int = 4
     gains: float = 1e-3
     scales: float = 1e-3
+
+
+def step_windows(windows: Sequence[int], step: int, seq_len: int) -> list[int]:
+    """Those of the windows that step number `step`, from 0, looks at: in order, over and over."""
+    count = max(1, _STEP_TOKENS // seq_len)
+    return [windows[(step * count + i) % len(windows)] for i in range(min(count, len(windows)))]
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,8 @@ class Student:
         places = [name for index in range(len(stream.blocks)) for name in self._gains_in(index).values()]
         places += [name for name, parameter in stream.outside() if _is_gain(name, parameter)]
         for name in places if settings.gains else ():
-            start = stream.weights.read(name).to(gain_dtype(name))
-            unit = start.float().square().mean().sqrt()
-            self.tuned[name] = Tuned(start, unit, settings.gains)
+            gains = stream.weights.read(name).to(gain_dtype(name))
+            self.tuned[name] = Tuned(gains, gains.float().square().mean().sqrt(), settings.gains)
         self.offsets = {name: torch.zeros(one.start.shape) for name, one in self.tuned.items()}
 
     def value(self, name: str) -> torch.Tensor:
@@ -135,7 +139,7 @@ class Student:
             finally:
                 block.requires_grad_(False)
 
-    def leaves(self, index: int, block: nn.Module) -> list[nn.Parameter]:
+    def leaves(self, index: int, block: nn.Module) -> list[torch.Tensor]:
         """The parameters of a loaded block that `take` wants gradients of; from now on they have some."""
         places = self._linears_in(index)
         found = [places[name] + ".weight" for name, _ in self._codes(index)]
@@ -250,7 +254,7 @@ class Refining:
                         index: int = index,
                         block: nn.Module = block,
                         states: list[torch.Tensor] = states,
-                        leaves: list[nn.Parameter] = leaves,
+                        leaves: list[torch.Tensor] = leaves,
                     ) -> tuple[torch.Tensor | None, ...]:
                         return block_gradients(stream, index, block, windows[i], states[i], gradients[i], leaves)
 

@@ -1,0 +1,167 @@
+"""A run's refining: steps, judgements on held-out windows, and what a stopped run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from quantkit.blocks.memory import MemoryPlan, plan_refining
+from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.workers import worker_count
+from quantkit.codes import Codes, put_together
+from quantkit.late import torch
+from quantkit.progress import Progress
+from quantkit.quantize.refine import Adam, CodesOf, Refining, Settings, Student, Tensors, step_windows
+from quantkit.quantize.targets import Target
+from quantkit.quantize.token_weights import no_gradient
+from quantkit.runs.journal import Journal
+from quantkit.runs.landing import land_refining, landed_blocks, landed_refining
+from quantkit.runs.unfinished import Run
+
+_HELD_OUT = 8  # of so many windows one
+
+
+@dataclass(frozen=True)
+class RefiningReport:
+    """What refining did, by the mean divergence on held-out calibration windows, nats.
+
+    Attributes:
+        before: of the codes as they were made.
+        after: of what was kept.
+        step: after how many steps that was; 0 where none made it better.
+        steps: how many were taken.
+        windows: held out.
+    """
+
+    before: float
+    after: float
+    step: int
+    steps: int
+    windows: int
+
+    def line(self) -> str:
+        """What to show."""
+        kept = f"step {self.step} of {self.steps}" if self.step else "no step made it better, none is kept"
+        return f"refined: divergence on held-out windows {self.before:.4g} -> {self.after:.4g} ({kept})"
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A refined model: gains by published name, as they are to be written, and what was done."""
+
+    gains: Mapping[str, torch.Tensor]
+    report: RefiningReport
+    _student: Student
+
+    def linear(self, name: str, linear: Codes) -> Codes:
+        """The same codes of a Linear, on the refined grid."""
+        return self._student.linear(name, linear)
+
+
+def refine_run(
+    run: Run, stream: ModelStream, tokens: torch.Tensor, target: Target, progress: Progress
+) -> Refined | None:
+    """Refine what all blocks of a run landed as; the target writes gains as they are then. As `refine`."""
+    landed = landed_blocks(run)
+
+    @lru_cache(1)
+    def codes(index: int) -> Sequence[tuple[str, Codes]]:
+        return [(one.name, put_together(one.tensors, one.fields, stream.device)) for one in landed.linears(index)]
+
+    found = refine(stream, tokens, codes, target.gain_dtype, run.folder, run.journal, progress)
+    if found is not None:
+        target.changed.update(found.gains)
+    return found
+
+
+def refine(
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    codes: CodesOf,
+    gain_dtype: Callable[[str], torch.dtype],
+    folder: Path,
+    journal: Journal,
+    progress: Progress,
+    settings: Settings | None = None,
+) -> Refined | None:
+    """Tune scales and gains of norms; None, and said why, where the model has no gradient.
+
+    Not to be run in inference mode, whose tensors have no gradients.
+
+    Args:
+        stream: the unquantized model.
+        tokens: int64 [samples, seq_len], the calibration windows; some are held out.
+        codes: of each block, on the stream's device.
+        gain_dtype: what a gain is written in, by its published name.
+        folder, journal: of the run; what an earlier one of the same left there is gone on from.
+        settings: how far and how fast; None: as measured to be good.
+
+    Raises:
+        UsageError: a budget that was given and is too little.
+    """
+    if (why := no_gradient(stream, tokens)) is not None:
+        progress.note(f"nothing is refined, since {stream.source.config.model_type} {why}")
+        return None
+    held = [i for i in range(len(tokens)) if i % _HELD_OUT == _HELD_OUT - 1] or [len(tokens) - 1]
+    others = [i for i in range(len(tokens)) if i not in held]
+    if not others:
+        progress.note("nothing is refined: one calibration window leaves none to hold out")
+        return None
+    settings = settings or Settings()
+    memory = plan_refining_memory(stream, *tokens.shape)
+    memory.note(progress)
+    student = Student(stream, codes, settings, gain_dtype)
+    refining = Refining(stream, tokens, student, memory, progress)
+    adam, best = Adam(), _copied(student.offsets)
+    found = landed_refining(folder, journal)
+    with progress.phase("refining", settings.steps) as advance:
+        if found is None:
+            judged = [(0, refining.divergence(held))]
+        else:
+            judged, tensors = [(int(step), float(value)) for step, value in found[0]["judged"]], found[1]
+            adam, student.offsets, best = _unpacked(judged[-1][0], tensors)
+            advance(adam.steps)
+            progress.note(f"refining goes on after step {adam.steps}")
+        while adam.steps < settings.steps:
+            windows = step_windows(others, adam.steps, tokens.shape[1])
+            adam.step(student, refining.gradients(windows), 1 - adam.steps / settings.steps)
+            if adam.steps % settings.every == 0 or adam.steps == settings.steps:
+                value = refining.divergence(held)
+                if value < min(one for _, one in judged):  # never where it is not a number
+                    best = _copied(student.offsets)
+                judged.append((adam.steps, value))
+                progress.detail(f"step {adam.steps}: divergence on held-out windows {value:.4g}")
+                land_refining(folder, journal, _packed(adam, student.offsets, best), judged)
+            advance(1)
+    student.offsets = best
+    step, after = min(judged, key=lambda one: one[1] if one[1] == one[1] else float("inf"))
+    report = RefiningReport(judged[0][1], after, step, adam.steps, len(held))
+    progress.note(report.line())
+    return Refined(student.gains(), report, student)
+
+
+def plan_refining_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+    """What `refine` will do for memory with so many calibration windows. Raises UsageError."""
+    step = len(step_windows(range(samples), 0, seq_len))
+    workers = worker_count(stream.device, step)
+    return plan_refining(stream, samples * seq_len, step * seq_len, seq_len, stream.budget, workers)
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _packed(adam: Adam, offsets: Tensors, best: Tensors) -> Tensors:
+    parts = {"offset": offsets, "best": best, "first": adam.first, "second": adam.second}
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _unpacked(steps: int, tensors: Tensors) -> tuple[Adam, Tensors, Tensors]:
+    """Adam, the offsets, and the best ones."""
+    parts: dict[str, Tensors] = {"offset": {}, "best": {}, "first": {}, "second": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    return Adam(steps, parts["first"], parts["second"]), parts["offset"], parts["best"]

@@ -30,6 +30,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "+ token weights": {"token_weights": True},
     "+ corrected target": {"correct": "auto"},
     "+ both": {"token_weights": True, "correct": "auto"},
+    "+ both, refined": {"token_weights": True, "correct": "auto", "refine": True},
 }
 
 

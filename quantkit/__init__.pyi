@@ -235,6 +235,7 @@ def gptq(
     damp: float = ...,
     token_weights: bool = ...,
     correct: str | float = ...,
+    refine: bool = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,

@@ -1,9 +1,9 @@
 """Tuning what lies around the codes, on the divergence of the model's output: gains of norms and scales; codes stay.
 
 The gradient of ``KL(unquantized || quantized)`` over all positions goes through the quantized model block by block
-(`blocks.backward`); a scale's is that of its weights times the codes they share (as in PV-tuning, arXiv 2405.14852,
-section 4, where codes stay; EfficientQAT, 2407.11062, section 3.2; gains: Norm Tweaking, 2309.02784). The unquantized
-model's last hidden states are kept, and its logits made again from them.
+(`blocks.backward`); a scale's is that of its weights times their codes. EfficientQAT (arXiv 2407.11062) and PV-Tuning
+(2405.14852) train scales behind fixed codes end to end, Norm Tweaking (2309.02784) gains. The unquantized model's last
+hidden states are kept, and its logits made again from them.
 
 Every forward is that of values as the output will hold them: scales rounded to float16, gains to the dtype they are
 published in. Gradients pass that rounding as if it were none. Steps are Adam's (arXiv 1412.6980). Some calibration
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from quantkit.blocks.backward import block_gradients, head_pieces, head_slices, run_forward
 from quantkit.blocks.families import as_rows, weight_of
@@ -31,6 +32,8 @@ from quantkit.progress import SILENT, Progress
 CodesOf = Callable[[int], Sequence[tuple[str, Codes]]]
 """Published names and codes of the Linears of a block."""
 Tensors = dict[str, "torch.Tensor"]
+
+T = TypeVar("T")
 
 _STEP_TOKENS = 1024
 _BETAS = 0.9, 0.95
@@ -54,7 +57,7 @@ class Settings:
     scales: float = 1e-3
 
 
-def step_windows(windows: Sequence[int], step: int, seq_len: int) -> list[int]:
+def step_windows(windows: Sequence[T], step: int, seq_len: int) -> list[T]:
     """Those of the windows that step number `step`, from 0, looks at: in order, over and over."""
     count = max(1, _STEP_TOKENS // seq_len)
     return [windows[(step * count + i) % len(windows)] for i in range(min(count, len(windows)))]
@@ -207,7 +210,8 @@ class Refining:
     ) -> None:
         self._stream, self._student, self._memory, self._exact = stream, student, memory, exact
         windows = list(tokens.split(1))
-        self._workers = worker_count(stream.device, len(windows)) if memory.side_by_side else 1
+        abreast = worker_count(stream.device, len(step_windows(windows, 0, tokens.shape[1])))
+        self._workers = abreast if memory.side_by_side else 1
         hidden = stream.embed(windows, place=memory.hidden)
         self._entering = HiddenStates(stream.device, memory.hidden, (hidden[i] for i in range(len(hidden))))
         with (

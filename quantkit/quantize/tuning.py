@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,7 +71,8 @@ def refine_run(
     def codes(index: int) -> Sequence[tuple[str, Codes]]:
         return [(one.name, put_together(one.tensors, one.fields, stream.device)) for one in landed.linears(index)]
 
-    found = refine(stream, tokens, codes, target.gain_dtype, run.folder, run.journal, progress)
+    with _in_float32(stream):
+        found = refine(stream, tokens, codes, target.gain_dtype, run.folder, run.journal, progress)
     if found is not None:
         target.changed.update(found.gains)
     return found
@@ -146,7 +148,18 @@ def plan_refining_memory(stream: ModelStream, samples: int, seq_len: int) -> Mem
     """What `refine` will do for memory with so many calibration windows. Raises UsageError."""
     step = len(step_windows(range(samples), 0, seq_len))
     workers = worker_count(stream.device, step)
-    return plan_refining(stream, samples * seq_len, step * seq_len, seq_len, stream.budget, workers)
+    with _in_float32(stream):
+        return plan_refining(stream, samples * seq_len, step * seq_len, seq_len, stream.budget, workers)
+
+
+@contextmanager
+def _in_float32(stream: ModelStream) -> Iterator[None]:
+    """While inside the stream computes in float32: a step is often less than what bfloat16 tells apart."""
+    before, stream.dtype = stream.dtype, torch.float32
+    try:
+        yield
+    finally:
+        stream.dtype = before
 
 
 def _copied(tensors: Tensors) -> Tensors:

@@ -56,6 +56,7 @@ GPTQ_KEYS = {
     "bytes",
     "layers",
     "evaluation",
+    "refined",
     "seconds",
 }
 LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected"}

@@ -27,14 +27,17 @@ from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
 from quantkit.evaluate.statistics import summarize
 from quantkit.options import QuantSpec
+from quantkit.options.verbs import Gptq
 from quantkit.quantize import gptq, tuning
 from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.refine import Refining, Settings, Student
 from quantkit.quantize.rounding import rounded as rounded_to
 from quantkit.quantize.targets import on_grid_of
 from quantkit.runs.places import folder_of
+from quantkit.runs.ranks import Ranks
 from quantkit.sources import open_source
 from quantkit.tokens.windows import Windows
+from quantkit.verbs.gptq import gptq as run_gptq
 
 OPTIONS: dict[str, Any] = {
     "calibration": token_matrix(8, 256),
@@ -242,3 +245,27 @@ def test_what_has_no_gradient_is_left_and_said(make_model: MakeModel, tmp_path: 
     report = quantkit.gptq(model, tmp_path / "out", refine=True, progress=recorder, **OPTIONS)
     assert [text for text in recorder.notes if text.startswith("nothing is refined, since gemma3n_text")]
     assert report.refined is None
+
+
+def test_several_processes_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    class Two(Ranks):
+        size = 2
+
+    with pytest.raises(UsageError, match="--refine runs in one process"):
+        run_gptq(Gptq(model=make_model(), out=tmp_path / "out", refine=True, **OPTIONS), ranks=Two())
+
+
+def test_one_window_leaves_nothing_to_hold_out(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
+    options = {**OPTIONS, "calibration": token_matrix(1, 256)}
+    report = quantkit.gptq(make_model(), tmp_path / "out", refine=True, progress=recorder, **options)
+    assert report.refined is None
+    assert [text for text in recorder.notes if text.startswith("nothing is refined: one calibration window")]
+
+
+def test_a_dry_run_counts_what_waits(make_model: MakeModel) -> None:
+    model = make_model(num_hidden_layers=40)
+    stream = open_in(model, torch.float32)
+    needed = tuning.plan_refining_memory(stream, 1024, 256).needed
+    assert needed >= 1024 * 256 * stream.source.config.hidden_size * (4 + 2)
+    options = {**OPTIONS, "calibration": token_matrix(1024, 256), "dry_run": True}
+    assert quantkit.gptq(model, refine=True, **options).memory_bytes >= needed

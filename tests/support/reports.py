@@ -12,6 +12,7 @@ import torch
 from quantkit.containers.describe import Inspection
 from quantkit.evaluate.statistics import KlDivergence, ModelResult, Numbers
 from quantkit.quantize.blockwise import LayerStatistics
+from quantkit.quantize.tuning import RefiningReport
 from quantkit.report import Report
 from quantkit.runs.steps import Outcome
 from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
@@ -66,6 +67,7 @@ GPTQ = GptqReport(
     dry_run=True,
 )
 LAYERS = [LayerStatistics("model.layers.0.q_proj", 0.5, 1.25, 0.1, "", 2048, 0.75)]
+REFINED = RefiningReport(0.15, 0.125, step=24, steps=32, windows=16)
 PART = Part(
     dataset="fox.jsonl",
     dataset_sha256="ab" * 32,
@@ -273,7 +275,7 @@ CASES: dict[str, Report] = {
     "generate anew": replace(GENERATE, resumed=0, finished={"eos": 12}),
     "ggml": GGML,
     "ggml, dry run": replace(GGML, dry_run=True),
-    "gptq": replace(GPTQ, dry_run=False, layers=LAYERS, evaluation=COMPARED, seconds=99.5),
+    "gptq": replace(GPTQ, dry_run=False, layers=LAYERS, evaluation=COMPARED, refined=REFINED, seconds=99.5),
     "gptq, dry run": GPTQ,
     "gptq to a file": replace(GPTQ, ggml="q4_k_m", memory_remark=None),
     "imatrix": IMATRIX,

@@ -52,7 +52,7 @@ class Settings:
     """
 
     steps: int = 32
-    every: int = 4
+    every: int = 8
     gains: float = 1e-3
     scales: float = 1e-3
 

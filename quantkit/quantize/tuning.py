@@ -21,7 +21,8 @@ from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_refining, landed_blocks, landed_refining
 from quantkit.runs.unfinished import Run
 
-_HELD_OUT = 8  # of so many windows one
+_OF = 8  # windows one is held out, but no more than these
+_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def refine(
     if (why := no_gradient(stream, tokens)) is not None:
         progress.note(f"nothing is refined, since {stream.source.config.model_type} {why}")
         return None
-    held = [i for i in range(len(tokens)) if i % _HELD_OUT == _HELD_OUT - 1] or [len(tokens) - 1]
+    held = held_out(len(tokens))
     others = [i for i in range(len(tokens)) if i not in held]
     if not others:
         progress.note("nothing is refined: one calibration window leaves none to hold out")
@@ -142,6 +143,12 @@ def refine(
     report = RefiningReport(judged[0][1], after, step, adam.steps, len(held))
     progress.note(report.line())
     return Refined(student.gains(), report, student)
+
+
+def held_out(windows: int) -> list[int]:
+    """Numbers of those that no step looks at, spread evenly."""
+    count = min(_MOST, max(1, windows // _OF))
+    return [(2 * i + 1) * windows // (2 * count) for i in range(count)]
 
 
 def plan_refining_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:

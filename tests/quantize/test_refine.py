@@ -148,6 +148,12 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "Settings", partial(Settings, steps=6, every=2, gains=0.004, scales=0.002))
 
 
+def test_held_out_windows_are_spread() -> None:
+    assert tuning.held_out(24) == [4, 12, 20]
+    assert tuning.held_out(1024) == [64 + 128 * i for i in range(8)]
+    assert [tuning.held_out(count) for count in (1, 2, 8)] == [[0], [1], [4]]
+
+
 def held_out(out: Path) -> tuple[float, float]:
     refined = json.loads((out / "quantkit.json").read_text())["refined"]
     return refined["before"], refined["after"]
@@ -185,7 +191,7 @@ def test_what_is_written_is_what_was_judged(make_model: MakeModel, tmp_path: Pat
     model = make_model()
     quantkit.gptq(model, tmp_path / "out", refine=True, **OPTIONS)
     streams = [open_in(path, torch.float32) for path in (model, tmp_path / "out")]
-    held = Windows(OPTIONS["calibration"].tokens[7:8], torch.ones(1, dtype=torch.int64))
+    held = Windows(OPTIONS["calibration"].tokens[4:5], torch.ones(1, dtype=torch.int64))
     _, row = summarize(["a", "b"], score(streams, held, against=True))
     assert row.kl_divergence is not None
     assert row.kl_divergence.mean == pytest.approx(held_out(tmp_path / "out")[1], rel=1e-2)

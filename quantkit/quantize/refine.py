@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 _STEP_TOKENS = 1024
 _BETAS = 0.9, 0.95
-_EPSILON = 1e-30  # a gradient's size is the model's own
+_EPSILON = 1e-12  # of a gradient summed over tokens; smaller ones are noise, and move nothing
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ class Settings:
 
     steps: int = 32
     every: int = 8
-    gains: float = 1e-3
-    scales: float = 1e-3
+    gains: float = 1e-2
+    scales: float = 2e-3
 
 
 def step_windows(windows: Sequence[T], step: int, seq_len: int) -> list[T]:

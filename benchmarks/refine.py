@@ -20,7 +20,7 @@ import quantkit
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes
-from quantkit.quantize.refine import Adam, Refining, Settings, Student, step_windows
+from quantkit.quantize.refine import Course, Refining, Settings, Student, step_windows
 from quantkit.quantize.tuning import held_out
 from quantkit.sources import open_source
 
@@ -65,17 +65,17 @@ def _measure(args: argparse.Namespace, settings: Settings) -> list[dict[str, Any
     held = held_out(args.samples)
     others = [i for i in range(args.samples) if i not in held]
     text = range(args.samples, args.samples + len(other))
-    adam, found = Adam(), []
+    course, found = Course(student, settings), []
     started = time.process_time()
     while True:
-        if adam.steps % settings.every == 0 or adam.steps == settings.steps:
+        if course.due:
             judged = {"held_out": refining.divergence(held), "text": refining.divergence(text)}
-            found.append({"step": adam.steps, **judged, "processor_seconds": time.process_time() - started})
+            course.judge(judged["held_out"])
+            found.append({"step": course.steps, **judged, "processor_seconds": time.process_time() - started})
             print(found[-1], flush=True)
-        if adam.steps == settings.steps:
+        if course.done:
             return found
-        windows = step_windows(others, adam.steps, args.seq_len)
-        adam.step(student, refining.gradients(windows), 1 - adam.steps / settings.steps)
+        course.step(refining.gradients(step_windows(others, course.steps, args.seq_len)))
 
 
 def _codes(

@@ -12,6 +12,7 @@ windows are held out; of all states that were judged on these the best is kept, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,14 +46,14 @@ class Settings:
     """How far and how fast.
 
     Attributes:
-        steps: at most.
+        steps: how many.
         every: steps between two judgements on held-out windows.
-        gains: step of a gain, as a part of the root mean square of its norm's gains.
-        scales: step of a scale, as a part of itself.
+        gains: first step of a gain, as a part of the root mean square of its norm's gains, where the divergence is 1.
+        scales: that of a scale, as a part of itself.
     """
 
     steps: int = 32
-    every: int = 8
+    every: int = 4
     gains: float = 1e-2
     scales: float = 2e-3
 
@@ -398,3 +399,71 @@ class Adam:
             second.lerp_(gradient.square(), 1 - two)
             size = (second / (1 - two**t)).sqrt_().add_(_EPSILON)
             student.offsets[name] -= part * student.tuned[name].rate * (first / (1 - one**t)) / size
+
+
+class Course:
+    """Where refining is: what the student has, the best of it so far, Adam's moments, and how it was judged.
+
+    Steps are the smaller the nearer the quantized model is to the other, as the square root of the divergence at the
+    start, and fall linearly to 0. Where a judgement is no better than the best one, refining goes on from that, in
+    steps of half the size.
+
+    Attributes:
+        judged: (step, divergence on held-out windows), in order; the first one is of step 0.
+        best: offsets.
+    """
+
+    def __init__(self, student: Student, settings: Settings) -> None:
+        self._student, self._settings, self._adam = student, settings, Adam()
+        self.judged: list[tuple[int, float]] = []
+        self.best = _copied(student.offsets)
+
+    @property
+    def steps(self) -> int:
+        """How many were taken."""
+        return self._adam.steps
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.steps >= self._settings.steps
+
+    @property
+    def due(self) -> bool:
+        """Whether the student is to be judged now."""
+        return self.steps % self._settings.every == 0 or self.done
+
+    def judge(self, divergence: float) -> None:
+        """Take the divergence on held-out windows of what the student has."""
+        if self.judged and not divergence < min(one for _, one in self.judged):  # nor where it is not a number
+            self._student.offsets = _copied(self.best)
+            self._adam.first.clear()
+        else:
+            self.best = _copied(self._student.offsets)
+        self.judged.append((self.steps, divergence))
+
+    def step(self, gradients: Tensors) -> None:
+        """Move the student against gradients by its offsets."""
+        found = [one for _, one in self.judged]
+        missed = sum(not one < min(found[:number]) for number, one in enumerate(found) if number)
+        size = math.sqrt(min(1.0, found[0])) / 2**missed
+        self._adam.step(self._student, gradients, size * (1 - self.steps / self._settings.steps))
+
+    def packed(self) -> Tensors:
+        """All but the judgements."""
+        adam = self._adam
+        parts = {"offset": self._student.offsets, "best": self.best, "first": adam.first, "second": adam.second}
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def unpack(self, judged: Sequence[tuple[int, float]], tensors: Tensors) -> None:
+        """Be where another was when it was `packed`."""
+        parts: dict[str, Tensors] = {"offset": {}, "best": {}, "first": {}, "second": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        self.judged, self.best, self._student.offsets = list(judged), parts["best"], parts["offset"]
+        self._adam = Adam(judged[-1][0], parts["first"], parts["second"])
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from quantkit.blocks.workers import worker_count
 from quantkit.codes import Codes, put_together
 from quantkit.late import torch
 from quantkit.progress import Progress
-from quantkit.quantize.refine import Adam, CodesOf, Refining, Settings, Student, Tensors, step_windows
+from quantkit.quantize.refine import CodesOf, Course, Refining, Settings, Student, step_windows
 from quantkit.quantize.targets import Target
 from quantkit.quantize.token_weights import no_gradient
 from quantkit.runs.journal import Journal
@@ -117,30 +118,25 @@ def refine(
     memory.note(progress)
     student = Student(stream, codes, settings, gain_dtype)
     refining = Refining(stream, tokens, student, memory, progress)
-    adam, best = Adam(), _copied(student.offsets)
+    course = Course(student, settings)
     found = landed_refining(folder, journal)
     with progress.phase("refining", settings.steps) as advance:
-        if found is None:
-            judged = [(0, refining.divergence(held))]
+        if found is not None:
+            course.unpack([(int(step), float(value)) for step, value in found[0]["judged"]], found[1])
+            progress.note(f"refining goes on after step {course.steps}")
         else:
-            judged, tensors = [(int(step), float(value)) for step, value in found[0]["judged"]], found[1]
-            adam, student.offsets, best = _unpacked(judged[-1][0], tensors)
-            advance(adam.steps)
-            progress.note(f"refining goes on after step {adam.steps}")
-        while adam.steps < settings.steps:
-            windows = step_windows(others, adam.steps, tokens.shape[1])
-            adam.step(student, refining.gradients(windows), 1 - adam.steps / settings.steps)
-            if adam.steps % settings.every == 0 or adam.steps == settings.steps:
-                value = refining.divergence(held)
-                if value < min(one for _, one in judged):  # never where it is not a number
-                    best = _copied(student.offsets)
-                judged.append((adam.steps, value))
-                progress.detail(f"step {adam.steps}: divergence on held-out windows {value:.4g}")
-                land_refining(folder, journal, _packed(adam, student.offsets, best), judged)
+            course.judge(refining.divergence(held))
+        advance(course.steps)
+        while not course.done:
+            course.step(refining.gradients(step_windows(others, course.steps, tokens.shape[1])))
+            if course.due:
+                course.judge(refining.divergence(held))
+                progress.detail(f"step {course.steps}: divergence on held-out windows {course.judged[-1][1]:.4g}")
+                land_refining(folder, journal, course.packed(), course.judged)
             advance(1)
-    student.offsets = best
-    step, after = min(judged, key=lambda one: one[1] if one[1] == one[1] else float("inf"))
-    report = RefiningReport(judged[0][1], after, step, adam.steps, len(held))
+    student.offsets = course.best
+    step, after = min(course.judged, key=lambda one: math.inf if math.isnan(one[1]) else one[1])
+    report = RefiningReport(course.judged[0][1], after, step, course.steps, len(held))
     progress.note(report.line())
     return Refined(student.gains(), report, student)
 
@@ -167,21 +163,3 @@ def _in_float32(stream: ModelStream) -> Iterator[None]:
         yield
     finally:
         stream.dtype = before
-
-
-def _copied(tensors: Tensors) -> Tensors:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def _packed(adam: Adam, offsets: Tensors, best: Tensors) -> Tensors:
-    parts = {"offset": offsets, "best": best, "first": adam.first, "second": adam.second}
-    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def _unpacked(steps: int, tensors: Tensors) -> tuple[Adam, Tensors, Tensors]:
-    """Adam, the offsets, and the best ones."""
-    parts: dict[str, Tensors] = {"offset": {}, "best": {}, "first": {}, "second": {}}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = tensor
-    return Adam(steps, parts["first"], parts["second"]), parts["offset"], parts["best"]

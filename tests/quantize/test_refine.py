@@ -30,7 +30,7 @@ from quantkit.options import QuantSpec
 from quantkit.options.verbs import Gptq
 from quantkit.quantize import gptq, tuning
 from quantkit.quantize.gptq_grid import round_to_nearest
-from quantkit.quantize.refine import Refining, Settings, Student
+from quantkit.quantize.refine import Course, Refining, Settings, Student
 from quantkit.quantize.rounding import rounded as rounded_to
 from quantkit.quantize.targets import on_grid_of
 from quantkit.runs.places import folder_of
@@ -226,6 +226,25 @@ def test_a_stopped_run_goes_on(
     assert ("refining goes on after step 2" in recorder.notes) == (after == 3)
     assert contents(out) == contents(tmp_path / "whole")
     assert not folder_of(out).exists()
+
+
+def test_after_a_worse_judgement_it_goes_on_from_the_best_with_half_the_step(make_model: MakeModel) -> None:
+    stream = open_in(make_model())
+    student = Student(stream, rounded(stream).__getitem__, Settings(), lambda name: torch.float16)
+    course = Course(student, Settings(steps=1000, every=1, gains=0.1, scales=0.1))
+    gradients = {name: torch.ones_like(offset) for name, offset in student.offsets.items()}
+    name = next(iter(gradients))
+    moved = []
+    for judged in (0.25, 0.2, 0.3, float("nan"), 0.1):
+        course.judge(judged)
+        before = student.offsets[name].clone()
+        assert torch.equal(before, course.best[name])
+        course.step(gradients)
+        moved.append(float((before - student.offsets[name]).abs().max()) / Settings().scales)
+    assert moved[:2] == pytest.approx([0.5, 0.5], rel=0.01)  # the square root of 0.25
+    assert moved[2] < 0.25 / 2  # its momentum begins anew
+    assert moved[3] < moved[2]
+    assert (course.steps, course.judged[-1]) == (5, (4, 0.1))
 
 
 def test_a_gguf_file_keeps_its_codes(make_model: MakeModel, tmp_path: Path) -> None:

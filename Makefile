@@ -28,7 +28,7 @@ help:  ## this list
 
 # Half of the default's calibration and three quarters of its check, for three minutes on two cores; then the check is still
 # less than a third of the quantizing.
-DEMO_SIZE := --samples 64 --eval-tokens 6144
+DEMO_SIZE := --effort fast --samples 64 --eval-tokens 6144
 
 demo: $(DEMO) $(SMOLLM2)  ## quantize SmolLM2-135M to 4 bits and compare it with its source, in under three minutes
 	$(BIN)/quantkit gptq --bits 4 $(DEMO_SIZE) --force

@@ -78,7 +78,8 @@ def seconds_of(command: str, desk: Path, checkout: Path) -> float:
     words = [sys.executable, "-m", "quantkit", *command.split()]
     done = subprocess.run(words, cwd=desk, env=environment, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if (done.returncode != 0) != (command in MISTAKES):
+    broken = "--debug shows where" in done.stderr  # an error of the program itself
+    if broken or (done.returncode != 0) != (command in MISTAKES):
         raise SystemExit(f"quantkit {command} ended with {done.returncode}:\n{done.stderr}")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

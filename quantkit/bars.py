@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,9 +51,22 @@ def shown(text: str) -> str:
     return visible(shortened(words, _LONGEST_LINE))
 
 
-def say(text: str, style: str = "") -> None:
-    """A line on stderr, on a terminal in a colour or style."""
+def at_words(line: str, width: int) -> str:
+    """A line that is wider than this broken at spaces, so that no number is cut.
+
+    One with a word that is wider than that, as a path may be, is left to the terminal: it is copied whole.
+    """
+    indent = " " * (len(line) - len(line.lstrip()))
+    if len(line) <= width or max(map(len, line.split()), default=0) > width - len(indent):
+        return line
+    return textwrap.fill(line, width, subsequent_indent=indent, expand_tabs=False, break_on_hyphens=False)
+
+
+def say(text: str, style: str = "", broken: bool = False) -> None:
+    """A line on stderr, on a terminal in a colour or style; `broken`: at words, where no command to copy is in it."""
     text = shown(text)
+    if broken and sys.stderr.isatty():
+        text = at_words(text, log().width)
     if sys.stderr.isatty() or "FORCE_COLOR" in os.environ:
         log().print(text, markup=False, style=style)
     else:
@@ -92,7 +106,7 @@ class Bars:
     def _once(self, text: str, style: str = "") -> None:
         if text not in self._said:
             self._said.add(text)
-            say(text, style)
+            say(text, style, broken=True)
 
     def detail(self, text: str) -> None:
         self._detail = text = visible(text)

@@ -84,10 +84,16 @@ Shown = str | Line | Rule | Table | Text
 
 
 def common_start(names: Sequence[str]) -> str:
-    """What all names begin with, up to a mark such as "-" behind which each goes on; "" of a single name."""
+    """What all names begin with, up to a mark such as "-" behind which each goes on; "" of a single name.
+
+    The point of a number such as 1.0 is no mark.
+    """
     start = 0
     for at in range(1, min(map(len, names)) if len(names) > 1 else 0):
-        if len({name[:at] for name in names}) == 1 and names[0][at - 1] in "-_./":
+        number = (
+            names[0][at - 1] == "." and any(name[at].isdigit() for name in names) and names[0][:at][-2:-1].isdigit()
+        )
+        if len({name[:at] for name in names}) == 1 and names[0][at - 1] in "-_./" and not number:
             start = at
     return names[0][:start] if names else ""
 

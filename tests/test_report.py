@@ -35,7 +35,7 @@ def test_one_is_counted_as_one() -> None:
 
 
 def test_every_verb_s_report_is_here() -> None:
-    parts = {"Numbers", "_Named", "ModelResult", "TextResult", "Harness", "Verified"}
+    parts = {"Numbers", "_Named", "ModelResult", "TextResult", "Harness", "Verified", "Spent"}
     theirs = {kind for kind in kinds() if kind.__module__.startswith("quantkit.") and kind.__name__ not in parts}
     assert {type(CASES[name]) for name in FIRST} == theirs - {Report}
 

@@ -24,6 +24,14 @@ Stages = tuple[tuple[str, ...], ...]
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 
 
+FUSED = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+    ("w1", "w3"): "gate_up_proj",
+}
+"""Linears that vLLM and SGLang fuse into one, which then has one precision, and what they call it."""
+
+
 @dataclass(frozen=True)
 class ExpertNames:
     """What a checkpoint calls an expert's matrices; experts without a gate have the other two."""

@@ -5,27 +5,41 @@ information: to second order the divergence of a model whose Linear is off by e[
 the gradient of the summed loss there, ``1/2 sum_t (g[t] . e[t])^2`` (GuidedQuant, arXiv 2505.07004, section 3; YAQA,
 2505.22988, section 2).
 
-No more than one block is in memory with its graph. A forward keeps the states that enter each block, the head's
-gradient is taken over slices of the vocabulary, and then the blocks run once more, from the last to the first. Weights
-have no gradient; what is asked for is that of states and of the Linears' outputs.
+No more than one block need be in memory with its graph. A forward keeps the states that enter each block, the head's
+gradient is taken over slices of the vocabulary, and then the blocks run once more, from the last to the first. Where
+all blocks have room with the graph of a batch, each batch goes there and back at once, and no forward is run twice;
+every product is the same one, so that both ways give the same bits. Weights have no gradient; what is asked for is that
+of states and of the Linears' outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from threading import local
+from itertools import chain
+from threading import Lock, local
 from typing import Any
 
-from quantkit.blocks.backward import block_gradients, head_pieces, head_slices, run_forward
+from quantkit.blocks.backward import run_forward
+from quantkit.blocks.budget import let_go
 from quantkit.blocks.families import ROUTED, Stages, weight_of
-from quantkit.blocks.memory import MemoryPlan
+from quantkit.blocks.memory import SLICE, MemoryPlan
 from quantkit.blocks.states import HiddenStates, half
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
 from quantkit.late import nn, torch
-from quantkit.progress import Advance, Progress
+from quantkit.progress import Progress
+
+_POSITIONS = 256  # whose logits are held at a time
+_PIECE = 64  # tokens whose squares are made at a time on a CPU: they stay in its cache for both sums
+_TIDY = 4  # rounds of batches between which freed memory goes back: each leaves holes, and each return is paid for
+
+Slices = list[tuple[int, int]]
+Head = Callable[["torch.Tensor"], "torch.Tensor"]
+Found = list[list["StageSquares"]]  # by batch and stage
+Products = dict[str, "torch.Tensor"]
+"""``sum g g^T`` over all tokens, float64 [out, out], of some Linears by their names in the block."""
 
 
 @dataclass
@@ -44,9 +58,13 @@ class StageSquares:
 
     def see(self, number: int, gradient: torch.Tensor, tokens: torch.Tensor | None) -> None:
         """Take the gradient [..., out] at the output of the stage's Linear `number`, of these tokens."""
-        squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
-        self.rows[number] += squares.sum(dim=0, dtype=torch.float64)
-        of_tokens = squares.sum(dim=1)
+        gradient = gradient.detach().reshape(-1, gradient.shape[-1])
+        sums = []
+        for part in torch.split(gradient, _PIECE if gradient.device.type == "cpu" else max(1, len(gradient))):
+            squares = part.float().square()
+            self.rows[number] += squares.sum(dim=0)
+            sums.append(squares.sum(dim=1))
+        of_tokens = torch.cat(sums)
         self.squares = self.squares + of_tokens if len(self.squares) else of_tokens
         self.tokens = tokens
 
@@ -59,8 +77,9 @@ def fisher_squares(
     workers: Workers,
     progress: Progress,
     exact: bool = False,
-) -> Iterator[tuple[int, Stages, list[list[StageSquares]]]]:
-    """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage).
+    most_rows: int = 0,
+) -> Iterator[tuple[int, Stages, Found, Products]]:
+    """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage, products).
 
     Not to be run in inference mode, whose tensors have no gradients.
 
@@ -68,40 +87,115 @@ def fisher_squares(
         batches: int64 [windows, seq] token ids each.
         chances: what decides on labels, as `batches`: float64, a number from 0 to 1 that is looked up in the model's
             distribution; or int64, the labels themselves.
-        memory: where states wait.
-        exact: keep them in the stream's dtype, not in half precision.
+        memory: where states wait, and whether all blocks are held.
+        exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
+        most_rows: products are made of Linears of at most so many rows that all tokens go through; 0: of none.
 
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
     """
+    slices = [(start, min(start + SLICE, stream.vocabulary)) for start in range(0, stream.vocabulary, SLICE)]
+    if memory.at_once:
+        yield from _at_once(stream, batches, chances, memory, workers, progress, slices, most_rows)
+        return
     kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
-    with progress.phase("weighing: head", 2 * len(head_slices(stream))) as advance:
-        gradients = HiddenStates(stream.device, memory.hidden, _head_gradients(stream, last, chances, advance))
+    found = _head_gradients(stream, last, chances, memory.head_rows is None, slices, progress)
+    gradients = HiddenStates(stream.device, memory.hidden, found)
     last.close()
-    with progress.phase("weighing: blocks, backward", len(stream.blocks)) as advance:
+    with progress.phase("weighing backwards", len(stream.blocks)) as advance:
         for index in reversed(range(len(stream.blocks))):
             with stream.block(index) as block:
                 first = index * len(batches)
-                stages = stream.stages(index, block, 0, kept[first].to(stream.dtype))
-                watch = _Watch(block, stages)
+                stages = stream.stages(index, block, 0, kept[first].to(stream.dtype)) if batches else ()
+                watch = _Watch(block, stages, most_rows)
 
                 def backward(
                     i: int, index: int = index, block: nn.Module = block, watch: _Watch = watch, first: int = first
                 ) -> tuple[torch.Tensor, list[StageSquares]]:
                     state, gradient = kept.take(first + i).to(stream.dtype), gradients.take(i)
                     with watch.batch() as seen:
-                        [found] = block_gradients(stream, index, block, i, state, gradient)
-                        assert found is not None
-                        return found, seen
+                        run = _run(stream, index, block, i, state)
+                    return run.backward(gradient), seen
 
-                found: list[list[StageSquares]] = [[] for _ in batches]
+                squares: Found = [[] for _ in batches]
                 with watch.hooked():
-                    for i, (gradient, squares) in workers.each(backward):
-                        gradients[i], found[i] = gradient, squares
-            yield index, stages, found
+                    for i, (gradient, seen) in workers.each(backward):
+                        gradients[i], squares[i] = gradient, seen
+            yield index, stages, squares, watch.products
             advance(1)
     kept.close()
     gradients.close()
+
+
+def _at_once(
+    stream: ModelStream,
+    batches: Sequence[torch.Tensor],
+    chances: Sequence[torch.Tensor],
+    memory: MemoryPlan,
+    workers: Workers,
+    progress: Progress,
+    slices: Slices,
+    most_rows: int,
+) -> Iterator[tuple[int, Stages, Found, Products]]:
+    """`fisher_squares` with all blocks held: each batch through all of them, the head, and back."""
+    with torch.no_grad():
+        hidden = stream.embed(list(batches), place=memory.hidden)
+    every = range(len(stream.blocks))
+    with ExitStack() as held, progress.phase("weighing tokens", len(batches)) as advance:
+        with stream.reading_ahead(memory.prefetch):
+            blocks = [held.enter_context(stream.block(index)) for index in every]
+        stages = [stream.stages(index, blocks[index], 0, hidden[0]) for index in every] if batches else []
+        watches = [_Watch(block, own, most_rows) for block, own in zip(blocks, stages, strict=False)]
+        for watch in watches:
+            held.enter_context(watch.hooked())
+        heads = held.enter_context(stream.head_rows(*slices))
+        found: list[Found] = [[[] for _ in batches] for _ in every]
+        runs: dict[int, list[_Run]] = {}
+
+        def forward(i: int) -> torch.Tensor:
+            state, runs[i] = hidden.take(i), []
+            for index in every:
+                with watches[index].batch() as found[index][i]:
+                    runs[i].append(_run(stream, index, blocks[index], i, state))
+                state = runs[i][-1].output.detach()
+            return state
+
+        def backward(i: int) -> None:
+            gradient, own = gradients.pop(i), runs.pop(i)
+            while own:
+                gradient = own.pop().backward(gradient)
+
+        for number, items in enumerate(workers.rounds()):
+            at_hand = list(chain.from_iterable(items))
+            lasts = workers.together(forward, items)
+            gradients = {
+                i: _batch_gradient(heads, slices, last, chances[i]) for i, last in zip(at_hand, lasts, strict=True)
+            }
+            workers.together(backward, items)
+            if number % _TIDY == _TIDY - 1:
+                let_go()
+            advance(len(at_hand))
+    hidden.close()
+    for index in reversed(every):
+        yield index, stages[index] if stages else (), found[index], watches[index].products if watches else {}
+
+
+@dataclass
+class _Run:
+    """A batch's forward through a block, with its graph."""
+
+    state: torch.Tensor
+    output: torch.Tensor
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient at what entered the block, of that at its output."""
+        return torch.autograd.grad(self.output, self.state, gradient)[0]
+
+
+def _run(stream: ModelStream, index: int, block: nn.Module, batch: int, state: torch.Tensor) -> _Run:
+    with torch.enable_grad():
+        state = state.detach().requires_grad_()
+        return _Run(state, stream.call(index, block, batch, state))
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -117,16 +211,15 @@ def _kept_states(
 ) -> tuple[HiddenStates, HiddenStates]:
     """The states that enter each block, block after block and batch after batch; and those that leave the last."""
     kept = HiddenStates(stream.device, memory.kept)
-    with torch.no_grad(), progress.phase("weighing: blocks, forward", len(stream.blocks)) as advance:
+    with torch.no_grad(), progress.phase("weighing forwards", len(stream.blocks)) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
-        numbers = range(len(batches))
 
         def keep(entering: HiddenStates) -> None:
             for state in entering:
                 kept.append(state if exact else half(state))
 
         with stream.reading_ahead(memory.prefetch):
-            run_forward(stream, hidden, numbers, workers, entering=keep, advance=advance)
+            run_forward(stream, hidden, range(len(batches)), workers, entering=keep, advance=advance)
     return kept, hidden
 
 
@@ -134,36 +227,72 @@ def _kept_states(
 
 
 def _head_gradients(
-    stream: ModelStream, hidden: HiddenStates, chances: Sequence[torch.Tensor], advance: Advance
+    stream: ModelStream,
+    hidden: HiddenStates,
+    chances: Sequence[torch.Tensor],
+    held: bool,
+    slices: Slices,
+    progress: Progress,
 ) -> list[torch.Tensor]:
     """The summed loss's gradient at the states that leave the last block, per batch, of labels that `chances` decide.
 
-    A softmax's denominator is a sum over slices of the vocabulary; with those of all slices known, the second time a
-    slice is run its own part of the gradient can be made, and the labels that fall into it be found.
+    A softmax's denominator is a sum over slices of the vocabulary; with those of all slices known, each slice's own
+    part of the gradient can be made, and the labels that fall into it be found. Where the whole head is `held` the
+    logits of a few positions wait for that, else they are made twice.
     """
-    pieces = head_pieces((len(chance), chance.shape[1]) for chance in chances)
-    slices = head_slices(stream)
+    if held:
+        with progress.phase("weighing the head", len(hidden)) as advance, stream.head_rows(*slices) as heads:
+            found = []
+            for state, chance in zip(hidden, chances, strict=True):
+                found.append(_batch_gradient(heads, slices, state, chance))
+                advance(1)
+            return found
+    pieces = [(i, *piece) for i, chance in enumerate(chances) for piece in _pieces(chance)]
     shares: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
-    for start, stop in slices:
-        with torch.no_grad(), stream.head_rows(start, stop) as head:
-            for number, (i, row, at) in enumerate(pieces):
-                shares[number].append(head(hidden[i][..., row : row + 1, at, :])[0].logsumexp(dim=-1).double())
-        advance(1)
-    draws = [
-        _Draw(torch.stack(shares[number], dim=-1), chances[i][row, at].to(stream.device))
-        for number, (i, row, at) in enumerate(pieces)
-    ]
-    gradients = [torch.zeros_like(state) for state in hidden]
-    for place, (start, stop) in enumerate(slices):
-        with stream.head_rows(start, stop) as head:
-            for draw, (i, row, at) in zip(draws, pieces, strict=True):
-                with torch.enable_grad():
+    with progress.phase("weighing the head", 2 * len(slices)) as advance:
+        for at_rows in slices:
+            with torch.no_grad(), stream.head_rows(at_rows) as [head]:
+                for number, (i, row, at) in enumerate(pieces):
+                    shares[number].append(_share(head(hidden[i][..., row : row + 1, at, :])))
+            advance(1)
+        draws = [
+            _Draw(torch.stack(shares[number], dim=-1), chances[i][row, at].to(stream.device))
+            for number, (i, row, at) in enumerate(pieces)
+        ]
+        gradients = [torch.zeros_like(state) for state in hidden]
+        for place, at_rows in enumerate(slices):
+            with stream.head_rows(at_rows) as [head]:
+                for draw, (i, row, at) in zip(draws, pieces, strict=True):
                     state = hidden[i][..., row : row + 1, at, :].detach().requires_grad_()
-                    logits = head(state)
-                own = draw.loss_gradient(place, start, logits.detach()[0])
-                gradients[i][..., row : row + 1, at, :] += torch.autograd.grad(logits, state, own[None])[0]
-        advance(1)
+                    with torch.enable_grad():
+                        logits = head(state)
+                    gradients[i][..., row : row + 1, at, :] += draw.state_gradient(place, at_rows[0], logits, state)
+            advance(1)
     return gradients
+
+
+def _batch_gradient(heads: list[Head], slices: Slices, state: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """`_head_gradients` of one batch, with a head for each slice."""
+    gradient = torch.zeros_like(state)
+    for row, at in _pieces(chance):
+        part = state[..., row : row + 1, at, :].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = [head(part) for head in heads]
+        draw = _Draw(torch.stack([_share(own.detach()) for own in logits], dim=-1), chance[row, at].to(state.device))
+        for place, (start, _) in enumerate(slices):
+            gradient[..., row : row + 1, at, :] += draw.state_gradient(place, start, logits[place], part)
+    return gradient
+
+
+def _pieces(chance: torch.Tensor) -> list[tuple[int, slice]]:
+    """(row, positions) of a batch, of which few enough are worked at a time."""
+    starts = range(0, chance.shape[1], _POSITIONS)
+    return [(row, slice(start, start + _POSITIONS)) for row in range(chance.shape[0]) for start in starts]
+
+
+def _share(logits: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a slice's part of the softmax's denominator, float64; logits [1, positions, rows]."""
+    return logits[0].logsumexp(dim=-1).double()
 
 
 class _Draw:
@@ -178,6 +307,11 @@ class _Draw:
         self._total = shares.logsumexp(dim=-1, keepdim=True)
         self._until = (shares - self._total).exp().cumsum(dim=-1)
         self._chance, self._last = chance, shares.shape[-1] - 1
+
+    def state_gradient(self, place: int, start: int, logits: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """The same by the state [..., 1, positions, hidden] that the logits [1, positions, rows] were made of."""
+        own = self.loss_gradient(place, start, logits.detach()[0])
+        return torch.autograd.grad(logits, state, own[None])[0]
 
     def loss_gradient(self, place: int, start: int, logits: torch.Tensor) -> torch.Tensor:
         """Of ``-log p[label]`` by the logits [positions, rows] of slice number `place`, which begins at `start`."""
@@ -204,10 +338,17 @@ class _Draw:
 
 
 class _Watch:
-    """Looks at the gradients that reach the outputs of a block's Linears; batches may run side by side."""
+    """Looks at the gradients that reach the outputs of a block's Linears; batches may run side by side.
 
-    def __init__(self, block: nn.Module, stages: Stages) -> None:
+    Attributes:
+        products: of Linears of at most `most_rows` rows. Numbers of float32 are added in float64, which is exact but
+            for what is 2^-29 of the rest: their order does not matter.
+    """
+
+    def __init__(self, block: nn.Module, stages: Stages, most_rows: int = 0) -> None:
         self._block, self._stages, self._here = block, stages, local()
+        self._most_rows, self._lock = most_rows, Lock()
+        self.products: Products = {}
 
     @contextmanager
     def batch(self) -> Iterator[list[StageSquares]]:
@@ -239,3 +380,12 @@ class _Watch:
         seen, tokens = self._here.seen[stage], ROUTED.get()
         if output.requires_grad:
             output.register_hook(lambda gradient: seen.see(number, gradient, tokens))
+            if tokens is None and output.shape[-1] <= self._most_rows:
+                output.register_hook(lambda gradient: self._multiply(self._stages[stage][number], gradient))
+
+    def _multiply(self, name: str, gradient: torch.Tensor) -> None:
+        rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        product = rows.T @ rows
+        with self._lock:
+            total = self.products.setdefault(name, torch.zeros_like(product, dtype=torch.float64))
+            total += product

@@ -31,6 +31,9 @@ _OFFSETS = (
     7  # float32 numbers for each one that is tuned: two moments, gradient, where it is, was best, began, its unit
 )
 _SHARING = 32  # weights that have a scale in common, as a rule more
+_KEPT_LOGITS = 3  # of all positions' logits that are held at a time: themselves, a cap's, a slice's gradient
+_TABLES = 3  # of attention [heads, positions, positions] that is not fused: scores, their softmax and its cast
+_SMALL = 8 * 2**30  # bytes of all blocks with a batch's graph, for which twice the states in float32 are no matter
 SLICE = 16384  # rows of the vocabulary at a time for gradients, whatever the memory: labels depend on where slices end
 _LEAST_ROWS = 1024  # of a vocabulary in a slice: fewer are slow, and save nothing beside a block
 
@@ -46,6 +49,7 @@ class MemoryPlan:
         side_by_side: several batches run at a time, in as many workers as the pass asked for.
         head_rows: rows of the vocabulary that the head computes at a time; None: all.
         kept: where the states that enter each block wait, of a pass that goes back through them.
+        at_once: such a pass holds all blocks with the graph of a batch, and keeps no states.
         needed: estimate of what it takes at most, bytes, host and device together.
         budget: bytes that were to be kept to.
     """
@@ -56,6 +60,7 @@ class MemoryPlan:
     side_by_side: bool = True
     head_rows: int | None = None
     kept: HiddenPlace = "device"
+    at_once: bool = False
     needed: int = 0
     budget: int = 0
 
@@ -137,22 +142,30 @@ def _ends(stream: ModelStream) -> tuple[int, int]:
 
 
 def plan_quantizing(
-    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, beside: bool = False
+    stream: ModelStream,
+    tokens: int,
+    batch_tokens: int,
+    budget: Budget,
+    workers: int = 1,
+    beside: bool = False,
+    products: bool = False,
 ) -> MemoryPlan:
     """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError.
 
-    `beside`: the unquantized model runs in step, and two folds have two sums each.
+    `beside`: the unquantized model runs in step, and two folds have two sums each. `products`: of a block's rows'
+    gradients are at hand.
     """
     block = _largest_block(stream, quantized=True)
     paths = 2 if beside else 1
     hidden = paths * tokens * _ends(stream)[1]
     batch = 2 * paths * block.paused_token
+    fed = 2 * max(fed_rows(stream)) + _SQUARES * 4 * most_fed_rows(stream) ** 2 if products else 0
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
         abreast = workers if plan.side_by_side else 1
         sums = abreast * (MOST // abreast).bit_length()  # of a Hessian's lanes: in each worker one and those complete
         running = batch * min(tokens, abreast * batch_tokens) + sums * block.square * (4 if beside else 1)
-        work = block.work + (6 * block.square if beside else 0)
+        work = block.work + (6 * block.square if beside else 0) + fed
         paused = paths * tokens * block.paused_token if plan.paused else 0
         device = paths * block.weights + max(work, running) + paused
         host = _BASE + (block.stored if plan.prefetch else 0)
@@ -167,26 +180,45 @@ def plan_quantizing(
     return _first_that_fits(ways, takes, budget)
 
 
-def plan_weighing(stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1) -> MemoryPlan:
-    """For the gradients of so many tokens, which keeps in half precision what enters each block. Raises UsageError."""
+def plan_weighing(
+    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, products: bool = False
+) -> MemoryPlan:
+    """For the gradients of so many tokens, of which a batch has `batch_tokens`. Raises UsageError.
+
+    `products`: rows' gradients are multiplied with each other's, where `fed_rows` has them.
+    """
     block = _largest_block(stream, quantized=False)
-    row = _ends(stream)[1]
+    vocabulary, row = _ends(stream)
     hidden = tokens * row
-    kept = tokens * len(stream.blocks) * row * min(2, stream.dtype.itemsize) // stream.dtype.itemsize
+    half = 1 if keeps_exact(stream, batch_tokens) else stream.dtype.itemsize // 2
+    kept = tokens * len(stream.blocks) * row // half
     graph = _GRAPH * _widest(stream)
+    weights, all_graphs = _all_blocks(stream, batch_tokens)
+    outputs = sum(rows for _, (rows, _) in stream.linears())
+    squares = [8 * own for own in fed_rows(stream)] if products else [0]
 
     def takes(plan: MemoryPlan) -> tuple[int, int]:
-        running = graph * min(tokens, (workers if plan.side_by_side else 1) * batch_tokens)
-        device = block.weights + max(running, _LOGITS * 4 * _CHUNK * SLICE + SLICE * row)
+        running = min(tokens, (workers if plan.side_by_side else 1) * batch_tokens)
+        rows = vocabulary if plan.head_rows is None else min(plan.head_rows, vocabulary)
+        head = 4 * _KEPT_LOGITS * _CHUNK * vocabulary if plan.head_rows is None else 4 * _LOGITS * _CHUNK * rows
+        head += rows * row
         host = _BASE + (block.stored if plan.prefetch else 0)
-        for place, waiting in ((plan.hidden, 2 * hidden), (plan.kept, kept)):
-            device, host = device + waiting * (place == "device"), host + waiting * (place == "host")
+        if plan.at_once:
+            sums = 8 * outputs * -(-tokens // batch_tokens)
+            device = weights + block.weights + running * all_graphs + head + sums + sum(squares)
+        else:
+            device = block.weights + max(running * graph + 2 * max(squares), head)
+        waiting = [(plan.hidden, 2 * hidden)] + ([] if plan.at_once else [(plan.kept, kept)])
+        for place, taken in waiting:
+            device, host = device + taken * (place == "device"), host + taken * (place == "host")
         return device, host
 
     places = _places(stream)
-    ways = [
-        MemoryPlan(place, True, prefetch, abreast, kept=kept_at)
-        for kept_at, place in product(places, places)
+    ways = [MemoryPlan(side_by_side=abreast, at_once=True) for abreast in (True, False)]
+    ways = ways if keeps_exact(stream, batch_tokens) else []
+    ways += [
+        MemoryPlan(place, True, prefetch, abreast, rows, kept_at)
+        for rows, kept_at, place in product((None, SLICE), places, places)
         if places.index(place) <= places.index(kept_at)
         for prefetch, abreast in product((True, False), (True, False))
     ]
@@ -221,6 +253,40 @@ def plan_refining(
         for place, prefetch, abreast in product(_places(stream), (True, False), (True, False))
     ]
     return _first_that_fits(ways, takes, budget)
+
+
+def fed_rows(stream: ModelStream) -> list[int]:
+    """Numbers in the products of gradients of each block's Linears that have no more rows than the model's width."""
+    widest = most_fed_rows(stream)
+    shapes = ([rows for _, (rows, _) in stream.linears_in(index)] for index in range(len(stream.blocks)))
+    return [sum(rows * rows for rows in block if rows <= widest) for block in shapes]
+
+
+def most_fed_rows(stream: ModelStream) -> int:
+    """How many rows a Linear may have whose rows' gradients are multiplied with each other's."""
+    return int(stream.source.config.get_text_config().hidden_size)
+
+
+def keeps_exact(stream: ModelStream, batch_tokens: int) -> bool:
+    """Whether a pass back through the blocks keeps states in the stream's dtype, and not in half precision.
+
+    The model and a batch alone decide: then it may hold all blocks at once as well, and no plan changes its result.
+    """
+    weights, graph = _all_blocks(stream, batch_tokens)
+    return stream.dtype.itemsize <= 2 or weights + graph * batch_tokens <= _SMALL
+
+
+def _all_blocks(stream: ModelStream, batch_tokens: int) -> tuple[int, int]:
+    """Bytes of the weights of all blocks, and of what their forward keeps of a token of a batch for the way back."""
+    item, config = stream.dtype.itemsize, stream.source.config.get_text_config()
+    tables = 0 if stream.fused_attention else _TABLES * batch_tokens * int(getattr(config, "num_attention_heads", 0))
+    weights = sum(parameter.numel() for parameter in stream.modules.parameters())
+    graph = sum(
+        paused_bytes(block, (stage,), 1, item) + item * tables // max(1, len(stages))
+        for block, stages in zip(stream.modules, stream.known_stages(), strict=True)
+        for stage in stages
+    )
+    return item * weights, graph
 
 
 def plan_watching(stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget) -> MemoryPlan:

@@ -15,6 +15,7 @@ from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.late import dtype_of, torch
 from quantkit.options import ComputeDtype, EvaluationSpec, make, parse_size
+from quantkit.options.values import NO_GPU
 from quantkit.progress import Progress
 from quantkit.runs.record import delta_record
 from quantkit.sources import default_source, open_source
@@ -129,22 +130,33 @@ def check_windows(stream: ModelStream, tokens: int, progress: Progress) -> None:
         UsageError: the first.
     """
     stream.check_length(tokens)
-    most = getattr(stream.source.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and tokens > most:
+    most = _made_for(stream)
+    if most is not None and tokens > most:
         progress.warn(
             f"windows of {tokens} tokens: {stream.source.label} is made for {most} at most, and loses its way beyond; "
             f"--seq-len {most} keeps within"
         )
 
 
+def _made_for(stream: ModelStream) -> int | None:
+    """How many tokens a window may have by the model's config; None where it does not say."""
+    most = getattr(stream.source.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
 def fitted(spec: EvaluationSpec, streams: Sequence[ModelStream], asked: bool, progress: Progress) -> EvaluationSpec:
-    """The spec with windows that all of the models have positions for; UsageError where others were `asked` for."""
+    """The spec with windows that none of the models is too short for, which is noted; where others were `asked` for,
+    the spec as it is, checked as `check_windows` does."""
     if asked:
         for stream in streams:
             check_windows(stream, spec.seq_len, progress)
         return spec
-    lengths = [spec.seq_len, *(stream.longest for stream in streams if stream.longest is not None)]
-    return make(EvaluationSpec, **(spec.model_dump() | {"seq_len": min(lengths)}))
+    lengths = [(length, stream) for stream in streams for length in (stream.longest, _made_for(stream)) if length]
+    most, shortest = min(lengths, key=lambda one: one[0], default=(spec.seq_len, None))
+    if shortest is None or most >= spec.seq_len:
+        return spec
+    progress.note(f"judging in windows of {most} tokens: {shortest.source.label} is made for no more")
+    return make(EvaluationSpec, **(spec.model_dump() | {"seq_len": most}))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -158,7 +170,7 @@ def resolve_device(device: str) -> torch.device:
     if place.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: not a device to run on; use auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: this machine's torch sees no CUDA GPU; use --device cpu")
+        raise UsageError(f"--device {device}: {NO_GPU}")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0")
     return place

@@ -139,6 +139,11 @@ class ModelStream:
         tables += [len(table) for name, table in text.named_buffers() if _POSITIONS.search(name) and table.ndim > 1]
         return min(tables, default=None)
 
+    @property
+    def fused_attention(self) -> bool:
+        """Whether no table of attention, with a number for each pair of positions, is made whole."""
+        return str(self._model.config._attn_implementation) != "eager"
+
     def check_length(self, tokens: int) -> None:
         """Refuse windows that the model has no positions for. Raises UsageError."""
         if self.longest is not None and tokens > self.longest:
@@ -248,9 +253,8 @@ class ModelStream:
 
         The model's own forward runs with stand-ins for the blocks, so norms, caps and scalings are its own.
         """
-        with self._outside(self._model.get_output_embeddings()), self._stand_ins():
+        with self._outside(self._model.get_output_embeddings()):
             yield self._logits
-        self._last_hidden = None
 
     @property
     def vocabulary(self) -> int:
@@ -265,25 +269,31 @@ class ModelStream:
         return max(1, round(len(self.blocks) * int(head) / weights))
 
     @contextmanager
-    def head_rows(self, start: int, stop: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """As `head`, of some rows of the vocabulary only: logits float32 [batch, seq, stop - start].
+    def head_rows(self, *slices: tuple[int, int]) -> Iterator[list[Callable[[torch.Tensor], torch.Tensor]]]:
+        """As `head`, for each slice (start, stop) of the vocabulary: logits float32 [batch, seq, stop - start].
 
         Whatever the model does to logits it must do to each by itself, as scaling and capping do.
         """
         output = self._model.get_output_embeddings()
         whole = dict(output.named_parameters(recurse=False))
-        prefix = self._name_of(output)
-        with self._outside(), self._stand_ins():
-            for key in whole:
-                name = f"{prefix}.{key}"
-                rows = self._cast(name, self.weights.read_rows(self.weights.names[name], start, stop))
-                output.register_parameter(key, nn.Parameter(rows, requires_grad=False))
+        names = {key: f"{self._name_of(output)}.{key}" for key in whole}
+
+        def rows(name: str, start: int, stop: int) -> nn.Parameter:
+            cast = self._cast(name, self.weights.read_rows(self.weights.names[name], start, stop))
+            return nn.Parameter(cast, requires_grad=False)
+
+        def logits(parameters: dict[str, nn.Parameter], hidden: torch.Tensor) -> torch.Tensor:
+            for key, parameter in parameters.items():
+                output.register_parameter(key, parameter)
+            return self._logits(hidden)
+
+        with self._outside():
+            held = [{key: rows(name, *at) for key, name in names.items()} for at in slices]
             try:
-                yield self._logits
+                yield [partial(logits, parameters) for parameters in held]
             finally:
                 for key, parameter in whole.items():
                     output.register_parameter(key, parameter)
-        self._last_hidden = None
 
     def outside(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(published name, parameter) of what is neither in a block nor an embedding; it has values within `head` and
@@ -297,15 +307,17 @@ class ModelStream:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         embedding = self._model.get_input_embeddings()
-        self._last_hidden = hidden
         nothing = hidden.new_zeros(*hidden.shape[-3:-1], embedding.weight.shape[1])
         ids = torch.zeros(nothing.shape[:-1], dtype=torch.int64, device=nothing.device)
         # Ids, since some models look up more by them than what enters the first block. The last stand-in puts `hidden`
         # in the place of what comes of it.
         embedding.forward = lambda _: nothing
+        self._last_hidden = hidden
         try:
-            output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+            with self._stand_ins():  # no longer: blocks may be called in between
+                output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
         finally:
+            self._last_hidden = None
             del embedding.forward
         return output.float()
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_WHOLE = "the model is loaded whole"
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model that can generate.
@@ -56,21 +59,38 @@ def load_on_kernels(stream: ModelStream, trust_remote_code: bool = False, progre
 
     Which of the two happened is noted. Raises as `load_model` does.
     """
-    container = CONTAINERS.get(stream.source.kind)
-    if container is None or not container.kernels:
-        return Loaded(fill(stream, progress), None)
-    missing = [package for package in container.kernels if find_spec(package) is None]
+    kernels = _kernels_for(stream)
+    missing = [package for package in kernels if find_spec(package) is None]
     if missing:
         progress.note(f"{stream.source.label}: dequantized; kernels need {' and '.join(missing)} installed")
-        return Loaded(fill(stream, progress), None)
+    if missing or not kernels:
+        return _dequantized(stream, progress)
     try:
         model = _on_kernels(stream, trust_remote_code)
     except Exception as error:  # whatever a kernel raises on bits, groups, widths or machines it does not take
         progress.warn(f"{stream.source.label}: dequantized, for GPTQModel does not run it: {first_line(error)}")
-        return Loaded(fill(stream, progress), None)
-    kernels = _kernels(model)
-    progress.note(f"{stream.source.label}: runs on GPTQModel's kernels ({kernels})")
-    return Loaded(model, kernels)
+        return _dequantized(stream, progress)
+    names = _kernels(model)
+    progress.note(f"{stream.source.label}: runs on GPTQModel's kernels ({names})")
+    return Loaded(model, names)
+
+
+def _kernels_for(stream: ModelStream) -> tuple[str, ...]:
+    """Packages whose kernels multiply codes as they are stored."""
+    container = CONTAINERS.get(stream.source.kind)
+    return () if container is None else container.kernels
+
+
+def _dequantized(stream: ModelStream, progress: Progress) -> Loaded:
+    check_room(stream, _WHOLE, progress)
+    return Loaded(fill(stream, progress), None)
+
+
+def note_room(stream: ModelStream, progress: Progress) -> None:
+    """Warn of a model that `load_on_kernels` will want more memory for than is free, without loading it."""
+    kernels = _kernels_for(stream)
+    if not kernels or any(find_spec(package) is None for package in kernels):
+        check_room(stream, _WHOLE, progress)
 
 
 def check_room(stream: ModelStream, why: str, progress: Progress) -> None:

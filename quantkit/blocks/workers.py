@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Generic, TypeVar
 
 from quantkit.late import torch
@@ -60,15 +60,20 @@ class Workers:
 
         The error of the first item that has one is raised, when no worker is at work any more; so is an interrupt.
         """
-        return self._run(task, self._shares)
+        return self.together(task, self._shares)
 
     def each(self, task: Callable[[int], T]) -> Iterator[tuple[int, T]]:
         """(item, its result) of all items, not in order: each worker goes on when what the others made was taken."""
-        for step in zip_longest(*self._shares):
-            items = [i for i in step if i is not None]
-            yield from zip(items, self._run(task, [[i] if i is not None else [] for i in step]), strict=True)
+        for items in self.rounds():
+            yield from zip(chain.from_iterable(items), self.together(task, items), strict=True)
 
-    def _run(self, task: Callable[[int], T], shares: Sequence[Sequence[int]]) -> list[T]:
+    def rounds(self) -> Iterator[list[list[int]]]:
+        """Of each worker its next item, if it has one; until all have had their turn."""
+        for step in zip_longest(*self._shares):
+            yield [[i] if i is not None else [] for i in step]
+
+    def together(self, task: Callable[[int], T], shares: Sequence[Sequence[int]]) -> list[T]:
+        """As `map`, of some of the items, by worker."""
         if not self._pools:
             return [task(i) for share in shares for i in share]
         inference = torch.is_inference_mode_enabled()  # each thread has its own

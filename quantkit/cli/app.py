@@ -55,7 +55,7 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            raise UsageError(f"{args[0]}: no such command{meant(args[0], COMMANDS)}; see `quantkit --help`")
+            raise UsageError(f"{args[0]}: no such command{meant(args[0], COMMANDS) or '; see `quantkit --help`'}")
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None else full_command(name), rest
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantkit.bars import Bars as Bars
-from quantkit.bars import console
+from quantkit.bars import at_words, console
 from quantkit.bars import log as log
 from quantkit.bars import say as say
 from quantkit.errors import UNSEEN, visible
@@ -35,16 +34,10 @@ def print_json(content: dict[str, Any]) -> None:
     print(written.translate(_UNSEEN_IN_JSON))
 
 
-def _at_words(line: str) -> str:
-    """A line that is wider than the terminal broken at spaces, so that no number is cut.
-
-    One with a word that is wider than that, as a path may be, is left to the terminal: it is copied whole.
-    """
-    width = results().width if results().is_terminal else len(line)
-    indent = " " * (len(line) - len(line.lstrip()))
-    if len(line) <= width or max(map(len, line.split()), default=0) > width - len(indent):
-        return line
-    return textwrap.fill(line, width, subsequent_indent=indent, expand_tabs=False, break_on_hyphens=False)
+def _print(line: str, style: str = "") -> None:
+    """A line of results: on a terminal broken at words."""
+    line = visible(line)
+    results().print(at_words(line, results().width) if results().is_terminal else line, markup=False, style=style)
 
 
 def show(lines: Iterable[Shown]) -> None:
@@ -55,9 +48,9 @@ def show(lines: Iterable[Shown]) -> None:
     for line in lines:
         match line:
             case str():
-                results().print(_at_words(visible(line)), markup=False)
+                _print(line)
             case Line():
-                results().print(_at_words(visible(line.text)), markup=False, style=line.style)
+                _print(line.text, line.style)
             case Text():
                 results().print(visible(line.text, lines=True), markup=False)
             case Rule():

@@ -5,7 +5,7 @@ Every container is written from this. Which Linears become such, and to what, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,6 +216,17 @@ def take_apart(linear: Codes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     of_grid = {name: getattr(linear.grid, name) for name in _OF_GRID}
     tensors = {"codes": linear.codes, **{name: part for name, part in of_grid.items() if part is not None}}
     return tensors, {"type": linear.grid.type}
+
+
+def stacked(parts: Sequence[Codes]) -> Codes:
+    """Linears of the same columns and kind of grid as one, rows after rows; `split` takes it apart."""
+    apart = [take_apart(part) for part in parts]
+    first, fields = apart[0]
+    tensors = {
+        name: tensor if name == "group" else torch.cat([own[name] for own, _ in apart])
+        for name, tensor in first.items()
+    }
+    return put_together(tensors, fields)
 
 
 def put_together(

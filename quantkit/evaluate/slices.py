@@ -127,7 +127,7 @@ class SlicedHeads:
         chosen = [p for p in range(len(self._pieces)) if wanted is None or p in wanted]
         with ExitStack() as stack:
             heads: list[Callable[[torch.Tensor], torch.Tensor]] = [
-                stack.enter_context(self._models[m].head_rows(start, stop)) for m in numbers
+                stack.enter_context(self._models[m].head_rows((start, stop)))[0] for m in numbers
             ]
             for batch, group in groupby(chosen, key=lambda p: self._pieces[p].batch):
                 states = [self._hidden[m][batch] for m in numbers]

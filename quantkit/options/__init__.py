@@ -14,14 +14,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from quantkit.errors import UsageError
+from quantkit.options.grid import EFFORTS as EFFORTS
 from quantkit.options.grid import METHODS as METHODS
 from quantkit.options.grid import ActOrder as ActOrder
+from quantkit.options.grid import Effort as Effort
+from quantkit.options.grid import EffortGrid as EffortGrid
 from quantkit.options.grid import FilledGrid as FilledGrid
 from quantkit.options.grid import Grid as Grid
 from quantkit.options.grid import Groups as Groups
 from quantkit.options.grid import MethodName as MethodName
 from quantkit.options.grid import Overrides as Overrides
 from quantkit.options.grid import QuantSpec as QuantSpec
+from quantkit.options.grid import Spending as Spending
 from quantkit.options.grid import matches as matches
 from quantkit.options.spec import Options as Options
 from quantkit.options.spec import Spec as Spec
@@ -41,6 +45,8 @@ from quantkit.options.values import (
     TokenCount,
     check_data,
     check_dataset,
+    check_device,
+    check_folder_name,
     check_model,
 )
 from quantkit.options.values import DrawnWindows as DrawnWindows
@@ -397,6 +403,12 @@ class Device(Options):
     device: DeviceName = "auto"
     """auto, cpu, cuda or cuda:N."""
 
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        check_device(device)
+        return device
+
 
 class Dtype(Options):
     """Of which type numbers are."""
@@ -480,6 +492,16 @@ class Output(Out, DryRun, Force):
 
     defaults: ClassVar[Mapping[str, Any]] = {"out": None}
     helps: ClassVar[Mapping[str, str]] = {"out": "Folder or file to write; default: named after the model."}
+
+
+class IntoFolder(Options):
+    """What is written is a folder."""
+
+    @field_validator("out", check_fields=False)
+    @classmethod
+    def _check_is_no_file(cls, given: Any) -> Any:
+        check_folder_name(given)
+        return given
 
 
 class Shards(Options):

@@ -4,14 +4,15 @@
 
 import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options.spec import Options, Spec, Typed, make
-from quantkit.options.values import Bits, GgmlType, GroupSize, Part
+from quantkit.options.values import AllowanceText, Bits, GgmlType, GroupSize, Part
 
 ActOrder = Literal["static", "dynamic", "off"]
 MethodName = Literal["gptq", "round"]
@@ -30,6 +31,33 @@ METHODS: Mapping[MethodName, MethodRow] = {
     "gptq": MethodRow("quantkit.quantize.gptq", "GPTQ", ""),
     "round": MethodRow("quantkit.quantize.rounding", "RTN", "-rtn"),
 }
+
+
+EffortName = Literal["fast", "standard", "best"]
+
+
+class EffortRow(NamedTuple):
+    """What is done for accuracy."""
+
+    token_weights: bool
+    row_feedback: bool
+    correct: float | Literal["auto"]
+
+
+EFFORTS: Mapping[EffortName, EffortRow] = {
+    "fast": EffortRow(token_weights=False, row_feedback=False, correct=0.0),
+    "standard": EffortRow(token_weights=True, row_feedback=False, correct=0.0),
+    "best": EffortRow(token_weights=True, row_feedback=True, correct="auto"),
+}
+
+
+class Effort(Options):
+    """What accuracy may cost."""
+
+    panel: ClassVar[str] = "Grid"
+    effort: EffortName = "standard"
+    """What accuracy may take: fast: GPTQ alone; standard: with --token-weights, some 3 times as long; best: with
+    --correct auto too, some 4 times."""
 
 
 class Coding(Options):
@@ -63,6 +91,8 @@ class Solving(Options):
     token_weights: bool = False
     """Let each calibration token count in a Hessian by what the model's output feels of an error there; takes a
     backward pass, block by block."""
+    row_feedback: bool = False
+    """Let rows make up for what the errors of rows before them do to the model's output, with --token-weights."""
     correct: Annotated[Part, Typed(metavar="auto|0..1")] = 0.0
     """Quantize weights that make up for what the quantized blocks before have changed: so much of the whole step; auto:
     what two halves of the tokens tell of each other. Runs the unquantized model beside."""
@@ -84,10 +114,23 @@ class FilledGrid(Coding, Groups, Solving):
     def _check_order(self) -> Self:
         if self.method == "round" and self.act_order == "dynamic":
             raise ValueError("act_order dynamic lets groups follow GPTQ's order, and method round has none")
+        if self.row_feedback and self.token_weights is False and self.method == "gptq":
+            raise ValueError("row_feedback goes by the gradients that token_weights takes: turn both on")
         return self
 
 
-class Grid(FilledGrid):
+class EffortGrid(Effort, FilledGrid):
+    """The same where --effort decides on what is not said otherwise."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"token_weights": None, "row_feedback": None, "correct": None}
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields of a `FilledGrid` that are known, and by `effort` what accuracy costs."""
+        given = self.model_dump(include=set(FilledGrid.model_fields), exclude_none=True)
+        return EFFORTS[self.effort]._asdict() | given if self.method == "gptq" else given
+
+
+class Grid(EffortGrid):
     """The same where --ggml may decide: None is what it has, or else the default of GPTQ checkpoints."""
 
     defaults: ClassVar[Mapping[str, Any]] = {"bits": None, "group_size": None, "sym": None}
@@ -126,6 +169,18 @@ class Overrides(Options):
     '*.down_proj=ggml:q6_k'); may be repeated, the first that matches counts."""
 
 
+class Spending(Options):
+    """Bits where they are worth their bytes."""
+
+    panel: ClassVar[str] = "Grid"
+    budget: AllowanceText | None = None
+    """Instead of --bits and --group-size: what is to be spent, such as 4.5bpw or 3GB, where token weights predict that
+    it is worth most (extra: budget)."""
+    budget_for: Literal["any", "vllm"] = "any"
+    """Who is to load what --budget makes; vllm: 4 and 8 bits, and one precision for q, k and v, and for gate and up,
+    which it fuses."""
+
+
 class QuantSpec(FilledGrid):
     """How weights become codes.
 
@@ -133,8 +188,8 @@ class QuantSpec(FilledGrid):
     `ggml`: codes lie on the grid of this type, whose bits, groups and symmetry the other fields then repeat; None: on
     that of GPTQ checkpoints, a float16 scale and a whole zero per group.
     `include`, `exclude` and the first part of each override are patterns of whole module names, in which ``*`` stands
-    for any characters and ``?`` for one. A Linear is quantized if it matches an `include` pattern (or there is none)
-    and no `exclude` pattern; the first override that matches applies.
+    for any characters, ``?`` for one, and ``{a,b}`` for either text. A Linear is quantized if it matches an `include`
+    pattern (or there is none) and no `exclude` pattern; the first override that matches applies.
     """
 
     ggml: GgmlType | None = None
@@ -153,12 +208,23 @@ class QuantSpec(FilledGrid):
 
 def pattern_regex(pattern: str) -> str:
     """The regular expression that a module pattern stands for, without anchors."""
-    return re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    return _with_choices(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."))
 
 
 def matches(pattern: str, module: str) -> bool:
     """Whether a module pattern fits the whole of a module's name."""
-    return fnmatchcase(module, pattern.replace("[", "[[]"))  # in time that does not explode with many stars
+    return _compiled(pattern).match(module) is not None
+
+
+@lru_cache(4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """In fnmatch's form, whose time does not explode with many stars."""
+    return re.compile(_with_choices(translate(pattern.replace("[", "[[]"))))
+
+
+def _with_choices(escaped: str) -> str:
+    """``{a,b}`` of a pattern that is a regular expression in all else."""
+    return re.sub(r"\\\{([^{}\\]*(?:\\[^{}][^{}\\]*)*)\\\}", lambda found: f"(?:{found[1].replace(',', '|')})", escaped)
 
 
 def parse_override(text: str) -> tuple[str, Override]:

@@ -2,10 +2,12 @@
 
 # Annotations stay what they are: read as text, pydantic would evaluate each one once a class that inherits it.
 
+import ctypes
 import errno
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,25 @@ def _bytes(size: str | int) -> int:
     if value <= 0:
         raise ValueError("give a size such as 5GB or 500MB")
     return value
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What codes may take: so many bits a weight of the quantized Linears, with scales, zeros and their order, or so
+    many bytes of weight files with all that is in them."""
+
+    bits_per_weight: float | None = None
+    bytes: int | None = None
+
+
+def parse_allowance(text: str | int) -> Allowance:
+    """``4.5bpw``, or a size such as ``3GB``. Raises ValueError."""
+    if found := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*bpw", str(text).strip().lower()):
+        return Allowance(bits_per_weight=float(found[1]))
+    try:
+        return Allowance(bytes=_bytes(text))
+    except ValueError:
+        raise ValueError("give bits per weight such as 4.5bpw, or a size such as 900MB") from None
 
 
 @dataclass(frozen=True)
@@ -155,6 +176,14 @@ def _can_be(path: str | Path) -> bool:
     return True
 
 
+def check_folder_name(out: str | Path | None) -> None:
+    """Refuse a file's name for what will be a folder, unless there is a folder of it. Raises UsageError."""
+    if out is None or os.path.isdir(os.path.expanduser(out)):
+        return
+    if str(out).lower().endswith((*_FILE_SUFFIXES, ".jsonl", ".html", ".pdf", ".yaml")):
+        raise UsageError(f"--out {out} is a file's name, and a folder is written; name a folder")
+
+
 def check_model(name: str | Path) -> None:
     """Refuse what is neither a path that exists nor may be a Hub id. Raises UsageError."""
     path = Path(name).expanduser()
@@ -163,6 +192,26 @@ def check_model(name: str | Path) -> None:
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = meant(path.name, beside)
     raise UsageError(f"{name}: no such file or folder, and not a Hub id (owner/name){near}")
+
+
+NO_GPU = "this machine's torch sees no CUDA GPU; use --device cpu"
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU where there is no driver of one, which torch would only find after seconds. Raises UsageError."""
+    if device.startswith("cuda") and not has_driver():
+        raise UsageError(f"--device {device}: {NO_GPU}")
+
+
+def has_driver() -> bool:
+    """False where torch cannot find a GPU that it calls cuda: neither NVIDIA's library nor AMD's device is there."""
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def check_data(spec: str) -> str:
@@ -282,6 +331,8 @@ def _part(given: str | float) -> str | float:
 
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
+AllowanceText = Annotated[str | int, _parsed(parse_allowance)]
+"""Such as "4.5bpw" or "3GB"."""
 DataName = Annotated[str, AfterValidator(_known_data)]
 """A known name, NAME:FILE, a file, a Hub id."""
 Interval = Annotated[str, _parsed(parse_every)]

@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -33,6 +33,7 @@ from quantkit.options import (
     Force,
     Grid,
     Groups,
+    IntoFolder,
     Json,
     Merging,
     MlxBiases,
@@ -51,6 +52,7 @@ from quantkit.options import (
     Run,
     Shards,
     Spec,
+    Spending,
     Split,
     System,
     Target,
@@ -61,7 +63,7 @@ from quantkit.options import (
     Twice,
     Typed,
 )
-from quantkit.options.values import FileType, Folders, GridType, Name, Place
+from quantkit.options.values import FileType, Folders, GridType, Name, Place, check_folder_name
 
 # As the table of containers has it, which a test compares.
 _ELSEWHERE = {
@@ -78,6 +80,7 @@ class Gptq(
     Trust,
     Grid,
     Overrides,
+    Spending,
     Ends,
     Calibration,
     Evaluation,
@@ -86,6 +89,7 @@ class Gptq(
     Run,
     Twice,
     Checkpoint,
+    IntoFolder,
     Output,
 ):
     defaults: ClassVar[Mapping[str, Any]] = {"eval_tokens": 8192}
@@ -126,12 +130,18 @@ class Repack(Model, Opened, Trust, Groups, Ends, MlxBiases, Shards, Output):
     to: Target
     """What to write the codes into."""
 
+    @model_validator(mode="after")
+    def _check_out(self) -> Self:
+        if self.to not in get_args(Container):
+            check_folder_name(self.out)
+        return self
 
-class Convert(Dtype, Model, Opened, Trust, Shards, Output):
+
+class Convert(Dtype, Model, Opened, Trust, Shards, IntoFolder, Output):
     pass
 
 
-class Sum(Dtype, Base, Opened, Merging, Trust, Shards, Out, DryRun, Force):
+class Sum(Dtype, Base, Opened, Merging, Trust, Shards, IntoFolder, Out, DryRun, Force):
     """What merge and diff have in common: two models that make a third."""
 
     helps: ClassVar[Mapping[str, str]] = {"dry_run": "Check the two; say what would be written."}
@@ -173,7 +183,7 @@ class Perplexity(Text, Cutting, Compute, Opened, Revision, Trust):
     """Reference model to compare with."""
 
 
-class Compare(Choosing, Texts, Cutting, Asking, Compute, Opened, Revision, Trust, Out, Resume, Force):
+class Compare(Choosing, Texts, Cutting, Asking, Compute, Opened, Revision, Trust, IntoFolder, Out, Resume, Force):
     arguments: ClassVar[tuple[str, ...]] = ("reference", "variants")
     helps: ClassVar[Mapping[str, str]] = {
         "out": "Folder to write the report and its plots to.",
@@ -291,7 +301,7 @@ class Publish(Held, Trust, Public, DryRun):
     """Refuse a folder in which `quantkit verify` finds problems."""
 
 
-class Release(Trust, DryRun, Debug, Out):
+class Release(Trust, DryRun, Debug, IntoFolder, Out):
     arguments: ClassVar[tuple[str, ...]] = ("recipe",)
     defaults: ClassVar[Mapping[str, Any]] = {"out": None}
     helps: ClassVar[Mapping[str, str]] = {"out": "Folder of the release; default: the recipe's name with -release."}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from quantkit.blocks.budget import Budget
@@ -22,13 +20,14 @@ from quantkit.errors import NumericError, SourceError
 from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
+from quantkit.quantize import row_feedback
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
-from quantkit.quantize.methods import Fallback, Solved, Sums, method_of
+from quantkit.quantize.hessian import row_losses
+from quantkit.quantize.layers import LayerStatistics
+from quantkit.quantize.methods import Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
 from quantkit.quantize.token_weights import ALIKE, TokenWeights, Weighing
-from quantkit.runs.atomic import REPORT_NAME
 from quantkit.runs.landing import NOTHING, Batches, Landed
-from quantkit.runs.records import read_record
 
 OnBlock = Callable[[int, Batches | None], None]
 
@@ -37,41 +36,6 @@ _FALLBACK_TEXT = {
     "eigenvalues": "its Hessian had to be repaired (negative eigenvalues); more calibration samples may help",
     "rounding": "no usable Hessian, so it was only rounded; more calibration samples may help",
 }
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What happened to one Linear.
-
-    Attributes:
-        name: module name in the model.
-        loss: mean over tokens of the squared output error, summed over outputs.
-        rtn_loss: the same for plain rounding.
-        damp: fraction of the mean Hessian diagonal added; 0 where the layer was only rounded.
-        fallback: "", "eigenvalues" or "rounding".
-        tokens: calibration tokens that it saw; an expert sees those that were routed to it.
-        seconds: quantizing it, Hessian included; a stage's time is shared out by rows.
-        n_eff: of weighted tokens, how many of equal weight would tell as much: ``(sum w)^2 / sum w^2``.
-        corrected: what part of the step to the corrected target was taken; losses are then against that target.
-    """
-
-    name: str
-    loss: float
-    rtn_loss: float
-    damp: float
-    fallback: Fallback
-    tokens: int
-    seconds: float
-    n_eff: float | None = None
-    corrected: float | None = None
-
-
-def recorded_layers(folder: Path) -> list[LayerStatistics]:
-    """What a finished run noted of each Linear. Raises SourceError where the record is not as it was written."""
-    try:
-        return [LayerStatistics(**layer, seconds=0.0) for layer in read_record(folder)["layers"]]
-    except (KeyError, TypeError) as error:
-        raise SourceError(f"{folder / REPORT_NAME}: layers: {error}; the record is damaged, make it again") from None
 
 
 OnLinear = Callable[[str, Codes, LayerStatistics], None]
@@ -89,6 +53,7 @@ def quantize_blocks(
     on_block: OnBlock = lambda index, hidden: None,
     sharing: Sharing = BY_ITSELF,
     weights: TokenWeights | None = None,
+    work_of: Callable[..., StageWork] | None = None,
 ) -> None:
     """Quantize every Linear of the plan; `on_linear` gets each one's codes as soon as they exist.
 
@@ -106,6 +71,7 @@ def quantize_blocks(
         sharing: how the work is split; every process calls this alike and gets all codes, but only its own part of the
             hidden states.
         weights: what each token counts; None: all the same.
+        work_of: makes what is done at a block's stages, by the arguments of `StageWork`; None: that.
 
     Raises:
         NumericError: an activation that is not finite, named by the Linear that reads it.
@@ -118,7 +84,9 @@ def quantize_blocks(
     count = worker_count(stream.device, len(mine))
     correcting = corrects(next(iter(plan.values())).spec)
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
-    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting)
+    memory = plan_quantizing(
+        stream, *sizes, memory_budget, count, correcting, weights is not None and weights.feed_rows
+    )
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
@@ -130,7 +98,7 @@ def quantize_blocks(
     states = hidden if original is None else BothPaths(hidden, original.hidden)
     start = 0 if hands_on else landed.restore(states, mine.start, len(batches))
     with (
-        progress.phase("quantizing blocks", len(stream.blocks)) as advance,
+        progress.phase("quantizing blocks" if work_of is None else "trying candidates", len(stream.blocks)) as advance,
         stream.reading_ahead(memory.prefetch),
         Workers(sharing.shares(len(batches), count if memory.side_by_side and not hands_on else 1)) as workers,
     ):
@@ -151,8 +119,9 @@ def quantize_blocks(
                     advance(1)
                     continue
                 stages = _planned(stream, index, block, hidden, sharing, plan)
-                weighing = Weighing(weights, index, [batches[i].numel() for i in range(mine.stop)], mine.start)
-                work = StageWork(
+                sizes_until = [batches[i].numel() for i in range(mine.stop)]
+                weighing = Weighing(weights, index, sizes_until, mine.start, tokens.numel())
+                work = (work_of or StageWork)(
                     *(stream, index, block, stages, plan, on_linear, progress, len(batches), sharing),
                     workers.count,
                     weighing,
@@ -183,22 +152,27 @@ def corrects(spec: QuantSpec) -> bool:
     return spec.correct != 0 and spec.method == "gptq"
 
 
-def plan_gptq_memory(stream: ModelStream, samples: int, seq_len: int, beside: bool = False) -> MemoryPlan:
+def plan_gptq_memory(
+    stream: ModelStream, samples: int, seq_len: int, beside: bool = False, products: bool = False
+) -> MemoryPlan:
     """What `quantize_blocks` will do for memory with so many calibration windows. Raises UsageError."""
     windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside)
+    return plan_quantizing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, beside, products)
 
 
-def gptq_multiplications(stream: ModelStream, tokens: int) -> int:
-    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates."""
+def gptq_multiplications(stream: ModelStream, tokens: int, beside: bool = False) -> int:
+    """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates.
+
+    `beside`: the unquantized model runs in step, and what both read is multiplied too.
+    """
     shapes = dict(stream.linears())
-    operations = tokens * sum(rows * columns for rows, columns in shapes.values())
+    operations = (2 if beside else 1) * tokens * sum(rows * columns for rows, columns in shapes.values())
     for index, stages in enumerate(stream.known_stages()):
         for stage in stages:
             held = [shapes[stream.published(index, name)] for name in stage]
             width, rows = held[0][1], sum(rows for rows, _ in held)
-            operations += tokens * width**2 // 2 + width**3 + rows * width**2
+            operations += (3 if beside else 1) * tokens * width**2 // 2 + width**3 + rows * width**2
     return operations
 
 
@@ -251,32 +225,32 @@ class StageWork:
         self._gatherings: dict[int, Gathering] = {}
         for stage, names in enumerate(stages):
             weight = weight_of(block.get_submodule(names[0]))
-            new: Callable[[], Sums] = partial(self._method.gathers, weight.shape[1], weight.device)
-            if first is not None:
-                new = partial(CorrectionSums, weight.shape[1], weight.device, 2 if self._part is None else 1)
-            self._gatherings[stage] = sharing.gathering(new, batches)
+            self._gatherings[stage] = sharing.gathering(self._sums(weight.shape[1], weight.device), batches)
         self._seconds = 0.0
+
+    def _sums(self, columns: int, device: torch.device) -> Callable[[], Sums]:
+        """Makes what adds up the input of a stage."""
+        if self._first is not None:
+            return partial(CorrectionSums, columns, device, 2 if self._part is None else 1)
+        return partial(self._method.gathers, columns, device)
+
+    def _beside(self, batch: int, read: Reading) -> list[Any]:
+        """What the sums take beside the input and its tokens' weights."""
+        return [] if self._first is None else [difference_of(read), self._first + batch]
 
     def observe(self, stage: int, batch: int, read: Reading) -> None:
         """Take what this rank's batch number `batch` feeds to a stage; several threads may call it."""
         start = time.perf_counter()
         name = self._names[self._stages[stage][0]]
         given: list[Any] = [self._weighing.of(name, batch, read)] if self._method.needs else []
-        if self._first is not None:
-            given += [difference_of(read), self._first + batch]
-        self._gatherings[stage].add(batch, read.x, *given)
+        self._gatherings[stage].add(batch, read.x, *given, *self._beside(batch, read))
         spent = (time.perf_counter() - start) / self._workers
         with self._lock:
             self._seconds += spent
 
     def quantize(self, stage: int) -> None:
         """Codes of a stage whose input is gathered, Linears that are quantized alike as one stack."""
-        start = time.perf_counter()
-        modules = {name: self._block.get_submodule(name) for name in self._stages[stage]}
-        gathering = self._gatherings.pop(stage)
-        gathered, tokens = gathering.finish(self._names[next(iter(modules))])
-        del gathering  # its sums are as large as what is gathered, and what the method makes of that comes on top
-        spent, self._seconds = self._seconds + time.perf_counter() - start, 0.0
+        modules, gathered, tokens, spent = self._finished(stage)
         stacks: dict[QuantSpec, list[str]] = {}
         for linear in modules:
             stacks.setdefault(self._plan[self._names[linear]].spec, []).append(linear)
@@ -287,12 +261,28 @@ class StageWork:
             stored = [self._stored(name) for name in linears]
             targets = [(W, None) if corrector is None else corrector.target(W) for W in stored]
             H = gathered if corrector is None else corrector.H
+            products = [self._weighing.products(name) for name in names] if spec.row_feedback else []
             try:
-                solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
+                if any(own is not None for own in products):  # rows that depend on each other are every process's own
+                    solved = row_feedback.solve([W for W, _ in targets], products, H, spec)
+                else:
+                    solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
             seconds = spent / len(stacks) + time.perf_counter() - start
-            self._hand_on(names, weights, solved, tokens, seconds, [part for _, part in targets])
+            own = None if corrector is None else [partial(row_losses, W.float(), H=H) for W in stored]
+            self._hand_on(names, weights, solved, tokens, seconds, [part for _, part in targets], own)
+
+    def _finished(self, stage: int) -> tuple[dict[str, nn.Module], Any, int, float]:
+        """A stage's Linears by their names in the block, what was gathered of their input, of how many tokens, and the
+        seconds that took."""
+        start = time.perf_counter()
+        modules = {name: self._block.get_submodule(name) for name in self._stages[stage]}
+        gathering = self._gatherings.pop(stage)
+        gathered, tokens = gathering.finish(self._names[next(iter(modules))])
+        del gathering  # its sums are as large as what is gathered, and what the method makes of that comes on top
+        spent, self._seconds = self._seconds + time.perf_counter() - start, 0.0
+        return modules, gathered, tokens, spent
 
     def _hand_on(
         self,
@@ -302,19 +292,25 @@ class StageWork:
         tokens: int,
         seconds: float,
         parts: Sequence[float | None],
+        own: Sequence[Callable[[Codes], torch.Tensor]] | None,
     ) -> None:
-        """Put the codes of a stack in place of its weights [out, in], and give each Linear's to `on_linear`."""
+        """Put the codes of a stack in place of its weights [out, in], and give each Linear's to `on_linear`.
+
+        `own`: losses of codes against the weight that the model has, where `solved` has them against another.
+        """
         rows = [weight.shape[0] for weight in weights]
         linears: Sequence[Codes] = solved.linear.split(rows)
         losses, rtn_losses = torch.split(solved.loss, rows), torch.split(solved.rtn_loss, rows)
         found = zip(names, weights, linears, losses, rtn_losses, parts, strict=True)
-        for name, weight, linear, loss, rtn_loss, part in found:
+        for number, (name, weight, linear, loss, rtn_loss, part) in enumerate(found):
+            own_loss = loss if own is None else own[number](linear)  # of the weight that is about to be written over
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
             statistics = LayerStatistics(
                 *(name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share),
                 self._weighing.effective(name) if self._method.needs else None,
                 part,
+                self._weighing.divergence(name, own_loss),
             )
             self._progress.detail(f"{name}  error {statistics.loss:.3g}, plain rounding {statistics.rtn_loss:.3g}")
             if solved.fallback and tokens:

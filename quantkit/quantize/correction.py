@@ -34,63 +34,62 @@ class Moments(NamedTuple):
 
 
 class CorrectionSums:
-    """Sums for H and C over each fold. As `methods.Sums` describes them."""
+    """Sums for H and C over each fold, which are there from its first batch on. As `methods.Sums` describes them."""
 
     def __init__(self, columns: int, device: torch.device, folds: int = _FOLDS) -> None:
-        self._hessians = [HessianAccumulator(columns, device) for _ in range(folds)]
-        self._crosses = [torch.zeros(columns, columns, device=device) for _ in range(folds)]
+        self._columns, self._device = columns, device
+        self._folds: list[tuple[HessianAccumulator, torch.Tensor] | None] = [None] * folds
         self.tokens = 0
 
     def add(self, x: torch.Tensor, weight: torch.Tensor | None, difference: torch.Tensor, batch: int) -> None:
         """Add what the stage reads, [..., in]; each token's weight; ``x - x_q``, float32; the batch's number, which
         decides on the fold."""
-        fold = batch % len(self._hessians)
-        self._hessians[fold].add(x, weight)
+        hessian, cross = self._fold(batch % len(self._folds))
+        hessian.add(x, weight)
         x, difference = x.reshape(-1, x.shape[-1]).float(), difference.reshape(-1, x.shape[-1])
         if weight is not None:
             difference = difference * weight.reshape(-1, 1).to(x.device)
-        add_product(self._crosses[fold], difference, x)
+        add_product(cross, difference, x)
         self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> Self:
         """These sums with another's added to them."""
-        for own, theirs in zip(self._hessians, other._hessians, strict=True):
-            own.merge(theirs)
-        for cross, its in zip(self._crosses, other._crosses, strict=True):
-            cross.add_(its)
+        for number, theirs in enumerate(other._folds):
+            if theirs is None or (own := self._folds[number]) is None:
+                self._folds[number] = theirs or self._folds[number]
+                continue
+            own[0].merge(theirs[0])
+            own[1].add_(theirs[1])
         self.tokens += other.tokens
         return self
 
     def packed(self) -> torch.Tensor:
         """float32 [n]."""
-        return torch.cat([sums.packed() for sums in self._hessians] + [cross.reshape(-1) for cross in self._crosses])
+        hessians, crosses = zip(*self._all(), strict=True)
+        return torch.cat([sums.packed() for sums in hessians] + [cross.reshape(-1) for cross in crosses])
 
     def unpack(self, packed: torch.Tensor) -> None:
         """Take what `packed` made."""
-        for sums in self._hessians:
+        for sums, _ in self._all():
             own, packed = packed.tensor_split([sums.packed().numel()])
             sums.unpack(own)
-        for cross in self._crosses:
+        for _, cross in self._all():
             own, packed = packed.tensor_split([cross.numel()])
             cross.copy_(own.view_as(cross))
 
     def finish(self, name: str) -> list[Moments]:
         """Of each fold. Raises NumericError, as `HessianAccumulator.finish`."""
-        return [
-            Moments(sums.finish(name), cross.div_(sums.weight or 1), sums.weight)
-            for sums, cross in zip(self._hessians, self._crosses, strict=True)
-        ]
+        return [Moments(sums.finish(name), cross.div_(sums.weight or 1), sums.weight) for sums, cross in self._all()]
 
+    def _fold(self, number: int) -> tuple[HessianAccumulator, torch.Tensor]:
+        found = self._folds[number]
+        if found is None:
+            zeros = torch.zeros(self._columns, self._columns, device=self._device)
+            found = self._folds[number] = HessianAccumulator(self._columns, self._device), zeros
+        return found
 
-def pooled(folds: list[Moments]) -> Moments:
-    """Over the tokens of all folds."""
-    if len(folds) == 1:
-        return folds[0]
-    total = sum(fold.weight for fold in folds)
-    shares = [fold.weight / total if total else 0.0 for fold in folds]
-    H, C = (sum(share * fold[k] for share, fold in zip(shares, folds, strict=True)) for k in (0, 1))
-    assert isinstance(H, torch.Tensor) and isinstance(C, torch.Tensor)
-    return Moments(H, C, total)
+    def _all(self) -> list[tuple[HessianAccumulator, torch.Tensor]]:
+        return [self._fold(number) for number in range(len(self._folds))]
 
 
 class OriginalPath:
@@ -163,37 +162,53 @@ class Corrector:
     """
 
     def __init__(self, folds: list[Moments], damp: float, part: float | None) -> None:
-        self._damp, self._part, self._folds, self._all = damp, part, folds, pooled(folds)
-        self.H = self._all.H
-        self._factors: dict[int, torch.Tensor | None] = {}
+        total = sum(fold.weight for fold in folds)
+        self._part, self._folds = part, folds
+        self._shares = [fold.weight / total if total else 0.0 for fold in folds]
+        self.H = folds[0].H if len(folds) == 1 else self._over_all([fold.H for fold in folds])
+        self._factor = _factor(self.H, damp)
+        self._of_folds = [_factor(fold.H, damp) for fold in folds] if part is None else []
 
     def target(self, W: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(W*, a): the weight float32 [out, in] to quantize instead of W, and what part of the whole step it takes."""
         W, part = W.float(), self._part
+        changes = [W @ fold.C for fold in self._folds]
         if part is None:
-            first, second = self._folds
-            part = (_part(W, self._step(W, first), second) + _part(W, self._step(W, second), first)) / 2
-        step = self._step(W, self._all) if part else None
-        return (W, 0.0) if step is None else (W + part * step, part)
+            steps = [_step(change, factor) for change, factor in zip(changes, self._of_folds, strict=True)]
+            held = zip(steps, reversed(changes), reversed(self._folds), strict=True)
+            parts = [_part(step, change, fold.H) for step, change, fold in held]
+            part = sum(parts) / len(parts)
+        step = _step(changes[0] if len(changes) == 1 else self._over_all(changes), self._factor) if part else None
+        return (W, 0.0) if step is None else (W.add(step, alpha=part), part)
 
-    def _step(self, W: torch.Tensor, moments: Moments) -> torch.Tensor | None:
-        """D = W C (H + lambda I)^-1, float32 [out, in]; None where H is not to be inverted."""
-        if id(moments) not in self._factors:
-            damped = moments.H.clone()
-            damped.diagonal().add_(self._damp * float(damped.diagonal().mean()))
-            L, failed = torch.linalg.cholesky_ex(damped)
-            self._factors[id(moments)] = None if int(failed) else L
-        factor = self._factors[id(moments)]
-        if factor is None:
-            return None
-        step = torch.cholesky_solve((W @ moments.C).T, factor).T
-        return step if bool(torch.isfinite(step).all()) else None
+    def _over_all(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """What was found of each fold, over the tokens of all."""
+        whole = found[0] * self._shares[0]
+        for share, own in zip(self._shares[1:], found[1:], strict=True):
+            whole.add_(own, alpha=share)
+        return whole
 
 
-def _part(W: torch.Tensor, step: torch.Tensor | None, held: Moments) -> float:
+def _factor(H: torch.Tensor, damp: float) -> torch.Tensor | None:
+    """The damped Hessian's Cholesky factor; None where it has none."""
+    damped = H.clone()
+    damped.diagonal().add_(damp * float(damped.diagonal().mean()))
+    L, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else L
+
+
+def _step(change: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor | None:
+    """D = W C (H + lambda I)^-1, float32 [out, in], of ``W C`` and the factor; None where there is none."""
+    if factor is None:
+        return None
+    step = torch.cholesky_solve(change.T, factor).T
+    return step if bool(torch.isfinite(step).all()) else None
+
+
+def _part(step: torch.Tensor | None, change: torch.Tensor, H: torch.Tensor) -> float:
     """What part of a step is best for other tokens: ``tr(W C D^T) / tr(D H D^T)``, within 0 and 1."""
     if step is None:
         return 0.0
-    gained = float(((W @ held.C) * step).sum(dtype=torch.float64))
-    spent = float(((step @ held.H) * step).sum(dtype=torch.float64))
+    gained = float((change * step).sum(dtype=torch.float64))
+    spent = float(((step @ H) * step).sum(dtype=torch.float64))
     return min(max(gained / spent, 0.0), 1.0) if spent > 0 else 0.0

@@ -45,21 +45,40 @@ def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> li
     rtn_losses = [row_losses(W, round_to_nearest(W, spec), H) for W in tiles]
     with aside:
         factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
-    solved = []
-    for W, rtn_loss in zip(tiles, rtn_losses, strict=True):
-        if factor is None:  # the layer saw nothing that tells its columns apart
-            linear = rounded(W, spec)
-            solved.append(Solved(linear, row_losses(W, linear, H), rtn_loss, 0.0, "rounding"))
-            continue
-        linear, squares = quantize(W, H, factor, spec)
-        if factor.fallback:
-            loss = row_losses(W, linear, H)
-        else:  # with Err, W - Q = Err^T U: its squares are the loss under the damped Hessian, and damping is taken off
-            added = factor.damp * H.diagonal().mean().double()
-            error = W - linear.dequantize().to(W.device)
-            loss = (squares - added * error.square_().sum(dim=1, dtype=torch.float64)).clamp_(min=0)
-        solved.append(Solved(linear, loss, rtn_loss, factor.damp, factor.fallback))
-    return solved
+    return [_solved(W, H, factor, spec, rtn_loss) for W, rtn_loss in zip(tiles, rtn_losses, strict=True)]
+
+
+class SharedFactor:
+    """`solve` of specs that differ in grids alone, on one H: its factor is made once. Losses of plain rounding, which
+    it is not asked for, are 0."""
+
+    def __init__(self) -> None:
+        self._factor: InverseFactor | None = None
+        self._made = False
+
+    def solve(self, tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
+        """As the function."""
+        if not self._made:
+            self._factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
+            self._made = True
+        nothing = (torch.zeros(W.shape[0], dtype=torch.float64, device=W.device) for W in tiles)
+        return [_solved(W.float(), H, self._factor, spec, zero) for W, zero in zip(tiles, nothing, strict=True)]
+
+
+def _solved(
+    W: torch.Tensor, H: torch.Tensor, factor: InverseFactor | None, spec: QuantSpec, rtn_loss: torch.Tensor
+) -> Solved:
+    if factor is None:  # the layer saw nothing that tells its columns apart
+        linear = rounded(W, spec)
+        return Solved(linear, row_losses(W, linear, H), rtn_loss, 0.0, "rounding")
+    linear, squares = quantize(W, H, factor, spec)
+    if factor.fallback:
+        loss = row_losses(W, linear, H)
+    else:  # with Err, W - Q = Err^T U: its squares are the loss under the damped Hessian, and damping is taken off
+        added = factor.damp * H.diagonal().mean().double()
+        error = W - linear.dequantize().to(W.device)
+        loss = (squares - added * error.square_().sum(dim=1, dtype=torch.float64)).clamp_(min=0)
+    return Solved(linear, loss, rtn_loss, factor.damp, factor.fallback)
 
 
 def quantize(W: torch.Tensor, H: torch.Tensor, factor: InverseFactor, spec: QuantSpec) -> tuple[Codes, torch.Tensor]:

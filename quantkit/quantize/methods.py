@@ -115,15 +115,8 @@ class Sums(Protocol):
         """
 
 
-class Method(Protocol):
-    """A module that chooses codes."""
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """What `Sums.add` takes beside x, in this order."""
-
-    def gathers(self, columns: int, device: torch.device) -> Sums:
-        """Sums over nothing yet, for a stage that reads so many columns. Linears that read the same share them."""
+class Solver(Protocol):
+    """What chooses codes from what was gathered."""
 
     def solve(self, tiles: Sequence[torch.Tensor], gathered: Any, spec: QuantSpec) -> list[Solved]:
         """Codes for stacks of rows that read the same input; what is found for one does not depend on the others.
@@ -136,6 +129,17 @@ class Method(Protocol):
         Raises:
             NumericError: a group's scale is beyond float16.
         """
+
+
+class Method(Solver, Protocol):
+    """A module that chooses codes."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What `Sums.add` takes beside x, in this order."""
+
+    def gathers(self, columns: int, device: torch.device) -> Sums:
+        """Sums over nothing yet, for a stage that reads so many columns. Linears that read the same share them."""
 
 
 def method_of(name: MethodName) -> Method:

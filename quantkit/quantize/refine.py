@@ -367,7 +367,7 @@ class _Head:
         self, start: int, stop: int
     ) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]]:
         """Logits of some rows of the vocabulary: of the unquantized model and of the quantized one."""
-        with self._stream.head_rows(start, stop) as head:
+        with self._stream.head_rows((start, stop)) as [head]:
             own = {name: p for name, p in self._stream.outside() if name in self._student.tuned}
             before = {name: p.data for name, p in own.items()}
             after = {name: self._student.value(name).to(p.device, p.dtype) for name, p in own.items()}

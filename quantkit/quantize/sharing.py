@@ -18,7 +18,7 @@ from quantkit.blocks.workers import MOST
 from quantkit.codes import put_together, take_apart
 from quantkit.late import torch, transformers
 from quantkit.options import QuantSpec
-from quantkit.quantize.methods import Method, Solved, Sums
+from quantkit.quantize.methods import Solved, Solver, Sums
 from quantkit.runs.ranks import ALONE, Ranks, share_of
 from quantkit.version import __version__
 
@@ -76,7 +76,7 @@ class Sharing:
         found = {lane: share_of(count, lane, _LANES) for lane in self.ranks.share(_LANES)}
         return {lane: range(share.start - mine.start, share.stop - mine.start) for lane, share in found.items()}
 
-    def solve(self, method: Method, W: torch.Tensor, gathered: Any, spec: QuantSpec) -> Solved:
+    def solve(self, method: Solver, W: torch.Tensor, gathered: Any, spec: QuantSpec) -> Solved:
         """A method's result for a stack [out, in] that all ranks have: each rank does some of the rows, all get all."""
         rows, size = W.shape[0], self.ranks.size
         if self.deterministic:

@@ -22,7 +22,7 @@ from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec, matches
-from quantkit.runs.tensorfile import TensorPlan
+from quantkit.runs.tensorfile import TensorPlan, header
 
 
 def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
@@ -154,7 +154,11 @@ class Layout(Protocol):
 
 
 class CheckpointTarget:
-    """A folder of packed Linears, in the layout of the container that has the format."""
+    """A folder of packed Linears, in the layout of the container that has the format.
+
+    Attributes:
+        head_bytes: of what a weight file has beside tensors.
+    """
 
     def __init__(
         self,
@@ -186,6 +190,7 @@ class CheckpointTarget:
         tensors = self._layout.plan(self._source, self._weights, self.plan)
         parts = [(tensor.bytes, *tensor.name.rpartition(".")) for tensor in tensors]
         self.bytes = sum(tensor.bytes for tensor in tensors)
+        self.head_bytes = len(header(tensors)[0])
         self.quantized_bytes = sum(size for size, module, _, part in parts if module in self.plan and part != "bias")
 
     def check_kept(self, name: str) -> None:

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
-from quantkit.blocks.memory import MemoryPlan, plan_weighing
+from quantkit.blocks.memory import MemoryPlan, keeps_exact, most_fed_rows, plan_weighing
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
@@ -30,6 +32,7 @@ from quantkit.progress import Progress
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_weights, landed_weights, weights_file
 from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.shared_weights import keep_weights, take_weights
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 
 _BATCH_TOKENS = 1024  # as in `blockwise`
@@ -72,44 +75,75 @@ class StageWeights:
         return float(weights.sum().square() / weights.square().sum().clamp(min=1e-300))
 
 
+OfLinear = tuple[StageWeights, "torch.Tensor", "torch.Tensor | None"]
+"""Its stage's weights, its rows' squared gradients, and the cosines between its rows' gradients."""
+
+
 class TokenWeights:
     """Weights of all blocks, of which one block's are in memory.
+
+    Attributes:
+        feed_rows: whether `products` were made.
 
     Args:
         read: the tensors of a block, as `weigh_tokens` gave them.
     """
 
-    def __init__(self, read: Callable[[int], Tensors]) -> None:
+    def __init__(self, read: Callable[[int], Tensors], feed_rows: bool = False) -> None:
+        self.feed_rows = feed_rows
         self._block = lru_cache(1)(lambda index: _by_linear(read(index)))
 
     def of(self, index: int, linear: str) -> StageWeights | None:
         """Those of the stage that a Linear of block `index` is in, by its published name."""
-        found: dict[str, StageWeights] = self._block(index)
-        return found.get(linear)
+        return self._found(index, linear)[0]
+
+    def rows(self, index: int, linear: str) -> torch.Tensor | None:
+        """Its squared gradient of each output row, summed over all tokens: float32 [out], on the CPU."""
+        return self._found(index, linear)[1]
+
+    def products(self, index: int, linear: str) -> torch.Tensor | None:
+        """``sum g g^T`` of its output rows over all tokens: float32 [out, out], on the CPU; None where not made."""
+        rows, cosines = self._found(index, linear)[1:]
+        if rows is None or cosines is None:
+            return None
+        lengths = rows.sqrt()
+        return cosines.float() * lengths[:, None] * lengths
+
+    def _found(self, index: int, linear: str) -> OfLinear | tuple[None, None, None]:
+        found: dict[str, OfLinear] = self._block(index)
+        return found.get(linear, (None, None, None))
 
 
-def _by_linear(tensors: Tensors) -> dict[str, StageWeights]:
+def _by_linear(tensors: Tensors) -> dict[str, OfLinear]:
     stages = {
         key.partition(".")[0]: StageWeights(tensor, tensors.get(key.replace("weights", "tokens")))
         for key, tensor in tensors.items()
         if key.endswith(".weights")
     }
-    rows = (key.split(".", 2) for key in tensors if ".rows." in key)
-    return {linear: stages[stage] for stage, _, linear in rows}
+    rows = ((key.split(".", 2), tensor) for key, tensor in tensors.items() if ".rows." in key)
+    return {
+        linear: (stages[stage], tensor, tensors.get(f"{stage}.cosines.{linear}")) for (stage, _, linear), tensor in rows
+    }
 
 
 class Weighing:
     """Weights of this rank's tokens in one block.
+
+    Attributes:
+        start: number of this rank's first batch.
 
     Args:
         weights: of all tokens; None: all count the same.
         index: the block.
         sizes: tokens of each batch, up to this rank's last.
         start: number of its first.
+        total: tokens of all batches.
     """
 
-    def __init__(self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int = 0) -> None:
-        self._weights, self._index = weights, index
+    def __init__(
+        self, weights: TokenWeights | None, index: int, sizes: Sequence[int], start: int = 0, total: int = 1
+    ) -> None:
+        self._weights, self._index, self._total, self.start = weights, index, total, start
         self._first = [sum(sizes[:i]) for i in range(start, len(sizes))]
         self._count = sizes[start:]
 
@@ -126,26 +160,67 @@ class Weighing:
         found = None if self._weights is None else self._weights.of(self._index, linear)
         return None if found is None else found.effective
 
+    def products(self, linear: str) -> torch.Tensor | None:
+        """``sum g g^T`` of a Linear's output rows over all tokens, float32 [out, out]; None where not known."""
+        return None if self._weights is None else self._weights.products(self._index, linear)
+
+    def divergence(self, linear: str, losses: torch.Tensor) -> float | None:
+        """What the model's output diverges by, in nats a token, if this Linear alone is changed by E [out, in]:
+        ``1/(2T) sum_j S_j E_j H E_j^T``, S_j being the row's squared gradient summed over the T tokens.
+
+        It is ``1/2 mean_t (g[t] . E x[t])^2``, the second-order term of the divergence (`blocks.fisher`), with the
+        gradients g of different rows taken for independent, and a row's for independent of what it reads.
+
+        Args:
+            losses: float64 [out], ``E_j H E_j^T``.
+
+        Returns:
+            None where gradients are not known.
+        """
+        rows = None if self._weights is None else self._weights.rows(self._index, linear)
+        if rows is None:
+            return None
+        return float(rows.to(losses.device, torch.float64) @ losses) / (2 * self._total)
+
 
 ALIKE = Weighing(None, 0, ())
 """All tokens count the same."""
 
 
+class Gradients(NamedTuple):
+    """What a run takes of gradients: labels by `seed`, and whether `products` are made (`weigh_tokens`)."""
+
+    seed: int
+    products: bool
+
+
 def token_weights(
     stream: ModelStream,
     tokens: torch.Tensor,
-    seed: int,
+    gradients: Gradients,
     folder: Path,
     journal: Journal | None,
     progress: Progress,
     ranks: Ranks = ALONE,
+    fingerprint: str = "",
 ) -> TokenWeights | None:
-    """The weights that a run has in its folder, made now unless it has; None where all tokens count the same.
+    """The weights that a run has in its folder, made now unless it or another has; None where all tokens count the
+    same.
 
     Args:
         journal: of the run; None on all ranks but the first.
+        fingerprint: of all that decides them; as `journal`.
     """
-    blocks = ranks.from_first(lambda: landed_weights(_of_first(journal)))
+
+    def known() -> int | None:
+        blocks = landed_weights(of_first(journal))
+        if blocks is None and (taken := take_weights(fingerprint, folder)):
+            progress.note("token weights of an earlier variant are used")
+            land_weights(folder, of_first(journal), taken)
+            blocks = len(taken)
+        return blocks
+
+    blocks = ranks.from_first(known)
     if blocks is None:
         checksums: dict[int, str] = {}
 
@@ -155,17 +230,22 @@ def token_weights(
 
         if ranks.first:
             weights_file(folder, 0).parent.mkdir(exist_ok=True)
-        weigh_tokens(stream, tokens, seed, stream.budget // ranks.here, keep, progress, ranks)
+        budget = stream.budget // ranks.here
+        weigh_tokens(stream, tokens, gradients.seed, budget, keep, progress, ranks, gradients.products)
         if ranks.first:
-            land_weights(folder, _of_first(journal), [checksums[index] for index in sorted(checksums)])
+            made = [checksums[index] for index in sorted(checksums)]
+            land_weights(folder, of_first(journal), made)
+            if made:
+                keep_weights(fingerprint, folder, made)
         blocks = ranks.from_first(lambda: len(checksums))
     if not blocks:
         return None
     ranks.wait_for(weights_file(folder, 0))
-    return TokenWeights(lambda index: read_tensors(weights_file(folder, index)))
+    return TokenWeights(lambda index: read_tensors(weights_file(folder, index)), gradients.products)
 
 
-def _of_first(journal: Journal | None) -> Journal:
+def of_first(journal: Journal | None) -> Journal:
+    """The journal, where only the first rank, which has it, asks."""
     assert journal is not None
     return journal
 
@@ -178,6 +258,7 @@ def weigh_tokens(
     on_block: OnWeights,
     progress: Progress,
     ranks: Ranks = ALONE,
+    products: bool = False,
 ) -> bool:
     """Weights of every block, from the last to the first; False, and said why, where the model has no gradient.
 
@@ -188,32 +269,53 @@ def weigh_tokens(
         seed: decides the labels, by one number for each token.
         on_block: gets a block's number and its tensors: for each stage, by its number in the block, "0.weights" and
             for experts "0.tokens" (`StageWeights`), and "0.rows.NAME" for each Linear by its published name, float32
-            [out]: the squared gradient of that output row, summed over all tokens.
+            [out]: the squared gradient of that output row, summed over all tokens; with products
+            "0.cosines.NAME", float16 [out, out].
+        products: make cosines between the gradients of the rows of each Linear that has no more rows than the model's
+            width and that all tokens go through: ``A_ij / sqrt(A_ii A_jj)``, A the sum of ``g g^T`` over all tokens.
     """
     if (why := no_gradient(stream, tokens)) is not None:
         progress.note(f"every token counts the same, since {stream.source.config.model_type} {why}")
         return False
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
-    chances = torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1])).random(tuple(tokens.shape)))
-    drawn = torch.split(chances, len(batches[0]))
+    drawn = torch.split(chances(tokens.shape, seed), len(batches[0]))
     mine = ranks.share(len(batches))
     workers = worker_count(stream.device, max(1, len(mine)))
-    memory = plan_weighing(stream, sum(batches[i].numel() for i in mine), batches[0].numel(), budget, workers)
+    sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
+    memory = plan_weighing(stream, *sizes, budget, workers, products)
     memory.note(progress)
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
-        for index, stages, found in fisher_squares(stream, *own, memory, at_work, progress):
-            everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found]))
-            whole = [batch for _, part in everyone for batch in part]
-            on_block(index, _tensors(stream, index, everyone[0][0], whole, batches))
+        exact = keeps_exact(stream, batches[0].numel())
+        passes = fisher_squares(
+            stream, *own, memory, at_work, progress, exact, most_fed_rows(stream) if products else 0
+        )
+        for index, stages, found, own_products in passes:
+            on_host = {name: product.cpu() for name, product in own_products.items()}
+            everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found], on_host))
+            whole = [batch for _, part, _ in everyone for batch in part]
+            tensors = _tensors(stream, index, everyone[0][0], whole, batches)
+            on_block(index, tensors | _cosines(stream, index, tensors, [own for *_, own in everyone]))
     return True
 
 
-def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
+def chances(shape: Sequence[int], seed: int) -> torch.Tensor:
+    """A number from 0 to 1 for each token, float64, that decides on its label."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1])).random(tuple(shape)))
+
+
+def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, products: bool = False) -> MemoryPlan:
     """What `weigh_tokens` will do for memory with so many calibration windows. Raises UsageError."""
     windows = max(1, _BATCH_TOKENS // seq_len)
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers)
+    return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, products)
+
+
+def weighing_multiplications(stream: ModelStream, tokens: int) -> int:
+    """Multiplications, with their additions, of `weigh_tokens`: a forward, another with its graph, and the way back."""
+    blocks = sum(rows * columns for _, (rows, columns) in stream.linears())
+    config = stream.source.config.get_text_config()
+    return 3 * tokens * (blocks + int(config.vocab_size) * int(config.hidden_size))
 
 
 def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:
@@ -258,6 +360,22 @@ def _tensors(
             rows = torch.stack([one.rows[k] for one in seen]).sum(dim=0)
             tensors[f"{number}.rows.{stream.published(index, name)}"] = rows.float()
     return tensors
+
+
+def _cosines(
+    stream: ModelStream, index: int, tensors: Tensors, products: Sequence[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Of a block's Linears whose products all ranks have made, or those that had windows."""
+    rows = (key.split(".", 2) for key in tensors if ".rows." in key)
+    stages = {linear: stage for stage, _, linear in rows}
+    found = {}
+    for name in dict.fromkeys(chain.from_iterable(products)):
+        total = torch.stack([own[name] for own in products if name in own]).sum(dim=0)
+        lengths = total.diagonal().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        linear = stream.published(index, name)
+        if linear in stages:
+            found[f"{stages[linear]}.cosines.{linear}"] = (total / lengths[:, None] / lengths).half()
+    return found
 
 
 def _mean_one(squares: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
     hidden/00012/batch-00003.safetensors    what enters block 12
     weights/00012.safetensors               what each token counts in block 12's sums
     refined/00016.safetensors               scales and gains after 16 steps of refining
+    weights/choice.safetensors              what each Linear's candidates lose, and which were chosen
 
 The run's journal gets a record when they are whole, with their checksums and the block's statistics: that makes the
 block landed, and the hidden states kept.
@@ -134,8 +135,12 @@ def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
     if weights and not all(_is_whole(weights_file(run.folder, n), sha) for n, sha in enumerate(weights[0]["weights"])):
         progress.warn("token weights of the unfinished run are damaged: they are made anew")
         weights = []
+    choice = [entry for entry in others if "choice" in entry][-1:]
+    if choice and not _is_whole(choice_file(run.folder), choice[0]["choice"]):
+        progress.warn("the choice that the unfinished run made is damaged: it is made anew")
+        choice = []
     refined = [entry for entry in others if "refined" in entry][-1:]
-    run.journal.rewrite(first, *weights, *entries, *kept.values(), *refined)
+    run.journal.rewrite(first, *weights, *choice, *entries, *kept.values(), *refined)
     used = {_block_file(run.folder, number).name for number in range(len(entries))} | {f"{index:05d}" for index in kept}
     for part in (BLOCKS, HIDDEN):
         for path in (run.folder / part).glob("*"):
@@ -322,6 +327,23 @@ def landed_blocks(run: Run) -> Landed:
 def weights_file(folder: Path, index: int) -> Path:
     """Where a run has the token weights of a block."""
     return folder / WEIGHTS / f"{index:05d}.safetensors"
+
+
+def land_choice(folder: Path, journal: Journal, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write what was chosen for a run's Linears, and by what: whole at any later moment, or not there."""
+    checksum = write_tensors(choice_file(folder), tensors)
+    sync(folder / WEIGHTS)
+    journal.append({"choice": checksum})
+
+
+def landed_choice(folder: Path, journal: Journal) -> dict[str, torch.Tensor] | None:
+    """What `land_choice` wrote; None before that."""
+    return None if journal.last("choice") is None else read_tensors(choice_file(folder))
+
+
+def choice_file(folder: Path) -> Path:
+    """Where a run has what was chosen for its Linears."""
+    return folder / WEIGHTS / "choice.safetensors"
 
 
 def _block_file(folder: Path, index: int) -> Path:

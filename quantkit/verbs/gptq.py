@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections import Counter
@@ -48,22 +47,29 @@ from quantkit.options import (
 from quantkit.options.values import Every, gptq_type, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress, counted, size
+from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates
 from quantkit.quantize.blockwise import (
-    LayerStatistics,
     OnLinear,
     corrects,
     gptq_multiplications,
     plan_gptq_memory,
     quantize_blocks,
-    recorded_layers,
 )
 from quantkit.quantize.kernels import shortfall
+from quantkit.quantize.layers import LayerStatistics, predicted_divergence, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CheckpointTarget, CodesWriter, Target, on_grid_of
-from quantkit.quantize.token_weights import TokenWeights, plan_weights_memory, token_weights
+from quantkit.quantize.token_weights import (
+    Gradients,
+    TokenWeights,
+    plan_weights_memory,
+    token_weights,
+    weighing_multiplications,
+)
+from quantkit.quantize.trials import chosen_for
 from quantkit.quantize.tuning import Refined, RefiningReport, plan_refining_memory, refine_run
 from quantkit.report import Report, Shown
-from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, fingerprint, write_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import NOTHING, Landed, LandedLinear, Lander, find_landed, landed_blocks
 from quantkit.runs.outputs import check_outside
@@ -77,6 +83,8 @@ from quantkit.verbs import verb
 from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
 from quantkit.verbs.verify.findings import listed
 
+_FAR = 2.0  # between a prediction and what is measured
+
 
 @dataclass(frozen=True)
 class GptqReport(Report):
@@ -88,8 +96,12 @@ class GptqReport(Report):
         bits, group_size, sym, act_order: of most Linears.
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
+        budget: what was to be spent, and on what it was; None where bits were given.
+        predicted: the mean KL divergence that the Linears' errors make, in nats, as token weights tell it: to second
+            order, of each by itself, on the calibration tokens.
         memory_bytes: estimate of the peak beyond what importing torch takes.
         multiplications: of the run, with their additions.
+        shared_multiplications: those of token weights, which the variants of a release make once.
         memory_remark: what is done otherwise than with plenty of memory, one line.
         refined: what refining did; None where nothing was refined.
     """
@@ -105,8 +117,11 @@ class GptqReport(Report):
     bytes: int
     memory_bytes: int
     multiplications: int = field(default=0, kw_only=True)
+    shared_multiplications: int = field(default=0, kw_only=True)
     memory_remark: str | None = None
     layers: list[LayerStatistics] = field(default_factory=list)
+    budget: Spent | None = None
+    predicted: float | None = None
     evaluation: PerplexityReport | None = None
     refined: RefiningReport | None = field(default=None, kw_only=True)
     seconds: float = 0.0
@@ -114,9 +129,14 @@ class GptqReport(Report):
 
     def lines(self) -> Iterator[Shown]:
         symmetry = "symmetric" if self.sym else "asymmetric"
+        held = f"{self.bits_per_weight:.2f} bits per weight, {size(self.bytes)}"
         grid = f"{self.bits}-bit {symmetry}, group {self.group_size}" if self.ggml is None else self.ggml.upper()
+        if self.budget is not None:
+            grid, held = f"chosen bits, {symmetry}", f"at most {held}" if self.dry_run else held
         yield f"{'would write' if self.dry_run else 'wrote'} {self.model}"
-        yield (f"{grid}, act-order {self.act_order}: {self.bits_per_weight:.2f} bits per weight, {size(self.bytes)}")
+        yield f"{grid}, act-order {self.act_order}: {held}"
+        if self.budget is not None:
+            yield from self.budget.lines()
         if self.dry_run:
             yield f"peak memory about {size(self.memory_bytes)} beyond torch itself"
             if self.memory_remark is not None:
@@ -127,6 +147,20 @@ class GptqReport(Report):
         yield f"{counted(len(self.layers), 'layer')} in quant_log.csv; {self.seconds:.0f} s in all"
         if self.evaluation is not None:
             yield from self.evaluation.lines()
+        if self.predicted is not None:
+            yield self._prediction(self.predicted)
+
+    def _prediction(self, predicted: float) -> str:
+        """What was predicted beside what was measured."""
+        also = "" if self.ggml is None else "; embedding and output matrix are not counted"
+        told = f"KL mean predicted from the Linears' errors on the calibration tokens: {predicted:.4f}{also}"
+        found = None if self.evaluation is None else self.evaluation.results[-1].kl_divergence
+        if found is None:
+            return told
+        ratio = max(predicted, 1e-12) / max(found.mean, 1e-12)
+        if 1 / _FAR < ratio < _FAR:
+            return told
+        return f"{told}, {ratio:.2g} times what was measured: it is of small errors, and of text like the calibration's"
 
 
 @verb(Gptq)
@@ -156,12 +190,16 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         check_outside(place, parts, options.force or options.resume, dry_run=True)  # it is settled
     stream = stream_of(whole(parts), ranks.device(options.device), options.dtype, options.untie, options.memory)
     check_windows(stream, _windows(options)[1], progress)
-    judging = fitted(judging, [stream], asked=False, progress=progress)
-    target = _target(stream, spec, options, name, progress)
+    if options.evaluate and not options.dry_run:
+        judging = fitted(judging, [stream], asked=False, progress=progress)
+    allocator = None if options.budget is None else _allocator(stream, spec, options)
+    target = _target(stream, spec, options, name, progress) if allocator is None else allocator.target
     refuse_codes(stream, target.plan, options.requantize)
     note_plan(stream, target.plan, progress)
     _choose_dtype(stream, target.plan, place, options, ranks, progress)
     report = _sizes(place, stream, spec, target, options)
+    if allocator is not None:
+        report = _spending(report, allocator.spent())
     if options.dry_run:
         return report
 
@@ -170,7 +208,9 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         lambda: calibration_windows(options.calibration, options, stream.source, judged, progress)
     )
     check_tokens(matrix.tokens, stream.source)
-    record, layers = _made(place, stream, matrix, target, spec, options, ranks, progress)
+    record, layers = _made(place, stream, matrix, target, allocator, spec, options, ranks, progress)
+    if allocator is not None:
+        report = _spending(report, Spent.of(record["spent"]))
     evaluation = None
     if options.evaluate and record["evaluation"] is None:
         evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, ranks, progress)
@@ -178,7 +218,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
         evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
     refined = None if record.get("refined") is None else RefiningReport(**record["refined"])
-    return replace(report, layers=layers, evaluation=evaluation, refined=refined, seconds=seconds, dry_run=False)
+    report = replace(report, layers=layers, predicted=predicted_divergence(layers), evaluation=evaluation)
+    return replace(report, refined=refined, seconds=seconds, dry_run=False)
 
 
 # -- parts of the flows ----------------------------------------------------------------------------------------------
@@ -186,8 +227,10 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
 
 def _quant_spec(options: Gptq) -> QuantSpec:
     """The spec of a run; with `ggml` that of most of its Linears. Raises UsageError."""
-    grid = options.part(Grid).model_dump(exclude_none=True)
+    grid = options.part(Grid).chosen()
     overrides = tuple(options.override.items())
+    if options.budget is not None:
+        return _spec_to_choose(options, grid)
     if options.ggml is None:
         if any(changes.ggml for _, changes in overrides):
             raise UsageError("--override with ggml is for runs with --ggml")
@@ -211,6 +254,33 @@ def _quant_spec(options: Gptq) -> QuantSpec:
     return make(QuantSpec, **(grid | own | {"ggml": None}), overrides=overrides)
 
 
+def _spec_to_choose(options: Gptq, grid: dict[str, Any]) -> QuantSpec:
+    """The spec of a run that chooses bits and groups itself. Raises UsageError, MissingPackageError."""
+    check_solver()
+    if options.ggml is not None:
+        raise UsageError("--budget is for folders of codes: leave --ggml out")
+    given = {"--bits": "bits" in grid, "--group-size": "group_size" in grid, "--override": bool(options.override)}
+    if named := [option for option, is_given in given.items() if is_given]:
+        raise UsageError(f"--budget chooses bits and groups: leave {', '.join(named)} out")
+    if options.method != "gptq":
+        raise UsageError(f"--budget weighs GPTQ's errors: leave --method {options.method} out")
+    return make(QuantSpec, **grid | {"token_weights": True})
+
+
+def _allocator(stream: ModelStream, spec: QuantSpec, options: Gptq) -> Allocator:
+    """What will choose bits and groups. Raises UsageError."""
+    assert options.budget is not None
+    candidates = folder_candidates(stream, spec, options.format, options.budget_for)
+    given = stream, spec, options.budget, candidates, lambda own: _folder(stream, own, options)
+    return Allocator(*given, options.budget_for)
+
+
+def _spending(report: GptqReport, spent: Spent) -> GptqReport:
+    """A report with what a budget is or was spent on."""
+    report = replace(report, budget=spent, bits=spent.bits, group_size=spent.group_size)
+    return replace(report, bits_per_weight=spent.bits_per_weight, bytes=spent.bytes)
+
+
 def _weighted(spec: QuantSpec) -> bool:
     """Whether tokens have weights: plain rounding has nothing that they could change."""
     return spec.token_weights and spec.method == "gptq"
@@ -223,15 +293,15 @@ def _variant(label: str, spec: QuantSpec, options: Gptq) -> str:
         return f"{name}-{method.label}-{options.ggml.upper()}"
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
     order = "-actorder" if spec.act_order == "dynamic" else ""
+    if options.budget is not None:
+        return f"{name}-{of_format(options.format).shown.short}-{options.budget}{order}"
     return f"{name}-{of_format(options.format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
 
 
 def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, progress: Progress) -> Target:
     """What the codes are written into. Says what a GGUF file cannot hold."""
     if options.ggml is None:
-        folder = CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
-        check_biases(options.format, folder.plan, options.mlx_bias)
-        return folder
+        return _folder(stream, spec, options)
     from quantkit.quantize.gguf_target import GgufTarget, note_fallback
 
     target = GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
@@ -239,6 +309,13 @@ def _target(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str, prog
     for text in target.limits:
         progress.warn(text)
     return target
+
+
+def _folder(stream: ModelStream, spec: QuantSpec, options: Gptq) -> CheckpointTarget:
+    """A folder of codes."""
+    folder = CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
+    check_biases(options.format, folder.plan, options.mlx_bias)
+    return folder
 
 
 def _choose_dtype(
@@ -265,11 +342,13 @@ def _windows(options: Gptq) -> Sequence[int]:
 def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
     """Sizes from headers alone."""
     windows = _windows(options)
-    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec))]
+    feeds = _weighted(spec) and spec.row_feedback
+    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec), feeds)]
     if _weighted(spec):
-        plans.append(plan_weights_memory(stream, *windows))
+        plans.append(plan_weights_memory(stream, windows[0], windows[1], feeds))
     if spec.refine:
         plans.append(plan_refining_memory(stream, windows[0], windows[1]))
+    shared = weighing_multiplications(stream, math.prod(windows)) if _weighted(spec) else 0
     memory = max(plans, key=lambda plan: plan.needed)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
@@ -284,7 +363,8 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
         bytes=target.bytes,
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
-        multiplications=gptq_multiplications(stream, math.prod(windows)),
+        multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec)),
+        shared_multiplications=shared,
         dry_run=True,
     )
 
@@ -294,6 +374,7 @@ def _made(
     stream: ModelStream,
     matrix: TokenMatrix,
     target: Target,
+    allocator: Allocator | None,
     spec: QuantSpec,
     options: Gptq,
     ranks: Ranks,
@@ -303,13 +384,18 @@ def _made(
     sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
     weighted = _weighted(spec)
     unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
-    unsaid |= set() if corrects(spec) else {"correct"}
+    unsaid |= (set() if corrects(spec) else {"correct"}) | (
+        set() if weighted and spec.row_feedback else {"row_feedback"}
+    )
     unsaid |= set() if spec.refine else {"refine"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.part(MlxBiases).model_dump(exclude_defaults=True)
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
-    seed = options.seed if weighted else None
-    recipe |= {"seed": seed} if weighted else {}
+    gradients = Gradients(options.seed, spec.row_feedback) if weighted else None
+    recipe |= {"seed": options.seed} if weighted else {}
+    if allocator is not None:
+        chosen_for = {"budget": str(options.budget), "budget_for": options.budget_for}
+        recipe |= {"bits": None, "group_size": None, **chosen_for}
     sharing.check_alike(stream, recipe)
 
     def decides() -> dict[str, Any]:
@@ -332,9 +418,11 @@ def _made(
         with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
-            made = _quantize(run, stream, matrix, target, every, decided, seed, spec.refine, sharing, progress)
+            made = _quantize(
+                run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, sharing, progress
+            )
     else:
-        _help_quantize(stream, matrix, target, every, seed, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -343,21 +431,29 @@ def _quantize(
     stream: ModelStream,
     matrix: TokenMatrix,
     target: Target,
+    allocator: Allocator | None,
     every: Every,
     decided: dict[str, Any],
-    seed: int | None,
+    gradients: Gradients | None,
     refines: bool,
     sharing: Sharing,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
     """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
-    equal runs, and what happened to each Linear. `seed`: of tokens' weights; None: all count the same."""
+    equal runs, and what happened to each Linear. `gradients`: those of tokens' weights; None: all count the same."""
     landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
     if not landed.blocks:
         check_finite(stream, target, progress, sharing.ranks)
-    weights = _weights(seed, stream, matrix, run.folder, run.journal, sharing, progress)
+    deciding = fingerprint(
+        {name: part for name, part in decided.items() if name != "recipe"} | {"gradients": gradients}
+    )
+    weights = _weights(gradients, stream, matrix, run.folder, run.journal, sharing, progress, deciding)
+    choice = None
+    if allocator is not None:
+        choice = chosen_for(allocator, stream, matrix.tokens, weights, run.folder, run.journal, sharing, progress)
+        target = choice.target
     layers = [LayerStatistics(**linear.statistics) for i in range(landed.blocks) for linear in landed.linears(i)]
     refined: Refined | None = None
     with ExitStack() as stack:
@@ -380,10 +476,11 @@ def _quantize(
             writer.finish()
             advance(1)
     warn_starved_experts(layers, target.plan, matrix.tokens, progress)
-    write_layer_table(run.staged / "quant_log.csv", layers)
+    write_layer_table(run.staged / "quant_log.csv", layers, target.plan, None if choice is None else choice.planned)
     check_unchanged(stream.source)
     told = [{k: v for k, v in vars(layer).items() if k != "seconds" and v is not None} for layer in layers]
-    record = {**decided, "layers": told, "evaluation": None, "files": checksums(run.staged)}
+    spent = {} if choice is None else {"spent": choice.spent.as_dict()}
+    record = {**decided, **spent, "layers": told, "evaluation": None, "files": checksums(run.staged)}
     record |= {} if refined is None else {"refined": asdict(refined.report)}
     write_json(run.staged / REPORT_NAME, record)
     return record, layers
@@ -402,14 +499,23 @@ def _write_landed(landed: Landed, writer: CodesWriter, refined: Refined | None =
 
 
 def _help_quantize(
-    stream: ModelStream, matrix: TokenMatrix, target: Target, every: Every, seed: int | None, sharing: Sharing
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    allocator: Allocator | None,
+    every: Every,
+    gradients: Gradients | None,
+    sharing: Sharing,
 ) -> None:
     """What all ranks but the first do of `_quantize`."""
     ranks = sharing.ranks
     landed = ranks.from_first(lambda: NOTHING)
     if not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
-    weights = _weights(seed, stream, matrix, landed.folder, None, sharing, SILENT)
+    weights = _weights(gradients, stream, matrix, landed.folder, None, sharing, SILENT)
+    if allocator is not None:
+        choice = chosen_for(allocator, stream, matrix.tokens, weights, landed.folder, None, sharing, SILENT)
+        target = choice.target
     with Lander(landed.folder, (), every, ranks) as lander:
         budget = stream.budget // ranks.here
         take = _landing(lander, _nothing)
@@ -417,18 +523,19 @@ def _help_quantize(
 
 
 def _weights(
-    seed: int | None,
+    gradients: Gradients | None,
     stream: ModelStream,
     matrix: TokenMatrix,
     folder: Path,
     journal: Journal | None,
     sharing: Sharing,
     progress: Progress,
+    deciding: str = "",
 ) -> TokenWeights | None:
-    """What each token counts; None: all the same."""
-    if seed is None:
+    """What each token counts; None: all the same. `deciding`: fingerprint of what decides that, on the first rank."""
+    if gradients is None:
         return None
-    return token_weights(stream, matrix.tokens, seed, folder, journal, progress, sharing.ranks)
+    return token_weights(stream, matrix.tokens, gradients, folder, journal, progress, sharing.ranks, deciding)
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:
@@ -470,22 +577,6 @@ def _evaluate_written(
     except KeyboardInterrupt:
         raise Interrupted(f"while evaluating {out}, which is complete") from None
     return evaluation
-
-
-def write_layer_table(path: Path, layers: Sequence[LayerStatistics]) -> None:
-    """CSV with a row per Linear. No seconds: equal runs write equal files."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(
-            ["layer", "loss", "rtn_loss", "loss_over_rtn", "damp", "fallback", "tokens", "n_eff", "corrected"]
-        )
-        for layer in layers:
-            ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else 1.0
-            numbers = [f"{value:.6g}" for value in (layer.loss, layer.rtn_loss, ratio, layer.damp)]
-            effective = layer.tokens if layer.n_eff is None else f"{layer.n_eff:.6g}"
-            table.writerow(
-                [layer.name, *numbers, layer.fallback, layer.tokens, effective, f"{layer.corrected or 0:.4g}"]
-            )
 
 
 def refuse_codes(stream: ModelStream, plan: Plan, requantize: bool) -> None:

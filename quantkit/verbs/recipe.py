@@ -21,8 +21,9 @@ from quantkit.options import (
     Checkpoint,
     Choosing,
     ComputeDtype,
+    Effort,
+    EffortGrid,
     Ends,
-    FilledGrid,
     Merging,
     Overrides,
     Pair,
@@ -35,7 +36,7 @@ from quantkit.options import (
     WindowLength,
     make,
 )
-from quantkit.options.values import check_data, check_dataset, check_model, gptq_type
+from quantkit.options.values import FileType, check_data, check_dataset, check_model, gptq_type
 from quantkit.runs.atomic import check_readable
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class VariantRecipe(Spec):
     optional: bool = False
 
 
-class GptqVariant(VariantRecipe, FilledGrid, Overrides, Checkpoint):
+class GptqVariant(VariantRecipe, EffortGrid, Overrides, Checkpoint):
     """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
 
     kind: CheckpointKind
@@ -89,10 +90,10 @@ class GptqVariant(VariantRecipe, FilledGrid, Overrides, Checkpoint):
         return f"{self.bits}bit-{group}{order}{METHODS[self.method].suffix}"
 
 
-class FileVariant(VariantRecipe):
+class FileVariant(VariantRecipe, Effort):
     """A file for llama.cpp. `method`: GPTQ on the type's grid where it has one ("auto"), or plain rounding by ggml."""
 
-    type: str
+    type: FileType
     method: Literal["auto", "gptq", "round"] = "auto"
 
     @field_validator("type")

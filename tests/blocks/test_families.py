@@ -381,6 +381,27 @@ def test_windows_longer_than_the_positions_are_refused(make_model: MakeModel, tm
     assert quantkit.perplexity([folder], text=str(text)).seq_len == 64  # of 512, which nobody asked for
 
 
+def test_windows_that_nobody_asked_for_are_no_longer_than_a_model_is_made_for(
+    make_model: MakeModel, tmp_path: Path, recorder: Recorder
+) -> None:
+    """Of a Llama, which reckons its positions, the config says how many it was trained on."""
+    folder, other = make_model(), make_model(seed=1)
+    said = "judging in windows of 256 tokens: tiny-llama is made for no more"
+    assert quantkit.perplexity([folder], progress=recorder, eval_tokens=600).seq_len == 256
+    assert recorder.notes.count(said) == 1
+    recorder.notes.clear()
+    compared = quantkit.compare(folder, other, out=tmp_path / "report", eval_tokens=600, plots=False, progress=recorder)
+    assert [text.seq_len for text in compared.texts] == [256]
+    assert recorder.notes[0].startswith("judging in windows of 256 tokens: ")
+    recorder.notes.clear()
+    made = quantkit.gptq(
+        folder, tmp_path / "out", calibration=token_matrix(2, 64), eval_tokens=600, device="cpu", progress=recorder
+    )
+    assert made.evaluation is not None
+    assert made.evaluation.seq_len == 256
+    assert said in recorder.notes
+
+
 def test_a_pictures_positions_limit_no_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Gemma 3 with its vision tower, whose patches have learned positions, four of them here."""
     tower = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -19,6 +19,7 @@ from quantkit.progress import SILENT
 from quantkit.sources import open_source
 
 WINDOWS, LENGTH = 6, 24
+BY_BLOCK, AT_ONCE = MemoryPlan(), MemoryPlan(at_once=True)
 Squares = dict[str, torch.Tensor]
 
 
@@ -64,14 +65,20 @@ def naive(model: Path, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Squares
 
 
 def streamed(
-    stream: ModelStream, ids: torch.Tensor, chances: torch.Tensor, each: int, workers: int = 1, exact: bool = True
+    stream: ModelStream,
+    ids: torch.Tensor,
+    chances: torch.Tensor,
+    each: int,
+    workers: int = 1,
+    exact: bool = True,
+    memory: MemoryPlan = BY_BLOCK,
 ) -> tuple[list[Squares], Squares]:
     """(per stage and Linear the squared gradient of each token, of each row) with batches of `each` windows."""
     batches, drawn = list(torch.split(ids, each)), torch.split(chances, each)
     stages: list[Squares] = []
     rows: Squares = {}
     with Workers(even_shares(len(batches), workers)) as at_work:
-        for index, named, found in fisher_squares(stream, batches, drawn, MemoryPlan(), at_work, SILENT, exact):
+        for index, named, found, _ in fisher_squares(stream, batches, drawn, memory, at_work, SILENT, exact):
             for number, names in enumerate(named):
                 seen = [batch[number] for batch in found]
                 stages.append({f"model.layers.{index}.{name}": spread(seen, batches) for name in names})
@@ -123,6 +130,46 @@ def test_batches_and_workers_change_nothing(make_model: MakeModel, family: str) 
                 torch.testing.assert_close(other[name], squares, **same)
         for name, squares in rows.items():
             torch.testing.assert_close(theirs[name], squares, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text"])
+def test_no_plan_changes_a_bit(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    """All blocks at once or one by one, the head whole or in slices, states in a file."""
+    monkeypatch.setattr(fisher, "SLICE", 100)
+    stream = open_in(make_model(family), dtype)
+    ids = windows(stream.vocabulary)
+    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
+    stages, rows = streamed(stream, ids, chances, each=2)
+    for memory in (AT_ONCE, MemoryPlan(head_rows=100), MemoryPlan(hidden="disk", kept="disk")):
+        for workers in (1, 2):
+            others, theirs = streamed(stream, ids, chances, 2, workers, memory=memory)
+            assert [list(stage) for stage in others] == [list(stage) for stage in stages]
+            for one, other in zip(stages, others, strict=True):
+                assert all(torch.equal(other[name], squares) for name, squares in one.items())
+            assert all(torch.equal(theirs[name], squares) for name, squares in rows.items())
+
+
+def test_all_at_once_runs_each_block_once(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = open_in(make_model(), torch.float32)
+    ids = windows(stream.vocabulary)
+    calls: list[int] = []
+    call = stream.call
+    monkeypatch.setattr(stream, "call", lambda index, *rest: calls.append(index) or call(index, *rest))
+    for memory, times in ((AT_ONCE, 1), (BY_BLOCK, 2)):
+        calls.clear()
+        streamed(stream, ids, ids, each=2, memory=memory)
+        assert len(calls) == times * len(stream.blocks) * WINDOWS // 2
+
+
+def test_a_process_without_windows_has_nothing_to_tell(make_model: MakeModel) -> None:
+    stream = open_in(make_model(), torch.float32)
+    for memory in (BY_BLOCK, AT_ONCE):
+        with Workers([range(0)]) as at_work:
+            found = list(fisher_squares(stream, [], [], memory, at_work, SILENT))
+        assert [squares for _, _, squares, _ in found] == [[] for _ in stream.blocks]
 
 
 def test_half_precision_between_blocks_costs_little(make_model: MakeModel) -> None:

@@ -28,7 +28,7 @@ from support.tolerance import forward, summed
 import quantkit
 from quantkit.blocks import memory
 from quantkit.blocks.budget import Budget, _control_groups, free_host_bytes
-from quantkit.blocks.memory import MemoryPlan, plan_quantizing, plan_scoring
+from quantkit.blocks.memory import MemoryPlan, plan_quantizing, plan_scoring, plan_weighing
 from quantkit.blocks.open import memory_budget
 from quantkit.blocks.pair import DeltaSource
 from quantkit.blocks.states import HiddenStates
@@ -448,6 +448,25 @@ def test_a_large_vocabulary_is_cut_where_memory_asks_for_it(make_model: MakeMode
     rows = [plan_scoring([stream, stream], 4096, 2048, Budget(b)).head_rows for b in (3 * 10**9, 10**9, 3 * 10**8)]
     assert rows[0] is None
     assert rows[2] < rows[1] < 262_144  # type: ignore[operator]
+
+
+def test_gradients_hold_all_blocks_where_there_is_room(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then block by block, with less and less in memory; never of a model that keeps its states in half precision."""
+    stream = open_stream(make_model(num_hidden_layers=12))
+    stream.source.config.vocab_size = 40000
+
+    def plans() -> list[MemoryPlan]:
+        budgets = (Budget(amount, named=True) for amount in range(2 * 10**9, 21 * 10**7, -(10**7)))
+        return [plan_weighing(stream, 2**16, 1024, budget, 2) for budget in budgets]
+
+    found = plans()
+    assert all(plan.needed <= plan.budget for plan in found)
+    ways = list(dict.fromkeys((plan.at_once, plan.head_rows is None, plan.kept) for plan in found))
+    assert ways == [(True, True, "device"), (False, True, "disk"), (False, False, "disk")]
+    monkeypatch.setattr(memory, "_SMALL", 0)
+    assert not any(plan.at_once for plan in plans())
+    stream.dtype = torch.bfloat16  # half precision already
+    assert plans()[0].at_once
 
 
 def test_a_control_groups_limit_counts(tmp_path: Path) -> None:

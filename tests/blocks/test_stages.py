@@ -27,8 +27,9 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import QuantizedLinear
 from quantkit.errors import NumericError, SourceError
 from quantkit.options import QuantSpec
-from quantkit.quantize.blockwise import LayerStatistics, quantize_blocks
+from quantkit.quantize.blockwise import quantize_blocks
 from quantkit.quantize.hessian import HessianAccumulator
+from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.targets import plan_linears
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 from quantkit.cli import app as cli
 from quantkit.cli import console
 from quantkit.containers.hf.write import ShardedWriter
+from quantkit.quantize import token_weights
 from quantkit.quantize.sharing import Sharing
 from quantkit.runs import renames
 from quantkit.runs.atomic import write_json
@@ -83,6 +84,7 @@ class Desk:
     def gptq_arguments(self, model: str | Path, *options: str | Path) -> list[str]:
         """Options that come later replace these."""
         usual = ["--out", self.out, "--calibration", self.data, "--samples", "4", "--seq-len", "32", "--no-eval"]
+        usual += ["--effort", "fast"]  # nothing is kept before the first block
         return ["gptq", *map(str, [model, *usual, *options])]
 
     def refused(self, run: Callable[[], Outcome], code: int, *culprits: str) -> list[str]:
@@ -646,12 +648,14 @@ def test_a_dry_run_refuses_the_same(desk: Desk, options: list[str]) -> None:
 
 
 def test_a_gpu_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.options.values.has_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = desk.model()
     desk.refused(lambda: desk.gptq(model, "--device", "cuda"), 2, "--device cuda", "--device cpu")
 
 
 def test_a_gpu_number_that_is_not_there(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.options.values.has_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     model = desk.model()
@@ -1052,6 +1056,33 @@ def test_an_interrupt_leaves_only_what_a_run_can_go_on_from(
     outcome = desk.gptq(model)
     assert_interrupted(desk, outcome)
     assert contents(desk.folder) == before
+
+
+@pytest.mark.parametrize("phase", ["weighing forwards", "weighing backwards"])
+def test_an_interrupt_while_tokens_are_weighed_leaves_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    model = desk.model()
+    monkeypatch.setattr(Interrupting, "at", phase)
+    monkeypatch.setattr(console, "Bars", Interrupting)
+    before = contents(desk.folder)
+    assert_interrupted(desk, desk.gptq(model, "--effort", "standard"))
+    assert contents(desk.folder) == before
+
+
+def test_weights_of_tokens_are_kept_when_a_run_is_stopped_before_its_first_block(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = desk.model()
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupting, "at", "quantizing blocks")
+        patch.setattr(console, "Bars", Interrupting)
+        stopped = desk.gptq(model, "--effort", "standard")
+    assert stopped.code == 1
+    assert "after block 0 of 2; go on with: " in stopped.lines[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(token_weights, "weigh_tokens", lambda *_: pytest.fail("made again"))
+        assert desk.gptq(model, "--effort", "standard", "--resume").code == 0
 
 
 def test_an_interrupt_while_evaluating_keeps_the_finished_checkpoint(

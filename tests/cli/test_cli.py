@@ -45,12 +45,14 @@ VERBS = (
 )
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 GPTQ_KEYS = {
+    "budget",
     "ggml",
     "model",
     "out",
     "bits",
     "group_size",
     "sym",
+    "predicted",
     "act_order",
     "bits_per_weight",
     "bytes",
@@ -59,7 +61,7 @@ GPTQ_KEYS = {
     "refined",
     "seconds",
 }
-LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected"}
+LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected", "predicted"}
 PERPLEXITY_KEYS = {"text", "seq_len", "tokens", "results", "precision"}
 RESULT_KEYS = {
     "model",
@@ -220,7 +222,13 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
 def test_gptq_end_to_end(desk: Desk, make_model: MakeModel, options: list[str]) -> None:
     report = desk.json(desk.gptq(make_model("llama"), *options, "--out", "made", "--json"))
     out = desk.folder / "made"
-    assert report.keys() == GPTQ_KEYS | {"memory_bytes", "memory_remark", "multiplications", "dry_run"}
+    assert report.keys() == GPTQ_KEYS | {
+        "memory_bytes",
+        "memory_remark",
+        "multiplications",
+        "shared_multiplications",
+        "dry_run",
+    }
     assert report["out"] == str(out)
     given = dict(zip(options[::2], options[1::2], strict=False))
     assert report["bits"] == int(given.get("--bits", 4))
@@ -545,9 +553,7 @@ def test_gptq_of_a_gguf_file(desk: Desk, tiny_gguf: Path) -> None:
     report = desk.json(desk.gptq(tiny_gguf, *options))
     source, made = report["evaluation"]["results"]
     assert source["model"] == "tiny-llama-Q4_0"
-    measured = desk.json(
-        desk.run("perplexity", tiny_gguf, "made", "--text", "text.txt", "--seq-len", "512", "--quiet", "--json")
-    )
+    measured = desk.json(desk.run("perplexity", tiny_gguf, "made", "--text", "text.txt", "--quiet", "--json"))
     assert [row["perplexity"] for row in measured["results"]] == [source["perplexity"], made["perplexity"]]
     assert made["kl_divergence"]["mean"] < 0.01
     assert made["perplexity"] == pytest.approx(source["perplexity"], rel=0.02)

@@ -112,6 +112,22 @@ def test_what_holds_of_several_models_is_said_once(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.splitlines() == said
 
 
+def test_a_long_note_is_broken_at_words_and_an_error_stays_to_be_copied(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "quantkit.bars.log", lambda: Console(stderr=True, force_terminal=True, width=30, soft_wrap=True)
+    )
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    console.Bars(quiet=False).note("a ggjt file says neither the epsilon nor the base")
+    console.say("interrupted; go on with: quantkit gptq model --resume")
+    assert capsys.readouterr().err.splitlines() == [
+        "a ggjt file says neither the",
+        "epsilon nor the base",
+        "interrupted; go on with: quantkit gptq model --resume",
+    ]
+
+
 def test_a_long_line_is_broken_at_words_and_a_path_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ def test_help_is_whole_at_80_columns(
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("gptqq", "gptqq: no such command; did you mean gptq?; see `quantkit --help`"),
+        ("gptqq", "gptqq: no such command; did you mean gptq?"),
         ("gptq --bitz 4", "--bitz: no such option; did you mean --bits?"),
         ("gptq --xyzzy 4", "--xyzzy: no such option"),
         ("gptq --bits", "--bits: give a value"),

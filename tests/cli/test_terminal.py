@@ -201,9 +201,16 @@ def test_long_work_and_its_results_at_80_100_and_120_columns(make_model: Callabl
     model = shutil.copytree(make_model(), tmp_path / "Wizard-Tiny-Instruct-fp16")
     drawn = ["--calibration", "data.jsonl", "--samples", "4", "--seq-len", "32", "--text", "text.txt"]
     made = "Wizard-Tiny-Instruct-GPTQ-4bit-32g"
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: Wizard-Tiny-Instruct\nsource: {{model: {model.name}}}\n"
+        "calibration: {data: data.jsonl, samples: 4, seq_len: 32}\nevaluation: {texts: [text.txt]}\n"
+        "variants: [{kind: gptq, bits: 4, group_size: 32}]\ncard: {licence: mit}\n"
+    )
     commands = [(80, ["gptq", str(model), *drawn, "--group-size", "32", "--out", made])]
     for width in (80, 100, 120):
         commands += [
+            (width, ["release", "recipe.yaml", "--dry-run"]),
+            (width, ["release", "recipe.yaml", "--out", f"release{width}"]),
             (width, ["perplexity", made, "--against", str(model), "--text", "text.txt"]),
             (width, ["compare", str(model), made, "--text", "text.txt", "--no-plots", "--out", f"cmp{width}"]),
             (width, ["verify", made, "--no-generate"]),
@@ -225,6 +232,11 @@ def test_long_work_and_its_results_at_80_100_and_120_columns(make_model: Callabl
             assert max(len(line) for line in lines[at : at + 4]) <= width
             assert {"KL mean", "same top-1"} <= set(re.split("  +", heads))
             assert re.search(r"GPTQ-4bit-32g .*\d\.\d{4} ± [\d.]+ .*\d\d\.\d ± [\d.]+ %", row), row
+        assert not [line for line in lines if len(line) > width and " " in line and "/" not in line]
+        if verb == "release":
+            assert any(re.match(r"(gptq 4bit-32g  .*done|gptq 4bit-32g  +[\d.]+ [kM]B )", line) for line in lines), (
+                shown
+            )
         if verb == "verify":
             table = [line for line in lines if re.match(r"  \S.*  (yes|no) ", line)]
             assert len(table) > 3

@@ -21,6 +21,7 @@ from support.folders import contents
 from support.ggjt_models import Parts
 
 import quantkit
+from quantkit.options.values import has_driver
 
 HEAVY = {"torch", "transformers"}
 # Runs commands one after another; says of each its exit code, what it said, and what is imported by then.
@@ -218,6 +219,8 @@ OTHERS = {
     "compare plain plain --out x": "plain is named twice; compare each model once",
     "ggml plain --type q9_k": "--type q9_k: choose auto, f32",
     "ggml plain --type q4_0 --imatrix nowhere": "nowhere: no such file; give an importance matrix",
+    "gptq plain --ggml q4_0 --out model.gguf": "--out model.gguf is a file's name, and a folder is written",
+    "eval plain --out x --task hellaswagg": "--task hellaswagg: no such task; near it are hellaswag,",
     "generate plain --prompts full --out x": "--prompts full: no file of prompts",
     "card codes --report nowhere": "nowhere: no such file; give a report.json of `quantkit compare`",
     "card codes --eval nowhere": "nowhere: no such file; give results of `quantkit eval`",
@@ -233,6 +236,7 @@ OTHERS = {
     "release data.yaml": "data.yaml: no such data: 'nosuch'",
     "release text.yaml": "text.yaml: no such data: 'nosuch'",
     "release kind.yaml": "kind.yaml: variants: 0: choose gptq, ",
+    "release type.yaml": "type.yaml: variants: 0: ggjt: type: choose auto, f32",
     "release keys.yaml": "keys.yaml: variants: 0: gptq: bitts: no such key; did you mean bits?",
 }
 RECIPES = {
@@ -240,6 +244,7 @@ RECIPES = {
     "data": "calibration: {data: nosuch}\nvariants: [{kind: gptq}]",
     "text": "evaluation: {texts: [nosuch]}\nvariants: [{kind: gptq}]",
     "kind": "variants: [{kind: exl3}]",
+    "type": "variants: [{kind: ggjt, type: q4_9}]",
     "keys": "variants: [{kind: gptq, bitts: 4}]",
 }
 
@@ -292,3 +297,9 @@ def test_what_is_no_model(desk: Path) -> None:
 
 def test_other_mistakes(desk: Path) -> None:
     refused({command: (2, said) for command, said in OTHERS.items()}, desk)
+
+
+@pytest.mark.skipif(has_driver(), reason="there may be a GPU here")
+def test_a_gpu_that_is_not_there(desk: Path) -> None:
+    said = "this machine's torch sees no CUDA GPU; use --device cpu"
+    refused({f"{command} --device cuda": (2, said) for command in ("gptq plain", "verify plain")}, desk)

@@ -16,15 +16,24 @@ from support.families import DISCOVERED
 from support.folders import contents
 
 import quantkit
+from quantkit.blocks import memory
+from quantkit.blocks.memory import MemoryPlan
 from quantkit.errors import UsageError
 from quantkit.quantize import gptq, token_weights
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.token_weights import StageWeights
 from quantkit.runs.landing import weights_file
 from quantkit.runs.places import folder_of
+from quantkit.runs.shared_weights import sharing_weights
 from quantkit.sources import open_source
 
-OPTIONS: dict[str, Any] = {"calibration": token_matrix(12, 256), "group_size": 32, "evaluate": False, "device": "cpu"}
+OPTIONS: dict[str, Any] = {
+    "calibration": token_matrix(12, 256),
+    "group_size": 32,
+    "evaluate": False,
+    "device": "cpu",
+    "effort": "fast",
+}
 WEIGHTED: dict[str, Any] = {**OPTIONS, "token_weights": True}
 
 
@@ -105,6 +114,36 @@ def test_damaged_weights_are_made_anew(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_runs_that_share_weights_make_them_once(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever codes they are for; another seed or text has others, and what is damaged is made anew."""
+    model, kept, made = make_model(), tmp_path / "kept", []
+    weigh = token_weights.weigh_tokens
+    monkeypatch.setattr(token_weights, "weigh_tokens", lambda *given: made.append(given[2]) or weigh(*given))
+    options = {
+        "four": WEIGHTED,
+        "three": {**WEIGHTED, "bits": 3, "correct": "auto"},
+        "seed": {**WEIGHTED, "seed": 1},
+        "text": {**WEIGHTED, "calibration": token_matrix(12, 256, seed=1)},
+    }
+    for name, given in options.items():
+        quantkit.gptq(model, tmp_path / f"{name} alone", **given)
+    assert made == [0, 0, 1, 0]
+    made.clear()
+    with sharing_weights(kept):
+        for name, given in options.items():
+            quantkit.gptq(model, tmp_path / name, **given)
+            assert contents(tmp_path / name) == contents(tmp_path / f"{name} alone")
+        assert made == [0, 1, 0]
+        for path in kept.rglob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1] + b"\1")
+        quantkit.gptq(model, tmp_path / "again", **WEIGHTED)
+        quantkit.gptq(model, tmp_path / "once more", **WEIGHTED)
+    assert made == [0, 1, 0, 0]
+    assert contents(tmp_path / "again") == contents(tmp_path / "once more") == contents(tmp_path / "four")
+
+
 def test_what_cannot_be_weighed_says_so(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
     model = make_model("gemma3n_text", **DISCOVERED["gemma3n_text"])
     quantkit.gptq(model, tmp_path / "out", progress=recorder, **WEIGHTED)
@@ -119,10 +158,24 @@ def test_plain_rounding_has_no_weights(make_model: MakeModel, tmp_path: Path) ->
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_dry_run_counts_the_states(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_no_plan_changes_the_bytes(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    model = make_model(family)
+    for name, plan in (("at-once", MemoryPlan(at_once=True)), ("by-block", MemoryPlan(head_rows=memory.SLICE))):
+        monkeypatch.setattr(token_weights, "plan_weighing", lambda *_, plan=plan: plan)
+        quantkit.gptq(model, tmp_path / name, **WEIGHTED)
+    assert contents(tmp_path / "at-once") == contents(tmp_path / "by-block")
+
+
+def test_a_dry_run_counts_the_states(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small model none are kept, for all of it is held with a batch's graph; else each block's in half."""
     options = {**OPTIONS, "calibration": token_matrix(1024, 256), "dry_run": True}
     model = make_model(num_hidden_layers=40)
-    plain, weighted = (quantkit.gptq(model, token_weights=on, **options).memory_bytes for on in (False, True))
-    width = open_source(model).config.hidden_size
-    assert weighted >= 40 * 1024 * 256 * width * 2
-    assert weighted > plain
+    states = 40 * 1024 * 256 * open_source(model).config.hidden_size * 2
+    plain, weighted = (quantkit.gptq(model, **{**options, "token_weights": on}).memory_bytes for on in (False, True))
+    assert plain <= weighted < states
+    monkeypatch.setattr(memory, "_SMALL", 0)
+    weighted = quantkit.gptq(model, **{**options, "token_weights": True}).memory_bytes
+    assert states < weighted < 1.5 * states

@@ -140,14 +140,15 @@ def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Pat
 @pytest.mark.parametrize(
     "more",
     [
-        ["--token-weights", "--correct", "auto"],
+        ["--effort", "best"],
+        ["--budget", "6bpw"],
         ["--ggml", "q5_0", "--pre", "gpt-2"],
         ["--act-order", "dynamic", "--bits", "8", "--asym"],
     ],
 )
 def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[str]) -> None:
     arguments = quantize("--deterministic", "--no-eval", *more, model="dense")
-    if "--ggml" in more:
+    if {"--ggml", "--budget"} & set(more):
         arguments = [a for a in arguments if a not in ("--group-size", "32")]
     for ranks in (1, 3):
         check_done(start(str(ranks), ranks, arguments))

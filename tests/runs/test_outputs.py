@@ -217,6 +217,22 @@ def test_a_file_whose_name_ends_as_a_folder(make_model: MakeModel, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_whose_name_ends_as_a_file(make_model: MakeModel, tmp_path: Path) -> None:
+    """`gptq --ggml` writes a folder, with the file in it."""
+    model, said = make_model("llama"), "is a file's name, and a folder is written; name a folder"
+    with pytest.raises(UsageError, match=rf"^out={tmp_path}/model\.gguf {said}$"):
+        quantkit.gptq(model, tmp_path / "model.gguf", ggml="q4_0", dry_run=True)
+    with pytest.raises(UsageError, match=said):
+        quantkit.convert(model, tmp_path / "model.safetensors", dry_run=True)
+    with pytest.raises(UsageError, match=said):
+        quantkit.compare(model, make_model("llama", seed=1), out=tmp_path / "report.html")
+    with pytest.raises(UsageError, match=said):
+        quantkit.repack(model, to="awq", out=tmp_path / "model.gguf")
+    with pytest.raises(SourceError, match="no name for how this tokenizer cuts"):  # a file's name is right there
+        quantkit.repack(model, to="gguf", out=tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("umask", [0o077, 0o002, 0o022])
 def test_the_umask_counts(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,19 @@ def asked(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return requests
+
+
+def test_a_folder_of_models_names_them(make_model: MakeModel, tiny_gguf: Path, tmp_path: Path) -> None:
+    shutil.copytree(make_model(), tmp_path / "tiny")
+    shutil.copy(tiny_gguf, tmp_path / "tiny.gguf")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    (tmp_path / "text").mkdir()
+    with pytest.raises(SourceError, match=r"no config\.json\); it holds models, name one of them: tiny, tiny\.gguf$"):
+        open_source(tmp_path)
+    for number in range(9):
+        (tmp_path / f"other{number}.gguf").symlink_to("tiny.gguf")
+    with pytest.raises(SourceError, match=r": other0\.gguf, .*, other5\.gguf and 5 more$"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(("revision", "label"), [(None, "someone/Tiny-Llama"), ("v1.0", "someone/Tiny-Llama@v1.0")])

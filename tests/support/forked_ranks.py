@@ -81,6 +81,9 @@ class ForkedRanks:
 
 
 def serve() -> None:
+    import torch.distributed  # noqa: F401  # quantkit imports neither before it computes
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     import quantkit.verbs.gptq  # noqa: F401
 
     for line in sys.stdin:

@@ -11,7 +11,8 @@ import torch
 
 from quantkit.containers.describe import Inspection
 from quantkit.evaluate.statistics import KlDivergence, ModelResult, Numbers
-from quantkit.quantize.blockwise import LayerStatistics
+from quantkit.quantize.allocate import Share, Spent
+from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.tuning import RefiningReport
 from quantkit.report import Report
 from quantkit.runs.steps import Outcome
@@ -63,11 +64,15 @@ GPTQ = GptqReport(
     bytes=123456789,
     memory_bytes=2345678901,
     multiplications=4_000_000_000_000,
+    shared_multiplications=3_000_000_000_000,
     memory_remark="hidden states go to the disk",
     dry_run=True,
 )
 LAYERS = [LayerStatistics("model.layers.0.q_proj", 0.5, 1.25, 0.1, "", 2048, 0.75)]
 REFINED = RefiningReport(0.15, 0.125, step=24, steps=32, windows=16)
+SHARES = [Share(3, 64, 0.25), Share(4, 64, 0.7375), Share(8, 128, 0.0125), Share(8, -1, 0.0)]
+SPENT = Spent("4.5bpw", 87_000_000, 173_000_000, SHARES, 4, 64, 4.499, 116_000_000, 0.0987654, 0.00001)
+UNSPENT = replace(SPENT, shares=[replace(share, weights=None) for share in SHARES], bits=3, predicted=None, gap=None)
 PART = Part(
     dataset="fox.jsonl",
     dataset_sha256="ab" * 32,
@@ -277,6 +282,10 @@ CASES: dict[str, Report] = {
     "ggml, dry run": replace(GGML, dry_run=True),
     "gptq": replace(GPTQ, dry_run=False, layers=LAYERS, evaluation=COMPARED, refined=REFINED, seconds=99.5),
     "gptq, dry run": GPTQ,
+    "gptq to a budget": replace(
+        GPTQ, dry_run=False, layers=LAYERS, budget=SPENT, predicted=0.1, evaluation=COMPARED, seconds=99.5
+    ),
+    "gptq to a budget, dry run": replace(GPTQ, budget=UNSPENT),
     "gptq to a file": replace(GPTQ, ggml="q4_k_m", memory_remark=None),
     "imatrix": IMATRIX,
     "imatrix, dry run": replace(IMATRIX, dry_run=True, unseen={}),

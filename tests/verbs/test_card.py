@@ -833,6 +833,14 @@ def test_names_are_quoted_for_where_they_stand() -> None:
         ({"method": "round", "bits": 3}, {"calibration": {}}, ["quantkit gptq m --method round --bits 3"]),
         ({"type": "q4_k_m", "imatrix": None}, {}, ["quantkit ggml m --type q4_k_m --imatrix i.gguf"]),
         ({"bits": 4, "ggml": 5}, {"written": {}, "calibration": 3}, ["quantkit gptq m --ggml 5 --bits 4"]),
+        (
+            {"bits": 4, "ggml": "q4_1"},
+            {"written": {"type": "q4_1", "container": "ggjt"}},
+            [
+                "quantkit gptq m --ggml q4_1 --bits 4 --out CODES-Q4_1",  # beside those of other types
+                "quantkit ggml CODES-Q4_1/m-GPTQ-Q4_1.gguf --type q4_1 --container ggjt",
+            ],
+        ),
         ({"neither": 1}, {}, []),
     ],
 )

@@ -212,8 +212,12 @@ def test_another_vocabulary_has_no_divergence(family: dict[str, Path], texts: li
 def test_texts_keep_their_own_default_length(family: dict[str, Path], texts: list[Path], tmp_path: Path) -> None:
     wiki = passage(tmp_path / "wiki.raw", 5, 9000)
     long = passage(tmp_path / "long.txt", 6, 1500)
+    models = [shutil.copytree(family[name], tmp_path / name) for name in ("reference", "noisy")]
+    for model in models:
+        config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
+        (model / "config.json").write_text(json.dumps(config))
     found = quantkit.compare(
-        family["reference"], [family["gguf"]], out=tmp_path / "out", texts=[f"wikitext2:{wiki}", str(long)], plots=False
+        models[0], models[1], out=tmp_path / "out", texts=[f"wikitext2:{wiki}", str(long)], plots=False
     )
     assert [(text.name, text.seq_len) for text in found.texts] == [("wikitext2", 2048), ("long.txt", 512)]
 

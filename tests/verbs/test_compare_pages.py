@@ -186,6 +186,8 @@ def test_plots_of_variants_that_lose_nothing() -> None:
 def test_short_names() -> None:
     assert short_names(["a-b-Q4_0", "a-b-Q5_0"]) == ["Q4_0", "Q5_0"]
     assert short_names(["a-b", "a-b-c"]) == ["b", "b-c"]
+    assert short_names(["W-1.0", "W-1.0-Q4", "W-1.0.q5"]) == ["1.0", "1.0-Q4", "1.0.q5"]  # "0" would be no name
+    assert short_names(["W-1.q4", "W-1.q5"]) == ["q4", "q5"]
     assert short_names(["model-Q4_0"]) == ["model-Q4_0"]
     assert short_names(["x" * 50, "y" * 50]) == [f"{'x' * 16}…{'x' * 16}", f"{'y' * 16}…{'y' * 16}"]
     alike = ["a" * 20 + letter + "b" * 20 for letter in "xy"]

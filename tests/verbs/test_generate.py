@@ -26,6 +26,7 @@ from support.tolerance import forward
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import quantkit
+from quantkit.blocks.budget import Budget
 from quantkit.blocks.pair import DeltaSource
 from quantkit.blocks.whole import load_model
 from quantkit.cli import app as cli
@@ -658,6 +659,17 @@ def test_a_dry_run_reads_the_prompts_and_writes_nothing(model: Path, prompts: Pa
     done = run(model, prompts, tmp_path / "out")
     assert (report.prompt_tokens, report.longest_prompt) == (done.prompt_tokens, done.longest_prompt)
     assert report.dry_run
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_model_that_does_not_fit_in_is_told_before_it_is_loaded(
+    dry_run: bool, model: Path, prompts: Path, tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantkit.blocks.stream.free_budget", lambda device: Budget(1000))
+    run(model, prompts, tmp_path / "out", dry_run=dry_run, progress=recorder)
+    assert len(recorder.warnings) == 1
+    said = r"the model is loaded whole, and tiny-llama takes [\d.]+ [kM]B in float32, where 1\.0 kB can be counted on"
+    assert re.fullmatch(said, recorder.warnings[0])
 
 
 def test_the_command(

@@ -25,6 +25,7 @@ from support.wizard import stored, wizard
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.quantize import token_weights
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
 from quantkit.verbs.generate.speaker import Speaker
@@ -206,6 +207,22 @@ def test_what_is_done_is_not_done_again(small: Path, tmp_path: Path) -> None:
     assert (mended["gptq 8bit-32g"], mended["reference"], mended["compare"]) == ("done", "unchanged", "unchanged")
 
 
+def test_variants_share_the_weights_of_tokens(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made once, and each variant is what it is alone."""
+    variants = [f"  - {{kind: gptq, bits: {bits}, group_size: 32, token_weights: true}}\n" for bits in (4, 8)]
+    recipe, made = SMALL[: SMALL.index("  - {kind")], []
+    small.write_text(recipe + variants[1])
+    quantkit.release(small, tmp_path / "alone")
+    weigh = token_weights.weigh_tokens
+    monkeypatch.setattr(token_weights, "weigh_tokens", lambda *given: made.append(given) or weigh(*given))
+    small.write_text(recipe + "".join(variants))
+    assert set(statuses(quantkit.release(small, tmp_path / "both")).values()) == {"done"}
+    assert len(made) == 1
+    alone, both = contents(tmp_path / "alone"), contents(tmp_path / "both")
+    file = "Tiny-GPTQ-8bit-32g/model.safetensors"
+    assert both[file] == alone[file]
+
+
 def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantkit.release(small, out)
@@ -306,6 +323,8 @@ def test_a_part_takes_what_its_verb_says(small: Path, tmp_path: Path) -> None:
     weighed = quantkit.imatrix(model, file, **drawn)
     assert held.memory_bytes > 0
     assert 0 < weighed.multiplications < codes.multiplications
+    quick = quantkit.gptq(model, file, ggml="q8_0", pre="gpt-2", effort="fast", **drawn)
+    assert codes.multiplications - codes.shared_multiplications == quick.multiplications
     assert (parts["reference"].bytes, parts["reference"].memory_bytes) == (held.bytes, held.memory_bytes)
     assert (parts["gguf Q8_0"].bytes, parts["gguf Q8_0"].memory_bytes) == (codes.bytes, codes.memory_bytes)
     most = max(rounded.memory_bytes, weighed.memory_bytes)
@@ -320,9 +339,10 @@ def test_answers_to_prompts_are_forecast_and_gone_on_with(
     (tmp_path / "asked.jsonl").write_text('{"prompt": "the fox"}\n{"prompt": "the dog"}\n')
     asking = "seq_len: 64, prompts: asked.jsonl, max_new_tokens: 4}\nvariants"
     small.write_text(SMALL.replace("seq_len: 64}\n\nvariants", asking))
-    forecast = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts[-1]
-    assert forecast.name == "compare"
-    assert forecast.seconds > before.seconds
+    *_, compared, answered = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts
+    assert (compared.name, compared.seconds) == ("compare", before.seconds)
+    assert answered.name == "answers to prompts"
+    assert answered.seconds > 0
     whole, batches = Speaker.answer, []
 
     def stopping(self: Speaker, *given: Any) -> Any:

@@ -131,9 +131,7 @@ def test_imatrix_has_sums_for_every_linear(family: Family) -> None:
 
 
 def test_perplexity_is_what_gptq_found(family: Family) -> None:
-    found = quantkit.perplexity(
-        [family.quantized.out], against=family.tuned, text=str(family.text), seq_len=512, device="cpu"
-    )
+    found = quantkit.perplexity([family.quantized.out], against=family.tuned, text=str(family.text), device="cpu")
     assert isinstance(found, PerplexityReport)
     assert family.quantized.evaluation is not None
     assert found.results[1].perplexity == pytest.approx(family.quantized.evaluation.results[1].perplexity, rel=1e-6)

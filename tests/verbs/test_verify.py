@@ -869,6 +869,8 @@ PROGRAMS: list[tuple[dict[str, Any], dict[str, Any], str, bool, str]] = [
     ({}, {"group_size": 64, "act_order": "dynamic"}, "AutoGPTQ", True, ""),
     ({}, {"group_size": 16}, "vLLM", False, "not 16"),
     ({}, {"exclude": ["*.k_proj"]}, "vLLM", False, "differ in precision"),
+    ({}, {"override": ["*.{q,k,v}_proj=bits:8"]}, "vLLM", False, "it looks up model.layers.0.self_attn.qkv_proj"),
+    ({}, {"override": ["*.{q,k,v,qkv}_proj=bits:8"]}, "vLLM", True, ""),
     ({"family": "mixtral"}, {}, "transformers", False, "experts unquantized"),
     ({"family": "mixtral"}, {}, "GPTQModel", False, "Mixtral's experts"),
     (

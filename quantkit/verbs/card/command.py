@@ -12,7 +12,7 @@ from quantkit.options.verbs import Convert, Ggml, Gptq, Imatrix, Merge, Repack
 from quantkit.sources import variant_name
 from quantkit.tokens.datasets import KNOWN_HUB
 
-_CODES = "CODES"  # the folder of a run whose codes another command takes
+_CODES = "CODES"  # begins the name of the folder of a run whose codes another command takes
 
 
 def commands_of(record: Mapping[str, Any], imatrix: str | None = None) -> list[str]:
@@ -42,8 +42,9 @@ def _commands(record: Mapping[str, Any], imatrix: str | None) -> list[str]:
         written, ggml = record.get("written"), recipe.get("ggml")
         if not isinstance(written, dict) or not isinstance(ggml, str):
             return [_command(Gptq, names, options)]
-        codes = f"{_CODES}/{variant_name(str(source['model']))}-{METHODS['gptq'].label}-{ggml.upper()}.gguf"
-        return [_command(Gptq, names, {**options, "out": _CODES}), _command(Ggml, [codes], written)]
+        folder = f"{_CODES}-{ggml.upper()}"  # a card has those of several files one below the other
+        codes = f"{folder}/{variant_name(str(source['model']))}-{METHODS['gptq'].label}-{ggml.upper()}.gguf"
+        return [_command(Gptq, names, {**options, "out": folder}), _command(Ggml, [codes], written)]
     if "repack" in recipe:
         return [_command(Repack, names, {**recipe, "to": recipe["repack"]})]
     if "type" in recipe:

@@ -25,6 +25,7 @@ from quantkit.verbs.eval.tasks import (
     SUITES,
     TaskResult,
     check_answers,
+    check_names,
     every_number,
     load_tasks,
     number_of,
@@ -95,12 +96,13 @@ def eval(options: Eval, *, progress: Progress = SILENT) -> EvalReport:
         QuantkitError: a data set cannot be had, its questions have no answers, or the model failed.
     """
     started = time.perf_counter()
-    register()
     task = options.task
     if options.fewshot is not None and not task:
         raise UsageError("--fewshot is for tasks given with --task; a suite has its own")
     suite = next(iter(SUITES)) if options.suite is None and not task else options.suite
     folder = None if options.tasks_dir is None else Path(options.tasks_dir).expanduser().resolve()
+    check_names(task, folder)
+    register()
     trusted = folder is None or options.trust_remote_code  # the harness's own tasks are its own code
     if folder is not None and not trusted:
         check_tasks(folder)

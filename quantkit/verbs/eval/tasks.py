@@ -8,12 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError, UsageError, first_line
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner and name; not a path, nor a kind of file
+_NAMED = re.compile(rb"^(?:task|group|tag): *[\"']?([^\s\"'#\[]+)", re.MULTILINE)  # as a task's file says it
 _SEED = 1234  # the harness's own choice, which decides on the examples before a question
 
 
@@ -82,6 +84,35 @@ class TaskResult:
     config: str | None = None  # files of before have none
 
 
+def check_names(names: Sequence[str], folder: Path | None) -> None:
+    """Refuse names that stand in no file of the harness's tasks nor of `folder`: without importing the harness, or
+    reading its thousands of files as YAML, which take many seconds.
+
+    Raises:
+        UsageError: no task of a name.
+    """
+    found = find_spec("lm_eval")
+    known, strange = set(), {name.encode() for name in names}
+    if found is None:
+        return
+    for root in [*(found.submodule_search_locations or ()), *([folder] if folder else [])]:
+        for path in Path(root).rglob("*.y*ml"):
+            if not strange:
+                return
+            content = path.read_bytes() if path.is_file() else b""
+            strange = {name for name in strange if name not in content}
+            known.update(_NAMED.findall(content))
+    for name in names:
+        if name.encode() in strange:
+            raise _no_task(name, [one.decode(errors="replace") for one in known])
+
+
+def _no_task(name: str, known: Sequence[str]) -> UsageError:
+    near = ", ".join(difflib.get_close_matches(name, known, 3))
+    hint = f"near it are {near}" if near else "`lm_eval ls tasks` lists them"
+    return UsageError(f"--task {name}: no such task; {hint}")
+
+
 def load_tasks(names: Sequence[str], measures: Sequence[Measure], folder: Path | None) -> dict[str, Any]:
     """The harness's tasks of a suite and by name, with their data; `folder` holds more of them, or others of a name.
 
@@ -103,9 +134,7 @@ def load_tasks(names: Sequence[str], measures: Sequence[Measure], folder: Path |
             manager = TaskManager(include_path=folder)
     for name in wanted:
         if name not in manager.all_tasks:
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3))
-            hint = f"near it are {near}" if near else "`lm_eval ls tasks` lists them"
-            raise UsageError(f"--task {name}: no such task; {hint}")
+            raise _no_task(name, manager.all_tasks)
     try:
         with redirect_stdout(sys.stderr), chdir(folder or Path.cwd()):
             loaded: dict[str, Any] = dict(manager.load(wanted))

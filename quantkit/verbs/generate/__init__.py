@@ -11,7 +11,7 @@ from typing import Any
 
 from quantkit.blocks.open import named, note_source, open_stream
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.whole import load_on_kernels
+from quantkit.blocks.whole import load_on_kernels, note_room
 from quantkit.options import Decoding
 from quantkit.options.verbs import Generate
 from quantkit.progress import SILENT, Progress, counted
@@ -95,6 +95,7 @@ def generate(options: Generate, *, progress: Progress = SILENT) -> GenerateRepor
     longest = max(len(request.ids) for request in requests)
     report = GenerateReport(target, speaker.template, None, len(wanted), 0, {}, 0, 0, longest, dry_run=options.dry_run)
     if options.dry_run:
+        note_room(stream, progress)
         return replace(report, prompt_tokens=sum(len(request.ids) for request in requests))
     settings = {"recipe": _recipe(speaker, stream, options.system), **origin(stream.source)}
     done = begun(target, settings, wanted) if options.resume else 0

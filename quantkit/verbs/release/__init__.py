@@ -114,7 +114,7 @@ def release(options: Release, *, progress: Progress = SILENT) -> ReleaseReport:
         forecasts = [forecaster.reference(), *map(forecaster.variant, plan.variants)]
         if options.dry_run:
             made = sum(part.refused is None for part in forecasts)
-            return ReleaseReport(place, [*forecasts, forecaster.comparison(made)], dry_run=True)
+            return ReleaseReport(place, [*forecasts, *forecaster.comparison(made)], dry_run=True)
     refused = {forecast.name: forecast.refused for forecast in forecasts if forecast.refused is not None}
     makeable = [variant for variant in plan.variants if step_name(variant) not in refused]
     lost = []

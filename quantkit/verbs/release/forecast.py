@@ -68,6 +68,7 @@ class Forecaster:
         self._drawn: dict[str, Any] = {"samples": drawn.samples, "seq_len": drawn.seq_len}
         self._device = resolve_device("auto")
         self._rate = _multiplications_per_second(self._device)
+        self._weighed = False  # what variants share is told of the first that needs it
 
     def reference(self) -> Forecast:
         """Of the full-precision folder. Raises QuantkitError: it cannot be made, and so nothing can."""
@@ -83,11 +84,13 @@ class Forecaster:
             return Forecast(step_name(variant), refused=str(error))
         made, memory = steps[-1], max(step.memory_bytes for step in steps)
         operations = sum(step.multiplications for step in steps if not isinstance(step, GgmlReport))
+        shared = sum(step.shared_multiplications for step in steps if isinstance(step, GptqReport))
+        operations, self._weighed = operations - shared * self._weighed, self._weighed or shared > 0
         seconds = _OVER_FLOOR * operations / self._rate + _WRITING * made.bytes / 1e9
         return Forecast(step_name(variant), made.bytes, memory, seconds)
 
-    def comparison(self, models: int) -> Forecast:
-        """Of one pass over so many models on all texts."""
+    def comparison(self, models: int) -> list[Forecast]:
+        """Of one pass over so many models on all texts, and of their answers where there are prompts."""
         recipe, source = self._recipe.evaluation, self._source
         tokens = 0
         for text in recipe.texts:
@@ -98,12 +101,13 @@ class Forecaster:
         width, weights = int(config.hidden_size), sum(rows * columns for _, (rows, columns) in stream.linears())
         head = int(config.vocab_size) * width
         memory = models * 4 * (tokens * width + head + weights // len(stream.blocks))
-        passed = tokens * _OVER_FLOOR
+        a_token = models * (weights + head) / self._rate
+        parts = [Forecast("compare", 0, memory, tokens * _OVER_FLOOR * a_token)]
         questions = Questions.of(recipe, "auto", [source])
-        if questions is not None:
-            memory = max(memory, 4 * (weights + head))  # a whole model at a time
-            passed += questions.tokens * _ANSWERING
-        return Forecast("compare", 0, memory, passed * models * (weights + head) / self._rate)
+        if questions is not None:  # a whole model at a time
+            answering = questions.tokens * _ANSWERING * a_token
+            parts.append(Forecast("answers to prompts", 0, 4 * (weights + head), answering))
+        return parts
 
     def _steps(self, variant: AnyVariant) -> list[GptqReport | ImatrixReport | GgmlReport]:
         """What the verbs would do for a variant, the one that writes it at the end."""

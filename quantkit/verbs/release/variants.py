@@ -20,6 +20,7 @@ from quantkit.runs.ledger import Ledger
 from quantkit.runs.outputs import ChangedError, Staging, staged_folder
 from quantkit.runs.record import checksums, origin
 from quantkit.runs.records import read_record
+from quantkit.runs.shared_weights import sharing_weights
 from quantkit.runs.steps import Step
 from quantkit.sources import default_source, open_source, variant_name
 from quantkit.tokens import TextIndex, TokenMatrix, draw, load_calibration
@@ -169,12 +170,13 @@ class Workshop:
 
     def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str], again: bool) -> None:
         given = {**options, "calibration": self._calibration.matrix, "evaluate": False, **self._common}
-        try:
-            landed = bool(Staging(folder).landed)
-            gptq(self.reference, folder, **given, resume=landed, force=again and not landed)
-        except ChangedError as error:
-            self._common["progress"].note(f"  starting anew: {error}")
-            gptq(self.reference, folder, **given, force=True)
+        with sharing_weights(self._hidden / "weights"):
+            try:
+                landed = bool(Staging(folder).landed)
+                gptq(self.reference, folder, **given, resume=landed, force=again and not landed)
+            except ChangedError as error:
+                self._common["progress"].note(f"  starting anew: {error}")
+                gptq(self.reference, folder, **given, force=True)
 
     def _add_calibrated(self, step: Step) -> None:
         """Add a step whose output the calibration decides too, once."""
@@ -244,7 +246,9 @@ class Workshop:
     def _add_codes(self, variant: GgufVariant | GgjtVariant) -> Made:
         """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
         options = codes_options(variant, self._recipe)
-        told = "".join(f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto"))
+        told = "".join(
+            f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto", "standard")
+        )
         name = f"codes {variant.title}{told}"
         folder = self._hidden / "files" / name.replace(" ", "-")
         # Not optional: what is told of it is why the variants are missing that need it.
@@ -321,7 +325,7 @@ def codes_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[st
     a type of its own: of most mixtures the output is Q6_K, which ggjt has no place for.
     """
     ends = {"embedding_type": "f32", "output_type": "f32"} if recipe.shares(variant) else ends_of(variant)
-    return {"ggml": variant.type, **ends}
+    return {"ggml": variant.type, "effort": variant.effort, **ends}
 
 
 def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantkit import late
-from quantkit.blocks.families import FAMILIES
+from quantkit.blocks.families import FAMILIES, FUSED
 from quantkit.containers import CONTAINERS, load
 from quantkit.containers.compressed.scheme import Scheme, schemes_of
 from quantkit.containers.gptq.read import is_by_gptqmodel
@@ -52,8 +52,6 @@ _AUTOGPTQ = ("falcon", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt",
 _EXLLAMA2 = ("gemma2", "granite", "gpt2", "llama", "mistral", "mixtral", "phi3", "qwen2", "starcoder2")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _MARLIN_GROUPS = (-1, 32, 64, 128)
-# Linears that vLLM and SGLang fuse into one, which then has one precision.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # Fields of a config that change what a model computes, and that transformers may not read from GGUF files.
 _DEFAULTS = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_bias"), "biases"),
@@ -224,6 +222,22 @@ def vllm(facts: Facts) -> Iterator[str]:
     if odd := sorted({linear.bits for linear in facts.packed} - {4, 8}):
         yield f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
     yield from _by_marlin(facts)
+    yield from _by_fused_names(facts)
+
+
+def _by_fused_names(facts: Facts) -> Iterator[str]:
+    """What it fuses it looks up under one name, which rules must match as well."""
+    known = {linear.module for linear in facts.packed}
+    names = {part: (parts, whole) for parts, whole in FUSED.items() for part in parts}
+    for linear in facts.packed if facts.label.get("dynamic") else ():
+        parts, whole = names.get(linear.name, ((), ""))
+        stem = linear.module.removesuffix(linear.name)
+        if not parts or ".experts." in stem or not known.issuperset(stem + part for part in parts):
+            continue
+        told = [label_of(module, facts.label) or {} for module in (linear.module, stem + whole)]
+        if any(told[0].get(key) != told[1].get(key) for key in ("bits", "group_size")):
+            yield f"it looks up {stem}{whole}, of which the `dynamic` rules say something else than of {linear.name}"
+            return
 
 
 def _by_marlin(facts: Facts) -> Iterator[str]:
@@ -237,7 +251,7 @@ def _by_marlin(facts: Facts) -> Iterator[str]:
         parent, _, name = linear.module.rpartition(".")
         by_parent[parent][name] = linear
     for parent, children in by_parent.items():
-        for fused in _FUSED:
+        for fused in FUSED:
             precisions = {(children[name].bits, children[name].group) for name in fused if name in children}
             if len(precisions) > 1:
                 yield f"{'/'.join(fused)} of {parent} differ in precision, and it fuses them"

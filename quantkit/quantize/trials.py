@@ -1,0 +1,168 @@
+"""What each candidate of a Linear would cost the model: a pass over the unquantized one, before anything is quantized.
+
+Stages are gathered as they are for quantizing, and each Linear is quantized to all of its candidates with one factor
+of the stage's Hessian; its weight stays as it is. The errors are judged by tokens that were held out (`holdout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantkit.blocks.budget import Budget
+from quantkit.blocks.stages import Reading
+from quantkit.blocks.stream import ModelStream
+from quantkit.codes import Codes, LinearPlan, Plan
+from quantkit.errors import NumericError, UsageError
+from quantkit.late import torch
+from quantkit.options import QuantSpec
+from quantkit.progress import Progress
+from quantkit.quantize.allocate import Allocator, Spent
+from quantkit.quantize.blockwise import StageWork, quantize_blocks
+from quantkit.quantize.gptq import SharedFactor
+from quantkit.quantize.hessian import row_losses
+from quantkit.quantize.holdout import HeldOutSums
+from quantkit.quantize.methods import Sums
+from quantkit.quantize.sharing import Sharing
+from quantkit.quantize.targets import Target
+from quantkit.quantize.token_weights import TokenWeights, of_first
+from quantkit.runs.journal import Journal
+from quantkit.runs.landing import land_choice, landed_choice
+
+_LOSSES = "losses."
+
+Trials = Mapping[str, Sequence[QuantSpec]]
+"""What each Linear is tried with, by its published name; specs differ in grids alone."""
+
+
+def trial_losses(
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    trials: Trials,
+    weights: TokenWeights,
+    budget: Budget,
+    sharing: Sharing,
+    progress: Progress,
+) -> dict[str, list[float]]:
+    """The mean KL divergence, in nats, that each candidate of each Linear is predicted to make; alike on all ranks.
+
+    Args:
+        tokens: int64 [samples, seq_len], the calibration windows.
+        budget: what the pass may take, as `quantize_blocks` has it.
+
+    Raises:
+        NumericError: an activation that is not finite.
+        UsageError: a Linear of which no gradient is known.
+    """
+    shapes, found = dict(stream.linears()), dict[str, list[float]]()
+    plan: Plan = {
+        name: LinearPlan(shapes[name], specs[0].model_copy(update={"correct": 0.0})) for name, specs in trials.items()
+    }
+    work_of = partial(_TrialWork, trials, found)
+    arguments = stream, tokens, plan, lambda *_: None, budget, progress
+    quantize_blocks(*arguments, sharing=sharing, weights=weights, work_of=work_of)
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a run's Linears.
+
+    Attributes:
+        target: what their codes are written into.
+        spent: what to tell of it.
+        planned: each Linear's predicted divergence, in nats.
+    """
+
+    target: Target
+    spent: Spent
+    planned: Mapping[str, float]
+
+
+def chosen_for(
+    allocator: Allocator,
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    weights: TokenWeights | None,
+    folder: Path,
+    journal: Journal | None,
+    sharing: Sharing,
+    progress: Progress,
+) -> Choice:
+    """The choice that a run has in its folder, made now unless it has. All ranks call it alike.
+
+    Args:
+        journal: of the run; None on all ranks but the first.
+
+    Raises:
+        UsageError: a model without gradients, by which nothing can be chosen.
+    """
+    if weights is None:
+        raise UsageError("--budget: without gradients nothing tells what bits are worth; give --bits and --group-size")
+    ranks = sharing.ranks
+    kept = ranks.from_first(lambda: landed_choice(folder, of_first(journal)))
+    if kept is None:
+        budget = stream.budget // ranks.here
+        losses = trial_losses(stream, tokens, allocator.trials(), weights, budget, sharing, progress)
+
+        def choose() -> dict[str, torch.Tensor]:
+            known = {f"{_LOSSES}{name}": torch.tensor(own, dtype=torch.float32) for name, own in losses.items()}
+            with progress.phase("choosing", 1) as advance:
+                chosen, gap = allocator.choose(_losses(known))
+                advance(1)
+            decided = {**known, "chosen": torch.tensor(chosen, dtype=torch.int32), "gap": torch.tensor([gap])}
+            land_choice(folder, of_first(journal), decided)
+            return decided
+
+        kept = ranks.from_first(choose)
+    found, chosen = _losses(kept), kept["chosen"].tolist()
+    spent = allocator.spent(chosen, float(kept["gap"]), found)
+    planned = {
+        name: found[name][number] for unit, number in zip(allocator.units, chosen, strict=True) for name in unit.names
+    }
+    return Choice(allocator.target_with(chosen), spent, planned)
+
+
+def _losses(kept: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+    return {key.removeprefix(_LOSSES): own.tolist() for key, own in kept.items() if key.startswith(_LOSSES)}
+
+
+class _TrialWork(StageWork):
+    """Tries all candidates of a stage's Linears; puts what they lose into `found`."""
+
+    def __init__(self, trials: Trials, found: dict[str, list[float]], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._trials, self._found = trials, found
+
+    def _sums(self, columns: int, device: torch.device) -> Callable[[], Sums]:
+        return partial(HeldOutSums, columns, device)
+
+    def _beside(self, batch: int, read: Reading) -> list[Any]:
+        return [self._weighing.start + batch]
+
+    def quantize(self, stage: int) -> None:
+        modules, (H, judge), tokens, _ = self._finished(stage)
+        factor = SharedFactor()
+        stacks: dict[tuple[QuantSpec, ...], list[str]] = {}
+        for linear in modules:
+            stacks.setdefault(tuple(self._trials[self._names[linear]]), []).append(linear)
+        for specs, linears in stacks.items():
+            names, stored = [self._names[name] for name in linears], [self._stored(name).float() for name in linears]
+            for spec in specs:
+                try:
+                    solved = self._sharing.solve(factor, torch.cat(stored), H, spec)
+                except NumericError as error:
+                    raise NumericError(f"{', '.join(names)}: {error}") from None
+                found: Sequence[Codes] = solved.linear.split([len(W) for W in stored])
+                for name, W, codes in zip(names, stored, found, strict=True):
+                    loss = row_losses(W, codes, judge)
+                    self._found.setdefault(name, []).append(self._predicted(name, loss, tokens))
+
+    def _predicted(self, name: str, loss: torch.Tensor, tokens: int) -> float:
+        predicted = self._weighing.divergence(name, loss)
+        if predicted is None and tokens:
+            raise UsageError(f"--budget: no gradient is known of {name}, so nothing tells what its bits are worth")
+        return predicted or 0.0

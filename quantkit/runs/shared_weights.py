@@ -1,0 +1,62 @@
+"""Token weights that several runs share: those of one model on the same tokens are the same, whatever is made of it.
+
+FOLDER/FINGERPRINT/weights/00012.safetensors    as a run has them (`landing`)
+FOLDER/FINGERPRINT/quantkit.json                their checksums
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from quantkit.errors import SourceError
+from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json, sync, write_json
+from quantkit.runs.landing import weights_file
+from quantkit.runs.outputs import remove, staged_folder
+
+_FOLDER: ContextVar[Path | None] = ContextVar("_FOLDER", default=None)
+
+
+@contextmanager
+def sharing_weights(folder: Path) -> Iterator[None]:
+    """While inside, runs keep their token weights in `folder`, and take from there what another has made."""
+    token = _FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
+def take_weights(fingerprint: str, run: Path) -> list[str] | None:
+    """Copy what is kept of a fingerprint into a run's folder; checksums by block, None where nothing whole is kept."""
+    if (folder := _FOLDER.get()) is None:
+        return None
+    try:
+        checksums = [str(checksum) for checksum in read_json(folder / fingerprint / REPORT_NAME)["weights"]]
+        for index, checksum in enumerate(checksums):
+            _copy(folder / fingerprint, run, index)
+            if file_sha256(weights_file(run, index)) != checksum:
+                return None
+    except (SourceError, KeyError, OSError):
+        return None
+    return checksums
+
+
+def keep_weights(fingerprint: str, run: Path, checksums: Sequence[str]) -> None:
+    """Keep those of a run's folder. Raises OutputError."""
+    if (folder := _FOLDER.get()) is None:
+        return
+    remove(folder / fingerprint)  # not whole, or it would have been taken
+    with staged_folder(folder / fingerprint) as staged:
+        for index in range(len(checksums)):
+            _copy(run, staged, index)
+        write_json(staged / REPORT_NAME, {"weights": list(checksums)})
+
+
+def _copy(source: Path, target: Path, index: int) -> None:
+    weights_file(target, index).parent.mkdir(exist_ok=True)
+    shutil.copyfile(weights_file(source, index), weights_file(target, index))
+    sync(weights_file(target, index))

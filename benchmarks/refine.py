@@ -30,7 +30,7 @@ def main() -> None:
     usual = Settings()
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--best", action="store_true", help="of codes with token weights and corrected targets")
+    parser.add_argument("--best", action="store_true", help="of the codes of --effort best, not fast")
     parser.add_argument("--steps", type=int, default=usual.steps)
     parser.add_argument("--every", type=int, default=usual.every, help="steps between two judgements")
     parser.add_argument("--gains", type=float, default=usual.gains, help="0: they stay")
@@ -85,8 +85,7 @@ def _codes(
     out = args.work / f"refine-{args.bits}{'-best' if args.best else ''}-{args.samples}"
     if not out.exists():
         common_options = {"bits": args.bits, "group_size": args.group_size, "calibration": drawn, "dtype": "float32"}
-        more = {"token_weights": True, "correct": "auto"} if args.best else {}
-        quantkit.gptq(model, out, **common_options, **more, evaluate=False)
+        quantkit.gptq(model, out, **common_options, effort="best" if args.best else "fast", evaluate=False)
     source = open_source(out).codes
     assert source is not None
     blocks = range(len(stream.blocks))

@@ -294,3 +294,11 @@ def test_a_dry_run_counts_what_waits(make_model: MakeModel) -> None:
     assert needed >= 1024 * 256 * stream.source.config.hidden_size * (4 + 2)
     options = {**OPTIONS, "calibration": token_matrix(1024, 256), "dry_run": True}
     assert quantkit.gptq(model, refine=True, **options).memory_bytes >= needed
+
+
+def test_with_a_budget_the_chosen_codes_are_refined(make_model: MakeModel, tmp_path: Path) -> None:
+    options = {key: value for key, value in OPTIONS.items() if key not in ("group_size", "bits")}
+    report = quantkit.gptq(make_model(), tmp_path / "out", refine=True, budget="5bpw", **options)
+    assert report.budget is not None
+    assert report.refined is not None
+    assert held_out(tmp_path / "out") == (report.refined.before, report.refined.after)

@@ -25,12 +25,17 @@ from quantkit.evaluate.statistics import summarize
 from quantkit.options import QuantSpec
 from quantkit.sources import open_source
 
-# Rows of --ablate, by what quantkit is told beside the bits.
+# Rows, by what quantkit is told beside the bits; those of --ablate too.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "quantkit, fast": {"effort": "fast"},
+    "quantkit": {"effort": "standard"},
+    "quantkit, best": {"effort": "best"},
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "+ token weights": {"token_weights": True},
-    "+ corrected target": {"correct": "auto"},
-    "+ both": {"token_weights": True, "correct": "auto"},
-    "+ both, refined": {"token_weights": True, "correct": "auto", "refine": True},
+    "fast + target": {"effort": "fast", "correct": "auto"},
+    "weights + feedback": {"row_feedback": True},
+    "weights + target": {"correct": "auto"},
+    "best, refined": {"effort": "best", "refine": True},
 }
 
 
@@ -40,7 +45,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--eval-tokens", type=int, default=30720)
     parser.add_argument("--text", type=Path, default=common.DATA / "wiki.test.raw", help="text to judge on")
-    parser.add_argument("--ablate", action="store_true", help="rows with token weights and corrected targets too")
+    parser.add_argument("--ablate", action="store_true", help="rows with parts of an effort too")
     args = parser.parse_args()
     quantkit.tune()
 
@@ -67,8 +72,8 @@ def _measure(args: argparse.Namespace, model: Path, bits: int) -> dict[str, Any]
     if not variants["plain rounding"].exists():
         common.write_rounded(model, variants["plain rounding"], spec)
     seconds: dict[str, float] = {}
-    for label, options in {"quantkit": {}, **(ABLATIONS if args.ablate else {})}.items():
-        variants[label] = args.work / "-".join(["quantkit", str(bits), *options])
+    for label, options in (EFFORTS | ABLATIONS if args.ablate else EFFORTS).items():
+        variants[label] = args.work / "-".join(["quantkit", str(bits), *map(str, options.values())])
         common_options = {"bits": bits, "group_size": args.group_size, "calibration": tokens, "dtype": "float32"}
         started = time.process_time()
         quantkit.gptq(model, variants[label], **common_options, **options, evaluate=False, force=True)

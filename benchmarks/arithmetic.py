@@ -129,6 +129,7 @@ def quantize_once(args: argparse.Namespace, model: str, out: str, seed: str, dty
         model,
         out,
         bits=4,
+        effort="fast",
         group_size=64,
         samples=args.samples,
         seq_len=args.seq_len,

@@ -215,6 +215,7 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
             bits=spec.bits,
             group_size=spec.group_size,
             calibration=calibration,
+            effort="fast",
             evaluate=False,
             force=True,
         )

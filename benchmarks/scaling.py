@@ -105,6 +105,7 @@ def run_once(args: argparse.Namespace, blocks: int, samples: int) -> dict[str, A
         args.work / f"model-{blocks}",
         args.work / "out",
         calibration=TokenMatrix.of(tokens, "random"),
+        effort="fast",
         evaluate=False,
         device="cpu",
         force=True,

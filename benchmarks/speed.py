@@ -72,6 +72,7 @@ def quantize_once(args: argparse.Namespace, model: Path) -> dict[str, float]:
         bits=SPEC.bits,
         group_size=SPEC.group_size,
         calibration=tokens,
+        effort="fast",
         evaluate=False,
         force=True,
     )

@@ -1,8 +1,8 @@
 """What each calibration token counts in a stage's Hessian: the squared gradient of the model's loss at its outputs.
 
-With weights w the Hessian is ``sum w x x^T / sum w``, and what GPTQ minimises becomes, to second order and block by
-block, the divergence of the model's output (GuidedQuant, arXiv 2505.07004, with a group for each stage). Weights have
-the mean 1 over a stage; of an expert's over the tokens that it saw.
+With weights w, a power below 1 of that, the Hessian is ``sum w x x^T / sum w``, and what GPTQ minimises becomes, to
+second order and block by block, the divergence of the model's output (GuidedQuant, arXiv 2505.07004, with a group for
+each stage). Weights have the mean 1 over a stage; of an expert's over the tokens that it saw.
 
 They are a checkpoint of their own: files of a run's folder, one for each block, made once before the first block is
 quantized.
@@ -36,6 +36,7 @@ from quantkit.runs.shared_weights import keep_weights, take_weights
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 
 _BATCH_TOKENS = 1024  # as in `blockwise`
+_POWER = 0.75  # of the squares: one label drawn for each token is a noisy sample, and few tokens would count
 _GLANCE = 8  # tokens of a forward that only shows whether it has a gradient
 
 Tensors = Mapping[str, "torch.Tensor"]
@@ -355,7 +356,7 @@ def _tensors(
             tensors[f"{number}.tokens"] = torch.cat(numbers).to(torch.int32)
         elif any(len(one.squares) != ids.numel() for one, ids in zip(seen, batches, strict=True)):
             continue  # no gradient, or of tokens that nobody knows the numbers of: all count the same
-        tensors[f"{number}.weights"] = _mean_one(torch.cat([one.squares for one in seen]))
+        tensors[f"{number}.weights"] = _mean_one(torch.cat([one.squares for one in seen]).pow(_POWER))
         for k, name in enumerate(names):
             rows = torch.stack([one.rows[k] for one in seen]).sum(dim=0)
             tensors[f"{number}.rows.{stream.published(index, name)}"] = rows.float()
@@ -378,7 +379,7 @@ def _cosines(
     return found
 
 
-def _mean_one(squares: torch.Tensor) -> torch.Tensor:
-    """Squares float32 [n] over their mean; ones where that tells nothing."""
-    mean = squares.mean(dtype=torch.float64) if len(squares) else torch.tensor(0.0)
-    return (squares / mean).float() if 0 < float(mean) < float("inf") else torch.ones_like(squares)
+def _mean_one(weights: torch.Tensor) -> torch.Tensor:
+    """Weights float32 [n] over their mean; ones where that tells nothing."""
+    mean = weights.mean(dtype=torch.float64) if len(weights) else torch.tensor(0.0)
+    return (weights / mean).float() if 0 < float(mean) < float("inf") else torch.ones_like(weights)

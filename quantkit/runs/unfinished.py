@@ -132,10 +132,12 @@ def drop_unfinished(out: Path) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two JSON objects, such as "calibration seed: 0 then, 1 now"; "" where they are equal.
 
-    What only follows from something that is named, as the records do that a seed draws, is left out.
+    What only follows from something that is named, as the records do that a seed draws, is left out, and what stands in
+    two places, as a seed does that draws records and labels, is named once.
     """
     found = list(_differing(before, json.loads(json.dumps(now)), ""))
     causes = [text for text, follows in found if not follows] or [text for text, _ in found]
+    causes = list({text.partition(" ")[2]: text for text in causes}.values())
     more = f", and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
     return ", ".join(causes[:_SHOWN]) + more
 

@@ -53,7 +53,13 @@ from quantkit.verbs.gptq import GptqReport
 
 BLOCKS = 6
 TOKENS = token_matrix(12, 32)
-OPTIONS: dict[str, Any] = {"calibration": TOKENS, "group_size": 32, "evaluate": False, "checkpoint_every": "2"}
+OPTIONS: dict[str, Any] = {
+    "calibration": TOKENS,
+    "group_size": 32,
+    "evaluate": False,
+    "checkpoint_every": "2",
+    "effort": "fast",
+}
 
 
 class Stopped(Recorder):
@@ -391,7 +397,7 @@ def test_what_changed_is_named(
 def test_a_seed_is_named_and_not_what_follows_from_it(tmp_path: Path, model: Path) -> None:
     data = tmp_path / "data.txt"
     data.write_text("the quick brown fox jumps over the lazy dog while the user asks\n\n" * 200)
-    options = {"calibration": str(data), "samples": 8, "seq_len": 32}
+    options = {"calibration": str(data), "samples": 8, "seq_len": 32, "effort": "standard"}
     out = tmp_path / "out"
     stopped(model, out, 2, **options)
     with pytest.raises(ChangedError, match=r"\(calibration seed: 0 then, 1 now\)"):
@@ -947,7 +953,7 @@ while ends:
         if place.exists():
             check(place, [".out.unfinished"] if kept else ["out"])
         if kept:
-            check(place / ".out.unfinished", ["lock", "journal", "blocks", "hidden"])
+            check(place / ".out.unfinished", ["lock", "journal", "blocks", "hidden", "weights"])
         if status == 1:
             words.add(said.partition(" ")[2][:11])
             assert said.count("\n") == 1 and said.startswith("interrupted"), said

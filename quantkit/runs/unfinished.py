@@ -137,7 +137,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """
     found = list(_differing(before, json.loads(json.dumps(now)), ""))
     causes = [text for text, follows in found if not follows] or [text for text, _ in found]
-    causes = list({text.partition(" ")[2]: text for text in causes}.values())
+    causes = list({_named(text): text for text in causes}.values())
     more = f", and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
     return ", ".join(causes[:_SHOWN]) + more
 
@@ -153,6 +153,12 @@ def _differing(before: Any, now: Any, above: str) -> Iterator[tuple[str, bool]]:
             yield f"{above}: others now", True
         else:
             yield f"{above}: {_shown(before)} then, {_shown(now)} now", name in ("tokens_sha256", "dropped")
+
+
+def _named(difference: str) -> tuple[str, str]:
+    """The last name of a path, and what became of its value."""
+    path, _, values = difference.partition(": ")
+    return path.rpartition(" ")[2], values
 
 
 def _shown(value: Any) -> str:

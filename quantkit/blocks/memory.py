@@ -189,8 +189,7 @@ def plan_weighing(
     block = _largest_block(stream, quantized=False)
     vocabulary, row = _ends(stream)
     hidden = tokens * row
-    half = 1 if keeps_exact(stream, batch_tokens) else stream.dtype.itemsize // 2
-    kept = tokens * len(stream.blocks) * row // half
+    kept = kept_bytes(stream, tokens, batch_tokens)
     graph = _GRAPH * _widest(stream)
     weights, all_graphs = _all_blocks(stream, batch_tokens)
     outputs = sum(rows for _, (rows, _) in stream.linears())
@@ -222,6 +221,12 @@ def plan_weighing(
         for prefetch, abreast in product((True, False), (True, False))
     ]
     return _first_that_fits(ways, takes, budget)
+
+
+def kept_bytes(stream: ModelStream, tokens: int, batch_tokens: int) -> int:
+    """What enters each block, of so many tokens, as a pass back through the blocks keeps it."""
+    half = 1 if keeps_exact(stream, batch_tokens) else stream.dtype.itemsize // 2
+    return tokens * len(stream.blocks) * _ends(stream)[1] // half
 
 
 def fed_rows(stream: ModelStream) -> list[int]:

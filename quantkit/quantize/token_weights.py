@@ -10,6 +10,8 @@ quantized.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,13 +24,13 @@ import numpy as np
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
-from quantkit.blocks.memory import MemoryPlan, keeps_exact, most_fed_rows, plan_weighing
+from quantkit.blocks.memory import MemoryPlan, keeps_exact, kept_bytes, most_fed_rows, plan_weighing
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.errors import first_line
 from quantkit.late import torch
-from quantkit.progress import Progress
+from quantkit.progress import Progress, size
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_weights, landed_weights, weights_file
 from quantkit.runs.ranks import ALONE, Ranks
@@ -277,7 +279,8 @@ def weigh_tokens(
     ranks: Ranks = ALONE,
     products: bool = False,
 ) -> bool:
-    """Weights of every block, from the last to the first; False, and said why, where the model has no gradient.
+    """Weights of every block, from the last to the first; False, and said why, where the model has no gradient, or no
+    room is left for what the pass keeps.
 
     All ranks call it alike, each runs its share of the windows, and each gets all weights.
 
@@ -302,6 +305,14 @@ def weigh_tokens(
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
     memory = plan_weighing(stream, *sizes, budget, workers, products)
     memory.note(progress)
+    room = shutil.disk_usage(tempfile.gettempdir()).free // ranks.here
+    taken = kept_bytes(stream, *sizes)
+    if ranks.any(memory.kept == "disk" and room < taken):
+        progress.warn(
+            f"every token counts the same, since what enters the blocks takes {size(taken)} and the folder for "
+            f"temporary files has {size(room)} left: name another by TMPDIR, give fewer samples, or more memory"
+        )
+        return False
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
         exact = keeps_exact(stream, batches[0].numel())

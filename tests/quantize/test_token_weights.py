@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,18 @@ def test_what_cannot_be_weighed_says_so(make_model: MakeModel, tmp_path: Path, r
     model = make_model("gemma3n_text", **DISCOVERED["gemma3n_text"])
     quantkit.gptq(model, tmp_path / "out", progress=recorder, **WEIGHTED)
     assert [text for text in recorder.notes if text.startswith("every token counts the same, since gemma3n_text")]
+    quantkit.gptq(model, tmp_path / "plain", **OPTIONS)
+    assert contents(tmp_path / "out")["model.safetensors"] == contents(tmp_path / "plain")["model.safetensors"]
+
+
+def test_states_that_no_disk_has_room_for_are_told(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
+) -> None:
+    model, usage = make_model(), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(token_weights, "plan_weighing", lambda *_: MemoryPlan(kept="disk", head_rows=memory.SLICE))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    quantkit.gptq(model, tmp_path / "out", progress=recorder, **WEIGHTED)
+    assert [text for text in recorder.warnings if "has 1.0 kB left: name another by TMPDIR" in text]
     quantkit.gptq(model, tmp_path / "plain", **OPTIONS)
     assert contents(tmp_path / "out")["model.safetensors"] == contents(tmp_path / "plain")["model.safetensors"]
 

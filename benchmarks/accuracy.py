@@ -35,6 +35,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "fast + target": {"effort": "fast", "correct": "auto"},
     "weights + feedback": {"row_feedback": True},
     "weights + target": {"correct": "auto"},
+    "best, refined": {"effort": "best", "refine": True},
 }
 
 

@@ -237,6 +237,7 @@ def gptq(
     token_weights: bool | None = ...,
     row_feedback: bool | None = ...,
     correct: str | float | None = ...,
+    refine: bool = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,

@@ -21,10 +21,11 @@ from itertools import chain
 from threading import Lock, local
 from typing import Any
 
+from quantkit.blocks.backward import run_forward
 from quantkit.blocks.budget import let_go
 from quantkit.blocks.families import ROUTED, Stages, weight_of
 from quantkit.blocks.memory import SLICE, MemoryPlan
-from quantkit.blocks.states import HiddenStates
+from quantkit.blocks.states import HiddenStates, half
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
 from quantkit.late import nn, torch
@@ -215,28 +216,14 @@ def _kept_states(
     kept = HiddenStates(stream.device, memory.kept)
     with torch.no_grad(), progress.phase("weighing forwards", len(stream.blocks)) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
+
+        def keep(entering: HiddenStates) -> None:
+            for state in entering:
+                kept.append(state if exact else half(state))
+
         with stream.reading_ahead(memory.prefetch):
-            for index in range(len(stream.blocks)):
-                for state in hidden:
-                    kept.append(state if exact else _half(state))
-                with stream.block(index) as block:
-
-                    def forward(i: int, index: int = index, block: nn.Module = block) -> torch.Tensor:
-                        with torch.no_grad():  # in threads of their own too
-                            return stream.call(index, block, i, hidden.take(i))
-
-                    for i, output in workers.each(forward):
-                        hidden[i] = output
-                advance(1)
+            run_forward(stream, hidden, range(len(batches)), workers, entering=keep, advance=advance)
     return kept, hidden
-
-
-def _half(state: torch.Tensor) -> torch.Tensor:
-    """A state in half precision: float16, which is the finer one, unless its range is too small."""
-    if state.itemsize <= 2:
-        return state
-    fits = bool(state.abs().amax() < torch.finfo(torch.float16).max)
-    return state.to(torch.float16 if fits else torch.bfloat16)
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,10 @@ _SQUARES = 5  # float32 [in, in]: a Hessian, its sum, its permuted copy, its fac
 _CHUNK = 256  # positions whose logits are held at a time
 _LOGITS = 6  # of them: log-probabilities of two models, and what comes between
 _GRAPH = 6  # times the widest stage: what a block's forward keeps of a token for the way back
+_OFFSETS = (
+    7  # float32 numbers for each one that is tuned: two moments, gradient, where it is, was best, began, its unit
+)
+_SHARING = 32  # weights that have a scale in common, as a rule more
 _KEPT_LOGITS = 3  # of all positions' logits that are held at a time: themselves, a cap's, a slice's gradient
 _TABLES = 3  # of attention [heads, positions, positions] that is not fused: scores, their softmax and its cast
 _SMALL = 8 * 2**30  # bytes of all blocks with a batch's graph, for which twice the states in float32 are no matter
@@ -227,6 +231,36 @@ def kept_bytes(stream: ModelStream, tokens: int, batch_tokens: int) -> int:
     """What enters each block, of so many tokens, as a pass back through the blocks keeps it."""
     half = 1 if keeps_exact(stream, batch_tokens) else stream.dtype.itemsize // 2
     return tokens * len(stream.blocks) * _ends(stream)[1] // half
+
+
+def plan_refining(
+    stream: ModelStream, tokens: int, step_tokens: int, batch_tokens: int, budget: Budget, workers: int = 1
+) -> MemoryPlan:
+    """For tuning scales and gains on so many tokens, of which a step has `step_tokens`. Raises UsageError.
+
+    What enters the first block waits, and in half precision what leaves the unquantized model's last; of a step's
+    tokens what enters each block. A block has its codes, and gradients of its weights in each worker.
+    """
+    block = _largest_block(stream, quantized=False)
+    row = _ends(stream)[1]
+    waiting = tokens * (row + row * min(2, stream.dtype.itemsize) // stream.dtype.itemsize)
+    step = step_tokens * (len(stream.blocks) + 2) * row
+    graph = _GRAPH * _widest(stream)
+    weights = sum(parameter.numel() for parameter in stream.modules.parameters())
+    tuned = 4 * _OFFSETS * weights // _SHARING
+
+    def takes(plan: MemoryPlan) -> tuple[int, int]:
+        abreast = workers if plan.side_by_side else 1
+        running = abreast * (graph * min(tokens, batch_tokens) + block.weights) + 2 * block.weights
+        device = block.weights + max(running, 2 * _LOGITS * 4 * _CHUNK * SLICE + SLICE * row) + step
+        host = _BASE + tuned + (block.stored if plan.prefetch else 0)
+        return device + waiting * (plan.hidden == "device"), host + waiting * (plan.hidden == "host")
+
+    ways = [
+        MemoryPlan(place, True, prefetch, abreast)
+        for place, prefetch, abreast in product(_places(stream), (True, False), (True, False))
+    ]
+    return _first_that_fits(ways, takes, budget)
 
 
 def fed_rows(stream: ModelStream) -> list[int]:

@@ -125,6 +125,14 @@ def _bytes_of(state: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
+def half(state: torch.Tensor) -> torch.Tensor:
+    """A state in half precision: float16, which is the finer one, unless its range is too small."""
+    if state.itemsize <= 2:
+        return state
+    fits = bool(state.abs().amax() < torch.finfo(torch.float16).max)
+    return state.to(torch.float16 if fits else torch.bfloat16)
+
+
 # -- what blocks get beside them ---------------------------------------------------------------------------------------
 
 

@@ -295,6 +295,16 @@ class ModelStream:
                 for key, parameter in whole.items():
                     output.register_parameter(key, parameter)
 
+    def outside(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(published name, parameter) of what is neither in a block nor an embedding; it has values within `head` and
+        `head_rows` alone."""
+        inside = set(self.modules.parameters())
+        ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        skip = inside.union(*(end.parameters() for end in ends))
+        for name, parameter in self._model.named_parameters():
+            if parameter not in skip:
+                yield self.weights.names[name], parameter
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         embedding = self._model.get_input_embeddings()
         nothing = hidden.new_zeros(*hidden.shape[-3:-1], embedding.weight.shape[1])

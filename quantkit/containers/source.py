@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -226,6 +226,7 @@ class Weights:
         untied: whether a tied output embedding got a tensor of its own.
         left_out: the source's tensors that no variant holds, since the model's class passes over them.
         apart: an output embedding that is stored, and is not the input's, although the config says that they are tied.
+        changed: tensors that are read instead of the source's.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -235,6 +236,7 @@ class Weights:
     apart: str | None
     _source: Source
     _places: Mapping[str, Place]
+    changed: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def dtype(self, name: str, wanted: torch.dtype | None = None) -> torch.dtype:
         """What a variant holds a tensor in that is not quantized: `wanted`, or else what the source keeps it in."""
@@ -252,7 +254,8 @@ class Weights:
         Raises:
             SourceError: the file ends early or cannot be read.
         """
-        return self._places[name].read(self._source)
+        found = self.changed.get(name)
+        return self._places[name].read(self._source) if found is None else found
 
     def largest_bytes(self, copies: int) -> int:
         """Of so many float32 copies of the largest tensor: what work on one after another takes."""
@@ -266,6 +269,8 @@ class Weights:
     def stored(self, name: str) -> str | None:
         """The source's tensor that a published one is, as it is; None where it is only a part or put together."""
         place = self._places[name]
+        if name in self.changed:
+            return None
         return place.name if place == Place(place.name) else None
 
     def coded(self, name: str) -> str | None:

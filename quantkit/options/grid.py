@@ -96,6 +96,9 @@ class Solving(Options):
     correct: Annotated[Part, Typed(metavar="auto|0..1")] = 0.0
     """Quantize weights that make up for what the quantized blocks before have changed: so much of the whole step; auto:
     what two halves of the tokens tell of each other. Runs the unquantized model beside."""
+    refine: bool = False
+    """After the codes, tune scales and gains of norms on the divergence of the model's output; codes stay. Stopped on
+    calibration windows that it holds out; takes some dozens of steps through the model and back."""
     include: tuple[str, ...] = ()
     """Quantize only modules that match, such as '*.mlp.*'; may be repeated."""
     exclude: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +16,7 @@ from quantkit.containers import gguf as gguf_files
 from quantkit.containers.gguf.recipes import file_type, fitting, parse_kind, tensor_kinds
 from quantkit.containers.gguf.types import Choice, Chooser, TypeOptions
 from quantkit.errors import UsageError
+from quantkit.late import torch
 from quantkit.options import METHODS, Ends, GgmlType, QuantSpec
 from quantkit.progress import Progress, counted
 from quantkit.quantize.targets import CodesWriter, on_grid_of, plan_linears
@@ -41,7 +43,8 @@ class GgufTarget:
             SourceError: a model that a GGUF file cannot hold.
         """
         kept = parse_kind("embedding-type", ends.embedding_type), parse_kind("output-type", ends.output_type)
-        source, weights = stream.source, stream.weights
+        self.changed: dict[str, torch.Tensor] = {}
+        source, weights = stream.source, replace(stream.weights, changed=self.changed)
         self._name, self._architecture = name, gguf_files.architecture_of(source)
         origin = gguf_files.origin(from_gptq=METHODS[spec.method].label == "GPTQ")
         self._keys = gguf_files.file_keys(source, file_type(recipe), pre=ends.pre, provenance=origin)
@@ -82,6 +85,9 @@ class GgufTarget:
         for tensor, choice in self._others:
             if choice.kind == Kind.F16 and name in tensor.sources:  # of what is read anyway, what can be beyond it
                 choice.encode(tensor, name)
+
+    def gain_dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
     def model_in(self, folder: Path) -> Path:
         return folder / self._name

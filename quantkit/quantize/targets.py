@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,11 +100,16 @@ class Target(Protocol):
         bytes: of all tensors.
         quantized_bytes: of the quantized Linears, with scales and minima or zeros.
         head_bytes: of what the weight files have beside tensors.
+        changed: tensors that are written instead of the source's, by published name; to be filled before `writer`.
     """
 
     plan: Plan
     bytes: int
     quantized_bytes: int
+    changed: dict[str, torch.Tensor]
+
+    def gain_dtype(self, name: str) -> torch.dtype:
+        """What a norm's gains are written in, by their published name."""
 
     @property
     def head_bytes(self) -> int: ...
@@ -172,7 +178,9 @@ class CheckpointTarget:
         Raises:
             UsageError: a pattern that no Linear matches, or what the layout has no place for.
         """
-        self._source, self._weights, self._max_shard_bytes = stream.source, stream.weights, max_shard_bytes
+        self.changed: dict[str, torch.Tensor] = {}
+        self._source, self._max_shard_bytes = stream.source, max_shard_bytes
+        self._weights = replace(stream.weights, changed=self.changed)
         self.plan = plan_linears(stream, spec) if plan is None else plan
         self._layout: Layout = load(of_format(format).writes)
         self._layout.check(self.plan)
@@ -187,6 +195,9 @@ class CheckpointTarget:
 
     def check_kept(self, name: str) -> None:
         self._layout.kept_tensor(self._source, self._weights, name)
+
+    def gain_dtype(self, name: str) -> torch.dtype:
+        return self._weights.dtype(name)
 
     def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
         return self._layout.writer(

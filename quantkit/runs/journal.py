@@ -25,6 +25,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "states": {"states": int, "batches": list},
     "dropped": {"dropped": int},
     "weights": {"weights": list},
+    "refined": {"refined": int, "sha256": str, "judged": list},
     "choice": {"choice": str},
     "answer": {"answer": str},
     "placing": {"placing": (list, type(None)), "of": str, "inodes": list, "carries": (dict, type(None))},

@@ -3,6 +3,7 @@
     blocks/00012.safetensors                codes of block 12
     hidden/00012/batch-00003.safetensors    what enters block 12
     weights/00012.safetensors               what each token counts in block 12's sums
+    refined/00016.safetensors               scales and gains after 16 steps of refining
     weights/choice.safetensors              what each Linear's candidates lose, and which were chosen
 
 The run's journal gets a record when they are whole, with their checksums and the block's statistics: that makes the
@@ -29,7 +30,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.runs.atomic import file_sha256, sync
 from quantkit.runs.journal import Journal, Record
 from quantkit.runs.outputs import remove
-from quantkit.runs.places import BLOCKS, HIDDEN, WEIGHTS
+from quantkit.runs.places import BLOCKS, HIDDEN, REFINED, WEIGHTS
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 from quantkit.runs.unfinished import Run
@@ -138,7 +139,8 @@ def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
     if choice and not _is_whole(choice_file(run.folder), choice[0]["choice"]):
         progress.warn("the choice that the unfinished run made is damaged: it is made anew")
         choice = []
-    run.journal.rewrite(first, *weights, *choice, *entries, *kept.values())
+    refined = [entry for entry in others if "refined" in entry][-1:]
+    run.journal.rewrite(first, *weights, *choice, *entries, *kept.values(), *refined)
     used = {_block_file(run.folder, number).name for number in range(len(entries))} | {f"{index:05d}" for index in kept}
     for part in (BLOCKS, HIDDEN):
         for path in (run.folder / part).glob("*"):
@@ -293,6 +295,35 @@ def landed_weights(journal: Journal) -> int | None:
     return None if told is None else len(told["weights"])
 
 
+def land_refining(
+    folder: Path, journal: Journal, tensors: Mapping[str, torch.Tensor], judged: Sequence[tuple[int, float]]
+) -> None:
+    """Write how far refining came: all that it goes on with, and (step, divergence) of each judgement, the last one of
+    which is of now."""
+    step = judged[-1][0]
+    path = _refined_file(folder, step)
+    path.parent.mkdir(exist_ok=True)
+    checksum = write_tensors(path, tensors)
+    sync(path.parent)
+    journal.append({"refined": step, "sha256": checksum, "judged": [list(one) for one in judged]})
+    for old in path.parent.glob("*"):
+        if old != path:
+            remove(old)
+
+
+def landed_refining(folder: Path, journal: Journal) -> tuple[Record, dict[str, torch.Tensor]] | None:
+    """What `land_refining` wrote last; None where it did not, or the file is damaged."""
+    told = journal.last("refined")
+    if told is None or not _is_whole(_refined_file(folder, told["refined"]), told["sha256"]):
+        return None
+    return told, read_tensors(_refined_file(folder, told["refined"]))
+
+
+def landed_blocks(run: Run) -> Landed:
+    """All blocks of a run that is still at work."""
+    return Landed(run.folder, [record for record in run.journal.records if "block" in record])
+
+
 def weights_file(folder: Path, index: int) -> Path:
     """Where a run has the token weights of a block."""
     return folder / WEIGHTS / f"{index:05d}.safetensors"
@@ -317,6 +348,10 @@ def choice_file(folder: Path) -> Path:
 
 def _block_file(folder: Path, index: int) -> Path:
     return folder / BLOCKS / f"{index:05d}.safetensors"
+
+
+def _refined_file(folder: Path, step: int) -> Path:
+    return folder / REFINED / f"{step:05d}.safetensors"
 
 
 def _states_folder(folder: Path, index: int) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from quantkit.runs.atomic import REPORT_NAME
 
-BLOCKS, HIDDEN, WEIGHTS = "blocks", "hidden", "weights"
+BLOCKS, HIDDEN, WEIGHTS, REFINED = "blocks", "hidden", "weights", "refined"
 MARK = b"made by quantkit"
-OURS = frozenset({"lock", "journal", "journal.new", "staged", "replaced", BLOCKS, HIDDEN, WEIGHTS})
+OURS = frozenset({"lock", "journal", "journal.new", "staged", "replaced", BLOCKS, HIDDEN, WEIGHTS, REFINED})
 OLDER = frozenset({"run.json", ".run.json.partial"})
 """What versions before the journal had in that folder."""
 

@@ -23,7 +23,7 @@ from quantkit.errors import (
 from quantkit.runs.atomic import REPORT_NAME, read_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.outputs import ChangedError, Staging, remove, settle, staging_of
-from quantkit.runs.places import BLOCKS, HIDDEN, WEIGHTS, folder_of
+from quantkit.runs.places import BLOCKS, HIDDEN, REFINED, WEIGHTS, folder_of
 from quantkit.runs.records import read_record
 
 _SHOWN = 5  # differences; the first ones tell what happened
@@ -84,7 +84,7 @@ def working(
         resumed = resume and _goes_on(staging, wanted["decides"], verb)
         staging.keep = False
         try:
-            staging.sweep(("journal", BLOCKS, HIDDEN, WEIGHTS) if resumed else ())
+            staging.sweep(("journal", BLOCKS, HIDDEN, WEIGHTS, REFINED) if resumed else ())
             if not resumed:
                 staging.journal.append(wanted)
             staging.staged.mkdir()

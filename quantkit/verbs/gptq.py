@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,7 @@ from quantkit.quantize.blockwise import (
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.layers import LayerStatistics, predicted_divergence, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
-from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
+from quantkit.quantize.targets import CheckpointTarget, CodesWriter, Target, on_grid_of
 from quantkit.quantize.token_weights import (
     Gradients,
     TokenWeights,
@@ -66,10 +67,11 @@ from quantkit.quantize.token_weights import (
     weighing_multiplications,
 )
 from quantkit.quantize.trials import chosen_for
+from quantkit.quantize.tuning import Refined, RefiningReport, plan_refining_memory, refine_run
 from quantkit.report import Report, Shown
 from quantkit.runs.atomic import REPORT_NAME, absolute, fingerprint, write_json
 from quantkit.runs.journal import Journal
-from quantkit.runs.landing import NOTHING, LandedLinear, Lander, find_landed
+from quantkit.runs.landing import NOTHING, Landed, LandedLinear, Lander, find_landed, landed_blocks
 from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import check_unchanged, checksums, companions, made_from, origin
@@ -101,6 +103,7 @@ class GptqReport(Report):
         multiplications: of the run, with their additions.
         shared_multiplications: those of token weights, which the variants of a release make once.
         memory_remark: what is done otherwise than with plenty of memory, one line.
+        refined: what refining did; None where nothing was refined.
     """
 
     out: Path
@@ -120,6 +123,7 @@ class GptqReport(Report):
     budget: Spent | None = None
     predicted: float | None = None
     evaluation: PerplexityReport | None = None
+    refined: RefiningReport | None = field(default=None, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
@@ -139,6 +143,8 @@ class GptqReport(Report):
             if self.memory_remark is not None:
                 yield self.memory_remark
             return
+        if self.refined is not None:
+            yield self.refined.line()
         yield f"{counted(len(self.layers), 'layer')} in quant_log.csv; {self.seconds:.0f} s in all"
         if self.evaluation is not None:
             yield from self.evaluation.lines()
@@ -172,6 +178,8 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     started = time.perf_counter()
     progress = ranks.reporting(progress)
     spec = _quant_spec(options)
+    if spec.refine and ranks.size > 1:
+        raise UsageError("--refine runs in one process: leave it out, or start without torchrun")
     shared = options.model_dump(include={"text", "template", "eval_tokens"})
     judging = make(EvaluationSpec, seq_len=default_seq_len(options.text), **shared)
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)
@@ -211,8 +219,9 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     elif options.evaluate:
         evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
+    refined = None if record.get("refined") is None else RefiningReport(**record["refined"])
     report = replace(report, layers=layers, predicted=predicted_divergence(layers), evaluation=evaluation)
-    return replace(report, seconds=seconds, dry_run=False)
+    return replace(report, refined=refined, seconds=seconds, dry_run=False)
 
 
 # -- parts of the flows ----------------------------------------------------------------------------------------------
@@ -356,6 +365,8 @@ def _sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, op
         plans.append(plan_gptq_memory(stream, windows[0], windows[1], tried=True))
     if _weighted(spec):
         plans.append(plan_weights_memory(stream, windows[0], windows[1], feeds))
+    if spec.refine:
+        plans.append(plan_refining_memory(stream, windows[0], windows[1]))
     shared = weighing_multiplications(stream, math.prod(windows)) if _weighted(spec) else 0
     memory = max(plans, key=lambda plan: plan.needed)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
@@ -395,6 +406,7 @@ def _made(
     unsaid |= (set() if corrects(spec) else {"correct"}) | (
         set() if weighted and spec.row_feedback else {"row_feedback"}
     )
+    unsaid |= set() if spec.refine else {"refine"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.part(MlxBiases).model_dump(exclude_defaults=True)
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
@@ -425,7 +437,9 @@ def _made(
         with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
-            made = _quantize(run, stream, matrix, target, allocator, every, decided, gradients, sharing, progress)
+            made = _quantize(
+                run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, sharing, progress
+            )
     else:
         _help_quantize(stream, matrix, target, allocator, every, gradients, sharing)
     return ranks.from_first(lambda: made)
@@ -440,6 +454,7 @@ def _quantize(
     every: Every,
     decided: dict[str, Any],
     gradients: Gradients | None,
+    refines: bool,
     sharing: Sharing,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
@@ -458,18 +473,23 @@ def _quantize(
     if allocator is not None:
         choice = chosen_for(allocator, stream, matrix.tokens, weights, run.folder, run.journal, sharing, progress)
         target = choice.target
-    layers: list[LayerStatistics] = []
-    with target.writer(run.staged) as writer:
-        for index in range(landed.blocks):
-            for linear in landed.linears(index):
-                layers.append(LayerStatistics(**linear.statistics))
-                writer.add_linear(linear.name, put_together(linear.tensors, linear.fields))
+    layers = [LayerStatistics(**linear.statistics) for i in range(landed.blocks) for linear in landed.linears(i)]
+    refined: Refined | None = None
+    with ExitStack() as stack:
+        writer = None if refines else stack.enter_context(target.writer(run.staged))
+        add = _nothing if writer is None else writer.add_linear
+        if writer is not None:
+            _write_landed(landed, writer)
         since = landed.blocks - landed.start
         with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
             budget = stream.budget // sharing.ranks.here
-            arguments = stream, matrix.tokens, target.plan, _landing(lander, writer.add_linear), budget, progress
+            arguments = stream, matrix.tokens, target.plan, _landing(lander, add), budget, progress
             quantize_blocks(*arguments, landed, lander.land, sharing, weights)
         layers += [LayerStatistics(**told) for told in lander.statistics]
+        if writer is None:
+            refined = refine_run(run, stream, matrix.tokens, target, progress)
+            writer = stack.enter_context(target.writer(run.staged))
+            _write_landed(landed_blocks(run), writer, refined)
         with progress.phase("writing", 1) as advance:
             writer.add_others()
             writer.finish()
@@ -480,8 +500,21 @@ def _quantize(
     told = [{k: v for k, v in vars(layer).items() if k != "seconds" and v is not None} for layer in layers]
     spent = {} if choice is None else {"spent": choice.spent.as_dict()}
     record = {**decided, **spent, "layers": told, "evaluation": None, "files": checksums(run.staged)}
+    record |= {} if refined is None else {"refined": asdict(refined.report)}
     write_json(run.staged / REPORT_NAME, record)
     return record, layers
+
+
+def _nothing(name: str, linear: Codes) -> None:
+    """Of a Linear that is written when its scales are tuned."""
+
+
+def _write_landed(landed: Landed, writer: CodesWriter, refined: Refined | None = None) -> None:
+    """Write the Linears of blocks that landed, refined where they are."""
+    for index in range(landed.blocks):
+        for linear in landed.linears(index):
+            codes = put_together(linear.tensors, linear.fields)
+            writer.add_linear(linear.name, codes if refined is None else refined.linear(linear.name, codes))
 
 
 def _help_quantize(
@@ -504,7 +537,7 @@ def _help_quantize(
         target = choice.target
     with Lander(landed.folder, (), every, ranks) as lander:
         budget = stream.budget // ranks.here
-        take = _landing(lander, lambda name, linear: None)
+        take = _landing(lander, _nothing)
         quantize_blocks(stream, matrix.tokens, target.plan, take, budget, SILENT, landed, lander.land, sharing, weights)
 
 

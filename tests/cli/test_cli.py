@@ -58,6 +58,7 @@ GPTQ_KEYS = {
     "bytes",
     "layers",
     "evaluation",
+    "refined",
     "seconds",
 }
 LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected", "predicted"}

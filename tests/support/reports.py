@@ -13,6 +13,7 @@ from quantkit.containers.describe import Inspection
 from quantkit.evaluate.statistics import KlDivergence, ModelResult, Numbers
 from quantkit.quantize.allocate import Share, Spent
 from quantkit.quantize.layers import LayerStatistics
+from quantkit.quantize.tuning import RefiningReport
 from quantkit.report import Report
 from quantkit.runs.steps import Outcome
 from quantkit.tokens import Part, Provenance, TokenMatrix, Turn
@@ -68,6 +69,7 @@ GPTQ = GptqReport(
     dry_run=True,
 )
 LAYERS = [LayerStatistics("model.layers.0.q_proj", 0.5, 1.25, 0.1, "", 2048, 0.75)]
+REFINED = RefiningReport(0.15, 0.125, step=24, steps=32, windows=16)
 SHARES = [Share(3, 64, 0.25), Share(4, 64, 0.7375), Share(8, 128, 0.0125), Share(8, -1, 0.0)]
 SPENT = Spent("4.5bpw", 87_000_000, 173_000_000, SHARES, 4, 64, 4.499, 116_000_000, 0.0987654, 0.00001)
 UNSPENT = replace(SPENT, shares=[replace(share, weights=None) for share in SHARES], bits=3, predicted=None, gap=None)
@@ -278,7 +280,7 @@ CASES: dict[str, Report] = {
     "generate anew": replace(GENERATE, resumed=0, finished={"eos": 12}),
     "ggml": GGML,
     "ggml, dry run": replace(GGML, dry_run=True),
-    "gptq": replace(GPTQ, dry_run=False, layers=LAYERS, evaluation=COMPARED, seconds=99.5),
+    "gptq": replace(GPTQ, dry_run=False, layers=LAYERS, evaluation=COMPARED, refined=REFINED, seconds=99.5),
     "gptq, dry run": GPTQ,
     "gptq to a budget": replace(
         GPTQ, dry_run=False, layers=LAYERS, budget=SPENT, predicted=0.1, evaluation=COMPARED, seconds=99.5

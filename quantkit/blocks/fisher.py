@@ -50,7 +50,7 @@ class StageSquares:
         rows: per Linear, float64 [out]: summed over the batch's tokens.
         squares: float32 [n]: of each token, summed over all outputs of the stage; empty before any was seen.
         tokens: int64 [n], numbers in the batch, ascending: those that an expert saw; None: all, in order.
-        own: per Linear of several, what `squares` adds up.
+        own: per Linear, what `squares` adds up.
     """
 
     rows: list[torch.Tensor]
@@ -69,8 +69,7 @@ class StageSquares:
         of_tokens = torch.cat(sums)
         self.squares = self.squares + of_tokens if len(self.squares) else of_tokens
         self.tokens = tokens
-        if len(self.rows) > 1:
-            self.own[number] = of_tokens
+        self.own[number] = of_tokens
 
 
 def fisher_squares(

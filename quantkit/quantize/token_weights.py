@@ -289,8 +289,8 @@ def weigh_tokens(
         seed: decides the labels, by one number for each token.
         on_block: gets a block's number and its tensors: for each stage, by its number in the block, "0.weights" and
             for experts "0.tokens" (`StageWeights`), and "0.rows.NAME" for each Linear by its published name, float32
-            [out]: the squared gradient of that output row, summed over all tokens; where a stage has several,
-            "0.own.NAME": weights by the gradient at that Linear alone; with products "0.cosines.NAME", float16
+            [out]: the squared gradient of that output row, summed over all tokens;
+            "0.own.NAME": squared gradients at that Linear alone, of mean 1; with products "0.cosines.NAME", float16
             [out, out].
         products: make cosines between the gradients of the rows of each Linear that has no more rows than the model's
             width and that all tokens go through: ``A_ij / sqrt(A_ii A_jj)``, A the sum of ``g g^T`` over all tokens.

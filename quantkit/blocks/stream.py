@@ -221,13 +221,14 @@ class ModelStream:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights; let go on exit."""
+        """Block `index` with its weights, which are let go on exit; what its class has made of no file stays."""
         block = self.modules[index]
         self._fill(block, index, self._stored_block(index) if self._ahead is None else self._ahead.take(index))
         try:
             yield block
         finally:
-            block.to("meta")
+            stored = block.state_dict(keep_vars=True)
+            block.load_state_dict({name: own.to("meta") for name, own in stored.items()}, assign=True)
 
     def stored_weight(self, index: int, block: nn.Module, name: str) -> torch.Tensor:
         """The weight [out, in] of a Linear of a loaded block as the source has it, on the device.

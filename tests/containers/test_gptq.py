@@ -38,7 +38,7 @@ from quantkit.tokens import TokenMatrix
 pytestmark = pytest.mark.fast
 
 LINEARS = [name for stage in FAMILIES_TABLE["llama"].stages or () for name in stage]
-OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False}
+OPTIONS: dict[str, Any] = {"device": "cpu", "evaluate": False, "effort": "fast"}
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:

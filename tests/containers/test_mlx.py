@@ -27,7 +27,7 @@ from quantkit.verbs.publish import branch_of
 pytestmark = pytest.mark.fast
 
 Q = "model.layers.0.self_attn.q_proj"
-OPTIONS: dict[str, Any] = {"calibration": token_matrix(4, 16), "group_size": 32, "evaluate": False}
+OPTIONS: dict[str, Any] = {"calibration": token_matrix(4, 16), "group_size": 32, "evaluate": False, "effort": "fast"}
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from quantkit.verbs.diff import DiffReport
 from quantkit.verbs.eval import EvalReport
 from quantkit.verbs.generate import GenerateReport
 from quantkit.verbs.ggml import GgmlReport
-from quantkit.verbs.gptq import GptqReport
+from quantkit.verbs.gptq.report import GptqReport
 from quantkit.verbs.imatrix import ImatrixReport
 from quantkit.verbs.merge import MergeReport
 from quantkit.verbs.perplexity import PerplexityReport

@@ -35,7 +35,7 @@ from quantkit.options import QuantSpec
 from quantkit.quantize.targets import CheckpointTarget
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
-from quantkit.verbs.gptq import check_finite
+from quantkit.verbs.gptq.checks import check_finite
 from quantkit.verbs.inspect import inspect
 
 Tensors = dict[str, torch.Tensor]

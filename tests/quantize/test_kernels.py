@@ -28,7 +28,7 @@ from quantkit.quantize import kernels, loops
 from quantkit.quantize.hessian import HessianAccumulator, adds_up_in_float32, column_order, factorize
 from quantkit.quantize.targets import plan_linears
 from quantkit.tokens import TokenMatrix
-from quantkit.verbs.gptq import note_plan
+from quantkit.verbs.gptq.checks import note_plan
 
 needs_triton = pytest.mark.skipif(not kernels._has_triton(), reason="Triton is not installed: pip install triton")
 

@@ -522,7 +522,7 @@ def test_stopped_while_evaluating_only_that_is_done(
         run(model, out, progress=Stopped(1, phase="evaluating"), **options)
     assert json.loads((out / "quantkit.json").read_text())["evaluation"] is None
     assert not folder_of(out).exists()
-    monkeypatch.setattr("quantkit.verbs.gptq.quantize_blocks", None)
+    monkeypatch.setattr("quantkit.verbs.gptq.run.quantize_blocks", None)
     again = run(model, out, resume=True, **options)
     assert again.evaluation == first.evaluation
     assert contents(out.parent) == contents(tmp_path / "whole")

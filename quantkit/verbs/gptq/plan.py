@@ -1,0 +1,204 @@
+"""What `gptq` will do, of options and headers alone: the grid, what codes are written into, sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from quantkit.blocks.arithmetic import calibration_dtype
+from quantkit.blocks.stream import ModelStream
+from quantkit.codes import Plan
+from quantkit.containers import misfit, of_format
+from quantkit.containers.mlx.write import check_biases
+from quantkit.errors import UsageError
+from quantkit.late import torch
+from quantkit.options import (
+    METHODS,
+    Ends,
+    Grid,
+    QuantSpec,
+    make,
+    parse_size,
+)
+from quantkit.options.values import gptq_type
+from quantkit.options.verbs import Gptq
+from quantkit.progress import Progress
+from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates, ggml_candidates
+from quantkit.quantize.blockwise import (
+    corrects,
+    gptq_multiplications,
+    plan_gptq_memory,
+)
+from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
+from quantkit.quantize.token_weights import (
+    plan_weights_memory,
+    weighing_multiplications,
+)
+from quantkit.quantize.tuning import plan_refining_memory
+from quantkit.runs.ranks import Ranks
+from quantkit.runs.unfinished import decided_before
+from quantkit.sources import variant_name
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs.gptq.report import GptqReport
+
+
+def quant_spec(options: Gptq) -> QuantSpec:
+    """The spec of a run; with `ggml` that of most of its Linears. Raises UsageError."""
+    grid = options.part(Grid).chosen()
+    overrides = tuple(options.override.items())
+    if options.budget is not None:
+        _check_budget(options, grid)
+        grid["token_weights"] = True
+    if options.ggml is None:
+        if any(changes.ggml for _, changes in overrides):
+            raise UsageError("--override with ggml is for runs with --ggml")
+        for name, value in options.part(Ends).model_dump().items():
+            if value not in (None, "auto"):
+                raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
+        spec = make(QuantSpec, **grid, overrides=overrides)
+        if not overrides and (refusal := misfit(of_format(options.format), [spec])):  # else the plan's are looked at
+            raise UsageError(refusal)
+        return spec
+    base = gptq_type(options.ggml)
+    own = on_grid_of(base)
+    for name, value in grid.items():
+        if name in ("bits", "group_size", "sym") and value != own[name]:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {value}: {base} has {name} {own[name]} of its own; leave {option} out")
+    if options.act_order == "dynamic":
+        raise UsageError(f"--act-order dynamic scatters groups, which {base} cannot hold; use static or off")
+    if any(changes.changes().keys() - {"ggml"} for _, changes in overrides):
+        raise UsageError("--override: with --ggml it takes types, such as '*.down_proj=ggml:q6_k'")
+    return make(QuantSpec, **(grid | own | {"ggml": None}), overrides=overrides)
+
+
+def _check_budget(options: Gptq, grid: dict[str, Any]) -> None:
+    """Refuse what has no place beside --budget. Raises UsageError, MissingPackageError."""
+    check_solver()
+    given = {"--bits": "bits" in grid, "--group-size": "group_size" in grid, "--override": bool(options.override)}
+    if named := [option for option, is_given in given.items() if is_given]:
+        raise UsageError(f"--budget chooses bits and groups: leave {', '.join(named)} out")
+    if options.method != "gptq":
+        raise UsageError(f"--budget weighs GPTQ's errors: leave --method {options.method} out")
+    if options.token_weights is False:
+        raise UsageError("--budget chooses by token weights: leave --token-weights false out")
+    if options.ggml is not None and options.budget_for != "any":
+        raise UsageError(f"--budget-for {options.budget_for} is for folders of codes: leave --ggml out")
+
+
+def allocator_of(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) -> Allocator:
+    """What will choose bits and groups, or types. Raises UsageError."""
+    assert options.budget is not None
+
+    def target(own: QuantSpec) -> Target:
+        return target_of(stream, own, options, name)
+
+    if options.ggml is not None:
+        return Allocator(stream, spec, options.budget, ggml_candidates(stream, spec), target)
+    candidates = folder_candidates(stream, spec, options.format, options.budget_for)
+    return Allocator(stream, spec, options.budget, candidates, target, options.budget_for)
+
+
+def spending(report: GptqReport, spent: Spent) -> GptqReport:
+    """A report with what a budget is or was spent on."""
+    report = replace(report, budget=spent, bits=spent.bits, group_size=spent.group_size)
+    return replace(report, bits_per_weight=spent.bits_per_weight, bytes=spent.bytes)
+
+
+def is_weighted(spec: QuantSpec) -> bool:
+    """Whether tokens have weights: plain rounding has nothing that they could change."""
+    return spec.token_weights and spec.method == "gptq"
+
+
+def variant_of(label: str, spec: QuantSpec, options: Gptq) -> str:
+    """What the output is called, after the names that such repositories are published under."""
+    name, method = variant_name(label), METHODS[spec.method]
+    if options.ggml is not None:
+        return f"{name}-{method.label}-{options.budget or options.ggml.upper()}"
+    group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
+    order = "-actorder" if spec.act_order == "dynamic" else ""
+    if options.budget is not None:
+        return f"{name}-{of_format(options.format).shown.short}-{options.budget}{order}"
+    return f"{name}-{of_format(options.format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
+
+
+def target_of(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) -> Target:
+    """What the codes are written into."""
+    if options.ggml is None:
+        return _folder(stream, spec, options)
+    from quantkit.quantize.gguf_target import GgufTarget
+
+    return GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
+
+
+def note_limits(target: Target, progress: Progress) -> None:
+    """Say what a GGUF file cannot hold."""
+    if isinstance(target, CheckpointTarget):
+        return
+    from quantkit.quantize.gguf_target import GgufTarget, note_fallback
+
+    assert isinstance(target, GgufTarget)
+    note_fallback(target.fallback, progress)
+    for text in target.limits:
+        progress.warn(text)
+
+
+def _folder(stream: ModelStream, spec: QuantSpec, options: Gptq) -> CheckpointTarget:
+    """A folder of codes."""
+    folder = CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
+    check_biases(options.format, folder.plan, options.mlx_bias)
+    return folder
+
+
+def choose_dtype(stream: ModelStream, plan: Plan, place: Path, options: Gptq, ranks: Ranks, progress: Progress) -> None:
+    """Have one dtype of the calibration forwards in all processes, and in the run that is gone on with."""
+
+    def choose() -> torch.dtype:
+        return calibration_dtype(stream, plan, decided_before(place) if options.resume else {})
+
+    chosen = ranks.from_first(choose)  # which all call: who was told another dtype is refused later
+    if options.dtype == "auto":
+        if stream.dtype != chosen:
+            progress.note("calibration forwards in bfloat16; sums and the evaluation in float32")
+        stream.dtype = chosen
+
+
+def windows_of(options: Gptq) -> Sequence[int]:
+    """How many windows of calibration text, and of how many tokens."""
+    given = options.calibration
+    return given.tokens.shape if isinstance(given, TokenMatrix) else (options.samples, options.seq_len)
+
+
+def sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, options: Gptq) -> GptqReport:
+    """Sizes from headers alone."""
+    windows = windows_of(options)
+    feeds = is_weighted(spec) and spec.row_feedback
+    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec), feeds)]
+    if options.budget is not None:
+        plans.append(plan_gptq_memory(stream, windows[0], windows[1], tried=True))
+    if is_weighted(spec):
+        plans.append(plan_weights_memory(stream, windows[0], windows[1], feeds))
+    if spec.refine:
+        plans.append(plan_refining_memory(stream, windows[0], windows[1]))
+    shared = weighing_multiplications(stream, math.prod(windows)) if is_weighted(spec) else 0
+    memory = max(plans, key=lambda plan: plan.needed)
+    weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
+    return GptqReport(
+        out=place,
+        model=target.model_in(place),
+        ggml=options.ggml,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        sym=spec.sym,
+        act_order=spec.act_order,
+        bits_per_weight=8 * target.quantized_bytes / weights,
+        bytes=target.bytes,
+        memory_bytes=memory.needed,
+        memory_remark=memory.remark(),
+        multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec)),
+        shared_multiplications=shared,
+        dry_run=True,
+    )

@@ -1,0 +1,226 @@
+"""The work of `gptq`: from calibration windows to a folder in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantkit.blocks.stream import ModelStream
+from quantkit.codes import Codes, put_together, take_apart
+from quantkit.options import (
+    Ends,
+    MlxBiases,
+    QuantSpec,
+    parse_size,
+)
+from quantkit.options.values import Every, parse_every
+from quantkit.options.verbs import Gptq
+from quantkit.progress import SILENT, Progress
+from quantkit.quantize.allocate import Allocator
+from quantkit.quantize.blockwise import (
+    OnLinear,
+    corrects,
+    quantize_blocks,
+)
+from quantkit.quantize.layers import LayerStatistics, recorded_layers, write_layer_table
+from quantkit.quantize.sharing import Sharing
+from quantkit.quantize.targets import CodesWriter, Target
+from quantkit.quantize.token_weights import (
+    Gradients,
+    TokenWeights,
+    token_weights,
+)
+from quantkit.quantize.trials import chosen_for
+from quantkit.quantize.tuning import Refined, refine_run
+from quantkit.runs.atomic import REPORT_NAME, fingerprint, write_json
+from quantkit.runs.journal import Journal
+from quantkit.runs.landing import NOTHING, Landed, LandedLinear, Lander, find_landed, landed_blocks
+from quantkit.runs.ranks import Ranks
+from quantkit.runs.record import check_unchanged, checksums, companions, origin
+from quantkit.runs.unfinished import Run, drop_unfinished, finished, working
+from quantkit.tokens import TokenMatrix
+from quantkit.verbs.gptq.checks import check_finite, warn_starved_experts
+from quantkit.verbs.gptq.plan import is_weighted
+
+
+def made(
+    place: Path,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    allocator: Allocator | None,
+    spec: QuantSpec,
+    options: Gptq,
+    ranks: Ranks,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear."""
+    sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
+    weighted = is_weighted(spec)
+    unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
+    unsaid |= (set() if corrects(spec) else {"correct"}) | (
+        set() if weighted and spec.row_feedback else {"row_feedback"}
+    )
+    unsaid |= set() if spec.refine else {"refine"}
+    of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
+    of_folder = {"format": options.format} | options.part(MlxBiases).model_dump(exclude_defaults=True)
+    recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
+    gradients = Gradients(options.seed, spec.row_feedback) if weighted else None
+    recipe |= {"seed": options.seed} if weighted else {}
+    if allocator is not None:
+        chosen_for = {"budget": str(options.budget), "budget_for": options.budget_for}
+        recipe |= {"bits": None, "group_size": None, **chosen_for}
+    sharing.check_alike(stream, recipe)
+
+    def decides() -> dict[str, Any]:
+        """What of quantkit.json is known before the work: everything that decides the result."""
+        with progress.phase("hashing the source", 1) as advance:
+            known = {"recipe": recipe, **origin(stream.source), "compute": sharing.compute(stream)}
+            advance(1)
+        return known | {"calibration": matrix.provenance.model_dump(mode="json")}
+
+    decided = ranks.from_first(decides)
+    record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
+    if record is not None:
+        progress.note(f"{place} is complete already")
+        if ranks.first:
+            drop_unfinished(place)
+        return record, recorded_layers(place)
+    if ranks.first:
+        shard_bytes = parse_size(options.max_shard_size)
+        more = {"companions": companions(stream.source), "max_shard_size": shard_bytes, "untie": options.untie}
+        with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
+            if options.resume and not run.resumed:
+                progress.note("nothing to go on with: starting")
+            made = _quantize(
+                run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, sharing, progress
+            )
+    else:
+        _help_quantize(stream, matrix, target, allocator, every, gradients, sharing)
+    return ranks.from_first(lambda: made)
+
+
+def _quantize(
+    run: Run,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    allocator: Allocator | None,
+    every: Every,
+    decided: dict[str, Any],
+    gradients: Gradients | None,
+    refines: bool,
+    sharing: Sharing,
+    progress: Progress,
+) -> tuple[dict[str, Any], list[LayerStatistics]]:
+    """Fill the folder that will be the output; returns its quantkit.json, which holds nothing that differs between
+    equal runs, and what happened to each Linear. `gradients`: those of tokens' weights; None: all count the same."""
+    landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
+    if run.resumed:
+        progress.note(f"going on after block {landed.blocks} of {run.total}")
+    if not landed.blocks:
+        check_finite(stream, target, progress, sharing.ranks)
+    deciding = fingerprint(
+        {name: part for name, part in decided.items() if name != "recipe"} | {"gradients": gradients}
+    )
+    weights = _weights(gradients, stream, matrix, run.folder, run.journal, sharing, progress, deciding)
+    choice = None
+    if allocator is not None:
+        choice = chosen_for(allocator, stream, matrix.tokens, weights, run.folder, run.journal, sharing, progress)
+        target = choice.target
+    layers = [LayerStatistics(**linear.statistics) for i in range(landed.blocks) for linear in landed.linears(i)]
+    refined: Refined | None = None
+    with ExitStack() as stack:
+        writer = None if refines else stack.enter_context(target.writer(run.staged))
+        add = _nothing if writer is None else writer.add_linear
+        if writer is not None:
+            _write_landed(landed, writer)
+        since = landed.blocks - landed.start
+        with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
+            budget = stream.budget // sharing.ranks.here
+            arguments = stream, matrix.tokens, target.plan, _landing(lander, add), budget, progress
+            quantize_blocks(*arguments, landed, lander.land, sharing, weights)
+        layers += [LayerStatistics(**told) for told in lander.statistics]
+        if writer is None:
+            refined = refine_run(run, stream, matrix.tokens, target, progress)
+            writer = stack.enter_context(target.writer(run.staged))
+            _write_landed(landed_blocks(run), writer, refined)
+        with progress.phase("writing", 1) as advance:
+            writer.add_others()
+            writer.finish()
+            advance(1)
+    warn_starved_experts(layers, target.plan, matrix.tokens, progress)
+    write_layer_table(run.staged / "quant_log.csv", layers, target.plan, None if choice is None else choice.planned)
+    check_unchanged(stream.source)
+    told = [{k: v for k, v in vars(layer).items() if k != "seconds" and v is not None} for layer in layers]
+    spent = {} if choice is None else {"spent": choice.spent.as_dict()}
+    record = {**decided, **spent, "layers": told, "evaluation": None, "files": checksums(run.staged)}
+    record |= {} if refined is None else {"refined": asdict(refined.report)}
+    write_json(run.staged / REPORT_NAME, record)
+    return record, layers
+
+
+def _nothing(name: str, linear: Codes) -> None:
+    """Of a Linear that is written when its scales are tuned."""
+
+
+def _write_landed(landed: Landed, writer: CodesWriter, refined: Refined | None = None) -> None:
+    """Write the Linears of blocks that landed, refined where they are."""
+    for index in range(landed.blocks):
+        for linear in landed.linears(index):
+            codes = put_together(linear.tensors, linear.fields)
+            writer.add_linear(linear.name, codes if refined is None else refined.linear(linear.name, codes))
+
+
+def _help_quantize(
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    allocator: Allocator | None,
+    every: Every,
+    gradients: Gradients | None,
+    sharing: Sharing,
+) -> None:
+    """What all ranks but the first do of `_quantize`."""
+    ranks = sharing.ranks
+    landed = ranks.from_first(lambda: NOTHING)
+    if not landed.blocks:
+        check_finite(stream, target, SILENT, ranks)
+    weights = _weights(gradients, stream, matrix, landed.folder, None, sharing, SILENT)
+    if allocator is not None:
+        choice = chosen_for(allocator, stream, matrix.tokens, weights, landed.folder, None, sharing, SILENT)
+        target = choice.target
+    with Lander(landed.folder, (), every, ranks) as lander:
+        budget = stream.budget // ranks.here
+        take = _landing(lander, _nothing)
+        quantize_blocks(stream, matrix.tokens, target.plan, take, budget, SILENT, landed, lander.land, sharing, weights)
+
+
+def _weights(
+    gradients: Gradients | None,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    folder: Path,
+    journal: Journal | None,
+    sharing: Sharing,
+    progress: Progress,
+    deciding: str = "",
+) -> TokenWeights | None:
+    """What each token counts; None: all the same. `deciding`: fingerprint of what decides that, on the first rank."""
+    if gradients is None:
+        return None
+    return token_weights(stream, matrix.tokens, gradients, folder, journal, progress, sharing.ranks, deciding)
+
+
+def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:
+    """What is to be done with a Linear as soon as it has codes: it lands with its block, and then `add` gets it."""
+
+    def take(name: str, linear: Codes, statistics: LayerStatistics) -> None:
+        landed = LandedLinear(name, *take_apart(linear), asdict(statistics))
+        lander.take(landed, partial(add, name, linear))
+
+    return take

@@ -31,7 +31,13 @@ from quantkit.quantize.methods import Method, Solved, Sums, method_of
 from quantkit.quantize.targets import on_grid_of
 from quantkit.runs.places import folder_of
 
-OPTIONS: dict[str, Any] = {"calibration": token_matrix(4, 32), "group_size": 32, "evaluate": False, "device": "cpu"}
+OPTIONS: dict[str, Any] = {
+    "calibration": token_matrix(4, 32),
+    "group_size": 32,
+    "evaluate": False,
+    "device": "cpu",
+    "effort": "fast",
+}
 
 
 def rounded(W: np.ndarray, bits: int, group_size: int, sym: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -834,15 +834,26 @@ def test_names_are_quoted_for_where_they_stand() -> None:
         (
             {"bits": None, "group_size": None, "budget": "4.5bpw", "budget_for": "vllm", "token_weights": True},
             {},
-            ["quantkit gptq m --token-weights --budget 4.5bpw --budget-for vllm"],
+            ["quantkit gptq m --budget 4.5bpw --budget-for vllm"],
         ),
+        (
+            {"bits": 3, "token_weights": True, "row_feedback": True, "correct": "auto"},
+            {},
+            ["quantkit gptq m --effort best --bits 3"],
+        ),
+        ({"bits": 3, "token_weights": True, "correct": 0.5}, {}, ["quantkit gptq m --bits 3 --correct 0.5"]),
+        ({"bits": 3, "correct": "auto"}, {}, ["quantkit gptq m --effort fast --bits 3 --correct auto"]),
         ({"type": "q4_k_m", "imatrix": None}, {}, ["quantkit ggml m --type q4_k_m --imatrix i.gguf"]),
-        ({"bits": 4, "ggml": 5}, {"written": {}, "calibration": 3}, ["quantkit gptq m --ggml 5 --bits 4"]),
+        (
+            {"bits": 4, "ggml": 5},
+            {"written": {}, "calibration": 3},
+            ["quantkit gptq m --ggml 5 --effort fast --bits 4"],
+        ),
         (
             {"bits": 4, "ggml": "q4_1"},
             {"written": {"type": "q4_1", "container": "ggjt"}},
             [
-                "quantkit gptq m --ggml q4_1 --bits 4 --out CODES-Q4_1",  # beside those of other types
+                "quantkit gptq m --ggml q4_1 --effort fast --bits 4 --out CODES-Q4_1",  # beside those of other types
                 "quantkit ggml CODES-Q4_1/m-GPTQ-Q4_1.gguf --type q4_1 --container ggjt",
             ],
         ),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantkit.options import Options
-from quantkit.options.grid import METHODS
+from quantkit.options.grid import EFFORTS, METHODS, EffortName
 from quantkit.options.verbs import Convert, Ggml, Gptq, Imatrix, Merge, Repack
 from quantkit.sources import variant_name
 from quantkit.tokens.datasets import KNOWN_HUB
@@ -38,7 +38,7 @@ def _commands(record: Mapping[str, Any], imatrix: str | None) -> list[str]:
     drawn = record.get("calibration")
     calibrated = _drawn(drawn) if isinstance(drawn, dict) else {}
     if "bits" in recipe:
-        options = {**recipe, **calibrated, "override": recipe.get("overrides")}
+        options = {**recipe, **_effort(recipe), **calibrated, "override": recipe.get("overrides")}
         written, ggml = record.get("written"), recipe.get("ggml")
         if not isinstance(written, dict) or not isinstance(ggml, str):
             return [_command(Gptq, names, options)]
@@ -53,6 +53,17 @@ def _commands(record: Mapping[str, Any], imatrix: str | None) -> list[str]:
     if len(pair) == 2 and "delta" not in record:
         return [_command(Merge, names, {**recipe, "vocab": source.get("vocab")})]
     return [_command(Convert, names, recipe)] if "dtype" in recipe else []
+
+
+def _effort(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of accuracy was paid for: the effort that has it, or one with what it has not."""
+    if recipe.get("method", "gptq") != "gptq":
+        return {}
+    done = {name: recipe.get(name) or off for name, off in EFFORTS["fast"]._asdict().items()}
+    nearest: EffortName = "standard" if done["token_weights"] else "fast"
+    effort = next((name for name, row in EFFORTS.items() if row._asdict() == done), nearest)
+    had = EFFORTS[effort]._asdict()
+    return {"effort": effort, **{name: None if value == had[name] else value for name, value in done.items()}}
 
 
 def _drawn(provenance: Mapping[str, Any]) -> dict[str, Any]:

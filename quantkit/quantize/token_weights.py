@@ -348,16 +348,21 @@ def weighing_multiplications(stream: ModelStream, tokens: int) -> int:
 
 
 def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:
-    """Why a model has no gradient that can be had block by block; None where it has. Its first block is tried."""
+    """Why a model has no gradient that can be had block by block; None where it has. A block of each kind is tried."""
     [hidden] = stream.embed([tokens[:1, :_GLANCE]])
     if stream.hands_on:
         return "hands more than hidden states from block to block"
-    try:
-        with stream.block(0) as block, torch.enable_grad():
-            state = hidden.detach().requires_grad_()
-            torch.autograd.grad(stream.call(0, block, 0, state).sum(), state)
-    except RuntimeError as error:
-        return f"has a forward without a gradient ({first_line(error)})"
+    kinds: dict[tuple[object, ...], int] = {}
+    for index, module in enumerate(stream.modules):
+        shapes = ((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+        kinds.setdefault((type(module), *shapes), index)
+    for index in kinds.values():
+        try:
+            with stream.block(index) as block, torch.enable_grad():
+                state = hidden.detach().requires_grad_()
+                torch.autograd.grad(stream.call(index, block, 0, state).sum(), state)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # of code that is the model's own
+            return f"has a forward without a gradient ({first_line(error)})"
     return None
 
 

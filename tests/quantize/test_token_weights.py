@@ -20,6 +20,7 @@ from support.streamed import open_stream
 import quantkit
 from quantkit.blocks import memory
 from quantkit.blocks.memory import MemoryPlan
+from quantkit.blocks.stream import ModelStream
 from quantkit.errors import UsageError
 from quantkit.progress import SILENT
 from quantkit.quantize import gptq, token_weights
@@ -167,6 +168,22 @@ def test_what_cannot_be_weighed_says_so(make_model: MakeModel, tmp_path: Path, r
     assert [text for text in recorder.notes if text.startswith("every token counts the same, since gemma3n_text")]
     quantkit.gptq(model, tmp_path / "plain", **OPTIONS)
     assert contents(tmp_path / "out")["model.safetensors"] == contents(tmp_path / "plain")["model.safetensors"]
+
+
+def test_a_kind_of_block_without_a_gradient_is_found_before_the_pass(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
+) -> None:
+    """Mixtures begin with dense blocks, hybrids with others: the first block does not speak for all."""
+    model = make_model("qwen3_moe", mlp_only_layers=[0])
+    call = ModelStream.call
+
+    def without(stream: ModelStream, index: int, *given: Any) -> torch.Tensor:
+        output = call(stream, index, *given)
+        return output.detach() if index else output
+
+    monkeypatch.setattr(ModelStream, "call", without)
+    quantkit.gptq(model, tmp_path / "out", progress=recorder, **WEIGHTED)
+    assert [text for text in recorder.notes if "qwen3_moe has a forward without a gradient" in text]
 
 
 def test_states_that_no_disk_has_room_for_are_told(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from quantkit.blocks.memory import SLICE
 from quantkit.blocks.states import HiddenStates
@@ -54,26 +55,30 @@ def run_forward(
         advance(1)
 
 
-def block_gradients(
-    stream: ModelStream,
-    index: int,
-    block: nn.Module,
-    number: int,
-    state: torch.Tensor,
-    gradient: torch.Tensor,
-    leaves: Sequence[torch.Tensor] = (),
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients by what enters a loaded block, and by `leaves`: None of one that the batch does not reach.
+@dataclass
+class BlockRun:
+    """A batch's forward through a block, with its graph: what entered it and what left it, [batch, seq, hidden]."""
 
-    Args:
-        number: of the batch in `ModelStream.embed`.
-        state: enters the block, [batch, seq, hidden].
-        gradient: by what leaves it.
-    """
+    state: torch.Tensor
+    output: torch.Tensor
+
+    def gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """By what entered the block, of that by what left it."""
+        return torch.autograd.grad(self.output, self.state, gradient)[0]
+
+    def gradients(
+        self, gradient: torch.Tensor, leaves: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        """The same, and those by `leaves`: None of one that the batch does not reach."""
+        found, *own = torch.autograd.grad(self.output, (self.state, *leaves), gradient, allow_unused=True)
+        return found, own
+
+
+def run_block(stream: ModelStream, index: int, block: nn.Module, number: int, state: torch.Tensor) -> BlockRun:
+    """Run a loaded block with a graph on what enters it of batch `number` in `ModelStream.embed`."""
     with torch.enable_grad():
         state = state.detach().requires_grad_()
-        output = stream.call(index, block, number, state)
-        return torch.autograd.grad(output, (state, *leaves), gradient, allow_unused=True)
+        return BlockRun(state, stream.call(index, block, number, state))
 
 
 def head_pieces(shapes: Iterable[tuple[int, int]]) -> list[Piece]:

@@ -21,17 +21,16 @@ from itertools import chain
 from threading import Lock, local
 from typing import Any
 
-from quantkit.blocks.backward import run_forward
+from quantkit.blocks.backward import BlockRun, head_pieces, head_slices, run_block, run_forward
 from quantkit.blocks.budget import let_go
 from quantkit.blocks.families import ROUTED, Stages, weight_of
-from quantkit.blocks.memory import SLICE, MemoryPlan
+from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.states import HiddenStates, half
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
 from quantkit.late import nn, torch
 from quantkit.progress import Progress
 
-_POSITIONS = 256  # whose logits are held at a time
 _PIECE = 64  # tokens whose squares are made at a time on a CPU: they stay in its cache for both sums
 _TIDY = 4  # rounds of batches between which freed memory goes back: each leaves holes, and each return is paid for
 
@@ -97,7 +96,7 @@ def fisher_squares(
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
     """
-    slices = [(start, min(start + SLICE, stream.vocabulary)) for start in range(0, stream.vocabulary, SLICE)]
+    slices = head_slices(stream)
     if memory.at_once:
         yield from _at_once(stream, batches, chances, memory, workers, progress, slices, most_rows)
         return
@@ -117,8 +116,8 @@ def fisher_squares(
                 ) -> tuple[torch.Tensor, list[StageSquares]]:
                     state, gradient = kept.take(first + i).to(stream.dtype), gradients.take(i)
                     with watch.batch() as seen:
-                        run = _run(stream, index, block, i, state)
-                    return run.backward(gradient), seen
+                        run = run_block(stream, index, block, i, state)
+                    return run.gradient(gradient), seen
 
                 squares: Found = [[] for _ in batches]
                 with watch.hooked():
@@ -153,20 +152,20 @@ def _at_once(
             held.enter_context(watch.hooked())
         heads = held.enter_context(stream.head_rows(*slices))
         found: list[Found] = [[[] for _ in batches] for _ in every]
-        runs: dict[int, list[_Run]] = {}
+        runs: dict[int, list[BlockRun]] = {}
 
         def forward(i: int) -> torch.Tensor:
             state, runs[i] = hidden.take(i), []
             for index in every:
                 with watches[index].batch() as found[index][i]:
-                    runs[i].append(_run(stream, index, blocks[index], i, state))
+                    runs[i].append(run_block(stream, index, blocks[index], i, state))
                 state = runs[i][-1].output.detach()
             return state
 
         def backward(i: int) -> None:
             gradient, own = gradients.pop(i), runs.pop(i)
             while own:
-                gradient = own.pop().backward(gradient)
+                gradient = own.pop().gradient(gradient)
 
         for number, items in enumerate(workers.rounds()):
             at_hand = list(chain.from_iterable(items))
@@ -181,24 +180,6 @@ def _at_once(
     hidden.close()
     for index in reversed(every):
         yield index, stages[index] if stages else (), found[index], watches[index].products if watches else {}
-
-
-@dataclass
-class _Run:
-    """A batch's forward through a block, with its graph."""
-
-    state: torch.Tensor
-    output: torch.Tensor
-
-    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient at what entered the block, of that at its output."""
-        return torch.autograd.grad(self.output, self.state, gradient)[0]
-
-
-def _run(stream: ModelStream, index: int, block: nn.Module, batch: int, state: torch.Tensor) -> _Run:
-    with torch.enable_grad():
-        state = state.detach().requires_grad_()
-        return _Run(state, stream.call(index, block, batch, state))
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -250,7 +231,7 @@ def _head_gradients(
                 found.append(_batch_gradient(heads, slices, state, chance))
                 advance(1)
             return found
-    pieces = [(i, *piece) for i, chance in enumerate(chances) for piece in _pieces(chance)]
+    pieces = head_pieces((len(chance), chance.shape[1]) for chance in chances)
     shares: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
     with progress.phase("weighing the head", 2 * len(slices)) as advance:
         for at_rows in slices:
@@ -277,7 +258,7 @@ def _head_gradients(
 def _batch_gradient(heads: list[Head], slices: Slices, state: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     """`_head_gradients` of one batch, with a head for each slice."""
     gradient = torch.zeros_like(state)
-    for row, at in _pieces(chance):
+    for _, row, at in head_pieces([(len(chance), chance.shape[1])]):
         part = state[..., row : row + 1, at, :].detach().requires_grad_()
         with torch.enable_grad():
             logits = [head(part) for head in heads]
@@ -285,12 +266,6 @@ def _batch_gradient(heads: list[Head], slices: Slices, state: torch.Tensor, chan
         for place, (start, _) in enumerate(slices):
             gradient[..., row : row + 1, at, :] += draw.state_gradient(place, start, logits[place], part)
     return gradient
-
-
-def _pieces(chance: torch.Tensor) -> list[tuple[int, slice]]:
-    """(row, positions) of a batch, of which few enough are worked at a time."""
-    starts = range(0, chance.shape[1], _POSITIONS)
-    return [(row, slice(start, start + _POSITIONS)) for row in range(chance.shape[0]) for start in starts]
 
 
 def _share(logits: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from quantkit.blocks.backward import block_gradients, head_pieces, head_slices, run_forward
+from quantkit.blocks.backward import head_pieces, head_slices, run_block, run_forward
 from quantkit.blocks.families import as_rows, weight_of
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.states import HiddenStates, half
@@ -260,12 +260,12 @@ class Refining:
                         block: nn.Module = block,
                         states: list[torch.Tensor] = states,
                         leaves: list[torch.Tensor] = leaves,
-                    ) -> tuple[torch.Tensor | None, ...]:
-                        return block_gradients(stream, index, block, windows[i], states[i], gradients[i], leaves)
+                    ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+                        run = run_block(stream, index, block, windows[i], states[i])
+                        return run.gradients(gradients[i], leaves)
 
                     sums: list[torch.Tensor | None] = [None] * len(leaves)
-                    for i, (gradient, *own) in workers.each(backward):
-                        assert gradient is not None
+                    for i, (gradient, own) in workers.each(backward):
                         gradients[i] = gradient
                         for number, one in enumerate(own):
                             before = sums[number]

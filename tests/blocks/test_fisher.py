@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MakeModel
 
-from quantkit.blocks import fisher
+from quantkit.blocks import backward, fisher
 from quantkit.blocks.families import ROUTED
 from quantkit.blocks.fisher import StageSquares, fisher_squares
 from quantkit.blocks.memory import MemoryPlan
@@ -138,7 +138,7 @@ def test_no_plan_changes_a_bit(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
 ) -> None:
     """All blocks at once or one by one, the head whole or in slices, states in a file."""
-    monkeypatch.setattr(fisher, "SLICE", 100)
+    monkeypatch.setattr(backward, "SLICE", 100)
     stream = open_in(make_model(family), dtype)
     ids = windows(stream.vocabulary)
     chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
@@ -190,8 +190,8 @@ def test_labels_have_the_models_distribution_whatever_the_slices(
     ids = windows(stream.vocabulary)
     chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
     whole = streamed(stream, ids, chances, each=2)[0]
-    monkeypatch.setattr(fisher, "SLICE", 100)
-    monkeypatch.setattr(fisher, "_POSITIONS", 7)
+    monkeypatch.setattr(backward, "SLICE", 100)
+    monkeypatch.setattr(backward, "_POSITIONS", 7)
     for one, other in zip(whole, streamed(stream, ids, chances, each=2)[0], strict=True):
         for name, squares in one.items():
             torch.testing.assert_close(other[name], squares, rtol=1e-4, atol=1e-6)

@@ -105,13 +105,18 @@ class _Block:
 
 
 def _largest_block(stream: ModelStream, quantized: bool) -> _Block:
-    kinds = {}
-    for index, (block, stages) in enumerate(zip(stream.modules, stream.known_stages(), strict=True)):
-        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
-        if shapes not in kinds:
-            kinds[shapes] = _block_bytes(stream, index, block, stages, quantized)
-    found = kinds.values()
+    stages = stream.known_stages()
+    found = [_block_bytes(stream, i, stream.modules[i], stages[i], quantized) for i in one_of_each_kind(stream)]
     return _Block(*(max(getattr(one, field.name) for one in found) for field in fields(_Block)))
+
+
+def one_of_each_kind(stream: ModelStream) -> list[int]:
+    """The first block of each kind: those of one class whose parameters are alike in names and shapes."""
+    kinds: dict[tuple[object, ...], int] = {}
+    for index, block in enumerate(stream.modules):
+        shapes = ((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        kinds.setdefault((type(block), *shapes), index)
+    return list(kinds.values())
 
 
 def _block_bytes(stream: ModelStream, index: int, block: nn.Module, stages: Stages, quantized: bool) -> _Block:

@@ -24,7 +24,7 @@ import numpy as np
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
-from quantkit.blocks.memory import MemoryPlan, keeps_exact, kept_bytes, most_fed_rows, plan_weighing
+from quantkit.blocks.memory import MemoryPlan, keeps_exact, kept_bytes, most_fed_rows, one_of_each_kind, plan_weighing
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
@@ -352,11 +352,7 @@ def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:
     [hidden] = stream.embed([tokens[:1, :_GLANCE]])
     if stream.hands_on:
         return "hands more than hidden states from block to block"
-    kinds: dict[tuple[object, ...], int] = {}
-    for index, module in enumerate(stream.modules):
-        shapes = ((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-        kinds.setdefault((type(module), *shapes), index)
-    for index in kinds.values():
+    for index in one_of_each_kind(stream):
         try:
             with stream.block(index) as block, torch.enable_grad():
                 state = hidden.detach().requires_grad_()

@@ -45,20 +45,18 @@ def solve(
         NumericError: a group's scale is beyond float16.
     """
     factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
-    found: list[Codes] = []
-    for W, A in zip(weights, products, strict=True):
-        W = W.float()
-        if factor is None:  # the layer saw nothing that tells its columns apart
-            found.append(rounded(W, spec))
-        else:
-            found.append(_fed(W, A, H, factor, spec))
-    whole, linear = torch.cat([W.float() for W in weights]), stacked(found)
+    whole = torch.cat([W.float() for W in weights])
+    if factor is None:  # the layer saw nothing that tells its columns apart
+        linear = rounded(whole, spec)
+    else:
+        tiles = torch.split(whole, [len(W) for W in weights])
+        linear = stacked([_fed(W, A, H, factor, spec) for W, A in zip(tiles, products, strict=True)])
     losses = row_losses(whole, linear, H), row_losses(whole, round_to_nearest(whole, spec), H)
     return Solved(linear, *losses, *((0.0, "rounding") if factor is None else (factor.damp, factor.fallback)))
 
 
 def _fed(W: torch.Tensor, A: torch.Tensor | None, H: torch.Tensor, factor: InverseFactor, spec: QuantSpec) -> Codes:
-    """Codes of one Linear W float32 [out, in], which is overwritten."""
+    """Codes of one Linear W float32 [out, in], which stays as it is."""
     rows = None if A is None else factorize(A.to(W.device), torch.arange(len(W), device=W.device), _DAMP)
     if rows is None:
         return quantize(W, H, factor, spec)[0]

@@ -7,24 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.blocks.open import (
-    check_windows,
-    fitted,
-    model_or_default,
-    open_parts,
-    pair_of,
-    stream_of,
-    whole,
-)
+from quantkit.blocks.open import check_windows, fitted, model_or_default, open_parts, pair_of, stream_of, whole
 from quantkit.blocks.pair import label_of
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import Interrupted, OutputError, QuantkitError, UsageError
 from quantkit.late import torch
-from quantkit.options import (
-    EvaluationSpec,
-    default_seq_len,
-    make,
-)
+from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Spent

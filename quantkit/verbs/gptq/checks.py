@@ -6,10 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from quantkit.blocks.open import (
-    note_left_out,
-    note_source,
-)
+from quantkit.blocks.open import note_left_out, note_source
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Plan
 from quantkit.containers import CONTAINERS

@@ -15,28 +15,14 @@ from quantkit.containers import misfit, of_format
 from quantkit.containers.mlx.write import check_biases
 from quantkit.errors import UsageError
 from quantkit.late import torch
-from quantkit.options import (
-    METHODS,
-    Ends,
-    Grid,
-    QuantSpec,
-    make,
-    parse_size,
-)
+from quantkit.options import METHODS, Ends, Grid, QuantSpec, make, parse_size
 from quantkit.options.values import gptq_type
 from quantkit.options.verbs import Gptq
 from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates, ggml_candidates
-from quantkit.quantize.blockwise import (
-    corrects,
-    gptq_multiplications,
-    plan_gptq_memory,
-)
+from quantkit.quantize.blockwise import corrects, gptq_multiplications, plan_gptq_memory
 from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
-from quantkit.quantize.token_weights import (
-    plan_weights_memory,
-    weighing_multiplications,
-)
+from quantkit.quantize.token_weights import plan_weights_memory, weighing_multiplications
 from quantkit.quantize.tuning import plan_refining_memory
 from quantkit.runs.ranks import Ranks
 from quantkit.runs.unfinished import decided_before

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quantkit.options import (
-    ActOrder,
-)
+from quantkit.options import ActOrder
 from quantkit.progress import counted, size
 from quantkit.quantize.allocate import Spent
 from quantkit.quantize.layers import LayerStatistics

@@ -11,29 +11,16 @@ from typing import Any
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, put_together, take_apart
-from quantkit.options import (
-    Ends,
-    MlxBiases,
-    QuantSpec,
-    parse_size,
-)
+from quantkit.options import Ends, MlxBiases, QuantSpec, parse_size
 from quantkit.options.values import Every, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Allocator
-from quantkit.quantize.blockwise import (
-    OnLinear,
-    corrects,
-    quantize_blocks,
-)
+from quantkit.quantize.blockwise import OnLinear, corrects, quantize_blocks
 from quantkit.quantize.layers import LayerStatistics, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CodesWriter, Target
-from quantkit.quantize.token_weights import (
-    Gradients,
-    TokenWeights,
-    token_weights,
-)
+from quantkit.quantize.token_weights import Gradients, TokenWeights, token_weights
 from quantkit.quantize.trials import chosen_for
 from quantkit.quantize.tuning import Refined, refine_run
 from quantkit.runs.atomic import REPORT_NAME, fingerprint, write_json

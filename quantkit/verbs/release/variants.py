@@ -159,6 +159,8 @@ class Workshop:
         taken = {place.branch for place in self.places if place.repo == repo}
         settings = variant.bits, variant.group_size, variant.act_order == "dynamic"
         named = branch_name(*settings, variant.kind) + METHODS[variant.method].suffix
+        if variant.budget is not None:
+            named = f"{variant.kind}-{variant.title}"
         branch = variant.branch or (named if taken else "main")
         if branch in taken:
             raise UsageError(f"two variants of {repo} go to its branch {branch}; give one another branch or repo")
@@ -247,7 +249,9 @@ class Workshop:
         """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
         options = codes_options(variant, self._recipe)
         told = "".join(
-            f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto", "standard")
+            f" {k} {value}"
+            for k, value in options.items()
+            if k != ("budget" if "budget" in options else "ggml") and value not in (None, "auto", "standard")
         )
         name = f"codes {variant.title}{told}"
         folder = self._hidden / "files" / name.replace(" ", "-")
@@ -302,6 +306,7 @@ def step_name(variant: AnyVariant) -> str:
 def gptq_options(variant: GptqVariant) -> dict[str, Any]:
     """The arguments of `gptq` for a checkpoint."""
     unsaid = {"kind", "repo", "optional", "override", "branch"} | ({"method"} if variant.method == "gptq" else set())
+    unsaid |= {"budget", "budget_for"} if variant.budget is None else {"bits", "group_size"}
     fields = variant.model_dump(mode="json", exclude=unsaid)
     formats = CONTAINERS[variant.kind].formats
     return {
@@ -325,7 +330,8 @@ def codes_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[st
     a type of its own: of most mixtures the output is Q6_K, which ggjt has no place for.
     """
     ends = {"embedding_type": "f32", "output_type": "f32"} if recipe.shares(variant) else ends_of(variant)
-    return {"ggml": variant.type, "effort": variant.effort, **ends}
+    spent = {"budget": variant.budget} if isinstance(variant, GgufVariant) and variant.budget is not None else {}
+    return {"ggml": variant.type, "effort": variant.effort, **spent, **ends}
 
 
 def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from quantkit.runs.ranks import share_of
 
 T = TypeVar("T")
 
+BATCH_TOKENS = 1024  # on a CPU, where workers run side by side, larger batches are no faster
+_GPU_BATCH_TOKENS = 16384  # launches take as long for a small batch, and a GPU waits for them
+_GPU_BATCHES = 16  # for processes to share, before batches grow
 MOST = 8  # workers; a power of two; each holds the tensors of a forward
 
 
@@ -92,6 +95,14 @@ class Workers:
                 future.cancel()
             wait(futures)
             futures.clear()  # an error's traceback holds this frame, and would hold all results
+
+
+def batch_windows(device: torch.device, windows: int, seq_len: int) -> int:
+    """How many of so many windows are run as one batch."""
+    most = BATCH_TOKENS
+    if device.type != "cpu":
+        most = min(_GPU_BATCH_TOKENS, max(BATCH_TOKENS, windows * seq_len // _GPU_BATCHES))
+    return max(1, most // seq_len)
 
 
 def worker_count(device: torch.device, items: int) -> int:

@@ -355,8 +355,84 @@ def test_a_gpu_without_triton_is_said_in_one_line(
     assert kernels.column_loop(stream.device) is kernels.plain_columns
 
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "triton_trouble", lambda device: "")
     assert kernels.shortfall(stream.device) is None
     assert kernels.column_loop(torch.device("cpu")) in (loops.quantize_columns, kernels.plain_columns)
+
+
+# What Triton does before its first launch: it compiles a C file against Python's headers, and keeps what comes of it.
+COMPILING = """
+import sys, torch
+from triton.runtime.build import compile_module_from_src
+from quantkit.quantize.kernels import plain_columns, trouble_of
+
+def loop(*given):
+    compile_module_from_src(src=sys.argv[1], name="tried")
+    return plain_columns(*given)
+
+print("TROUBLE", trouble_of(lambda: loop, torch.device("cpu")))
+"""
+MODULE = """
+#include <Python.h>
+static struct PyModuleDef tried = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&tried); }
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("environment", "source", "said"),
+    [
+        ({"PATH": "/nowhere"}, MODULE, "Failed to find C compiler"),
+        ({"TRITON_CACHE_DIR": "{file}/cache", "CC": ""}, MODULE, "TRITON_CACHE_DIR name a folder that can be written"),
+        ({}, "#include <no_such_header.h>", "install Python's headers"),
+    ],
+    ids=["no compiler", "no folder", "no headers"],
+)
+def test_triton_that_cannot_compile_is_told_in_a_few_words(
+    environment: dict[str, str], source: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    known = {name: value for name, value in os.environ.items() if name != "CC"}
+    known |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    known |= {name: value.format(file=tmp_path / "file") for name, value in environment.items() if value}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING, source], env=known, capture_output=True, text=True, check=True
+    )
+    [trouble] = [line.removeprefix("TROUBLE ") for line in done.stdout.splitlines() if line.startswith("TROUBLE")]
+    assert said in trouble
+    assert "Traceback" not in done.stderr
+
+
+def test_a_kernel_that_fails_or_gives_other_codes_is_not_used(
+    make_model: MakeModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise RuntimeError("no driver\nand much more")
+
+    def wrong(*given: Any) -> Any:
+        errors = kernels.plain_columns(*given)
+        given[5][3, 4] ^= 1
+        return errors
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 7)
+    trials = {failing: "no driver", wrong: "its codes are not those of torch", kernels.plain_columns: ""}
+    for loop, said in trials.items():
+        assert kernels.trouble_of(lambda loop=loop: loop, cpu) == said
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "triton_trouble", lambda device: kernels.trouble_of(lambda: failing, cpu))
+    stream = open_stream(make_model())
+    plan = plan_linears(stream, QuantSpec(group_size=32))
+    stream.device = gpu
+    note_plan(stream, plan, recorder)
+    told = "Triton does not work here, so torch quantizes the columns: slower; no driver"
+    assert recorder.notes == [told]
+    assert kernels.column_loop(gpu) is kernels.plain_columns
+
+
+@needs_triton
+def test_the_kernel_passes_its_trial(interpreted: dict[str, dict[str, Any]]) -> None:
+    assert interpreted["trouble"] == ""
 
 
 def test_what_a_cpu_computes_with_is_not_uploaded() -> None:

@@ -25,12 +25,12 @@ from safetensors.torch import load_file
 from support.forked_ranks import ForkedRanks, Outcome, Request
 from support.tolerance import assert_mean_product, summed
 
+from quantkit.blocks.workers import BATCH_TOKENS
 from quantkit.codes import take_apart
 from quantkit.errors import UsageError
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT
 from quantkit.quantize import gptq
-from quantkit.quantize.blockwise import _BATCH_TOKENS
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.sharing import Sharing
 from quantkit.runs import ranks as parallel
@@ -40,7 +40,7 @@ from quantkit.runs.watch import RankError, Watch
 
 # 3 batches: two processes do not get equally many, and of four one gets none.
 BATCHES = 3
-DRAWN = ["--samples", str(BATCHES * _BATCH_TOKENS // 512), "--seq-len", "512", "--calibration"]
+DRAWN = ["--samples", str(BATCHES * BATCH_TOKENS // 512), "--seq-len", "512", "--calibration"]
 GPTQ = ["gptq", "model", "--out", "out", "--group-size", "32", "--device", "cpu", "--quiet"]
 
 Start = Callable[..., list[Outcome]]

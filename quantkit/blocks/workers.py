@@ -117,10 +117,13 @@ def even_shares(items: int, workers: int) -> list[range]:
     return [share for k in range(workers) if (share := share_of(items, k, workers))]
 
 
-def uploaded(stored: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def uploaded(
+    stored: dict[str, torch.Tensor], device: torch.device, user: torch.cuda.Stream | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors on `device`, for the thread that read them: it waits for the copies, so that nobody else has to.
 
     Each goes through pinned memory, from which the GPU copies by itself. Nothing happens where the device is a CPU.
+    `user` is the stream that they are used on, and those before them were.
     """
     if device.type != "cuda":
         return stored
@@ -130,7 +133,7 @@ def uploaded(stored: dict[str, torch.Tensor], device: torch.device) -> dict[str,
             pinned = stored.pop(name).contiguous().pin_memory()
             arrived = torch.empty_like(pinned, device=device)
             # The memory may be what an earlier block's tensor had: its last use was queued before it was let go.
-            stream.wait_stream(torch.cuda.default_stream(device))
+            stream.wait_stream(torch.cuda.default_stream(device) if user is None else user)
             stored[name] = arrived.copy_(pinned, non_blocking=True)
     stream.synchronize()
     return stored

@@ -72,7 +72,7 @@ def score(
     models: list[ModelStream], windows: Windows, against: bool, progress: Progress = SILENT, ranks: Ranks = ALONE
 ) -> list[TokenScores]:
     """Score every model on one text's windows: `score_texts` of one text, without the layers."""
-    return score_texts(models, [windows], against, progress, ranks).texts[0]
+    return score_texts(models, [windows], against, progress, ranks, by_layer=False).texts[0]
 
 
 @inference
@@ -82,8 +82,10 @@ def score_texts(
     against: bool,
     progress: Progress = SILENT,
     ranks: Ranks = ALONE,
+    by_layer: bool = True,
 ) -> Scores:
-    """Score every model on the windows of all texts; with `against`, the first model is the reference of the others.
+    """Score every model on the windows of all texts; with `against`, the first model is the reference of the others,
+    and with `by_layer` too hidden states are compared after each block.
 
     Batches of windows are shared between ranks, each of the shape that it has for one process. All ranks call this and
     get the same result, which is that of one process to the bit.
@@ -113,7 +115,7 @@ def score_texts(
     depth = max(len(model.blocks) for model in models)
     sizes = [(len(model.blocks), states[0].shape) for model, states in zip(models, hidden, strict=True)]
     layers: list[list[Ratios] | None] = [
-        [] if against and number and own == sizes[0] else None for number, own in enumerate(sizes)
+        [] if by_layer and against and number and own == sizes[0] else None for number, own in enumerate(sizes)
     ]
     work = [-(-ids.numel() // BATCH_TOKENS) for ids in tokens]  # of a layer, for each batch
     head_layers = sum(model.head_layers for model in models)

@@ -23,6 +23,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quantize import row_feedback
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
 from quantkit.quantize.hessian import row_losses
+from quantkit.quantize.kernels import settle
 from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.methods import Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
@@ -282,6 +283,7 @@ class StageWork:
                     solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
+            settle(weights[0].device)  # the losses are waited for in any case
             seconds = spent / len(stacks) + time.perf_counter() - start
             own = None if corrector is None else [partial(row_losses, W.float(), H=H) for W in stored]
             self._hand_on(names, weights, solved, tokens, seconds, [part for _, part in targets], own)

@@ -128,6 +128,12 @@ def _as_plain(loop: ColumnLoop, device: torch.device) -> bool:
     return torch.equal(codes, plain_codes) and torch.allclose(errors, plain_errors, rtol=1e-4, atol=1e-5)
 
 
+def settle(device: torch.device) -> None:
+    """Wait until a GPU has done what was queued on the current stream, so that a clock tells more than launches."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def beside(device: torch.device) -> AbstractContextManager[None]:
     """A ``with`` block whose work runs beside what the current stream still has to do; on a CPU, in turn.
 

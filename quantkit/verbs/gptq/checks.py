@@ -14,6 +14,7 @@ from quantkit.containers.values import Underflow, all_finite
 from quantkit.errors import NumericError, UsageError
 from quantkit.late import torch
 from quantkit.progress import SILENT, Progress, counted
+from quantkit.quantize.hessian import adds_up_in_float32
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.targets import Target
@@ -48,6 +49,12 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
         progress.note(f"{stream.source.label} was made from {row.one} (its {REPORT_NAME}): what that rounded stays so")
     if missing := shortfall(stream.device):
         progress.note(missing)
+    if stream.device.type != "cpu" and not adds_up_in_float32(stream.dtype, stream.device):
+        kind = str(stream.dtype).removeprefix("torch.")
+        progress.note(
+            f"this torch does not add up products of {kind} in float32 here, so activations are cast for Hessians: "
+            "slower; torch 2.9 does"
+        )
     if stream.discovered:
         progress.note(
             f"architecture {stream.source.config.model_type} is not in the table: its decoder blocks were found at "

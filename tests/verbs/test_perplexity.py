@@ -250,7 +250,7 @@ def test_text_that_is_too_short_is_refused(stride: int | None, base: Path, tmp_p
 
 def test_layers_are_compared_by_compare_alone(base: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "_relative_errors", None)
-    quantkit.perplexity(base, against=base, text=text, seq_len=8, eval_tokens=8, device="cpu")
+    quantkit.perplexity(base, against=base, text=str(text), seq_len=8, eval_tokens=8, device="cpu")
 
 
 def test_a_model_against_itself(base: Path, text: Path) -> None:

@@ -212,7 +212,8 @@ class ModelStream:
         if not wanted:
             yield
             return
-        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device), len(self.modules))
+        user = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None  # a thread has its own
+        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device, user), len(self.modules))
         try:
             yield
         finally:
@@ -256,6 +257,13 @@ class ModelStream:
         """
         with self._outside(self._model.get_output_embeddings()):
             yield self._logits
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Published names of the embedding's and the head's matrix: the same one where they are tied."""
+        modules = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        embedding, head = (self.weights.names[f"{self._name_of(module)}.weight"] for module in modules)
+        return embedding, head
 
     @property
     def vocabulary(self) -> int:

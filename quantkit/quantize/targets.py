@@ -8,7 +8,7 @@ headers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import load, of_format
+from quantkit.containers.hf.coded import as_kept
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -100,12 +101,15 @@ class Target(Protocol):
         bytes: of all tensors.
         quantized_bytes: of the quantized Linears, with scales and minima or zeros.
         head_bytes: of what the weight files have beside tensors.
+        ends: GGML types of the embedding and the output matrix where they are rounded, by published name; of a tied one
+            once.
         changed: tensors that are written instead of the source's, by published name; to be filled before `writer`.
     """
 
     plan: Plan
     bytes: int
     quantized_bytes: int
+    ends: Mapping[str, str]
     changed: dict[str, torch.Tensor]
 
     def gain_dtype(self, name: str) -> torch.dtype:
@@ -114,8 +118,8 @@ class Target(Protocol):
     @property
     def head_bytes(self) -> int: ...
 
-    def check_kept(self, name: str) -> None:
-        """Refuse a tensor that is not quantized and cannot be written. Raises NumericError."""
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        """Refuse a tensor of these values that is not quantized and cannot be written. Raises NumericError."""
 
     def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
         """Write into a folder that is not yet the finished output."""
@@ -141,9 +145,6 @@ class Layout(Protocol):
 
     def plan(self, source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
         """Every tensor that the checkpoint will hold, in the source's order."""
-
-    def kept_tensor(self, source: Source, weights: Weights, name: str) -> torch.Tensor:
-        """A tensor that stays as it is, in the dtype it is published in. Raises NumericError."""
 
     def writer(
         self,
@@ -179,6 +180,7 @@ class CheckpointTarget:
             UsageError: a pattern that no Linear matches, or what the layout has no place for.
         """
         self.changed: dict[str, torch.Tensor] = {}
+        self.ends: Mapping[str, str] = {}
         self._source, self._max_shard_bytes = stream.source, max_shard_bytes
         self._weights = replace(stream.weights, changed=self.changed)
         self.plan = plan_linears(stream, spec) if plan is None else plan
@@ -193,8 +195,8 @@ class CheckpointTarget:
         self.head_bytes = len(header(tensors)[0])
         self.quantized_bytes = sum(size for size, module, _, part in parts if module in self.plan and part != "bias")
 
-    def check_kept(self, name: str) -> None:
-        self._layout.kept_tensor(self._source, self._weights, name)
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        as_kept(name, values, self._weights.dtype(name))
 
     def gain_dtype(self, name: str) -> torch.dtype:
         return self._weights.dtype(name)

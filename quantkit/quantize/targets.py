@@ -18,6 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import load, of_format
+from quantkit.containers.hf.coded import as_kept
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -114,8 +115,8 @@ class Target(Protocol):
     @property
     def head_bytes(self) -> int: ...
 
-    def check_kept(self, name: str) -> None:
-        """Refuse a tensor that is not quantized and cannot be written. Raises NumericError."""
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        """Refuse a tensor of these values that is not quantized and cannot be written. Raises NumericError."""
 
     def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
         """Write into a folder that is not yet the finished output."""
@@ -141,9 +142,6 @@ class Layout(Protocol):
 
     def plan(self, source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
         """Every tensor that the checkpoint will hold, in the source's order."""
-
-    def kept_tensor(self, source: Source, weights: Weights, name: str) -> torch.Tensor:
-        """A tensor that stays as it is, in the dtype it is published in. Raises NumericError."""
 
     def writer(
         self,
@@ -193,8 +191,8 @@ class CheckpointTarget:
         self.head_bytes = len(header(tensors)[0])
         self.quantized_bytes = sum(size for size, module, _, part in parts if module in self.plan and part != "bias")
 
-    def check_kept(self, name: str) -> None:
-        self._layout.kept_tensor(self._source, self._weights, name)
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        as_kept(name, values, self._weights.dtype(name))
 
     def gain_dtype(self, name: str) -> torch.dtype:
         return self._weights.dtype(name)

@@ -258,7 +258,7 @@ class writer:
     def add_others(self) -> None:
         for name in self._weights.tensors:
             if name.removesuffix(".weight") not in self._linears:
-                self._tensors.write(name, kept_tensor(self._source, self._weights, name))
+                self._tensors.write(name, kept_tensor(self._weights, name))
 
     def finish(self) -> None:
         self._tensors.finish()

@@ -19,6 +19,7 @@ from quantkit.options import (
     CalibrationSpec,
     CardFacts,
     Checkpoint,
+    CheckpointFormat,
     Choosing,
     ComputeDtype,
     Effort,
@@ -77,9 +78,13 @@ class VariantRecipe(Spec):
 
 
 class GptqVariant(VariantRecipe, EffortGrid, Overrides, Checkpoint):
-    """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
+    """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others.
+
+    Variants that differ by their containers alone are made by one run.
+    """
 
     kind: CheckpointKind
+    format: CheckpointFormat = "gptq"
     branch: str | None = None
 
     @property

@@ -223,6 +223,34 @@ def test_variants_share_the_weights_of_tokens(small: Path, tmp_path: Path, monke
     assert both[file] == alone[file]
 
 
+def test_variants_of_other_containers_alone_are_of_one_run(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is what it is alone, to the byte."""
+    from quantkit.verbs.release import variants as making
+
+    kinds = ("gptq", "compressed-tensors", "mlx")
+    rows = [f"  - {{kind: {kind}, bits: 4, group_size: 32, effort: fast}}\n" for kind in kinds]
+    recipe, runs, quantize = SMALL[: SMALL.index("  - {kind")], [], making.gptq
+    monkeypatch.setattr(making, "gptq", lambda *given, **told: runs.append(told["format"]) or quantize(*given, **told))
+    small.write_text(recipe + rows[2])
+    quantkit.release(small, tmp_path / "alone")
+    small.write_text(recipe + "".join(rows) + rows[0].replace("bits: 4", "bits: 8"))
+    made = statuses(quantkit.release(small, tmp_path / "all"))
+    assert runs == ["mlx", kinds, "gptq"]
+    assert (made["codes of gptq 4bit-32g"], made["mlx 4bit-32g"], made["gptq 8bit-32g"]) == ("done",) * 3
+    alone, every = contents(tmp_path / "alone"), contents(tmp_path / "all")
+    folder = "Tiny-MLX-4bit-32g/"
+    of_variant = {name for name in alone if name.startswith(folder) and not name.endswith("README.md")}
+    assert {name: every[name] for name in of_variant} == {name: alone[name] for name in of_variant}
+    assert set(statuses(quantkit.release(small, tmp_path / "all")).values()) == {"unchanged"}
+    (tmp_path / "all" / folder / "model.safetensors").unlink()
+    mended = statuses(quantkit.release(small, tmp_path / "all"))
+    assert (mended["mlx 4bit-32g"], mended["codes of gptq 4bit-32g"]) == ("done", "unchanged")
+    forecasts = {part.name: part for part in quantkit.release(small, tmp_path / "new", dry_run=True).forecasts}
+    assert forecasts["mlx 4bit-32g"].seconds < forecasts["gptq 4bit-32g"].seconds / 2
+
+
 def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantkit.release(small, out)

@@ -246,7 +246,11 @@ class CodedWriter:
         """Copy every tensor that is not quantized, each in the dtype that the source keeps it in."""
         for name in self._weights.tensors:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in self._linears):
-                self._tensors.write(name, kept_tensor(self.source, self._weights, name))
+                self.add_other(name, kept_tensor(self.source, self._weights, name))
+
+    def add_other(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of them."""
+        self._tensors.write(name, tensor)
 
     def finish(self) -> None:
         """Write configs and tokenizer, then read every tensor back and compare it: of Linears their codes and zeros.

@@ -17,6 +17,7 @@ from quantkit.errors import UsageError, meant
 from quantkit.options.grid import EFFORTS as EFFORTS
 from quantkit.options.grid import METHODS as METHODS
 from quantkit.options.grid import ActOrder as ActOrder
+from quantkit.options.grid import Budget as Budget
 from quantkit.options.grid import Effort as Effort
 from quantkit.options.grid import EffortGrid as EffortGrid
 from quantkit.options.grid import FilledGrid as FilledGrid

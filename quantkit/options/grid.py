@@ -169,13 +169,19 @@ class Overrides(Options):
     '*.down_proj=ggml:q6_k'); may be repeated, the first that matches counts."""
 
 
-class Spending(Options):
-    """Bits where they are worth their bytes."""
+class Budget(Options):
+    """What bits may take."""
 
     panel: ClassVar[str] = "Grid"
     budget: AllowanceText | None = None
     """Instead of --bits and --group-size: what is to be spent, such as 4.5bpw or 3GB, where token weights predict that
-    it is worth most (extra: budget)."""
+    it is worth most (extra: budget). Several by commas make an output each, of one pass."""
+
+
+class Spending(Budget):
+    """Bits where they are worth their bytes."""
+
+    panel: ClassVar[str] = "Grid"
     budget_for: Literal["any", "vllm"] = "any"
     """Who is to load what --budget makes; vllm: 4 and 8 bits, and one precision for q, k and v, and for gate and up,
     which it fuses."""

@@ -96,6 +96,15 @@ def parse_allowance(text: str | int) -> Allowance:
         raise ValueError("give bits per weight such as 4.5bpw, or a size such as 900MB") from None
 
 
+def allowances(text: str | int) -> tuple[str, ...]:
+    """The parts of ``4.5bpw,3GB``, each as `parse_allowance` reads it, without spaces. Raises ValueError."""
+    parts = tuple("".join(part.split()) for part in str(text).split(","))
+    read = [parse_allowance(part) for part in parts]
+    if len(set(read)) < len(read):
+        raise ValueError("the same budget is given twice")
+    return parts
+
+
 @dataclass(frozen=True)
 class Every:
     """How often hidden states are kept: after so many seconds, or so many blocks; never where both are None."""
@@ -331,8 +340,8 @@ def _part(given: str | float) -> str | float:
 
 Size = Annotated[str | int, _parsed(_bytes)]
 """Such as "5GB", or bytes."""
-AllowanceText = Annotated[str | int, _parsed(parse_allowance)]
-"""Such as "4.5bpw" or "3GB"."""
+AllowanceText = Annotated[str | int, _parsed(allowances)]
+"""Such as "4.5bpw" or "3GB", or several by commas."""
 DataName = Annotated[str, AfterValidator(_known_data)]
 """A known name, NAME:FILE, a file, a Hub id."""
 Interval = Annotated[str, _parsed(parse_every)]

@@ -29,10 +29,13 @@ from quantkit.quantize.methods import Sums
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import Target
 from quantkit.quantize.token_weights import TokenWeights, of_first
+from quantkit.runs.atomic import fingerprint
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_choice, landed_choice
+from quantkit.runs.shared_weights import keep_losses, take_losses
 
 _LOSSES = "losses."
+_UNTRIED = {"correct", "row_feedback", "refine", "include", "exclude", "overrides"}  # which trials do without
 
 Trials = Mapping[str, Sequence[QuantSpec]]
 """What each Linear is tried with, by its published name; specs differ in grids alone."""
@@ -95,11 +98,13 @@ def chosen_for(
     journal: Journal | None,
     sharing: Sharing,
     progress: Progress,
+    deciding: str = "",
 ) -> Choice:
     """The choice that a run has in its folder, made now unless it has. All ranks call it alike.
 
     Args:
         journal: of the run; None on all ranks but the first.
+        deciding: fingerprint of all that decides what candidates lose, but for these; as `journal`.
 
     Raises:
         UsageError: a model without gradients, by which nothing can be chosen.
@@ -109,11 +114,9 @@ def chosen_for(
     ranks = sharing.ranks
     kept = ranks.from_first(lambda: landed_choice(folder, of_first(journal)))
     if kept is None:
-        budget = stream.budget // ranks.here
-        losses = trial_losses(stream, tokens, allocator.trials(), weights, budget, sharing, progress)
+        known = _known_losses(stream, tokens, allocator.trials(), weights, sharing, progress, deciding)
 
         def choose() -> dict[str, torch.Tensor]:
-            known = {f"{_LOSSES}{name}": torch.tensor(own, dtype=torch.float32) for name, own in losses.items()}
             with progress.phase("choosing", 1) as advance:
                 chosen, gap = allocator.choose(_losses(known))
                 advance(1)
@@ -128,6 +131,29 @@ def chosen_for(
         name: found[name][number] for unit, number in zip(allocator.units, chosen, strict=True) for name in unit.names
     }
     return Choice(allocator.target_with(chosen), spent, planned)
+
+
+def _known_losses(
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    trials: Trials,
+    weights: TokenWeights,
+    sharing: Sharing,
+    progress: Progress,
+    deciding: str,
+) -> dict[str, torch.Tensor]:
+    """What candidates lose, float32 by `_LOSSES` and a Linear's name: as another run has found it, or found now."""
+    ranks = sharing.ranks
+    tried = {name: [spec.model_dump(exclude=_UNTRIED) for spec in specs] for name, specs in trials.items()}
+    key = fingerprint({"decided by": deciding, "trials": tried})
+    if (shared := ranks.from_first(lambda: take_losses(key))) is not None:
+        progress.note("what an earlier variant found that candidates lose is used")
+        return shared
+    losses = trial_losses(stream, tokens, trials, weights, stream.budget // ranks.here, sharing, progress)
+    known = {f"{_LOSSES}{name}": torch.tensor(own, dtype=torch.float32) for name, own in losses.items()}
+    if ranks.first:
+        keep_losses(key, known)
+    return known
 
 
 def _losses(kept: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:

@@ -1,28 +1,33 @@
-"""Token weights that several runs share: those of one model on the same tokens are the same, whatever is made of it.
+"""What several runs share: token weights of one model on the same tokens are the same, whatever is made of it, and so
+is what each candidate would lose, whatever may be spent.
 
 FOLDER/FINGERPRINT/weights/00012.safetensors    as a run has them (`landing`)
+FOLDER/FINGERPRINT/losses.safetensors           of candidates
 FOLDER/FINGERPRINT/quantkit.json                their checksums
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
 from quantkit.errors import SourceError
+from quantkit.late import torch
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json, sync, write_json
 from quantkit.runs.landing import weights_file
 from quantkit.runs.outputs import remove, staged_folder
+from quantkit.runs.tensorfile import read_tensors, write_tensors
 
+_LOSSES = "losses.safetensors"
 _FOLDER: ContextVar[Path | None] = ContextVar("_FOLDER", default=None)
 
 
 @contextmanager
 def sharing_weights(folder: Path) -> Iterator[None]:
-    """While inside, runs keep their token weights in `folder`, and take from there what another has made."""
+    """While inside, runs keep what they share in `folder`, and take from there what another has made."""
     token = _FOLDER.set(folder)
     try:
         yield
@@ -54,6 +59,29 @@ def keep_weights(fingerprint: str, run: Path, checksums: Sequence[str]) -> None:
         for index in range(len(checksums)):
             _copy(run, staged, index)
         write_json(staged / REPORT_NAME, {"weights": list(checksums)})
+
+
+def take_losses(fingerprint: str) -> dict[str, torch.Tensor] | None:
+    """What `keep_losses` was given for a fingerprint; None where nothing whole is kept."""
+    if (folder := _FOLDER.get()) is None:
+        return None
+    path = folder / fingerprint / _LOSSES
+    try:
+        if file_sha256(path) != read_json(folder / fingerprint / REPORT_NAME)["losses"]:
+            return None
+    except (SourceError, KeyError, OSError):
+        return None
+    return read_tensors(path)
+
+
+def keep_losses(fingerprint: str, losses: Mapping[str, torch.Tensor]) -> None:
+    """Keep what candidates lose. Raises OutputError."""
+    if (folder := _FOLDER.get()) is None:
+        return
+    remove(folder / fingerprint)
+    with staged_folder(folder / fingerprint) as staged:
+        checksum = write_tensors(staged / _LOSSES, losses)
+        write_json(staged / REPORT_NAME, {"losses": checksum})
 
 
 def _copy(source: Path, target: Path, index: int) -> None:

@@ -16,6 +16,7 @@ from quantkit.options import (
     METHODS,
     Amount,
     Asking,
+    Budget,
     CalibrationSpec,
     CardFacts,
     Checkpoint,
@@ -31,13 +32,14 @@ from quantkit.options import (
     Public,
     Shards,
     Spec,
+    Spending,
     Split,
     Tasks,
     Texts,
     WindowLength,
     make,
 )
-from quantkit.options.values import FileType, check_data, check_dataset, check_model, gptq_type
+from quantkit.options.values import FileType, allowances, check_data, check_dataset, check_model, gptq_type
 from quantkit.runs.atomic import check_readable
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class VariantRecipe(Spec):
     optional: bool = False
 
 
-class GptqVariant(VariantRecipe, EffortGrid, Overrides, Checkpoint):
+class GptqVariant(VariantRecipe, EffortGrid, Overrides, Spending, Checkpoint):
     """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others.
 
     Variants that differ by their containers alone are made by one run.
@@ -87,11 +89,21 @@ class GptqVariant(VariantRecipe, EffortGrid, Overrides, Checkpoint):
     format: CheckpointFormat = "gptq"
     branch: str | None = None
 
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.budget is not None:
+            _check_alone(self.budget)
+            if given := sorted({"bits", "group_size", "override"} & self.model_fields_set):
+                raise ValueError(f"budget chooses bits and groups: leave {', '.join(given)} out")
+        return self
+
     @property
     def title(self) -> str:
         """What tells it from others of the release, as a part of names."""
         group = "rows" if self.group_size == -1 else f"{self.group_size}g"
         order = "-actorder" if self.act_order == "dynamic" else ""
+        if self.budget is not None:
+            return f"{self.budget}{order}"
         return f"{self.bits}bit-{group}{order}{METHODS[self.method].suffix}"
 
 
@@ -112,11 +124,26 @@ class FileVariant(VariantRecipe, Effort):
         return self.type.upper()
 
 
-class GgufVariant(FileVariant, Ends, Split):
-    """A GGUF file. `imatrix`: where it is rounded, weigh columns by an importance matrix of the calibration tokens."""
+class GgufVariant(FileVariant, Budget, Ends, Split):
+    """A GGUF file. `imatrix`: where it is rounded, weigh columns by an importance matrix of the calibration tokens.
+
+    With a `budget`, `type` says what stays beside the matrices that types are chosen for.
+    """
 
     kind: Literal["gguf"]
     imatrix: bool = False
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.budget is not None:
+            _check_alone(self.budget)
+            if not runs_gptq(self):
+                raise ValueError("budget weighs GPTQ's errors: give a type that it runs on, and leave method out")
+        return self
+
+    @property
+    def title(self) -> str:
+        return super().title if self.budget is None else str(self.budget)
 
 
 class GgjtVariant(FileVariant):
@@ -219,7 +246,14 @@ class Recipe(Spec):
     def shares(self, variant: FileVariant) -> bool:
         """Whether a ggjt file takes the codes of a variant's GPTQ run, be it this one or another of its type."""
         takers = (one for one in self.variants if isinstance(one, GgjtVariant) and one.type == variant.type)
+        if isinstance(variant, GgufVariant) and variant.budget is not None:
+            return False
         return runs_gptq(variant) and any(runs_gptq(one) for one in takers)
+
+
+def _check_alone(budget: str | int) -> None:
+    if len(allowances(budget)) > 1:
+        raise ValueError(f"budget {budget}: a variant has one; give each a variant of its own")
 
 
 def runs_gptq(variant: FileVariant) -> bool:

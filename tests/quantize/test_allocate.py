@@ -22,12 +22,13 @@ import quantkit
 from quantkit.errors import MissingPackageError, QuantkitError, UsageError
 from quantkit.options import QuantSpec
 from quantkit.options.grid import Override, matches, pattern_regex
-from quantkit.quantize import allocate, blockwise, gptq, trials
+from quantkit.quantize import allocate, blockwise, gptq, token_weights, trials
 from quantkit.quantize.allocate import Allocator, folder_candidates, least_loss
 from quantkit.quantize.holdout import HeldOutSums
 from quantkit.quantize.targets import CheckpointTarget
 from quantkit.runs.landing import choice_file
 from quantkit.runs.places import folder_of
+from quantkit.runs.shared_weights import keep_losses, sharing_weights, take_losses
 from quantkit.sources import open_source
 
 OPTIONS: dict[str, Any] = {"calibration": token_matrix(16, 256), "evaluate": False, "device": "cpu"}
@@ -138,6 +139,9 @@ def test_the_rules_say_what_was_chosen(make_model: MakeModel, family: str) -> No
         ({"budget": "1KB"}, r"1KB: the smallest of the candidates take [\d.]+ [kM]B; give at least that"),
         ({"budget": "1GB"}, r"1GB: the largest of the candidates take [\d.]+ [kM]B, so there is nothing to choose"),
         ({"budget": "some"}, "give bits per weight such as 4.5bpw, or a size such as 900MB"),
+        ({"budget": "5bpw,some"}, "give bits per weight such as 4.5bpw, or a size such as 900MB"),
+        ({"budget": "5bpw, 5.0 bpw"}, "the same budget is given twice"),
+        ({"budget": "5bpw,12bpw"}, r"12bpw: the largest of the candidates take \d+\.\d\dbpw"),
         ({"bits": 4}, "chooses bits and groups: leave bits out"),
         ({"override": {"*.q_proj": Override(bits=8)}}, "leave override out"),
         ({"method": "round"}, "leave method=round out"),
@@ -272,6 +276,57 @@ def test_a_dry_run_has_the_candidates(make_model: MakeModel, tmp_path: Path) -> 
     assert "at most " in told
     assert "4, 8 bits in groups of 32, 64" in told
     assert not (tmp_path / "out").exists()
+
+
+# -- several budgets ---------------------------------------------------------------------------------------------------
+
+
+def test_several_budgets_of_one_pass(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = make_model(), []
+    alone = quantkit.gptq(model, tmp_path / "alone", **BUDGET)
+    weigh, pass_over = token_weights.weigh_tokens, trials.trial_losses
+    monkeypatch.setattr(token_weights, "weigh_tokens", lambda *given: calls.append("weights") or weigh(*given))
+    monkeypatch.setattr(trials, "trial_losses", lambda *given: calls.append("losses") or pass_over(*given))
+    several = {**BUDGET, "budget": "5bpw,6bpw,130KB"}
+    planned = quantkit.gptq(model, tmp_path / "out", dry_run=True, **several)
+    assert [one.out.name for one in (planned, *planned.others)] == ["out-5bpw", "out-6bpw", "out-130KB"]
+    told = "\n".join(map(str, planned.lines()))
+    assert all(f"would write {tmp_path}/out-{budget}" in told for budget in ("5bpw", "6bpw", "130KB"))
+    report = quantkit.gptq(model, tmp_path / "out", **several)
+    assert calls == ["weights", "losses"]
+    assert contents(tmp_path / "out-6bpw") == contents(tmp_path / "alone")
+    assert report.others[0].budget == alone.budget
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "out-5bpw", "out-6bpw", "out-130KB"}
+    with pytest.raises(UsageError, match="out-5bpw already exists"):
+        quantkit.gptq(model, tmp_path / "out", **several)
+
+
+def test_a_stopped_family_goes_on(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, several = make_model(), {**BUDGET, "budget": "5bpw,6bpw"}
+    quantkit.gptq(model, tmp_path / "whole", **several)
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq, "solve", failing_at(gptq.solve, 14 + 5))
+        with pytest.raises(UsageError):
+            quantkit.gptq(model, tmp_path / "out", **several)
+    assert (tmp_path / "out-5bpw").is_dir()
+    assert not (tmp_path / "out-6bpw").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "trial_losses", lambda *_: pytest.fail("tried again"))
+        patch.setattr(token_weights, "weigh_tokens", lambda *_: pytest.fail("weighed again"))
+        quantkit.gptq(model, tmp_path / "out", resume=True, **several)
+    for budget in ("5bpw", "6bpw"):
+        assert contents(tmp_path / f"out-{budget}") == contents(tmp_path / f"whole-{budget}")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_losses_that_are_damaged_are_found_again(make_model: MakeModel, tmp_path: Path) -> None:
+    with sharing_weights(tmp_path):
+        assert take_losses("a") is None
+        keep_losses("a", {"losses.x": torch.tensor([1.0, 2.0])})
+        assert take_losses("a")["losses.x"].tolist() == [1, 2]
+        path = tmp_path / "a" / "losses.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+        assert take_losses("a") is None
 
 
 # -- what stops or shares a run changes nothing ------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from support.wizard import stored, wizard
 import quantkit
 from quantkit.cli import app as cli
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.quantize import token_weights
+from quantkit.quantize import token_weights, trials
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
 from quantkit.verbs.generate.speaker import Speaker
@@ -249,6 +249,43 @@ def test_variants_of_other_containers_alone_are_of_one_run(
     assert (mended["mlx 4bit-32g"], mended["codes of gptq 4bit-32g"]) == ("done", "unchanged")
     forecasts = {part.name: part for part in quantkit.release(small, tmp_path / "new", dry_run=True).forecasts}
     assert forecasts["mlx 4bit-32g"].seconds < forecasts["gptq 4bit-32g"].seconds / 2
+
+
+def test_variants_share_what_candidates_lose(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = [
+        "  - {kind: gptq, budget: 5bpw}\n",
+        "  - {kind: gptq, budget: 6.5bpw}\n",
+        "  - {kind: gguf, type: q4_0, budget: 100KB, pre: gpt-2}\n",
+        "  - {kind: gguf, type: q4_0, budget: 6bpw, pre: gpt-2}\n",
+    ]
+    recipe, tried = SMALL[: SMALL.index("  - {kind")], []
+    pass_over = trials.trial_losses
+    monkeypatch.setattr(trials, "trial_losses", lambda *given: tried.append(given) or pass_over(*given))
+    small.write_text(recipe + "".join(variants))
+    planned = quantkit.release(small, tmp_path / "out", dry_run=True)
+    assert not [part for part in planned.forecasts if part.refused]
+    assert set(statuses(quantkit.release(small, tmp_path / "out")).values()) == {"done"}
+    assert len(tried) == 2  # of the folders, and of the files
+    made = {path.name for path in (tmp_path / "out").rglob("*") if not path.is_relative_to(tmp_path / "out/.release")}
+    assert made >= {"Tiny-GPTQ-5bpw", "Tiny-GPTQ-6.5bpw", "Tiny-100KB.gguf", "Tiny-6bpw.gguf"}
+    assert "--budget 6bpw" in (tmp_path / "out/Tiny-GGUF/README.md").read_text()
+    sizes = [(tmp_path / f"out/Tiny-GPTQ-{one}/model.safetensors").stat().st_size for one in ("5bpw", "6.5bpw")]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("{kind: gptq, budget: 5bpw, bits: 4}", "budget chooses bits and groups: leave bits out"),
+        ("{kind: gptq, budget: '5bpw,6bpw'}", "a variant has one; give each a variant of its own"),
+        ("{kind: gguf, type: q4_0, budget: 5bpw, method: round}", "budget weighs GPTQ's errors"),
+        ("{kind: ggjt, type: q4_0, budget: 5bpw}", "budget"),
+    ],
+)
+def test_budgets_that_no_variant_can_have(small: Path, tmp_path: Path, variant: str, message: str) -> None:
+    small.write_text(SMALL[: SMALL.index("  - {kind")] + f"  - {variant}\n")
+    with pytest.raises(UsageError, match=message):
+        quantkit.release(small, tmp_path / "out")
 
 
 def test_another_source_text_or_calibration_makes_all_anew(small: Path, tmp_path: Path) -> None:

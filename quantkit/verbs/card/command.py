@@ -43,7 +43,8 @@ def _commands(record: Mapping[str, Any], imatrix: str | None) -> list[str]:
         if not isinstance(written, dict) or not isinstance(ggml, str):
             return [_command(Gptq, names, options)]
         folder = f"{_CODES}-{ggml.upper()}"  # a card has those of several files one below the other
-        codes = f"{folder}/{variant_name(str(source['model']))}-{METHODS['gptq'].label}-{ggml.upper()}.gguf"
+        types = recipe.get("budget") or ggml.upper()
+        codes = f"{folder}/{variant_name(str(source['model']))}-{METHODS['gptq'].label}-{types}.gguf"
         return [_command(Gptq, names, {**options, "out": folder}), _command(Ggml, [codes], written)]
     if "repack" in recipe:
         return [_command(Repack, names, {**recipe, "to": recipe["repack"]})]

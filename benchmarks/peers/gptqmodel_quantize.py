@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument(
         "--dtype", default="float32", help="arithmetic; GPTQModel's own choice, bfloat16, crawls on a CPU without AMX"
     )
+    parser.add_argument("--options", type=json.loads, default={}, help="more of QuantizeConfig, as JSON")
     args = parser.parse_args()
 
     tokens = np.load(args.tokens)
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
-    config = QuantizeConfig(bits=args.bits, group_size=args.group_size)
+    config = QuantizeConfig(bits=args.bits, group_size=args.group_size, **args.options)
     model = GPTQModel.load(args.model, config, device="cpu", backend=BACKEND.AUTO, dtype=getattr(torch, args.dtype))
     start = time.perf_counter()
     model.quantize(samples, batch_size=args.batch_size)

@@ -5,7 +5,8 @@ They derive from torch's classes, so this is imported where a model has experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,15 +62,22 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
         total = torch.zeros_like(hidden_states)
-        for number, expert in enumerate(self.children()):
-            if isinstance(top_k_index, FakeTensor):  # of which nobody knows where a token goes
-                token = place = top_k_index[:0, 0]
-            else:
-                token, place = torch.where(top_k_index == number)
+        for expert, at in zip(self.children(), self._places(top_k_index), strict=True):
+            token, place = at // top_k_index.shape[1], at % top_k_index.shape[1]
             with routed(token):
                 result = expert(hidden_states[token]) * top_k_weights[token, place, None]
             total.index_add_(0, token, result.to(total.dtype))
         return total
+
+    def _places(self, top_k_index: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Of each expert the places in the flattened table that have its number, int64 [n], in order.
+
+        Sorted once, so that a GPU's host waits once for all experts and not once for each.
+        """
+        if isinstance(top_k_index, FakeTensor):  # of which nobody knows where a token goes
+            return [top_k_index[:0, 0].long()] * len(self._modules)
+        numbers, order = top_k_index.flatten().sort(stable=True)
+        return _runs(order, numbers, range(len(self._modules) + 1))
 
 
 class WeightedExperts(Experts):
@@ -79,13 +87,24 @@ class WeightedExperts(Experts):
         """hidden_states [experts * tokens, hidden] -> the same; of a token that is 0 nothing comes."""
         total = torch.zeros_like(hidden_states)
         tokens = len(hidden_states) // len(self._modules)
-        for number, expert in enumerate(self.children()):
-            given = hidden_states[number * tokens : (number + 1) * tokens]
-            token = given[:0, 0].long() if isinstance(given, FakeTensor) else torch.where(given.any(dim=-1))[0]
-            with routed(token):
-                result = expert(given[token])
-            total.index_add_(0, token + number * tokens, result.to(total.dtype))
+        if isinstance(hidden_states, FakeTensor):
+            places: Sequence[torch.Tensor] = [hidden_states[:0, 0].long()] * len(self._modules)
+        else:
+            used = torch.where(hidden_states.any(dim=-1))[0]
+            places = _runs(used, used, [number * tokens for number in range(len(self._modules) + 1)])
+        for number, (expert, at) in enumerate(zip(self.children(), places, strict=True)):
+            with routed(at - number * tokens):
+                result = expert(hidden_states[at])
+            total.index_add_(0, at, result.to(total.dtype))
         return total
+
+
+def _runs(values: torch.Tensor, ascending: torch.Tensor, edges: Sequence[int]) -> Sequence[torch.Tensor]:
+    """`values` cut where `ascending`, as long, reaches each of the edges, those before the first and from the last on
+    left out; the host waits once."""
+    bounds = torch.tensor(edges, dtype=ascending.dtype, device=ascending.device)
+    cuts = torch.searchsorted(ascending, bounds).tolist()
+    return [values[start:stop] for start, stop in pairwise(cuts)]
 
 
 def as_linears(fused: Any, names: ExpertNames, weighted: bool) -> Experts:

@@ -11,8 +11,8 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.weights import bind, build_on_meta, put_together
 from quantkit.containers.hf.read import open_weights, untied
 from quantkit.containers.hf.write import ShardedWriter
-from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
+from quantkit.containers.values import Underflow
 from quantkit.errors import NumericError, SourceError
 from quantkit.late import torch
 from quantkit.progress import Progress

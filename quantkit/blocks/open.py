@@ -117,10 +117,19 @@ def stream_of(
     place = resolve_device(device)
     if dtype == "float16" and place.type == "cpu":
         raise UsageError("--dtype float16 crawls on a CPU; use float32 or bfloat16 there")
-    own = torch.float32 if place.type == "cpu" else source.dtype
-    stream = ModelStream(source, place, own if dtype == "auto" else dtype_of(dtype), untie)
+    own = computed_in(place, source.dtype) if dtype == "auto" else dtype_of(dtype)
+    stream = ModelStream(source, place, own, untie)
     stream.memory = None if memory is None else memory_budget(place, memory)
     return stream
+
+
+def computed_in(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What forwards of weights stored so compute in where nothing else is asked for: float32 on a CPU; on a GPU as they
+    are stored, but for bfloat16 before Ampere (8.0), where it is emulated and float16 may overflow."""
+    if device.type == "cpu":
+        return torch.float32
+    emulated = stored == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float32 if emulated else stored
 
 
 def check_windows(stream: ModelStream, tokens: int, progress: Progress) -> None:

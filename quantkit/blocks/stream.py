@@ -212,7 +212,8 @@ class ModelStream:
         if not wanted:
             yield
             return
-        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device), len(self.modules))
+        user = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None  # a thread has its own
+        self._ahead = ReadAhead(lambda i: uploaded(self._stored_block(i), self.device, user), len(self.modules))
         try:
             yield
         finally:

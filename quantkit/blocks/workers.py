@@ -19,6 +19,9 @@ from quantkit.runs.ranks import share_of
 
 T = TypeVar("T")
 
+BATCH_TOKENS = 1024  # on a CPU, where workers run side by side, larger batches are no faster
+_GPU_BATCH_TOKENS = 16384  # launches take as long for a small batch, and a GPU waits for them
+_GPU_BATCHES = 16  # for processes to share, before batches grow
 MOST = 8  # workers; a power of two; each holds the tensors of a forward
 
 
@@ -94,6 +97,14 @@ class Workers:
             futures.clear()  # an error's traceback holds this frame, and would hold all results
 
 
+def batch_windows(device: torch.device, windows: int, seq_len: int) -> int:
+    """How many of so many windows are run as one batch."""
+    most = BATCH_TOKENS
+    if device.type != "cpu":
+        most = min(_GPU_BATCH_TOKENS, max(BATCH_TOKENS, windows * seq_len // _GPU_BATCHES))
+    return max(1, most // seq_len)
+
+
 def worker_count(device: torch.device, items: int) -> int:
     """How many workers pay: a power of two that torch's threads can be dealt out to evenly; one on a GPU."""
     if device.type != "cpu":
@@ -106,10 +117,13 @@ def even_shares(items: int, workers: int) -> list[range]:
     return [share for k in range(workers) if (share := share_of(items, k, workers))]
 
 
-def uploaded(stored: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def uploaded(
+    stored: dict[str, torch.Tensor], device: torch.device, user: torch.cuda.Stream | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors on `device`, for the thread that read them: it waits for the copies, so that nobody else has to.
 
     Each goes through pinned memory, from which the GPU copies by itself. Nothing happens where the device is a CPU.
+    `user` is the stream that they are used on, and those before them were.
     """
     if device.type != "cuda":
         return stored
@@ -119,7 +133,7 @@ def uploaded(stored: dict[str, torch.Tensor], device: torch.device) -> dict[str,
             pinned = stored.pop(name).contiguous().pin_memory()
             arrived = torch.empty_like(pinned, device=device)
             # The memory may be what an earlier block's tensor had: its last use was queued before it was let go.
-            stream.wait_stream(torch.cuda.default_stream(device))
+            stream.wait_stream(torch.cuda.default_stream(device) if user is None else user)
             stored[name] = arrived.copy_(pinned, non_blocking=True)
     stream.synchronize()
     return stored

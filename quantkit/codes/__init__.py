@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quantkit.codes.block_types import BLOCK_TYPES, Array, BlockType, pack_blocks, pack_super_blocks
+from quantkit.codes.packing import pack_rows, unpack_rows
 from quantkit.late import torch
 from quantkit.options import QuantSpec
 
@@ -70,10 +72,13 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight these codes stand for, [out, in]. Computed in float32, then cast to `dtype`."""
-        values = self.codes.float()
-        for columns, groups in grouped(values, self.group):
-            columns.sub_(self.zeros[:, groups, None].float()).mul_(self.scales[:, groups, None].float())
+        values = dequantized(self.codes, self.scales, self.zeros, self.group)
         return values if dtype is None else values.to(dtype)
+
+    @cached_property
+    def words(self) -> torch.Tensor:
+        """Codes of each row packed, int32 [out, words_for(in, bits)] as `pack_rows` has them; made once."""
+        return pack_rows(self.codes, self.bits)
 
     def split(self, rows: list[int]) -> list[QuantizedLinear]:
         """Cut a stack of Linears that share their input into its parts of `rows` output rows each."""
@@ -185,6 +190,20 @@ Codes = QuantizedLinear | GgmlLinear
 """Of one Linear, on the grid of GPTQ checkpoints or of a GGML type."""
 
 
+def dequantized(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """``scales * (codes - zeros)``, float32 [out, in]; the difference is exact and the product rounded once.
+
+    Args:
+        codes: uint8 [out, in].
+        scales, zeros: of floats and uint8, [out, groups].
+        group: int32 [in], the group of each column.
+    """
+    values = codes.float()
+    for columns, groups in grouped(values, group):
+        columns.sub_(zeros[:, groups, None].float()).mul_(scales[:, groups, None].float())
+    return values
+
+
 def grouped(W: torch.Tensor, group: torch.Tensor) -> Iterator[tuple[torch.Tensor, slice | torch.Tensor]]:
     """Views of W [out, in] as [out, groups, columns of a group], each with the groups it has.
 
@@ -210,12 +229,21 @@ def contiguous_groups(columns: int, group_size: int) -> torch.Tensor:
 
 
 def take_apart(linear: Codes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Codes for a file of quantkit's own: (tensors by field name, the other fields, which are JSON)."""
+    """Codes as (tensors by field name, the other fields, which are JSON)."""
     if isinstance(linear, QuantizedLinear):
         return {name: getattr(linear, name) for name in _OF_LINEAR}, {"bits": linear.bits}
     of_grid = {name: getattr(linear.grid, name) for name in _OF_GRID}
     tensors = {"codes": linear.codes, **{name: part for name, part in of_grid.items() if part is not None}}
     return tensors, {"type": linear.grid.type}
+
+
+def take_apart_packed(linear: Codes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """As `take_apart`, for a file of quantkit's own: on the CPU, and in the place of codes their words."""
+    tensors, fields = take_apart(linear)
+    bits = linear.bits if isinstance(linear, QuantizedLinear) else linear.grid.bits
+    words = linear.words if isinstance(linear, QuantizedLinear) else pack_rows(linear.codes, bits)
+    packed = {"words": words} | {name: part for name, part in tensors.items() if name != "codes"}
+    return {name: part.cpu() for name, part in packed.items()}, fields | {"columns": linear.shape[1]}
 
 
 def stacked(parts: Sequence[Codes]) -> Codes:
@@ -232,8 +260,11 @@ def stacked(parts: Sequence[Codes]) -> Codes:
 def put_together(
     tensors: Mapping[str, torch.Tensor], fields: Mapping[str, Any], device: torch.device | None = None
 ) -> Codes:
-    """What `take_apart` took apart, on a device; None: where the tensors are."""
+    """What `take_apart` or `take_apart_packed` took apart, on a device; None: where the tensors are."""
     placed = {name: part.to(device) if device is not None else part for name, part in tensors.items()}
+    if "words" in placed:
+        bits = fields["bits"] if "bits" in fields else BLOCK_TYPES[fields["type"]].bits
+        placed["codes"] = unpack_rows(placed.pop("words"), bits, fields["columns"])
     if "bits" in fields:
         return QuantizedLinear(bits=fields["bits"], **placed)
     codes = placed.pop("codes")

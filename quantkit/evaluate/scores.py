@@ -10,7 +10,7 @@ from functools import partial
 from quantkit.blocks.memory import plan_scoring
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.workers import Workers, even_shares, worker_count
+from quantkit.blocks.workers import BATCH_TOKENS, Workers, batch_windows, even_shares, worker_count
 from quantkit.errors import NOT_FINITE, NumericError, UsageError
 from quantkit.evaluate.slices import Piece, SlicedHeads
 from quantkit.evaluate.worst import Worst, WorstPosition
@@ -20,7 +20,6 @@ from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.tokens.windows import Windows
 
 _CHUNK = 256  # positions whose logits are held at a time
-_BATCH_TOKENS = 1024
 _LARGEST_LOSS = 700.0  # nats, of which a float still holds the exponential
 
 Ratios = list[tuple[float, int]]
@@ -73,7 +72,7 @@ def score(
     models: list[ModelStream], windows: Windows, against: bool, progress: Progress = SILENT, ranks: Ranks = ALONE
 ) -> list[TokenScores]:
     """Score every model on one text's windows: `score_texts` of one text, without the layers."""
-    return score_texts(models, [windows], against, progress, ranks).texts[0]
+    return score_texts(models, [windows], against, progress, ranks, by_layer=False).texts[0]
 
 
 @inference
@@ -83,8 +82,10 @@ def score_texts(
     against: bool,
     progress: Progress = SILENT,
     ranks: Ranks = ALONE,
+    by_layer: bool = True,
 ) -> Scores:
-    """Score every model on the windows of all texts; with `against`, the first model is the reference of the others.
+    """Score every model on the windows of all texts; with `against`, the first model is the reference of the others,
+    and with `by_layer` too hidden states are compared after each block.
 
     Batches of windows are shared between ranks, each of the shape that it has for one process. All ranks call this and
     get the same result, which is that of one process to the bit.
@@ -98,7 +99,7 @@ def score_texts(
     """
     all_batches = []
     for number, windows in enumerate(texts):
-        size = max(1, _BATCH_TOKENS // windows.tokens.shape[1])
+        size = batch_windows(models[0].device, *windows.tokens.shape)
         pairs = zip(torch.split(windows.tokens, size), torch.split(windows.first_scored, size), strict=True)
         all_batches += [_Batch(number, size * i, ids, scored.tolist()) for i, (ids, scored) in enumerate(pairs)]
     batches = [all_batches[i] for i in ranks.share(len(all_batches))]
@@ -114,9 +115,9 @@ def score_texts(
     depth = max(len(model.blocks) for model in models)
     sizes = [(len(model.blocks), states[0].shape) for model, states in zip(models, hidden, strict=True)]
     layers: list[list[Ratios] | None] = [
-        [] if against and number and own == sizes[0] else None for number, own in enumerate(sizes)
+        [] if by_layer and against and number and own == sizes[0] else None for number, own in enumerate(sizes)
     ]
-    work = [-(-ids.numel() // _BATCH_TOKENS) for ids in tokens]  # of a layer, for each batch
+    work = [-(-ids.numel() // BATCH_TOKENS) for ids in tokens]  # of a layer, for each batch
     head_layers = sum(model.head_layers for model in models)
     passes = head_layers + sum(len(model.blocks) for model in models)
     with ExitStack() as stack, progress.phase("evaluating", passes * sum(work)) as advance:

@@ -14,7 +14,7 @@ from quantkit.blocks.memory import MemoryPlan, plan_quantizing
 from quantkit.blocks.stages import Reading, run_paused, run_replayed
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.workers import Workers, worker_count
+from quantkit.blocks.workers import Workers, batch_windows, worker_count
 from quantkit.codes import Codes, Plan, put_together, take_apart
 from quantkit.errors import NumericError, SourceError
 from quantkit.late import inference, nn, torch
@@ -23,6 +23,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quantize import row_feedback
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
 from quantkit.quantize.hessian import row_losses
+from quantkit.quantize.kernels import settle
 from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.methods import Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
@@ -32,7 +33,6 @@ from quantkit.runs.landing import NOTHING, Batches, Landed
 OnBlock = Callable[[int, Batches | None], None]
 
 TRIED = 4  # Hessians of a stage whose candidates are tried: one to quantize by, three Linears' to judge by
-_BATCH_TOKENS = 1024  # where workers run side by side, larger ones are no faster
 _FALLBACK_TEXT = {
     "eigenvalues": "its Hessian had to be repaired (negative eigenvalues); more calibration samples may help",
     "rounding": "no usable Hessian, so it was only rounded; more calibration samples may help",
@@ -80,7 +80,7 @@ def quantize_blocks(
     """
     if landed.blocks == len(stream.blocks):
         return
-    batches = in_batches(tokens)
+    batches = in_batches(tokens, stream.device)
     mine = sharing.batches(len(batches))
     count = worker_count(stream.device, len(mine))
     correcting = corrects(next(iter(plan.values())).spec)
@@ -147,9 +147,9 @@ def _restore_codes(stream: ModelStream, index: int, block: nn.Module, landed: La
         weight.copy_(placed.dequantize(weight.dtype))
 
 
-def in_batches(tokens: torch.Tensor) -> list[torch.Tensor]:
+def in_batches(tokens: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
     """Calibration windows int64 [samples, seq_len] as they are run."""
-    return list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+    return list(torch.split(tokens, batch_windows(device, *tokens.shape)))
 
 
 def corrects(spec: QuantSpec) -> bool:
@@ -169,7 +169,7 @@ def plan_gptq_memory(
 
     Raises UsageError.
     """
-    windows = max(1, _BATCH_TOKENS // seq_len)  # of a batch
+    windows = batch_windows(stream.device, samples, seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
     sizes = samples * seq_len, windows * seq_len
     return plan_quantizing(stream, *sizes, stream.budget, workers, beside, products, TRIED if tried else 1)
@@ -283,6 +283,7 @@ class StageWork:
                     solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
+            settle(weights[0].device)  # the losses are waited for in any case
             seconds = spent / len(stacks) + time.perf_counter() - start
             own = None if corrector is None else [partial(row_losses, W.float(), H=H) for W in stored]
             self._hand_on(names, weights, solved, tokens, seconds, [part for _, part in targets], own)

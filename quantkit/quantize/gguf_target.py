@@ -81,7 +81,7 @@ class GgufTarget:
         others = sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in self._others)
         self.quantized_bytes = self.bytes - others
 
-    def check_kept(self, name: str) -> None:
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
         for tensor, choice in self._others:
             if choice.kind == Kind.F16 and name in tensor.sources:  # of what is read anyway, what can be beyond it
                 choice.encode(tensor, name)

@@ -121,15 +121,16 @@ def add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
 
 @cache
 def adds_up_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch adds a product of `dtype` to a float32 sum in place: on CUDA since 2.8 or 2.9, tried once."""
+    """Whether this torch adds a product of `dtype` to a float32 sum in place: on CUDA since 2.8 or 2.9, tried once, on
+    numbers whose sum a half cannot hold."""
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype == torch.float32
-    total, x = torch.zeros(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
+    total, x = torch.ones(16, 16, device=device), torch.full((16, 16), 1 + 2.0**-7, dtype=dtype, device=device)
     try:
         add_product(total, x, x)
     except (RuntimeError, TypeError):  # no such kernel on this device; no such argument in this torch
         return False
-    return True
+    return bool((total == 1 + 16 * (1 + 2.0**-7) ** 2).all())
 
 
 def row_losses(W: torch.Tensor, linear: Codes, H: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import load, of_format
+from quantkit.containers.hf.coded import as_kept, kept_tensor
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -96,7 +97,7 @@ class FolderWriter(CodesWriter, Protocol):
     """That of a checkpoint. `add_other` for every tensor that is not quantized does what `add_others` does."""
 
     def add_other(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor that is not quantized, as `Layout.kept_tensor` gives it."""
+        """Write one tensor that is not quantized, as `as_kept` gives it."""
 
 
 class Target(Protocol):
@@ -121,8 +122,8 @@ class Target(Protocol):
     @property
     def head_bytes(self) -> int: ...
 
-    def check_kept(self, name: str) -> None:
-        """Refuse a tensor that is not quantized and cannot be written. Raises NumericError."""
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        """Refuse a tensor of these values that is not quantized and cannot be written. Raises NumericError."""
 
     def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
         """Write into a folder that is not yet the finished output."""
@@ -148,9 +149,6 @@ class Layout(Protocol):
 
     def plan(self, source: Source, weights: Weights, linears: Plan) -> list[TensorPlan]:
         """Every tensor that the checkpoint will hold, in the source's order."""
-
-    def kept_tensor(self, source: Source, weights: Weights, name: str) -> torch.Tensor:
-        """A tensor that stays as it is, in the dtype it is published in. Raises NumericError."""
 
     def writer(
         self,
@@ -204,14 +202,14 @@ class CheckpointTarget:
         """Have the changed tensors of another target, whatever they will be."""
         self.changed, self._weights = changed, replace(self._weights, changed=changed)
 
-    def check_kept(self, name: str) -> None:
-        self._layout.kept_tensor(self._source, self._weights, name)
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        as_kept(name, values, self._weights.dtype(name))
 
     def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What is not quantized, each in the dtype it is published in, one at a time."""
         for name in self._weights.tensors:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in self.plan):
-                yield name, self._layout.kept_tensor(self._source, self._weights, name)
+                yield name, kept_tensor(self._weights, name)
 
     def gain_dtype(self, name: str) -> torch.dtype:
         return self._weights.dtype(name)
@@ -241,8 +239,8 @@ class Folders:
         self.head_bytes = sum(folder.head_bytes for folder in folders.values())
         self.quantized_bytes = max(folder.quantized_bytes for folder in folders.values())
 
-    def check_kept(self, name: str) -> None:
-        self._first.check_kept(name)
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        self._first.check_kept(name, values)
 
     def gain_dtype(self, name: str) -> torch.dtype:
         return self._first.gain_dtype(name)

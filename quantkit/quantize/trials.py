@@ -60,7 +60,7 @@ def trial_losses(
         NumericError: an activation that is not finite.
         UsageError: a Linear of which no gradient is known.
     """
-    if len(in_batches(tokens)) < EVERY:
+    if len(in_batches(tokens, stream.device)) < EVERY:
         progress.warn(
             "too few calibration tokens to hold any out: candidates seem better than they are; more --samples"
         )

@@ -32,6 +32,7 @@ _JOIN = timedelta(minutes=5)
 _COLLECTIVE = timedelta(hours=2)
 _LONGEST_NAP = 0.01
 _VISIBLE = 30.0  # seconds, which network file systems may take to show a new folder
+_SLURM_GPUS = "SLURM_GPUS_PER_TASK"  # what srun sets for its --gpus-per-task
 _SPLITTING = ("gptq", "perplexity", "compare")
 
 _broken = False
@@ -232,13 +233,21 @@ def _own_gpus(device: str) -> bool:
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return False
     local, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if local > found or _local_rank() >= found:
+    alone = found == 1 and _SLURM_GPUS in os.environ  # srun shows each task the one that is its own
+    if not alone and (local > found or _local_rank() >= found):
         raise UsageError(
             f"{max(local, _local_rank() + 1)} processes on a machine with {found} GPUs: start one for each "
             f"(--nproc-per-node {found}), or use --device cpu"
         )
-    torch.cuda.set_device(_local_rank())  # what NCCL and kernels take where no tensor names a device
+    torch.cuda.set_device(_gpu())  # what NCCL and kernels take where no tensor names a device
     return True
+
+
+def _gpu() -> int:
+    """This process's GPU, as it is numbered in it."""
+    import torch
+
+    return 0 if torch.cuda.device_count() == 1 else _local_rank()
 
 
 def _local_rank() -> int:
@@ -253,7 +262,7 @@ class _Group(Ranks):
         self._watch, self._own_gpus = watch, own_gpus
 
     def device(self, device: str) -> str:
-        return f"cuda:{_local_rank()}" if self._own_gpus and device in ("auto", "cuda") else device
+        return f"cuda:{_gpu()}" if self._own_gpus and device in ("auto", "cuda") else device
 
     def from_first(self, make: Callable[[], T]) -> T:
         value = pickle.dumps(result := make()) if self.first else b""

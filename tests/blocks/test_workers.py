@@ -15,9 +15,10 @@ from conftest import MakeModel
 from support.streamed import open_stream
 from torch import nn
 
+from quantkit.blocks import workers as side_by_side
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.stages import run_paused, run_replayed
-from quantkit.blocks.workers import Workers, even_shares, worker_count
+from quantkit.blocks.workers import Workers, batch_windows, even_shares, worker_count
 from quantkit.codes import QuantizedLinear
 from quantkit.errors import SourceError
 from quantkit.options import QuantSpec
@@ -28,6 +29,22 @@ from quantkit.runs.ranks import ALONE
 from quantkit.tokens import TokenMatrix
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "windows", "seq_len", "expected"),
+    [
+        ("cpu", 128, 512, 2),
+        ("cpu", 128, 2048, 1),
+        ("cuda", 128, 512, 8),  # 16 batches, so that as many processes share them
+        ("cuda", 128, 2048, 8),  # 16,384 tokens
+        ("cuda", 4096, 512, 32),
+        ("cuda", 8, 512, 2),  # no fewer than on a CPU
+        ("cuda", 2, 32768, 1),
+    ],
+)
+def test_batches_are_larger_on_a_gpu(device: str, windows: int, seq_len: int, expected: int) -> None:
+    assert batch_windows(torch.device(device), windows, seq_len) == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -192,7 +209,7 @@ def test_codes_do_not_depend_on_their_number_nor_on_memory(
     family: str, deterministic: bool, make_model: MakeModel, tiny_tokens: TokenMatrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_model(family)
-    monkeypatch.setattr(blockwise, "_BATCH_TOKENS", tiny_tokens.tokens.shape[1])  # a window each
+    monkeypatch.setattr(side_by_side, "BATCH_TOKENS", tiny_tokens.tokens.shape[1])  # a window each
 
     def codes(count: int, budget: int) -> dict[str, QuantizedLinear]:
         monkeypatch.setattr(blockwise, "worker_count", lambda *_: count)

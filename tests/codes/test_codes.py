@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from support.streamed import open_writer
 
-from quantkit.codes import QuantizedLinear, contiguous_groups
-from quantkit.codes.packing import PACKABLE_BITS, pack, packing_multiple, unpack
+from quantkit import codes as codes_of
+from quantkit.codes import (
+    GgmlGrid,
+    GgmlLinear,
+    QuantizedLinear,
+    contiguous_groups,
+    put_together,
+    take_apart_packed,
+)
+from quantkit.codes.packing import PACKABLE_BITS, pack, pack_rows, packing_multiple, unpack, unpack_rows
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.options import QuantSpec
 
@@ -60,6 +69,28 @@ def test_words_are_the_codes_little_end_first(case: tuple[int, int, torch.Tensor
     lines = codes.T.tolist() if axis == 0 else codes.tolist()
     words = pack(codes, bits, axis)
     assert (words.T if axis == 0 else words).tolist() == [words_of(line, bits) for line in lines]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 8), st.integers(0, 5), st.integers(1, 70), st.booleans(), st.data())
+def test_rows_are_streams_of_any_bits(bits: int, rows: int, columns: int, turned: bool, data: Any) -> None:
+    """Of any length, in whichever order they lie in memory; what a last word has beyond them is 0."""
+    content = data.draw(st.binary(min_size=rows * columns, max_size=rows * columns))
+    codes = torch.tensor(list(content), dtype=torch.uint8).reshape(rows, columns) & (2**bits - 1)
+    before = codes.clone()
+    words = pack_rows(codes.T.contiguous().T if turned else codes, bits)
+    assert words.dtype == torch.int32
+    assert words.tolist() == [words_of(line, bits) for line in codes.tolist()]
+    assert torch.equal(unpack_rows(words, bits, columns), codes)
+    assert torch.equal(codes, before)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_rows_of_more_than_a_tile(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, 300_001), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    words = pack_rows(codes, bits)
+    assert torch.equal(words, torch.cat([pack_rows(row[None], bits) for row in codes]))
+    assert torch.equal(unpack_rows(words, bits, codes.shape[1]), codes)
 
 
 @settings(deadline=None, max_examples=50)
@@ -173,3 +204,40 @@ def test_v1_zeros_of_every_value_survive_at_every_position(bits: int, make_model
             assert torch.equal(reader.read_codes(module).zeros, linear.zeros)
             fields = (linear.zeros.int() - 1).T.tolist()
             assert stored.get_tensor(f"{module}.qzeros").tolist() == [words_of(line, bits) for line in fields]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_what_lands_is_words(bits: int) -> None:
+    """A file of quantkit's own has codes of `bits` bits each, and gives them back."""
+    codes = torch.randint(0, 2**bits, (6, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    scales, zeros = torch.ones(6, 3, dtype=torch.float16), torch.full((6, 3), 1, dtype=torch.uint8)
+    linear = QuantizedLinear(codes, scales, zeros, contiguous_groups(70, 32), bits)
+    tensors, fields = take_apart_packed(linear)
+    assert tensors["words"].shape == (6, -(-70 * bits // 32))
+    assert "codes" not in tensors
+    back = put_together(tensors, json.loads(json.dumps(fields)))
+    assert isinstance(back, QuantizedLinear)
+    assert torch.equal(back.codes, codes)
+    assert all(torch.equal(getattr(back, name), getattr(linear, name)) for name in ("scales", "zeros", "group"))
+
+
+def test_what_lands_of_a_ggml_type_is_words() -> None:
+    codes = torch.randint(0, 32, (6, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    half = torch.ones(6, 2, dtype=torch.float16)
+    tensors, fields = take_apart_packed(GgmlLinear(codes, GgmlGrid("Q5_1", half, half)))
+    assert tensors["words"].shape == (6, 10)
+    back = put_together(tensors, json.loads(json.dumps(fields)))
+    assert isinstance(back, GgmlLinear)
+    assert torch.equal(back.codes, codes)
+    assert torch.equal(back.grid.d, half)
+
+
+def test_codes_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the block's file and for the output."""
+    packed: list[int] = []
+    monkeypatch.setattr(codes_of, "pack_rows", lambda codes, bits: packed.append(bits) or pack_rows(codes, bits))
+    codes, ones = torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 1, dtype=torch.uint8)
+    linear = QuantizedLinear(codes, ones.half(), ones, contiguous_groups(32, -1), 4)
+    take_apart_packed(linear)
+    assert linear.words.shape == (8, 4)
+    assert packed == [4]

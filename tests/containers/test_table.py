@@ -263,7 +263,7 @@ class writer:
     def add_others(self) -> None:
         for name in self._weights.tensors:
             if name.removesuffix(".weight") not in self._linears:
-                self.add_other(name, kept_tensor(self._source, self._weights, name))
+                self.add_other(name, kept_tensor(self._weights, name))
 
     def add_other(self, name: str, tensor: torch.Tensor) -> None:
         self._tensors.write(name, tensor)

@@ -21,13 +21,17 @@ from support.streamed import open_stream
 from support.tolerance import assert_mean_product
 
 import quantkit
+from quantkit.blocks import workers
+from quantkit.blocks.open import computed_in
 from quantkit.blocks.workers import uploaded
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.options import QuantSpec
+from quantkit.quantize import hessian as hessians
 from quantkit.quantize import kernels, loops
 from quantkit.quantize.hessian import HessianAccumulator, adds_up_in_float32, column_order, factorize
 from quantkit.quantize.targets import plan_linears
 from quantkit.tokens import TokenMatrix
+from quantkit.verbs.gptq import checks
 from quantkit.verbs.gptq.checks import note_plan
 
 needs_triton = pytest.mark.skipif(not kernels._has_triton(), reason="Triton is not installed: pip install triton")
@@ -280,6 +284,21 @@ def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype
     assert set(mixed_addmm) == {dtype}
 
 
+def test_a_product_that_rounds_its_sum_to_a_half_is_not_taken(
+    mixed_addmm: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert adds_up_in_float32(torch.bfloat16, cpu)
+    adds_up_in_float32.cache_clear()
+
+    def rounding(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        total.copy_((total + x.float().T @ y.float()).to(x.dtype))
+
+    monkeypatch.setattr(hessians, "add_product", rounding)
+    assert not adds_up_in_float32(torch.bfloat16, cpu)
+    assert not adds_up_in_float32(torch.float16, cpu)
+
+
 @pytest.mark.numerics
 def test_where_torch_has_no_such_product_it_is_one_of_float32() -> None:
     x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -355,8 +374,149 @@ def test_a_gpu_without_triton_is_said_in_one_line(
     assert kernels.column_loop(stream.device) is kernels.plain_columns
 
     monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "triton_trouble", lambda device: "")
     assert kernels.shortfall(stream.device) is None
     assert kernels.column_loop(torch.device("cpu")) in (loops.quantize_columns, kernels.plain_columns)
+
+
+# What Triton does before its first launch: it compiles a C file against Python's headers, and keeps what comes of it.
+COMPILING = """
+import sys, torch
+from triton.runtime.build import compile_module_from_src
+from quantkit.quantize.kernels import plain_columns, trouble_of
+
+def loop(*given):
+    compile_module_from_src(src=sys.argv[1], name="tried")
+    return plain_columns(*given)
+
+print("TROUBLE", trouble_of(lambda: loop, torch.device("cpu")))
+"""
+MODULE = """
+#include <Python.h>
+static struct PyModuleDef tried = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&tried); }
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("environment", "source", "said"),
+    [
+        ({"PATH": "/nowhere"}, MODULE, "Failed to find C compiler"),
+        ({"TRITON_CACHE_DIR": "{file}/cache", "CC": ""}, MODULE, "TRITON_CACHE_DIR name a folder that can be written"),
+        ({}, "#include <no_such_header.h>", "install Python's headers"),
+    ],
+    ids=["no compiler", "no folder", "no headers"],
+)
+def test_triton_that_cannot_compile_is_told_in_a_few_words(
+    environment: dict[str, str], source: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    known = {name: value for name, value in os.environ.items() if name != "CC"}
+    known |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    known |= {name: value.format(file=tmp_path / "file") for name, value in environment.items() if value}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING, source], env=known, capture_output=True, text=True, check=True
+    )
+    [trouble] = [line.removeprefix("TROUBLE ") for line in done.stdout.splitlines() if line.startswith("TROUBLE")]
+    assert said in trouble
+    assert "Traceback" not in done.stderr
+
+
+def test_a_kernel_that_fails_or_gives_other_codes_is_not_used(
+    make_model: MakeModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise RuntimeError("no driver\nand much more")
+
+    def wrong(*given: Any) -> Any:
+        errors = kernels.plain_columns(*given)
+        given[5][3, 4] ^= 1
+        return errors
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 7)
+    trials = {failing: "no driver", wrong: "its codes are not those of torch", kernels.plain_columns: ""}
+    for loop, said in trials.items():
+        assert kernels.trouble_of(lambda loop=loop: loop, cpu) == said
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "triton_trouble", lambda device: kernels.trouble_of(lambda: failing, cpu))
+    stream = open_stream(make_model())
+    plan = plan_linears(stream, QuantSpec(group_size=32))
+    stream.device = gpu
+    note_plan(stream, plan, recorder)
+    told = "Triton does not work here, so torch quantizes the columns: slower; no driver"
+    assert recorder.notes == [told]
+    assert kernels.column_loop(gpu) is kernels.plain_columns
+
+
+@needs_triton
+def test_the_kernel_passes_its_trial(interpreted: dict[str, dict[str, Any]]) -> None:
+    assert interpreted["trouble"] == ""
+
+
+def test_uploads_wait_for_the_stream_that_they_are_used_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever the caller's is: what an earlier block had may still be read there."""
+    log: list[str] = []
+    copying, user = FakeStream("copying", log), FakeStream("user", log)
+    monkeypatch.setattr(copying, "synchronize", lambda: log.append("copied"), raising=False)
+    monkeypatch.setattr(workers, "_copying", lambda device: copying)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, device: empty_like(tensor))
+
+    uploaded({"weight": torch.ones(3)}, torch.device("cuda"), user)  # type: ignore[arg-type]
+    assert log == ["on copying", "copying waits for user", "off copying", "copied"]
+
+
+def test_a_clock_is_read_when_a_gpu_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    main = FakeStream("main", log)
+    monkeypatch.setattr(main, "synchronize", lambda: log.append("done"), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    kernels.settle(torch.device("cpu"))
+    assert log == []
+    kernels.settle(torch.device("cuda"))
+    assert log == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "stored", "computed"),
+    [
+        ("cpu", (0, 0), torch.bfloat16, torch.float32),
+        ("cuda", (9, 0), torch.bfloat16, torch.bfloat16),
+        ("cuda", (8, 0), torch.bfloat16, torch.bfloat16),
+        ("cuda", (7, 5), torch.bfloat16, torch.float32),  # a T4
+        ("cuda", (7, 5), torch.float16, torch.float16),
+    ],
+)
+def test_bfloat16_is_not_chosen_where_it_is_emulated(
+    device: str,
+    capability: tuple[int, int],
+    stored: torch.dtype,
+    computed: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert computed_in(torch.device(device), stored) == computed
+
+
+def test_a_torch_that_sums_halves_otherwise_is_told(
+    make_model: MakeModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_stream(make_model())
+    plan = plan_linears(stream, QuantSpec(group_size=32))
+    monkeypatch.setattr(checks, "shortfall", lambda device: None)
+    monkeypatch.setattr(checks, "adds_up_in_float32", lambda dtype, device: dtype == torch.float32)
+    stream.device, stream.dtype = torch.device("cuda"), torch.bfloat16
+    note_plan(stream, plan, recorder)
+    assert recorder.notes == [
+        "this torch does not add up products of bfloat16 in float32 here, so activations are cast for Hessians: "
+        "slower; torch 2.9 does"
+    ]
+    stream.dtype = torch.float32
+    note_plan(stream, plan, recorder)
+    assert len(recorder.notes) == 1
 
 
 def test_what_a_cpu_computes_with_is_not_uploaded() -> None:

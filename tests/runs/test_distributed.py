@@ -25,12 +25,12 @@ from safetensors.torch import load_file
 from support.forked_ranks import ForkedRanks, Outcome, Request
 from support.tolerance import assert_mean_product, summed
 
+from quantkit.blocks.workers import BATCH_TOKENS
 from quantkit.codes import take_apart
 from quantkit.errors import UsageError
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT
 from quantkit.quantize import gptq
-from quantkit.quantize.blockwise import _BATCH_TOKENS
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.sharing import Sharing
 from quantkit.runs import ranks as parallel
@@ -40,7 +40,7 @@ from quantkit.runs.watch import RankError, Watch
 
 # 3 batches: two processes do not get equally many, and of four one gets none.
 BATCHES = 3
-DRAWN = ["--samples", str(BATCHES * _BATCH_TOKENS // 512), "--seq-len", "512", "--calibration"]
+DRAWN = ["--samples", str(BATCHES * BATCH_TOKENS // 512), "--seq-len", "512", "--calibration"]
 GPTQ = ["gptq", "model", "--out", "out", "--group-size", "32", "--device", "cpu", "--quiet"]
 
 Start = Callable[..., list[Outcome]]
@@ -501,3 +501,35 @@ def test_what_is_sent_of_a_symmetric_matrix() -> None:
         assert torch.equal(copy.sum.triu(), H.triu())
         assert packed.numel() <= max(1, 0.6 * size**2) or size < 8
     assert [list(share_of(5, part, 3)) for part in range(3)] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "taken"),
+    [
+        (8, {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}, "cuda:3"),
+        (1, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "cuda:0"),
+        (1, {"SLURM_LOCALID": "3", "LOCAL_WORLD_SIZE": "4", "SLURM_GPUS_PER_TASK": "1"}, "cuda:0"),  # its own, of four
+        (4, {"SLURM_LOCALID": "3", "LOCAL_WORLD_SIZE": "4"}, "cuda:3"),
+        (1, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, None),
+        (2, {"SLURM_LOCALID": "3", "LOCAL_WORLD_SIZE": "4", "SLURM_GPUS_PER_TASK": "1"}, None),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(
+    gpus: int, environment: dict[str, str], taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "LOCAL_WORLD_SIZE", "SLURM_GPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    if taken is None:
+        with pytest.raises(UsageError, match=f"processes on a machine with {gpus} GPUs"):
+            parallel._own_gpus("auto")
+        return
+    assert parallel._own_gpus("auto")
+    group = parallel._Group(0, 2, None, own_gpus=True)  # type: ignore[arg-type]
+    assert group.device("auto") == taken
+    assert current == [int(taken.removeprefix("cuda:"))]

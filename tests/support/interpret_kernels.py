@@ -13,6 +13,7 @@ import torch
 
 from quantkit.options import QuantSpec
 from quantkit.quantize import gptq
+from quantkit.quantize.kernels import trouble_of
 from quantkit.quantize.kernels.columns import quantize_columns
 
 
@@ -21,6 +22,7 @@ def main(problems: str, answers: str) -> None:
     gptq.column_loop = lambda device: quantize_columns  # type: ignore[attr-defined]
     found = {
         "block": {name: _block(*arguments) for name, arguments in given["block"].items()},
+        "trouble": trouble_of(lambda: quantize_columns, torch.device("cpu")),
         "layer": {name: _layer(*arguments) for name, arguments in given["layer"].items()},
     }
     torch.save(found, answers)

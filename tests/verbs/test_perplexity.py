@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit.errors import CalibrationError, NumericError, UsageError
+from quantkit.evaluate import scores as scoring
 from quantkit.evaluate.scores import TokenScores
 from quantkit.evaluate.statistics import summarize
 from quantkit.options import EvaluationSpec, default_seq_len
@@ -245,6 +246,11 @@ def test_text_that_is_too_short_is_refused(stride: int | None, base: Path, tmp_p
 
 
 # -- against a reference ---------------------------------------------------------------------------------------------
+
+
+def test_layers_are_compared_by_compare_alone(base: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_relative_errors", None)
+    quantkit.perplexity(base, against=base, text=str(text), seq_len=8, eval_tokens=8, device="cpu")
 
 
 def test_a_model_against_itself(base: Path, text: Path) -> None:

@@ -7,13 +7,12 @@ all zeros 8, for kernels that take zeros only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack_rows
 from quantkit.containers.awq.read import BITS, EIGHT, ORDER, AwqSource
 from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_whole_groups, kept_matrices, plan_folder
-from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -64,7 +63,6 @@ class AwqWriter(CodedWriter):
     """Writes one folder."""
 
     opens = AwqSource
-    meanings: ClassVar = {"qweight": AwqSource.read_unpacked, "qzeros": AwqSource.read_zeros}
 
     @staticmethod
     def parts_of(shape: tuple[int, int], spec: QuantSpec, groups: int) -> list[Part]:
@@ -75,11 +73,11 @@ class AwqWriter(CodedWriter):
             ("scales", torch.float16, (groups, rows)),
         ]
 
-    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor]]:
         codes, zeros, scales = linear.codes.cpu(), linear.zeros.cpu(), linear.scales.cpu().T.contiguous()
-        yield "qweight", _pack(codes), codes
-        yield "qzeros", _pack(zeros), zeros
-        yield "scales", scales, scales
+        yield "qweight", _pack(codes)
+        yield "qzeros", _pack(zeros)
+        yield "scales", scales
 
     def config(self) -> dict[str, Any]:
         kept = [module for module in kept_matrices(self._weights, self._linears) if module != "lm_head"]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack_rows, words_for
 from quantkit.containers.compressed.read import CompressedSource
 from quantkit.containers.compressed.scheme import CLASS, REGEX
 from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_whole_groups, kept_matrices, plan_folder
-from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.source import Source, Weights
 from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec
@@ -92,10 +91,6 @@ class CompressedWriter(CodedWriter):
     """Writes one folder."""
 
     opens = CompressedSource
-    meanings: ClassVar = {
-        "weight_packed": CompressedSource.read_unpacked,
-        "weight_zero_point": CompressedSource.read_zeros,
-    }
 
     @staticmethod
     def parts_of(shape: tuple[int, int], spec: QuantSpec, groups: int) -> list[Part]:
@@ -108,16 +103,16 @@ class CompressedWriter(CodedWriter):
             ("weight_shape", torch.int64, (2,)),
         ]
 
-    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        codes, zeros, scales = linear.codes.cpu(), linear.zeros.cpu(), linear.scales.cpu().contiguous()
+    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        zeros, scales = linear.zeros.cpu(), linear.scales.cpu().contiguous()
         shape = torch.tensor(linear.shape, dtype=torch.int64)
-        yield "weight_packed", pack_rows(codes, linear.bits), codes
-        yield "weight_scale", scales, scales
-        yield "weight_shape", shape, shape
+        yield "weight_packed", linear.words.cpu()
+        yield "weight_scale", scales
+        yield "weight_shape", shape
         if spec.sym:
             assert bool((zeros == 2 ** (linear.bits - 1)).all())
         else:
-            yield "weight_zero_point", pack_rows(zeros.T, linear.bits).T.contiguous(), zeros
+            yield "weight_zero_point", pack_rows(zeros.T, linear.bits).T.contiguous()
 
     def config(self) -> dict[str, Any]:
         return {"quantization_config": {**self._quantization, **label(self._linears, self._weights)}}

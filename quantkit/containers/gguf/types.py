@@ -29,8 +29,8 @@ from quantkit.containers.gguf.recipes import (
     tensor_kinds,
 )
 from quantkit.containers.imatrix import Imatrix
-from quantkit.containers.readback import Underflow
 from quantkit.containers.source import Source, Weights
+from quantkit.containers.values import Underflow
 from quantkit.errors import NumericError, UsageError
 from quantkit.late import torch
 

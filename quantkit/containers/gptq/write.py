@@ -6,13 +6,12 @@ Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.containers.gptq.read.G
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack, packing_multiple
 from quantkit.containers.gptq.read import GptqSource
 from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, plan_folder
-from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -84,7 +83,6 @@ class GptqWriter(CodedWriter):
     """Writes one checkpoint."""
 
     opens = GptqSource
-    meanings: ClassVar = {"qweight": GptqSource.read_unpacked, "qzeros": GptqSource.read_zeros}
 
     @staticmethod
     def parts_of(shape: tuple[int, int], spec: QuantSpec, groups: int) -> list[Part]:
@@ -96,15 +94,15 @@ class GptqWriter(CodedWriter):
             ("g_idx", torch.int32, (columns,)),
         ]
 
-    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor]]:
         zeros = linear.zeros.cpu().T
         if self._quantization["checkpoint_format"] == "gptq":
             zeros = zeros - 1  # v1 stores zero - 1; zeros are at least 1, so no field borrows from its neighbour
         scales, group = linear.scales.cpu().T.contiguous(), linear.group.cpu()
-        yield "qweight", pack(linear.codes.cpu().T, linear.bits), linear.codes
-        yield "qzeros", pack(zeros, linear.bits, axis=1), linear.zeros
-        yield "scales", scales, scales
-        yield "g_idx", group, group
+        yield "qweight", linear.words.cpu().T.contiguous()
+        yield "qzeros", pack(zeros, linear.bits, axis=1)
+        yield "scales", scales
+        yield "g_idx", group
 
     def finish(self) -> None:
         write_json(self.folder / "quantize_config.json", self._quantization)

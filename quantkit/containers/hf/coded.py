@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from quantkit.codes import Codes, Plan, QuantizedLinear
+from quantkit.codes import Codes, Plan, QuantizedLinear, dequantized
 from quantkit.containers import CONTAINERS, misfit
 from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype, untied
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
+from quantkit.containers.values import all_finite
 from quantkit.errors import NumericError, SourceError, UsageError
 from quantkit.late import torch
 from quantkit.options import QuantSpec
@@ -98,9 +99,8 @@ class CodedFolder(FolderSource):
         if not self.is_coded(name):
             return self.stored.read(name)
         module = name.removesuffix(".weight")
-        scales, group = self.stored_scales(module), self.read_groups(module).long()
-        steps = self.read_unpacked(module).float() - self.read_zeros(module).float()[:, group]
-        return steps * scales[:, group]
+        scales, zeros, group = self.stored_scales(module), self.read_zeros(module), self.read_groups(module)
+        return dequantized(self.read_unpacked(module), scales, zeros, group)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.is_coded(name):
@@ -126,7 +126,7 @@ class CodedFolder(FolderSource):
     def stored_scales(self, module: str) -> torch.Tensor:
         """Scales of one Linear, float32 [out, groups]. Raises SourceError where they are no numbers."""
         scales = self.oriented_scales(module)
-        if not bool(torch.isfinite(scales).all()):
+        if not all_finite(scales):
             raise SourceError(
                 f"{self.path}: {module}.{self.scales} hold NaN or infinity; the model's files are damaged"
             )
@@ -196,11 +196,9 @@ class CodedWriter:
 
     Attributes:
         opens: its reader.
-        meanings: of parts that are packed, what a reader makes of a module's.
     """
 
     opens: ClassVar[type[CodedFolder]]
-    meanings: ClassVar[Mapping[str, Callable[[Any, str], torch.Tensor]]]
 
     def __init__(
         self,
@@ -226,8 +224,8 @@ class CodedWriter:
         """The tensors of a Linear of this shape, spec and number of groups a row."""
         raise NotImplementedError
 
-    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Of each tensor of a Linear the last part of its name, what is written, and what its meaning is."""
+    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of each tensor of a Linear the last part of its name, and what is written."""
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
@@ -239,21 +237,21 @@ class CodedWriter:
         assert isinstance(linear, QuantizedLinear)
         assert linear.shape == self._linears[module].shape
         assert linear.bits == self._linears[module].spec.bits
-        for part, tensor, meaning in self.pack(linear, self._linears[module].spec):
-            self._tensors.write(f"{module}.{part}", tensor, meaning)
+        for part, tensor in self.pack(linear, self._linears[module].spec):
+            self._tensors.write(f"{module}.{part}", tensor)
 
     def add_others(self) -> None:
         """Copy every tensor that is not quantized, each in the dtype that the source keeps it in."""
         for name in self._weights.tensors:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in self._linears):
-                self.add_other(name, kept_tensor(self.source, self._weights, name))
+                self.add_other(name, kept_tensor(self._weights, name))
 
     def add_other(self, name: str, tensor: torch.Tensor) -> None:
         """Write one of them."""
         self._tensors.write(name, tensor)
 
     def finish(self) -> None:
-        """Write configs and tokenizer, then read every tensor back and compare it: of Linears their codes and zeros.
+        """Write configs and tokenizer, then open the folder, read every tensor back and compare it.
 
         Raises:
             OutputError: what was read back is not what was written.
@@ -267,27 +265,24 @@ class CodedWriter:
         write_json(self.folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype} | self.config())
         self.source.copy_companions(self.folder)
         reader = self.opens(self.folder, trust_remote_code=self.source.trusts_code)
-
-        def read(name: str) -> torch.Tensor:
-            module, _, part = name.rpartition(".")
-            meaning = self.meanings.get(part) if module in self._linears else None
-            return reader.stored.read(name) if meaning is None else meaning(reader, module)
-
-        self._tensors.read_back(read)
+        self._tensors.read_back(reader.stored.read)
 
 
-def kept_tensor(source: Source, weights: Weights, name: str) -> torch.Tensor:
+def kept_tensor(weights: Weights, name: str) -> torch.Tensor:
+    """A tensor that stays as it is, in the dtype it is published in. Raises NumericError as `as_kept` does."""
+    return as_kept(name, weights.read(name), weights.dtype(name))
+
+
+def as_kept(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor that stays as it is, in the dtype it is published in.
 
     Raises:
         NumericError: a value that is not finite there.
     """
-    tensor = weights.read(name)
-    dtype = weights.dtype(name)
     if tensor.dtype == dtype:
         return tensor
     cast = tensor.to(dtype)
-    if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
+    if cast.is_floating_point() and not all_finite(cast):
         held = str(dtype).removeprefix("torch.")
         raise NumericError(f"{name}: a value is beyond {held}; convert the model to bfloat16")
     return cast

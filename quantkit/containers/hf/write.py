@@ -44,20 +44,14 @@ class ShardedWriter:
         self._read_back = ReadBack()
         self._total = sum(tensor.bytes for tensor in plan)
 
-    def write(self, name: str, tensor: torch.Tensor, meaning: torch.Tensor | None = None) -> None:
-        """Write a planned tensor.
-
-        Args:
-            name: in the plan.
-            tensor: of the plan's dtype and shape.
-            meaning: what a reader makes of it, where that is not the tensor itself.
-        """
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor of the name, dtype and shape that the plan has."""
         planned = self._pending.pop(name)
         assert (tensor.dtype, tuple(tensor.shape)) == (planned.dtype, planned.shape), name
         number, offset = self._place[name]
         content, path = tensor_bytes(tensor), self.folder / self.names[number]
         self._files.write(path, offset, [content])
-        self._read_back.wrote(path, name, content if meaning is None else tensor_bytes(meaning))
+        self._read_back.wrote(path, name, content)
 
     def finish(self) -> None:
         """Close the shards and write the index where there are several.
@@ -80,7 +74,7 @@ class ShardedWriter:
         """Compare every tensor with what a reader of the finished files gives.
 
         Args:
-            read: a tensor by its name, or its meaning where `write` was told one.
+            read: a tensor by its name.
             advance: is told of each tensor.
 
         Raises:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantkit.codes import contiguous_groups
+from quantkit.codes import contiguous_groups, grouped
 from quantkit.codes.packing import unpack_rows
 from quantkit.containers import CONTAINERS
 from quantkit.containers.hf.coded import CodedFolder
@@ -88,8 +88,10 @@ class MlxSource(CodedFolder):
         scales, biases = self.stored_scales(module), self.stored.read(f"{module}.biases").float()
         if not bool(torch.isfinite(biases).all()):
             raise SourceError(f"{self.path}: {module}.biases hold NaN or infinity; the model's files are damaged")
-        group = self.read_groups(module).long()
-        return self.read_unpacked(module).float() * scales[:, group] + biases[:, group]
+        values = self.read_unpacked(module).float()
+        for columns, groups in grouped(values, self.read_groups(module)):
+            columns.mul_(scales[:, groups, None]).add_(biases[:, groups, None])
+        return values
 
     def read_unpacked(self, module: str) -> torch.Tensor:
         words = self.stored.read(f"{module}.weight").view(torch.int32)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from quantkit.codes import Plan, QuantizedLinear
-from quantkit.codes.packing import pack_rows, words_for
+from quantkit.codes.packing import words_for
 from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_whole_groups, plan_folder
-from quantkit.containers.hf.coded import kept_tensor as kept_tensor
 from quantkit.containers.mlx.read import AFFINE, MlxSource
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, UsageError
@@ -53,7 +52,6 @@ class MlxWriter(CodedWriter):
     """Writes one folder."""
 
     opens = MlxSource
-    meanings: ClassVar = {"weight": MlxSource.read_unpacked}
 
     @staticmethod
     def parts_of(shape: tuple[int, int], spec: QuantSpec, groups: int) -> list[Part]:
@@ -64,15 +62,15 @@ class MlxWriter(CodedWriter):
             ("biases", torch.float16 if spec.sym else torch.float32, (rows, groups)),
         ]
 
-    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        codes, zeros, scales = linear.codes.cpu(), linear.zeros.cpu(), linear.scales.cpu().contiguous()
+    def pack(self, linear: QuantizedLinear, spec: QuantSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        zeros, scales = linear.zeros.cpu(), linear.scales.cpu().contiguous()
         exact = -scales.float() * zeros.float()
         biases = exact.half() if spec.sym else exact
         if not torch.equal(biases.float(), exact):
             raise NumericError("a scale times its zero is beyond float16, which MLX's biases are in")
-        yield "weight", pack_rows(codes, linear.bits).view(torch.uint32), codes
-        yield "scales", scales, scales
-        yield "biases", biases, biases
+        yield "weight", linear.words.cpu().view(torch.uint32)
+        yield "scales", scales
+        yield "biases", biases
 
     def config(self) -> dict[str, Any]:
         """The most frequent precision is for all; others have entries of their own, as mlx-lm writes them."""

@@ -1,7 +1,9 @@
 """What a GPU does otherwise than a CPU: the column loop as one Triton program for each tile of rows (`columns`), the
 factorization beside other work. Half-precision products for Hessians are in `hessian`.
 
-Triton is imported when the first kernel is asked for. Where it is missing, or Numba on a CPU, torch does the work.
+Triton is imported, and tried on a small block, when the first kernel is asked for: that it is installed does not say
+that there is a compiler, Python's headers and a folder for what it compiles. Where it does not work, or Numba is
+missing on a CPU, torch does the work.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 
+from quantkit.errors import first_line
 from quantkit.late import torch
 from quantkit.quantize import loops
 from quantkit.quantize.levels import nearest_codes
@@ -32,10 +36,8 @@ ColumnLoop = Callable[
 
 def column_loop(device: torch.device) -> ColumnLoop:
     """The loop over a block's columns for weights on `device`: Triton's, Numba's, or torch's own."""
-    if device.type == "cuda" and _has_triton():
-        from quantkit.quantize.kernels.columns import quantize_columns
-
-        return quantize_columns
+    if device.type == "cuda" and _has_triton() and not triton_trouble(device):
+        return _tritons()
     return loops.quantize_columns if device.type == "cpu" and loops.has_numba() else plain_columns
 
 
@@ -72,6 +74,8 @@ def shortfall(device: torch.device) -> str | None:
     """What a run on `device` does without, and what to do about it, in one line; None where nothing is missing."""
     if device.type == "cuda" and not _has_triton():
         return "Triton is missing, so torch quantizes the columns: slower; pip install 'quantkit[gpu]'"
+    if device.type == "cuda" and (trouble := triton_trouble(device)):
+        return f"Triton does not work here, so torch quantizes the columns: slower; {trouble}"
     if device.type == "cpu" and not loops.has_numba():
         return "Numba is missing, so torch quantizes the columns: slower; pip install 'quantkit[cpu]'"
     return None
@@ -80,6 +84,54 @@ def shortfall(device: torch.device) -> str | None:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def triton_trouble(device: torch.device) -> str:
+    """Why Triton's loop is not to be used on `device`, where it is installed, in a few words; "" where it works."""
+    return trouble_of(_tritons, device)
+
+
+def trouble_of(loop: Callable[[], ColumnLoop], device: torch.device) -> str:
+    """What keeps the loop that `loop` imports from doing on `device` what the plain one does, tried on a small block;
+    "" where nothing does."""
+    try:
+        same = _as_plain(loop(), device)
+    except CalledProcessError:
+        return "a C compiler failed for it; install Python's headers (python3-dev)"
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}; have TRITON_CACHE_DIR name a folder that can be written"
+    except Exception as error:  # whatever a compiler, a driver or another Triton says
+        return first_line(error)
+    return "" if same else "its codes are not those of torch"
+
+
+def _tritons() -> ColumnLoop:
+    from quantkit.quantize.kernels.columns import quantize_columns
+
+    return quantize_columns
+
+
+def _as_plain(loop: ColumnLoop, device: torch.device) -> bool:
+    """Whether a loop gives on a small block what the plain one does, up to the order of sums."""
+    generator = torch.Generator().manual_seed(0)
+    columns, rows, top = 13, 37, 15
+    W, U = torch.randn(columns, rows, generator=generator), torch.randn(columns, columns, generator=generator)
+    U = (torch.triu(U, diagonal=1) * 0.1 + torch.eye(columns)).to(device)
+    scale = (0.2 + 0.2 * torch.rand(columns, rows, generator=generator)).to(device)
+    W, minimum, found = W.to(device), scale * (top // 2), []
+    for run in (loop, plain_columns):
+        codes = torch.empty(columns, rows, dtype=torch.uint8, device=device)
+        found.append((run(W, U, scale, minimum, top, codes, None), codes))
+    (errors, codes), (plain_errors, plain_codes) = found
+    return torch.equal(codes, plain_codes) and torch.allclose(errors, plain_errors, rtol=1e-4, atol=1e-5)
+
+
+def settle(device: torch.device) -> None:
+    """Wait until a GPU has done what was queued on the current stream, so that a clock tells more than launches."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def beside(device: torch.device) -> AbstractContextManager[None]:

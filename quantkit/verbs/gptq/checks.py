@@ -10,10 +10,11 @@ from quantkit.blocks.open import note_left_out, note_source
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Plan
 from quantkit.containers import CONTAINERS
-from quantkit.containers.readback import Underflow
+from quantkit.containers.values import Underflow, all_finite
 from quantkit.errors import NumericError, UsageError
 from quantkit.late import torch
 from quantkit.progress import SILENT, Progress, counted
+from quantkit.quantize.hessian import adds_up_in_float32
 from quantkit.quantize.kernels import shortfall
 from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.targets import Target
@@ -48,6 +49,12 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
         progress.note(f"{stream.source.label} was made from {row.one} (its {REPORT_NAME}): what that rounded stays so")
     if missing := shortfall(stream.device):
         progress.note(missing)
+    if stream.device.type != "cpu" and not adds_up_in_float32(stream.dtype, stream.device):
+        kind = str(stream.dtype).removeprefix("torch.")
+        progress.note(
+            f"this torch does not add up products of {kind} in float32 here, so activations are cast for Hessians: "
+            "slower; torch 2.9 does"
+        )
     if stream.discovered:
         progress.note(
             f"architecture {stream.source.config.model_type} is not in the table: its decoder blocks were found at "
@@ -149,18 +156,11 @@ def check_finite(stream: ModelStream, target: Target, progress: Progress = SILEN
     with progress.phase("checking weights", len(mine)) as advance:
         for name in names[mine.start : mine.stop]:
             values, is_kept = stream.weights.read(name), name.removesuffix(".weight") not in target.plan
-            if not _all_finite(values):
+            if not all_finite(values):
                 raise NumericError(f"{stream.source.path}: {name} holds NaN or infinity; the model's files are damaged")
             # Scales of codes are float16, whatever the rest is in.
             underflow.see(name, values, stream.source.dtype if is_kept else torch.float16)
             if is_kept:
-                target.check_kept(name)
+                target.check_kept(name, values)
             advance(1)
     underflow.warn(progress, "`quantkit convert --dtype bfloat16` keeps what is not quantized")
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    """A sum that is finite shows it in one pass; one that is not may have overflowed, so each value is looked at."""
-    if tensor.is_floating_point() and math.isfinite(float(tensor.sum(dtype=torch.float32))):
-        return True
-    return bool(torch.isfinite(tensor).all())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import Codes, put_together, take_apart
+from quantkit.codes import Codes, put_together, take_apart_packed
 from quantkit.containers import own_options
 from quantkit.options import Ends, QuantSpec, parse_size
 from quantkit.options.values import Every, parse_every
@@ -224,7 +224,7 @@ def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:
     """What is to be done with a Linear as soon as it has codes: it lands with its block, and then `add` gets it."""
 
     def take(name: str, linear: Codes, statistics: LayerStatistics) -> None:
-        landed = LandedLinear(name, *take_apart(linear), asdict(statistics))
+        landed = LandedLinear(name, *take_apart_packed(linear), asdict(statistics))
         lander.take(landed, partial(add, name, linear))
 
     return take

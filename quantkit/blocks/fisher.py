@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock, local
-from typing import Any
+from typing import Any, Protocol
 
 from quantkit.blocks.backward import BlockRun, head_pieces, head_slices, run_block, run_forward
 from quantkit.blocks.budget import let_go
@@ -39,6 +39,16 @@ Head = Callable[["torch.Tensor"], "torch.Tensor"]
 Found = list[list["StageSquares"]]  # by batch and stage
 Products = dict[str, "torch.Tensor"]
 """``sum g g^T`` over all tokens, float64 [out, out], of some Linears by their names in the block."""
+
+
+class Ends(Protocol):
+    """Looks at batches where they leave the last block and where their gradients enter the first."""
+
+    def leaving(self, i: int, state: torch.Tensor) -> None:
+        """The state [batch, seq, hidden] of batch `i`."""
+
+    def entering(self, i: int, gradient: torch.Tensor) -> None:
+        """The gradient of the summed loss by it, of the same shape; several threads may call it."""
 
 
 @dataclass
@@ -80,6 +90,7 @@ def fisher_squares(
     progress: Progress,
     exact: bool = False,
     most_rows: int = 0,
+    ends: Ends | None = None,
 ) -> Iterator[tuple[int, Stages, Found, Products]]:
     """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage, products).
 
@@ -92,15 +103,19 @@ def fisher_squares(
         memory: where states wait, and whether all blocks are held.
         exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
         most_rows: products are made of Linears of at most so many rows that all tokens go through; 0: of none.
+        ends: sees every batch before the first block's are given.
 
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
     """
     slices = head_slices(stream)
     if memory.at_once:
-        yield from _at_once(stream, batches, chances, memory, workers, progress, slices, most_rows)
+        yield from _at_once(stream, batches, chances, memory, workers, progress, slices, most_rows, ends)
         return
     kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
+    if ends is not None:
+        for i, state in enumerate(last):
+            ends.leaving(i, state)
     found = _head_gradients(stream, last, chances, memory.head_rows is None, slices, progress)
     gradients = HiddenStates(stream.device, memory.hidden, found)
     last.close()
@@ -123,6 +138,8 @@ def fisher_squares(
                 with watch.hooked():
                     for i, (gradient, seen) in workers.each(backward):
                         gradients[i], squares[i] = gradient, seen
+                        if ends is not None and index == 0:
+                            ends.entering(i, gradient)
             yield index, stages, squares, watch.products
             advance(1)
     kept.close()
@@ -138,6 +155,7 @@ def _at_once(
     progress: Progress,
     slices: Slices,
     most_rows: int,
+    ends: Ends | None,
 ) -> Iterator[tuple[int, Stages, Found, Products]]:
     """`fisher_squares` with all blocks held: each batch through all of them, the head, and back."""
     with torch.no_grad():
@@ -166,10 +184,15 @@ def _at_once(
             gradient, own = gradients.pop(i), runs.pop(i)
             while own:
                 gradient = own.pop().gradient(gradient)
+            if ends is not None:
+                ends.entering(i, gradient)
 
         for number, items in enumerate(workers.rounds()):
             at_hand = list(chain.from_iterable(items))
             lasts = workers.together(forward, items)
+            if ends is not None:
+                for i, last in zip(at_hand, lasts, strict=True):
+                    ends.leaving(i, last)
             gradients = {
                 i: _batch_gradient(heads, slices, last, chances[i]) for i, last in zip(at_hand, lasts, strict=True)
             }

@@ -18,7 +18,7 @@ from quantkit.options.values import allowances
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Spent
-from quantkit.quantize.layers import predicted_divergence
+from quantkit.quantize.layers import predicted_divergence, recorded_ends
 from quantkit.quantize.tuning import RefiningReport
 from quantkit.runs.atomic import REPORT_NAME, absolute, read_json, write_json
 from quantkit.runs.outputs import check_outside
@@ -113,7 +113,10 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
         evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
     refined = None if record.get("refined") is None else RefiningReport(**record["refined"])
-    report = replace(report, layers=layers, predicted=predicted_divergence(layers), evaluation=evaluation)
+    predicted, ends = predicted_divergence(layers), recorded_ends(record)
+    if predicted is not None:
+        predicted += sum(end.predicted for end in ends)
+    report = replace(report, layers=layers, ends=ends, predicted=predicted, evaluation=evaluation)
     return replace(report, refined=refined, seconds=seconds, dry_run=False)
 
 

@@ -18,11 +18,11 @@ from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Allocator
 from quantkit.quantize.blockwise import OnLinear, corrects, quantize_blocks
-from quantkit.quantize.layers import LayerStatistics, recorded_layers, write_layer_table
+from quantkit.quantize.layers import EndStatistics, LayerStatistics, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CodesWriter, Folders, Target
 from quantkit.quantize.token_weights import Gradients, TokenWeights, token_weights
-from quantkit.quantize.trials import chosen_for
+from quantkit.quantize.trials import Choice, chosen_for, losses_of_ends
 from quantkit.quantize.tuning import Refined, refine_run
 from quantkit.runs.atomic import REPORT_NAME, fingerprint, write_json
 from quantkit.runs.journal import Journal
@@ -32,6 +32,7 @@ from quantkit.runs.record import check_unchanged, checksums, companions, origin
 from quantkit.runs.unfinished import Run, drop_unfinished, finished, working
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq.checks import check_finite, warn_starved_experts
+from quantkit.verbs.gptq.drawing import draw_budget
 from quantkit.verbs.gptq.plan import is_weighted
 
 
@@ -121,6 +122,7 @@ def _quantize(
         place = run.folder, run.journal
         choice = chosen_for(allocator, stream, matrix.tokens, weights, *place, sharing, progress, deciding)
         target = choice.target
+    ends = _ends(stream, matrix, target, choice, weights, sharing)
     layers = [LayerStatistics(**linear.statistics) for i in range(landed.blocks) for linear in landed.linears(i)]
     refined: Refined | None = None
     with ExitStack() as stack:
@@ -143,10 +145,13 @@ def _quantize(
             writer.finish()
             advance(1)
     warn_starved_experts(layers, target.plan, matrix.tokens, progress)
+    if choice is not None:
+        draw_budget(choice, run.staged, progress)
     check_unchanged(stream.source)
     told = [{k: v for k, v in vars(layer).items() if k != "seconds" and v is not None} for layer in layers]
     spent = {} if choice is None else {"spent": choice.spent.as_dict()}
-    record = {**decided, **spent, "layers": told, "evaluation": None, "files": {}}
+    of_ends = {"ends": [asdict(end) for end in ends]} if ends else {}
+    record = {**decided, **spent, **of_ends, "layers": told, "evaluation": None, "files": {}}
     record |= {} if refined is None else {"refined": asdict(refined.report)}
 
     formats = target.folders if isinstance(target, Folders) else ()
@@ -195,9 +200,11 @@ def _help_quantize(
     if not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
     weights = _weights(gradients, stream, matrix, landed.folder, None, sharing, SILENT)
+    choice = None
     if allocator is not None:
         choice = chosen_for(allocator, stream, matrix.tokens, weights, landed.folder, None, sharing, SILENT)
         target = choice.target
+    _ends(stream, matrix, target, choice, weights, sharing)
     with Lander(landed.folder, (), every, ranks) as lander:
         budget = stream.budget // ranks.here
         take = _landing(lander, _nothing)
@@ -218,6 +225,24 @@ def _weights(
     if gradients is None:
         return None
     return token_weights(stream, matrix.tokens, gradients, folder, journal, progress, sharing.ranks, deciding)
+
+
+def _ends(
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    choice: Choice | None,
+    weights: TokenWeights | None,
+    sharing: Sharing,
+) -> list[EndStatistics]:
+    """What is told of embedding and output matrix; nothing where all tokens count the same. All ranks call it alike."""
+    if weights is None:
+        return []
+    known = {} if choice is None else choice.planned
+    others = {name: [kind] for name, kind in target.ends.items() if name not in known}
+    found = losses_of_ends(stream, matrix.tokens, others, weights, sharing.ranks)
+    lost = {**known, **{name: loss for name, (loss,) in found.items()}}
+    return [EndStatistics(name, kind, lost[name]) for name, kind in target.ends.items() if name in lost]
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:

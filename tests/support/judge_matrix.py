@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.container_matrix import BEGINS, without
 from support.judge_cases import OURS, READERS, THEIRS, WRITERS
 from support.judge_env import PROGRAMS
 
@@ -83,8 +82,7 @@ class Matrix:
         parts = [_HEAD.format(judges=judges), _OURS, *_our_rows(self.cells, reasons)]
         parts += [_THEIRS, *_their_rows(self.cells, reasons), _REASONS]
         parts += [f"{number}. {reason}.\n" for number, reason in enumerate(reasons, 1)]
-        _, begins, containers = DOCUMENT.read_text(encoding="utf-8").partition(BEGINS)
-        DOCUMENT.write_text("".join([*parts, begins, containers]), encoding="utf-8")
+        DOCUMENT.write_text("".join(parts), encoding="utf-8")
 
 
 def _our_rows(cells: dict[Key, Cell], reasons: list[str]) -> list[str]:
@@ -117,7 +115,7 @@ def _spread(cells: list[Cell]) -> str:
 def read() -> dict[Key, str]:
     """The document's cells: a number as it stands there, or "reason"."""
     cells: dict[Key, str] = {}
-    for line in without(DOCUMENT.read_text(encoding="utf-8")).splitlines():
+    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
         fields = [field.strip() for field in line.strip("|").split("|")]
         if not line.startswith("| ") or fields[0] == "family":
             continue

@@ -243,12 +243,6 @@ def test_variants_of_other_containers_alone_are_of_one_run(
     folder = "Tiny-MLX-4bit-32g/"
     of_variant = {name for name in alone if name.startswith(folder) and not name.endswith((".md", ".png"))}
     assert {name: every[name] for name in of_variant} == {name: alone[name] for name in of_variant}
-    assert set(statuses(quantkit.release(small, tmp_path / "all")).values()) == {"unchanged"}
-    (tmp_path / "all" / folder / "model.safetensors").unlink()
-    mended = statuses(quantkit.release(small, tmp_path / "all"))
-    assert (mended["mlx 4bit-32g"], mended["codes of gptq 4bit-32g"]) == ("done", "unchanged")
-    forecasts = {part.name: part for part in quantkit.release(small, tmp_path / "new", dry_run=True).forecasts}
-    assert forecasts["mlx 4bit-32g"].seconds < forecasts["gptq 4bit-32g"].seconds / 2
 
 
 def test_variants_share_what_candidates_lose(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

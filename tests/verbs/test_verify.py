@@ -868,8 +868,6 @@ PROGRAMS: list[tuple[dict[str, Any], dict[str, Any], str, bool, str]] = [
     ({}, {"group_size": 64}, "AutoGPTQ", False, "no short last group"),
     ({}, {"group_size": 64, "act_order": "dynamic"}, "AutoGPTQ", True, ""),
     ({}, {"group_size": 16}, "vLLM", False, "not 16"),
-    ({}, {"act_order": "dynamic"}, "vLLM", False, "with desc_act its kernel takes multiples of 128 columns, not 64 of"),
-    ({}, {"act_order": "dynamic", "group_size": -1}, "vLLM", True, "marlin"),
     ({}, {"exclude": ["*.k_proj"]}, "vLLM", False, "differ in precision"),
     ({}, {"override": ["*.{q,k,v}_proj=bits:8"]}, "vLLM", False, "it looks up model.layers.0.self_attn.qkv_proj"),
     ({}, {"override": ["*.{q,k,v,qkv}_proj=bits:8"]}, "vLLM", True, ""),
@@ -1007,7 +1005,7 @@ def test_the_command_exits_with_1_and_lists_problems(checkpoint: Path, run: Call
     code, out = run("verify", checkpoint, "--no-generate", "--quiet")
     assert code == 0
     assert "no problems" in out
-    assert "vLLM           yes  with its marlin kernels, on a CPU 4 bits; tensor parallel 1 (not 2: model.lay" in out
+    assert "vLLM           yes  with its marlin or exllama kernels; tensor parallel 1 (not 2: model.layers.0." in out
     forget(checkpoint)
     (checkpoint / "tokenizer.json").unlink()
     code, out = run("verify", checkpoint, "--no-generate", "--quiet")

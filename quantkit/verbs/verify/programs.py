@@ -221,19 +221,8 @@ def vllm(facts: Facts) -> Iterator[str]:
         yield "its kernels take symmetric codes only: --sym"
     if odd := sorted({linear.bits for linear in facts.packed} - {4, 8}):
         yield f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
-    yield from _by_order(facts)
     yield from _by_marlin(facts)
     yield from _by_fused_names(facts)
-
-
-def _by_order(facts: Facts) -> Iterator[str]:
-    """Of scattered groups Marlin fills no tiles up, as it does of others."""
-    grouped = [one for one in facts.packed if one.group > 0] if facts.label.get("desc_act") else []
-    if odd := next((one for one in grouped if one.columns % _MARLIN_COLUMNS), None):
-        yield (
-            f"with desc_act its kernel takes multiples of {_MARLIN_COLUMNS} columns, not {odd.columns} of "
-            f"{odd.module}: --act-order static"
-        )
 
 
 def _by_fused_names(facts: Facts) -> Iterator[str]:

@@ -25,6 +25,7 @@ from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
 from quantkit.blocks.memory import MemoryPlan, keeps_exact, kept_bytes, most_fed_rows, one_of_each_kind, plan_weighing
+from quantkit.blocks.probes import sign_seeds
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
@@ -39,7 +40,7 @@ from quantkit.runs.shared_weights import keep_weights, take_weights
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 
 _BATCH_TOKENS = 1024  # as in `blockwise`
-_POWER = 0.75  # of the squares: one label drawn for each token is a noisy sample, and few tokens would count
+_POWER = 0.75  # of the squares: each is a noisy sample, and few tokens would count
 _GLANCE = 8  # tokens of a forward that only shows whether it has a gradient
 
 Tensors = Mapping[str, "torch.Tensor"]
@@ -211,7 +212,7 @@ ALIKE = Weighing(None, 0, ())
 
 
 class Gradients(NamedTuple):
-    """What a run takes of gradients: labels by `seed`, and whether `products` are made (`weigh_tokens`)."""
+    """What a run takes of gradients: signs by `seed`, and whether `products` are made (`weigh_tokens`)."""
 
     seed: int
     products: bool
@@ -296,7 +297,7 @@ def weigh_tokens(
 
     Args:
         tokens: int64 [samples, seq_len], the calibration windows.
-        seed: decides the labels, by one number for each token.
+        seed: decides the signs of what goes back (`blocks.probes`).
         on_block: gets a block's number and its tensors: for each stage, by its number in the block, "0.weights" and
             for experts "0.tokens" (`StageWeights`), and "0.rows.NAME" for each Linear by its published name, float32
             [out]: the squared gradient of that output row, summed over all tokens;
@@ -310,7 +311,7 @@ def weigh_tokens(
         progress.note(f"every token counts the same, since {stream.source.config.model_type} {why}")
         return False
     batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
-    drawn = torch.split(chances(tokens.shape, seed), len(batches[0]))
+    drawn = torch.split(sign_seeds(tokens.shape, seed), len(batches[0]))
     mine = ranks.share(len(batches))
     workers = worker_count(stream.device, max(1, len(mine)))
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
@@ -340,11 +341,6 @@ def weigh_tokens(
         if on_ends is not None and ends is not None:
             on_ends(tensors_of(ranks.gather(ends.part())))
     return True
-
-
-def chances(shape: Sequence[int], seed: int) -> torch.Tensor:
-    """A number from 0 to 1 for each token, float64, that decides on its label."""
-    return torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1])).random(tuple(shape)))
 
 
 def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, products: bool = False) -> MemoryPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Spent
 from quantkit.quantize.layers import predicted_divergence, recorded_ends
 from quantkit.quantize.tuning import RefiningReport
-from quantkit.runs.atomic import REPORT_NAME, absolute, read_json, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, file_sha256, read_json, write_json
 from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.record import hashing_beside
 from quantkit.runs.unfinished import check_unfinished
 from quantkit.sources import open_source
 from quantkit.tokens.text import calibration_windows, check_tokens
@@ -97,11 +99,12 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
         return report
 
     judged = options.text if options.evaluate else None
-    matrix = ranks.from_first(
-        lambda: calibration_windows(options.calibration, options, stream.source, judged, progress)
-    )
-    check_tokens(matrix.tokens, stream.source)
-    record, layers = made(place, stream, matrix, target, allocator, spec, options, ranks, progress)
+    with hashing_beside(stream.source) if ranks.first else nullcontext(file_sha256) as sha256:
+        matrix = ranks.from_first(
+            lambda: calibration_windows(options.calibration, options, stream.source, judged, progress)
+        )
+        check_tokens(matrix.tokens, stream.source)
+        record, layers = made(place, stream, matrix, target, allocator, spec, options, ranks, sha256, progress)
     if allocator is not None:
         report = spending(report, Spent.of(record["spent"]))
     evaluation = None

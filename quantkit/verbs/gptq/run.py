@@ -45,9 +45,11 @@ def made(
     spec: QuantSpec,
     options: Gptq,
     ranks: Ranks,
+    sha256: Callable[[Path], str],
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
-    """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear."""
+    """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear. `sha256`
+    gives that of the source's files, on the first rank."""
     sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
     weighted = is_weighted(spec)
     unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
@@ -68,10 +70,12 @@ def made(
     def decides() -> dict[str, Any]:
         """What of quantkit.json is known before the work: everything that decides the result."""
         with progress.phase("hashing the source", 1) as advance:
-            known = {"recipe": recipe, **origin(stream.source), "compute": sharing.compute(stream)}
+            known = {"recipe": recipe, **origin(stream.source, sha256), "compute": sharing.compute(stream)}
             advance(1)
         return known | {"calibration": matrix.provenance.model_dump(mode="json")}
 
+    if not options.resume:  # while the source is hashed; what is gone on with may have been checked
+        check_finite(stream, target, progress, ranks)
     decided = ranks.from_first(decides)
     record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
     if record is not None:
@@ -86,10 +90,11 @@ def made(
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
             made = _quantize(
-                run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, sharing, progress
+                *(run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, options.resume),
+                *(sharing, progress),
             )
     else:
-        _help_quantize(stream, matrix, target, allocator, every, gradients, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, options.resume, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -103,6 +108,7 @@ def _quantize(
     decided: dict[str, Any],
     gradients: Gradients | None,
     refines: bool,
+    resume: bool,
     sharing: Sharing,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
@@ -111,7 +117,7 @@ def _quantize(
     landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
-    if not landed.blocks:
+    if resume and not landed.blocks:
         check_finite(stream, target, progress, sharing.ranks)
     deciding = fingerprint(
         {name: part for name, part in decided.items() if name != "recipe"} | {"gradients": gradients}
@@ -192,12 +198,13 @@ def _help_quantize(
     allocator: Allocator | None,
     every: Every,
     gradients: Gradients | None,
+    resume: bool,
     sharing: Sharing,
 ) -> None:
     """What all ranks but the first do of `_quantize`."""
     ranks = sharing.ranks
     landed = ranks.from_first(lambda: NOTHING)
-    if not landed.blocks:
+    if resume and not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
     weights = _weights(gradients, stream, matrix, landed.folder, None, sharing, SILENT)
     choice = None

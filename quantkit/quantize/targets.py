@@ -236,7 +236,7 @@ class Folders:
     def __init__(self, folders: Mapping[CheckpointFormat, CheckpointTarget]) -> None:
         self.folders = folders
         first, *others = folders.values()
-        self.plan, self.changed, self._first = first.plan, first.changed, first
+        self.plan, self.ends, self.changed, self._first = first.plan, first.ends, first.changed, first
         for other in others:
             other.share(self.changed)
         self.bytes = sum(folder.bytes for folder in folders.values())

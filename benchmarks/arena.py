@@ -81,7 +81,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="try rows that failed again")
     parser.add_argument("--out", type=Path, help="the record, as JSON; default: in the work folder")
     parser.add_argument("--table", type=Path, help="also write the tables here, as Markdown")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.work = args.work.absolute()  # contestants run in it
+    return args
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,20 +92,28 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Record:
-    """The rows so far, by their names, written after each. One record has one calibration size and one text."""
+    """The rows so far, by their names, written after each. One record has one calibration size and one text; arenas of
+    other rows may run beside."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path, self._settings = path, settings
-        self.rows: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["settings"] != settings:
-                raise SystemExit(f"{path} is of other settings, {found['settings']}: name another --out")
-            self.rows = found["rows"]
+        self.rows = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if not self._path.exists():
+            return {}
+        found = json.loads(self._path.read_text(encoding="utf-8"))
+        if found["settings"] != self._settings:
+            raise SystemExit(f"{self._path} is of other settings, {found['settings']}: name another --out")
+        rows: dict[str, dict[str, Any]] = found["rows"]
+        return rows
 
     def keep(self, name: str, row: dict[str, Any]) -> None:
-        """Add to a row, and write all."""
-        self.rows[name] = self.rows.get(name, {}) | row
+        """Add to a row, and write all. What failed before is forgotten."""
+        kept = self.rows.get(name, {}) | row
+        if "failed" not in row:
+            kept.pop("failed", None)
+        self.rows = self._read() | {name: kept}
         write_json(self._path, {"benchmark": "arena", "settings": self._settings, "rows": self.rows})
 
 
@@ -199,7 +209,6 @@ class Arena:
                 write_json(cost, spent)
                 partial.rename(path)
             told = {"model": self.cell.model, "precision": self.cell.precision, "seed": self.cell.seed}
-            self.record.rows.pop(name, None)
             self.record.keep(name, {**told, "tool": tool, "setting": setting, **json.loads(cost.read_text())})
 
     def _run(self, tool: str, setting: str, options: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def program(tool: str) -> Path:
     root = os.environ.get("QUANTKIT_JUDGES")
     if not root:
         root = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "quantkit", "judges"))
-    path = Path(root, f"{name}-{found[1]}", inside)
+    path = Path(root, f"{name}-{found[1]}", inside).absolute()
     if not path.is_file():
         asked = "gptqmodel" if tool == GPTQMODEL else tool.replace("llm-", "llm")
         raise SystemExit(f"no {path}; benchmarks/peers/environments.sh {asked} makes it, --tools leaves it out")

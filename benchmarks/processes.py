@@ -19,8 +19,9 @@ class ProgramError(Exception):
 def measured(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> dict[str, float]:
     """Run a program to its end: `seconds` and `processor_seconds` from its start, imports too, and `peak_bytes`.
 
-    Memory is the program's own resident set at its largest (VmHWM of Linux), looked at ten times a second. Processor
-    seconds are those of its children too, which it waited for. What it says goes into `log`.
+    It runs in the folder of `log`, since some leave files of their own; what it says goes into `log`. Memory is its own
+    resident set at its largest (VmHWM of Linux), looked at ten times a second. Processor seconds are those of its
+    children too, which it waited for.
 
     Raises:
         ProgramError: it ended with an error.
@@ -28,7 +29,7 @@ def measured(command: Sequence[str], log: Path, environment: Mapping[str, str] |
     started, peak = time.perf_counter(), 0
     with log.open("wb") as said:
         program = subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            command, stdout=said, stderr=subprocess.STDOUT, cwd=log.parent, env={**os.environ, **(environment or {})}
         )
         while True:
             peak = max(peak, _peak(program.pid))

@@ -73,8 +73,11 @@ def test_a_record_keeps_rows_and_is_of_one_setting(tmp_path: Path) -> None:
     path = tmp_path / "arena.json"
     first = record(path, {"samples": 64})
     first.keep("a", {"seconds": 1.0})
+    second = record(path, {"samples": 64})  # that of an arena beside
     first.keep("a", {"bytes": 2})
-    assert record(path, {"samples": 64}).rows == {"a": {"seconds": 1.0, "bytes": 2}}
+    second.keep("b", {"failed": "no memory"})
+    second.keep("b", {"seconds": 3.0})
+    assert record(path, {"samples": 64}).rows == {"a": {"seconds": 1.0, "bytes": 2}, "b": {"seconds": 3.0}}
     with pytest.raises(SystemExit, match="other settings"):
         record(path, {"samples": 16})
 
@@ -128,11 +131,12 @@ def test_a_table_has_rows_by_divergence_and_those_that_failed() -> None:
 
 def test_what_a_program_costs_is_measured(tmp_path: Path) -> None:
     processes = import_module("processes")
-    held = "import time; x = bytearray(10**8); time.sleep(0.5); print('done')"
+    held = "import time; x = bytearray(10**8); time.sleep(0.5); open('left', 'w'); print('done')"
     cost = processes.measured([sys.executable, "-c", held], tmp_path / "log")
     assert cost["seconds"] > 0.5
     assert 10**8 < cost["peak_bytes"] < 3 * 10**8
     assert cost["processor_seconds"] > 0
+    assert (tmp_path / "left").exists()
     assert (tmp_path / "log").read_text().strip() == "done"
     with pytest.raises(processes.ProgramError, match=r"exit status 3: .*too much"):
         processes.measured([sys.executable, "-c", "import sys; print('too much'); sys.exit(3)"], tmp_path / "log")

@@ -1,9 +1,9 @@
 """What the model's output feels of each token's error at each Linear: squared gradients, block by block.
 
-Labels are drawn from the model's own distribution at every position, so the squares are a sample of the true Fisher
-information: to second order the divergence of a model whose Linear is off by e[t] at its output for token t is, with g
-the gradient of the summed loss there, ``1/2 sum_t (g[t] . e[t])^2`` (GuidedQuant, arXiv 2505.07004, section 3; YAQA,
-2505.22988, section 2).
+What goes back is drawn at every position's logits with the covariance of the model's own Fisher information there
+(`probes`): to second order the divergence of a model whose Linear is off by e[t] at its output for token t is the mean
+of ``1/2 sum_t (g[t] . e[t])^2``, with g what arrives there (GuidedQuant, arXiv 2505.07004, section 3; YAQA, 2505.22988,
+section 2, both with labels drawn from the model's distribution).
 
 No more than one block need be in memory with its graph. A forward keeps the states that enter each block, the head's
 gradient is taken over slices of the vocabulary, and then the blocks run once more, from the last to the first. Where
@@ -19,12 +19,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock, local
-from typing import Any
+from typing import Any, Protocol
 
 from quantkit.blocks.backward import BlockRun, head_pieces, head_slices, run_block, run_forward
 from quantkit.blocks.budget import let_go
 from quantkit.blocks.families import ROUTED, Stages, weight_of
 from quantkit.blocks.memory import MemoryPlan
+from quantkit.blocks.probes import Probe, slice_sums
 from quantkit.blocks.states import HiddenStates, half
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
@@ -38,6 +39,16 @@ Head = Callable[["torch.Tensor"], "torch.Tensor"]
 Found = list[list["StageSquares"]]  # by batch and stage
 Products = dict[str, "torch.Tensor"]
 """``sum g g^T`` over all tokens, float64 [out, out], of some Linears by their names in the block."""
+
+
+class Ends(Protocol):
+    """Looks at batches where they leave the last block and where their gradients enter the first."""
+
+    def leaving(self, i: int, state: torch.Tensor) -> None:
+        """The state [batch, seq, hidden] of batch `i`."""
+
+    def entering(self, i: int, gradient: torch.Tensor) -> None:
+        """The gradient of the summed loss by it, of the same shape; several threads may call it."""
 
 
 @dataclass
@@ -73,12 +84,13 @@ class StageSquares:
 def fisher_squares(
     stream: ModelStream,
     batches: Sequence[torch.Tensor],
-    chances: Sequence[torch.Tensor],
+    seeds: Sequence[torch.Tensor],
     memory: MemoryPlan,
     workers: Workers,
     progress: Progress,
     exact: bool = False,
     most_rows: int = 0,
+    ends: Ends | None = None,
 ) -> Iterator[tuple[int, Stages, Found, Products]]:
     """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage, products).
 
@@ -86,21 +98,24 @@ def fisher_squares(
 
     Args:
         batches: int64 [windows, seq] token ids each.
-        chances: what decides on labels, as `batches`: float64, a number from 0 to 1 that is looked up in the model's
-            distribution; or int64, the labels themselves.
+        seeds: int64, as `batches`: what decides on each token's signs.
         memory: where states wait, and whether all blocks are held.
         exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
         most_rows: products are made of Linears of at most so many rows that all tokens go through; 0: of none.
+        ends: sees every batch before the first block's are given.
 
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
     """
     slices = head_slices(stream)
     if memory.at_once:
-        yield from _at_once(stream, batches, chances, memory, workers, progress, slices, most_rows)
+        yield from _at_once(stream, batches, seeds, memory, workers, progress, slices, most_rows, ends)
         return
     kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
-    found = _head_gradients(stream, last, chances, memory.head_rows is None, slices, progress)
+    if ends is not None:
+        for i, state in enumerate(last):
+            ends.leaving(i, state)
+    found = _head_gradients(stream, last, seeds, memory.head_rows is None, slices, progress)
     gradients = HiddenStates(stream.device, memory.hidden, found)
     last.close()
     with progress.phase("weighing backwards", len(stream.blocks)) as advance:
@@ -122,6 +137,8 @@ def fisher_squares(
                 with watch.hooked():
                     for i, (gradient, seen) in workers.each(backward):
                         gradients[i], squares[i] = gradient, seen
+                        if ends is not None and index == 0:
+                            ends.entering(i, gradient)
             yield index, stages, squares, watch.products
             advance(1)
     kept.close()
@@ -131,12 +148,13 @@ def fisher_squares(
 def _at_once(
     stream: ModelStream,
     batches: Sequence[torch.Tensor],
-    chances: Sequence[torch.Tensor],
+    seeds: Sequence[torch.Tensor],
     memory: MemoryPlan,
     workers: Workers,
     progress: Progress,
     slices: Slices,
     most_rows: int,
+    ends: Ends | None,
 ) -> Iterator[tuple[int, Stages, Found, Products]]:
     """`fisher_squares` with all blocks held: each batch through all of them, the head, and back."""
     with torch.no_grad():
@@ -165,12 +183,17 @@ def _at_once(
             gradient, own = gradients.pop(i), runs.pop(i)
             while own:
                 gradient = own.pop().gradient(gradient)
+            if ends is not None:
+                ends.entering(i, gradient)
 
         for items in workers.rounds():
             at_hand = list(chain.from_iterable(items))
             lasts = workers.together(forward, items)
+            if ends is not None:
+                for i, last in zip(at_hand, lasts, strict=True):
+                    ends.leaving(i, last)
             gradients = {
-                i: _batch_gradient(heads, slices, last, chances[i]) for i, last in zip(at_hand, lasts, strict=True)
+                i: _batch_gradient(heads, slices, last, seeds[i]) for i, last in zip(at_hand, lasts, strict=True)
             }
             workers.together(backward, items)
             let_go()  # each round leaves holes: SmolLM2's peak rose from 1.7 to 2.0 GB in three
@@ -211,103 +234,59 @@ def _kept_states(
 def _head_gradients(
     stream: ModelStream,
     hidden: HiddenStates,
-    chances: Sequence[torch.Tensor],
+    seeds: Sequence[torch.Tensor],
     held: bool,
     slices: Slices,
     progress: Progress,
 ) -> list[torch.Tensor]:
-    """The summed loss's gradient at the states that leave the last block, per batch, of labels that `chances` decide.
+    """What `probes` gives at the states that leave the last block, per batch.
 
-    A softmax's denominator is a sum over slices of the vocabulary; with those of all slices known, each slice's own
-    part of the gradient can be made, and the labels that fall into it be found. Where the whole head is `held` the
+    Each slice of the vocabulary is measured before any one's part can be made. Where the whole head is `held` the
     logits of a few positions wait for that, else they are made twice.
     """
     if held:
         with progress.phase("weighing the head", len(hidden)) as advance, stream.head_rows(*slices) as heads:
             found = []
-            for state, chance in zip(hidden, chances, strict=True):
-                found.append(_batch_gradient(heads, slices, state, chance))
+            for state, own in zip(hidden, seeds, strict=True):
+                found.append(_batch_gradient(heads, slices, state, own))
                 advance(1)
             return found
-    pieces = head_pieces((len(chance), chance.shape[1]) for chance in chances)
-    shares: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
+    pieces = head_pieces((len(own), own.shape[1]) for own in seeds)
+    sums: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
     with progress.phase("weighing the head", 2 * len(slices)) as advance:
         for at_rows in slices:
             with torch.no_grad(), stream.head_rows(at_rows) as [head]:
                 for number, (i, row, at) in enumerate(pieces):
-                    shares[number].append(_share(head(hidden[i][..., row : row + 1, at, :])))
+                    logits = head(hidden[i][..., row : row + 1, at, :])[0]
+                    sums[number].append(slice_sums(logits, at_rows[0], seeds[i][row, at].to(stream.device)))
             advance(1)
-        draws = [
-            _Draw(torch.stack(shares[number], dim=-1), chances[i][row, at].to(stream.device))
-            for number, (i, row, at) in enumerate(pieces)
+        probes = [
+            Probe(sums[number], seeds[i][row, at].to(stream.device)) for number, (i, row, at) in enumerate(pieces)
         ]
         gradients = [torch.zeros_like(state) for state in hidden]
-        for place, at_rows in enumerate(slices):
+        for at_rows in slices:
             with stream.head_rows(at_rows) as [head]:
-                for draw, (i, row, at) in zip(draws, pieces, strict=True):
+                for probe, (i, row, at) in zip(probes, pieces, strict=True):
                     state = hidden[i][..., row : row + 1, at, :].detach().requires_grad_()
                     with torch.enable_grad():
                         logits = head(state)
-                    gradients[i][..., row : row + 1, at, :] += draw.state_gradient(place, at_rows[0], logits, state)
+                    gradients[i][..., row : row + 1, at, :] += probe.state_gradient(logits, at_rows[0], state)
             advance(1)
     return gradients
 
 
-def _batch_gradient(heads: list[Head], slices: Slices, state: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+def _batch_gradient(heads: list[Head], slices: Slices, state: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """`_head_gradients` of one batch, with a head for each slice."""
-    gradient = torch.zeros_like(state)
-    for _, row, at in head_pieces([(len(chance), chance.shape[1])]):
-        part = state[..., row : row + 1, at, :].detach().requires_grad_()
+    gradient, starts = torch.zeros_like(state), [start for start, _ in slices]
+    for _, row, at in head_pieces([(len(seeds), seeds.shape[1])]):
+        part, own = state[..., row : row + 1, at, :].detach().requires_grad_(), seeds[row, at].to(state.device)
         with torch.enable_grad():
             logits = [head(part) for head in heads]
-        draw = _Draw(torch.stack([_share(own.detach()) for own in logits], dim=-1), chance[row, at].to(state.device))
-        for place, (start, _) in enumerate(slices):
-            gradient[..., row : row + 1, at, :] += draw.state_gradient(place, start, logits[place], part)
+        sums = [slice_sums(found.detach()[0], start, own) for found, start in zip(logits, starts, strict=True)]
+        probe = Probe(sums, own)
+        for found, start in zip(logits, starts, strict=True):
+            gradient[..., row : row + 1, at, :] += probe.state_gradient(found, start, part)
     return gradient
-
-
-def _share(logits: torch.Tensor) -> torch.Tensor:
-    """The logarithm of a slice's part of the softmax's denominator, float64; logits [1, positions, rows]."""
-    return logits[0].logsumexp(dim=-1).double()
-
-
-class _Draw:
-    """Labels of some positions, from the distribution that a model has there.
-
-    Args:
-        shares: float64 [positions, slices], the logarithm of each slice's part of the softmax's denominator.
-        chance: float64 [positions], each between 0 and 1; or int64, labels that are given.
-    """
-
-    def __init__(self, shares: torch.Tensor, chance: torch.Tensor) -> None:
-        self._total = shares.logsumexp(dim=-1, keepdim=True)
-        self._until = (shares - self._total).exp().cumsum(dim=-1)
-        self._chance, self._last = chance, shares.shape[-1] - 1
-
-    def state_gradient(self, place: int, start: int, logits: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The same by the state [..., 1, positions, hidden] that the logits [1, positions, rows] were made of."""
-        own = self.loss_gradient(place, start, logits.detach()[0])
-        return torch.autograd.grad(logits, state, own[None])[0]
-
-    def loss_gradient(self, place: int, start: int, logits: torch.Tensor) -> torch.Tensor:
-        """Of ``-log p[label]`` by the logits [positions, rows] of slice number `place`, which begins at `start`."""
-        gradient = (logits - self._total.to(logits.dtype)).exp()
-        at, labels = self._labels_in(place, start, gradient)
-        gradient[at, labels] -= 1
-        return gradient
-
-    def _labels_in(self, place: int, start: int, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The positions whose labels lie in a slice, and where in it."""
-        if not self._chance.is_floating_point():
-            labels = self._chance - start
-            at = torch.where((labels >= 0) & (labels < probabilities.shape[-1]))[0]
-            return at, labels[at]
-        # Where rounding leaves a sum below its chance, the last one counts.
-        slices = torch.searchsorted(self._until, self._chance[:, None], right=True)[:, 0].clamp(max=self._last)
-        at = torch.where(slices == place)[0]
-        left = self._chance[at] - (self._until[at, place - 1] if place else 0.0)
-        until = probabilities[at].cumsum(dim=-1, dtype=torch.float64)
-        return at, torch.searchsorted(until, left[:, None], right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------

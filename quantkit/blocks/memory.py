@@ -36,7 +36,7 @@ _KEPT_LOGITS = 3  # of all positions' logits that are held at a time: themselves
 _TABLES = 3  # of attention [heads, positions, positions] that is not fused: scores, their softmax and its cast
 _MORE = 1.3  # times what GPTQ takes: a pass beside it may take so much unasked
 _SMALL = 8 * 2**30  # bytes of all blocks with a batch's graph, for which twice the states in float32 are no matter
-SLICE = 16384  # rows of the vocabulary at a time for gradients, whatever the memory: labels depend on where slices end
+SLICE = 16384  # rows of the vocabulary at a time for gradients, whatever the memory: so sums have one order
 _LEAST_ROWS = 1024  # of a vocabulary in a slice: fewer are slow, and save nothing beside a block
 
 

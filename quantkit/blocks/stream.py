@@ -260,6 +260,13 @@ class ModelStream:
             yield self._logits
 
     @property
+    def ends(self) -> tuple[str, str]:
+        """Published names of the embedding's and the head's matrix: the same one where they are tied."""
+        modules = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        embedding, head = (self.weights.names[f"{self._name_of(module)}.weight"] for module in modules)
+        return embedding, head
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the head."""
         return int(self._model.get_output_embeddings().weight.shape[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -73,6 +73,26 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class End:
+    """The embedding or the output matrix of a GGUF file, or the one that is both.
+
+    Attributes:
+        name: published one.
+        option: field of `options.Ends` that names its type.
+        types: bytes of each type that it may have.
+    """
+
+    name: str
+    option: str
+    types: Mapping[str, int]
+
+    @property
+    def bytes(self) -> list[int]:
+        """Of each type."""
+        return list(self.types.values())
+
+
+@dataclass(frozen=True)
 class Share:
     """How many of the quantized weights have a precision; None: not known yet. `type`: GGML's, in a GGUF file."""
 
@@ -94,6 +114,7 @@ class Spent(Report):
         bits_per_weight, bytes: of the output; before it is made, the most that the budget allows.
         predicted: the mean KL divergence, in nats, that the first pass predicts.
         gap: between that and the least that might be possible, as a fraction.
+        ends: types that were chosen for embedding and output matrix, by published name.
     """
 
     asked: str
@@ -106,6 +127,7 @@ class Spent(Report):
     bytes: int
     predicted: float | None = None
     gap: float | None = None
+    ends: Mapping[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         told = sorted(self.shares, key=lambda share: -(share.weights or 0.0))
@@ -116,9 +138,11 @@ class Spent(Report):
             names = f"{bits} bits in groups of {groups}"
             if told[0].type is not None:
                 names = ", ".join(map(_called, told))
+            names += "".join(f"; {name} too" for name in self.ends)
             held = f"{size(self.least)} to {size(self.most)}"
             return [f"budget {self.asked}; candidates: {names}, which take {held}"]
         names = ", ".join(f"{share.weights:.0%} {_called(share)}" for share in told if share.weights)
+        names += "".join(f"; {name} {type}" for name, type in self.ends.items())
         return [
             f"budget {self.asked} spent on {names}",
             f"KL mean that a first pass predicted for this choice: {self.predicted:.4f}; at most {self.gap:.2g} of it "
@@ -200,7 +224,8 @@ class Allocator:
     Attributes:
         units: what is chosen for.
         target: what codes would be written into if every unit had its smallest candidate.
-        room: bytes that quantized Linears may take.
+        ends: what else has a type to choose; a choice has theirs behind the units'.
+        room: bytes that quantized Linears and these may take.
     """
 
     def __init__(
@@ -209,16 +234,18 @@ class Allocator:
         spec: QuantSpec,
         allowance: str | int,
         candidates: Sequence[Candidate],
-        target_of: Callable[[QuantSpec], Target],
+        target_of: Callable[[QuantSpec, Mapping[str, str]], Target],
         readers: str = "any",
+        ends: Sequence[End] = (),
     ) -> None:
         """
         Args:
             stream, spec: the model, and what its Linears are quantized to beside bits and groups.
             allowance: as `parse_allowance` reads it.
             candidates: what there is to choose from.
-            target_of: what codes are written into, by a spec with overrides.
+            target_of: what codes are written into, by a spec with overrides, and by types of ends.
             readers: "vllm": Linears that it fuses have one precision.
+            ends: of a GGUF file; bits per weight do not count them, and leave them as they are.
 
         Raises:
             UsageError: a Linear that no candidate fits, or a budget that no choice meets, or all do.
@@ -227,15 +254,17 @@ class Allocator:
         self._shapes = {name: linear.shape for name, linear in plan_linears(stream, spec).items()}
         self.units = _units(stream, self._shapes, candidates, FUSED if readers == "vllm" else {})
         self._candidates = [one for one in candidates if any(one in unit.candidates for unit in self.units)]
-        smallest = [unit.bytes.index(min(unit.bytes)) for unit in self.units]
-        self.target = self.target_with(smallest)
-        self._fixed = self.target.bytes - self.target.quantized_bytes
+        allowed = parse_allowance(allowance)
+        self.ends = tuple(ends) if allowed.bits_per_weight is None else ()
+        self._sizes = [unit.bytes for unit in self.units] + [end.bytes for end in self.ends]
+        self.target = self.target_with([sizes.index(min(sizes)) for sizes in self._sizes])
+        self._fixed = self.target.bytes - self.target.quantized_bytes - sum(min(end.bytes) for end in self.ends)
         self._heads = self.target.head_bytes + _DIGITS * len(stream.weights.tensors)
-        self.room = self._room(parse_allowance(allowance))
+        self.room = self._room(allowed)
 
     def _room(self, allowance: Allowance) -> int:
         weights = sum(rows * columns for rows, columns in self._shapes.values())
-        least, most = (sum(choose(unit.bytes) for unit in self.units) for choose in (min, max))
+        least, most = (sum(map(choose, self._sizes)) for choose in (min, max))
         if allowance.bits_per_weight is not None:
             room = floor(allowance.bits_per_weight * weights / 8)
             said = [f"{8 * bytes / weights:.2f}bpw" for bytes in (least, most)]
@@ -263,30 +292,73 @@ class Allocator:
         }
 
     def choose(self, losses: Mapping[str, Sequence[float]]) -> tuple[list[int], float]:
-        """(each unit's candidate, the program's gap) of least loss in the room; `losses` by Linear and candidate."""
-        return least_loss(self._of_units(losses), [unit.bytes for unit in self.units], self.room)
+        """(each unit's candidate and each end's type, the program's gap) of least loss in the room; `losses` by Linear
+        or end, and candidate."""
+        return least_loss(self._by_row(losses), self._sizes, self.room)
 
-    def _of_units(self, losses: Mapping[str, Sequence[float]]) -> list[list[float]]:
-        return [
+    def _by_row(self, losses: Mapping[str, Sequence[float]]) -> list[list[float]]:
+        """Of each unit's candidates, and of each end's types."""
+        of_units = [
             [sum(found) for found in zip(*(losses[name] for name in unit.names), strict=True)] for unit in self.units
         ]
+        return of_units + [list(losses[end.name]) for end in self.ends]
+
+    def planned(self, chosen: Sequence[int], losses: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """What each Linear and end is predicted to cost by a choice."""
+        names = [*(unit.names for unit in self.units), *((end.name,) for end in self.ends)]
+        return {name: losses[name][number] for own, number in zip(names, chosen, strict=True) for name in own}
+
+    def front(self, losses: Mapping[str, Sequence[float]], points: int = 60) -> list[tuple[int, float]]:
+        """(bytes of the weight files, predicted divergence) of choices that none of as few bytes is better than, from
+        the smallest to the largest: those that are best at some price of a byte."""
+        import numpy as np
+
+        rows = self._by_row(losses)
+        costs = [(np.asarray(row), np.asarray(sizes)) for row, sizes in zip(rows, self._sizes, strict=True)]
+        prices = [
+            (row[one] - row[other]) / (sizes[other] - sizes[one])
+            for row, sizes in costs
+            for one, other in product(range(len(row)), repeat=2)
+            if sizes[other] > sizes[one] and row[one] > row[other]
+        ]
+        found = dict[int, float]()
+        for price in np.quantile(prices or [0.0], np.linspace(0, 1, points)):
+            numbers = [int(np.lexsort((sizes, row + price * sizes))[0]) for row, sizes in costs]
+            size = sum(int(sizes[number]) for (_, sizes), number in zip(costs, numbers, strict=True))
+            found[size + self._fixed] = float(sum(row[number] for (row, _), number in zip(costs, numbers, strict=True)))
+        return sorted(found.items())
+
+    def alike(self, chosen: Sequence[int], losses: Mapping[str, Sequence[float]]) -> dict[str, tuple[int, float]]:
+        """The same of each candidate for all units that fits them, by its name, with the ends as they are chosen."""
+        found, rows, ends = dict[str, tuple[int, float]](), self._by_row(losses), list(chosen[len(self.units) :])
+        for one in self._candidates:
+            if all(one in unit.candidates for unit in self.units):
+                numbers = [unit.candidates.index(one) for unit in self.units] + ends
+                size = sum(sizes[number] for sizes, number in zip(self._sizes, numbers, strict=True))
+                own = next(iter(one.plan.values())).spec
+                name = _called(Share(own.bits, own.group_size, type=one.changes.ggml))
+                lost = sum(row[number] for row, number in zip(rows, numbers, strict=True))
+                found[name] = size + self._fixed, lost
+        return found
 
     def target_with(self, chosen: Sequence[int]) -> Target:
         """What codes of a choice are written into."""
+        of_units, of_ends = chosen[: len(self.units)], chosen[len(self.units) :]
         weights: Counter[Override] = Counter()
-        for unit, number in zip(self.units, chosen, strict=True):
+        for unit, number in zip(self.units, of_units, strict=True):
             weights[unit.candidates[number].changes] += sum(self._size(name) for name in unit.names)
         usual = weights.most_common(1)[0][0]
         blocks: dict[tuple[tuple[str, str], Override], list[int]] = defaultdict(list)
-        for unit, number in zip(self.units, chosen, strict=True):
+        for unit, number in zip(self.units, of_units, strict=True):
             if (changes := unit.candidates[number].changes) != usual:
                 blocks[unit.pattern, changes].append(unit.block)
         overrides = tuple((f"{a}{_either(list(map(str, own)))}{b}", what) for ((a, b), what), own in blocks.items())
         given = self._spec.model_dump(exclude={"overrides"}) | usual.changes()
-        target = self._target_of(make(QuantSpec, **given, overrides=overrides))
+        ends = {end.option: list(end.types)[number] for end, number in zip(self.ends, of_ends, strict=True)}
+        target = self._target_of(make(QuantSpec, **given, overrides=overrides), ends)
         wanted = {
             name: unit.candidates[number].plan[name]
-            for unit, number in zip(self.units, chosen, strict=True)
+            for unit, number in zip(self.units, of_units, strict=True)
             for name in unit.names
         }
         assert dict(target.plan) == wanted, "the rules say what was chosen"
@@ -300,21 +372,25 @@ class Allocator:
     ) -> Spent:
         """What to tell: before the choice, or of it, by the gap and the losses that it was made with."""
         counts: Counter[Override] = Counter()
-        for unit, number in zip(self.units, chosen or (), strict=chosen is not None):
+        for unit, number in zip(self.units, chosen or (), strict=False):
             counts[unit.candidates[number].changes] += sum(self._size(name) for name in unit.names)
         specs = [(one.changes, next(iter(one.plan.values())).spec) for one in self._candidates]
         shares = [
             Share(own.bits, own.group_size, counts[what] / self._weights if chosen else None, what.ggml)
             for what, own in specs
         ]
-        held, predicted = self.room, None
+        held, predicted, of_ends = self.room, None, sum(min(end.bytes) for end in self.ends)
+        ends = dict.fromkeys((end.name for end in self.ends), "")
         if chosen is not None and losses is not None:
-            held = sum(unit.bytes[number] for unit, number in zip(self.units, chosen, strict=True))
-            predicted = sum(own[number] for own, number in zip(self._of_units(losses), chosen, strict=True))
+            sizes = [own[number] for own, number in zip(self._sizes, chosen, strict=True)]
+            held, of_ends = sum(sizes), sum(sizes[len(self.units) :])
+            predicted = sum(own[number] for own, number in zip(self._by_row(losses), chosen, strict=True))
+            numbers = chosen[len(self.units) :]
+            ends = {end.name: list(end.types)[number] for end, number in zip(self.ends, numbers, strict=True)}
         usual = max(shares, key=lambda share: share.weights or 0.0)
         least, most = (bytes + self._fixed for bytes in (self._least, self._most))
-        told = usual.bits, usual.group_size, 8 * held / self._weights, held + self._fixed, predicted, gap
-        return Spent(self._asked, least, most, shares, *told)
+        told = usual.bits, usual.group_size, 8 * (held - of_ends) / self._weights, held + self._fixed, predicted, gap
+        return Spent(self._asked, least, most, shares, *told, ends)
 
     def _size(self, name: str) -> int:
         rows, columns = self._shapes[name]

@@ -11,14 +11,15 @@ from typing import get_args
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, GgmlLinear, LinearPlan, Plan
-from quantkit.codes.kinds import Kind
+from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers import gguf as gguf_files
-from quantkit.containers.gguf.recipes import file_type, fitting, parse_kind, tensor_kinds
-from quantkit.containers.gguf.types import Choice, Chooser, TypeOptions
+from quantkit.containers.gguf.recipes import EMBEDDING, FLOATS, OUTPUT, file_type, fitting, parse_kind, tensor_kinds
+from quantkit.containers.gguf.types import UNROUNDED, Choice, Chooser, TypeOptions, rounding_kinds
 from quantkit.errors import UsageError
 from quantkit.late import torch
 from quantkit.options import METHODS, Ends, GgmlType, QuantSpec
 from quantkit.progress import Progress, counted
+from quantkit.quantize.allocate import End
 from quantkit.quantize.targets import CodesWriter, on_grid_of, plan_linears
 
 
@@ -77,6 +78,11 @@ class GgufTarget:
             for name, linear in asked.items()
             if name in kinds
         }
+        self.ends: Mapping[str, str] = {
+            tensor.sources[0]: choice.kind.name
+            for tensor, choice in self._others
+            if tensor.name in (EMBEDDING, OUTPUT) and choice.kind not in FLOATS and choice.fidelity != "exact"
+        }
         self.bytes = sum(gguf_files.packed_bytes(tensor, kind) for tensor, kind in self._typed)
         others = sum(gguf_files.packed_bytes(tensor, choice.kind) for tensor, choice in self._others)
         self.quantized_bytes = self.bytes - others
@@ -101,6 +107,24 @@ class GgufTarget:
     def writer(self, folder: Path) -> Iterator[CodesWriter]:
         with gguf_files.GgufWriter(self.model_in(folder), self._architecture, self._keys, self._typed) as writer:
             yield _GgufCodesWriter(writer, self._others)
+
+
+def end_candidates(stream: ModelStream, ends: Ends) -> list[End]:
+    """The embedding and the output matrix, each with the types that it may have: those that GPTQ runs on, and that
+    something here rounds to. One whose type is asked for is left out, as is what is rounded already."""
+    known = rounding_kinds()
+    names, found = dict.fromkeys(stream.ends), list[End]()
+    asked = (ends.embedding_type, ends.output_type) if len(names) == 2 else ({ends.embedding_type, ends.output_type},)
+    for name, types, option in zip(names, asked, ("embedding_type", "output_type"), strict=False):
+        rows, columns = stream.weights.tensors[name].shape
+        sizes = {
+            kind.name: rows * columns // SIZES[kind][0] * SIZES[kind][1]
+            for kind in (Kind.__members__[name] for name in get_args(GgmlType) if name != "Q2_0")
+            if kind in known and columns % SIZES[kind][0] == 0
+        }
+        if types in ("auto", {"auto"}) and sizes and stream.weights.tensors[name].stored_as in UNROUNDED:
+            found.append(End(name, option, sizes))
+    return found
 
 
 def _wanted(tensor: gguf_files.GgufTensor, linears: Sequence[LinearPlan | None], recipe: Kind) -> Kind | None:

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantkit.codes import Plan
 from quantkit.errors import SourceError
@@ -42,6 +43,21 @@ class LayerStatistics:
     n_eff: float | None = None
     corrected: float | None = None
     predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class EndStatistics:
+    """The embedding or the output matrix of a GGUF file, or the one that is both: its published name, its type, and the
+    mean KL divergence in nats that this is predicted to make."""
+
+    name: str
+    type: str
+    predicted: float
+
+
+def recorded_ends(record: Mapping[str, Any]) -> list[EndStatistics]:
+    """What a run's record says of embedding and output matrix."""
+    return [EndStatistics(**one) for one in record.get("ends", ())]
 
 
 def recorded_layers(folder: Path) -> list[LayerStatistics]:

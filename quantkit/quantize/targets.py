@@ -8,7 +8,7 @@ headers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -101,12 +101,15 @@ class Target(Protocol):
         bytes: of all tensors.
         quantized_bytes: of the quantized Linears, with scales and minima or zeros.
         head_bytes: of what the weight files have beside tensors.
+        ends: GGML types of the embedding and the output matrix where they are rounded, by published name; of a tied one
+            once.
         changed: tensors that are written instead of the source's, by published name; to be filled before `writer`.
     """
 
     plan: Plan
     bytes: int
     quantized_bytes: int
+    ends: Mapping[str, str]
     changed: dict[str, torch.Tensor]
 
     def gain_dtype(self, name: str) -> torch.dtype:
@@ -177,6 +180,7 @@ class CheckpointTarget:
             UsageError: a pattern that no Linear matches, or what the layout has no place for.
         """
         self.changed: dict[str, torch.Tensor] = {}
+        self.ends: Mapping[str, str] = {}
         self._source, self._max_shard_bytes = stream.source, max_shard_bytes
         self._weights = replace(stream.weights, changed=self.changed)
         self.plan = plan_linears(stream, spec) if plan is None else plan

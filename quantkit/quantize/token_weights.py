@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +25,14 @@ from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
 from quantkit.blocks.fisher import StageSquares, fisher_squares
 from quantkit.blocks.memory import MemoryPlan, keeps_exact, kept_bytes, most_fed_rows, one_of_each_kind, plan_weighing
+from quantkit.blocks.probes import sign_seeds
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.errors import first_line
 from quantkit.late import torch
 from quantkit.progress import Progress, size
+from quantkit.quantize.ends import EndSums, tensors_of
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_weights, landed_weights, weights_file
 from quantkit.runs.ranks import ALONE, Ranks
@@ -39,7 +41,7 @@ from quantkit.runs.tensorfile import read_tensors, write_tensors
 
 _BATCH_TOKENS = 1024
 _CPU_BATCH_TOKENS = 512  # a batch's graph is most of what the pass holds, and more tokens are no faster there
-_POWER = 0.75  # of the squares: one label drawn for each token is a noisy sample, and few tokens would count
+_POWER = 0.75  # of the squares: each is a noisy sample, and few tokens would count
 _GLANCE = 8  # tokens of a forward that only shows whether it has a gradient
 
 Tensors = Mapping[str, "torch.Tensor"]
@@ -84,13 +86,16 @@ class TokenWeights:
 
     Attributes:
         feed_rows: whether `products` were made.
+        ends: what is known of embedding and head, as `ends.tensors_of` made it; None: nothing.
 
     Args:
         read: the tensors of a block, as `weigh_tokens` gave them.
     """
 
-    def __init__(self, read: Callable[[int], Tensors], feed_rows: bool = False) -> None:
-        self.feed_rows = feed_rows
+    def __init__(
+        self, read: Callable[[int], Tensors], feed_rows: bool = False, ends: Callable[[], Tensors] | None = None
+    ) -> None:
+        self.feed_rows, self.ends = feed_rows, ends
         self._block = lru_cache(1)(lambda index: _by_linear(read(index)))
 
     def of(self, index: int, linear: str) -> StageWeights | None:
@@ -208,7 +213,7 @@ ALIKE = Weighing(None, 0, ())
 
 
 class Gradients(NamedTuple):
-    """What a run takes of gradients: labels by `seed`, and whether `products` are made (`weigh_tokens`)."""
+    """What a run takes of gradients: signs by `seed`, and whether `products` are made (`weigh_tokens`)."""
 
     seed: int
     products: bool
@@ -251,7 +256,8 @@ def token_weights(
         if ranks.first:
             weights_file(folder, 0).parent.mkdir(exist_ok=True)
         budget = stream.budget // ranks.here
-        weigh_tokens(stream, tokens, gradients.seed, budget, keep, progress, ranks, gradients.products)
+        on_ends = partial(keep, len(stream.blocks))
+        weigh_tokens(stream, tokens, gradients.seed, budget, keep, progress, ranks, gradients.products, on_ends)
         if ranks.first:
             made = [checksums[index] for index in sorted(checksums)]
             land_weights(folder, of_first(journal), made)
@@ -261,7 +267,11 @@ def token_weights(
     if not blocks:
         return None
     ranks.wait_for(weights_file(folder, 0))
-    return TokenWeights(lambda index: read_tensors(weights_file(folder, index)), gradients.products)
+    return TokenWeights(
+        lambda index: read_tensors(weights_file(folder, index)),
+        gradients.products,
+        lambda: read_tensors(weights_file(folder, len(stream.blocks))),
+    )
 
 
 def of_first(journal: Journal | None) -> Journal:
@@ -279,6 +289,7 @@ def weigh_tokens(
     progress: Progress,
     ranks: Ranks = ALONE,
     products: bool = False,
+    on_ends: Callable[[Tensors], None] | None = None,
 ) -> bool:
     """Weights of every block, from the last to the first; False, and said why, where the model has no gradient, or no
     room is left for what the pass keeps.
@@ -287,7 +298,7 @@ def weigh_tokens(
 
     Args:
         tokens: int64 [samples, seq_len], the calibration windows.
-        seed: decides the labels, by one number for each token.
+        seed: decides the signs of what goes back (`blocks.probes`).
         on_block: gets a block's number and its tensors: for each stage, by its number in the block, "0.weights" and
             for experts "0.tokens" (`StageWeights`), and "0.rows.NAME" for each Linear by its published name, float32
             [out]: the squared gradient of that output row, summed over all tokens;
@@ -295,12 +306,13 @@ def weigh_tokens(
             [out, out].
         products: make cosines between the gradients of the rows of each Linear that has no more rows than the model's
             width and that all tokens go through: ``A_ij / sqrt(A_ii A_jj)``, A the sum of ``g g^T`` over all tokens.
+        on_ends: gets last what tells of embedding and head (`ends.tensors_of`).
     """
     if (why := no_gradient(stream, tokens)) is not None:
         progress.note(f"every token counts the same, since {stream.source.config.model_type} {why}")
         return False
     batches = list(torch.split(tokens, _windows_abreast(stream, tokens.shape[1])))
-    drawn = torch.split(chances(tokens.shape, seed), len(batches[0]))
+    drawn = torch.split(sign_seeds(tokens.shape, seed), len(batches[0]))
     mine = ranks.share(len(batches))
     workers = worker_count(stream.device, max(1, len(mine)))
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
@@ -317,8 +329,9 @@ def weigh_tokens(
     with Workers(even_shares(len(mine), workers if memory.side_by_side else 1) or [range(0)]) as at_work:
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
         exact = keeps_exact(stream, batches[0].numel())
+        ends = None if on_ends is None else EndSums(own[0], mine.start, len(batches))
         passes = fisher_squares(
-            stream, *own, memory, at_work, progress, exact, most_fed_rows(stream) if products else 0
+            stream, *own, memory, at_work, progress, exact, most_fed_rows(stream) if products else 0, ends
         )
         for index, stages, found, own_products in passes:
             on_host = {name: product.cpu() for name, product in own_products.items()}
@@ -326,12 +339,9 @@ def weigh_tokens(
             whole = [batch for _, part, _ in everyone for batch in part]
             tensors = _tensors(stream, index, everyone[0][0], whole, batches)
             on_block(index, tensors | _cosines(stream, index, tensors, [own for *_, own in everyone]))
+        if on_ends is not None and ends is not None:
+            on_ends(tensors_of(ranks.gather(ends.part())))
     return True
-
-
-def chances(shape: Sequence[int], seed: int) -> torch.Tensor:
-    """A number from 0 to 1 for each token, float64, that decides on its label."""
-    return torch.from_numpy(np.random.Generator(np.random.PCG64([seed, 1])).random(tuple(shape)))
 
 
 def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, products: bool = False) -> MemoryPlan:

@@ -16,12 +16,14 @@ from quantkit.blocks.budget import Budget
 from quantkit.blocks.stages import Reading
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan
+from quantkit.codes.kinds import Kind
 from quantkit.errors import NumericError, UsageError
 from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent
 from quantkit.quantize.blockwise import StageWork, in_batches, quantize_blocks
+from quantkit.quantize.ends import end_losses
 from quantkit.quantize.gptq import SharedFactor
 from quantkit.quantize.hessian import row_losses
 from quantkit.quantize.holdout import EVERY, HeldOutSums
@@ -32,6 +34,7 @@ from quantkit.quantize.token_weights import TokenWeights, of_first
 from quantkit.runs.atomic import fingerprint
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import land_choice, landed_choice
+from quantkit.runs.ranks import Ranks
 from quantkit.runs.shared_weights import keep_losses, take_losses
 
 _LOSSES = "losses."
@@ -39,6 +42,8 @@ _UNTRIED = {"correct", "row_feedback", "refine", "include", "exclude", "override
 
 Trials = Mapping[str, Sequence[QuantSpec]]
 """What each Linear is tried with, by its published name; specs differ in grids alone."""
+
+OnCodes = Callable[[str, Codes], None]
 
 
 def trial_losses(
@@ -49,12 +54,14 @@ def trial_losses(
     budget: Budget,
     sharing: Sharing,
     progress: Progress,
+    on_codes: OnCodes | None = None,
 ) -> dict[str, list[float]]:
     """The mean KL divergence, in nats, that each candidate of each Linear is predicted to make; alike on all ranks.
 
     Args:
         tokens: int64 [samples, seq_len], the calibration windows.
         budget: what the pass may take, as `quantize_blocks` has it.
+        on_codes: gets each Linear's name and the codes of its candidates, one after another in their order.
 
     Raises:
         NumericError: an activation that is not finite.
@@ -68,7 +75,7 @@ def trial_losses(
     plan: Plan = {
         name: LinearPlan(shapes[name], specs[0].model_copy(update={"correct": 0.0})) for name, specs in trials.items()
     }
-    work_of = partial(_TrialWork, trials, found)
+    work_of = partial(_TrialWork, trials, found, on_codes)
     arguments = stream, tokens, plan, lambda *_: None, budget, progress
     quantize_blocks(*arguments, sharing=sharing, weights=weights, work_of=work_of)
     return found
@@ -81,12 +88,16 @@ class Choice:
     Attributes:
         target: what their codes are written into.
         spent: what to tell of it.
-        planned: each Linear's predicted divergence, in nats.
+        planned: each Linear's predicted divergence, in nats, and that of embedding and output matrix.
+        front: bytes of the weight files and predicted divergence of what would be chosen from the fewest to the most.
+        alike: the same of one candidate for all, by its name.
     """
 
     target: Target
     spent: Spent
     planned: Mapping[str, float]
+    front: Sequence[tuple[int, float]]
+    alike: Mapping[str, tuple[int, float]]
 
 
 def chosen_for(
@@ -114,7 +125,7 @@ def chosen_for(
     ranks = sharing.ranks
     kept = ranks.from_first(lambda: landed_choice(folder, of_first(journal)))
     if kept is None:
-        known = _known_losses(stream, tokens, allocator.trials(), weights, sharing, progress, deciding)
+        known = _known_losses(stream, tokens, allocator, weights, sharing, progress, deciding)
 
         def choose() -> dict[str, torch.Tensor]:
             with progress.phase("choosing", 1) as advance:
@@ -127,29 +138,42 @@ def chosen_for(
         kept = ranks.from_first(choose)
     found, chosen = _losses(kept), kept["chosen"].tolist()
     spent = allocator.spent(chosen, float(kept["gap"]), found)
-    planned = {
-        name: found[name][number] for unit, number in zip(allocator.units, chosen, strict=True) for name in unit.names
-    }
-    return Choice(allocator.target_with(chosen), spent, planned)
+    curve = allocator.front(found), allocator.alike(chosen, found)
+    return Choice(allocator.target_with(chosen), spent, allocator.planned(chosen, found), *curve)
+
+
+def losses_of_ends(
+    stream: ModelStream, tokens: torch.Tensor, ends: Mapping[str, Sequence[str]], weights: TokenWeights, ranks: Ranks
+) -> dict[str, list[float]]:
+    """What each of these types of embedding and output matrix, by published name, is predicted to cost: alike on all
+    ranks, of which the first finds it; {} where nothing tells."""
+    if weights.ends is None or not ends:
+        return {}
+    kinds = {name: [Kind.__members__[one] for one in types] for name, types in ends.items()}
+    known = weights.ends
+    return ranks.from_first(lambda: end_losses(stream, known(), tokens.numel(), kinds))
 
 
 def _known_losses(
     stream: ModelStream,
     tokens: torch.Tensor,
-    trials: Trials,
+    allocator: Allocator,
     weights: TokenWeights,
     sharing: Sharing,
     progress: Progress,
     deciding: str,
 ) -> dict[str, torch.Tensor]:
-    """What candidates lose, float32 by `_LOSSES` and a Linear's name: as another run has found it, or found now."""
-    ranks = sharing.ranks
+    """What candidates lose, float32 by `_LOSSES` and the name of a Linear or an end: as another run has found it, or
+    found now."""
+    ranks, trials = sharing.ranks, allocator.trials()
+    ends = {end.name: [*end.types] for end in allocator.ends}
     tried = {name: [spec.model_dump(exclude=_UNTRIED) for spec in specs] for name, specs in trials.items()}
-    key = fingerprint({"decided by": deciding, "trials": tried})
+    key = fingerprint({"decided by": deciding, "trials": tried, "ends": ends})
     if (shared := ranks.from_first(lambda: take_losses(key))) is not None:
         progress.note("what an earlier variant found that candidates lose is used")
         return shared
-    losses = trial_losses(stream, tokens, trials, weights, stream.budget // ranks.here, sharing, progress)
+    losses = losses_of_ends(stream, tokens, ends, weights, ranks)
+    losses |= trial_losses(stream, tokens, trials, weights, stream.budget // ranks.here, sharing, progress)
     known = {f"{_LOSSES}{name}": torch.tensor(own, dtype=torch.float32) for name, own in losses.items()}
     if ranks.first:
         keep_losses(key, known)
@@ -163,9 +187,11 @@ def _losses(kept: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
 class _TrialWork(StageWork):
     """Tries all candidates of a stage's Linears; puts what they lose into `found`."""
 
-    def __init__(self, trials: Trials, found: dict[str, list[float]], *arguments: Any) -> None:
+    def __init__(
+        self, trials: Trials, found: dict[str, list[float]], on_codes: OnCodes | None, *arguments: Any
+    ) -> None:
         super().__init__(*arguments)
-        self._trials, self._found = trials, found
+        self._trials, self._found, self._on_codes = trials, found, on_codes
 
     def _sums(self, stage: int, columns: int, device: torch.device) -> Callable[[], Sums]:
         return partial(HeldOutSums, columns, device, len(self._stages[stage]))
@@ -190,6 +216,8 @@ class _TrialWork(StageWork):
                     raise NumericError(f"{', '.join(names)}: {error}") from None
                 found: Sequence[Codes] = solved.linear.split([len(W) for W in stored])
                 for name, W, codes in zip(names, stored, found, strict=True):
+                    if self._on_codes is not None:
+                        self._on_codes(name, codes)
                     loss = row_losses(W, codes, judge_of[name])
                     self._found.setdefault(name, []).append(self._predicted(name, loss, tokens))
 

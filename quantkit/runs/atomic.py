@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from quantkit.errors import SourceError, UsageError
@@ -17,6 +18,8 @@ REPORT_NAME = "quantkit.json"
 
 LARGEST_TEXT = 256_000_000
 """Bytes of a file that is read whole, such as a config, a vocabulary, a card or a recipe."""
+
+_PIECE = 1 << 20  # bytes of a file that are hashed at a time
 
 FileStates = Mapping[Path, tuple[int, ...]]
 """Size, time of the last change and inode of files."""
@@ -66,10 +69,15 @@ def file_state(path: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, ended: Event | None = None) -> str:
+    """SHA-256 of a file, hexadecimal. Raises InterruptedError when `ended` is set meanwhile."""
+    digest, buffer = hashlib.sha256(), bytearray(_PIECE)
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:read])
+            if ended is not None and ended.is_set():
+                raise InterruptedError
+    return digest.hexdigest()
 
 
 def check_readable(path: Path) -> None:

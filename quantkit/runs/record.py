@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import platform
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from quantkit.errors import SourceError
@@ -17,16 +20,39 @@ from quantkit.version import __version__
 CHECKSUMS = "SHA256SUMS"
 """The file that repeats checksums as `sha256sum --check` reads them."""
 
+_MOST = 4  # files that are hashed at a time
 _COMPANIONS = (".json", ".jinja", ".txt", ".model", ".py")
 
 
-def origin(source: Origin) -> dict[str, Any]:
+@contextmanager
+def hashing_beside(source: Origin) -> Iterator[Callable[[Path], str]]:
+    """While inside, threads hash a source's weight files; yields what gives a file's SHA-256, when it is known.
+
+    hashlib lets other threads work meanwhile. Leaving ends them, whatever they are at; SourceError is raised by what is
+    yielded.
+    """
+    files = dict.fromkeys(path for part in source.parts.values() for path in part.weight_files())
+    ended = Event()
+    with ThreadPoolExecutor(min(_MOST, max(len(files), 1)), "quantkit-hashing") as pool:
+        known = {path: pool.submit(_sha256, path, ended) for path in files}
+        try:
+            yield lambda path: known[path].result() if path in known else _sha256(path)
+        finally:
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def origin(source: Origin, sha256: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """The parts of quantkit.json that every verb writes: the source's name and hashes, and the programs' versions.
+
+    Args:
+        source: the model.
+        sha256: gives a file's SHA-256; None: it is made now.
 
     Raises:
         SourceError: a file cannot be read, or has changed since the source was opened.
     """
-    identity = _identity(source)
+    identity = _identity(source, sha256 or _sha256)
     check_unchanged(source)
     return {
         "source": identity,
@@ -87,12 +113,12 @@ def delta_record(source: Origin) -> dict[str, Any]:
     return read_record(source.path).get("delta") or {}
 
 
-def _identity(source: Origin) -> dict[str, Any]:
+def _identity(source: Origin, sha256: Callable[[Path], str]) -> dict[str, Any]:
     """Name, kind and hashes; of a pair those of both."""
     if len(source.parts) > 1:
-        named = {role: _identity(part) for role, part in source.parts.items()}
+        named = {role: _identity(part, sha256) for role, part in source.parts.items()}
         return {"model": source.label, "kind": source.kind, **source.choices, **named}
-    hashes = {path.name: _sha256(path) for path in source.weight_files()}
+    hashes = {path.name: sha256(path) for path in source.weight_files()}
     found: dict[str, Any] = {"model": source.label, "kind": source.kind, "precision": source.precision}
     before = _noted(source.path)
     made_of, files = before.get("source"), before.get("files")
@@ -114,8 +140,8 @@ def _noted(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, ended: Event | None = None) -> str:
     try:
-        return file_sha256(path)
+        return file_sha256(path, ended)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error

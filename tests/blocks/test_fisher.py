@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import MakeModel
 
-from quantkit.blocks import backward, fisher
+from quantkit.blocks import backward
 from quantkit.blocks.families import ROUTED
 from quantkit.blocks.fisher import StageSquares, fisher_squares
 from quantkit.blocks.memory import MemoryPlan
+from quantkit.blocks.probes import sign_seeds, signs
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares
 from quantkit.progress import SILENT
@@ -31,7 +32,14 @@ def open_in(model: Path, dtype: torch.dtype) -> ModelStream:
     return ModelStream(open_source(model), torch.device("cpu"), dtype)
 
 
-def naive(model: Path, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Squares, Squares]:
+def drawn(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """``sqrt(p) r - p (sqrt(p) . r)`` of logits float64 [..., rows], written down in one piece; seeds [...]."""
+    p = logits.softmax(dim=-1)
+    r = signs(seeds.flatten(), 0, logits.shape[-1]).double().view_as(logits)
+    return p.sqrt() * r - p * (p.sqrt() * r).sum(dim=-1, keepdim=True)
+
+
+def naive(model: Path, ids: torch.Tensor, seeds: torch.Tensor) -> tuple[Squares, Squares]:
     """(squared gradient of each token [tokens], of each row [out]) by Linear, of a backward through all of it."""
     stream = open_in(model, torch.float64)
     inside = [
@@ -60,25 +68,25 @@ def naive(model: Path, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Squares
 
     embedded = whole.get_input_embeddings()(ids).detach().requires_grad_()
     logits = whole(inputs_embeds=embedded, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    logits.backward(drawn(logits.detach(), seeds))
     return tokens, rows
 
 
 def streamed(
     stream: ModelStream,
     ids: torch.Tensor,
-    chances: torch.Tensor,
+    seeds: torch.Tensor,
     each: int,
     workers: int = 1,
     exact: bool = True,
     memory: MemoryPlan = BY_BLOCK,
 ) -> tuple[list[Squares], Squares]:
     """(per stage and Linear the squared gradient of each token, of each row) with batches of `each` windows."""
-    batches, drawn = list(torch.split(ids, each)), torch.split(chances, each)
+    batches, own = list(torch.split(ids, each)), torch.split(seeds, each)
     stages: list[Squares] = []
     rows: Squares = {}
     with Workers(even_shares(len(batches), workers)) as at_work:
-        for index, named, found, _ in fisher_squares(stream, batches, drawn, memory, at_work, SILENT, exact):
+        for index, named, found, _ in fisher_squares(stream, batches, own, memory, at_work, SILENT, exact):
             for number, names in enumerate(named):
                 seen = [batch[number] for batch in found]
                 stages.append({f"model.layers.{index}.{name}": spread(seen, batches) for name in names})
@@ -102,10 +110,10 @@ def test_gradients_are_those_of_the_whole_model(make_model: MakeModel, family: s
     model = make_model(family)
     stream = open_in(model, torch.float64)
     ids = windows(stream.vocabulary)
-    labels = windows(stream.vocabulary, seed=1)
-    tokens, rows = naive(model, ids, labels)
+    seeds = sign_seeds(ids.shape, 2)
+    tokens, rows = naive(model, ids, seeds)
     for dtype in (torch.float64, torch.float32):
-        stages, found = streamed(open_in(model, dtype), ids, labels, each=2)
+        stages, found = streamed(open_in(model, dtype), ids, seeds, each=2)
         assert sum(map(len, stages)) == len(rows) == len(list(stream.linears()))
         for stage in stages:
             expected = torch.stack([tokens[name] for name in stage]).sum(dim=0)
@@ -117,13 +125,13 @@ def test_gradients_are_those_of_the_whole_model(make_model: MakeModel, family: s
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_batches_and_workers_change_nothing(make_model: MakeModel, family: str) -> None:
-    """Labels are drawn by a number for each token, so that no cut of the windows changes them."""
+    """Signs come from a number for each token, so that no cut of the windows changes them."""
     stream = open_in(make_model(family), torch.float32)
     ids = windows(stream.vocabulary)
-    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
-    stages, rows = streamed(stream, ids, chances, each=1)
+    seeds = sign_seeds(ids.shape, 2)
+    stages, rows = streamed(stream, ids, seeds, each=1)
     for each, workers in ((1, 2), (3, 1), (6, 1)):
-        others, theirs = streamed(stream, ids, chances, each, workers)
+        others, theirs = streamed(stream, ids, seeds, each, workers)
         same = {"rtol": 0, "atol": 0} if each == 1 else {"rtol": 1e-4, "atol": 1e-6}
         for one, other in zip(stages, others, strict=True):
             for name, squares in one.items():
@@ -141,11 +149,11 @@ def test_no_plan_changes_a_bit(
     monkeypatch.setattr(backward, "SLICE", 100)
     stream = open_in(make_model(family), dtype)
     ids = windows(stream.vocabulary)
-    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
-    stages, rows = streamed(stream, ids, chances, each=2)
+    seeds = sign_seeds(ids.shape, 2)
+    stages, rows = streamed(stream, ids, seeds, each=2)
     for memory in (AT_ONCE, MemoryPlan(head_rows=100), MemoryPlan(hidden="disk", kept="disk")):
         for workers in (1, 2):
-            others, theirs = streamed(stream, ids, chances, 2, workers, memory=memory)
+            others, theirs = streamed(stream, ids, seeds, 2, workers, memory=memory)
             assert [list(stage) for stage in others] == [list(stage) for stage in stages]
             for one, other in zip(stages, others, strict=True):
                 assert all(torch.equal(other[name], squares) for name, squares in one.items())
@@ -196,32 +204,20 @@ def test_a_process_without_windows_has_nothing_to_tell(make_model: MakeModel) ->
 def test_half_precision_between_blocks_costs_little(make_model: MakeModel) -> None:
     stream = open_in(make_model(), torch.float32)
     ids = windows(stream.vocabulary)
-    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
-    exact, half = (streamed(stream, ids, chances, 2, exact=exact)[0] for exact in (True, False))
+    seeds = sign_seeds(ids.shape, 2)
+    exact, half = (streamed(stream, ids, seeds, 2, exact=exact)[0] for exact in (True, False))
     for one, other in zip(exact, half, strict=True):
         for name, squares in one.items():
             torch.testing.assert_close(other[name], squares, rtol=0.02, atol=1e-3 * float(squares.mean()))
 
 
-def test_labels_have_the_models_distribution_whatever_the_slices(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Slices and pieces change nothing; what is drawn is one label a position, as often as it is likely."""
+def test_slices_and_pieces_change_nothing(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = open_in(make_model(), torch.float32)
     ids = windows(stream.vocabulary)
-    chances = torch.from_numpy(np.random.default_rng(2).random(ids.shape))
-    whole = streamed(stream, ids, chances, each=2)[0]
+    seeds = sign_seeds(ids.shape, 2)
+    whole = streamed(stream, ids, seeds, each=2)[0]
     monkeypatch.setattr(backward, "SLICE", 100)
     monkeypatch.setattr(backward, "_POSITIONS", 7)
-    for one, other in zip(whole, streamed(stream, ids, chances, each=2)[0], strict=True):
+    for one, other in zip(whole, streamed(stream, ids, seeds, each=2)[0], strict=True):
         for name, squares in one.items():
             torch.testing.assert_close(other[name], squares, rtol=1e-4, atol=1e-6)
-
-    logits = torch.randn(4000, 7, generator=torch.Generator().manual_seed(0))[:1].expand(4000, 7)
-    chance = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    shares = torch.stack([logits[:, :3].logsumexp(1), logits[:, 3:].logsumexp(1)], dim=1).double()
-    draw = fisher._Draw(shares, chance)
-    gradient = torch.cat([draw.loss_gradient(0, 0, logits[:, :3]), draw.loss_gradient(1, 3, logits[:, 3:])], dim=1)
-    drawn = logits.softmax(dim=1) - gradient
-    torch.testing.assert_close(drawn.sum(dim=1), torch.ones(4000))
-    torch.testing.assert_close(drawn.mean(dim=0), logits[0].softmax(dim=0), rtol=0, atol=1 / 4000)

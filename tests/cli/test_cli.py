@@ -46,6 +46,7 @@ VERBS = (
 TEXT = "the quick brown fox jumps over the lazy dog while the user asks the assistant a question about the sea\n"
 GPTQ_KEYS = {
     "budget",
+    "ends",
     "others",
     "ggml",
     "model",

@@ -30,6 +30,7 @@ from quantkit.runs.landing import choice_file
 from quantkit.runs.places import folder_of
 from quantkit.runs.shared_weights import keep_losses, sharing_weights, take_losses
 from quantkit.sources import open_source
+from quantkit.verbs.gptq import drawing
 
 OPTIONS: dict[str, Any] = {"calibration": token_matrix(16, 256), "evaluate": False, "device": "cpu"}
 BUDGET: dict[str, Any] = {**OPTIONS, "budget": "6bpw"}
@@ -85,7 +86,7 @@ def allocator(model: Path, allowance: str, readers: str = "any", **options: Any)
     stream, spec = open_stream(model), QuantSpec(**options)
     return Allocator(
         *(stream, spec, allowance, folder_candidates(stream, spec, "gptq", readers)),
-        lambda own: CheckpointTarget(stream, own, "gptq", 10**9),
+        lambda own, _: CheckpointTarget(stream, own, "gptq", 10**9),
         readers,
     )
 
@@ -431,3 +432,46 @@ def test_one_factor_serves_all_candidates() -> None:
         [own], [alone] = shared.solve([W], H, spec), gptq.solve([W], H, spec)
         assert torch.equal(own.linear.codes, alone.linear.codes)
         assert torch.equal(own.loss, alone.loss)
+
+
+# -- the plot ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_is_what_no_other_choice_is_better_than(make_model: MakeModel) -> None:
+    one = allocator(make_model(), "130KB")
+    rng = np.random.default_rng(0)
+    losses = {
+        name: np.sort(rng.gamma(0.5, size=len(unit.candidates)))[::-1].tolist()
+        for unit in one.units
+        for name in unit.names
+    }
+    front = one.front(losses)
+    sizes, lost = zip(*front, strict=True)
+    assert len(front) > 10
+    assert list(lost) == sorted(lost, reverse=True)
+    least, most = (sum(choose(unit.bytes) for unit in one.units) for choose in (min, max))
+    fixed = one.target.bytes - one.target.quantized_bytes
+    assert sizes[0] == least + fixed
+    assert sizes[-1] <= most + fixed
+    for size, loss in front[:: len(front) // 4]:
+        one.room = size - fixed
+        chosen, _ = one.choose(losses)
+        assert one.spent(chosen, 0.0, losses).predicted == pytest.approx(loss, rel=1e-3)
+    chosen, _ = one.choose(losses)
+    alike = one.alike(chosen, losses)
+    assert set(alike) == {f"{bits}-bit group 32" for bits in (2, 3, 4, 8)}  # which divides all widths
+    assert all(least + fixed <= size <= most + fixed for size, _ in alike.values())
+
+
+def test_a_run_draws_what_was_chosen(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
+) -> None:
+    model = make_model()
+    quantkit.gptq(model, tmp_path / "out", **BUDGET)
+    drawn = (tmp_path / "out" / "budget.svg").read_text()
+    assert all(text in drawn for text in ("chosen for each size", "one for all", "4-bit group 32", "6bpw"))
+    assert (tmp_path / "out" / "budget.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(drawing, "find_spec", lambda _: None)
+    quantkit.gptq(model, tmp_path / "plain", progress=recorder, **BUDGET)
+    assert not (tmp_path / "plain" / "budget.svg").exists()
+    assert any(text.startswith("no plot of the budget: it needs matplotlib") for text in recorder.notes)

@@ -14,6 +14,7 @@ from support.folders import contents
 from transformers import AutoModelForCausalLM
 
 import quantkit
+from quantkit.blocks import probes
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes
 from quantkit.errors import UsageError
@@ -73,9 +74,9 @@ def test_cosines_are_those_of_the_whole_models_gradients(make_model: MakeModel) 
     seen: list[torch.Tensor] = []
     whole.get_submodule(wanted).register_full_backward_hook(lambda module, into, out: seen.append(out[0]))
     logits = whole(tokens).logits
-    chances = token_weights.chances(tokens.shape, 3)
-    labels = torch.searchsorted(logits.softmax(-1).cumsum(-1), chances[..., None])[..., 0]
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    own, seeds = logits.detach().flatten(0, 1), probes.sign_seeds(tokens.shape, 3).flatten()
+    whole_vocabulary = probes.Probe([probes.slice_sums(own, 0, seeds)], seeds)
+    logits.backward(whole_vocabulary.gradient(own, 0).view_as(logits))
     g = seen[0].flatten(0, 1)
     expected = g.T @ g
     found = token_weights.TokenWeights(blocks.__getitem__, True).products(1, wanted)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -558,10 +558,46 @@ def test_a_read_error_in_a_shard(model: Path, whole: dict[str, str], tmp_path: P
     assert contents(out.parent) == whole
 
 
+def test_the_source_is_hashed_beside_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are checked meanwhile."""
+    checking = threading.Event()
+    real = provenance.file_sha256
+
+    class Telling(Recorder):
+        @contextmanager
+        def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+            if name == "checking weights":
+                checking.set()
+            yield lambda steps: None
+
+    def waiting(path: Path, *ended: Any) -> str:
+        assert checking.wait(30)
+        return real(path, *ended)
+
+    monkeypatch.setattr(provenance, "file_sha256", waiting)
+    run(model, tmp_path / "out", progress=Telling())
+    recorded = json.loads((tmp_path / "out" / "quantkit.json").read_text())["source"]["sha256"]
+    assert recorded == {"model.safetensors": real(model / "model.safetensors")}
+
+
+def test_hashing_beside_ends_with_what_it_is_beside(tmp_path: Path) -> None:
+    """Wherever in a file it is: all of this one would take minutes."""
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    source: Any = SimpleNamespace(weight_files=lambda: [path])
+    source.parts = {"model": source}
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="stopped"), provenance.hashing_beside(source):
+        raise RuntimeError("stopped")
+    assert time.monotonic() - start < 20
+    assert not [thread for thread in threading.enumerate() if "hashing" in thread.name]
+
+
 def test_a_source_that_cannot_be_hashed_is_no_fault_of_the_output(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path) -> str:
+    def fail(path: Path, ended: object) -> str:
         raise OSError(5, os.strerror(5))
 
     monkeypatch.setattr(provenance, "file_sha256", fail)

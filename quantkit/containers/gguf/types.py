@@ -40,8 +40,8 @@ after a rounding; or rounded (if at all) for the first time."""
 
 # Types that gguf-py rounds to, as ggml itself does, to the bit. It knows no importance.
 _WITHOUT_LIBRARY = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0)
-# Stored as they were trained or published: rounding them is the first.
-_UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
+UNROUNDED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8")
+"""What tensors are stored in as they were trained or published: rounding them is the first."""
 _AS_IT_IS = {"torch.float32": Kind.F32, "torch.float16": Kind.F16, "torch.bfloat16": Kind.BF16}
 _VALUES_A_TILE = 1 << 22
 
@@ -100,7 +100,7 @@ class Chooser:
         self._own = Kind.BF16 if source.dtype == torch.bfloat16 and Kind.BF16 in allowed else Kind.F16
         self._modules = frozenset[str]() if source.codes is None else frozenset(source.codes.quantized_names())
         self.underflow = Underflow()
-        self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in _UNROUNDED}
+        self._rounded = {n for n, info in weights.tensors.items() if info.stored_as not in UNROUNDED}
 
     def choose(self, plan: Sequence[GgufTensor]) -> list[Choice]:
         """A choice for each tensor.
@@ -283,13 +283,9 @@ class Chooser:
             block, size = SIZES[kind]
             packed = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
             step = max(1, _VALUES_A_TILE // values.shape[1])
-            by_library = kind not in FLOATS and (own is not None or kind not in _WITHOUT_LIBRARY or libggml.available())
             for start in range(0, len(packed), step):
                 tile = self._held(tensor.values(values[start : start + step]), kind, published)
-                if by_library:
-                    packed[start : start + step] = libggml.round_to_blocks(tile, kind, own)
-                else:
-                    packed[start : start + step] = np.ascontiguousarray(gguf.quants.quantize(tile, kind)).view(np.uint8)
+                packed[start : start + step] = rounded_blocks(tile, kind, own)
             return packed
 
         return encode
@@ -299,6 +295,20 @@ class Chooser:
         if kind not in (Kind.F32, Kind.BF16):
             self.underflow.see(published, torch.from_numpy(values))
         return _checked(values, kind, published)
+
+
+def rounded_blocks(values: Array, kind: Kind, importance: Array | None = None) -> Array:
+    """Rows float32 [rows, columns] as a type has them, uint8 [rows, bytes]; raises as `libggml.round_to_blocks`."""
+    by_library = importance is not None or kind not in _WITHOUT_LIBRARY or libggml.available()
+    if kind not in FLOATS and by_library:
+        return libggml.round_to_blocks(values, kind, importance)
+    packed: Array = np.ascontiguousarray(gguf.quants.quantize(values, kind)).view(np.uint8)
+    return packed
+
+
+def rounding_kinds() -> Collection[Kind]:
+    """Types that something here rounds to."""
+    return READABLE if libggml.available() else _WITHOUT_LIBRARY
 
 
 def _fitted(tensor: GgufTensor, kind: Kind) -> Planned:

@@ -14,8 +14,8 @@ from markupsafe import Markup
 from quantkit.errors import visible as written_out
 from quantkit.progress import number, per_cent, size, spread
 from quantkit.verbs.compare.answers import shown_tokens
-from quantkit.verbs.compare.plots import INK, PAPER, RULE
 from quantkit.verbs.markdown import cell, code, fence
+from quantkit.verbs.plotting import INK, PAPER, RULE
 
 _CAPTIONS = {
     "accuracy-size": "Further down is nearer to the reference, further left is smaller. Where a model is on the Pareto "

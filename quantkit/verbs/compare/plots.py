@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from quantkit.errors import visible
 from quantkit.report import common_start
 from quantkit.verbs.compare.labels import place_labels
-
-INK, RULE, PAPER = "#1f2328", "#d8dee4", "#ffffff"
-"""Of text and axes, of the grid, of the ground: the only colours that depend on light and dark."""
+from quantkit.verbs.plotting import INK, LEAST_KL, PAPER, figure_of, files_of, legend_of, plain_ticks, unit_of, y_axis
 
 # Apart in hue, and of a middling lightness: legible on white and on black.
 _COLOURS = (
@@ -24,27 +22,6 @@ _COLOURS = (
 )
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "D", "^")
-_WIDTH, _HEIGHT = 5.2, 3.8  # inches; narrow, for text that is still read on a phone
-_SETTINGS: Any = {
-    "text.parse_math": False,
-    "svg.hashsalt": "quantkit",
-    "svg.fonttype": "none",
-    "font.size": 9.5,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 8.5,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
 _FONT = "DejaVu Sans"  # matplotlib's own
 # Where a name has letters that it lacks.
 _FALLBACKS = frozenset(
@@ -54,7 +31,6 @@ _FALLBACKS = frozenset(
     )
 )
 _LONGEST = 34  # letters of a label
-_LEAST_KL = 1e-6  # nats; below it lies the noise of float32 arithmetic
 
 
 @dataclass(frozen=True)
@@ -78,22 +54,10 @@ class Drawn:
 
 def plot_files(reference: Drawn, variants: Sequence[Drawn]) -> dict[str, bytes]:
     """The plots as files, by name: accuracy-size, layers and kl, each as PNG and as SVG."""
-    import matplotlib
-
     labels, families = drawable([variant.label for variant in variants])
     names = short_names(labels)
-    files = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own settings are
-        matplotlib.rcParams.update({**_SETTINGS, **({"font.family": families} if families[1:] else {})})
-        for name, plot in (("accuracy-size", _accuracy_size), ("layers", _layers), ("kl", _kl)):
-            figure = plot(reference, variants, names)
-            # No date and no version: equal runs give equal bytes.
-            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format=suffix, dpi=200, metadata=metadata)
-                files[f"{name}.{suffix}"] = buffer.getvalue()
-    return files
+    plots = {"accuracy-size": _accuracy_size, "layers": _layers, "kl": _kl}
+    return files_of({name: partial(plot, reference, variants, names) for name, plot in plots.items()}, families)
 
 
 def drawable(labels: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -126,11 +90,10 @@ def short_names(labels: Sequence[str]) -> list[str]:
 
 def _accuracy_size(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
     largest = max(reference.bytes, *(variant.bytes for variant in variants))
-    # Powers of ten, as the Hub shows them.
-    unit, factor = next(scale for scale in _UNITS if largest >= scale[1] or scale[1] == 1.0)
+    unit, factor = unit_of(largest)
     labels = f"size of the weight files ({unit})", "mean KL divergence (nats per token)"
-    figure, axes = _figure("Accuracy against size", *labels)
-    least, is_log = _y_axis(axes, [variant.mean_kl for variant in variants])
+    figure, axes = figure_of("Accuracy against size", *labels)
+    least, is_log = y_axis(axes, [variant.mean_kl for variant in variants])
     points = [(variant.bytes / factor, max(variant.mean_kl, least)) for variant in variants]
     front = sorted(point for point, variant in zip(points, variants, strict=True) if variant.pareto)
     axes.axvline(reference.bytes / factor, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="size of the reference")
@@ -144,10 +107,10 @@ def _accuracy_size(reference: Drawn, variants: Sequence[Drawn], names: Sequence[
     if any(not variant.pareto for variant in variants):
         axes.plot([], [], "o", color=INK, markersize=6, markerfacecolor=PAPER, label="not on the front")
     axes.margins(x=0.12)
-    _plain_ticks(axes.yaxis) if is_log else axes.set_ylim(bottom=0)
-    _legend(figure)
+    plain_ticks(axes.yaxis) if is_log else axes.set_ylim(bottom=0)
+    legend_of(figure)
     shown = [
-        name if variant.mean_kl > _LEAST_KL else f"{name} (no divergence)"
+        name if variant.mean_kl > LEAST_KL else f"{name} (no divergence)"
         for name, variant in zip(names, variants, strict=True)
     ]
     if not place_labels(figure, axes, points, shown, front, reference.bytes / factor):
@@ -155,27 +118,15 @@ def _accuracy_size(reference: Drawn, variants: Sequence[Drawn], names: Sequence[
             drawn.set_label(name)
         figure.legends.clear()
         figure.set_layout_engine("constrained")
-        _legend(figure)
+        legend_of(figure)
     return figure
-
-
-def _y_axis(axes: Any, values: Sequence[float]) -> tuple[float, bool]:
-    """Make the axis of divergences logarithmic where there are any; returns the least value drawn and whether it is."""
-    positive = [value for value in values if value > _LEAST_KL]
-    if not positive:
-        axes.set_ylim(0, _LEAST_KL)
-        return 0.0, False
-    axes.set_yscale("log")
-    least = min(positive) / 10 if len(positive) < len(values) else min(positive)
-    axes.set_ylim(least / 1.8, max(positive) * 1.8)
-    return least, True
 
 
 # -- by layer, and by token ------------------------------------------------------------------------------------------
 
 
 def _layers(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
-    figure, axes = _figure("Error by layer", "decoder block", "relative squared error of its output")
+    figure, axes = figure_of("Error by layer", "decoder block", "relative squared error of its output")
     for number, (variant, name) in enumerate(zip(variants, names, strict=True)):
         if variant.layers is not None:
             values = np.where(np.array(variant.layers) > 0, variant.layers, np.nan)
@@ -185,69 +136,39 @@ def _layers(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -
     axes.xaxis.get_major_locator().set_params(integer=True)
     if any(any(variant.layers or []) for variant in variants):
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
     else:
         _nothing(axes, "no error in any block, or no blocks to compare")
-    _legend(figure)
+    legend_of(figure)
     return figure
 
 
 def _kl(reference: Drawn, variants: Sequence[Drawn], names: Sequence[str]) -> Any:
     labels = "KL divergence at a token (nats)", "share of tokens that diverge more"
-    figure, axes = _figure("Distribution of KL divergence", *labels)
+    figure, axes = figure_of("Distribution of KL divergence", *labels)
     for number, (variant, name) in enumerate(zip(variants, names, strict=True)):
         # Divergences and the share of tokens above each: some hundred points, evenly spread on logarithmic axes.
         ranks = np.unique(np.geomspace(1, len(variant.kl), 300).astype(int))
         values = np.sort(variant.kl)[::-1][ranks - 1]
-        values, shares = values[values > _LEAST_KL], ranks[values > _LEAST_KL] / len(variant.kl)
+        values, shares = values[values > LEAST_KL], ranks[values > LEAST_KL] / len(variant.kl)
         axes.plot(values, shares, **_line(number), label=name if len(values) else f"{name} (no divergence)")
-    if any((variant.kl > _LEAST_KL).any() for variant in variants):
+    if any((variant.kl > LEAST_KL).any() for variant in variants):
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlim(left=_LEAST_KL)
-        _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis, lambda share: f"{100 * share:g} %")
+        axes.set_xlim(left=LEAST_KL)
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis, lambda share: f"{100 * share:g} %")
     else:
         _nothing(axes, "no token diverges")
-    _legend(figure)
+    legend_of(figure)
     return figure
 
 
 # -- what they share -------------------------------------------------------------------------------------------------
 
 
-def _figure(title: str, across: str, up: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained", facecolor=PAPER)
-    axes = figure.add_subplot(facecolor=PAPER)
-    axes.set(title=title, xlabel=across, ylabel=up)
-    axes.grid(True)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
 def _line(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[number % 10], "linestyle": _STYLES[number // 10 % 4], "linewidth": 1.6}
-
-
-def _legend(figure: Any) -> None:
-    """Below the axes, which keep their height."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if not handles:
-        return
-    longest = max(map(len, labels))
-    columns = 1 if longest > 28 else 2 if longest > 21 else 3
-    figure.set_figheight(_HEIGHT + 0.19 * -(-len(handles) // columns))
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, handlelength=2.6)
-
-
-def _plain_ticks(axis: Any, text: Callable[[float], str] = "{:g}".format) -> None:
-    """Ticks of a logarithmic axis as plain numbers; within two decades also between the powers of ten."""
-    low, high = axis.get_view_interval()
-    between = ("1", "2", "5") if high < 100 * low else ()
-    axis.set_major_formatter(lambda value, position: text(value))
-    axis.set_minor_formatter(lambda value, position: text(value) if f"{value:e}"[0] in between else "")
 
 
 def _nothing(axes: Any, text: str) -> None:

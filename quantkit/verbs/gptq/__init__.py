@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from quantkit.options.values import allowances
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Spent
-from quantkit.quantize.layers import predicted_divergence
+from quantkit.quantize.layers import predicted_divergence, recorded_ends
 from quantkit.quantize.tuning import RefiningReport
-from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, file_sha256, write_json
 from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
+from quantkit.runs.record import hashing_beside
 from quantkit.runs.unfinished import check_unfinished
 from quantkit.sources import open_source
 from quantkit.tokens.text import calibration_windows, check_tokens
@@ -95,11 +97,12 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
         return report
 
     judged = options.text if options.evaluate else None
-    matrix = ranks.from_first(
-        lambda: calibration_windows(options.calibration, options, stream.source, judged, progress)
-    )
-    check_tokens(matrix.tokens, stream.source)
-    record, layers = made(place, stream, matrix, target, allocator, spec, options, ranks, progress)
+    with hashing_beside(stream.source) if ranks.first else nullcontext(file_sha256) as sha256:
+        matrix = ranks.from_first(
+            lambda: calibration_windows(options.calibration, options, stream.source, judged, progress)
+        )
+        check_tokens(matrix.tokens, stream.source)
+        record, layers = made(place, stream, matrix, target, allocator, spec, options, ranks, sha256, progress)
     if allocator is not None:
         report = spending(report, Spent.of(record["spent"]))
     evaluation = None
@@ -109,7 +112,10 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
         evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
     refined = None if record.get("refined") is None else RefiningReport(**record["refined"])
-    report = replace(report, layers=layers, predicted=predicted_divergence(layers), evaluation=evaluation)
+    predicted, ends = predicted_divergence(layers), recorded_ends(record)
+    if predicted is not None:
+        predicted += sum(end.predicted for end in ends)
+    report = replace(report, layers=layers, ends=ends, predicted=predicted, evaluation=evaluation)
     return replace(report, refined=refined, seconds=seconds, dry_run=False)
 
 

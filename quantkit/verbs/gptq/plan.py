@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,15 @@ def allocator_of(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str)
     """What will choose bits and groups, or types. Raises UsageError."""
     assert options.budget is not None
 
-    def target(own: QuantSpec) -> Target:
-        return target_of(stream, own, options, name)
+    def target(own: QuantSpec, ends: Mapping[str, str]) -> Target:
+        types = {option: kind.lower() for option, kind in ends.items()}
+        return target_of(stream, own, options.model_copy(update=types), name)
 
     if options.ggml is not None:
-        return Allocator(stream, spec, options.budget, ggml_candidates(stream, spec), target)
+        from quantkit.quantize.gguf_target import end_candidates
+
+        ends = end_candidates(stream, options.part(Ends))
+        return Allocator(stream, spec, options.budget, ggml_candidates(stream, spec), target, ends=ends)
     candidates = folder_candidates(stream, spec, options.format, options.budget_for)
     return Allocator(stream, spec, options.budget, candidates, target, options.budget_for)
 

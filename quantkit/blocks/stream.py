@@ -67,6 +67,7 @@ class ModelStream:
         self._model = build_on_meta(source, tied=False)
         names = expert_names(self._model)
         fused = take_experts_apart(self._model, names)
+        self._model.requires_grad_(False)  # else a graph keeps what each Linear and norm reads, for gradients of theirs
         known = FAMILIES.get(source.config.model_type)
         self.family, self.discovered = known or Family(discover_blocks(self._model), None), known is None
         self.modules: nn.ModuleList = self._model.get_submodule(self.family.blocks)

@@ -70,6 +70,8 @@ def _function(verb: Any) -> str:
 def _text(annotation: Any) -> str:
     text = annotation if isinstance(annotation, str) else formatannotation(annotation)
     plain = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+    if found := re.fullmatch(r"Union\[(Literal\[.*?\]), (.*)\]", plain):
+        return " | ".join([found[1], *found[2].split(", ")])
     return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", plain)  # of a Literal
 
 

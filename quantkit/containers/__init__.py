@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import UsageError
-from quantkit.options import ActOrder, QuantSpec
+from quantkit.options import ActOrder, Checkpoint, QuantSpec
 
 _PROGRAMS = "quantkit.verbs.verify.programs"
 _READS_GPTQ = "it reads GPTQ folders"
@@ -115,6 +115,7 @@ class Container:
         shown: in cards.
         loads: programs that load it.
         refused: why others do not, by program; "" is for all that are not named.
+        own: options of this container alone, by name: the function (plan, value) that refuses what does not fit.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Container:
     checks: str = ""
     loads: Mapping[str, Loads] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    own: Mapping[str, str] = field(default_factory=dict)
 
 
 _FULL_PRECISION = {"transformers": Loads(), "vLLM": Loads(unless=f"{_PROGRAMS}:unknown_family")}
@@ -239,6 +241,7 @@ _ROWS = (
         shown=Shown("MLX", "MLX folders", "MLX folders, for Apple machines", ("MLX",), "mlx"),
         loads={"mlx-lm": Loads("", f"{_PROGRAMS}:mlx_lm")},
         refused={**_READS_CODES, "transformers": "it knows no MLX folders: quantkit repack makes another"},
+        own={"mlx_bias": "quantkit.containers.mlx.write:check_biases"},
     ),
     Container(
         "fp8",  # to all but `verify` full precision: its sources say that they are hf
@@ -370,15 +373,60 @@ def misfit(row: Container, specs: Collection[QuantSpec]) -> str | None:
         if spec.group_size not in holds.group_sizes:
             known = ", ".join(str(size) for size in holds.group_sizes if size != -1)
             whole = ", or -1 for whole rows" if -1 in holds.group_sizes else ""
-            return f"--group-size {spec.group_size}: {row.shown.short} readers load groups of {known}{whole}"
+            others = _holding(specs, "; ", " holds them")
+            return f"--group-size {spec.group_size}: {row.shown.short} readers load groups of {known}{whole}{others}"
         if spec.sym not in holds.sym:
             return f"--{'sym' if spec.sym else 'asym'}: {row.one} holds none of these codes; leave it out"
         if spec.act_order not in holds.act_order:
-            return f"--act-order {spec.act_order}: {row.one} cannot hold it; use {_either(holds.act_order)}"
+            others = _holding(specs, "; ", " holds it")
+            return f"--act-order {spec.act_order}: {row.one} cannot hold it; use {_either(holds.act_order)}{others}"
     precisions = {(spec.bits, spec.group_size, spec.sym) for spec in specs}
     if len(precisions) > 1 and not holds.mixed:
-        return f"--override: {row.one} holds one precision for all Linears"
+        return f"--override: {row.one} holds one precision for all Linears{_holding(specs, '; ', ' holds several')}"
     return None
+
+
+def _holding(specs: Collection[QuantSpec], before: str, after: str) -> str:
+    """The folders that have a place for codes of all these specs, between two texts; "" where none has."""
+    held = [(row.one, row.holds) for row in CONTAINERS.values() if row.formats and row.holds]
+    fitting = [one for one, holds in held if _fits(holds, specs)]
+    return f"{before}{' or '.join(fitting)}{after}" if fitting else ""
+
+
+def _fits(holds: Holds, specs: Collection[QuantSpec]) -> bool:
+    several = len({(spec.bits, spec.group_size, spec.sym) for spec in specs}) > 1
+    return (holds.mixed or not several) and all(
+        spec.bits in holds.bits
+        and spec.group_size in holds.group_sizes
+        and spec.sym in holds.sym
+        and spec.act_order in holds.act_order
+        for spec in specs
+    )
+
+
+def check_own(formats: Collection[str], linears: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse options of one container that its codes do not fit, and those of others that were given.
+
+    Args:
+        formats: of checkpoints that are written, or the name of a file's container.
+        linears: a `quantkit.codes.Plan`.
+        given: values of `own_options` by name.
+
+    Raises:
+        UsageError: names the option.
+    """
+    for row in CONTAINERS.values():
+        for name, check in row.own.items():
+            if not {row.name, *row.formats}.isdisjoint(formats):
+                load(check)(linears, given[name])
+            elif given[name] != Checkpoint.model_fields[name].default:
+                option = f"--{name.replace('_', '-')} {given[name]}"
+                raise UsageError(f"{option}: it is for {row.one}, and {' and '.join(formats)} is written; leave it out")
+
+
+def own_options(format: str | None = None) -> set[str]:
+    """Names of options that are of one container alone: of all, or of a format's."""
+    return {name for row in CONTAINERS.values() if format is None or format in row.formats for name in row.own}
 
 
 def _elsewhere(bits: int) -> str:

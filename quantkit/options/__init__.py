@@ -9,11 +9,11 @@ Groups of them make up the verbs' specs (`quantkit.options.verbs`), the recipe o
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from quantkit.errors import UsageError
+from quantkit.errors import UsageError, meant
 from quantkit.options.grid import EFFORTS as EFFORTS
 from quantkit.options.grid import METHODS as METHODS
 from quantkit.options.grid import ActOrder as ActOrder
@@ -61,6 +61,24 @@ CheckpointFormat = Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "mlx"
 Container = Literal["gguf", "ggjt"]
 Target = Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "mlx", "gguf", "ggjt"]
 """Formats of folders, and containers of files."""
+
+
+def _formats(given: Any) -> Any:
+    """``a,b`` as a tuple, one that is alone as it is. Raises ValueError for an unknown one, and for one given twice."""
+    several = given.split(",") if isinstance(given, str) else given
+    if not isinstance(several, list | tuple) or not all(isinstance(one, str) for one in several):
+        return given
+    names = tuple(one.strip().lower() for one in several)
+    known = get_args(CheckpointFormat)
+    if odd := next((name for name in names if name not in known), None):
+        raise ValueError(f"choose {', '.join(known)}{meant(odd, known)}")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"names {twice} twice")
+    return names[0] if len(names) == 1 else names
+
+
+Formats = Annotated[CheckpointFormat | tuple[str, ...], BeforeValidator(_formats)]
+"""One, or several with commas between them."""
 ComputeDtype = Literal["auto", "float16", "bfloat16", "float32"]
 SuiteName = Literal["open-llm-leaderboard"]
 Vocabulary = Literal["auto", "mean", "delta"]
@@ -525,10 +543,16 @@ class Checkpoint(MlxBiases, Shards):
     """A folder of codes."""
 
     panel: ClassVar[str] = "Output"
-    format: CheckpointFormat = "gptq"
-    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, compressed-tensors, AWQ (4 bits), or MLX."""
+    format: Formats = "gptq"
+    """What holds the codes: a GPTQ checkpoint with v1 or v2 zeros, compressed-tensors, AWQ (4 bits), or MLX. Several
+    by commas, such as gptq,mlx, lie in folders of their names in that of --out."""
     untie: bool = False
     """Store a tied output embedding once more, as AutoGPTQ needs it."""
+
+    @property
+    def formats(self) -> tuple[CheckpointFormat, ...]:
+        """What holds the codes, in order."""
+        return cast(tuple[CheckpointFormat, ...], self.format if isinstance(self.format, tuple) else (self.format,))
 
 
 class Ends(Options):

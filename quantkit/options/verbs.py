@@ -102,7 +102,7 @@ class Gptq(
 
     @model_validator(mode="after")
     def _check_bits(self) -> Self:
-        of_gptq = self.ggml is None and self.format in ("gptq", "gptq_v2")
+        of_gptq = self.ggml is None and not {"gptq", "gptq_v2"}.isdisjoint(self.formats)
         if of_gptq and self.bits not in (None, 2, 3, 4, 8):
             elsewhere = f"{self.bits}-bit codes fit into {_ELSEWHERE[self.bits]}"
             raise ValueError(f"--bits {self.bits}: a GPTQ checkpoint holds 2, 3, 4 or 8 bits; {elsewhere}")

@@ -8,8 +8,8 @@ headers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.containers import load, of_format
-from quantkit.containers.hf.coded import as_kept
+from quantkit.containers.hf.coded import as_kept, kept_tensor
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -93,6 +93,13 @@ class CodesWriter(Protocol):
         """Write what remains and read the codes back. Raises OutputError."""
 
 
+class FolderWriter(CodesWriter, Protocol):
+    """That of a checkpoint. `add_other` for every tensor that is not quantized does what `add_others` does."""
+
+    def add_other(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor that is not quantized, as `as_kept` gives it."""
+
+
 class Target(Protocol):
     """Where codes go.
 
@@ -154,7 +161,7 @@ class Layout(Protocol):
         linears: Plan,
         quantization: dict[str, Any],
         max_shard_bytes: int,
-    ) -> AbstractContextManager[CodesWriter]:
+    ) -> AbstractContextManager[FolderWriter]:
         """Write into a folder that is not yet the finished output."""
 
 
@@ -195,16 +202,81 @@ class CheckpointTarget:
         self.head_bytes = len(header(tensors)[0])
         self.quantized_bytes = sum(size for size, module, _, part in parts if module in self.plan and part != "bias")
 
+    def share(self, changed: dict[str, torch.Tensor]) -> None:
+        """Have the changed tensors of another target, whatever they will be."""
+        self.changed, self._weights = changed, replace(self._weights, changed=changed)
+
     def check_kept(self, name: str, values: torch.Tensor) -> None:
         as_kept(name, values, self._weights.dtype(name))
+
+    def kept(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is not quantized, each in the dtype it is published in, one at a time."""
+        for name in self._weights.tensors:
+            if not (name.endswith(".weight") and name.removesuffix(".weight") in self.plan):
+                yield name, kept_tensor(self._weights, name)
 
     def gain_dtype(self, name: str) -> torch.dtype:
         return self._weights.dtype(name)
 
-    def writer(self, folder: Path) -> AbstractContextManager[CodesWriter]:
+    def writer(self, folder: Path) -> AbstractContextManager[FolderWriter]:
         return self._layout.writer(
             folder, self._source, self._weights, self.plan, self._quantization, self._max_shard_bytes
         )
 
     def model_in(self, folder: Path) -> Path:
         return folder
+
+
+class Folders:
+    """Several folders of the same codes, each in a container of its own: FOLDER/FORMAT.
+
+    What stays as it is, is the same in all; `quantized_bytes` is that of the folder that takes most.
+    """
+
+    def __init__(self, folders: Mapping[CheckpointFormat, CheckpointTarget]) -> None:
+        self.folders = folders
+        first, *others = folders.values()
+        self.plan, self.ends, self.changed, self._first = first.plan, first.ends, first.changed, first
+        for other in others:
+            other.share(self.changed)
+        self.bytes = sum(folder.bytes for folder in folders.values())
+        self.head_bytes = sum(folder.head_bytes for folder in folders.values())
+        self.quantized_bytes = max(folder.quantized_bytes for folder in folders.values())
+
+    def check_kept(self, name: str, values: torch.Tensor) -> None:
+        self._first.check_kept(name, values)
+
+    def gain_dtype(self, name: str) -> torch.dtype:
+        return self._first.gain_dtype(name)
+
+    @contextmanager
+    def writer(self, folder: Path) -> Iterator[CodesWriter]:
+        with ExitStack() as stack:
+            writers = []
+            for format, target in self.folders.items():
+                (folder / format).mkdir()
+                writers.append(stack.enter_context(target.writer(folder / format)))
+            yield _Together(writers, self._first)
+
+    def model_in(self, folder: Path) -> Path:
+        return folder / next(iter(self.folders))
+
+
+class _Together:
+    """Writers of several folders, each of which gets every tensor as soon as it is there."""
+
+    def __init__(self, writers: Sequence[FolderWriter], first: CheckpointTarget) -> None:
+        self._writers, self._first = writers, first
+
+    def add_linear(self, module: str, linear: Codes) -> None:
+        for writer in self._writers:
+            writer.add_linear(module, linear)
+
+    def add_others(self) -> None:
+        for name, tensor in self._first.kept():
+            for writer in self._writers:
+                writer.add_other(name, tensor)
+
+    def finish(self) -> None:
+        for writer in self._writers:
+            writer.finish()

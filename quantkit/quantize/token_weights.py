@@ -39,7 +39,8 @@ from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.shared_weights import keep_weights, take_weights
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 
-_BATCH_TOKENS = 1024  # as in `blockwise`
+_BATCH_TOKENS = 1024
+_CPU_BATCH_TOKENS = 512  # a batch's graph is most of what the pass holds, and more tokens are no faster there
 _POWER = 0.75  # of the squares: each is a noisy sample, and few tokens would count
 _GLANCE = 8  # tokens of a forward that only shows whether it has a gradient
 
@@ -310,7 +311,7 @@ def weigh_tokens(
     if (why := no_gradient(stream, tokens)) is not None:
         progress.note(f"every token counts the same, since {stream.source.config.model_type} {why}")
         return False
-    batches = list(torch.split(tokens, max(1, _BATCH_TOKENS // tokens.shape[1])))
+    batches = list(torch.split(tokens, _windows_abreast(stream, tokens.shape[1])))
     drawn = torch.split(sign_seeds(tokens.shape, seed), len(batches[0]))
     mine = ranks.share(len(batches))
     workers = worker_count(stream.device, max(1, len(mine)))
@@ -345,16 +346,21 @@ def weigh_tokens(
 
 def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, products: bool = False) -> MemoryPlan:
     """What `weigh_tokens` will do for memory with so many calibration windows. Raises UsageError."""
-    windows = max(1, _BATCH_TOKENS // seq_len)
+    windows = _windows_abreast(stream, seq_len)
     workers = worker_count(stream.device, -(-samples // windows))
     return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, products)
+
+
+def _windows_abreast(stream: ModelStream, seq_len: int) -> int:
+    """How many windows a batch has."""
+    return max(1, (_CPU_BATCH_TOKENS if stream.device.type == "cpu" else _BATCH_TOKENS) // seq_len)
 
 
 def weighing_multiplications(stream: ModelStream, tokens: int) -> int:
     """Multiplications, with their additions, of `weigh_tokens`: a forward, another with its graph, and the way back."""
     blocks = sum(rows * columns for _, (rows, columns) in stream.linears())
-    config = stream.source.config.get_text_config()
-    return 3 * tokens * (blocks + int(config.vocab_size) * int(config.hidden_size))
+    width = int(stream.source.config.get_text_config().hidden_size)
+    return 3 * tokens * (blocks + stream.vocabulary * width)
 
 
 def no_gradient(stream: ModelStream, tokens: torch.Tensor) -> str | None:

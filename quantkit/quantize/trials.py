@@ -165,18 +165,24 @@ def _known_losses(
 ) -> dict[str, torch.Tensor]:
     """What candidates lose, float32 by `_LOSSES` and the name of a Linear or an end: as another run has found it, or
     found now."""
-    ranks, trials = sharing.ranks, allocator.trials()
+    trials = allocator.trials()
     ends = {end.name: [*end.types] for end in allocator.ends}
     tried = {name: [spec.model_dump(exclude=_UNTRIED) for spec in specs] for name, specs in trials.items()}
-    key = fingerprint({"decided by": deciding, "trials": tried, "ends": ends})
-    if (shared := ranks.from_first(lambda: take_losses(key))) is not None:
-        progress.note("what an earlier variant found that candidates lose is used")
-        return shared
-    losses = losses_of_ends(stream, tokens, ends, weights, ranks)
-    losses |= trial_losses(stream, tokens, trials, weights, stream.budget // ranks.here, sharing, progress)
-    known = {f"{_LOSSES}{name}": torch.tensor(own, dtype=torch.float32) for name, own in losses.items()}
-    if ranks.first:
-        keep_losses(key, known)
+    budget = stream.budget // sharing.ranks.here
+
+    def shared(what: str, of: object, find: Callable[[], Mapping[str, Sequence[float]]]) -> dict[str, torch.Tensor]:
+        key = fingerprint({"decided by": deciding, what: of})
+        if (known := sharing.ranks.from_first(lambda: take_losses(key))) is not None:
+            progress.note(f"what an earlier variant found that candidates of {what} lose is used")
+            return known
+        found = {f"{_LOSSES}{name}": torch.tensor(own, dtype=torch.float32) for name, own in find().items()}
+        if sharing.ranks.first:
+            keep_losses(key, found)
+        return found
+
+    known = shared("Linears", tried, lambda: trial_losses(stream, tokens, trials, weights, budget, sharing, progress))
+    if ends:
+        known |= shared("ends", ends, lambda: losses_of_ends(stream, tokens, ends, weights, sharing.ranks))
     return known
 
 

@@ -83,9 +83,12 @@ def companions(source: Origin) -> dict[str, Any]:
     return {path.name: _sha256(path) for path in files if path.suffix in _COMPANIONS and path.is_file()}
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder that is written, by name: the record's `files`, which `verify` compares."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def checksums(folder: Path, deep: bool = True) -> dict[str, str]:
+    """SHA-256 of every file of a folder that is written, by name: the record's `files`, which `verify` compares.
+
+    `deep`: of folders in it too.
+    """
+    files = sorted(path for path in (folder.rglob("*") if deep else folder.iterdir()) if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 

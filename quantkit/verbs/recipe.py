@@ -20,6 +20,7 @@ from quantkit.options import (
     CalibrationSpec,
     CardFacts,
     Checkpoint,
+    CheckpointFormat,
     Choosing,
     ComputeDtype,
     Effort,
@@ -79,9 +80,13 @@ class VariantRecipe(Spec):
 
 
 class GptqVariant(VariantRecipe, EffortGrid, Overrides, Spending, Checkpoint):
-    """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others."""
+    """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others.
+
+    Variants that differ by their containers alone are made by one run.
+    """
 
     kind: CheckpointKind
+    format: CheckpointFormat = "gptq"
     branch: str | None = None
 
     @model_validator(mode="after")

@@ -13,8 +13,7 @@ from quantkit.blocks.open import note_left_out, note_source
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import LinearPlan, Plan
 from quantkit.codes.regroup import places, regrouped, size_of
-from quantkit.containers import files, of_format
-from quantkit.containers.mlx.write import check_biases
+from quantkit.containers import check_own, files, of_format, own_options
 from quantkit.containers.source import HoldsCodes, Source
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -81,7 +80,7 @@ def repack(options: Repack, *, progress: Progress = SILENT) -> RepackReport:
     modules, plan = _plan(stream, source, options.group_size, format)
     spec = _spec(plan, source)
     target = CheckpointTarget(stream, spec, format, parse_size(options.max_shard_size), plan)
-    check_biases(format, plan, options.mlx_bias)
+    check_own([format], plan, options.model_dump(include=own_options()))
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
     name = f"{variant_name(source.label)}-{of_format(format).shown.short}-{spec.bits}bit-{group}"
     place = Path.cwd() / name if options.out is None else absolute(options.out)
@@ -109,12 +108,12 @@ def _file(options: Repack, progress: Progress) -> RepackReport:
     """A GGUF or ggjt file of the smallest types that hold the codes exactly."""
     from quantkit.verbs.ggml import ggml
 
-    check_biases(options.to, {}, options.mlx_bias)
+    check_own([options.to], {}, options.model_dump(include=own_options()))
     if options.group_size is not None:
         raise UsageError(
             f"--group-size {options.group_size}: groups of {options.to} files are their types' own; leave it out"
         )
-    given = options.model_dump(exclude={"to", "group_size", "max_shard_size", "mlx_bias"})
+    given = options.model_dump(exclude={"to", "group_size", "max_shard_size", *own_options()})
     made = ggml(**given, container=options.to, progress=progress)
     exact, memory = made.fidelity.get("exact", 0), made.memory_bytes
     return RepackReport(made.out, options.to, exact, made.bytes, made.seconds, made.dry_run, memory_bytes=memory)

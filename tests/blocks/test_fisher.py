@@ -172,6 +172,27 @@ def test_all_at_once_runs_each_block_once(make_model: MakeModel, monkeypatch: py
         assert len(calls) == times * len(stream.blocks) * WINDOWS // 2
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_graph_keeps_nothing_for_gradients_of_weights(make_model: MakeModel, family: str) -> None:
+    """What a Linear reads is kept for its weight's gradient alone, which nobody asks for."""
+    stream = open_in(make_model(family), torch.float32)
+    [hidden] = stream.embed([windows(stream.vocabulary)])
+    kept: list[torch.Tensor] = []
+    with stream.block(0) as block:
+        weights = {parameter.data_ptr() for parameter in block.parameters()}
+        read: list[torch.Tensor] = []
+        for name in stream.family.linears(block):
+            if name.endswith("o_proj"):  # attention keeps what it gives, for itself
+                continue
+            block.get_submodule(name).register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+            run = backward.run_block(stream, 0, block, 0, hidden)
+        assert not any(parameter.requires_grad for parameter in block.parameters())
+    assert run.output.requires_grad
+    assert read
+    assert not ({one.data_ptr() for one in kept} - weights) & {one.data_ptr() for one in read}
+
+
 def test_a_process_without_windows_has_nothing_to_tell(make_model: MakeModel) -> None:
     stream = open_in(make_model(), torch.float32)
     for memory in (BY_BLOCK, AT_ONCE):

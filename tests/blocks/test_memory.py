@@ -469,6 +469,17 @@ def test_gradients_hold_all_blocks_where_there_is_room(make_model: MakeModel, mo
     assert plans()[0].at_once
 
 
+def test_few_windows_go_block_by_block(make_model: MakeModel) -> None:
+    """However much room there is: all blocks at once may take no more than 1.3 of GPTQ's and the states it spares."""
+    stream = open_stream(make_model(num_hidden_layers=40, hidden_size=256, intermediate_size=1024))
+    plenty = Budget(10**12)
+    few, many = (plan_weighing(stream, tokens, 512, plenty) for tokens in (1024, 2**17))
+    assert (few.at_once, many.at_once) == (False, True)
+    for tokens, plan in ((1024, few), (2**17, many)):
+        usual = plan_quantizing(stream, tokens, 512, plenty).needed
+        assert plan.needed <= 1.3 * usual + memory.kept_bytes(stream, tokens, 512)
+
+
 def test_a_control_groups_limit_counts(tmp_path: Path) -> None:
     group = tmp_path / "fs" / "user" / "job"
     group.mkdir(parents=True)

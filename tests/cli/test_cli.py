@@ -61,6 +61,7 @@ GPTQ_KEYS = {
     "layers",
     "evaluation",
     "refined",
+    "folders",
     "seconds",
 }
 LAYER_KEYS = {"name", "loss", "rtn_loss", "damp", "fallback", "tokens", "seconds", "n_eff", "corrected", "predicted"}
@@ -362,8 +363,9 @@ def test_short_groups_are_named_with_the_group_that_fits(desk: Desk, make_model:
     code, _, err = desk.gptq(model, "--dry-run")
     assert code == 0
     assert [line for line in err.splitlines() if "no multiple of 128" in line] == [
-        "widths 64, 192 are no multiple of 128: their last group is short; "
-        "the largest group that divides every width is 64"
+        "widths 64, 192 are no multiple of 128: their last group is short, which vLLM, ExLlama and AutoGPTQ refuse; "
+        "--group-size 64 divides every width, and `quantkit repack --to gptq --group-size 64` puts groups that are "
+        "made into such ones, exactly"
     ]
     for size in ("64", "-1"):
         code, _, err = desk.gptq(model, "--dry-run", "--group-size", size)

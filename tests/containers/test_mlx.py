@@ -112,21 +112,21 @@ def test_asymmetric_codes_need_wider_biases(make_model: MakeModel, tmp_path: Pat
     model = make_model()
     with pytest.raises(UsageError, match=r"q_proj is asymmetric: .* mlx_bias=float32 holds them"):
         quantkit.gptq(model, tmp_path / "out", format="mlx", sym=False, **OPTIONS)
-    with pytest.raises(UsageError, match=r"mlx_bias=float32: gptq has no biases of groups"):
+    with pytest.raises(UsageError, match=r"mlx_bias=float32: it is for an MLX folder, and gptq is written"):
         quantkit.gptq(model, tmp_path / "out", mlx_bias="float32", **OPTIONS)
     assert not (tmp_path / "out").exists()
     report = quantkit.gptq(model, tmp_path / "out", format="mlx", sym=False, mlx_bias="float32", **OPTIONS)
     record = json.loads((report.out / "quantkit.json").read_text())
     assert (record["recipe"]["format"], record["recipe"]["mlx_bias"]) == ("mlx", "float32")
-    with pytest.raises(UsageError, match=r"mlx_bias=float32: gguf has no biases of groups"):
+    with pytest.raises(UsageError, match=r"mlx_bias=float32: it is for an MLX folder, and gguf is written"):
         quantkit.repack(report.out, tmp_path / "two.gguf", to="gguf", mlx_bias="float32")
 
 
 def test_what_it_has_no_place_for_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     for spec, columns, line in (
         ({"bits": 7}, 128, "an MLX folder holds 2, 3, 4, 5, 6 or 8 bits; 7-bit codes fit into a compressed-tensors"),
-        ({"group_size": 16}, 128, "MLX readers load groups of 32, 64, 128$"),
-        ({"group_size": -1}, 128, "MLX readers load groups of 32, 64, 128$"),
+        ({"group_size": 16}, 128, "of 32, 64, 128; a GPTQ checkpoint or a compressed-tensors folder holds them"),
+        ({"group_size": -1}, 128, "MLX readers load groups of 32, 64, 128; a GPTQ"),
         ({"act_order": "dynamic"}, 128, "cannot hold it; use static or off"),
         ({"group_size": 64}, 96, "has no short groups; --group-size 32 divides every width"),
     ):

@@ -127,11 +127,16 @@ def test_what_the_rows_say_they_hold_is_what_is_written() -> None:
             "--bits 3: a ggjt file holds 4, 5 or 8 bits; 3-bit codes fit into a GPTQ checkpoint or a "
             "compressed-tensors folder or an MLX folder",
         ),
-        ("gguf", {"group_size": 128}, "--group-size 128: GGUF readers load groups of 16, 32, 64"),
+        (
+            "gguf",
+            {"group_size": 128},
+            "--group-size 128: GGUF readers load groups of 16, 32, 64; a GPTQ checkpoint or a compressed-tensors "
+            "folder or an AWQ folder or an MLX folder holds them",
+        ),
         (
             "gguf",
             {"group_size": 32, "act_order": "dynamic"},
-            "--act-order dynamic: a GGUF file cannot hold it; use static or off",
+            "--act-order dynamic: a GGUF file cannot hold it; use static or off; a GPTQ checkpoint holds it",
         ),
         ("hf", {}, "a full-precision folder holds no codes"),
     ],
@@ -258,7 +263,10 @@ class writer:
     def add_others(self) -> None:
         for name in self._weights.tensors:
             if name.removesuffix(".weight") not in self._linears:
-                self._tensors.write(name, kept_tensor(self._weights, name))
+                self.add_other(name, kept_tensor(self._weights, name))
+
+    def add_other(self, name: str, tensor: torch.Tensor) -> None:
+        self._tensors.write(name, tensor)
 
     def finish(self) -> None:
         self._tensors.finish()

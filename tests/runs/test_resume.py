@@ -161,6 +161,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"act_order": "dynamic", "sym": False, "bits": 3}),
     ("llama", {"exclude": ["*.layers.1.*"]}),
     ("llama", {"ggml": "q5_1"}),
+    ("llama", {"format": "gptq,mlx,awq"}),
     ("gpt2", {}),
     ("mixtral", {}),
 ]

@@ -35,12 +35,18 @@ def random_linear(linear: LinearPlan, seed: int) -> QuantizedLinear:
 
 
 def write_codes(
-    folder: Path, model: Path, spec: QuantSpec | Mapping[str, Any], format: str, seed: int = 0, shard: int = 10**9
+    folder: Path,
+    model: Path,
+    spec: QuantSpec | Mapping[str, Any],
+    format: str,
+    seed: int = 0,
+    shard: int = 10**9,
+    make: Callable[[LinearPlan, int], QuantizedLinear] = random_linear,
 ) -> dict[str, QuantizedLinear]:
     """Random codes for every Linear of a model, written into a new folder; returns them."""
     made = spec if isinstance(spec, QuantSpec) else QuantSpec(**spec)
     target = CheckpointTarget(open_stream(model), made, format, shard)  # type: ignore[arg-type]
-    codes = {name: random_linear(linear, seed + n) for n, (name, linear) in enumerate(target.plan.items())}
+    codes = {name: make(linear, seed + n) for n, (name, linear) in enumerate(target.plan.items())}
     folder.mkdir(parents=True)
     with target.writer(folder) as out:
         for name, linear in codes.items():

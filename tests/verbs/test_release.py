@@ -223,6 +223,28 @@ def test_variants_share_the_weights_of_tokens(small: Path, tmp_path: Path, monke
     assert both[file] == alone[file]
 
 
+def test_variants_of_other_containers_alone_are_of_one_run(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is what it is alone, to the byte."""
+    from quantkit.verbs.release import variants as making
+
+    kinds = ("gptq", "compressed-tensors", "mlx")
+    rows = [f"  - {{kind: {kind}, bits: 4, group_size: 32, effort: fast}}\n" for kind in kinds]
+    recipe, runs, quantize = SMALL[: SMALL.index("  - {kind")], [], making.gptq
+    monkeypatch.setattr(making, "gptq", lambda *given, **told: runs.append(told["format"]) or quantize(*given, **told))
+    small.write_text(recipe + rows[2])
+    quantkit.release(small, tmp_path / "alone")
+    small.write_text(recipe + "".join(rows) + rows[0].replace("bits: 4", "bits: 8"))
+    made = statuses(quantkit.release(small, tmp_path / "all"))
+    assert runs == ["mlx", kinds, "gptq"]
+    assert (made["codes of gptq 4bit-32g"], made["mlx 4bit-32g"], made["gptq 8bit-32g"]) == ("done",) * 3
+    alone, every = contents(tmp_path / "alone"), contents(tmp_path / "all")
+    folder = "Tiny-MLX-4bit-32g/"
+    of_variant = {name for name in alone if name.startswith(folder) and not name.endswith((".md", ".png"))}
+    assert {name: every[name] for name in of_variant} == {name: alone[name] for name in of_variant}
+
+
 def test_variants_share_what_candidates_lose(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = [
         "  - {kind: gptq, budget: 5bpw}\n",

@@ -244,7 +244,11 @@ class CodedWriter:
         """Copy every tensor that is not quantized, each in the dtype that the source keeps it in."""
         for name in self._weights.tensors:
             if not (name.endswith(".weight") and name.removesuffix(".weight") in self._linears):
-                self._tensors.write(name, kept_tensor(self._weights, name))
+                self.add_other(name, kept_tensor(self._weights, name))
+
+    def add_other(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of them."""
+        self._tensors.write(name, tensor)
 
     def finish(self) -> None:
         """Write configs and tokenizer, then open the folder, read every tensor back and compare it.

@@ -27,12 +27,9 @@ def check(linears: Plan) -> None:
     check_whole_groups("mlx", linears)
 
 
-def check_biases(format: str, linears: Plan, mlx_bias: str) -> None:
-    """Refuse biases that would be rounded, and a choice of them for other formats. Raises UsageError."""
-    if format != "mlx":
-        if mlx_bias != "float16":
-            raise UsageError(f"--mlx-bias {mlx_bias}: {format} has no biases of groups; leave it out")
-    elif mlx_bias == "float16" and (name := next((n for n, one in linears.items() if not one.spec.sym), None)):
+def check_biases(linears: Plan, mlx_bias: str) -> None:
+    """Refuse biases that would be rounded. Raises UsageError."""
+    if mlx_bias == "float16" and (name := next((n for n, one in linears.items() if not one.spec.sym), None)):
         raise UsageError(
             f"{name} is asymmetric: MLX's biases, -scale * zero, are exact in float16 for symmetric codes only; "
             "--mlx-bias float32 holds them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Spent
 from quantkit.quantize.layers import predicted_divergence, recorded_ends
 from quantkit.quantize.tuning import RefiningReport
-from quantkit.runs.atomic import REPORT_NAME, absolute, file_sha256, write_json
+from quantkit.runs.atomic import REPORT_NAME, absolute, file_sha256, read_json, write_json
 from quantkit.runs.outputs import check_outside
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import hashing_beside
@@ -50,6 +51,7 @@ from quantkit.verbs.perplexity import PerplexityReport, evaluate_streams
 def gptq(options: Gptq, *, progress: Progress = SILENT, ranks: Ranks = ALONE) -> GptqReport:
     """Quantize a model to a GPTQ checkpoint that transformers, vLLM and others load, or with `ggml` to a GGUF file.
 
+    Several formats are several folders of the same codes in that of the output, each as a run of its own writes it.
     Several budgets make an output each; the report is the first one's, with `others`.
 
     Raises:
@@ -107,7 +109,9 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
         report = spending(report, Spent.of(record["spent"]))
     evaluation = None
     if options.evaluate and record["evaluation"] is None:
-        evaluation = _evaluate_written(place, target.model_in(place), record, stream, judging, ranks, progress)
+        formats = options.formats if len(options.formats) > 1 else ()
+        model = target.model_in(place)
+        evaluation = _evaluate_written(place, model, formats, record, stream, judging, ranks, progress)
     elif options.evaluate:
         evaluation = PerplexityReport.of(record["evaluation"])
     seconds = time.perf_counter() - started
@@ -122,6 +126,7 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
 def _evaluate_written(
     out: Path,
     model: Path,
+    formats: Sequence[str],
     record: dict[str, Any],
     reference: ModelStream,
     spec: EvaluationSpec,
@@ -130,7 +135,8 @@ def _evaluate_written(
 ) -> PerplexityReport:
     """Compare what is on disk with its source, and add that to its record.
 
-    The output is finished by now and stays, whatever happens here.
+    The output is finished by now and stays, whatever happens here. `formats`: folders in it that have the same codes
+    as `model`, and so what is found of it.
     """
     try:
         ranks.wait_for(model)
@@ -140,7 +146,9 @@ def _evaluate_written(
         written = ModelStream(opened, reference.device, reference.dtype)
         evaluation = evaluate_streams([reference, written], spec, True, progress, ranks)
         if ranks.first:
-            write_json(out / REPORT_NAME, {**record, "evaluation": evaluation.as_dict()})
+            for folder in (*(out / format for format in formats), out):  # the last one says that all have it
+                own = record if folder == out else read_json(folder / REPORT_NAME)
+                write_json(folder / REPORT_NAME, {**own, "evaluation": evaluation.as_dict()})
     except QuantkitError as error:
         raise type(error)(f"{error}; {out} is complete, only its evaluation failed") from error
     except OSError as error:

@@ -91,9 +91,18 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
         widths = sorted({linear.shape[1] for linear in plan.values() if linear.spec.group_size == group})
         short = [str(width) for width in widths if width % group]
         if short:
-            fits = [g for g in sizes if 0 < g <= group and all(width % g == 0 for width in widths)]
-            advice = f"the largest group that divides every width is {max(fits)}" if fits else "no group divides them"
-            progress.note(f"widths {', '.join(short)} are no multiple of {group}: their last group is short; {advice}")
+            fits = [g for g in sizes if 0 < g < group and group % g == 0 and all(width % g == 0 for width in widths)]
+            largest = max(fits, default=0)
+            advice = (
+                f"--group-size {largest} divides every width, and `quantkit repack --to gptq --group-size {largest}` "
+                "puts groups that are made into such ones, exactly"
+                if fits
+                else "no group divides every width"
+            )
+            progress.note(
+                f"widths {', '.join(short)} are no multiple of {group}: their last group is short, which vLLM, ExLlama "
+                f"and AutoGPTQ refuse; {advice}"
+            )
 
 
 def warn_unquantized(stream: ModelStream, progress: Progress) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 from quantkit.blocks.arithmetic import calibration_dtype
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Plan
-from quantkit.containers import misfit, of_format
-from quantkit.containers.mlx.write import check_biases
+from quantkit.containers import check_own, misfit, of_format, own_options
 from quantkit.errors import UsageError
 from quantkit.late import torch
 from quantkit.options import METHODS, Ends, Grid, QuantSpec, make, parse_size
@@ -21,7 +20,7 @@ from quantkit.options.verbs import Gptq
 from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates, ggml_candidates
 from quantkit.quantize.blockwise import corrects, gptq_multiplications, plan_gptq_memory
-from quantkit.quantize.targets import CheckpointTarget, Target, on_grid_of
+from quantkit.quantize.targets import CheckpointTarget, Folders, Target, on_grid_of
 from quantkit.quantize.token_weights import plan_weights_memory, weighing_multiplications
 from quantkit.quantize.tuning import plan_refining_memory
 from quantkit.runs.ranks import Ranks
@@ -45,9 +44,13 @@ def quant_spec(options: Gptq) -> QuantSpec:
             if value not in (None, "auto"):
                 raise UsageError(f"--{name.replace('_', '-')} {value} is for a GGUF file: add --ggml")
         spec = make(QuantSpec, **grid, overrides=overrides)
-        if not overrides and (refusal := misfit(of_format(options.format), [spec])):  # else the plan's are looked at
-            raise UsageError(refusal)
+        for format in () if overrides else options.formats:  # else the plan's are looked at
+            if refusal := misfit(of_format(format), [spec]):
+                raise UsageError(refusal)
         return spec
+    check_own(["gguf"], {}, options.model_dump(include=own_options()))
+    if len(options.formats) > 1:
+        raise UsageError(f"--format {','.join(options.formats)} is for folders: leave --ggml out")
     base = gptq_type(options.ggml)
     own = on_grid_of(base)
     for name, value in grid.items():
@@ -71,6 +74,10 @@ def _check_budget(options: Gptq, grid: dict[str, Any]) -> None:
         raise UsageError(f"--budget weighs GPTQ's errors: leave --method {options.method} out")
     if options.token_weights is False:
         raise UsageError("--budget chooses by token weights: leave --token-weights false out")
+    if len(options.formats) > 1:
+        raise UsageError(
+            "--budget counts bytes of one container: give one --format; `quantkit repack` puts its codes into others"
+        )
     if options.ggml is not None and options.budget_for != "any":
         raise UsageError(f"--budget-for {options.budget_for} is for folders of codes: leave --ggml out")
 
@@ -88,7 +95,8 @@ def allocator_of(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str)
 
         ends = end_candidates(stream, options.part(Ends))
         return Allocator(stream, spec, options.budget, ggml_candidates(stream, spec), target, ends=ends)
-    candidates = folder_candidates(stream, spec, options.format, options.budget_for)
+    (format,) = options.formats
+    candidates = folder_candidates(stream, spec, format, options.budget_for)
     return Allocator(stream, spec, options.budget, candidates, target, options.budget_for)
 
 
@@ -110,9 +118,11 @@ def variant_of(label: str, spec: QuantSpec, options: Gptq) -> str:
         return f"{name}-{method.label}-{options.budget or options.ggml.upper()}"
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
     order = "-actorder" if spec.act_order == "dynamic" else ""
+    if len(options.formats) == 1:
+        name = f"{name}-{of_format(options.formats[0]).shown.short}"
     if options.budget is not None:
-        return f"{name}-{of_format(options.format).shown.short}-{options.budget}{order}"
-    return f"{name}-{of_format(options.format).shown.short}-{spec.bits}bit-{group}{order}{method.suffix}"
+        return f"{name}-{options.budget}{order}"
+    return f"{name}-{spec.bits}bit-{group}{order}{method.suffix}"
 
 
 def target_of(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) -> Target:
@@ -126,7 +136,7 @@ def target_of(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) ->
 
 def note_limits(target: Target, progress: Progress) -> None:
     """Say what a GGUF file cannot hold."""
-    if isinstance(target, CheckpointTarget):
+    if isinstance(target, CheckpointTarget | Folders):
         return
     from quantkit.quantize.gguf_target import GgufTarget, note_fallback
 
@@ -136,11 +146,13 @@ def note_limits(target: Target, progress: Progress) -> None:
         progress.warn(text)
 
 
-def _folder(stream: ModelStream, spec: QuantSpec, options: Gptq) -> CheckpointTarget:
-    """A folder of codes."""
-    folder = CheckpointTarget(stream, spec, options.format, parse_size(options.max_shard_size))
-    check_biases(options.format, folder.plan, options.mlx_bias)
-    return folder
+def _folder(stream: ModelStream, spec: QuantSpec, options: Gptq) -> CheckpointTarget | Folders:
+    """A folder of codes, or several."""
+    shard_bytes = parse_size(options.max_shard_size)
+    folders = {format: CheckpointTarget(stream, spec, format, shard_bytes) for format in options.formats}
+    first = folders[options.formats[0]]
+    check_own(options.formats, first.plan, options.model_dump(include=own_options()))
+    return first if len(folders) == 1 else Folders(folders)
 
 
 def choose_dtype(stream: ModelStream, plan: Plan, place: Path, options: Gptq, ranks: Ranks, progress: Progress) -> None:
@@ -186,6 +198,7 @@ def sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, opt
         act_order=spec.act_order,
         bits_per_weight=8 * target.quantized_bytes / weights,
         bytes=target.bytes,
+        folders={name: one.bytes for name, one in target.folders.items()} if isinstance(target, Folders) else {},
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
         multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec)),

@@ -27,6 +27,7 @@ class GptqReport(Report):
         bits, group_size, sym, act_order: of most Linears.
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
+        folders: of several formats, bytes of each one's folder in `out`; of one: {}.
         budget: what was to be spent, and on what it was; None where bits were given.
         predicted: the mean KL divergence that the Linears' errors make, in nats, as token weights tell it: to second
             order, of each by itself, on the calibration tokens; with what `ends` make.
@@ -58,6 +59,7 @@ class GptqReport(Report):
     evaluation: PerplexityReport | None = None
     ends: list[EndStatistics] = field(default_factory=list, kw_only=True)
     refined: RefiningReport | None = field(default=None, kw_only=True)
+    folders: dict[str, int] = field(default_factory=dict, kw_only=True)
     others: list[GptqReport] = field(default_factory=list, kw_only=True)
     seconds: float = 0.0
     dry_run: bool = False
@@ -74,7 +76,10 @@ class GptqReport(Report):
         if self.budget is not None:
             chosen = "chosen types" if self.ggml is not None else f"chosen bits, {symmetry}"
             grid, held = chosen, f"at most {held}" if self.dry_run else held
-        yield f"{'would write' if self.dry_run else 'wrote'} {self.model}"
+        done = "would write" if self.dry_run else "wrote"
+        yield f"{done} {self.out if self.folders else self.model}"
+        if self.folders:
+            yield f"in it {', '.join(f'{name} ({size(held)})' for name, held in self.folders.items())}"
         yield f"{grid}, act-order {self.act_order}: {held}"
         if self.budget is not None:
             yield from self.budget.lines()

@@ -11,7 +11,8 @@ from typing import Any
 
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, put_together, take_apart_packed
-from quantkit.options import Ends, MlxBiases, QuantSpec, parse_size
+from quantkit.containers import own_options
+from quantkit.options import Ends, QuantSpec, parse_size
 from quantkit.options.values import Every, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
@@ -19,7 +20,7 @@ from quantkit.quantize.allocate import Allocator
 from quantkit.quantize.blockwise import OnLinear, corrects, quantize_blocks
 from quantkit.quantize.layers import EndStatistics, LayerStatistics, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
-from quantkit.quantize.targets import CodesWriter, Target
+from quantkit.quantize.targets import CodesWriter, Folders, Target
 from quantkit.quantize.token_weights import Gradients, TokenWeights, token_weights
 from quantkit.quantize.trials import Choice, chosen_for, losses_of_ends
 from quantkit.quantize.tuning import Refined, refine_run
@@ -57,7 +58,7 @@ def made(
     )
     unsaid |= set() if spec.refine else {"refine"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
-    of_folder = {"format": options.format} | options.part(MlxBiases).model_dump(exclude_defaults=True)
+    of_folder = {"format": options.format} | options.model_dump(include=own_options(), exclude_defaults=True)
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
     gradients = Gradients(options.seed, spec.row_feedback) if weighted else None
     recipe |= {"seed": options.seed} if weighted else {}
@@ -150,17 +151,32 @@ def _quantize(
             writer.finish()
             advance(1)
     warn_starved_experts(layers, target.plan, matrix.tokens, progress)
-    write_layer_table(run.staged / "quant_log.csv", layers, target.plan, None if choice is None else choice.planned)
     if choice is not None:
         draw_budget(choice, run.staged, progress)
     check_unchanged(stream.source)
     told = [{k: v for k, v in vars(layer).items() if k != "seconds" and v is not None} for layer in layers]
     spent = {} if choice is None else {"spent": choice.spent.as_dict()}
     of_ends = {"ends": [asdict(end) for end in ends]} if ends else {}
-    record = {**decided, **spent, **of_ends, "layers": told, "evaluation": None, "files": checksums(run.staged)}
+    record = {**decided, **spent, **of_ends, "layers": told, "evaluation": None, "files": {}}
     record |= {} if refined is None else {"refined": asdict(refined.report)}
+
+    formats = target.folders if isinstance(target, Folders) else ()
+    sums: dict[str, str] = {}
+    for folder in (*(run.staged / format for format in formats), run.staged):
+        write_layer_table(folder / "quant_log.csv", layers, target.plan, None if choice is None else choice.planned)
+        if folder != run.staged:
+            own = {**record, "recipe": _recipe_in(record["recipe"], folder.name), "files": checksums(folder)}
+            write_json(folder / REPORT_NAME, own)
+            sums |= {f"{folder.name}/{name}": found for name, found in own["files"].items()}
+    record["files"] = checksums(run.staged) if not formats else {**sums, **checksums(run.staged, deep=False)}
     write_json(run.staged / REPORT_NAME, record)
     return record, layers
+
+
+def _recipe_in(recipe: dict[str, Any], format: str) -> dict[str, Any]:
+    """The recipe of one of several folders: that of a run which writes it alone."""
+    others = own_options() - own_options(format)
+    return {key: value for key, value in recipe.items() if key not in others} | {"format": format}
 
 
 def _nothing(name: str, linear: Codes) -> None:

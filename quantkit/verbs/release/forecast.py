@@ -29,6 +29,7 @@ from quantkit.verbs.release.variants import (
     gptq_options,
     make_reference,
     model_of,
+    of_one_run,
     step_name,
 )
 
@@ -68,6 +69,7 @@ class Forecaster:
         self._drawn: dict[str, Any] = {"samples": drawn.samples, "seq_len": drawn.seq_len}
         self._device = resolve_device("auto")
         self._rate = _multiplications_per_second(self._device)
+        self._told: list[GptqVariant] = []
         self._weighed = False  # what variants share is told of the first that needs it
 
     def reference(self) -> Forecast:
@@ -86,6 +88,9 @@ class Forecaster:
         operations = sum(step.multiplications for step in steps if not isinstance(step, GgmlReport))
         shared = sum(step.shared_multiplications for step in steps if isinstance(step, GptqReport))
         operations, self._weighed = operations - shared * self._weighed, self._weighed or shared > 0
+        if isinstance(variant, GptqVariant):
+            operations *= all(not of_one_run(variant, one) for one in self._told)  # else a run that was told makes it
+            self._told.append(variant)
         seconds = _OVER_FLOOR * operations / self._rate + _WRITING * made.bytes / 1e9
         return Forecast(step_name(variant), made.bytes, memory, seconds)
 

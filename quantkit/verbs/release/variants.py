@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from quantkit.containers import CONTAINERS
+from quantkit.containers import CONTAINERS, own_options
 from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.options import METHODS
@@ -130,9 +130,9 @@ class Workshop:
         self._hidden, self._common = setting.out / ".release", setting.common
         self._add_reference(source_hashes)
         files = [variant for variant in variants if isinstance(variant, GgufVariant | GgjtVariant)]
-        for variant in variants:
-            if isinstance(variant, GptqVariant):
-                self._add_checkpoint(variant)
+        checkpoints = [variant for variant in variants if isinstance(variant, GptqVariant)]
+        for variant in checkpoints:
+            self._add_checkpoint(variant, [one for one in checkpoints if of_one_run(one, variant)])
         for repo in dict.fromkeys(map(recipe.repo_of, files)):
             self._add_files(repo, [variant for variant in files if recipe.repo_of(variant) == repo])
 
@@ -154,7 +154,8 @@ class Workshop:
         self.steps.append(Step(REFERENCE, folder, run, options))
         self.places.append(ReleaseFolder(REFERENCE, "hf", folder, repo, "main", (Made(REFERENCE, folder, folder),)))
 
-    def _add_checkpoint(self, variant: GptqVariant) -> None:
+    def _add_checkpoint(self, variant: GptqVariant, alike: Sequence[GptqVariant]) -> None:
+        """`alike`: variants that have the same codes, this one too."""
         name, repo = step_name(variant), self._recipe.repo_of(variant)
         taken = {place.branch for place in self.places if place.repo == repo}
         settings = variant.bits, variant.group_size, variant.act_order == "dynamic"
@@ -166,8 +167,14 @@ class Workshop:
             raise UsageError(f"two variants of {repo} go to its branch {branch}; give one another branch or repo")
         folder = self._out / f"{repo}-{variant.title}"
         options = gptq_options(variant)
-        run = partial(self._quantize, folder, options)
-        self._add_calibrated(Step(name, folder, run, options, (REFERENCE,), optional=variant.optional))
+        formats = tuple(dict.fromkeys(gptq_options(one)["format"] for one in alike))
+        if len(formats) == 1:
+            run = partial(self._quantize, folder, options)
+            self._add_calibrated(Step(name, folder, run, options, (REFERENCE,), optional=variant.optional))
+        else:
+            codes = self._add_formats(alike, formats)
+            run = partial(take, codes.at / options["format"], folder)
+            self.steps.append(Step(name, folder, run, options, (codes.step,), optional=variant.optional))
         self.places.append(ReleaseFolder(name, variant.kind, folder, repo, branch, (Made(name, folder, folder),)))
 
     def _quantize(self, folder: Path, options: Mapping[str, Any], _: frozenset[str], again: bool) -> None:
@@ -179,6 +186,17 @@ class Workshop:
             except ChangedError as error:
                 self._common["progress"].note(f"  starting anew: {error}")
                 gptq(self.reference, folder, **given, force=True)
+
+    def _add_formats(self, alike: Sequence[GptqVariant], formats: tuple[str, ...]) -> Made:
+        """One run for variants that have the same codes in several containers, which take their folders of it."""
+        name = f"codes of {step_name(alike[0])}"
+        folder = self._hidden / "files" / name.replace(" ", "-")
+        options = gptq_options(alike[0]) | {"format": formats}
+        for told in map(gptq_options, alike):
+            options |= {option: told[option] for option in own_options(told["format"])}
+        # Not optional: what is told of it is why the variants are missing that need it.
+        self._add_calibrated(Step(name, folder, partial(self._quantize, folder, options), options, (REFERENCE,)))
+        return Made(name, folder, folder)
 
     def _add_calibrated(self, step: Step) -> None:
         """Add a step whose output the calibration decides too, once."""
@@ -303,6 +321,15 @@ def step_name(variant: AnyVariant) -> str:
     return f"{variant.kind} {variant.title}" + (f" of {variant.repo}" if variant.repo else "")
 
 
+def of_one_run(one: GptqVariant, other: GptqVariant) -> bool:
+    """Whether two variants have the same codes, so that one run writes both: they differ by their containers alone."""
+    if one is other or one.budget is not None or other.budget is not None:  # a budget counts one container's bytes
+        return one is other
+    first, second = gptq_options(one), gptq_options(other)
+    of_containers = {"format"} if first["format"] == second["format"] else {"format", *own_options()}
+    return all(first[option] == second[option] for option in first.keys() - of_containers)
+
+
 def gptq_options(variant: GptqVariant) -> dict[str, Any]:
     """The arguments of `gptq` for a checkpoint."""
     unsaid = {"kind", "repo", "optional", "override", "branch"} | ({"method"} if variant.method == "gptq" else set())
@@ -365,6 +392,17 @@ def gather(models: Collection[Made], folder: Path, beside: Collection[Path], for
         for path in beside:
             _link(path, staged / path.name)
         write_json(staged / REPORT_NAME, {"variants": records, "files": checksums(staged)})
+
+
+def take(made: Path, folder: Path, _: frozenset[str], again: bool) -> None:
+    """A folder of the release that is one of a run which wrote several. Raises OutputError: the disk failed."""
+    with staged_folder(folder, again) as staged:
+        for path in sorted(made.rglob("*")):
+            place = staged / path.relative_to(made)
+            if path.is_dir():
+                place.mkdir()
+            else:
+                _link(path, place)
 
 
 def _link(path: Path, name: Path) -> None:

@@ -160,7 +160,8 @@ class _Run:
         inside = _model_files(place)
         models = [self.file(file, None) for file in inside]
         if (place / "config.json").is_file() or not inside:
-            return VerifyReport(name, (self.folder(place), *models))
+            several = [] if (place / "config.json").is_file() else _model_folders(place)
+            return VerifyReport(name, (*map(self.folder, several or [place]), *models))
         found = Findings(place)
         check_checksums(place, None, found, self.progress)
         check_links(place, found)
@@ -326,6 +327,12 @@ def _weights(folder: Path, found: Findings) -> StoredTensors:
     else:
         found.problem("no weights here: no safetensors file, no pytorch_model.bin; download them")
     return table
+
+
+def _model_folders(folder: Path) -> list[Path]:
+    """Folders in one that a run of several formats wrote."""
+    formats = (read_record(folder).get("recipe") or {}).get("format")
+    return [folder / str(format) for format in formats] if isinstance(formats, list) else []
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -1,0 +1,101 @@
+"""Folders that other quantizers wrote, read with 0 weights differing (benchmarks/peers/environments.sh makes those)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeModel, token_matrix
+from safetensors.torch import load_file
+from support.judge_env import AUTO_ROUND, LLM_COMPRESSOR, Judge, Program, judge_python
+
+import quantkit
+from quantkit.sources import open_source
+
+pytestmark = [pytest.mark.judges, pytest.mark.timeout(1200)]
+
+SAMPLES = token_matrix(4, 32, seed=3).tokens
+GROUP = 32
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def writer() -> Iterator[Callable[[Program], Judge]]:
+    """writer(program): one process each. Skips the test where its environment is missing."""
+    running: dict[str, Judge] = {}
+
+    def get(program: Program) -> Judge:
+        judge_python(program)
+        return running.setdefault(program.name, Judge(program))
+
+    yield get
+    for one in running.values():
+        one.close()
+
+
+def nibbles(words: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """int32 [n, m] as codes of 4 bits [n, 8 m], along rows."""
+    return torch.stack([(words >> (4 * place)) & 15 for place in order], 2).reshape(len(words), -1)
+
+
+def of_gptq(tensors: Tensors, module: str) -> torch.Tensor:
+    """AutoGPTQ's layout: codes along inputs, zeros less one."""
+    words, zeros, scales = (tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales"))
+    group = tensors[f"{module}.g_idx"].long()
+    return ((nibbles(words.T).T - (nibbles(zeros) + 1)[group]).float() * scales.float()[group]).T
+
+
+def of_awq(tensors: Tensors, module: str) -> torch.Tensor:
+    """AutoAWQ's layout, GEMM: codes along outputs, out of order."""
+    words, zeros, scales = (tensors[f"{module}.{part}"] for part in ("qweight", "qzeros", "scales"))
+    order = (0, 4, 1, 5, 2, 6, 3, 7)
+    codes, group = nibbles(words, order), torch.arange(len(words)) // GROUP
+    return ((codes - nibbles(zeros, order)[group]).float() * scales.float()[group]).T
+
+
+def of_compressed(tensors: Tensors, module: str) -> torch.Tensor:
+    """compressed-tensors' pack-quantized: codes along inputs, zeros along outputs."""
+    scales, packed = tensors[f"{module}.weight_scale"].float(), tensors[f"{module}.weight_packed"]
+    zeros = tensors.get(f"{module}.weight_zero_point")
+    middle = torch.full(scales.shape, 8) if zeros is None else nibbles(zeros.T.contiguous()).T
+    return (nibbles(packed) - middle.repeat_interleave(GROUP, 1)).float() * scales.repeat_interleave(GROUP, 1)
+
+
+ROUND: dict[str, Any] = {"bits": 4, "group_size": GROUP}
+PACKED: dict[str, Any] = {"num_bits": 4, "group_size": GROUP, "actorder": "weight"}
+CASES: dict[str, tuple[Program, dict[str, Any], str, Callable[[Tensors, str], torch.Tensor]]] = {
+    "auto-round GPTQ sym": (AUTO_ROUND, {**ROUND, "sym": True, "format": "auto_gptq"}, "gptq", of_gptq),
+    "auto-round GPTQ asym": (AUTO_ROUND, {**ROUND, "sym": False, "format": "auto_gptq"}, "gptq", of_gptq),
+    "auto-round AWQ sym": (AUTO_ROUND, {**ROUND, "sym": True, "format": "auto_awq"}, "awq", of_awq),
+    "auto-round AWQ asym": (AUTO_ROUND, {**ROUND, "sym": False, "format": "auto_awq"}, "awq", of_awq),
+    "llm-compressor sym": (
+        *(LLM_COMPRESSOR, {**PACKED, "symmetric": True, "dtype": "float16"}),
+        *("compressed-tensors", of_compressed),
+    ),
+    "llm-compressor asym": (
+        *(LLM_COMPRESSOR, {**PACKED, "symmetric": False, "dtype": "bfloat16"}),
+        *("compressed-tensors", of_compressed),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_its_weights_are_read_and_go_on_into_a_file(
+    case: str, writer: Callable[[Program], Judge], make_model: MakeModel, tmp_path: Path
+) -> None:
+    program, options, kind, unpacked = CASES[case]
+    writer(program).quantize(make_model(), tmp_path / "theirs", SAMPLES, timeout=1000, **options)
+    source, tensors = open_source(tmp_path / "theirs"), load_file(tmp_path / "theirs" / "model.safetensors")
+    assert (source.kind, source.codes is not None) == (kind, True)
+    modules = list(source.codes.quantized_names()) if source.codes is not None else []
+    assert len(modules) == 14
+    weights = {module: unpacked(tensors, module) for module in modules}
+    assert all(torch.equal(source.read(f"{module}.weight"), weight) for module, weight in weights.items())
+    made = quantkit.ggml(tmp_path / "theirs", tmp_path / "out.gguf", pre="gpt-2")
+    if options.get("sym", options.get("symmetric")):  # Q4_0 holds them; Q4_1 rounds asymmetric minima
+        assert made.fidelity["exact"] == len(modules)
+        file = open_source(tmp_path / "out.gguf")
+        assert all(torch.equal(file.read(f"{module}.weight"), weight) for module, weight in weights.items())

@@ -13,9 +13,9 @@ import pytest
 from support.browser import chromium, complaints, requests
 
 from quantkit.progress import number
-from quantkit.verbs.compare.labels import _Box, _cost
 from quantkit.verbs.compare.pages import visible, write_pages
 from quantkit.verbs.compare.plots import Drawn, plot_files, short_names
+from quantkit.verbs.labels import _Box, _cost
 
 SIZES = {
     "Q4_0": 91_700_000,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from quantkit.errors import visible
 from quantkit.report import common_start
-from quantkit.verbs.compare.labels import place_labels
+from quantkit.verbs.labels import place_labels
 from quantkit.verbs.plotting import INK, LEAST_KL, PAPER, figure_of, files_of, legend_of, plain_ticks, unit_of, y_axis
 
 # Apart in hue, and of a middling lightness: legible on white and on black.

@@ -178,8 +178,8 @@ class Budget(Options):
     it is worth most (extra: budget). Several by commas make an output each, of one pass."""
 
 
-class Spending(Budget):
-    """Bits where they are worth their bytes."""
+class Spending(Options):
+    """For whom a budget is spent."""
 
     panel: ClassVar[str] = "Grid"
     budget_for: Literal["any", "vllm"] = "any"

@@ -79,7 +79,7 @@ class VariantRecipe(Spec):
     optional: bool = False
 
 
-class GptqVariant(VariantRecipe, EffortGrid, Overrides, Spending, Checkpoint):
+class GptqVariant(VariantRecipe, EffortGrid, Overrides, Budget, Spending, Checkpoint):
     """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others.
 
     Variants that differ by their containers alone are made by one run.

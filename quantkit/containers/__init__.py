@@ -365,43 +365,47 @@ def misfit(row: Container, specs: Collection[QuantSpec]) -> str | None:
     holds = row.holds
     if holds is None:
         return f"{row.one} holds no codes"
+    option, spec = _first_unheld(holds, specs) or ("", None)
+    if spec is None:
+        return None
+    if option == "bits":
+        fitting = _elsewhere(spec.bits)
+        others = f"; {spec.bits}-bit codes fit into {fitting}" if fitting else ""
+        return f"--bits {spec.bits}: {row.one} holds {_either(holds.bits)} bits{others}"
+    if option == "group_size":
+        known = ", ".join(str(size) for size in holds.group_sizes if size != -1)
+        whole = ", or -1 for whole rows" if -1 in holds.group_sizes else ""
+        others = _holding(specs, "; ", " holds them")
+        return f"--group-size {spec.group_size}: {row.shown.short} readers load groups of {known}{whole}{others}"
+    if option == "sym":
+        return f"--{'sym' if spec.sym else 'asym'}: {row.one} holds none of these codes; leave it out"
+    if option == "act_order":
+        others = _holding(specs, "; ", " holds it")
+        return f"--act-order {spec.act_order}: {row.one} cannot hold it; use {_either(holds.act_order)}{others}"
+    return f"--override: {row.one} holds one precision for all Linears{_holding(specs, '; ', ' holds several')}"
+
+
+def _first_unheld(holds: Holds, specs: Collection[QuantSpec]) -> tuple[str, QuantSpec] | None:
+    """The option that decides that codes of these specs have no place, and the first spec of which it does."""
+    places: dict[str, Collection[Any]] = {
+        "bits": holds.bits,
+        "group_size": holds.group_sizes,
+        "sym": holds.sym,
+        "act_order": holds.act_order,
+    }
     for spec in specs:
-        if spec.bits not in holds.bits:
-            fitting = _elsewhere(spec.bits)
-            others = f"; {spec.bits}-bit codes fit into {fitting}" if fitting else ""
-            return f"--bits {spec.bits}: {row.one} holds {_either(holds.bits)} bits{others}"
-        if spec.group_size not in holds.group_sizes:
-            known = ", ".join(str(size) for size in holds.group_sizes if size != -1)
-            whole = ", or -1 for whole rows" if -1 in holds.group_sizes else ""
-            others = _holding(specs, "; ", " holds them")
-            return f"--group-size {spec.group_size}: {row.shown.short} readers load groups of {known}{whole}{others}"
-        if spec.sym not in holds.sym:
-            return f"--{'sym' if spec.sym else 'asym'}: {row.one} holds none of these codes; leave it out"
-        if spec.act_order not in holds.act_order:
-            others = _holding(specs, "; ", " holds it")
-            return f"--act-order {spec.act_order}: {row.one} cannot hold it; use {_either(holds.act_order)}{others}"
-    precisions = {(spec.bits, spec.group_size, spec.sym) for spec in specs}
-    if len(precisions) > 1 and not holds.mixed:
-        return f"--override: {row.one} holds one precision for all Linears{_holding(specs, '; ', ' holds several')}"
-    return None
+        for option, held in places.items():
+            if getattr(spec, option) not in held:
+                return option, spec
+    precisions = {(spec.bits, spec.group_size, spec.sym): spec for spec in specs}
+    return ("override", next(iter(precisions.values()))) if len(precisions) > 1 and not holds.mixed else None
 
 
 def _holding(specs: Collection[QuantSpec], before: str, after: str) -> str:
     """The folders that have a place for codes of all these specs, between two texts; "" where none has."""
     held = [(row.one, row.holds) for row in CONTAINERS.values() if row.formats and row.holds]
-    fitting = [one for one, holds in held if _fits(holds, specs)]
+    fitting = [one for one, holds in held if _first_unheld(holds, specs) is None]
     return f"{before}{' or '.join(fitting)}{after}" if fitting else ""
-
-
-def _fits(holds: Holds, specs: Collection[QuantSpec]) -> bool:
-    several = len({(spec.bits, spec.group_size, spec.sym) for spec in specs}) > 1
-    return (holds.mixed or not several) and all(
-        spec.bits in holds.bits
-        and spec.group_size in holds.group_sizes
-        and spec.sym in holds.sym
-        and spec.act_order in holds.act_order
-        for spec in specs
-    )
 
 
 def check_own(formats: Collection[str], linears: Mapping[str, Any], given: Mapping[str, Any]) -> None:

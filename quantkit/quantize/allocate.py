@@ -343,7 +343,7 @@ class Allocator:
 
     def target_with(self, chosen: Sequence[int]) -> Target:
         """What codes of a choice are written into."""
-        of_units, of_ends = chosen[: len(self.units)], chosen[len(self.units) :]
+        of_units = chosen[: len(self.units)]
         weights: Counter[Override] = Counter()
         for unit, number in zip(self.units, of_units, strict=True):
             weights[unit.candidates[number].changes] += sum(self._size(name) for name in unit.names)
@@ -354,7 +354,7 @@ class Allocator:
                 blocks[unit.pattern, changes].append(unit.block)
         overrides = tuple((f"{a}{_either(list(map(str, own)))}{b}", what) for ((a, b), what), own in blocks.items())
         given = self._spec.model_dump(exclude={"overrides"}) | usual.changes()
-        ends = {end.option: list(end.types)[number] for end, number in zip(self.ends, of_ends, strict=True)}
+        ends = {end.option: kind for end, kind in self._types(chosen)}
         target = self._target_of(make(QuantSpec, **given, overrides=overrides), ends)
         wanted = {
             name: unit.candidates[number].plan[name]
@@ -385,12 +385,15 @@ class Allocator:
             sizes = [own[number] for own, number in zip(self._sizes, chosen, strict=True)]
             held, of_ends = sum(sizes), sum(sizes[len(self.units) :])
             predicted = sum(own[number] for own, number in zip(self._by_row(losses), chosen, strict=True))
-            numbers = chosen[len(self.units) :]
-            ends = {end.name: list(end.types)[number] for end, number in zip(self.ends, numbers, strict=True)}
+            ends = {end.name: kind for end, kind in self._types(chosen)}
         usual = max(shares, key=lambda share: share.weights or 0.0)
         least, most = (bytes + self._fixed for bytes in (self._least, self._most))
         told = usual.bits, usual.group_size, 8 * (held - of_ends) / self._weights, held + self._fixed, predicted, gap
         return Spent(self._asked, least, most, shares, *told, ends)
+
+    def _types(self, chosen: Sequence[int]) -> list[tuple[End, str]]:
+        """Each end with the type that a choice gives it."""
+        return [(end, [*end.types][number]) for end, number in zip(self.ends, chosen[len(self.units) :], strict=True)]
 
     def _size(self, name: str) -> int:
         rows, columns = self._shapes[name]

@@ -213,10 +213,12 @@ ALIKE = Weighing(None, 0, ())
 
 
 class Gradients(NamedTuple):
-    """What a run takes of gradients: signs by `seed`, and whether `products` are made (`weigh_tokens`)."""
+    """What a run takes of gradients: signs by `seed`, and whether `products` and what tells of `ends` are made
+    (`weigh_tokens`)."""
 
     seed: int
     products: bool
+    ends: bool
 
 
 def token_weights(
@@ -256,7 +258,7 @@ def token_weights(
         if ranks.first:
             weights_file(folder, 0).parent.mkdir(exist_ok=True)
         budget = stream.budget // ranks.here
-        on_ends = partial(keep, len(stream.blocks))
+        on_ends = partial(keep, len(stream.blocks)) if gradients.ends else None
         weigh_tokens(stream, tokens, gradients.seed, budget, keep, progress, ranks, gradients.products, on_ends)
         if ranks.first:
             made = [checksums[index] for index in sorted(checksums)]
@@ -270,7 +272,7 @@ def token_weights(
     return TokenWeights(
         lambda index: read_tensors(weights_file(folder, index)),
         gradients.products,
-        lambda: read_tensors(weights_file(folder, len(stream.blocks))),
+        (lambda: read_tensors(weights_file(folder, len(stream.blocks)))) if blocks > len(stream.blocks) else None,
     )
 
 

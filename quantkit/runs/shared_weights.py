@@ -35,6 +35,11 @@ def sharing_weights(folder: Path) -> Iterator[None]:
         _FOLDER.reset(token)
 
 
+def is_sharing() -> bool:
+    """Whether other runs may take what this one makes."""
+    return _FOLDER.get() is not None
+
+
 def take_weights(fingerprint: str, run: Path) -> list[str] | None:
     """Copy what is kept of a fingerprint into a run's folder; checksums by block, None where nothing whole is kept."""
     if (folder := _FOLDER.get()) is None:

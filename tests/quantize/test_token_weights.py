@@ -116,6 +116,26 @@ def test_a_stopped_run_goes_on_with_its_weights(
     assert not folder_of(out).exists()
 
 
+def test_what_tells_of_the_ends_is_made_where_something_may_round_them(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By GGUF files, and by runs whose weights one may take."""
+    seen: list[bool] = []
+    weigh = token_weights.weigh_tokens
+    monkeypatch.setattr(
+        token_weights, "weigh_tokens", lambda *given: seen.append(given[-1] is not None) or weigh(*given)
+    )
+    model = make_model()
+    quantkit.gptq(model, tmp_path / "folder", **WEIGHTED)
+    with sharing_weights(tmp_path / "kept"):
+        quantkit.gptq(model, tmp_path / "shared", **WEIGHTED)
+    of_file = {name: value for name, value in WEIGHTED.items() if name not in ("bits", "group_size")}
+    made = quantkit.gptq(model, tmp_path / "file", ggml="q4_0", pre="gpt-2", **of_file)
+    assert seen == [False, True, True]
+    assert made.ends
+    assert contents(tmp_path / "folder") == contents(tmp_path / "shared")
+
+
 def test_damaged_weights_are_made_anew(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
 ) -> None:

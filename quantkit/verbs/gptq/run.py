@@ -29,6 +29,7 @@ from quantkit.runs.journal import Journal
 from quantkit.runs.landing import NOTHING, Landed, LandedLinear, Lander, find_landed, landed_blocks
 from quantkit.runs.ranks import Ranks
 from quantkit.runs.record import check_unchanged, checksums, companions, origin
+from quantkit.runs.shared_weights import is_sharing
 from quantkit.runs.unfinished import Run, drop_unfinished, finished, working
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq.checks import check_finite, warn_starved_experts
@@ -60,7 +61,9 @@ def made(
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.model_dump(include=own_options(), exclude_defaults=True)
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
-    gradients = Gradients(options.seed, spec.row_feedback) if weighted else None
+    # Nothing but a GGUF file rounds embedding and output matrix; runs that share weights may make one of each.
+    ends = options.ggml is not None or is_sharing()
+    gradients = Gradients(options.seed, spec.row_feedback, ends) if weighted else None
     recipe |= {"seed": options.seed} if weighted else {}
     if allocator is not None:
         chosen_for = {"budget": str(options.budget), "budget_for": options.budget_for}

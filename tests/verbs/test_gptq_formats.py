@@ -52,6 +52,15 @@ def test_each_folder_is_what_a_run_of_its_own_writes(
         quantkit.inspect(report.out)
 
 
+def test_verify_looks_at_no_folder_that_only_a_record_names(make_model: MakeModel, tmp_path: Path) -> None:
+    out = quantkit.gptq(make_model(), tmp_path / "out", format="gptq,mlx", **OPTIONS).out
+    (out / "gptq").rename(tmp_path / "elsewhere")
+    record = record_of(out)
+    record["recipe"]["format"] = ["../elsewhere", str(tmp_path / "elsewhere"), "mlx", "mlx", 3]
+    (out / "quantkit.json").write_text(json.dumps(record))
+    assert [model.name for model in quantkit.verify(out, generate=False).models] == ["mlx"]
+
+
 def test_what_is_found_of_one_stands_in_all(make_model: MakeModel, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog and asks a question " * 40)

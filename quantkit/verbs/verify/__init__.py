@@ -332,7 +332,10 @@ def _weights(folder: Path, found: Findings) -> StoredTensors:
 def _model_folders(folder: Path) -> list[Path]:
     """Folders in one that a run of several formats wrote."""
     formats = (read_record(folder).get("recipe") or {}).get("format")
-    return [folder / str(format) for format in formats] if isinstance(formats, list) else []
+    if not isinstance(formats, list):
+        return []
+    known = {format for row in CONTAINERS.values() for format in row.formats}  # whatever else a record names
+    return [folder / format for format in dict.fromkeys(map(str, formats)) if format in known]
 
 
 def _model_files(folder: Path) -> list[Path]:

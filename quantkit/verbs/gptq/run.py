@@ -97,7 +97,7 @@ def made(
                 *(sharing, progress),
             )
     else:
-        _help_quantize(stream, matrix, target, allocator, every, gradients, options.resume, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, spec.refine, options.resume, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -146,9 +146,10 @@ def _quantize(
             quantize_blocks(*arguments, landed, lander.land, sharing, weights)
         layers += [LayerStatistics(**told) for told in lander.statistics]
         if writer is None:
-            refined = refine_run(run, stream, matrix.tokens, target, progress)
+            landed = sharing.ranks.from_first(lambda: landed_blocks(run))
+            refined = refine_run(landed, run.journal, stream, matrix.tokens, target, progress, sharing.ranks)
             writer = stack.enter_context(target.writer(run.staged))
-            _write_landed(landed_blocks(run), writer, refined)
+            _write_landed(landed, writer, refined)
         with progress.phase("writing", 1) as advance:
             writer.add_others()
             writer.finish()
@@ -201,6 +202,7 @@ def _help_quantize(
     allocator: Allocator | None,
     every: Every,
     gradients: Gradients | None,
+    refines: bool,
     resume: bool,
     sharing: Sharing,
 ) -> None:
@@ -219,6 +221,8 @@ def _help_quantize(
         budget = stream.budget // ranks.here
         take = _landing(lander, _nothing)
         quantize_blocks(stream, matrix.tokens, target.plan, take, budget, SILENT, landed, lander.land, sharing, weights)
+    if refines:
+        refine_run(ranks.from_first(lambda: NOTHING), None, stream, matrix.tokens, target, SILENT, ranks)
 
 
 def _weights(

@@ -14,7 +14,7 @@ of states and of the Linears' outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -37,6 +37,9 @@ _PIECE = 64  # tokens whose squares are made at a time on a CPU: they stay in it
 Slices = list[tuple[int, int]]
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
 Found = list[list["StageSquares"]]  # by batch and stage
+Reached = Callable[[int, HiddenStates], None]
+"""Told how far a pass back is: all blocks from this one on are done; per batch, the gradient at what enters it."""
+Begun = tuple[int, Iterable["torch.Tensor"]]
 Products = dict[str, "torch.Tensor"]
 """``sum g g^T`` over all tokens, float64 [out, out], of some Linears by their names in the block."""
 
@@ -91,6 +94,8 @@ def fisher_squares(
     exact: bool = False,
     most_rows: int = 0,
     ends: Ends | None = None,
+    reached: Reached | None = None,
+    begun: Begun | None = None,
 ) -> Iterator[tuple[int, Stages, Found, Products]]:
     """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage, products).
 
@@ -103,6 +108,8 @@ def fisher_squares(
         exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
         most_rows: products are made of Linears of at most so many rows that all tokens go through; 0: of none.
         ends: sees every batch before the first block's are given.
+        reached: is told of every block that was taken how far the pass is; not where all blocks are held.
+        begun: where to go on, of what an earlier pass was told as `reached`; not where all blocks are held.
 
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
@@ -111,15 +118,21 @@ def fisher_squares(
     if memory.at_once:
         yield from _at_once(stream, batches, seeds, memory, workers, progress, slices, most_rows, ends)
         return
-    kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
-    if ends is not None:
-        for i, state in enumerate(last):
-            ends.leaving(i, state)
-    found = _head_gradients(stream, last, seeds, memory.head_rows is None, slices, progress)
+    count = len(stream.blocks) if begun is None else begun[0]
+    kept, last = _kept_states(stream, batches, memory, workers, progress, exact, count)
+    if begun is None:
+        if ends is not None:
+            for i, state in enumerate(last):
+                ends.leaving(i, state)
+        found: Iterable[torch.Tensor] = _head_gradients(stream, last, seeds, memory.head_rows is None, slices, progress)
+    else:
+        found = begun[1]
     gradients = HiddenStates(stream.device, memory.hidden, found)
     last.close()
-    with progress.phase("weighing backwards", len(stream.blocks)) as advance:
-        for index in reversed(range(len(stream.blocks))):
+    if reached is not None and begun is None:
+        reached(count, gradients)
+    with progress.phase("weighing backwards", count) as advance:
+        for index in reversed(range(count)):
             with stream.block(index) as block:
                 first = index * len(batches)
                 stages = stream.stages(index, block, 0, kept[first].to(stream.dtype)) if batches else ()
@@ -140,6 +153,8 @@ def fisher_squares(
                         if ends is not None and index == 0:
                             ends.entering(i, gradient)
             yield index, stages, squares, watch.products
+            if reached is not None:
+                reached(index, gradients)
             advance(1)
     kept.close()
     gradients.close()
@@ -213,10 +228,12 @@ def _kept_states(
     workers: Workers,
     progress: Progress,
     exact: bool,
+    count: int,
 ) -> tuple[HiddenStates, HiddenStates]:
-    """The states that enter each block, block after block and batch after batch; and those that leave the last."""
+    """The states that enter each of `count` blocks, block after block and batch after batch; and those that leave the
+    last of them."""
     kept = HiddenStates(stream.device, memory.kept)
-    with torch.no_grad(), progress.phase("weighing forwards", len(stream.blocks)) as advance:
+    with torch.no_grad(), progress.phase("weighing forwards", count) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
 
         def keep(entering: HiddenStates) -> None:
@@ -224,7 +241,7 @@ def _kept_states(
                 kept.append(state if exact else half(state))
 
         with stream.reading_ahead(memory.prefetch):
-            run_forward(stream, hidden, range(len(batches)), workers, entering=keep, advance=advance)
+            run_forward(stream, hidden, range(len(batches)), workers, entering=keep, advance=advance, count=count)
     return kept, hidden
 
 

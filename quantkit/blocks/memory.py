@@ -191,14 +191,22 @@ def plan_quantizing(
 
 
 def plan_weighing(
-    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, products: bool = False
+    stream: ModelStream,
+    tokens: int,
+    batch_tokens: int,
+    budget: Budget,
+    workers: int = 1,
+    products: bool = False,
+    by_block: bool = False,
 ) -> MemoryPlan:
     """For the gradients of so many tokens, of which a batch has `batch_tokens`. Raises UsageError.
 
     All blocks are held at once where that takes no more than `_MORE` times what GPTQ takes with the same tokens, and
     the states between blocks, which it spares.
 
-    `products`: rows' gradients are multiplied with each other's, where `fed_rows` has them.
+    Args:
+        products: rows' gradients are multiplied with each other's, where `fed_rows` has them.
+        by_block: whatever there is room for, blocks are not held at once.
     """
     block = _largest_block(stream, quantized=False)
     vocabulary, row = _ends(stream)
@@ -228,7 +236,8 @@ def plan_weighing(
     places = _places(stream)
     most = _MORE * plan_quantizing(stream, tokens, batch_tokens, Budget(sys.maxsize), workers).needed + kept
     ways = [MemoryPlan(side_by_side=abreast, at_once=True) for abreast in (True, False)]
-    ways = [way for way in ways if keeps_exact(stream, batch_tokens) and sum(takes(way)) <= most]
+    exact = keeps_exact(stream, batch_tokens)
+    ways = [way for way in ways if exact and not by_block and sum(takes(way)) <= most]
     ways += [
         MemoryPlan(place, True, prefetch, abreast, rows, kept_at)
         for rows, kept_at, place in product((None, SLICE), places, places)

@@ -322,6 +322,7 @@ READERS: dict[str, Reader] = {
             ".tiny.unfinished/journal": damage.journal_of,
             ".tiny.unfinished/*/*.safetensors": damage.safetensors_of,
             ".tiny.unfinished/hidden/*/*.safetensors": damage.safetensors_of,
+            ".tiny.unfinished/weights/gradients/*/*.safetensors": damage.safetensors_of,
         },
         unfinished,
         2,

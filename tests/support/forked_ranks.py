@@ -35,7 +35,7 @@ class Request:
             the last block that has its token weights, which all ranks then make block by block.
         steps: of refining; None: as many as measured to be good.
         stale: seconds without a heartbeat after which a rank counts as gone.
-        bfloat16: ranks whose processors are faster in it; None: as they are.
+        bfloat16: ranks whose processors are faster in it.
         namespaces: network namespaces to spread the ranks over, and where they meet.
         interface, address: of the first rank, there.
     """
@@ -48,7 +48,7 @@ class Request:
     at: str = "blocks"
     steps: int | None = None
     stale: float | None = None
-    bfloat16: list[int] | None = None
+    bfloat16: list[int] = field(default_factory=list)
     namespaces: list[str] = field(default_factory=list)
     interface: str = ""
     address: str = "127.0.0.1"
@@ -170,8 +170,7 @@ def _prepare(request: Request, rank: int) -> None:
     parallel._VISIBLE = 1.0
     if request.steps is not None:
         tuning.Settings = partial(Settings, steps=request.steps)  # type: ignore[assignment,misc]
-    if (fast := request.bfloat16) is not None:
-        arithmetic.bfloat16_pays = lambda: rank in fast  # type: ignore[assignment]
+    arithmetic.bfloat16_pays = lambda: rank in request.bfloat16  # type: ignore[assignment]
     if request.stale is not None:
         watch._STALE = request.stale
     if request.at == "weighing":

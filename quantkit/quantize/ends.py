@@ -9,9 +9,10 @@ A tied matrix costs both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -116,7 +117,7 @@ def _embedding_losses(stream: ModelStream, known: Tensors, name: str, kinds: Seq
     plain = [state.cpu() for state in stream.embed(windows)]
     losses = []
     for kind in kinds:
-        with _rounded(stream, name, kind):
+        with read_rounded(stream, name, partial(_of_type, kind)):
             states = stream.embed(windows)
         errors = (state.cpu()[0] - own[0] for state, own in zip(states, plain, strict=True))
         parts = (own * error.square() for own, error in zip(squares, errors, strict=True))
@@ -143,7 +144,7 @@ def _output_losses(stream: ModelStream, last: torch.Tensor, name: str, kinds: Se
         with stream.head_rows(at) as [head]:
             logits = [head(piece)[0] for piece in pieces]
         for k, kind in enumerate(kinds):
-            with _rounded(stream, name, kind), stream.head_rows(at) as [head]:
+            with read_rounded(stream, name, partial(_of_type, kind)), stream.head_rows(at) as [head]:
                 for number, piece in enumerate(pieces):
                     z, other = logits[number], head(piece)[0]
                     p = (z - Z[number].float()[:, None]).exp_()
@@ -155,27 +156,30 @@ def _output_losses(stream: ModelStream, last: torch.Tensor, name: str, kinds: Se
     ]
 
 
+def _of_type(kind: Kind, rows: torch.Tensor) -> torch.Tensor:
+    """Rows as a GGML type has them, float32."""
+    blocks = rounded_blocks(rows.float().cpu().numpy(), kind)
+    return torch.from_numpy(np.ascontiguousarray(dequantize(blocks, kind), dtype=np.float32))
+
+
 @dataclass(frozen=True)
 class _RoundedWeights(Weights):
-    """Weights of which one tensor's rows are read as a GGML type has them."""
+    """Weights of which one tensor's rows are read rounded."""
 
-    name: str = ""
-    kind: Kind = Kind.F32
+    name: str = field(kw_only=True)
+    rounded: Callable[[torch.Tensor], torch.Tensor] = field(kw_only=True)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         rows = super().read_rows(name, start, stop)
-        if name != self.name:
-            return rows
-        blocks = rounded_blocks(rows.float().cpu().numpy(), self.kind)
-        return torch.from_numpy(np.ascontiguousarray(dequantize(blocks, self.kind), dtype=np.float32))
+        return self.rounded(rows) if name == self.name else rows
 
 
 @contextmanager
-def _rounded(stream: ModelStream, name: str, kind: Kind) -> Iterator[None]:
-    """While inside, a matrix is read rounded to a type."""
+def read_rounded(stream: ModelStream, name: str, rounded: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While inside, rows of a matrix are read as `rounded` has them."""
     whole = stream.weights
     stream.weights = _RoundedWeights(
-        **{field.name: getattr(whole, field.name) for field in fields(Weights)}, name=name, kind=kind
+        **{own.name: getattr(whole, own.name) for own in fields(Weights)}, name=name, rounded=rounded
     )
     try:
         yield

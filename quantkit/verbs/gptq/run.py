@@ -101,7 +101,7 @@ def made(
                 *(sharing, progress),
             )
     else:
-        _help_quantize(stream, matrix, target, allocator, every, gradients, options.resume, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, spec.refine, options.resume, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -148,9 +148,10 @@ def _quantize(
             _quantize_all(stream, matrix, target, lander, add, landed, weights, sharing, progress)
         layers += [LayerStatistics(**told) for told in lander.statistics]
         if writer is None:
-            refined = refine_run(run, stream, matrix.tokens, target, progress)
+            landed = sharing.ranks.from_first(lambda: landed_blocks(run))
+            refined = refine_run(landed, run.journal, stream, matrix.tokens, target, progress, sharing.ranks)
             writer = stack.enter_context(target.writer(run.staged))
-            _write_landed(landed_blocks(run), writer, refined)
+            _write_landed(landed, writer, refined)
         with progress.phase("writing", 1) as advance:
             if (embedding := embedding_of(target.plan)) is not None:
                 codes, statistics = round_embedding(stream, matrix.tokens, *embedding)
@@ -207,6 +208,7 @@ def _help_quantize(
     allocator: Allocator | None,
     every: Every,
     gradients: Gradients | None,
+    refines: bool,
     resume: bool,
     sharing: Sharing,
 ) -> None:
@@ -223,6 +225,8 @@ def _help_quantize(
     _ends(stream, matrix, target, choice, weights, sharing)
     with Lander(landed.folder, (), every, ranks) as lander:
         _quantize_all(stream, matrix, target, lander, _nothing, landed, weights, sharing, SILENT)
+    if refines:
+        refine_run(ranks.from_first(lambda: NOTHING), None, stream, matrix.tokens, target, SILENT, ranks)
 
 
 def _quantize_all(

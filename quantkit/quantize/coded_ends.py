@@ -92,6 +92,8 @@ def round_embedding(
 
 def read_rounded_codes(stream: ModelStream, name: str, linear: LinearPlan) -> AbstractContextManager[None]:
     """While inside, rows of an embedding are read as its codes stand for them."""
-    return read_rounded(
-        stream, f"{name}.weight", lambda rows: rounded_on_fit(rows.to(stream.device).float(), linear.spec).dequantize()
-    )
+
+    def rounded(first: int, rows: torch.Tensor) -> torch.Tensor:
+        return rounded_on_fit(rows.to(stream.device).float(), linear.spec).dequantize()
+
+    return read_rounded(stream, f"{name}.weight", rounded)

@@ -332,6 +332,28 @@ def test_refining_and_other_methods_leave_room_for_it(make_model: MakeModel, tmp
         assert quantkit.verify(out.out, generate=False).ok
 
 
+@pytest.mark.parametrize(("tied", "options"), [(False, {"head": 3, "embeddings": 3}), (True, {"head": 3})], ids=str)
+def test_token_weights_predict_what_they_cost(
+    tied: bool, options: dict[str, int], make_model: MakeModel, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(tied=tied)
+    tokens = token_matrix(16, 256)
+    settings = {**OPTIONS, "effort": "standard", "calibration": tokens, "format": "mlx", **options}
+    report = quantkit.gptq(model, tmp_path / "out", **settings)
+    found = {layer.name: layer.predicted for layer in report.layers}
+    assert report.predicted == pytest.approx(sum(value or 0 for value in found.values()))
+    source = open_source(report.out)
+    for name in (EMBEDDING,) if tied else (HEAD, EMBEDDING):
+        original, changed = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+        with torch.inference_mode():
+            changed.get_parameter(f"{name}.weight").copy_(source.read(f"{name}.weight"))
+            p, q = (one(tokens.tokens).logits.double().log_softmax(dim=-1) for one in (original, changed))
+        measured = float((p.exp() * (p - q)).sum(dim=-1).mean())
+        assert 0.6 < (found[name] or 0) / measured < 1.7, name
+
+
 @pytest.mark.fast
 def test_who_does_not_read_it_is_told(make_model: MakeModel, tmp_path: Path) -> None:
     out = quantkit.gptq(make_model(), tmp_path / "out", head=4, **OPTIONS).out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, put_together, take_apart_packed
+from quantkit.codes.kinds import Kind
 from quantkit.containers import own_options
 from quantkit.options import EndBits, Ends, QuantSpec, parse_size
 from quantkit.options.values import Every, parse_every
@@ -29,7 +30,7 @@ from quantkit.quantize.tuning import Refined, refine_run
 from quantkit.runs.atomic import REPORT_NAME, fingerprint, write_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import NOTHING, Landed, LandedLinear, Lander, find_landed, landed_blocks
-from quantkit.runs.ranks import Ranks
+from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import check_unchanged, checksums, companions, origin
 from quantkit.runs.shared_weights import is_sharing
 from quantkit.runs.unfinished import Run, drop_unfinished, finished, working
@@ -64,8 +65,8 @@ def made(
     of_folder = {"format": options.format} | options.model_dump(include=own_options(), exclude_defaults=True)
     of_folder |= options.part(EndBits).given
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
-    # Nothing but a GGUF file rounds embedding and output matrix; runs that share weights may make one of each.
-    ends = options.ggml is not None or is_sharing()
+    # Runs that share weights may make a GGUF file, which has its embedding and output matrix rounded.
+    ends = options.ggml is not None or bool(options.part(EndBits).given) or is_sharing()
     gradients = Gradients(options.seed, spec.row_feedback, ends) if weighted else None
     recipe |= {"seed": options.seed} if weighted else {}
     if allocator is not None:
@@ -155,7 +156,7 @@ def _quantize(
         with progress.phase("writing", 1) as advance:
             if (embedding := embedding_of(target.plan)) is not None:
                 codes, statistics = round_embedding(stream, matrix.tokens, *embedding)
-                layers.append(statistics)
+                layers.append(_predicted(statistics, stream, matrix, codes, weights, ALONE))
                 writer.add_linear(embedding[0], codes)
             writer.add_others()
             writer.finish()
@@ -247,8 +248,8 @@ def _quantize_all(
     def quantize(hidden: HiddenStates, batches: int) -> None:
         assert head is not None
         with progress.phase("quantizing the head", 1) as advance:
-            name, _ = head
-            take(name, *quantize_head(stream, hidden, batches, *head, sharing))
+            codes, statistics = quantize_head(stream, hidden, batches, *head, sharing)
+            take(head[0], codes, _predicted(statistics, stream, matrix, codes, weights, sharing.ranks))
             lander.land(len(stream.blocks), None)
             advance(1)
 
@@ -288,10 +289,25 @@ def _ends(
     if weights is None:
         return []
     known = {} if choice is None else choice.planned
-    others = {name: [kind] for name, kind in target.ends.items() if name not in known}
+    others = {name: [Kind.__members__[kind]] for name, kind in target.ends.items() if name not in known}
     found = losses_of_ends(stream, matrix.tokens, others, weights, sharing.ranks)
     lost = {**known, **{name: loss for name, (loss,) in found.items()}}
     return [EndStatistics(name, kind, lost[name]) for name, kind in target.ends.items() if name in lost]
+
+
+def _predicted(
+    statistics: LayerStatistics,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    codes: Codes,
+    weights: TokenWeights | None,
+    ranks: Ranks,
+) -> LayerStatistics:
+    """The same of a head or an embedding with what its codes are predicted to cost, where token weights tell. All of
+    `ranks` call it alike."""
+    name = f"{statistics.name}.weight"
+    found = {} if weights is None else losses_of_ends(stream, matrix.tokens, {name: [codes]}, weights, ranks)
+    return replace(statistics, predicted=found[name][0]) if found else statistics
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:

@@ -317,11 +317,11 @@ def weigh_tokens(
     workers = worker_count(stream.device, max(1, len(mine)))
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
     start = None if weighed is None else weighed.start
-    memory = plan_weighing(stream, *sizes, budget, workers, products, start is not None)
+    room = _room(ranks)
+    memory = plan_weighing(stream, *sizes, budget, workers, products, start is not None, room)
     memory.note(progress)
     keeping = weighed is not None and not ranks.any(memory.at_once)
-    room = shutil.disk_usage(tempfile.gettempdir()).free // ranks.here
-    taken = kept_bytes(stream, *sizes)
+    taken = kept_bytes(stream, *sizes, memory.every)
     if ranks.any(memory.kept == "disk" and room < taken):
         progress.warn(
             f"every token counts the same, since what enters the blocks takes {size(taken)} and the folder for "
@@ -366,7 +366,13 @@ def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, product
     """What `weigh_tokens` will do for memory with so many calibration windows. Raises UsageError."""
     windows = _windows_abreast(stream, seq_len)
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, products)
+    sizes = samples * seq_len, windows * seq_len
+    return plan_weighing(stream, *sizes, stream.budget, workers, products, False, _room())
+
+
+def _room(ranks: Ranks = ALONE) -> int:
+    """Bytes that a process may take of the folder for temporary files."""
+    return shutil.disk_usage(tempfile.gettempdir()).free // ranks.here
 
 
 def _windows_abreast(stream: ModelStream, seq_len: int) -> int:

@@ -281,10 +281,12 @@ def test_states_that_no_disk_has_room_for_are_told(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
 ) -> None:
     model, usage = make_model(), shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(token_weights, "plan_weighing", lambda *_: MemoryPlan(kept="disk", head_rows=memory.SLICE))
+    plan, rooms = MemoryPlan(kept="disk", head_rows=memory.SLICE), []
+    monkeypatch.setattr(token_weights, "plan_weighing", lambda *given: rooms.append(given[7]) or plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     quantkit.gptq(model, tmp_path / "out", progress=recorder, **WEIGHTED)
     assert [text for text in recorder.warnings if "has 1.0 kB left: name another by TMPDIR" in text]
+    assert rooms == [1000, 1000]  # of the plan that is told, and of that which is kept to
     quantkit.gptq(model, tmp_path / "plain", **OPTIONS)
     assert contents(tmp_path / "out")["model.safetensors"] == contents(tmp_path / "plain")["model.safetensors"]
 

@@ -144,6 +144,7 @@ def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Pat
         ["--budget", "6bpw"],
         ["--ggml", "q5_0", "--pre", "gpt-2"],
         ["--act-order", "dynamic", "--bits", "8", "--asym"],
+        ["--format", "mlx", "--head", "8", "--embeddings", "4"],
     ],
 )
 def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[str]) -> None:

@@ -86,6 +86,18 @@ def evaluation_windows(source: Source, tokens: int, seq_len: int, path: Path) ->
     return Windows(windows, torch.ones(windows.shape[0], dtype=torch.int64))
 
 
+def other_texts(source: Source, work: Path) -> dict[str, Path]:
+    """Texts of other kinds than prose, by their names: a module of Python, and the project's instruction sample as
+    chats by the model's own template."""
+    tokenizer, chats = source.tokenizer(), []
+    for line in (Path(__file__).parents[1] / "calibration" / "evol_instruct_sample.jsonl").open(encoding="utf-8"):
+        record = json.loads(line)
+        turns = [{"role": "user", "content": record["instruction"]}, {"role": "assistant", "content": record["output"]}]
+        chats.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    (work / "chat.txt").write_text("".join(chats), encoding="utf-8")
+    return {"code": Path(argparse.__file__), "chat": work / "chat.txt"}
+
+
 def _ids(source: Source, text: str, count: int) -> list[int]:
     ids: list[int] = source.tokenizer()(text, add_special_tokens=False)["input_ids"]
     if len(ids) < count:

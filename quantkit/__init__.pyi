@@ -241,6 +241,8 @@ def gptq(
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,
+    head: int | None = ...,
+    embeddings: int | None = ...,
     budget: str | int | None = ...,
     budget_for: Literal["any", "vllm"] = ...,
     embedding_type: str = ...,

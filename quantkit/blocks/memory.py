@@ -37,6 +37,8 @@ _TABLES = 3  # of attention [heads, positions, positions] that is not fused: sco
 _MORE = 1.3  # times what GPTQ takes: a pass beside it may take so much unasked
 _SMALL = 8 * 2**30  # bytes of all blocks with a batch's graph, for which twice the states in float32 are no matter
 SLICE = 16384  # rows of the vocabulary at a time for gradients, whatever the memory: so sums have one order
+HEAD_ROWS = 4096  # of the vocabulary at a time where head or embedding are quantized
+_CODES = 3  # bytes of a code of such a matrix: itself, packed, and packed as a container has it
 _LEAST_ROWS = 1024  # of a vocabulary in a slice: fewer are slow, and save nothing beside a block
 
 
@@ -157,6 +159,7 @@ def plan_quantizing(
     beside: bool = False,
     products: bool = False,
     squares: int = 1,
+    head: tuple[int, int] | None = None,
 ) -> MemoryPlan:
     """For GPTQ over so many calibration tokens, of which a batch has `batch_tokens`. Raises UsageError.
 
@@ -164,6 +167,7 @@ def plan_quantizing(
         beside: the unquantized model runs in step, and two folds have two sums each.
         products: of a block's rows' gradients are at hand.
         squares: how many Hessians a stage has where nothing runs beside.
+        head: (out, in) of the output head, where it is quantized too.
     """
     block = _largest_block(stream, quantized=True)
     paths = 2 if beside else 1
@@ -180,7 +184,9 @@ def plan_quantizing(
         device = paths * block.weights + max(work, running) + paused
         host = _BASE + (block.stored if plan.prefetch else 0)
         waiting = 0 if plan.paused else hidden  # of paused forwards they are a part
-        return device + (waiting if plan.hidden == "device" else 0), host + (waiting if plan.hidden == "host" else 0)
+        device += waiting if plan.hidden == "device" else 0
+        after = _head_bytes(head) + (hidden if plan.hidden == "device" else 0)
+        return max(device, after), host + (waiting if plan.hidden == "host" else 0)
 
     ways = [
         MemoryPlan(place, paused, prefetch, abreast)
@@ -188,6 +194,15 @@ def plan_quantizing(
         if not paused or place == "device"
     ]
     return _first_that_fits(ways, takes, budget)
+
+
+def _head_bytes(shape: tuple[int, int] | None) -> int:
+    """What quantizing an output head takes: its Hessian's lanes and factor, rows at a time, and all codes."""
+    if shape is None:
+        return 0
+    rows, columns = shape
+    square, lanes = 4 * columns * columns, MOST.bit_length()
+    return (lanes + _SQUARES) * square + 4 * _STACKS * min(rows, HEAD_ROWS) * columns + _CODES * rows * columns
 
 
 def plan_weighing(

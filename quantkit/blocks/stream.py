@@ -259,6 +259,27 @@ class ModelStream:
         with self._outside(self._model.get_output_embeddings()):
             yield self._logits
 
+    @contextmanager
+    def before_head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Load what lies between the blocks and the head; yields hidden [batch, seq, hidden] -> what the head reads,
+        [batch, seq, in], as `head` would reach it."""
+        output, read = self._model.get_output_embeddings(), list[torch.Tensor]()
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            read.append(x)
+            return x[..., :1]
+
+        def reads(hidden: torch.Tensor) -> torch.Tensor:
+            self._logits(hidden)
+            return read.pop()
+
+        with self._outside():
+            output.forward = forward
+            try:
+                yield reads
+            finally:
+                del output.forward
+
     @property
     def ends(self) -> tuple[str, str]:
         """Published names of the embedding's and the head's matrix: the same one where they are tied."""

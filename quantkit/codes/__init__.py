@@ -13,7 +13,7 @@ from typing import Any
 from quantkit.codes.block_types import BLOCK_TYPES, Array, BlockType, pack_blocks, pack_super_blocks
 from quantkit.codes.packing import pack_rows, unpack_rows
 from quantkit.late import torch
-from quantkit.options import QuantSpec
+from quantkit.options import End, QuantSpec
 
 _OF_LINEAR = ("codes", "scales", "zeros", "group")
 _OF_GRID = ("d", "dmin", "sc", "m")
@@ -21,10 +21,11 @@ _OF_GRID = ("d", "dmin", "sc", "m")
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One Linear: (out, in) and what it is quantized to."""
+    """One Linear: (out, in) and what it is quantized to; `end`: which matrix outside the blocks it is, None: none."""
 
     shape: tuple[int, int]
     spec: QuantSpec
+    end: End | None = None
 
     @property
     def groups(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import UsageError
-from quantkit.options import ActOrder, Checkpoint, QuantSpec
+from quantkit.options import ActOrder, Checkpoint, End, QuantSpec
 
 _PROGRAMS = "quantkit.verbs.verify.programs"
 _READS_GPTQ = "it reads GPTQ folders"
@@ -43,6 +43,7 @@ class Holds:
         sym: whether symmetric ones, and whether others.
         act_order: which forms.
         mixed: several bits, groups or types in one model.
+        ends: matrices outside the blocks that may be codes too.
         types: GGML types of its matrices; empty where it has all of them, or none.
         instead: bits -> the types of its own that take codes of so many bits from a run of another container.
     """
@@ -52,6 +53,7 @@ class Holds:
     sym: tuple[bool, ...] = (True, False)
     act_order: tuple[ActOrder, ...] = ("static", "dynamic", "off")
     mixed: bool = True
+    ends: tuple[End, ...] = ()
     types: tuple[str, ...] = ()
     instead: Mapping[int, str] = field(default_factory=dict)
 
@@ -171,7 +173,7 @@ _ROWS = (
         opens="quantkit.containers.gptq.read:GptqSource",
         method="gptq",
         # What GPTQModel 7.7, transformers, vLLM or AutoGPTQ can load.
-        holds=Holds(bits=(2, 3, 4, 8), group_sizes=_GROUP_SIZES),
+        holds=Holds(bits=(2, 3, 4, 8), group_sizes=_GROUP_SIZES, ends=("head",)),
         formats=("gptq", "gptq_v2"),
         writes="quantkit.containers.gptq.write",
         recipe="checkpoint",
@@ -194,7 +196,7 @@ _ROWS = (
         one="a compressed-tensors folder",
         opens="quantkit.containers.compressed.read:CompressedSource",
         method="compressed-tensors",
-        holds=Holds(bits=(2, 3, 4, 5, 6, 7, 8), group_sizes=_GROUP_SIZES, act_order=("static", "off")),
+        holds=Holds(bits=(2, 3, 4, 5, 6, 7, 8), group_sizes=_GROUP_SIZES, act_order=("static", "off"), ends=("head",)),
         formats=("compressed-tensors",),
         writes="quantkit.containers.compressed.write",
         recipe="checkpoint",
@@ -234,7 +236,12 @@ _ROWS = (
         one="an MLX folder",
         opens="quantkit.containers.mlx.read:MlxSource",
         method="mlx",
-        holds=Holds(bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128), act_order=("static", "off")),
+        holds=Holds(
+            bits=(2, 3, 4, 5, 6, 8),
+            group_sizes=(32, 64, 128),
+            act_order=("static", "off"),
+            ends=("head", "embeddings", "both"),
+        ),
         formats=("mlx",),
         writes="quantkit.containers.mlx.write",
         recipe="checkpoint",
@@ -357,7 +364,7 @@ def of_format(name: str) -> Container:
     return known[name]
 
 
-def misfit(row: Container, specs: Collection[QuantSpec]) -> str | None:
+def misfit(row: Container, specs: Collection[QuantSpec], option_of_bits: str = "--bits") -> str | None:
     """Why codes of these specs have no place in a container, and which ones have; None where they fit.
 
     One line, which begins with the option that decides it.
@@ -371,7 +378,7 @@ def misfit(row: Container, specs: Collection[QuantSpec]) -> str | None:
     if option == "bits":
         fitting = _elsewhere(spec.bits)
         others = f"; {spec.bits}-bit codes fit into {fitting}" if fitting else ""
-        return f"--bits {spec.bits}: {row.one} holds {_either(holds.bits)} bits{others}"
+        return f"{option_of_bits} {spec.bits}: {row.one} holds {_either(holds.bits)} bits{others}"
     if option == "group_size":
         known = ", ".join(str(size) for size in holds.group_sizes if size != -1)
         whole = ", or -1 for whole rows" if -1 in holds.group_sizes else ""
@@ -383,6 +390,17 @@ def misfit(row: Container, specs: Collection[QuantSpec]) -> str | None:
         others = _holding(specs, "; ", " holds it")
         return f"--act-order {spec.act_order}: {row.one} cannot hold it; use {_either(holds.act_order)}{others}"
     return f"--override: {row.one} holds one precision for all Linears{_holding(specs, '; ', ' holds several')}"
+
+
+def misfit_end(row: Container, end: End, spec: QuantSpec) -> str | None:
+    """As `misfit`, of a matrix outside the blocks."""
+    option = f"--{'embeddings' if end == 'embeddings' else 'head'}"
+    if row.holds is None or end in row.holds.ends:
+        return misfit(row, [spec], option)
+    fitting = [one.one for one in CONTAINERS.values() if one.formats and one.holds and end in one.holds.ends]
+    others = f"; {' or '.join(fitting)} holds them"
+    names = {"both": "a matrix that is head and embedding (tied)", "embeddings": "an embedding"}
+    return f"{option} {spec.bits}: {row.one} has no place for codes of {names.get(end, 'an output head')}{others}"
 
 
 def _first_unheld(holds: Holds, specs: Collection[QuantSpec]) -> tuple[str, QuantSpec] | None:

@@ -20,6 +20,8 @@ from quantkit.options.grid import ActOrder as ActOrder
 from quantkit.options.grid import Budget as Budget
 from quantkit.options.grid import Effort as Effort
 from quantkit.options.grid import EffortGrid as EffortGrid
+from quantkit.options.grid import End as End
+from quantkit.options.grid import EndBits as EndBits
 from quantkit.options.grid import FilledGrid as FilledGrid
 from quantkit.options.grid import Grid as Grid
 from quantkit.options.grid import Groups as Groups

@@ -169,6 +169,26 @@ class Overrides(Options):
     '*.down_proj=ggml:q6_k'); may be repeated, the first that matches counts."""
 
 
+End = Literal["head", "embeddings", "both"]
+"""A matrix outside the blocks: the output head, the embedding, or the one that is both where they are tied."""
+
+
+class EndBits(Options):
+    """What is quantized outside the blocks, of folders of codes."""
+
+    panel: ClassVar[str] = "Grid"
+    head: Bits | None = None
+    """Quantize the output head too, to so many bits, on what the quantized blocks hand to it; else it stays as it is.
+    Tied to the embedding, it is one matrix with it."""
+    embeddings: Bits | None = None
+    """Round the embedding too, to so many bits; of formats mlx holds it."""
+
+    @property
+    def given(self) -> dict[str, int]:
+        """Those that are, by name."""
+        return self.model_dump(exclude_none=True)
+
+
 class Budget(Options):
     """What bits may take."""
 

@@ -21,6 +21,7 @@ from quantkit.late import inference, nn, torch
 from quantkit.options import QuantSpec
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize import row_feedback
+from quantkit.quantize.coded_ends import head_of
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
 from quantkit.quantize.hessian import row_losses
 from quantkit.quantize.kernels import settle
@@ -31,6 +32,8 @@ from quantkit.quantize.token_weights import ALIKE, TokenWeights, Weighing
 from quantkit.runs.landing import NOTHING, Batches, Landed
 
 OnBlock = Callable[[int, Batches | None], None]
+OnEnd = Callable[[HiddenStates, int], None]
+"""Gets the hidden states that leave the last block, of this process's batches, and how many all have."""
 
 TRIED = 4  # Hessians of a stage whose candidates are tried: one to quantize by, three Linears' to judge by
 _FALLBACK_TEXT = {
@@ -55,6 +58,7 @@ def quantize_blocks(
     sharing: Sharing = BY_ITSELF,
     weights: TokenWeights | None = None,
     work_of: Callable[..., StageWork] | None = None,
+    on_end: OnEnd | None = None,
 ) -> None:
     """Quantize every Linear of the plan; `on_linear` gets each one's codes as soon as they exist.
 
@@ -73,12 +77,13 @@ def quantize_blocks(
             hidden states.
         weights: what each token counts; None: all the same.
         work_of: makes what is done at a block's stages, by the arguments of `StageWork`; None: that.
+        on_end: called when all blocks are done; None: nothing is wanted of what leaves the last one.
 
     Raises:
         NumericError: an activation that is not finite, named by the Linear that reads it.
         UsageError: a budget that was given and is too little.
     """
-    if landed.blocks == len(stream.blocks):
+    if landed.blocks >= len(stream.blocks) and on_end is None:
         return
     batches = in_batches(tokens, stream.device)
     mine = sharing.batches(len(batches))
@@ -86,7 +91,8 @@ def quantize_blocks(
     correcting = corrects(next(iter(plan.values())).spec)
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
     feeds, squares = weights is not None and weights.feed_rows, 1 if work_of is None else TRIED
-    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting, feeds, squares)
+    head = None if on_end is None else shape_of_head(plan)
+    memory = plan_quantizing(stream, *sizes, memory_budget, count, correcting, feeds, squares, head)
     memory.note(progress)
     with progress.phase("capturing", len(mine)) as advance:
         hidden = stream.embed([batches[i] for i in mine], advance, memory.hidden)
@@ -133,6 +139,8 @@ def quantize_blocks(
                 run(block, stages, forward, len(mine), *seen, workers, beside)
             on_block(index, None if hands_on else states)
             advance(1)
+    if on_end is not None:
+        on_end(hidden, len(batches))
 
 
 def _restore_codes(stream: ModelStream, index: int, block: nn.Module, landed: Landed, sharing: Sharing) -> None:
@@ -164,21 +172,31 @@ def plan_gptq_memory(
     beside: bool = False,
     products: bool = False,
     tried: bool = False,
+    head: tuple[int, int] | None = None,
 ) -> MemoryPlan:
     """What `quantize_blocks` will do for memory with so many calibration windows, or where candidates are `tried`.
 
-    Raises UsageError.
+    `head`: shape of the output head, where it is quantized too. Raises UsageError.
     """
     windows = batch_windows(stream.device, samples, seq_len)  # of a batch
     workers = worker_count(stream.device, -(-samples // windows))
     sizes = samples * seq_len, windows * seq_len
-    return plan_quantizing(stream, *sizes, stream.budget, workers, beside, products, TRIED if tried else 1)
+    return plan_quantizing(stream, *sizes, stream.budget, workers, beside, products, TRIED if tried else 1, head)
 
 
-def gptq_multiplications(stream: ModelStream, tokens: int, beside: bool = False) -> int:
+def shape_of_head(plan: Plan) -> tuple[int, int] | None:
+    """(out, in) of the output head, where a plan has it."""
+    found = head_of(plan)
+    return None if found is None else found[1].shape
+
+
+def gptq_multiplications(
+    stream: ModelStream, tokens: int, beside: bool = False, head: tuple[int, int] | None = None
+) -> int:
     """Multiplications, with their additions, of `quantize_blocks`: one forward, Hessians, their factors, updates.
 
-    `beside`: the unquantized model runs in step, and what both read is multiplied too.
+    `beside`: the unquantized model runs in step, and what both read is multiplied too. `head`: shape of the output
+    head, where it is quantized too.
     """
     shapes = dict(stream.linears())
     operations = (2 if beside else 1) * tokens * sum(rows * columns for rows, columns in shapes.values())
@@ -187,7 +205,8 @@ def gptq_multiplications(stream: ModelStream, tokens: int, beside: bool = False)
             held = [shapes[stream.published(index, name)] for name in stage]
             width, rows = held[0][1], sum(rows for rows, _ in held)
             operations += (3 if beside else 1) * tokens * width**2 // 2 + width**3 + rows * width**2
-    return operations
+    rows, width = head or (0, 0)
+    return operations + tokens * width**2 // 2 + width**3 + rows * width**2
 
 
 def _planned(

@@ -9,15 +9,16 @@ A tied matrix costs both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from threading import Lock
 
 import numpy as np
 
 from quantkit.blocks.backward import head_slices
 from quantkit.blocks.stream import ModelStream
+from quantkit.codes import Codes
 from quantkit.codes.kinds import Kind, dequantize
 from quantkit.containers.gguf.types import rounded_blocks
 from quantkit.containers.source import Weights
@@ -29,6 +30,10 @@ _POSITIONS = 256  # whose logits are held at a time
 _WINDOW = 64  # tokens of what rows of an embedding are looked at in
 
 Tensors = Mapping[str, "torch.Tensor"]
+Rounded = Kind | Codes
+"""How a matrix is rounded: to a type, or to codes that it has already."""
+Rounding = Callable[[int, "torch.Tensor"], "torch.Tensor"]
+"""(number of the first, rows [n, in]) -> these rows, rounded, float32."""
 Part = tuple["torch.Tensor", "torch.Tensor", "dict[int, torch.Tensor]"]
 
 
@@ -86,20 +91,21 @@ def tensors_of(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
 
 @inference
 def end_losses(
-    stream: ModelStream, known: Tensors, total: int, kinds: Mapping[str, Sequence[Kind]]
+    stream: ModelStream, known: Tensors, total: int, rounded: Mapping[str, Sequence[Rounded]]
 ) -> dict[str, list[float]]:
-    """The mean KL divergence, in nats, that each type of each of these matrices makes.
+    """The mean KL divergence, in nats, that each type or set of codes of each of these matrices makes.
 
     Args:
         known: as `tensors_of` made it.
         total: tokens of all calibration windows.
-        kinds: by the published name of a matrix that is an embedding or an output, or both.
+        rounded: by the published name of a matrix that is an embedding or an output, or both.
     """
     embedding, output = stream.ends
     dtype, stream.dtype = stream.dtype, torch.float32  # in which the error of 8 bits is seen
     try:
-        found = {name: np.zeros(len(own)) for name, own in kinds.items()}
-        for name, own in kinds.items():
+        found = {name: np.zeros(len(own)) for name, own in rounded.items()}
+        for name, given in rounded.items():
+            own = [_rounding(one) for one in given]
             if name == embedding:
                 found[name] += np.array(_embedding_losses(stream, known, name, own)) / (2 * total)
             if name == output:
@@ -109,14 +115,14 @@ def end_losses(
     return {name: [max(0.0, float(loss)) for loss in losses] for name, losses in found.items()}
 
 
-def _embedding_losses(stream: ModelStream, known: Tensors, name: str, kinds: Sequence[Kind]) -> list[float]:
-    """``sum_t sum_d g[t, d]^2 e[t, d]^2`` of each type."""
+def _embedding_losses(stream: ModelStream, known: Tensors, name: str, ways: Sequence[Rounding]) -> list[float]:
+    """``sum_t sum_d g[t, d]^2 e[t, d]^2`` of each way to round."""
     windows = [ids[None].long() for ids in torch.split(known["tokens"], _WINDOW)]
     squares = torch.split(known["squares"], _WINDOW)
     plain = [state.cpu() for state in stream.embed(windows)]
     losses = []
-    for kind in kinds:
-        with _rounded(stream, name, kind):
+    for way in ways:
+        with read_rounded(stream, name, way):
             states = stream.embed(windows)
         errors = (state.cpu()[0] - own[0] for state, own in zip(states, plain, strict=True))
         parts = (own * error.square() for own, error in zip(squares, errors, strict=True))
@@ -124,8 +130,8 @@ def _embedding_losses(stream: ModelStream, known: Tensors, name: str, kinds: Seq
     return losses
 
 
-def _output_losses(stream: ModelStream, last: torch.Tensor, name: str, kinds: Sequence[Kind]) -> list[float]:
-    """The mean of ``KL(p || q)`` over the positions of `last` [m, hidden], of each type.
+def _output_losses(stream: ModelStream, last: torch.Tensor, name: str, ways: Sequence[Rounding]) -> list[float]:
+    """The mean of ``KL(p || q)`` over the positions of `last` [m, hidden], of each way to round.
 
     With logits z and z' and their softmaxes' denominators' logarithms Z and Z' it is
     ``sum_v p_v (z_v - z'_v) - Z + Z'``: sums over slices of the vocabulary.
@@ -137,13 +143,13 @@ def _output_losses(stream: ModelStream, last: torch.Tensor, name: str, kinds: Se
         with stream.head_rows(at) as [head]:
             for number, piece in enumerate(pieces):
                 Z[number] = torch.logaddexp(Z[number], head(piece)[0].logsumexp(dim=-1).double())
-    rounded = [[torch.full_like(own, -torch.inf) for own in Z] for _ in kinds]
-    apart = [[torch.zeros_like(own) for own in Z] for _ in kinds]
+    rounded = [[torch.full_like(own, -torch.inf) for own in Z] for _ in ways]
+    apart = [[torch.zeros_like(own) for own in Z] for _ in ways]
     for at in slices:
         with stream.head_rows(at) as [head]:
             logits = [head(piece)[0] for piece in pieces]
-        for k, kind in enumerate(kinds):
-            with _rounded(stream, name, kind), stream.head_rows(at) as [head]:
+        for k, way in enumerate(ways):
+            with read_rounded(stream, name, way), stream.head_rows(at) as [head]:
                 for number, piece in enumerate(pieces):
                     z, other = logits[number], head(piece)[0]
                     p = (z - Z[number].float()[:, None]).exp_()
@@ -151,31 +157,44 @@ def _output_losses(stream: ModelStream, last: torch.Tensor, name: str, kinds: Se
                     rounded[k][number] = torch.logaddexp(rounded[k][number], other.logsumexp(dim=-1).double())
     return [
         float(torch.cat([a - own + other for a, own, other in zip(apart[k], Z, rounded[k], strict=True)]).mean())
-        for k in range(len(kinds))
+        for k in range(len(ways))
     ]
+
+
+def _rounding(rounded: Rounded) -> Rounding:
+    """Rows as a GGML type has them, or as the codes of the whole matrix."""
+
+    def of_type(first: int, rows: torch.Tensor) -> torch.Tensor:
+        assert isinstance(rounded, Kind)
+        blocks = rounded_blocks(rows.float().cpu().numpy(), rounded)
+        return torch.from_numpy(np.ascontiguousarray(dequantize(blocks, rounded), dtype=np.float32))
+
+    def of_codes(first: int, rows: torch.Tensor) -> torch.Tensor:
+        assert not isinstance(rounded, Kind)
+        before, after = first, rounded.shape[0] - first - len(rows)
+        return rounded.split([before, len(rows), after])[1].dequantize()
+
+    return of_type if isinstance(rounded, Kind) else of_codes
 
 
 @dataclass(frozen=True)
 class _RoundedWeights(Weights):
-    """Weights of which one tensor's rows are read as a GGML type has them."""
+    """Weights of which one tensor's rows are read rounded."""
 
-    name: str = ""
-    kind: Kind = Kind.F32
+    name: str = field(kw_only=True)
+    rounded: Rounding = field(kw_only=True)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         rows = super().read_rows(name, start, stop)
-        if name != self.name:
-            return rows
-        blocks = rounded_blocks(rows.float().cpu().numpy(), self.kind)
-        return torch.from_numpy(np.ascontiguousarray(dequantize(blocks, self.kind), dtype=np.float32))
+        return self.rounded(start, rows) if name == self.name else rows
 
 
 @contextmanager
-def _rounded(stream: ModelStream, name: str, kind: Kind) -> Iterator[None]:
-    """While inside, a matrix is read rounded to a type."""
+def read_rounded(stream: ModelStream, name: str, rounded: Rounding) -> Iterator[None]:
+    """While inside, rows of a matrix are read as `rounded` has them."""
     whole = stream.weights
     stream.weights = _RoundedWeights(
-        **{field.name: getattr(whole, field.name) for field in fields(Weights)}, name=name, kind=kind
+        **{own.name: getattr(whole, own.name) for own in fields(Weights)}, name=name, rounded=rounded
     )
     try:
         yield

@@ -11,7 +11,7 @@ Hessian, so Linears that read the same input are stacked and quantized in one ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from quantkit.codes import Codes, contiguous_groups
 from quantkit.late import torch
@@ -27,7 +27,7 @@ gathers = HessianAccumulator  # sums for H float32 [in, in]
 _BLOCK = 128  # columns; those behind a block get its errors in one matrix product
 
 
-def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
+def solve(tiles: Iterable[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
     """Quantize each W of the tiles so that ``tr((W - Q) H (W - Q)^T)`` is small, with one factor for all.
 
     Columns that no token activated (H[i, i] = 0) are rounded to the nearest code and influence nothing.
@@ -40,12 +40,15 @@ def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> li
     Raises:
         NumericError: a group's scale is beyond float16.
     """
-    aside = beside(H.device)
-    tiles = [W.float() for W in tiles]
-    rtn_losses = [row_losses(W, round_to_nearest(W, spec), H) for W in tiles]
-    with aside:
-        factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
-    return [_solved(W, H, factor, spec, rtn_loss) for W, rtn_loss in zip(tiles, rtn_losses, strict=True)]
+    aside, factor = beside(H.device), None
+    solved: list[Solved] = []
+    for W in map(torch.Tensor.float, tiles):  # one after another: no more than one may be in memory
+        rtn_loss = row_losses(W, round_to_nearest(W, spec), H)
+        if not solved:
+            with aside:
+                factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
+        solved.append(_solved(W, H, factor, spec, rtn_loss))
+    return solved
 
 
 class SharedFactor:
@@ -56,13 +59,13 @@ class SharedFactor:
         self._factor: InverseFactor | None = None
         self._made = False
 
-    def solve(self, tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
+    def solve(self, tiles: Iterable[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
         """As the function."""
         if not self._made:
             self._factor = factorize(H, column_order(H, spec.act_order != "off"), spec.damp)
             self._made = True
-        nothing = (torch.zeros(W.shape[0], dtype=torch.float64, device=W.device) for W in tiles)
-        return [_solved(W.float(), H, self._factor, spec, zero) for W, zero in zip(tiles, nothing, strict=True)]
+        weights = map(torch.Tensor.float, tiles)
+        return [_solved(W, H, self._factor, spec, W.new_zeros(len(W), dtype=torch.float64)) for W in weights]
 
 
 def _solved(

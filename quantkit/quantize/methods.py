@@ -7,7 +7,7 @@ gathered, what is found. What a module imports of the others of this room is its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol, Self, cast
@@ -118,11 +118,11 @@ class Sums(Protocol):
 class Solver(Protocol):
     """What chooses codes from what was gathered."""
 
-    def solve(self, tiles: Sequence[torch.Tensor], gathered: Any, spec: QuantSpec) -> list[Solved]:
+    def solve(self, tiles: Iterable[torch.Tensor], gathered: Any, spec: QuantSpec) -> list[Solved]:
         """Codes for stacks of rows that read the same input; what is found for one does not depend on the others.
 
         Args:
-            tiles: [out, in] each, of any float dtype; finite.
+            tiles: [out, in] each, of any float dtype; finite. Some are read as they are taken: one at a time.
             gathered: of `Sums.finish`.
             spec: bits, groups and symmetry, or a GGML type; order, damping.
 

@@ -8,6 +8,9 @@ hidden states are kept, and its logits made again from them.
 Every forward is that of values as the output will hold them: scales rounded to float16, gains to the dtype they are
 published in. Gradients pass that rounding as if it were none. Steps are Adam's (arXiv 1412.6980). Some calibration
 windows are held out; of all states that were judged on these the best is kept, be it the first.
+
+A batch is one window, and what windows give is added in their order, whoever made it: neither processes nor workers
+change a sum. All ranks step alike.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from quantkit.codes import Codes
 from quantkit.codes.units import unit_gradients, units, with_units
 from quantkit.late import nn, torch
 from quantkit.progress import SILENT, Progress
+from quantkit.runs.ranks import ALONE, Ranks
 
 CodesOf = Callable[[int], Sequence[tuple[str, Codes]]]
 """Published names and codes of the Linears of a block."""
@@ -62,6 +66,11 @@ def step_windows(windows: Sequence[T], step: int, seq_len: int) -> list[T]:
     """Those of the windows that step number `step`, from 0, looks at: in order, over and over."""
     count = max(1, _STEP_TOKENS // seq_len)
     return [windows[(step * count + i) % len(windows)] for i in range(min(count, len(windows)))]
+
+
+def step_share(windows: int, seq_len: int, ranks: Ranks = ALONE) -> int:
+    """How many windows of a step a rank has that has so many of all."""
+    return min(windows, -(-max(1, _STEP_TOKENS // seq_len) // ranks.size))
 
 
 @dataclass(frozen=True)
@@ -150,29 +159,22 @@ class Student:
         found += [place for place, name in self._gains_in(index).items() if name in self.tuned]
         return [block.get_parameter(name).requires_grad_() for name in found]
 
-    def take(self, index: int, block: nn.Module, leaves: Sequence[torch.Tensor | None], into: Tensors) -> None:
-        """Put gradients by the offsets of a block `into` place, from those by its `leaves`, summed over a step."""
+    def gradients(self, index: int, block: nn.Module, leaves: Sequence[torch.Tensor | None]) -> Tensors:
+        """Gradients by the offsets of a block, from those by its `leaves`; without those that are None."""
         places, linears = self._linears_in(index), self._codes(index)
+        found: Tensors = {}
         for (name, linear), gradient in zip(linears, leaves, strict=False):
-            if gradient is None:
-                continue
-            rows = as_rows(block.get_submodule(places[name]), gradient)
-            for unit, own in unit_gradients(linear, rows).items():
-                self._add(f"{name}.{unit}", own, into)
-        gains = [name for name in self._gains_in(index).values() if name in self.tuned]
-        for name, gradient in zip(gains, leaves[len(linears) :], strict=True):
             if gradient is not None:
-                self._add(name, gradient, into)
+                rows = as_rows(block.get_submodule(places[name]), gradient)
+                found |= {f"{name}.{unit}": own for unit, own in unit_gradients(linear, rows).items()}
+        gains = [name for name in self._gains_in(index).values() if name in self.tuned]
+        own_gains = zip(gains, leaves[len(linears) :], strict=True)
+        return self.by_offsets(found | {name: gradient for name, gradient in own_gains if gradient is not None})
 
-    def take_outside(self, gradients: Tensors, into: Tensors) -> None:
-        """The same of gains outside the blocks, by published name."""
-        for name, gradient in gradients.items():
-            self._add(name, gradient, into)
-
-    def _add(self, name: str, gradient: torch.Tensor, into: Tensors) -> None:
-        if name in self.tuned:
-            own = self.tuned[name].unit * gradient.detach().cpu().float()
-            into[name] = into[name] + own if name in into else own
+    def by_offsets(self, gradients: Tensors) -> Tensors:
+        """Gradients by the offsets of what is tuned, float32 on the CPU, from those by its values."""
+        tuned = {name: gradient for name, gradient in gradients.items() if name in self.tuned}
+        return {name: self.tuned[name].unit * gradient.detach().cpu().float() for name, gradient in tuned.items()}
 
     def _linears_in(self, index: int) -> dict[str, str]:
         """Place in the block, by published name."""
@@ -198,6 +200,8 @@ class Refining:
         tokens: int64 [windows, seq_len].
         student: the quantized one.
         memory: where states wait.
+        exact: keep states in the stream's dtype, not in half precision.
+        mine: windows that this rank runs, each of which one rank has; None: all.
     """
 
     def __init__(
@@ -208,49 +212,83 @@ class Refining:
         memory: MemoryPlan,
         progress: Progress = SILENT,
         exact: bool = False,
+        mine: Sequence[int] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._stream, self._student, self._memory, self._exact = stream, student, memory, exact
-        windows = list(tokens.split(1))
-        abreast = worker_count(stream.device, len(step_windows(windows, 0, tokens.shape[1])))
+        self._stream, self._student, self._memory, self._exact, self._ranks = stream, student, memory, exact, ranks
+        mine = range(len(tokens)) if mine is None else mine
+        self._batches = {window: batch for batch, window in enumerate(mine)}
+        abreast = worker_count(stream.device, step_share(len(mine), tokens.shape[1], ranks))
         self._workers = abreast if memory.side_by_side else 1
-        hidden = stream.embed(windows, place=memory.hidden)
+        hidden = stream.embed([tokens[window : window + 1] for window in mine], place=memory.hidden)
         self._entering = HiddenStates(stream.device, memory.hidden, (hidden[i] for i in range(len(hidden))))
         with (
             progress.phase("refining: the unquantized model", len(stream.blocks)) as advance,
             stream.reading_ahead(memory.prefetch),
-            self._at_work(len(windows)) as workers,
+            self._at_work(len(mine)) as workers,
         ):
-            run_forward(stream, hidden, range(len(windows)), workers, advance=advance)
+            run_forward(stream, hidden, range(len(mine)), workers, advance=advance)
         kept = (hidden[i] if exact else half(hidden[i]) for i in range(len(hidden)))
         self._taught = HiddenStates(stream.device, memory.hidden, kept)
         hidden.close()
         self._totals: dict[int, torch.Tensor] = {}
 
+    def _own(self, windows: Sequence[int]) -> list[int]:
+        """Numbers of this rank's batches among some windows."""
+        return [self._batches[window] for window in windows if window in self._batches]
+
     def _at_work(self, batches: int) -> Workers:
         return Workers(even_shares(batches, self._workers))
 
     def divergence(self, windows: Sequence[int]) -> float:
-        """Mean divergence of the quantized model's output over all positions of some windows, nats."""
-        hidden = HiddenStates(self._stream.device, self._memory.hidden, (self._entering[i] for i in windows))
-        with torch.no_grad(), self._at_work(len(windows)) as workers:
-            run_forward(self._stream, hidden, windows, workers, self._student.block)
-            head = _Head(self._stream, self._student, self._taught, windows, hidden, self._totals)
-            return head.divergence()
+        """Mean divergence of the quantized model's output over all positions of some windows, nats.
+
+        All ranks call it alike, and get the same.
+        """
+        found = self._everyone(windows, self._divergences(self._own(windows)))
+        return sum(one for one, _ in found) / sum(positions for _, positions in found)
+
+    def _divergences(self, batches: Sequence[int]) -> list[tuple[float, int]]:
+        """Of each batch the divergence summed over its positions, and how many these are."""
+        if not batches:
+            return []
+        hidden = HiddenStates(self._stream.device, self._memory.hidden, (self._entering[i] for i in batches))
+        with torch.no_grad(), self._at_work(len(batches)) as workers:
+            run_forward(self._stream, hidden, batches, workers, self._student.block)
+            return _Head(self._stream, self._student, self._taught, batches, hidden, self._totals).divergences()
 
     def gradients(self, windows: Sequence[int]) -> Tensors:
-        """The gradient of the divergence, summed over all positions of some windows, by the student's offsets."""
+        """The gradient of the divergence, summed over all positions of some windows, by the student's offsets.
+
+        All ranks call it alike, and get the same.
+        """
+        total: Tensors = {}
+        for found in self._way_back(self._own(windows)):
+            total |= _summed(self._everyone(windows, found))
+        return total
+
+    def _everyone(self, windows: Sequence[int], own: Sequence[T]) -> list[T]:
+        """Of each window what the rank that runs it found; `own`: what this one did, in order."""
+        mine = [window for window in windows if window in self._batches]
+        parts = self._ranks.gather(dict(zip(mine, own, strict=True)))
+        found = {window: one for part in parts for window, one in part.items()}
+        return [found[window] for window in windows]
+
+    def _way_back(self, batches: Sequence[int]) -> Iterator[list[Tensors]]:
+        """Of each batch the gradients by what lies outside the blocks, then by each block's, from the last."""
         stream, student = self._stream, self._student
-        found: Tensors = {}
-        hidden = HiddenStates(stream.device, "device", (self._entering[i] for i in windows))
+        if not batches:
+            yield from ([] for _ in range(1 + len(stream.blocks)))
+            return
+        hidden = HiddenStates(stream.device, "device", (self._entering[i] for i in batches))
         kept: list[torch.Tensor] = []
-        with self._at_work(len(windows)) as workers:
-            run_forward(stream, hidden, windows, workers, student.block, lambda states: kept.extend(states))
-            head = _Head(stream, student, self._taught, windows, hidden, self._totals)
-            gradients, outside = head.gradients()
-            student.take_outside(outside, found)
+        with self._at_work(len(batches)) as workers:
+            run_forward(stream, hidden, batches, workers, student.block, lambda states: kept.extend(states))
+            gradients, outside = _Head(stream, student, self._taught, batches, hidden, self._totals).gradients()
+            yield [student.by_offsets(one) for one in outside]
             for index in reversed(range(len(stream.blocks))):
-                states = kept[-len(windows) :]
-                del kept[-len(windows) :]
+                states = kept[-len(batches) :]
+                del kept[-len(batches) :]
                 with student.block(index) as block:
                     leaves = student.leaves(index, block)
 
@@ -260,27 +298,33 @@ class Refining:
                         block: nn.Module = block,
                         states: list[torch.Tensor] = states,
                         leaves: list[torch.Tensor] = leaves,
-                    ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
-                        run = run_block(stream, index, block, windows[i], states[i])
-                        return run.gradients(gradients[i], leaves)
+                    ) -> tuple[torch.Tensor, Tensors]:
+                        run = run_block(stream, index, block, batches[i], states[i])
+                        gradient, own = run.gradients(gradients[i], leaves)
+                        return gradient, student.gradients(index, block, own)
 
-                    sums: list[torch.Tensor | None] = [None] * len(leaves)
+                    found: list[Tensors] = [{} for _ in batches]
                     for i, (gradient, own) in workers.each(backward):
-                        gradients[i] = gradient
-                        for number, one in enumerate(own):
-                            before = sums[number]
-                            sums[number] = before if one is None else one if before is None else before.add_(one)
-                    student.take(index, block, sums, found)
-        return found
+                        gradients[i], found[i] = gradient, own
+                yield found
+
+
+def _summed(parts: Sequence[Tensors]) -> Tensors:
+    """Of each name the sum over those that have it, in order."""
+    total: Tensors = {}
+    for part in parts:
+        for name, tensor in part.items():
+            total[name] = total[name] + tensor if name in total else tensor
+    return total
 
 
 class _Head:
-    """What follows the blocks, of both models, on some windows: the divergence, and its gradient.
+    """What follows the blocks, of both models, on some batches: the divergence, and its gradient.
 
     Args:
-        taught: states that leave the unquantized model's last block, by window.
-        hidden: those of the quantized one, by position in `windows`.
-        totals: logarithms of the unquantized model's softmax denominators, by window; those that lack are added.
+        taught: states that leave the unquantized model's last block, by batch.
+        hidden: those of the quantized one, by position in `batches`.
+        totals: logarithms of the unquantized model's softmax denominators, by batch; those that lack are added.
     """
 
     def __init__(
@@ -288,35 +332,36 @@ class _Head:
         stream: ModelStream,
         student: Student,
         taught: HiddenStates,
-        windows: Sequence[int],
+        batches: Sequence[int],
         hidden: HiddenStates,
         totals: dict[int, torch.Tensor],
     ) -> None:
         self._stream, self._student, self._taught = stream, student, taught
-        self._windows, self._hidden, self._totals = windows, hidden, totals
+        self._batches, self._hidden, self._totals = batches, hidden, totals
         self._pieces = head_pieces((1, hidden[i].shape[-2]) for i in range(len(hidden)))
 
-    def divergence(self) -> float:
-        """Mean over all positions, nats."""
+    def divergences(self) -> list[tuple[float, int]]:
+        """Of each batch the sum over its positions, nats, and how many these are."""
         self._find_totals()
         shares: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(self._pieces))}
-        sums = torch.zeros((), dtype=torch.float64, device=self._stream.device)
-        count = 0
+        sums = torch.zeros(len(self._hidden), dtype=torch.float64, device=self._stream.device)
+        counts = [0] * len(self._hidden)
         for start, stop in head_slices(self._stream):
             with torch.no_grad(), self._heads(start, stop) as (teach, learn):
                 for n, (i, _, at) in enumerate(self._pieces):
                     wanted, found = teach(self._taught_at(i, at))[0], learn(self._hidden[i][..., at, :])[0]
                     shares[n].append(found.logsumexp(dim=-1).double())
                     p = (wanted - self._total(i, at).to(wanted.dtype)).exp_()
-                    sums += (p * (wanted - found)).sum(dtype=torch.float64)
+                    sums[i] += (p * (wanted - found)).sum(dtype=torch.float64)
         for n, (i, _, at) in enumerate(self._pieces):
             own = torch.stack(shares[n], dim=-1).logsumexp(dim=-1)
-            sums += (own - self._total(i, at)[:, 0]).sum()
-            count += len(own)
-        return float(sums) / count
+            sums[i] += (own - self._total(i, at)[:, 0]).sum()
+            counts[i] += len(own)
+        return list(zip(sums.tolist(), counts, strict=True))
 
-    def gradients(self) -> tuple[list[torch.Tensor], Tensors]:
-        """Of the divergence, summed over positions: by the states in `hidden`, and by gains outside the blocks."""
+    def gradients(self) -> tuple[list[torch.Tensor], list[Tensors]]:
+        """Of each batch that of the divergence, summed over positions: by its state in `hidden`, and by gains outside
+        the blocks."""
         self._find_totals()
         shares: dict[int, list[torch.Tensor]] = {n: [] for n in range(len(self._pieces))}
         for start, stop in head_slices(self._stream):
@@ -325,7 +370,7 @@ class _Head:
                     shares[n].append(learn(self._hidden[i][..., at, :])[0].logsumexp(dim=-1).double())
         totals = [torch.stack(shares[n], dim=-1).logsumexp(dim=-1)[:, None] for n in range(len(self._pieces))]
         gradients = [torch.zeros_like(self._hidden[i]) for i in range(len(self._hidden))]
-        outside: Tensors = {}
+        outside: list[Tensors] = [{} for _ in gradients]
         for start, stop in head_slices(self._stream):
             with self._heads(start, stop) as (teach, learn):
                 gains = {n: p.requires_grad_() for n, p in self._stream.outside() if n in self._student.tuned}
@@ -339,19 +384,18 @@ class _Head:
                     own += (found.detach()[0] - totals[n].to(found.dtype)).exp_()
                     by_state, *by_gains = torch.autograd.grad(found, (state, *gains.values()), own[None])
                     gradients[i][..., at, :] += by_state
-                    for name, one in zip(gains, by_gains, strict=True):
-                        outside[name] = outside[name] + one if name in outside else one
+                    outside[i] = _summed([outside[i], dict(zip(gains, by_gains, strict=True))])
         return gradients, outside
 
     def _taught_at(self, i: int, at: slice) -> torch.Tensor:
-        return self._taught[self._windows[i]][..., at, :].to(self._stream.dtype)
+        return self._taught[self._batches[i]][..., at, :].to(self._stream.dtype)
 
     def _total(self, i: int, at: slice) -> torch.Tensor:
         """Float64 [positions, 1], of the unquantized model."""
-        return self._totals[self._windows[i]][at, None]
+        return self._totals[self._batches[i]][at, None]
 
     def _find_totals(self) -> None:
-        lacking = [(i, at) for i, _, at in self._pieces if self._windows[i] not in self._totals]
+        lacking = [(i, at) for i, _, at in self._pieces if self._batches[i] not in self._totals]
         shares: list[list[torch.Tensor]] = [[] for _ in lacking]
         for start, stop in head_slices(self._stream) if lacking else ():
             with torch.no_grad(), self._heads(start, stop) as (teach, _):
@@ -359,8 +403,8 @@ class _Head:
                     shares[n].append(teach(self._taught_at(i, at))[0].logsumexp(dim=-1).double())
         found: dict[int, list[torch.Tensor]] = {}
         for (i, _), own in zip(lacking, shares, strict=True):
-            found.setdefault(self._windows[i], []).append(torch.stack(own, dim=-1).logsumexp(dim=-1))
-        self._totals |= {window: torch.cat(parts) for window, parts in found.items()}
+            found.setdefault(self._batches[i], []).append(torch.stack(own, dim=-1).logsumexp(dim=-1))
+        self._totals |= {batch: torch.cat(parts) for batch, parts in found.items()}
 
     @contextmanager
     def _heads(

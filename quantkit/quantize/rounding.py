@@ -5,7 +5,7 @@ The Hessian is gathered for the losses alone; no code depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from quantkit.codes import Codes
 from quantkit.late import torch
@@ -19,7 +19,7 @@ needs: tuple[Need, ...] = ()
 gathers = HessianAccumulator  # sums for H float32 [in, in]
 
 
-def solve(tiles: Sequence[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
+def solve(tiles: Iterable[torch.Tensor], H: torch.Tensor, spec: QuantSpec) -> list[Solved]:
     """`rounded` of each tile [out, in] and its losses under H float32 [in, in]."""
     solved = []
     for W in map(torch.Tensor.float, tiles):
@@ -35,8 +35,15 @@ def rounded(W: torch.Tensor, spec: QuantSpec) -> Codes:
     Raises:
         NumericError: a group's scale is beyond float16.
     """
-    if spec.ggml is None:
-        return round_to_nearest(W, spec)
+    return round_to_nearest(W, spec) if spec.ggml is None else rounded_on_fit(W, spec)
+
+
+def rounded_on_fit(W: torch.Tensor, spec: QuantSpec) -> Codes:
+    """Plain rounding of W float32 [out, in] on the grid of the least squared error, where every column counts the same.
+
+    Raises:
+        NumericError: a group's scale is beyond float16.
+    """
     grid = fit(W, torch.ones_like(W[0]), spec)
     group = grid.group.to(W.device).long()
     scale, minimum = (part[:, group] for part in grid.steps())

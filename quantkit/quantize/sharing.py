@@ -22,6 +22,8 @@ from quantkit.quantize.methods import Solved, Solver, Sums
 from quantkit.runs.ranks import ALONE, Ranks, share_of
 from quantkit.version import __version__
 
+RowsOf = Callable[[range], "torch.Tensor"]
+"""Rows [n, in] of a weight."""
 _LANES = 16  # of all ranks together; a power of two; more processes than these share rows, but no more samples
 _OWN_LANES = MOST  # of each rank, where the result may depend on the number of ranks; each worker has whole ones
 _TILE = 512  # rows: o_proj of an 8B model still gives each of 8 processes one
@@ -78,17 +80,26 @@ class Sharing:
 
     def solve(self, method: Solver, W: torch.Tensor, gathered: Any, spec: QuantSpec) -> Solved:
         """A method's result for a stack [out, in] that all ranks have: each rank does some of the rows, all get all."""
-        rows, size = W.shape[0], self.ranks.size
+        return self.solve_rows(method, W.shape[0], lambda at: W[at.start : at.stop], gathered, spec)
+
+    def solve_rows(
+        self, method: Solver, rows: int, read: RowsOf, gathered: Any, spec: QuantSpec, most: int | None = None
+    ) -> Solved:
+        """As `solve`, of so many rows, of which no more than `most` are read at a time."""
+        size = self.ranks.size
         if self.deterministic:
             tiles = [range(start, min(start + _TILE, rows)) for start in range(0, rows, _TILE)]
         else:
-            tiles = [share for rank in range(size) if (share := share_of(rows, rank, size))]
+            count = size if most is None else max(size, -(-rows // most))
+            tiles = [share for part in range(count) if (share := share_of(rows, part, count))]
         if len(tiles) == 1:
-            return method.solve([W], gathered, spec)[0]
+            return method.solve([read(tiles[0])], gathered, spec)[0]
         mine = self.ranks.share(len(tiles))
         # A rank without rows solves one tile all the same, to know the layout of the others' results.
-        done = method.solve([W[tiles[i].start : tiles[i].stop] for i in mine or (0,)], gathered, spec)
+        done = method.solve((read(tiles[i]) for i in mine or (0,)), gathered, spec)
         own = _Rows.of(done) if mine else _Rows.of(done).empty()
+        if size == 1:
+            return own.joined([own.tensors], done[0])
         counts = [sum(len(tiles[i]) for i in share_of(len(tiles), rank, size)) for rank in range(size)]
         parts = self.ranks.exchange(own.bytes())
         return own.joined([own.parsed(part, rows) for part, rows in zip(parts, counts, strict=True)], done[0])

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan
 from quantkit.codes.block_types import BLOCK_TYPES
-from quantkit.containers import load, of_format
+from quantkit.containers import Container, load, misfit_end, of_format
 from quantkit.containers.hf.coded import as_kept, kept_tensor
 from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import UsageError
 from quantkit.late import torch
-from quantkit.options import CheckpointFormat, QuantSpec, matches
+from quantkit.options import CheckpointFormat, End, EndBits, QuantSpec, matches
 from quantkit.runs.tensorfile import TensorPlan, header
 
 
@@ -41,6 +41,43 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
     plan = {name: LinearPlan(shape, own) for name, shape in shapes.items() if (own := spec.of(name)) is not None}
     if not plan:
         raise UsageError("--include and --exclude leave no Linear to quantize")
+    return plan
+
+
+def ends_of(stream: ModelStream) -> dict[str, End]:
+    """Head and embedding by their modules' names; where they are tied, the one that is both."""
+    embedding, head = (name.removesuffix(".weight") for name in stream.ends)
+    return {head: "both"} if embedding == head else {head: "head", embedding: "embeddings"}
+
+
+def plan_ends(stream: ModelStream, spec: QuantSpec, bits: EndBits, row: Container) -> Plan:
+    """What head and embedding are quantized to in a container, where they are: as `spec` says, but for the bits, and
+    embeddings are rounded. A tied matrix is quantized as the head that it is.
+
+    Raises:
+        UsageError: two numbers of bits for one matrix, or one that would have to be two there.
+    """
+    wanted: dict[End, int | None] = {"head": bits.head, "embeddings": bits.embeddings}
+    if not bits.given:
+        return {}
+    ends = ends_of(stream)
+    if "both" in ends.values():
+        if len({*bits.given.values()}) > 1:
+            raise UsageError(
+                f"--head {bits.head}, --embeddings {bits.embeddings}: they are one matrix here (tied): give one number "
+                "of bits, or --untie"
+            )
+        wanted = {"both": bits.head or bits.embeddings}
+        if row.holds is not None and "head" in row.holds.ends and "both" not in row.holds.ends:
+            refusal = misfit_end(row, "both", spec.model_copy(update={"bits": wanted["both"]}))
+            raise UsageError(f"{refusal}, or --untie makes a head of its own")
+    plan = {}
+    for name, end in ends.items():
+        if (own := wanted[end]) is not None:
+            rows, columns = stream.weights.tensors[f"{name}.weight"].shape
+            changes: dict[str, Any] = {"bits": own, "include": (), "exclude": (), "overrides": ()}
+            changes |= {"method": "round"} if end == "embeddings" else {}
+            plan[name] = LinearPlan((rows, columns), spec.model_copy(update=changes), end)
     return plan
 
 
@@ -175,13 +212,15 @@ class CheckpointTarget:
         format: CheckpointFormat,
         max_shard_bytes: int,
         plan: Plan | None = None,
+        bits: EndBits | None = None,
     ) -> None:
         """
         Args:
             stream, spec: the model, and what its Linears are quantized to.
             format: of the folder.
             max_shard_bytes: of a weight file.
-            plan: of codes that are there already; `spec` describes it. None: as the patterns of `spec` say.
+            plan: of codes that are there already; `spec` describes it. None: as the patterns of `spec` say, and `bits`
+                of what is outside the blocks.
 
         Raises:
             UsageError: a pattern that no Linear matches, or what the layout has no place for.
@@ -190,8 +229,11 @@ class CheckpointTarget:
         self.ends: Mapping[str, str] = {}
         self._source, self._max_shard_bytes = stream.source, max_shard_bytes
         self._weights = replace(stream.weights, changed=self.changed)
-        self.plan = plan_linears(stream, spec) if plan is None else plan
-        self._layout: Layout = load(of_format(format).writes)
+        row = of_format(format)
+        if plan is None:
+            plan = {**plan_linears(stream, spec), **plan_ends(stream, spec, bits or EndBits(), row)}
+        self.plan = plan
+        self._layout: Layout = load(row.writes)
         self._layout.check(self.plan)
         modules = modules_in_block(stream, self.plan)
         kept = named_alike(stream, self.plan, modules)

@@ -23,7 +23,7 @@ from quantkit.options import QuantSpec
 from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent
 from quantkit.quantize.blockwise import StageWork, in_batches, quantize_blocks
-from quantkit.quantize.ends import end_losses
+from quantkit.quantize.ends import Rounded, end_losses
 from quantkit.quantize.gptq import SharedFactor
 from quantkit.quantize.hessian import row_losses
 from quantkit.quantize.holdout import EVERY, HeldOutSums
@@ -143,15 +143,18 @@ def chosen_for(
 
 
 def losses_of_ends(
-    stream: ModelStream, tokens: torch.Tensor, ends: Mapping[str, Sequence[str]], weights: TokenWeights, ranks: Ranks
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    ends: Mapping[str, Sequence[Rounded]],
+    weights: TokenWeights,
+    ranks: Ranks,
 ) -> dict[str, list[float]]:
-    """What each of these types of embedding and output matrix, by published name, is predicted to cost: alike on all
-    ranks, of which the first finds it; {} where nothing tells."""
+    """What each of these types or codes of embedding and output matrix, by published name, is predicted to cost: alike
+    on all ranks, of which the first finds it; {} where nothing tells."""
     if weights.ends is None or not ends:
         return {}
-    kinds = {name: [Kind.__members__[one] for one in types] for name, types in ends.items()}
     known = weights.ends
-    return ranks.from_first(lambda: end_losses(stream, known(), tokens.numel(), kinds))
+    return ranks.from_first(lambda: end_losses(stream, known(), tokens.numel(), ends))
 
 
 def _known_losses(
@@ -167,6 +170,7 @@ def _known_losses(
     found now."""
     trials = allocator.trials()
     ends = {end.name: [*end.types] for end in allocator.ends}
+    kinds = {name: [Kind.__members__[one] for one in types] for name, types in ends.items()}
     tried = {name: [spec.model_dump(exclude=_UNTRIED) for spec in specs] for name, specs in trials.items()}
     budget = stream.budget // sharing.ranks.here
 
@@ -182,7 +186,7 @@ def _known_losses(
 
     known = shared("Linears", tried, lambda: trial_losses(stream, tokens, trials, weights, budget, sharing, progress))
     if ends:
-        known |= shared("ends", ends, lambda: losses_of_ends(stream, tokens, ends, weights, sharing.ranks))
+        known |= shared("ends", ends, lambda: losses_of_ends(stream, tokens, kinds, weights, sharing.ranks))
     return known
 
 

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from quantkit.blocks.budget import Budget
 from quantkit.blocks.memory import MemoryPlan, plan_refining
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import worker_count
 from quantkit.codes import Codes, put_together
 from quantkit.late import torch
 from quantkit.progress import Progress
-from quantkit.quantize.refine import CodesOf, Course, Refining, Settings, Student, step_windows
+from quantkit.quantize.refine import CodesOf, Course, Refining, Settings, Student, step_share, step_windows
 from quantkit.quantize.targets import Target
-from quantkit.quantize.token_weights import no_gradient
+from quantkit.quantize.token_weights import no_gradient, of_first
 from quantkit.runs.journal import Journal
-from quantkit.runs.landing import land_refining, landed_blocks, landed_refining
-from quantkit.runs.unfinished import Run
+from quantkit.runs.landing import Landed, block_file, land_refining, landed_refining
+from quantkit.runs.ranks import ALONE, Ranks
 
 _OF = 8  # windows one is held out, but no more than these
 _MOST = 8
@@ -64,17 +65,23 @@ class Refined:
 
 
 def refine_run(
-    run: Run, stream: ModelStream, tokens: torch.Tensor, target: Target, progress: Progress
+    landed: Landed,
+    journal: Journal | None,
+    stream: ModelStream,
+    tokens: torch.Tensor,
+    target: Target,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Refined | None:
     """Refine what all blocks of a run landed as; the target writes gains as they are then. As `refine`."""
-    landed = landed_blocks(run)
+    ranks.wait_for(block_file(landed.folder, landed.blocks - 1), "leave --refine out")
 
     @lru_cache(1)
     def codes(index: int) -> Sequence[tuple[str, Codes]]:
         return [(one.name, put_together(one.tensors, one.fields, stream.device)) for one in landed.linears(index)]
 
     with _in_float32(stream):
-        found = refine(stream, tokens, codes, target.gain_dtype, run.folder, run.journal, progress)
+        found = refine(stream, tokens, codes, target.gain_dtype, landed.folder, journal, progress, ranks=ranks)
     if found is not None:
         target.changed.update(found.gains)
     return found
@@ -86,20 +93,23 @@ def refine(
     codes: CodesOf,
     gain_dtype: Callable[[str], torch.dtype],
     folder: Path,
-    journal: Journal,
+    journal: Journal | None,
     progress: Progress,
     settings: Settings | None = None,
+    ranks: Ranks = ALONE,
 ) -> Refined | None:
     """Tune scales and gains of norms; None, and said why, where the model has no gradient.
 
-    Not to be run in inference mode, whose tensors have no gradients.
+    All ranks call it alike, each runs its share of the windows, and each gets the same. Not to be run in inference
+    mode, whose tensors have no gradients.
 
     Args:
         stream: the unquantized model.
         tokens: int64 [samples, seq_len], the calibration windows; some are held out.
         codes: of each block, on the stream's device.
         gain_dtype: what a gain is written in, by its published name.
-        folder, journal: of the run; what an earlier one of the same left there is gone on from.
+        folder, journal: of the run; what an earlier one of the same left there is gone on from. No journal on all
+            ranks but the first.
         settings: how far and how fast; None: as measured to be good.
 
     Raises:
@@ -114,12 +124,13 @@ def refine(
         progress.note("nothing is refined: one calibration window leaves none to hold out")
         return None
     settings = settings or Settings()
-    memory = plan_refining_memory(stream, *tokens.shape)
+    mine = [window for windows in (held, others) for window in windows[ranks.rank :: ranks.size]]
+    memory = _plan(stream, len(mine), tokens.shape[1], stream.budget // ranks.here, ranks)
     memory.note(progress)
     student = Student(stream, codes, settings, gain_dtype)
-    refining = Refining(stream, tokens, student, memory, progress)
+    refining = Refining(stream, tokens, student, memory, progress, mine=mine, ranks=ranks)
     course = Course(student, settings)
-    found = landed_refining(folder, journal)
+    found = ranks.from_first(lambda: landed_refining(folder, of_first(journal)))
     with progress.phase("refining", settings.steps) as advance:
         if found is not None:
             course.unpack([(int(step), float(value)) for step, value in found[0]["judged"]], found[1])
@@ -132,7 +143,8 @@ def refine(
             if course.due:
                 course.judge(refining.divergence(held))
                 progress.detail(f"step {course.steps}: divergence on held-out windows {course.judged[-1][1]:.4g}")
-                land_refining(folder, journal, course.packed(), course.judged)
+                if ranks.first:
+                    land_refining(folder, of_first(journal), course.packed(), course.judged)
             advance(1)
     student.offsets = course.best
     step, after = min(course.judged, key=lambda one: math.inf if math.isnan(one[1]) else one[1])
@@ -149,10 +161,16 @@ def held_out(windows: int) -> list[int]:
 
 def plan_refining_memory(stream: ModelStream, samples: int, seq_len: int) -> MemoryPlan:
     """What `refine` will do for memory with so many calibration windows. Raises UsageError."""
-    step = len(step_windows(range(samples), 0, seq_len))
-    workers = worker_count(stream.device, step)
     with _in_float32(stream):
-        return plan_refining(stream, samples * seq_len, step * seq_len, seq_len, stream.budget, workers)
+        return _plan(stream, samples, seq_len, stream.budget)
+
+
+def _plan(stream: ModelStream, samples: int, seq_len: int, budget: Budget, ranks: Ranks = ALONE) -> MemoryPlan:
+    """That of a rank with so many windows."""
+    step = step_share(samples, seq_len, ranks)
+    return plan_refining(
+        *(stream, samples * seq_len, step * seq_len, seq_len, budget), worker_count(stream.device, max(1, step))
+    )
 
 
 @contextmanager

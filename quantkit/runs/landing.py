@@ -85,7 +85,7 @@ class Landed:
 
     def linears(self, index: int) -> Iterator[LandedLinear]:
         """The Linears of a landed block, in order; on the CPU."""
-        tensors = read_tensors(_block_file(self.folder, index))
+        tensors = read_tensors(block_file(self.folder, index))
         for entry in self.entries[index]["linears"]:
             name = str(entry["name"])
             own = {key.rpartition(".")[2]: part for key, part in tensors.items() if key.rpartition(".")[0] == name}
@@ -114,7 +114,7 @@ def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
     told = [entry for entry in others if "block" in entry]
     entries: list[Record] = []
     for number, entry in enumerate(told):
-        if entry["block"] != number or not _is_whole(_block_file(run.folder, number), entry["sha256"]):
+        if entry["block"] != number or not _is_whole(block_file(run.folder, number), entry["sha256"]):
             break
         entries.append(entry)
     if len(entries) < len(told) or run.journal.damaged:
@@ -141,7 +141,7 @@ def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
         choice = []
     refined = [entry for entry in others if "refined" in entry][-1:]
     run.journal.rewrite(first, *weights, *choice, *entries, *kept.values(), *refined)
-    used = {_block_file(run.folder, number).name for number in range(len(entries))} | {f"{index:05d}" for index in kept}
+    used = {block_file(run.folder, number).name for number in range(len(entries))} | {f"{index:05d}" for index in kept}
     for part in (BLOCKS, HIDDEN):
         for path in (run.folder / part).glob("*"):
             if re.fullmatch(r"\d{5}(\.safetensors)?", path.name) and path.name not in used:
@@ -252,7 +252,7 @@ def land_block(folder: Path, journal: Journal, index: int, block: Sequence[Lande
     for linear in block:
         tensors |= {f"{linear.name}.{part}": tensor for part, tensor in linear.tensors.items()}
         entries.append({"name": linear.name, "fields": linear.fields, "statistics": linear.statistics})
-    checksum = write_tensors(_block_file(folder, index), tensors)
+    checksum = write_tensors(block_file(folder, index), tensors)
     sync(folder / BLOCKS)
     journal.append({"block": index, "sha256": checksum, "linears": entries})
 
@@ -346,7 +346,8 @@ def choice_file(folder: Path) -> Path:
     return folder / WEIGHTS / "choice.safetensors"
 
 
-def _block_file(folder: Path, index: int) -> Path:
+def block_file(folder: Path, index: int) -> Path:
+    """Where a run has the codes of a block."""
     return folder / BLOCKS / f"{index:05d}.safetensors"
 
 

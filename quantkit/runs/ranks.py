@@ -80,8 +80,8 @@ class Ranks:
         """Everyone's picklable value, in the order of ranks, on every rank."""
         return [value]
 
-    def wait_for(self, path: Path) -> None:
-        """Wait until this machine sees what the first rank wrote. Raises OutputError."""
+    def wait_for(self, path: Path, otherwise: str = "use --no-eval") -> None:
+        """Wait until this machine sees what the first rank wrote. Raises OutputError: share it, or do `otherwise`."""
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
@@ -284,13 +284,13 @@ class _Group(Ranks):
                         f"{wanted} on rank 0"
                     )
 
-    def wait_for(self, path: Path) -> None:
+    def wait_for(self, path: Path, otherwise: str = "use --no-eval") -> None:
         until = time.monotonic() + _VISIBLE
         while not path.exists():
             if time.monotonic() > until:
                 raise OutputError(
                     f"{path} is not there for {self._watch.called(self.rank)}: the output must lie on a file system "
-                    "that all machines share, or use --no-eval"
+                    f"that all machines share, or {otherwise}"
                 )
             time.sleep(0.1)
 

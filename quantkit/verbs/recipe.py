@@ -25,6 +25,7 @@ from quantkit.options import (
     ComputeDtype,
     Effort,
     EffortGrid,
+    EndBits,
     Ends,
     Merging,
     Overrides,
@@ -79,7 +80,7 @@ class VariantRecipe(Spec):
     optional: bool = False
 
 
-class GptqVariant(VariantRecipe, EffortGrid, Overrides, Budget, Spending, Checkpoint):
+class GptqVariant(VariantRecipe, EffortGrid, Overrides, EndBits, Budget, Spending, Checkpoint):
     """A checkpoint. `branch` of its repository; None: main for the first one there, a telling name for others.
 
     Variants that differ by their containers alone are made by one run.
@@ -93,7 +94,7 @@ class GptqVariant(VariantRecipe, EffortGrid, Overrides, Budget, Spending, Checkp
     def _check_budget(self) -> Self:
         if self.budget is not None:
             _check_alone(self.budget)
-            if given := sorted({"bits", "group_size", "override"} & self.model_fields_set):
+            if given := sorted({"bits", "group_size", "override", *EndBits.model_fields} & self.model_fields_set):
                 raise ValueError(f"budget chooses bits and groups: leave {', '.join(given)} out")
         return self
 

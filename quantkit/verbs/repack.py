@@ -21,7 +21,7 @@ from quantkit.options import CheckpointFormat, Ends, QuantSpec, make, parse_size
 from quantkit.options.grid import Override
 from quantkit.options.verbs import Repack
 from quantkit.progress import SILENT, Progress, size
-from quantkit.quantize.targets import CheckpointTarget
+from quantkit.quantize.targets import CheckpointTarget, ends_of
 from quantkit.report import Report
 from quantkit.runs.atomic import REPORT_NAME, absolute, write_json
 from quantkit.runs.outputs import check_output, staged_folder
@@ -134,6 +134,10 @@ def _plan(
     if len(modules) < len(held):
         missed = next(iter(held.difference(modules.values())))
         raise UsageError(f"{missed} is stored in parts of what the model has: `quantkit convert` writes its weights")
+    ends = ends_of(stream)
+    for name in ends:
+        rows, columns = stream.weights.tensors[f"{name}.weight"].shape
+        shapes[name] = rows, columns
     if odd := next((name for name in modules if name not in shapes), None):
         raise UsageError(f"{odd} is codes and no Linear of a block: other containers have no place for it")
     specs = {name: _own(module, codes, group_size, format) for name, module in modules.items()}
@@ -147,7 +151,7 @@ def _plan(
     for name, spec in specs.items():
         if _precision(spec) in asymmetric:
             specs[name] = spec.model_copy(update={"sym": False})
-    return modules, {name: LinearPlan(shapes[name], spec) for name, spec in specs.items()}
+    return modules, {name: LinearPlan(shapes[name], spec, ends.get(name)) for name, spec in specs.items()}
 
 
 def _precision(spec: QuantSpec) -> tuple[int, int]:

@@ -61,6 +61,7 @@ GPTQ_KEYS = {
     "layers",
     "evaluation",
     "refined",
+    "end_bits",
     "folders",
     "seconds",
 }

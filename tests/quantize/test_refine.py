@@ -16,6 +16,7 @@ from conftest import MakeModel, Recorder, token_matrix
 from support.failing import failing_at
 from support.families import DISCOVERED
 from support.folders import contents
+from support.thread_ranks import together
 
 import quantkit
 from quantkit.blocks import backward
@@ -27,17 +28,15 @@ from quantkit.errors import UsageError
 from quantkit.evaluate.scores import score
 from quantkit.evaluate.statistics import summarize
 from quantkit.options import QuantSpec
-from quantkit.options.verbs import Gptq
 from quantkit.quantize import gptq, tuning
 from quantkit.quantize.gptq_grid import round_to_nearest
 from quantkit.quantize.refine import Course, Refining, Settings, Student
 from quantkit.quantize.rounding import rounded as rounded_to
 from quantkit.quantize.targets import on_grid_of
 from quantkit.runs.places import folder_of
-from quantkit.runs.ranks import Ranks
+from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.sources import open_source
 from quantkit.tokens.windows import Windows
-from quantkit.verbs.gptq import gptq as run_gptq
 
 OPTIONS: dict[str, Any] = {
     "calibration": token_matrix(8, 256),
@@ -114,6 +113,29 @@ def test_gradients_are_those_of_the_whole_model(
     for name, gradient in expected.items():
         own = gradient * student.tuned[name].unit
         torch.testing.assert_close(found[name].double(), own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
+
+
+def test_sums_have_the_same_bits_whoever_made_them(make_model: MakeModel) -> None:
+    model = make_model("mixtral")
+    codes = rounded(open_in(model, torch.float32))
+    wanted = [3, 0, 2, 1]
+
+    def found(ranks: Ranks, workers: int = 1) -> tuple[float, dict[str, torch.Tensor]]:
+        stream = open_in(model, torch.float32)
+        student = Student(stream, codes.__getitem__, Settings(), lambda name: torch.float32)
+        mine = range(WINDOWS)[ranks.rank :: ranks.size]
+        refining = Refining(stream, windows(stream), student, MemoryPlan(), mine=mine, ranks=ranks)
+        refining._workers = workers
+        return refining.divergence(wanted[:3]), refining.gradients(wanted)
+
+    divergence, gradients = found(ALONE)
+    others = [found(ALONE, workers) for workers in (2, 4)]
+    for size in (2, 3, 6):
+        others += together(size, found)
+    for other, own in others:
+        assert other == divergence
+        assert own.keys() == gradients.keys()
+        assert all(torch.equal(own[name], gradient) for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("kind", ["gptq", "scattered", "Q4_0", "Q4_1", "Q4_K", "Q3_K"])
@@ -270,14 +292,6 @@ def test_what_has_no_gradient_is_left_and_said(make_model: MakeModel, tmp_path: 
     report = quantkit.gptq(model, tmp_path / "out", refine=True, progress=recorder, **OPTIONS)
     assert [text for text in recorder.notes if text.startswith("nothing is refined, since gemma3n_text")]
     assert report.refined is None
-
-
-def test_several_processes_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
-    class Two(Ranks):
-        size = 2
-
-    with pytest.raises(UsageError, match="--refine runs in one process"):
-        run_gptq(Gptq(model=make_model(), out=tmp_path / "out", refine=True, **OPTIONS), ranks=Two())
 
 
 def test_one_window_leaves_nothing_to_hold_out(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:

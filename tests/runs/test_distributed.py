@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -23,6 +22,7 @@ import torch
 from conftest import MakeModel
 from safetensors.torch import load_file
 from support.forked_ranks import ForkedRanks, Outcome, Request
+from support.thread_ranks import together
 from support.tolerance import assert_mean_product, summed
 
 from quantkit.blocks.workers import BATCH_TOKENS
@@ -144,6 +144,7 @@ def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Pat
         ["--budget", "6bpw"],
         ["--ggml", "q5_0", "--pre", "gpt-2"],
         ["--act-order", "dynamic", "--bits", "8", "--asym"],
+        ["--format", "mlx", "--head", "8", "--embeddings", "4"],
     ],
 )
 def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[str]) -> None:
@@ -153,6 +154,23 @@ def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[s
     for ranks in (1, 3):
         check_done(start(str(ranks), ranks, arguments))
     assert contents(tmp_path / "3" / "out") == contents(tmp_path / "1" / "out")
+
+
+def test_refining_gives_the_same_bytes_for_any_number(start: Start, tmp_path: Path) -> None:
+    """One killed and gone on with by more, too. A step has two windows, so that of four processes two only listen."""
+    arguments = quantize("--deterministic", "--no-eval", "--effort", "fast", "--refine", "--bits", "2", model="dense")
+    for ranks in (1, 2, 4):
+        check_done(start(str(ranks), ranks, arguments, steps=8))
+    whole = contents(tmp_path / "1" / "out")
+    refined = json.loads(whole["quantkit.json"])["refined"]
+    assert refined["after"] < refined["before"]
+    lost = start("killed", 2, arguments, steps=8, stop=(1, 6, signal.SIGKILL), at="steps")
+    assert [outcome.code for outcome in lost] == [1, -signal.SIGKILL]
+    kept = [path.name for path in (tmp_path / "killed/.out.unfinished/refined").iterdir()]
+    assert kept == ["00004.safetensors"]
+    check_done(start("killed", 4, [*arguments, "--resume"], steps=8))
+    for name in ("2", "4", "killed"):
+        assert contents(tmp_path / name / "out") == whole, name
 
 
 def test_the_first_processor_decides_the_arithmetic_of_all(start: Start, tmp_path: Path) -> None:
@@ -378,47 +396,6 @@ def test_two_hosts_give_the_bytes_of_one(start: Start, tmp_path: Path, hosts: li
 
 
 # -- the parts -------------------------------------------------------------------------------------------------------
-
-
-class Threads(Ranks):
-    """Ranks that are threads: enough to try every number of them."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, torch.Tensor]) -> None:
-        self.rank, self.size = rank, size
-        self._barrier, self._board = barrier, board
-
-    def exchange(self, data: torch.Tensor) -> list[torch.Tensor]:
-        self._board[self.rank] = data.clone()
-        self._barrier.wait()
-        parts = [self._board[rank] for rank in range(self.size)]
-        self._barrier.wait()
-        return parts
-
-    def add(self, tensor: torch.Tensor) -> None:
-        tensor.copy_(torch.stack(self.exchange(tensor)).sum(0))
-
-    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        tensor.copy_(self.exchange(tensor)[source])
-
-
-def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """What every rank found."""
-    barrier, board = threading.Barrier(size, timeout=60), {}
-    found: dict[int, Any] = {}
-
-    def run(rank: int) -> None:
-        try:
-            found[rank] = work(Threads(rank, size, barrier, board))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[rank] for rank in range(size)]
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 37])

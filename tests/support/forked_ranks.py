@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Request:
         folder: working folder of all.
         last: more arguments for the last rank only.
         stop: (rank, block, signal): that rank sends itself the signal when that block is done; signal 0: it fails.
+        at: where `stop` counts: blocks that land, from 0, or "steps" of refining that are done, from 1.
+        steps: of refining; None: as many as measured to be good.
         stale: seconds without a heartbeat after which a rank counts as gone.
         bfloat16: ranks whose processors are faster in it; None: as they are.
         namespaces: network namespaces to spread the ranks over, and where they meet.
@@ -41,6 +44,8 @@ class Request:
     folder: str
     last: list[str] = field(default_factory=list)
     stop: tuple[int, int, int] | None = None
+    at: str = "blocks"
+    steps: int | None = None
     stale: float | None = None
     bfloat16: list[int] | None = None
     namespaces: list[str] = field(default_factory=list)
@@ -153,28 +158,42 @@ def _prepare(request: Request, rank: int) -> None:
     """What this rank is to suffer."""
     from quantkit.blocks import arithmetic
     from quantkit.errors import NumericError
+    from quantkit.quantize import tuning
+    from quantkit.quantize.refine import Course, Settings
     from quantkit.runs import ranks as parallel
     from quantkit.runs import watch
     from quantkit.runs.landing import Lander
 
     parallel._VISIBLE = 1.0
+    if request.steps is not None:
+        tuning.Settings = partial(Settings, steps=request.steps)  # type: ignore[assignment,misc]
     if (fast := request.bfloat16) is not None:
         arithmetic.bfloat16_pays = lambda: rank in fast  # type: ignore[assignment]
     if request.stale is not None:
         watch._STALE = request.stale
     if request.stop is None or request.stop[0] != rank:
         return
-    _, block, number = request.stop
-    land = Lander.land
+    _, last, number = request.stop
+    land, step = Lander.land, Course.step
 
-    def stop_after(self: Lander, index: int, hidden: Any) -> None:
-        land(self, index, hidden)
-        if index == block:
+    def done(count: int) -> None:
+        if count == last:
             if number == 0:
                 raise NumericError("a broken weight")
             os.kill(os.getpid(), number)
 
-    Lander.land = stop_after  # type: ignore[method-assign]
+    def land_and_stop(self: Lander, index: int, hidden: Any) -> None:
+        land(self, index, hidden)
+        done(index)
+
+    def step_and_stop(self: Course, gradients: Any) -> None:
+        step(self, gradients)
+        done(self.steps)
+
+    if request.at == "blocks":
+        Lander.land = land_and_stop  # type: ignore[method-assign]
+    else:
+        Course.step = step_and_stop  # type: ignore[method-assign]
 
 
 def _enter(namespace: str) -> None:

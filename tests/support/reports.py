@@ -287,6 +287,7 @@ CASES: dict[str, Report] = {
     ),
     "gptq to a budget, dry run": replace(GPTQ, budget=UNSPENT),
     "gptq into folders": replace(GPTQ, folders={"gptq": 63_456_789, "mlx": 60_000_000}, memory_remark=None),
+    "gptq of all": replace(GPTQ, end_bits={"head": 8, "embeddings": 6}, memory_remark=None),
     "gptq to a file": replace(GPTQ, ggml="q4_k_m", memory_remark=None),
     "imatrix": IMATRIX,
     "imatrix, dry run": replace(IMATRIX, dry_run=True, unseen={}),

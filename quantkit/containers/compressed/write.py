@@ -45,18 +45,22 @@ def label(linears: Plan, weights: Weights) -> dict[str, Any]:
     """Config groups, one for each precision, and the modules that stay as they are.
 
     One precision is for the class of all Linears, as the library's own tools write it. Several have names for targets:
-    vLLM takes what it fuses (q, k and v) by its class before it looks at names.
+    vLLM takes what it fuses (q, k and v) by its class before it looks at names. A head has a class of its own there: it
+    is always named.
     """
     precisions: dict[tuple[int, int, bool, str], list[str]] = {}
     for module, linear in linears.items():
         spec = linear.spec
         precisions.setdefault((spec.bits, spec.group_size, spec.sym, spec.act_order), []).append(module)
-    kept = kept_matrices(weights, linears)
+    kept, ends = kept_matrices(weights, linears), [name for name, linear in linears.items() if linear.end is not None]
+    one = sum(not set(modules).issubset(ends) for modules in precisions.values()) == 1
     groups = {}
     for number, ((bits, size, sym, order), modules) in enumerate(precisions.items()):
         others = {*linears, *kept}.difference(modules)
+        inside = [module for module in modules if module not in ends]
+        of_class = [CLASS] if inside else []
         groups[f"group_{number}"] = {
-            "targets": [CLASS] if len(precisions) == 1 else patterns(modules, others),
+            "targets": [*(of_class if one else patterns(inside, others)), *(m for m in modules if m in ends)],
             "weights": {
                 "num_bits": bits,
                 "type": "int",
@@ -71,7 +75,7 @@ def label(linears: Plan, weights: Weights) -> dict[str, Any]:
             "output_activations": None,
         }
     ignored = patterns(kept, linears)
-    return {"config_groups": groups, "ignore": ignored if _HEAD in ignored else [*ignored, _HEAD]}
+    return {"config_groups": groups, "ignore": ignored if ends or _HEAD in ignored else [*ignored, _HEAD]}
 
 
 def patterns(modules: Collection[str], others: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.containers.gptq.read.G
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from quantkit.codes import Plan, QuantizedLinear
@@ -79,10 +80,38 @@ def quantization_config(
     return {**content, "dynamic": dynamic} if dynamic else content
 
 
+def with_head(quantization: dict[str, Any], linears: Plan) -> dict[str, Any]:
+    """The same where the output head is among the Linears: its flag; its name among the modules, where vLLM looks for
+    it; and a rule of its own, which counts before those of others, where it is not what most Linears are."""
+    heads = {name: linear.spec for name, linear in linears.items() if linear.end == "head"}
+    if not heads:
+        return quantization
+    rules = {
+        f"+:^{pattern_regex(name)}$": {key: getattr(spec, key) for key in ("bits", "group_size", "sym")}
+        for name, spec in heads.items()
+    }
+    most = {key: quantization[key] for key in ("bits", "group_size", "sym")}
+    dynamic = quantization.get("dynamic", {})
+    told = {"dynamic": rules | dynamic} if dynamic or list(rules.values()) != [most] else {}
+    modules = [*quantization["modules_in_block_to_quantize"], *([name] for name in heads)]
+    return quantization | {"lm_head": True, "modules_in_block_to_quantize": modules} | told
+
+
 class GptqWriter(CodedWriter):
     """Writes one checkpoint."""
 
     opens = GptqSource
+
+    def __init__(
+        self,
+        folder: Path,
+        source: Source,
+        weights: Weights,
+        linears: Plan,
+        quantization: dict[str, Any],
+        max_shard_bytes: int,
+    ) -> None:
+        super().__init__(folder, source, weights, linears, with_head(quantization, linears), max_shard_bytes)
 
     @staticmethod
     def parts_of(shape: tuple[int, int], spec: QuantSpec, groups: int) -> list[Part]:

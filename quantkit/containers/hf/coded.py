@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from quantkit.codes import Codes, Plan, QuantizedLinear, dequantized
-from quantkit.containers import CONTAINERS, misfit
+from quantkit.containers import CONTAINERS, misfit, misfit_end
 from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype, untied
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
@@ -170,9 +170,11 @@ def kept_matrices(weights: Weights, linears: Plan) -> list[str]:
 
 def check_holds(container: str, linears: Plan) -> None:
     """Refuse what a container cannot hold, by its row. Raises UsageError."""
-    refusal = misfit(CONTAINERS[container], {linear.spec for linear in linears.values()})
-    if refusal is not None:
-        raise UsageError(refusal)
+    row = CONTAINERS[container]
+    refusals = [misfit_end(row, linear.end, linear.spec) for linear in linears.values() if linear.end is not None]
+    for refusal in (*refusals, misfit(row, {linear.spec for linear in linears.values()})):
+        if refusal is not None:
+            raise UsageError(refusal)
 
 
 def check_whole_groups(container: str, linears: Plan) -> None:

@@ -14,6 +14,7 @@ from quantkit.codes.packing import unpack_rows
 from quantkit.containers import CONTAINERS
 from quantkit.containers.hf.coded import CodedFolder
 from quantkit.containers.source import HoldsCodes, TensorInfo
+from quantkit.containers.values import all_finite
 from quantkit.errors import SourceError
 from quantkit.late import torch
 
@@ -84,18 +85,29 @@ class MlxSource(CodedFolder):
     def read(self, name: str) -> torch.Tensor:
         if not self.is_coded(name):
             return self.stored.read(name)
+        return self.read_rows(name, 0, self.shape(name.removesuffix(".weight"))[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if not self.is_coded(name):
+            return self.stored.read_rows(name, start, stop)
         module = name.removesuffix(".weight")
-        scales, biases = self.stored_scales(module), self.stored.read(f"{module}.biases").float()
-        if not bool(torch.isfinite(biases).all()):
-            raise SourceError(f"{self.path}: {module}.biases hold NaN or infinity; the model's files are damaged")
-        values = self.read_unpacked(module).float()
-        for columns, groups in grouped(values, self.read_groups(module)):
-            columns.mul_(scales[:, groups, None]).add_(biases[:, groups, None])
-        return values
+        words, scales, biases = (
+            self.stored.read_rows(f"{module}.{part}", start, stop) for part in ("weight", *self.of_linear)
+        )
+        for part, values in zip(self.of_linear, (scales, biases), strict=True):
+            if not all_finite(values):
+                raise SourceError(f"{self.path}: {module}.{part} hold NaN or infinity; the model's files are damaged")
+        weights = self._unpacked(module, words).float()
+        for columns, groups in grouped(weights, self.read_groups(module)):
+            columns.mul_(scales[:, groups, None].float()).add_(biases[:, groups, None].float())
+        return weights
 
     def read_unpacked(self, module: str) -> torch.Tensor:
-        words = self.stored.read(f"{module}.weight").view(torch.int32)
-        return unpack_rows(words, self.bits(module), self.shape(module)[1])
+        return self._unpacked(module, self.stored.read(f"{module}.weight"))
+
+    def _unpacked(self, module: str, words: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [rows, in] of rows of words."""
+        return unpack_rows(words.view(torch.int32), self.bits(module), self.shape(module)[1])
 
     def read_zeros(self, module: str) -> torch.Tensor:
         zeros = self._zeros(module)

@@ -12,7 +12,7 @@ from typing import Any
 from quantkit.blocks.open import check_windows, fitted, model_or_default, open_parts, pair_of, stream_of, whole
 from quantkit.blocks.pair import label_of
 from quantkit.blocks.stream import ModelStream
-from quantkit.errors import Interrupted, OutputError, QuantkitError, UsageError
+from quantkit.errors import Interrupted, OutputError, QuantkitError
 from quantkit.late import torch
 from quantkit.options import EvaluationSpec, default_seq_len, make
 from quantkit.options.values import allowances
@@ -71,8 +71,6 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
     """`gptq` of at most one budget."""
     started = time.perf_counter()
     spec = quant_spec(options)
-    if spec.refine and ranks.size > 1:
-        raise UsageError("--refine runs in one process: leave it out, or start without torchrun")
     shared = options.model_dump(include={"text", "template", "eval_tokens"})
     judging = make(EvaluationSpec, seq_len=default_seq_len(options.text), **shared)
     given = model_or_default(pair_of(options.model, options.base, options.delta), progress)

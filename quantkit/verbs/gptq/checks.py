@@ -61,7 +61,7 @@ def note_plan(stream: ModelStream, plan: Plan, progress: Progress) -> None:
             f"{stream.family.blocks}, and what its Linears read is found by watching a forward (routers, and Linears "
             "with a side that is no multiple of 32, stay as they are)"
         )
-    left = sum(1 for _ in stream.linears()) - len(plan)
+    left = sum(1 for name, _ in stream.linears() if name not in plan)
     if left:
         progress.note(f"{left} Linears stay as they are")
     coded = {stream.weights.tensors[f"{name}.weight"] for name, _ in stream.linears() if name not in plan}

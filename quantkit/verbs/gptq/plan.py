@@ -14,12 +14,12 @@ from quantkit.codes import Plan
 from quantkit.containers import check_own, misfit, of_format, own_options
 from quantkit.errors import UsageError
 from quantkit.late import torch
-from quantkit.options import METHODS, Ends, Grid, QuantSpec, make, parse_size
+from quantkit.options import METHODS, EndBits, Ends, Grid, QuantSpec, make, parse_size
 from quantkit.options.values import gptq_type
 from quantkit.options.verbs import Gptq
 from quantkit.progress import Progress
 from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates, ggml_candidates
-from quantkit.quantize.blockwise import corrects, gptq_multiplications, plan_gptq_memory
+from quantkit.quantize.blockwise import corrects, gptq_multiplications, plan_gptq_memory, shape_of_head
 from quantkit.quantize.targets import CheckpointTarget, Folders, Target, on_grid_of
 from quantkit.quantize.token_weights import plan_weights_memory, weighing_multiplications
 from quantkit.quantize.tuning import plan_refining_memory
@@ -48,6 +48,9 @@ def quant_spec(options: Gptq) -> QuantSpec:
             if refusal := misfit(of_format(format), [spec]):
                 raise UsageError(refusal)
         return spec
+    for name, bits in options.part(EndBits).given.items():
+        instead = "--output-type" if name == "head" else "--embedding-type"
+        raise UsageError(f"--{name} {bits} is for folders of codes: with --ggml give {instead}")
     check_own(["gguf"], {}, options.model_dump(include=own_options()))
     if len(options.formats) > 1:
         raise UsageError(f"--format {','.join(options.formats)} is for folders: leave --ggml out")
@@ -68,6 +71,7 @@ def _check_budget(options: Gptq, grid: dict[str, Any]) -> None:
     """Refuse what has no place beside --budget. Raises UsageError, MissingPackageError."""
     check_solver()
     given = {"--bits": "bits" in grid, "--group-size": "group_size" in grid, "--override": bool(options.override)}
+    given |= dict.fromkeys((f"--{name}" for name in options.part(EndBits).given if options.ggml is None), True)
     if named := [option for option, is_given in given.items() if is_given]:
         raise UsageError(f"--budget chooses bits and groups: leave {', '.join(named)} out")
     if options.method != "gptq":
@@ -149,7 +153,8 @@ def note_limits(target: Target, progress: Progress) -> None:
 def _folder(stream: ModelStream, spec: QuantSpec, options: Gptq) -> CheckpointTarget | Folders:
     """A folder of codes, or several."""
     shard_bytes = parse_size(options.max_shard_size)
-    folders = {format: CheckpointTarget(stream, spec, format, shard_bytes) for format in options.formats}
+    bits = options.part(EndBits)
+    folders = {format: CheckpointTarget(stream, spec, format, shard_bytes, bits=bits) for format in options.formats}
     first = folders[options.formats[0]]
     check_own(options.formats, first.plan, options.model_dump(include=own_options()))
     return first if len(folders) == 1 else Folders(folders)
@@ -178,7 +183,8 @@ def sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, opt
     """Sizes from headers alone."""
     windows = windows_of(options)
     feeds = is_weighted(spec) and spec.row_feedback
-    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec), feeds)]
+    head = shape_of_head(target.plan)
+    plans = [plan_gptq_memory(stream, windows[0], windows[1], corrects(spec), feeds, head=head)]
     if options.budget is not None:
         plans.append(plan_gptq_memory(stream, windows[0], windows[1], tried=True))
     if is_weighted(spec):
@@ -196,12 +202,13 @@ def sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, opt
         group_size=spec.group_size,
         sym=spec.sym,
         act_order=spec.act_order,
+        end_bits={linear.end: linear.spec.bits for linear in target.plan.values() if linear.end is not None},
         bits_per_weight=8 * target.quantized_bytes / weights,
         bytes=target.bytes,
         folders={name: one.bytes for name, one in target.folders.items()} if isinstance(target, Folders) else {},
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
-        multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec)),
+        multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec), head),
         shared_multiplications=shared,
         dry_run=True,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quantkit.options import ActOrder
+from quantkit.options import ActOrder, End
 from quantkit.progress import counted, size
 from quantkit.quantize.allocate import Spent
 from quantkit.quantize.layers import EndStatistics, LayerStatistics
@@ -14,6 +14,7 @@ from quantkit.quantize.tuning import RefiningReport
 from quantkit.report import Report, Shown
 from quantkit.verbs.perplexity import PerplexityReport
 
+_ENDS: Mapping[End, str] = {"head": "head", "embeddings": "embeddings", "both": "embeddings and head"}
 _FAR = 2.0  # between a prediction and what is measured
 
 
@@ -25,6 +26,7 @@ class GptqReport(Report):
         model: what to open: the folder of a checkpoint, the file in it.
         ggml: type of the GGUF file; None for a checkpoint.
         bits, group_size, sym, act_order: of most Linears.
+        end_bits: of "head" and "embeddings", or the tied matrix that is "both", where a folder has codes of them.
         bits_per_weight: of the quantized Linears, with scales, zeros and g_idx.
         bytes: size of the weight files' tensors.
         folders: of several formats, bytes of each one's folder in `out`; of one: {}.
@@ -59,6 +61,7 @@ class GptqReport(Report):
     evaluation: PerplexityReport | None = None
     ends: list[EndStatistics] = field(default_factory=list, kw_only=True)
     refined: RefiningReport | None = field(default=None, kw_only=True)
+    end_bits: dict[End, int] = field(default_factory=dict, kw_only=True)
     folders: dict[str, int] = field(default_factory=dict, kw_only=True)
     others: list[GptqReport] = field(default_factory=list, kw_only=True)
     seconds: float = 0.0
@@ -80,7 +83,8 @@ class GptqReport(Report):
         yield f"{done} {self.out if self.folders else self.model}"
         if self.folders:
             yield f"in it {', '.join(f'{name} ({size(held)})' for name, held in self.folders.items())}"
-        yield f"{grid}, act-order {self.act_order}: {held}"
+        outside = "".join(f", {_ENDS[end]} {bits}-bit" for end, bits in self.end_bits.items())
+        yield f"{grid}, act-order {self.act_order}{outside}: {held}"
         if self.budget is not None:
             yield from self.budget.lines()
         if self.dry_run:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, put_together, take_apart_packed
+from quantkit.codes.kinds import Kind
 from quantkit.containers import own_options
-from quantkit.options import Ends, QuantSpec, parse_size
+from quantkit.options import EndBits, Ends, QuantSpec, parse_size
 from quantkit.options.values import Every, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
 from quantkit.quantize.allocate import Allocator
 from quantkit.quantize.blockwise import OnLinear, corrects, quantize_blocks
+from quantkit.quantize.coded_ends import embedding_of, head_of, quantize_head, read_rounded_codes, round_embedding
 from quantkit.quantize.layers import EndStatistics, LayerStatistics, recorded_layers, write_layer_table
 from quantkit.quantize.sharing import Sharing
 from quantkit.quantize.targets import CodesWriter, Folders, Target
@@ -27,7 +30,7 @@ from quantkit.quantize.tuning import Refined, refine_run
 from quantkit.runs.atomic import REPORT_NAME, fingerprint, write_json
 from quantkit.runs.journal import Journal
 from quantkit.runs.landing import NOTHING, Landed, LandedLinear, Lander, find_landed, landed_blocks
-from quantkit.runs.ranks import Ranks
+from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.record import check_unchanged, checksums, companions, origin
 from quantkit.runs.shared_weights import is_sharing
 from quantkit.runs.unfinished import Run, drop_unfinished, finished, working
@@ -60,9 +63,10 @@ def made(
     unsaid |= set() if spec.refine else {"refine"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.model_dump(include=own_options(), exclude_defaults=True)
+    of_folder |= options.part(EndBits).given
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
-    # Nothing but a GGUF file rounds embedding and output matrix; runs that share weights may make one of each.
-    ends = options.ggml is not None or is_sharing()
+    # Runs that share weights may make a GGUF file, which has its embedding and output matrix rounded.
+    ends = options.ggml is not None or bool(options.part(EndBits).given) or is_sharing()
     gradients = Gradients(options.seed, spec.row_feedback, ends) if weighted else None
     recipe |= {"seed": options.seed} if weighted else {}
     if allocator is not None:
@@ -89,7 +93,8 @@ def made(
     if ranks.first:
         shard_bytes = parse_size(options.max_shard_size)
         more = {"companions": companions(stream.source), "max_shard_size": shard_bytes, "untie": options.untie}
-        with working(place, decided | more, len(stream.blocks), options.resume, options.force) as run:
+        steps = len(stream.blocks) + (head_of(target.plan) is not None)  # the head lands as a block does
+        with working(place, decided | more, steps, options.resume, options.force) as run:
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
             made = _quantize(
@@ -97,7 +102,7 @@ def made(
                 *(sharing, progress),
             )
     else:
-        _help_quantize(stream, matrix, target, allocator, every, gradients, options.resume, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, spec.refine, options.resume, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -141,15 +146,18 @@ def _quantize(
             _write_landed(landed, writer)
         since = landed.blocks - landed.start
         with Lander(run.folder, tuple(target.plan), every, sharing.ranks, since, run.journal) as lander:
-            budget = stream.budget // sharing.ranks.here
-            arguments = stream, matrix.tokens, target.plan, _landing(lander, add), budget, progress
-            quantize_blocks(*arguments, landed, lander.land, sharing, weights)
+            _quantize_all(stream, matrix, target, lander, add, landed, weights, sharing, progress)
         layers += [LayerStatistics(**told) for told in lander.statistics]
         if writer is None:
-            refined = refine_run(run, stream, matrix.tokens, target, progress)
+            landed = sharing.ranks.from_first(lambda: landed_blocks(run))
+            refined = refine_run(landed, run.journal, stream, matrix.tokens, target, progress, sharing.ranks)
             writer = stack.enter_context(target.writer(run.staged))
-            _write_landed(landed_blocks(run), writer, refined)
+            _write_landed(landed, writer, refined)
         with progress.phase("writing", 1) as advance:
+            if (embedding := embedding_of(target.plan)) is not None:
+                codes, statistics = round_embedding(stream, matrix.tokens, *embedding)
+                layers.append(_predicted(statistics, stream, matrix, codes, weights, ALONE))
+                writer.add_linear(embedding[0], codes)
             writer.add_others()
             writer.finish()
             advance(1)
@@ -201,6 +209,7 @@ def _help_quantize(
     allocator: Allocator | None,
     every: Every,
     gradients: Gradients | None,
+    refines: bool,
     resume: bool,
     sharing: Sharing,
 ) -> None:
@@ -216,9 +225,40 @@ def _help_quantize(
         target = choice.target
     _ends(stream, matrix, target, choice, weights, sharing)
     with Lander(landed.folder, (), every, ranks) as lander:
-        budget = stream.budget // ranks.here
-        take = _landing(lander, _nothing)
-        quantize_blocks(stream, matrix.tokens, target.plan, take, budget, SILENT, landed, lander.land, sharing, weights)
+        _quantize_all(stream, matrix, target, lander, _nothing, landed, weights, sharing, SILENT)
+    if refines:
+        refine_run(ranks.from_first(lambda: NOTHING), None, stream, matrix.tokens, target, SILENT, ranks)
+
+
+def _quantize_all(
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    target: Target,
+    lander: Lander,
+    add: Callable[[str, Codes], None],
+    landed: Landed,
+    weights: TokenWeights | None,
+    sharing: Sharing,
+    progress: Progress,
+) -> None:
+    """Quantize all that needs calibration, and let it land: the blocks, on rows of the embedding as they are written,
+    and the head on what leaves them. All ranks call it alike."""
+    take, head, embedding = _landing(lander, add), head_of(target.plan), embedding_of(target.plan)
+
+    def quantize(hidden: HiddenStates, batches: int) -> None:
+        assert head is not None
+        with progress.phase("quantizing the head", 1) as advance:
+            codes, statistics = quantize_head(stream, hidden, batches, *head, sharing)
+            take(head[0], codes, _predicted(statistics, stream, matrix, codes, weights, sharing.ranks))
+            lander.land(len(stream.blocks), None)
+            advance(1)
+
+    on_end = None if head is None or landed.blocks > len(stream.blocks) else quantize
+    rounded = nullcontext() if embedding is None else read_rounded_codes(stream, *embedding)
+    budget = stream.budget // sharing.ranks.here
+    with rounded:
+        arguments = stream, matrix.tokens, target.plan, take, budget, progress
+        quantize_blocks(*arguments, landed, lander.land, sharing, weights, on_end=on_end)
 
 
 def _weights(
@@ -249,10 +289,25 @@ def _ends(
     if weights is None:
         return []
     known = {} if choice is None else choice.planned
-    others = {name: [kind] for name, kind in target.ends.items() if name not in known}
+    others = {name: [Kind.__members__[kind]] for name, kind in target.ends.items() if name not in known}
     found = losses_of_ends(stream, matrix.tokens, others, weights, sharing.ranks)
     lost = {**known, **{name: loss for name, (loss,) in found.items()}}
     return [EndStatistics(name, kind, lost[name]) for name, kind in target.ends.items() if name in lost]
+
+
+def _predicted(
+    statistics: LayerStatistics,
+    stream: ModelStream,
+    matrix: TokenMatrix,
+    codes: Codes,
+    weights: TokenWeights | None,
+    ranks: Ranks,
+) -> LayerStatistics:
+    """The same of a head or an embedding with what its codes are predicted to cost, where token weights tell. All of
+    `ranks` call it alike."""
+    name = f"{statistics.name}.weight"
+    found = {} if weights is None else losses_of_ends(stream, matrix.tokens, {name: [codes]}, weights, ranks)
+    return replace(statistics, predicted=found[name][0]) if found else statistics
 
 
 def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:

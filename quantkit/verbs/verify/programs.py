@@ -204,6 +204,8 @@ def programs(facts: Facts) -> list[Load]:
 def transformers(facts: Facts) -> Iterator[str]:
     if facts.family in _TRANSFORMERS_NOT:
         yield _TRANSFORMERS_NOT[facts.family]
+    if _head(facts):
+        yield "it leaves the codes of the output head unread, and has random numbers there: --format compressed-tensors"
 
 
 def gptqmodel(facts: Facts) -> Iterator[str]:
@@ -323,9 +325,13 @@ def autogptq(facts: Facts) -> Iterator[str]:
 
 
 def _plain_head(facts: Facts) -> Iterator[str]:
-    head = next((name for name in _HEADS if name in facts.tensors and facts.tensors[name].bits), None)
-    if head:
+    if head := _head(facts):
         yield f"it looks for {head}, and here the head is quantized"
+
+
+def _head(facts: Facts) -> str | None:
+    """The name of a head that is quantized."""
+    return next((name for name in _HEADS if name in facts.tensors and facts.tensors[name].bits), None)
 
 
 def _of_transformers_4(facts: Facts) -> Iterator[str]:

@@ -92,6 +92,14 @@ def test_gptq_writes_it(family: str, make_model: MakeModel, tmp_path: Path) -> N
         assert (read.weights.read(name) - values).norm() < 0.25 * values.norm(), name
 
 
+def test_a_mixtral_is_not_told_to_be_a_llama(make_model: MakeModel, tmp_path: Path) -> None:
+    for family in ("mixtral", "llama"):
+        written(make_model, family, tmp_path / f"{family}.gguf")
+        loads = quantkit.verify(tmp_path / f"{family}.gguf", generate=False).models[0].loads
+        why = next(load.why for load in loads if load.program == "transformers")
+        assert ("for a model without experts" in why) is (family == "mixtral")
+
+
 @pytest.mark.parametrize(("groups", "queries"), [(4, 1), (2, 3), (1, 5)])
 def test_fused_heads_are_parted_and_put_together(groups: int, queries: int) -> None:
     rows = np.arange(groups * (queries + 2) * 4 * 3).reshape(-1, 3)

@@ -32,6 +32,7 @@ DIFFERENT: dict[str | tuple[str, str], str] = {
     "rope.scaling.type": "none there, of Cohere and Nemotron",
     ("mistral", "attention.sliding_window"): "no loader asks for it; said here so that it is read back",
     ("olmo3", "attention.sliding_window_pattern"): "left out here where it is the one that the loader takes",
+    ("exaone4", "attention.sliding_window_pattern"): "the same",
     ("phi", "feed_forward_length"): "four times the width there, whatever the config says",
     ("nemotron", "attention.layer_norm_rms_epsilon"): "said there beside the other epsilon, which its norms have",
 }

@@ -39,6 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "cohere": {},
     "cohere2": _WINDOWS,
+    "exaone4": {"sliding_window": 8, "num_hidden_layers": 64, "layer_types": None},
+    "hunyuan_v1_dense": {},
     "glm4": {"attention_bias": True},
     "ernie4_5": {"head_dim": 32},
     "nemotron": {},

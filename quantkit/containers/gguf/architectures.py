@@ -90,6 +90,7 @@ class Architecture:
         unturned: every so manieth block has no rotary; 0 where all have it.
         window: the config's `sliding_window` is a key of the file.
         window_pattern: of so many layers the last sees everything, the others a window; 0 where all are alike.
+        window_models: block counts of the models that may have a window; empty where all may.
         local_rope: layers with a window have rotary parameters: of their "own" base, or of the "same" one unscaled.
         query_scalar: the attention scale is a config field, which follows from the head's width.
         wide_models: block counts of the models whose attention scale is hidden/heads, not the head's width.
@@ -127,6 +128,7 @@ class Architecture:
     unturned: int = 0
     window: bool = False
     window_pattern: int = 0
+    window_models: tuple[int, ...] = ()
     local_rope: Literal["", "own", "same"] = ""
     query_scalar: bool = False
     wide_models: tuple[int, ...] = ()
@@ -437,6 +439,22 @@ ROWS: tuple[Architecture, ...] = (
         head="tied",
         window_pattern=4,
         same_width=True,
+    ),
+    # Its window is read in the model of 64 blocks alone, which has a rotary in layers with a window alone.
+    Architecture(
+        "exaone4",
+        "exaone4",
+        {**_ATTENTION, **_MLP, **_LATE_NORMS, **_HEAD_NORMS},
+        rope_types=("linear", "yarn", "llama3"),
+        window_pattern=4,
+        window_models=(64,),
+        same_width=True,
+    ),
+    Architecture(
+        "hunyuan-dense",
+        "hunyuan_v1_dense",
+        {**_GATED, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+        means={"attention_bias": False},
     ),
     Architecture(
         "glm4",

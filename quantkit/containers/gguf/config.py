@@ -136,7 +136,7 @@ def config_settings(
     head = keys.number("attention.key_length", width, whole=True)
     _check_shapes(row, settings, head, shapes)
     settings |= {"model_type": row.model_type, "head_dim": head}
-    if row.window or window:
+    if row.window or row.window_pattern or window:
         settings["sliding_window"] = window
     if row.window_pattern:
         settings["layer_types"] = list(_layer_types(keys, row, window, blocks))

@@ -133,7 +133,7 @@ def _windows(config: PretrainedConfig, row: Architecture) -> Keys:
         keys["attention.sliding_window"] = window or 0  # 0 tells Phi-4 from the models before it
     elif window and (row.window or row.window_pattern):
         keys["attention.sliding_window"] = window
-    if row.window_pattern:
+    if row.window_pattern and window:
         windowed = [kind == "sliding_attention" for kind in config.layer_types]
         if windowed != [bool((i + 1) % row.window_pattern) for i in range(len(windowed))]:
             keys["attention.sliding_window_pattern"] = windowed
@@ -222,6 +222,8 @@ def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
         yield f"{heads} heads share {shared} keys and values, which a {row.name} GGUF file cannot say"
     if not (row.window or row.window_pattern) and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         yield f"layer_types has a sliding window, which a {row.name} GGUF file cannot say"
+    if row.window_models and config.sliding_window and config.num_hidden_layers not in row.window_models:
+        yield f"sliding_window is {config.sliding_window}, which a {row.name} GGUF file of this many blocks cannot say"
     for name, meant in row.means.items():
         value = getattr(config, name, None)
         if (value or None) != (meant or None):

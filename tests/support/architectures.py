@@ -36,6 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "arcee": {},
     "seed_oss": {"head_dim": 32},
     "stablelm": {"use_qkv_bias": True},
+    "gpt2": {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "n_inner": 96},
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "cohere": {},
     "cohere2": _WINDOWS,

@@ -144,6 +144,8 @@ def config_settings(
         settings["query_pre_attn_scalar"] = width if blocks in row.wide_models else head
     if row.unturned:
         settings["no_rope_layers"] = turned_layers(blocks, row.unturned)
+    if not row.rotary:
+        return settings
     rope = _rope_parameters(keys, head, shapes, read)
     if row.local_rope:
         base = 10000.0 if row.local_rope == "own" else rope["rope_theta"]
@@ -206,6 +208,7 @@ def _check_shapes(
         "ffn_gate": (inner, width),
         "ffn_up": (2 * inner if row.gate_in_up else inner, width),
         "ffn_down": (width, inner),
+        "position_embd": (settings["max_position_embeddings"], width),
         **_expert_shapes(row, settings),
     }
     for name, shape in shapes.items():

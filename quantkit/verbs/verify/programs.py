@@ -420,6 +420,8 @@ def gguf_by_transformers(facts: Facts) -> Iterator[str]:
     if name not in GGUF_SUPPORTED_ARCHITECTURES and name.replace("moe", "_moe") not in GGUF_SUPPORTED_ARCHITECTURES:
         yield f"transformers reads no GGUF file of architecture {name}"
         return
+    if facts.config.model_type == "mixtral":
+        yield "transformers takes a llama GGUF file for a model without experts"
     yield from _passed_over(facts, name)
     if facts.parts > 1:
         yield "it reads one file: llama-gguf-split --merge"

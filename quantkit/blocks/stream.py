@@ -216,6 +216,8 @@ class ModelStream:
             for ids in batches:
                 capture = self._run_with_stand_ins(ids.to(self.device))
                 assert capture.hidden is not None
+                if capture.hidden.shape[:2] == ids.shape[::-1] != ids.shape:
+                    raise self._not_by_blocks("its hidden states have tokens first, and then windows")
                 hidden.append(capture.hidden)
                 self._windows[capture.hidden.shape] = ids.shape
                 own = capture.arguments

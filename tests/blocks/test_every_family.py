@@ -21,10 +21,11 @@ SAMPLE = (
     "git",  # a tower inside the text model, with blocks and positions of its own
     "granitemoe",  # experts fused in the checkpoint, which are put together again
     "hrm_text",  # a reason: blocks that are run more than once
+    "hy_v4",  # several streams of hidden states
     "llama4",  # the text part of a whole, its experts fused
     "olmo_hybrid",  # three convolutions that are one
     "xlm",  # a reason: blocks that are spread over lists
-    "xlnet",  # hidden states whose first dimension is the tokens'
+    "xlnet",  # a reason: hidden states whose first dimension is the tokens'
     "zamba",  # blocks that share Linears
     "zaya",  # a block gets what the one before returns beside its states
 )

@@ -199,7 +199,8 @@ def tiny(kind: str, seed: int = 0) -> Any:
         raise ValueError(_CANNOT[kind])
     settings = settings_of(kind)
     factory: Any = AutoModelForCausalLM
-    if not isinstance(settings, MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].config_class):
+    whole = settings.get_text_config() is not settings
+    if whole and not isinstance(settings, MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].config_class):
         factory = AutoModelForImageTextToText
     with torch.device("meta"):
         size = sum(own.numel() for own in factory.from_config(settings).parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def test_the_head_is_gptq_s_on_what_reaches_it(format: str, bits: int, make_mode
     report = quantkit.gptq(model, tmp_path / "out", format=format, head=bits, **OPTIONS)
     linear, W = codes_of(report.out, HEAD), open_source(model).read(f"{HEAD}.weight").float()
     assert linear.bits == bits
-    assert torch.equal(open_source(report.out).read(f"{HEAD}.weight"), linear.dequantize())
+    source = open_source(report.out)
+    assert torch.equal(source.read(f"{HEAD}.weight"), linear.dequantize())
+    assert torch.equal(source.read_rows(f"{HEAD}.weight", 100, 107), linear.dequantize()[100:107])
     x = read_by_the_head(report.out, model)
     H = x.T @ x / len(x)
     spec = QuantSpec(bits=bits, group_size=32)
@@ -141,6 +144,10 @@ def test_untied_a_head_gets_codes_of_its_own(make_model: MakeModel, tmp_path: Pa
     assert codes_of(out, HEAD).bits == 8
     assert torch.equal(source.read(f"{EMBEDDING}.weight"), open_source(model).read(f"{EMBEDDING}.weight"))
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    quantkit.card(out, base_model=["someone/tiny"], licence="mit")
+    card = (out / "README.md").read_text()
+    assert "| 4-bit symmetric, head 8-bit |" in card
+    assert re.search(r"quantkit gptq \S+ .*--head 8 .*--untie", card)
 
 
 @pytest.mark.fast

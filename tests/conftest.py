@@ -119,10 +119,12 @@ def random_model(family: str, *, tied: bool, dtype: torch.dtype, seed: int, **co
     return model.to(dtype)
 
 
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs compute in float32, whatever the processor of the tests is faster in."""
-    monkeypatch.setattr(arithmetic, "bfloat16_pays", lambda: False)
+@pytest.fixture(scope="session", autouse=True)
+def _float32() -> Iterator[None]:
+    """Runs compute in float32, whatever the processor of the tests is faster in; those of whole modules too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "bfloat16_pays", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

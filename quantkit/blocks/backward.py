@@ -32,6 +32,7 @@ def run_forward(
     opened: Opened | None = None,
     entering: Callable[[HiddenStates], None] = lambda hidden: None,
     advance: Advance = lambda n: None,
+    blocks: range | None = None,
 ) -> None:
     """Run all blocks, without a graph, on hidden states, which those that leave the last block take the place of.
 
@@ -41,8 +42,9 @@ def run_forward(
         workers: share out the positions in `numbers`.
         opened: what gives a block by its index; None: the stream, as it is.
         entering: sees the states that enter each block.
+        blocks: run these only, whose first one the states enter.
     """
-    for index in range(len(stream.blocks)):
+    for index in range(len(stream.blocks)) if blocks is None else blocks:
         entering(hidden)
         with (opened or stream.block)(index) as block:
 

@@ -14,7 +14,7 @@ of states and of the Linears' outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -37,6 +37,9 @@ _PIECE = 64  # tokens whose squares are made at a time on a CPU: they stay in it
 Slices = list[tuple[int, int]]
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
 Found = list[list["StageSquares"]]  # by batch and stage
+Reached = Callable[[int, HiddenStates], None]
+"""Told how far a pass back is: all blocks from this one on are done; per batch, the gradient at what enters it."""
+Begun = tuple[int, Iterable["torch.Tensor"]]
 Products = dict[str, "torch.Tensor"]
 """``sum g g^T`` over all tokens, float64 [out, out], of some Linears by their names in the block."""
 
@@ -91,6 +94,8 @@ def fisher_squares(
     exact: bool = False,
     most_rows: int = 0,
     ends: Ends | None = None,
+    reached: Reached | None = None,
+    begun: Begun | None = None,
 ) -> Iterator[tuple[int, Stages, Found, Products]]:
     """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage, products).
 
@@ -103,6 +108,8 @@ def fisher_squares(
         exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
         most_rows: products are made of Linears of at most so many rows that all tokens go through; 0: of none.
         ends: sees every batch before the first block's are given.
+        reached: is told of every block that was taken how far the pass is; not where all blocks are held.
+        begun: where to go on, of what an earlier pass was told as `reached`; not where all blocks are held.
 
     Raises:
         RuntimeError: torch's own, where the forward has no gradient.
@@ -111,22 +118,34 @@ def fisher_squares(
     if memory.at_once:
         yield from _at_once(stream, batches, seeds, memory, workers, progress, slices, most_rows, ends)
         return
-    kept, last = _kept_states(stream, batches, memory, workers, progress, exact)
-    if ends is not None:
-        for i, state in enumerate(last):
-            ends.leaving(i, state)
-    found = _head_gradients(stream, last, seeds, memory.head_rows is None, slices, progress)
+    count = len(stream.blocks) if begun is None else begun[0]
+    entering = _Entering(stream, len(batches), memory, workers, exact)
+    last = _run_forward(stream, batches, memory, workers, progress, entering, count)
+    if begun is None:
+        if ends is not None:
+            for i, state in enumerate(last):
+                ends.leaving(i, state)
+        found: Iterable[torch.Tensor] = _head_gradients(stream, last, seeds, memory.head_rows is None, slices, progress)
+    else:
+        found = begun[1]
     gradients = HiddenStates(stream.device, memory.hidden, found)
     last.close()
-    with progress.phase("weighing backwards", len(stream.blocks)) as advance:
-        for index in reversed(range(len(stream.blocks))):
+    if reached is not None and begun is None:
+        reached(count, gradients)
+    with progress.phase("weighing backwards", count) as advance:
+        for index in reversed(range(count)):
+            kept, first = entering.of(index)
             with stream.block(index) as block:
-                first = index * len(batches)
                 stages = stream.stages(index, block, 0, kept[first].to(stream.dtype)) if batches else ()
                 watch = _Watch(block, stages, most_rows)
 
                 def backward(
-                    i: int, index: int = index, block: nn.Module = block, watch: _Watch = watch, first: int = first
+                    i: int,
+                    index: int = index,
+                    block: nn.Module = block,
+                    watch: _Watch = watch,
+                    kept: HiddenStates = kept,
+                    first: int = first,
                 ) -> tuple[torch.Tensor, list[StageSquares]]:
                     state, gradient = kept.take(first + i).to(stream.dtype), gradients.take(i)
                     with watch.batch() as seen:
@@ -140,8 +159,10 @@ def fisher_squares(
                         if ends is not None and index == 0:
                             ends.entering(i, gradient)
             yield index, stages, squares, watch.products
+            if reached is not None:
+                reached(index, gradients)
             advance(1)
-    kept.close()
+    entering.close()
     gradients.close()
 
 
@@ -206,26 +227,75 @@ def _at_once(
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
-def _kept_states(
+class _Entering:
+    """What enters each block, of all batches: it is kept of one block in `memory.every`, and made again from there of
+    the others.
+
+    What others are made from is kept as it is; else, unless `exact`, in half precision.
+    """
+
+    def __init__(self, stream: ModelStream, batches: int, memory: MemoryPlan, workers: Workers, exact: bool) -> None:
+        self._stream, self._batches, self._memory, self._workers = stream, batches, memory, workers
+        self._rounded: Callable[[torch.Tensor], torch.Tensor] = (lambda state: state) if exact else half
+        self._kept = HiddenStates(stream.device, memory.kept)
+        self._seen = 0
+        self._between, self._start = HiddenStates(stream.device, memory.kept), -1
+
+    def see(self, states: HiddenStates) -> None:
+        """Take those of the next block, on the way forward."""
+        if self._seen % self._memory.every == 0:
+            for state in states:
+                self._kept.append(state if self._memory.every > 1 else self._rounded(state))
+        self._seen += 1
+
+    def of(self, index: int) -> tuple[HiddenStates, int]:
+        """Those of a block, on the way back, and where its first batch is among them; each may be taken once."""
+        if self._memory.every == 1:
+            return self._kept, index * self._batches
+        start = index - index % self._memory.every
+        if start != self._start:
+            self._make_again(start, index)
+        return self._between, (index - start) * self._batches
+
+    def close(self) -> None:
+        self._kept.close()
+        self._between.close()
+
+    def _make_again(self, start: int, last: int) -> None:
+        """From what enters `start`, that and what enters those after it up to `last`."""
+        self._between.close()
+        self._between, self._start = HiddenStates(self._stream.device, self._memory.kept), start
+        at = start // self._memory.every * self._batches
+        own = (self._kept.take(at + i) for i in range(self._batches))
+        hidden = HiddenStates(self._stream.device, self._memory.hidden, own)
+
+        def keep(states: HiddenStates) -> None:
+            for state in states:
+                self._between.append(self._rounded(state))
+
+        run_forward(self._stream, hidden, range(self._batches), self._workers, entering=keep, blocks=range(start, last))
+        keep(hidden)
+        hidden.close()
+
+
+def _run_forward(
     stream: ModelStream,
     batches: Sequence[torch.Tensor],
     memory: MemoryPlan,
     workers: Workers,
     progress: Progress,
-    exact: bool,
-) -> tuple[HiddenStates, HiddenStates]:
-    """The states that enter each block, block after block and batch after batch; and those that leave the last."""
-    kept = HiddenStates(stream.device, memory.kept)
-    with torch.no_grad(), progress.phase("weighing forwards", len(stream.blocks)) as advance:
+    entering: _Entering,
+    count: int,
+) -> HiddenStates:
+    """The states that leave the last of `count` blocks."""
+    with torch.no_grad(), progress.phase("weighing forwards", count) as advance:
         hidden = stream.embed(list(batches), place=memory.hidden)
-
-        def keep(entering: HiddenStates) -> None:
-            for state in entering:
-                kept.append(state if exact else half(state))
-
         with stream.reading_ahead(memory.prefetch):
-            run_forward(stream, hidden, range(len(batches)), workers, entering=keep, advance=advance)
-    return kept, hidden
+            numbers = range(len(batches))
+            run_forward(
+                *(stream, hidden, numbers, workers), entering=entering.see, advance=advance, blocks=range(count)
+            )
+    return hidden
 
 
 # -- head --------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class MemoryPlan:
         side_by_side: several batches run at a time, in as many workers as the pass asked for.
         head_rows: rows of the vocabulary that the head computes at a time; None: all.
         kept: where the states that enter each block wait, of a pass that goes back through them.
+        every: of so many blocks one's are kept, and the others' made again from there.
         at_once: such a pass holds all blocks with the graph of a batch, and keeps no states.
         needed: estimate of what it takes at most, bytes, host and device together.
         budget: bytes that were to be kept to.
@@ -64,6 +65,7 @@ class MemoryPlan:
     side_by_side: bool = True
     head_rows: int | None = None
     kept: HiddenPlace = "device"
+    every: int = 1
     at_once: bool = False
     needed: int = 0
     budget: int = 0
@@ -80,6 +82,8 @@ class MemoryPlan:
             found.append(f"hidden states wait {'on disk' if self.hidden == 'disk' else 'in host memory'}")
         if self.kept != "device":
             found.append(f"states for token weights wait {'on disk' if self.kept == 'disk' else 'in host memory'}")
+        if self.every > 1:
+            found.append(f"states for token weights are kept at one block of {self.every} and made again between")
         if not self.paused:
             found.append("each block's stages are replayed")
         if not self.prefetch:
@@ -206,19 +210,30 @@ def _head_bytes(shape: tuple[int, int] | None) -> int:
 
 
 def plan_weighing(
-    stream: ModelStream, tokens: int, batch_tokens: int, budget: Budget, workers: int = 1, products: bool = False
+    stream: ModelStream,
+    tokens: int,
+    batch_tokens: int,
+    budget: Budget,
+    workers: int = 1,
+    products: bool = False,
+    by_block: bool = False,
+    room: int = sys.maxsize,
 ) -> MemoryPlan:
     """For the gradients of so many tokens, of which a batch has `batch_tokens`. Raises UsageError.
 
     All blocks are held at once where that takes no more than `_MORE` times what GPTQ takes with the same tokens, and
     the states between blocks, which it spares.
 
-    `products`: rows' gradients are multiplied with each other's, where `fed_rows` has them.
+    Args:
+        products: rows' gradients are multiplied with each other's, where `fed_rows` has them.
+        by_block: whatever there is room for, blocks are not held at once.
+        room: bytes of disk for what enters the blocks. Where that of all has room neither there nor in memory, that of
+            one in so many is kept. Where not even that has, the last way takes more.
     """
     block = _largest_block(stream, quantized=False)
     vocabulary, row = _ends(stream)
     hidden = tokens * row
-    kept = kept_bytes(stream, tokens, batch_tokens)
+    kept = [0, *(kept_bytes(stream, tokens, batch_tokens, every) for every in range(1, len(stream.blocks) + 1))]
     graph = _GRAPH * _widest(stream)
     weights, all_graphs = _all_blocks(stream, batch_tokens)
     outputs = sum(rows for _, (rows, _) in stream.linears())
@@ -235,28 +250,34 @@ def plan_weighing(
             device = weights + block.weights + running * all_graphs + head + sums + sum(squares)
         else:
             device = block.weights + max(running * graph + 2 * max(squares), head)
-        waiting = [(plan.hidden, 2 * hidden)] + ([] if plan.at_once else [(plan.kept, kept)])
+        waiting = [(plan.hidden, 2 * hidden)] + ([] if plan.at_once else [(plan.kept, kept[plan.every])])
         for place, taken in waiting:
             device, host = device + taken * (place == "device"), host + taken * (place == "host")
         return device, host
 
     places = _places(stream)
-    most = _MORE * plan_quantizing(stream, tokens, batch_tokens, Budget(sys.maxsize), workers).needed + kept
+    most = _MORE * plan_quantizing(stream, tokens, batch_tokens, Budget(sys.maxsize), workers).needed + kept[1]
     ways = [MemoryPlan(side_by_side=abreast, at_once=True) for abreast in (True, False)]
-    ways = [way for way in ways if keeps_exact(stream, batch_tokens) and sum(takes(way)) <= most]
-    ways += [
-        MemoryPlan(place, True, prefetch, abreast, rows, kept_at)
+    exact = keeps_exact(stream, batch_tokens)
+    ways = [way for way in ways if exact and not by_block and sum(takes(way)) <= most]
+    by_block_ways = [
+        MemoryPlan(place, True, prefetch, abreast, rows, kept_at, every)
+        for every in [one for one in range(1, len(kept)) if one == 1 or kept[one] < min(kept[1:one])]
         for rows, kept_at, place in product((None, SLICE), places, places)
         if places.index(place) <= places.index(kept_at)
         for prefetch, abreast in product((True, False), (True, False))
     ]
+    # A disk that is too small comes last.
+    ways += sorted(by_block_ways, key=lambda plan: plan.kept == "disk" and kept[plan.every] > room)
     return _first_that_fits(ways, takes, budget)
 
 
-def kept_bytes(stream: ModelStream, tokens: int, batch_tokens: int) -> int:
-    """What enters each block, of so many tokens, as a pass back through the blocks keeps it."""
+def kept_bytes(stream: ModelStream, tokens: int, batch_tokens: int, every: int = 1) -> int:
+    """What enters each block, of so many tokens, as a pass back through the blocks keeps it: of all, or, whole, of one
+    in so many, and of those between two of them."""
     half = 1 if keeps_exact(stream, batch_tokens) else stream.dtype.itemsize // 2
-    return tokens * len(stream.blocks) * _ends(stream)[1] // half
+    blocks, state = len(stream.blocks), tokens * _ends(stream)[1]
+    return blocks * state // half if every == 1 else -(-blocks // every) * state + every * state // half
 
 
 def plan_refining(

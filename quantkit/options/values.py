@@ -119,10 +119,14 @@ class Every:
         return self.seconds is not None and since >= self.seconds
 
 
+NEVER = Every()
+"""``off``."""
+
+
 def parse_every(text: str) -> Every:
     """``10m`` (or s, h), a number of blocks such as ``4``, or ``off``. Raises UsageError."""
     if text == "off":
-        return Every()
+        return NEVER
     found = re.fullmatch(r"(\d+)([smh]?)", text)
     if found is None or int(found[1]) == 0:
         raise UsageError(f"--checkpoint-every {text}: give minutes such as 10m, a number of blocks such as 4, or off")

@@ -29,7 +29,8 @@ from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.methods import Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
 from quantkit.quantize.token_weights import ALIKE, TokenWeights, Weighing
-from quantkit.runs.landing import NOTHING, Batches, Landed
+from quantkit.runs.batches import Batches
+from quantkit.runs.landing import NOTHING, Landed
 
 OnBlock = Callable[[int, Batches | None], None]
 OnEnd = Callable[[HiddenStates, int], None]

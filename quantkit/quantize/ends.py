@@ -38,7 +38,11 @@ Part = tuple["torch.Tensor", "torch.Tensor", "dict[int, torch.Tensor]"]
 
 
 class EndSums:
-    """What a rank sees of its batches where they enter the first block and leave the last. As `fisher.Ends`."""
+    """What a rank sees of its batches where they enter the first block and leave the last. As `fisher.Ends`.
+
+    Attributes:
+        last: float32 [n, hidden]: what leaves the last block at some positions of some batches, by their number.
+    """
 
     def __init__(self, batches: Sequence[torch.Tensor], first: int, total: int) -> None:
         """
@@ -51,13 +55,13 @@ class EndSums:
         self._tokens = torch.cat([ids.reshape(-1) for ids in batches] or [torch.zeros(0, dtype=torch.int64)]).unique()
         self._sums = torch.zeros(0, 0, dtype=torch.float64)
         self._held = {i for i in range(total) if i % EVERY == EVERY - 1} or set(range(total))
-        self._last: dict[int, torch.Tensor] = {}
+        self.last: dict[int, torch.Tensor] = {}
 
     def leaving(self, i: int, state: torch.Tensor) -> None:
         """Take what leaves the last block of batch `i`: positions of held-out batches, at even steps."""
         if self._first + i in self._held:
             step = -(-len(self._held) * self._batches[0].numel() // _JUDGED)
-            self._last[self._first + i] = state.detach().reshape(-1, state.shape[-1])[::step].float().cpu()
+            self.last[self._first + i] = state.detach().reshape(-1, state.shape[-1])[::step].float().cpu()
 
     def entering(self, i: int, gradient: torch.Tensor) -> None:
         """Take the gradient at what enters the first block of batch `i`; several threads may call it.
@@ -73,7 +77,7 @@ class EndSums:
 
     def part(self) -> Part:
         """Tokens, sums of squares for each, and last states by number of batch."""
-        return self._tokens, self._sums, self._last
+        return self._tokens, self._sums, self.last
 
 
 def tensors_of(parts: Sequence[Part]) -> dict[str, torch.Tensor]:

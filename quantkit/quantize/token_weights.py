@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
@@ -31,13 +31,14 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.errors import first_line
 from quantkit.late import torch
+from quantkit.options.values import NEVER, Every
 from quantkit.progress import Progress, size
 from quantkit.quantize.ends import EndSums, tensors_of
 from quantkit.runs.journal import Journal
-from quantkit.runs.landing import land_weights, landed_weights, weights_file
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.shared_weights import keep_weights, take_weights
-from quantkit.runs.tensorfile import read_tensors, write_tensors
+from quantkit.runs.tensorfile import read_tensors
+from quantkit.runs.weighing import Weighed, land_weights, landed_weights, weights_file
 
 _BATCH_TOKENS = 1024
 _CPU_BATCH_TOKENS = 512  # a batch's graph is most of what the pass holds, and more tokens are no faster there
@@ -230,12 +231,14 @@ def token_weights(
     progress: Progress,
     ranks: Ranks = ALONE,
     fingerprint: str = "",
+    every: Every = NEVER,
 ) -> TokenWeights | None:
     """The weights that a run has in its folder, made now unless it or another has; None where all tokens count the
     same.
 
     Args:
         journal: of the run; None on all ranks but the first.
+        every: how often it is kept how far making them came.
         fingerprint: of all that decides them; as `journal`.
     """
 
@@ -249,23 +252,16 @@ def token_weights(
 
     blocks = ranks.from_first(known)
     if blocks is None:
-        checksums: dict[int, str] = {}
-
-        def keep(index: int, tensors: Tensors) -> None:
-            if ranks.first:
-                checksums[index] = write_tensors(weights_file(folder, index), tensors)
-
-        if ranks.first:
-            weights_file(folder, 0).parent.mkdir(exist_ok=True)
+        weighed = Weighed(folder, journal, every, ranks, gradients.ends)
         budget = stream.budget // ranks.here
-        on_ends = partial(keep, len(stream.blocks)) if gradients.ends else None
-        weigh_tokens(stream, tokens, gradients.seed, budget, keep, progress, ranks, gradients.products, on_ends)
+        on_ends = partial(weighed.write, len(stream.blocks)) if gradients.ends else None
+        arguments = stream, tokens, gradients.seed, budget, weighed.write, progress, ranks, gradients.products
+        weigh_tokens(*arguments, on_ends, weighed)
         if ranks.first:
-            made = [checksums[index] for index in sorted(checksums)]
-            land_weights(folder, of_first(journal), made)
-            if made:
-                keep_weights(fingerprint, folder, made)
-        blocks = ranks.from_first(lambda: len(checksums))
+            land_weights(folder, of_first(journal), weighed.checksums)
+            if weighed.checksums:
+                keep_weights(fingerprint, folder, weighed.checksums)
+        blocks = ranks.from_first(lambda: len(weighed.checksums))
     if not blocks:
         return None
     ranks.wait_for(weights_file(folder, 0))
@@ -292,6 +288,7 @@ def weigh_tokens(
     ranks: Ranks = ALONE,
     products: bool = False,
     on_ends: Callable[[Tensors], None] | None = None,
+    weighed: Weighed | None = None,
 ) -> bool:
     """Weights of every block, from the last to the first; False, and said why, where the model has no gradient, or no
     room is left for what the pass keeps.
@@ -309,6 +306,7 @@ def weigh_tokens(
         products: make cosines between the gradients of the rows of each Linear that has no more rows than the model's
             width and that all tokens go through: ``A_ij / sqrt(A_ii A_jj)``, A the sum of ``g g^T`` over all tokens.
         on_ends: gets last what tells of embedding and head (`ends.tensors_of`).
+        weighed: what an earlier pass left, which gets how far this one came where no rank holds all blocks.
     """
     if (why := no_gradient(stream, tokens)) is not None:
         progress.note(f"every token counts the same, since {stream.source.config.model_type} {why}")
@@ -318,10 +316,12 @@ def weigh_tokens(
     mine = ranks.share(len(batches))
     workers = worker_count(stream.device, max(1, len(mine)))
     sizes = sum(batches[i].numel() for i in mine), batches[0].numel()
-    memory = plan_weighing(stream, *sizes, budget, workers, products)
+    start = None if weighed is None else weighed.start
+    room = _room(ranks)
+    memory = plan_weighing(stream, *sizes, budget, workers, products, start is not None, room)
     memory.note(progress)
-    room = shutil.disk_usage(tempfile.gettempdir()).free // ranks.here
-    taken = kept_bytes(stream, *sizes)
+    keeping = weighed is not None and not ranks.any(memory.at_once)
+    taken = kept_bytes(stream, *sizes, memory.every)
     if ranks.any(memory.kept == "disk" and room < taken):
         progress.warn(
             f"every token counts the same, since what enters the blocks takes {size(taken)} and the folder for "
@@ -332,8 +332,16 @@ def weigh_tokens(
         own = [batches[i] for i in mine], [drawn[i] for i in mine]
         exact = keeps_exact(stream, batches[0].numel())
         ends = None if on_ends is None else EndSums(own[0], mine.start, len(batches))
+        last = {} if ends is None else ends.last
+        begun = reached = None
+        if keeping and weighed is not None:
+            reached = partial(weighed.reached, states=last)
+            if start is not None:
+                progress.note(f"token weights of blocks {start + 1} to {len(stream.blocks)} are kept: weighing goes on")
+                begun = start, _gradients_of(weighed, mine, last)
         passes = fisher_squares(
-            stream, *own, memory, at_work, progress, exact, most_fed_rows(stream) if products else 0, ends
+            *(stream, *own, memory, at_work, progress, exact, most_fed_rows(stream) if products else 0, ends),
+            *(reached, begun),
         )
         for index, stages, found, own_products in passes:
             on_host = {name: product.cpu() for name, product in own_products.items()}
@@ -346,11 +354,25 @@ def weigh_tokens(
     return True
 
 
+def _gradients_of(weighed: Weighed, batches: range, last: dict[int, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Those that an earlier pass left of some batches; `last` gets their last states."""
+    for number, (gradient, state) in zip(batches, weighed.read(batches), strict=True):
+        if state is not None:
+            last[number] = state
+        yield gradient
+
+
 def plan_weights_memory(stream: ModelStream, samples: int, seq_len: int, products: bool = False) -> MemoryPlan:
     """What `weigh_tokens` will do for memory with so many calibration windows. Raises UsageError."""
     windows = _windows_abreast(stream, seq_len)
     workers = worker_count(stream.device, -(-samples // windows))
-    return plan_weighing(stream, samples * seq_len, windows * seq_len, stream.budget, workers, products)
+    sizes = samples * seq_len, windows * seq_len
+    return plan_weighing(stream, *sizes, stream.budget, workers, products, False, _room())
+
+
+def _room(ranks: Ranks = ALONE) -> int:
+    """Bytes that a process may take of the folder for temporary files."""
+    return shutil.disk_usage(tempfile.gettempdir()).free // ranks.here
 
 
 def _windows_abreast(stream: ModelStream, seq_len: int) -> int:

@@ -25,6 +25,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "states": {"states": int, "batches": list},
     "dropped": {"dropped": int},
     "weights": {"weights": list},
+    "weighing": {"weighing": int, "sha256": list, "batches": list, "beside": bool},
     "refined": {"refined": int, "sha256": str, "judged": list},
     "choice": {"choice": str},
     "answer": {"answer": str},

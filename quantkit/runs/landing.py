@@ -2,7 +2,6 @@
 
     blocks/00012.safetensors                codes of block 12
     hidden/00012/batch-00003.safetensors    what enters block 12
-    weights/00012.safetensors               what each token counts in block 12's sums
     refined/00016.safetensors               scales and gains after 16 steps of refining
     weights/choice.safetensors              what each Linear's candidates lose, and which were chosen
 
@@ -22,18 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 from quantkit.late import torch
 from quantkit.options.values import Every
 from quantkit.progress import SILENT, Progress
-from quantkit.runs.atomic import file_sha256, sync
+from quantkit.runs.atomic import sync
+from quantkit.runs.batches import Batches, batch_file, is_whole, write_batches
 from quantkit.runs.journal import Journal, Record
 from quantkit.runs.outputs import remove
 from quantkit.runs.places import BLOCKS, HIDDEN, REFINED, WEIGHTS
 from quantkit.runs.ranks import ALONE, Ranks
 from quantkit.runs.tensorfile import read_tensors, write_tensors
 from quantkit.runs.unfinished import Run
+from quantkit.runs.weighing import whole_weighing
 
 _KEPT_STATES = 2
 
@@ -47,19 +48,6 @@ class LandedLinear:
     tensors: Mapping[str, torch.Tensor]
     fields: Mapping[str, Any]
     statistics: Mapping[str, Any]
-
-
-class Batches(Protocol):
-    """Tensors of batches, by number; `blocks.states.HiddenStates` are some."""
-
-    def __len__(self) -> int:
-        """How many batches."""
-
-    def __getitem__(self, i: int, /) -> torch.Tensor:
-        """The tensor of a batch."""
-
-    def __setitem__(self, i: int, state: torch.Tensor, /) -> None:
-        """Have another in its place."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ class Landed:
         if not self.start or self.batches != batches:
             return 0
         for i in range(len(hidden)):
-            file = _batch_file(_states_folder(self.folder, self.start), first + i)
+            file = batch_file(_states_folder(self.folder, self.start), first + i)
             hidden[i] = read_tensors(file)["hidden"].to(hidden[i].device)
         return self.start
 
@@ -114,7 +102,7 @@ def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
     told = [entry for entry in others if "block" in entry]
     entries: list[Record] = []
     for number, entry in enumerate(told):
-        if entry["block"] != number or not _is_whole(block_file(run.folder, number), entry["sha256"]):
+        if entry["block"] != number or not is_whole(block_file(run.folder, number), entry["sha256"]):
             break
         entries.append(entry)
     if len(entries) < len(told) or run.journal.damaged:
@@ -127,16 +115,13 @@ def find_landed(run: Run, progress: Progress = SILENT) -> Landed:
             kept.pop(entry["dropped"], None)
     for index, entry in list(kept.items()):
         folder = _states_folder(run.folder, index)
-        if not all(_is_whole(_batch_file(folder, batch), found) for batch, found in enumerate(entry["batches"])):
+        if not all(is_whole(batch_file(folder, batch), found) for batch, found in enumerate(entry["batches"])):
             if folder.exists():  # else they were dropped, as a record told that is damaged
                 progress.warn(f"hidden states kept before block {index + 1} are damaged: not used")
             del kept[index]
-    weights = [entry for entry in others if "weights" in entry][-1:]
-    if weights and not all(_is_whole(weights_file(run.folder, n), sha) for n, sha in enumerate(weights[0]["weights"])):
-        progress.warn("token weights of the unfinished run are damaged: they are made anew")
-        weights = []
+    weights = whole_weighing(run.folder, run.journal, progress)
     choice = [entry for entry in others if "choice" in entry][-1:]
-    if choice and not _is_whole(choice_file(run.folder), choice[0]["choice"]):
+    if choice and not is_whole(choice_file(run.folder), choice[0]["choice"]):
         progress.warn("the choice that the unfinished run made is damaged: it is made anew")
         choice = []
     refined = [entry for entry in others if "refined" in entry][-1:]
@@ -274,25 +259,11 @@ def keep_states(folder: Path, journal: Journal | None, index: int, hidden: Batch
 
     ranks.from_first(make_room)
     first = sum(ranks.gather(len(hidden))[: ranks.rank])
-    place.mkdir(parents=True, exist_ok=True)  # where another machine does not see it yet
-    own = [write_tensors(_batch_file(place, first + i), {"hidden": hidden[i]}) for i in range(len(hidden))]
-    sums = [checksum for part in ranks.gather(own) for checksum in part]
+    sums = write_batches(place, first, ({"hidden": hidden[i]} for i in range(len(hidden))), ranks)
     if journal is not None:
         sync(place)
         sync(place.parent)
         journal.append({"states": index, "batches": sums})
-
-
-def land_weights(folder: Path, journal: Journal, checksums: Sequence[str]) -> None:
-    """Note that the files of `weights_file` are whole, one for each block; without any, that there are none to have."""
-    sync(folder / WEIGHTS)
-    journal.append({"weights": list(checksums)})
-
-
-def landed_weights(journal: Journal) -> int | None:
-    """How many blocks' token weights a run has; None where they were not looked for yet."""
-    told = journal.last("weights")
-    return None if told is None else len(told["weights"])
 
 
 def land_refining(
@@ -314,7 +285,7 @@ def land_refining(
 def landed_refining(folder: Path, journal: Journal) -> tuple[Record, dict[str, torch.Tensor]] | None:
     """What `land_refining` wrote last; None where it did not, or the file is damaged."""
     told = journal.last("refined")
-    if told is None or not _is_whole(_refined_file(folder, told["refined"]), told["sha256"]):
+    if told is None or not is_whole(_refined_file(folder, told["refined"]), told["sha256"]):
         return None
     return told, read_tensors(_refined_file(folder, told["refined"]))
 
@@ -322,11 +293,6 @@ def landed_refining(folder: Path, journal: Journal) -> tuple[Record, dict[str, t
 def landed_blocks(run: Run) -> Landed:
     """All blocks of a run that is still at work."""
     return Landed(run.folder, [record for record in run.journal.records if "block" in record])
-
-
-def weights_file(folder: Path, index: int) -> Path:
-    """Where a run has the token weights of a block."""
-    return folder / WEIGHTS / f"{index:05d}.safetensors"
 
 
 def land_choice(folder: Path, journal: Journal, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -357,14 +323,3 @@ def _refined_file(folder: Path, step: int) -> Path:
 
 def _states_folder(folder: Path, index: int) -> Path:
     return folder / HIDDEN / f"{index:05d}"
-
-
-def _batch_file(folder: Path, batch: int) -> Path:
-    return folder / f"batch-{batch:05d}.safetensors"
-
-
-def _is_whole(path: Path, checksum: str) -> bool:
-    try:
-        return file_sha256(path) == checksum
-    except OSError:  # not there, or no longer readable
-        return False

@@ -304,13 +304,14 @@ class Staging:
     @property
     def holds(self) -> bool:
         """Whether anything waits for --resume: blocks, answers, or token weights before any block has landed."""
-        return bool(self.landed) or self.journal.last("weights") is not None
+        return bool(self.landed) or any(self.journal.last(kind) is not None for kind in ("weights", "weighing"))
 
     @property
     def progress(self) -> str:
         """How far an unfinished run came."""
         total = self.journal.records[0].get("blocks")
-        weights = "" if self.landed or total is None else "token weights, "
+        part = "" if self.journal.last("weights") is not None else "a part of the "
+        weights = "" if self.landed or total is None else f"{part}token weights, "
         return counted(self.landed, "answer") if total is None else f"{weights}{self.landed} of {total} blocks"
 
     def failed(self, error: OSError, left: str = "nothing was left there") -> OutputError:

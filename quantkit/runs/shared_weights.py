@@ -17,9 +17,9 @@ from pathlib import Path
 from quantkit.errors import SourceError
 from quantkit.late import torch
 from quantkit.runs.atomic import REPORT_NAME, file_sha256, read_json, sync, write_json
-from quantkit.runs.landing import weights_file
 from quantkit.runs.outputs import remove, staged_folder
 from quantkit.runs.tensorfile import read_tensors, write_tensors
+from quantkit.runs.weighing import weights_file
 
 _LOSSES = "losses.safetensors"
 _FOLDER: ContextVar[Path | None] = ContextVar("_FOLDER", default=None)

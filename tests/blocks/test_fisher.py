@@ -170,6 +170,20 @@ def test_no_plan_changes_a_bit(
             assert all(torch.equal(theirs[name], squares) for name, squares in rows.items())
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_states_of_some_blocks_tell_those_between(make_model: MakeModel, exact: bool) -> None:
+    """To the bit, be they kept in half precision or not; the last stretch is a short one."""
+    stream = open_in(make_model("mixtral", num_hidden_layers=5), torch.float32)
+    ids = windows(stream.vocabulary)
+    seeds = sign_seeds(ids.shape, 2)
+    stages, rows = streamed(stream, ids, seeds, 2, exact=exact)
+    for memory in (MemoryPlan(every=2), MemoryPlan(every=3), MemoryPlan(hidden="disk", kept="disk", every=5)):
+        others, theirs = streamed(stream, ids, seeds, 2, 2, exact, memory)
+        for one, other in zip(stages, others, strict=True):
+            assert all(torch.equal(other[name], squares) for name, squares in one.items())
+        assert all(torch.equal(theirs[name], squares) for name, squares in rows.items())
+
+
 def test_all_at_once_runs_each_block_once(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = open_in(make_model(), torch.float32)
     ids = windows(stream.vocabulary)

@@ -469,6 +469,33 @@ def test_gradients_hold_all_blocks_where_there_is_room(make_model: MakeModel, mo
     assert plans()[0].at_once
 
 
+def test_states_of_some_blocks_are_kept_where_the_disk_is_short(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many as there is room for, in memory or there; where nothing fits, the disk is too small."""
+    stream = open_stream(make_model(num_hidden_layers=36))
+    monkeypatch.setattr(memory, "_SMALL", 0)
+    tokens, state = 2**17, 2**17 * 4 * stream.source.config.hidden_size
+    needed = plan_weighing(stream, tokens, 512, Budget(10**12)).needed
+    all_of_them = memory.kept_bytes(stream, tokens, 512)
+    assert all_of_them == 36 * state // 2  # half precision
+
+    def plan(given: int, room: int) -> MemoryPlan:
+        return plan_weighing(stream, tokens, 512, Budget(given, named=True), room=room)
+
+    assert (plan(needed, 0).kept, plan(needed, 0).every) == ("device", 1)
+    assert (plan(needed - 10 * 2**20, all_of_them).kept, plan(needed - 10 * 2**20, all_of_them).every) == ("disk", 1)
+    fewer = plan(needed - 5 * state, 0)
+    assert (fewer.kept, fewer.every) == ("device", 4)  # 9 whole ones and 4 halves, where 3 took 12 and 3
+    assert memory.kept_bytes(stream, tokens, 512, 4) == 11 * state
+    assert fewer.needed <= needed - 5 * state
+    assert fewer.remark() is not None
+    little = needed - all_of_them + state
+    on_disk = plan(little, 11 * state)
+    assert (on_disk.kept, on_disk.every) == ("disk", 4)
+    assert plan(little, state).kept == "disk"  # which has no room for that, and whoever runs it says so
+
+
 def test_few_windows_go_block_by_block(make_model: MakeModel) -> None:
     """However much room there is: all blocks at once may take no more than 1.3 of GPTQ's and the states it spares."""
     stream = open_stream(make_model(num_hidden_layers=40, hidden_size=256, intermediate_size=1024))

@@ -36,6 +36,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "narrow embedding": ("llama", {"hidden_size": 160, "head_dim": 40}),
     "8 experts": ("qwen3_moe", {"num_experts": 8}),
     "4 experts": ("qwen3_moe", {"num_experts": 4}),
+    "8 experts of Mixtral": ("mixtral", {"num_local_experts": 8}),
+    "8 experts and a shared one": (
+        "qwen2_moe",
+        {
+            **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "mlp_only_layers": []},
+            "shared_expert_intermediate_size": 512,
+        },
+    ),
+    "4 experts of Granite": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "fused heads": ("gpt_neox", {"num_key_value_heads": None}),
     "gemma3": ("gemma3_text", {"tied": True, "query_pre_attn_scalar": 64}),
     "phi3": ("phi3", {}),
 }

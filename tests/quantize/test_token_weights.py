@@ -22,13 +22,14 @@ from quantkit.blocks import memory
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import UsageError
+from quantkit.options.values import Every
 from quantkit.progress import SILENT
 from quantkit.quantize import gptq, token_weights
 from quantkit.quantize.hessian import HessianAccumulator
 from quantkit.quantize.token_weights import StageWeights, weigh_tokens
-from quantkit.runs.landing import weights_file
 from quantkit.runs.places import folder_of
 from quantkit.runs.shared_weights import sharing_weights
+from quantkit.runs.weighing import weights_file
 from quantkit.sources import open_source
 
 OPTIONS: dict[str, Any] = {
@@ -39,6 +40,7 @@ OPTIONS: dict[str, Any] = {
     "effort": "fast",
 }
 WEIGHTED: dict[str, Any] = {**OPTIONS, "token_weights": True}
+BY_BLOCK = MemoryPlan()
 
 
 def test_a_weighted_hessian_is_the_weighted_mean() -> None:
@@ -116,6 +118,75 @@ def test_a_stopped_run_goes_on_with_its_weights(
     assert not folder_of(out).exists()
 
 
+@pytest.mark.parametrize("kind", ["folder", "experts", "file"])
+@pytest.mark.parametrize("often", [False, True])
+def test_a_stopped_pass_goes_on_with_the_block_before(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder, kind: str, often: bool
+) -> None:
+    """Again and again; with experts' weights, products of rows, and what tells of a file's ends. Where the head took
+    long, with the last block too."""
+    model, out = make_model("mixtral" if kind == "experts" else "llama", num_hidden_layers=4), tmp_path / "out"
+    options = {**WEIGHTED, "checkpoint_every": "1", "row_feedback": kind == "folder"}
+    if kind == "file":
+        options = {key: value for key, value in options.items() if key != "group_size"}
+        options |= {"ggml": "q4_0", "pre": "gpt-2"}
+    monkeypatch.setattr(token_weights, "plan_weighing", lambda *_: BY_BLOCK)
+    quantkit.gptq(model, tmp_path / "whole", **options)
+    kept = []
+    for done in (0, 1, 0) if often else (1, 1, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(token_weights, "_tensors", failing_at(token_weights._tensors, 1 + done))
+            if often:
+                patch.setattr(Every, "due", lambda *_: True)
+            with pytest.raises(UsageError, match="a part of the token weights, 0 of 4 blocks are kept"):
+                quantkit.gptq(model, out, resume=True, **options)
+        kept.append([path.name for path in (folder_of(out) / "weights" / "gradients").iterdir()])
+    assert kept == ([["00004"], ["00003"], ["00003"]] if often else [["00003"], ["00002"], ["00002"]])
+    quantkit.gptq(model, out, resume=True, progress=recorder, **options)
+    first = 4 if often else 3
+    assert f"token weights of blocks {first} to 4 are kept: weighing goes on" in recorder.notes
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not folder_of(out).exists()
+
+
+@pytest.mark.parametrize("damaged", ["00003.safetensors", "gradients/00003/batch-00002.safetensors"])
+def test_a_damaged_part_of_the_weights_is_made_anew(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder, damaged: str
+) -> None:
+    model, out = make_model(num_hidden_layers=4), tmp_path / "out"
+    options = {**WEIGHTED, "checkpoint_every": "1"}
+    monkeypatch.setattr(token_weights, "plan_weighing", lambda *_: BY_BLOCK)
+    quantkit.gptq(model, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(token_weights, "_tensors", failing_at(token_weights._tensors, 2))
+        with pytest.raises(UsageError):
+            quantkit.gptq(model, out, **options)
+    path = folder_of(out) / "weights" / damaged
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    quantkit.gptq(model, out, resume=True, progress=recorder, **options)
+    assert [text for text in recorder.warnings if text.startswith("token weights of the unfinished run are damaged")]
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_pass_that_goes_on_does_not_hold_all_blocks(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are known between blocks; a run without any may do either."""
+    model, out, plan = make_model(num_hidden_layers=4), tmp_path / "out", token_weights.plan_weighing
+    options = {**WEIGHTED, "checkpoint_every": "1", "calibration": token_matrix(64, 256)}
+    plans = []
+    with monkeypatch.context() as patch:
+        patch.setattr(token_weights, "plan_weighing", lambda *_: BY_BLOCK)
+        patch.setattr(token_weights, "_tensors", failing_at(token_weights._tensors, 2))
+        with pytest.raises(UsageError):
+            quantkit.gptq(model, out, **options)
+    monkeypatch.setattr(token_weights, "plan_weighing", lambda *given: plans.append(plan(*given)) or plans[-1])
+    quantkit.gptq(model, out, resume=True, **options)
+    quantkit.gptq(model, tmp_path / "whole", **options)
+    assert [one.at_once for one in plans[1::2]] == [False, True]  # the others only tell how large the run is
+    assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_what_tells_of_the_ends_is_made_where_something_may_round_them(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +194,7 @@ def test_what_tells_of_the_ends_is_made_where_something_may_round_them(
     seen: list[bool] = []
     weigh = token_weights.weigh_tokens
     monkeypatch.setattr(
-        token_weights, "weigh_tokens", lambda *given: seen.append(given[-1] is not None) or weigh(*given)
+        token_weights, "weigh_tokens", lambda *given: seen.append(given[8] is not None) or weigh(*given)
     )
     model = make_model()
     quantkit.gptq(model, tmp_path / "folder", **WEIGHTED)
@@ -210,10 +281,12 @@ def test_states_that_no_disk_has_room_for_are_told(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
 ) -> None:
     model, usage = make_model(), shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(token_weights, "plan_weighing", lambda *_: MemoryPlan(kept="disk", head_rows=memory.SLICE))
+    plan, rooms = MemoryPlan(kept="disk", head_rows=memory.SLICE), []
+    monkeypatch.setattr(token_weights, "plan_weighing", lambda *given: rooms.append(given[7]) or plan)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     quantkit.gptq(model, tmp_path / "out", progress=recorder, **WEIGHTED)
     assert [text for text in recorder.warnings if "has 1.0 kB left: name another by TMPDIR" in text]
+    assert rooms == [1000, 1000]  # of the plan that is told, and of that which is kept to
     quantkit.gptq(model, tmp_path / "plain", **OPTIONS)
     assert contents(tmp_path / "out")["model.safetensors"] == contents(tmp_path / "plain")["model.safetensors"]
 

@@ -234,6 +234,21 @@ def test_killed_and_resumed_with_fewer_gives_the_same_bytes(start: Start, tmp_pa
     assert not (tmp_path / "killed/.out.unfinished").exists()
 
 
+def test_killed_while_weighing_it_goes_on_with_the_block_before(start: Start, tmp_path: Path) -> None:
+    """Whichever is killed, and however many go on."""
+    arguments = quantize("--deterministic", "--no-eval", "--checkpoint-every", "1", model="dense")
+    check_done(start("whole", 1, arguments))
+    for rank, others in ((0, 1), (1, 3)):
+        name = f"killed-{rank}"
+        lost = start(name, 2, arguments, stop=(rank, 2, signal.SIGKILL), at="weighing")
+        assert sorted(outcome.code for outcome in lost) == [-signal.SIGKILL, 1]
+        kept = tmp_path / name / ".out.unfinished/weights/gradients"
+        assert [len(list(folder.iterdir())) for folder in kept.glob("00002")] == [2 * BATCHES]  # of 512 tokens
+        assert len(list(kept.iterdir())) == 1
+        check_done(start(name, others, [*arguments, "--resume"]))
+        assert contents(tmp_path / name / "out") == contents(tmp_path / "whole/out")
+
+
 def test_a_lost_process_is_told_where_the_launcher_ends_the_others(start: Start, tmp_path: Path) -> None:
     """torchrun sends the others a SIGTERM as soon as one has died, which may come before they notice it."""
     start("killed", 1, quantize("--no-eval", "--dry-run", model="dense"))  # makes the folder

@@ -31,10 +31,11 @@ class Request:
         folder: working folder of all.
         last: more arguments for the last rank only.
         stop: (rank, block, signal): that rank sends itself the signal when that block is done; signal 0: it fails.
-        at: where `stop` counts: blocks that land, from 0, or "steps" of refining that are done, from 1.
+        at: where `stop` counts: blocks that land, from 0, "steps" of refining that are done, from 1, or "weighing", by
+            the last block that has its token weights, which all ranks then make block by block.
         steps: of refining; None: as many as measured to be good.
         stale: seconds without a heartbeat after which a rank counts as gone.
-        bfloat16: ranks whose processors are faster in it; None: as they are.
+        bfloat16: ranks whose processors are faster in it.
         namespaces: network namespaces to spread the ranks over, and where they meet.
         interface, address: of the first rank, there.
     """
@@ -47,7 +48,7 @@ class Request:
     at: str = "blocks"
     steps: int | None = None
     stale: float | None = None
-    bfloat16: list[int] | None = None
+    bfloat16: list[int] = field(default_factory=list)
     namespaces: list[str] = field(default_factory=list)
     interface: str = ""
     address: str = "127.0.0.1"
@@ -157,24 +158,27 @@ def _main(arguments: list[str]) -> int:
 def _prepare(request: Request, rank: int) -> None:
     """What this rank is to suffer."""
     from quantkit.blocks import arithmetic
+    from quantkit.blocks.memory import MemoryPlan
     from quantkit.errors import NumericError
-    from quantkit.quantize import tuning
+    from quantkit.quantize import token_weights, tuning
     from quantkit.quantize.refine import Course, Settings
     from quantkit.runs import ranks as parallel
     from quantkit.runs import watch
     from quantkit.runs.landing import Lander
+    from quantkit.runs.weighing import Weighed
 
     parallel._VISIBLE = 1.0
     if request.steps is not None:
         tuning.Settings = partial(Settings, steps=request.steps)  # type: ignore[assignment,misc]
-    if (fast := request.bfloat16) is not None:
-        arithmetic.bfloat16_pays = lambda: rank in fast  # type: ignore[assignment]
+    arithmetic.bfloat16_pays = lambda: rank in request.bfloat16  # type: ignore[assignment]
     if request.stale is not None:
         watch._STALE = request.stale
+    if request.at == "weighing":
+        token_weights.plan_weighing = lambda *_: MemoryPlan()
     if request.stop is None or request.stop[0] != rank:
         return
     _, last, number = request.stop
-    land, step = Lander.land, Course.step
+    land, step, reached = Lander.land, Course.step, Weighed.reached
 
     def done(count: int) -> None:
         if count == last:
@@ -190,10 +194,16 @@ def _prepare(request: Request, rank: int) -> None:
         step(self, gradients)
         done(self.steps)
 
+    def reach_and_stop(self: Weighed, index: int, gradients: Any, states: Any) -> None:
+        reached(self, index, gradients, states)
+        done(index)
+
     if request.at == "blocks":
         Lander.land = land_and_stop  # type: ignore[method-assign]
-    else:
+    elif request.at == "steps":
         Course.step = step_and_stop  # type: ignore[method-assign]
+    else:
+        Weighed.reached = reach_and_stop  # type: ignore[method-assign]
 
 
 def _enter(namespace: str) -> None:

@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -166,6 +167,13 @@ def ctransformers_judge() -> Judge:
     """ctransformers as a process that answers; close it when done."""
     worker = Path(__file__).parents[1] / "judges" / "ctransformers_worker.py"
     return Judge(GGML, [str(judge_python(GGML)), str(worker)])
+
+
+def converter_judge() -> Judge:
+    """llama.cpp's converter as a process that answers; close it when done. Skips where it is not there."""
+    judge_python(GGML)
+    worker = Path(__file__).parents[1] / "judges" / "llamacpp_converter_worker.py"
+    return Judge(GGML, [sys.executable, str(worker), str(GGML.home / "converter")])
 
 
 def ctransformers_logits(judge: Judge, model: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from quantkit.codes.kinds import Kind
-from quantkit.containers.gguf.architectures import ARCHITECTURES
+from quantkit.containers.gguf.architectures import WRITABLE
 from quantkit.containers.gguf.file import GgufFile, StoredTensor, bytes_of
+from quantkit.containers.gguf.order import Rotary
 from quantkit.containers.gguf.read import GgmlSource, InFile
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import publishable_config, stored_dtype
@@ -153,6 +154,10 @@ class GgjtSource(GgmlSource):
         self._stored = {name: InFile(self._file, stored) for name, stored in self._names().items()}
         self._settings = self._config_settings()
         self._check_shapes()
+        heads = {"q_proj": self._settings["num_attention_heads"], "k_proj": self._settings["num_key_value_heads"]}
+        for name, found in self._stored.items():
+            if name.split(".")[-2] in heads:
+                self._stored[name] = found._replace(order=Rotary(heads[name.split(".")[-2]]))
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -261,7 +266,7 @@ def rebuilt_tokenizer(vocabulary: Sequence[tuple[bytes, float]]) -> PreTrainedTo
     if gguf.TokenType.UNKNOWN in types:
         keys["unknown_token_id"] = types.index(gguf.TokenType.UNKNOWN)
     values = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    return make_tokenizer(values.get, ARCHITECTURES["llama"], len(tokens))
+    return make_tokenizer(values.get, WRITABLE["llama"], len(tokens))
 
 
 def _pieces(vocabulary: Sequence[tuple[bytes, float]]) -> tuple[list[str], list[gguf.TokenType]]:

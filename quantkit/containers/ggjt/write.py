@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers.ggjt import read as ggjt
+from quantkit.containers.gguf.order import in_rotary_order
 from quantkit.containers.gguf.probe import cut_differently
-from quantkit.containers.gguf.tensors import in_rotary_order
 from quantkit.containers.gguf.write import PlacedWriter
 from quantkit.containers.hf.read import unused_beyond
 from quantkit.containers.source import Source, TensorInfo

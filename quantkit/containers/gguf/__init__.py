@@ -5,7 +5,8 @@ packed rows; `file_keys` makes the keys; `GgufWriter` writes into a folder of `r
 `quantkit.containers.gguf.read.GgufSource`.
 """
 
-from quantkit.containers.gguf.keys import WRITABLE, architecture_of, file_keys, limits, origin
+from quantkit.containers.gguf.architectures import WRITABLE
+from quantkit.containers.gguf.keys import architecture_of, file_keys, limits, origin
 from quantkit.containers.gguf.probe import cut_otherwise
 from quantkit.containers.gguf.tensors import GgufTensor, plan
 from quantkit.containers.gguf.write import GgufWriter, head_bytes, packed_bytes, part_names

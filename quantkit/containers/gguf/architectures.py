@@ -1,40 +1,32 @@
 """What differs between GGUF architectures, as a table.
 
 The names and conventions are llama.cpp's: what its converter writes for each architecture, and what its loader takes
-for granted where the file says nothing.
+for granted where the file says nothing. Reader and writer both go by the table; what has no place in a row is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]*)\.")
 # Tensors that the config holds under transformers.
 IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
-_ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_EMBEDDING = {"token_embd.weight": "model.embed_tokens.weight"}
+_HEAD = {"output.weight": "lm_head.weight"}
+_OUTSIDE = {**_EMBEDDING, "output_norm.weight": "model.norm.weight", **_HEAD}
+_OUTSIDE_BIASED = {**_OUTSIDE, "output_norm.bias": "model.norm.bias"}
+
+_QKV = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"}
+_ATTENTION = {**_QKV, "attn_output": "self_attn.o_proj"}
+_NO_GATE = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_MLP = {"ffn_gate": "mlp.gate_proj", **_NO_GATE}
+_FUSED_MLP = {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_EXPERTS = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.*.gate_proj",
-    "ffn_up_exps": "mlp.experts.*.up_proj",
-    "ffn_down_exps": "mlp.experts.*.down_proj",
-}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _FOUR_NORMS = {
     "attn_norm": "input_layernorm",
@@ -42,40 +34,108 @@ _FOUR_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_LATE_NORMS = {name: _FOUR_NORMS[name] for name in ("post_attention_norm", "post_ffw_norm")}
+_GATED = {**_ATTENTION, **_MLP, **_NORMS}
+
+
+def _experts(router: str, experts: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Any:
+    """A mixture's tensors; `router` and `experts` are modules of a block."""
+    return {
+        "ffn_gate_inp": router,
+        "ffn_gate_exps": f"{experts}.*.{gate}",
+        "ffn_up_exps": f"{experts}.*.{up}",
+        "ffn_down_exps": f"{experts}.*.{down}",
+    }
+
+
+def _expert_fields(count: str, inner: str | None = None) -> dict[str, str]:
+    """Keys of a mixture whose config calls the number of experts `count`, and their width `inner` where it has one."""
+    width = {"expert_feed_forward_length": inner} if inner else {}
+    return {"expert_count": count, "expert_used_count": "num_experts_per_tok", **width}
+
+
+_GRANITE_FIELDS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `general.architecture`.
+    """A model as one `general.architecture` says it.
 
     Attributes:
-        model_type: transformers' name of it.
-        windowed_type: the name for a file that sets a sliding window, where `model_type` has none.
-        weights: matrices and norms of a block, GGUF name -> transformers' name, both without ``.weight``. A ``*``
+        name: of the architecture.
+        model_type: transformers' name of the model.
+        weights: matrices and norms of a block, GGUF name -> name of the parameter, both without ``.weight``. A ``*``
             stands for the number of an expert: the file holds all experts' in one tensor, one after another.
         biases: the same of its biases.
+        when: the row is for files in which this key is there and not 0; the architecture's last row for all others.
+        outside: tensors outside of blocks, whole names.
+        layers: the list of blocks.
+        published: a part of a parameter's name -> what checkpoints call it.
         flags: a tensor of the first block that some files have -> the config field that says so.
         fields: further GGUF keys -> config fields.
-        means: config fields that no key says, since every such model has them so.
+        means: config fields that no key says, or a key that is always the same, since every such model has them so.
+        epsilon: config field of the norms' epsilon.
+        layer_norm: norms subtract the mean, so the epsilon's key is another one.
+        inner: config field of the width of the MLP.
+        shared_heads: config field of the number of heads of K and V; None where there are as many as of Q.
+        head: whether the output matrix is the embedding: "tied" always, "own" never.
+        activations: values of the config's activation that the file means.
+        rope_types: scalings of the rotary frequencies beside "default" that have a place.
+        partial_rotary: a part of each head may be left unturned.
+        unturned: every so manieth block has no rotary; 0 where all have it.
+        window: the config's `sliding_window` is a key of the file.
         window_pattern: of so many layers the last sees everything, the others a window; 0 where all are alike.
+        local_rope: layers with a window have rotary parameters: of their "own" base, or of the "same" one unscaled.
+        query_scalar: the attention scale is a config field, which follows from the head's width.
         wide_models: block counts of the models whose attention scale is hidden/heads, not the head's width.
-        local_rope: layers with a window have a rotary base of their own.
+        same_width: all heads of Q together are as wide as the model.
+        unshared: there are as many heads of K and V as of Q.
+        wide_norms: norms of Q and K are over all heads together.
+        gate_in_up: the gate's matrix lies above the up matrix in one.
+        vectors: matrices of one row, which some files have as vectors.
+        grouped: `attn_qkv` is published as groups of heads, each Q, then K, then V; the file has all Q first.
         permuted: rows of Q and K are in llama.cpp's rotary order.
         norm_offset: what was added to the weights of norms.
         bfloat16: activations overflow float16, so variants are published in bfloat16.
         rstrip_special: special tokens eat the white space that follows them.
     """
 
+    name: str
     model_type: str
     weights: Mapping[str, str]
     biases: Mapping[str, str] = field(default_factory=dict)
-    windowed_type: str | None = None
+    when: str | None = None
+    outside: Mapping[str, str] = field(default_factory=lambda: _OUTSIDE)
+    layers: str = "model.layers"
+    published: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     means: Mapping[str, Any] = field(default_factory=dict)
+    epsilon: str = "rms_norm_eps"
+    layer_norm: bool = False
+    inner: str = "intermediate_size"
+    shared_heads: str | None = "num_key_value_heads"
+    head: Literal["any", "own", "tied"] = "any"
+    activations: tuple[str, ...] = ("silu",)
+    rope_types: tuple[str, ...] = ("linear", "yarn")
+    partial_rotary: bool = False
+    unturned: int = 0
+    window: bool = False
     window_pattern: int = 0
+    local_rope: Literal["", "own", "same"] = ""
+    query_scalar: bool = False
     wide_models: tuple[int, ...] = ()
-    local_rope: bool = False
+    same_width: bool = False
+    unshared: bool = False
+    wide_norms: bool = False
+    gate_in_up: bool = False
+    vectors: tuple[str, ...] = ()
+    grouped: bool = False
     permuted: bool = False
     norm_offset: float = 0.0
     bfloat16: bool = False
@@ -83,68 +143,344 @@ class Architecture:
 
     @cached_property
     def block(self) -> dict[str, str]:
-        """Tensors of a block, GGUF name -> transformers' name."""
+        """Tensors of a block, GGUF name -> the parameter's name within the block."""
         parts = (("weight", self.weights), ("bias", self.biases))
         return {f"{name}.{part}": f"{ours}.{part}" for part, table in parts for name, ours in table.items()}
 
+    @property
+    def epsilon_key(self) -> str:
+        """The key of the norms' epsilon."""
+        return "attention.layer_norm_epsilon" if self.layer_norm else "attention.layer_norm_rms_epsilon"
 
-_GATED = {**_ATTENTION, **_MLP, **_NORMS}
+    def published_name(self, parameter: str) -> str:
+        """What checkpoints call a parameter."""
+        for part, theirs in self.published.items():
+            parameter = parameter.replace(part, theirs)
+        return parameter
 
-ARCHITECTURES: dict[str, Architecture] = {
+
+ROWS: tuple[Architecture, ...] = (
+    Architecture(
+        "llama",
+        "mixtral",
+        {**_ATTENTION, **_NORMS, **_experts("mlp.gate", "mlp.experts", "w1", "w3", "w2")},
+        when="expert_count",
+        published={"mlp.": "block_sparse_moe."},
+        fields=_expert_fields("num_local_experts"),
+        permuted=True,
+        window=True,
+    ),
     # Mistral models of before mistral3 are "llama" too; without a sliding window the two compute the same.
-    "llama": Architecture(
+    Architecture("llama", "mistral", _GATED, when="attention.sliding_window", permuted=True, window=True),
+    Architecture(
+        "llama",
         "llama",
         _GATED,
         {**_ATTENTION, **_MLP},
-        windowed_type="mistral",
         flags={"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"},
+        rope_types=("linear", "yarn", "llama3"),
         permuted=True,
     ),
-    "mistral3": Architecture("mistral", _GATED, permuted=True),
-    "qwen2": Architecture("qwen2", _GATED, {name: _ATTENTION[name] for name in ("attn_q", "attn_k", "attn_v")}),
-    "qwen3": Architecture("qwen3", {**_GATED, **_HEAD_NORMS}),
-    "qwen3moe": Architecture(
-        "qwen3_moe",
-        {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_EXPERTS},
-        fields={
-            "expert_count": "num_experts",
-            "expert_used_count": "num_experts_per_tok",
-            "expert_feed_forward_length": "moe_intermediate_size",
+    Architecture("mistral3", "mistral", _GATED, permuted=True, window=True),
+    Architecture("qwen2", "qwen2", _GATED, _QKV, same_width=True),
+    Architecture("qwen3", "qwen3", {**_GATED, **_HEAD_NORMS}),
+    Architecture(
+        "qwen2moe",
+        "qwen2_moe",
+        {
+            **_ATTENTION,
+            **_NORMS,
+            **_experts("mlp.gate", "mlp.experts"),
+            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+            "ffn_up_shexp": "mlp.shared_expert.up_proj",
+            "ffn_down_shexp": "mlp.shared_expert.down_proj",
         },
-        means={"norm_topk_prob": True},
+        _QKV,
+        fields={
+            **_expert_fields("num_experts", "moe_intermediate_size"),
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        means={"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 1, "qkv_bias": True},
+        vectors=("ffn_gate_inp_shexp",),
+        head="own",
+        same_width=True,
     ),
-    "gemma2": Architecture(
+    Architecture(
+        "qwen3moe",
+        "qwen3_moe",
+        {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_experts("mlp.gate", "mlp.experts")},
+        fields=_expert_fields("num_experts", "moe_intermediate_size"),
+        means={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+    Architecture(
+        "gemma",
+        "gemma",
+        _GATED,
+        head="tied",
+        activations=("gelu_pytorch_tanh",),
+        norm_offset=1.0,
+        bfloat16=True,
+    ),
+    Architecture(
+        "gemma2",
         "gemma2",
         {**_ATTENTION, **_MLP, **_FOUR_NORMS},
         fields={
             "attn_logit_softcapping": "attn_logit_softcapping",
             "final_logit_softcapping": "final_logit_softcapping",
         },
+        head="tied",
+        activations=("gelu_pytorch_tanh",),
         window_pattern=2,
+        query_scalar=True,
         wide_models=(46,),
         norm_offset=1.0,
         bfloat16=True,
     ),
-    "gemma3": Architecture(
+    Architecture(
+        "gemma3",
         "gemma3_text",
         {**_ATTENTION, **_MLP, **_FOUR_NORMS, **_HEAD_NORMS},
         fields={"final_logit_softcapping": "final_logit_softcapping"},
+        means={"attn_logit_softcapping": None},
+        activations=("gelu_pytorch_tanh",),
         window_pattern=6,
+        local_rope="own",
+        query_scalar=True,
         wide_models=(62,),
-        local_rope=True,
         norm_offset=1.0,
         bfloat16=True,
     ),
-    "phi3": Architecture(
+    Architecture(
         "phi3",
-        {
-            **_NORMS,
-            "attn_qkv": "self_attn.qkv_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_up": "mlp.gate_up_proj",
-            "ffn_down": "mlp.down_proj",
-        },
+        "phi3",
+        {**_NORMS, "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", **_FUSED_MLP},
         fields={"rope.scaling.original_context_length": "original_max_position_embeddings"},
+        rope_types=("linear", "yarn", "longrope"),
+        partial_rotary=True,
+        window=True,
+        same_width=True,
+        gate_in_up=True,
         rstrip_special=True,
     ),
+    Architecture(
+        "phi2",
+        "phi",
+        {
+            **_QKV,
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+            "attn_norm": "input_layernorm",
+        },
+        {
+            **_QKV,
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+            "attn_norm": "input_layernorm",
+        },
+        outside={
+            **_EMBEDDING,
+            "output_norm.weight": "model.final_layernorm.weight",
+            "output_norm.bias": "model.final_layernorm.bias",
+            **_HEAD,
+            "output.bias": "lm_head.bias",
+        },
+        means={"qk_layernorm": False},
+        epsilon="layer_norm_eps",
+        layer_norm=True,
+        head="own",
+        activations=("gelu_new", "gelu_pytorch_tanh"),
+        partial_rotary=True,
+        same_width=True,
+    ),
+    Architecture("granite", "granite", _GATED, fields=_GRANITE_FIELDS, permuted=True),
+    Architecture(
+        "granitemoe",
+        "granitemoe",
+        {**_ATTENTION, **_NORMS, **_experts("block_sparse_moe.router", "block_sparse_moe.experts")},
+        published={"block_sparse_moe.router": "block_sparse_moe.router.layer"},
+        fields={**_GRANITE_FIELDS, **_expert_fields("num_local_experts")},
+        permuted=True,
+    ),
+    Architecture(
+        "olmo2",
+        "olmo3",
+        {**_ATTENTION, **_MLP, **_LATE_NORMS, **_HEAD_NORMS},
+        when="attention.sliding_window",
+        head="own",
+        window_pattern=4,
+        local_rope="same",
+        same_width=True,
+        wide_norms=True,
+    ),
+    Architecture(
+        "olmo2",
+        "olmo2",
+        {**_ATTENTION, **_MLP, **_LATE_NORMS, **_HEAD_NORMS},
+        head="own",
+        same_width=True,
+        wide_norms=True,
+    ),
+    Architecture(
+        "olmoe",
+        "olmoe",
+        {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_experts("mlp.gate", "mlp.experts")},
+        fields=_expert_fields("num_experts"),
+        means={"norm_topk_prob": False, "clip_qkv": None},
+        head="own",
+        same_width=True,
+        unshared=True,
+        wide_norms=True,
+    ),
+    Architecture(
+        "starcoder2",
+        "starcoder2",
+        {**_ATTENTION, **_NORMS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        {**_ATTENTION, **_NORMS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        outside=_OUTSIDE_BIASED,
+        means={"use_bias": True},
+        epsilon="norm_epsilon",
+        layer_norm=True,
+        activations=("gelu_pytorch_tanh", "gelu_new"),
+        window=True,
+        same_width=True,
+    ),
+    Architecture("smollm3", "smollm3", _GATED, unturned=4, permuted=True),
+    Architecture(
+        "arcee",
+        "arcee",
+        {**_ATTENTION, **_NO_GATE, **_NORMS},
+        activations=("relu2",),
+        rope_types=("linear", "yarn", "llama3"),
+        permuted=True,
+    ),
+    Architecture(
+        "seed_oss",
+        "seed_oss",
+        {**_ATTENTION, **_MLP, "attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"},
+        _QKV,
+        flags={"attn_q.bias": "attention_bias"},
+        means={"attention_out_bias": False},
+    ),
+    Architecture(
+        "stablelm",
+        "stablelm",
+        _GATED,
+        {**_QKV, **_NORMS},
+        outside=_OUTSIDE_BIASED,
+        flags={"attn_q.bias": "use_qkv_bias"},
+        fields={"use_parallel_residual": "use_parallel_residual"},
+        means={"use_parallel_residual": False, "qk_layernorm": False},
+        epsilon="layer_norm_eps",
+        layer_norm=True,
+        head="own",
+        partial_rotary=True,
+        same_width=True,
+    ),
+    Architecture(
+        "gptneox",
+        "gpt_neox",
+        {
+            **_NORMS,
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        {
+            **_NORMS,
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        outside={
+            "token_embd.weight": "gpt_neox.embed_in.weight",
+            "output_norm.weight": "gpt_neox.final_layer_norm.weight",
+            "output_norm.bias": "gpt_neox.final_layer_norm.bias",
+            **_HEAD,
+        },
+        layers="gpt_neox.layers",
+        published={"lm_head": "embed_out"},
+        fields={"use_parallel_residual": "use_parallel_residual"},
+        means={"attention_bias": True},
+        epsilon="layer_norm_eps",
+        layer_norm=True,
+        shared_heads=None,
+        head="own",
+        activations=("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+        partial_rotary=True,
+        same_width=True,
+        grouped=True,
+    ),
+    Architecture(
+        "command-r",
+        "cohere",
+        {**_ATTENTION, **_MLP, "attn_norm": "input_layernorm"},
+        fields={"logit_scale": "logit_scale"},
+        means={"use_qk_norm": False},
+        epsilon="layer_norm_eps",
+        layer_norm=True,
+        head="tied",
+        same_width=True,
+    ),
+    Architecture(
+        "cohere2",
+        "cohere2",
+        {**_ATTENTION, **_MLP, "attn_norm": "input_layernorm"},
+        fields={"logit_scale": "logit_scale"},
+        epsilon="layer_norm_eps",
+        layer_norm=True,
+        head="tied",
+        window_pattern=4,
+        same_width=True,
+    ),
+    Architecture(
+        "glm4",
+        "glm4",
+        {
+            **_ATTENTION,
+            **_FUSED_MLP,
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_self_attn_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+        },
+        _QKV,
+        flags={"attn_q.bias": "attention_bias"},
+        partial_rotary=True,
+        gate_in_up=True,
+    ),
+    Architecture("ernie4_5", "ernie4_5", _GATED, means={"use_bias": False}),
+    Architecture(
+        "nemotron",
+        "nemotron",
+        {**_ATTENTION, **_NO_GATE, **_NORMS},
+        _NORMS,
+        outside=_OUTSIDE_BIASED,
+        means={"attention_bias": False, "mlp_bias": False},
+        epsilon="norm_eps",
+        layer_norm=True,
+        head="own",
+        activations=("relu2",),
+        partial_rotary=True,
+        same_width=True,
+        norm_offset=1.0,
+    ),
+)
+
+ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
+    name: tuple(row for row in ROWS if row.name == name) for name in dict.fromkeys(row.name for row in ROWS)
 }
+"""Rows by `general.architecture`; of several the first whose `when` holds is a file's."""
+
+WRITABLE: dict[str, Architecture] = {row.model_type: row for row in reversed(ROWS)}
+"""Rows by transformers' model_type: what a model is written as."""
+
+
+def row_of_file(name: str, said: Callable[[str], Any]) -> Architecture:
+    """The row of a file of an architecture; `said` gives what a key of the architecture's own says."""
+    return next(row for row in ARCHITECTURES[name] if row.when is None or said(f"{name}.{row.when}"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, OUTSIDE, Architecture
+from quantkit.containers.gguf.architectures import BLOCK, Architecture
 from quantkit.containers.gguf.file import Array
 from quantkit.errors import SourceError
 from quantkit.late import transformers
@@ -21,9 +21,7 @@ _FIELDS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 TOKENS = {
     "bos_token": "bos_token_id",
@@ -36,7 +34,7 @@ TOKENS = {
 # Keys that change what a model computes and that no row of the table can say.
 _NOT_READ = (
     *("expert_count", "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
-    *("logit_scale", "embedding_scale", "residual_scale"),
+    *("logit_scale", "embedding_scale", "residual_scale", "attention.scale"),
 )
 
 _LARGEST = 2**31  # what llama.cpp counts with
@@ -49,8 +47,9 @@ LENIENT = ("padding_token_id", "unknown_token_id")
 class ArchitectureKeys:
     """A file's keys by name, those of the architecture without its prefix."""
 
-    def __init__(self, architecture: str, values: Callable[[str], Any]) -> None:
-        self.architecture = architecture
+    def __init__(self, row: Architecture, values: Callable[[str], Any]) -> None:
+        self.row = row
+        self.architecture = row.name
         self.values = values
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -88,8 +87,10 @@ def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
     """The config that `config_settings` are of."""
     fields = {name: value for name, value in settings.items() if name != "model_type"}
     kind = transformers.CONFIG_MAPPING[settings["model_type"]]
-    if fields["head_dim"] * fields["num_attention_heads"] == fields["hidden_size"] and not hasattr(kind, "head_dim"):
-        del fields["head_dim"]
+    heads = fields["num_attention_heads"]
+    for name, follows in {"head_dim": fields["hidden_size"] / heads, "num_key_value_heads": heads}.items():
+        if fields.get(name) == follows and not hasattr(kind, name):
+            del fields[name]
     config: PretrainedConfig = kind(**fields)
     return config
 
@@ -107,9 +108,9 @@ def config_settings(
     Raises:
         SourceError: a key is missing or says what cannot be read.
     """
-    architecture = ARCHITECTURES[keys.architecture]
+    row = keys.row
     for key in _NOT_READ:
-        if keys.get(key) and key not in architecture.fields:
+        if keys.get(key) and key not in row.fields:
             raise SourceError(f"{keys.architecture}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
     if "token_embd.weight" not in shapes:
         raise SourceError("tensor token_embd.weight is missing")
@@ -117,36 +118,61 @@ def config_settings(
     found = {int(block[1]) for block in map(BLOCK.match, shapes) if block}
     if len(found) != blocks or max(found) != blocks - 1:  # whatever is made of a number of blocks takes its time
         raise SourceError(f"{keys.architecture}.block_count is {blocks}, but the file holds {len(found)} blocks")
-    settings = {ours: keys.require(key, whole=ours != "rms_norm_eps") for key, ours in _FIELDS.items()}
-    experts = "expert_count" in architecture.fields  # how many there are must be said
-    for key, ours in architecture.fields.items():
-        if experts or keys.get(key) is not None:
-            settings[ours] = keys.require(key, whole=True) if experts else keys.number(key)
-    settings |= architecture.means
-    shared = keys.get("attention.head_count_kv") is not None
-    settings["num_key_value_heads"] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
+    sizes = {**_FIELDS, "feed_forward_length": row.inner}
+    settings = {ours: keys.require(key, whole=True) for key, ours in sizes.items()}
+    settings[row.epsilon] = keys.require(row.epsilon_key)
+    settings |= {**_own_fields(keys), **row.means}
+    if row.shared_heads:
+        shared = keys.get("attention.head_count_kv") is not None
+        settings[row.shared_heads] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
     settings["vocab_size"] = shapes["token_embd.weight"][0]
     for token in ("bos_token", "eos_token", "pad_token"):
         settings[f"{token}_id"] = token_id(keys.values, TOKENS[token], settings["vocab_size"])
     settings["tie_word_embeddings"] = "output.weight" not in shapes
-    for name, flag in architecture.flags.items():
+    for name, flag in row.flags.items():
         settings[flag] = f"blk.0.{name}" in shapes
     window = keys.number("attention.sliding_window", whole=True) or None  # 0 says that there is none
-    model_type = architecture.windowed_type if window and architecture.windowed_type else architecture.model_type
     width = settings["hidden_size"] // settings["num_attention_heads"]
     head = keys.number("attention.key_length", width, whole=True)
-    _check_shapes(architecture, settings, head, shapes)
-    settings |= {"model_type": model_type, "head_dim": head}
-    if model_type in ("mistral", "phi3") or window:
+    _check_shapes(row, settings, head, shapes)
+    settings |= {"model_type": row.model_type, "head_dim": head}
+    if row.window or window:
         settings["sliding_window"] = window
-    if architecture.window_pattern:
-        settings["layer_types"] = list(_layer_types(keys, architecture, window, blocks))
-        settings["query_pre_attn_scalar"] = width if blocks in architecture.wide_models else head
+    if row.window_pattern:
+        settings["layer_types"] = list(_layer_types(keys, row, window, blocks))
+    if row.query_scalar:
+        settings["query_pre_attn_scalar"] = width if blocks in row.wide_models else head
+    if row.unturned:
+        settings["no_rope_layers"] = turned_layers(blocks, row.unturned)
     rope = _rope_parameters(keys, head, shapes, read)
-    if architecture.local_rope:
-        local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+    if row.local_rope:
+        base = 10000.0 if row.local_rope == "own" else rope["rope_theta"]
+        local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", base)}
         rope = {"full_attention": rope, "sliding_attention": local}
     settings["rope_parameters"] = rope
+    return settings
+
+
+def turned_layers(layers: int, unturned: int) -> list[int]:
+    """Of each layer 1, and 0 of every `unturned`th, which has no rotary."""
+    return [int((i + 1) % unturned != 0) for i in range(layers)]
+
+
+def _own_fields(keys: ArchitectureKeys) -> dict[str, Any]:
+    """Config fields of the row's own keys. Raises SourceError: one is missing that must be said, or says what the row
+    does not mean."""
+    row, settings = keys.row, dict[str, Any]()
+    experts = "expert_count" in row.fields  # how many there are must be said
+    for key, ours in row.fields.items():
+        value = keys.get(key)
+        if isinstance(value, bool):
+            settings[ours] = value
+        elif key.startswith("expert_") and experts:
+            settings[ours] = keys.require(key, whole=True)
+        elif value is not None:
+            settings[ours] = keys.number(key)
+        if ours in row.means and settings.get(ours, row.means[ours]) != row.means[ours]:
+            raise SourceError(f"{row.name}.{key} is {str(value)[:40]}; such models cannot be read")
     return settings
 
 
@@ -164,42 +190,55 @@ def token_id(values: Callable[[str], Any], key: str, vocabulary: int) -> int | N
 
 
 def _check_shapes(
-    architecture: Architecture, settings: Mapping[str, Any], head: int, shapes: Mapping[str, tuple[int, ...]]
+    row: Architecture, settings: Mapping[str, Any], head: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise SourceError where a tensor's shape is not the one that follows from the config's fields."""
-    width, inner, heads = settings["hidden_size"], settings["intermediate_size"], settings["num_attention_heads"]
-    queries, keys = heads * head, settings["num_key_value_heads"] * head
-    if head == 0 or head % 2 or heads % settings["num_key_value_heads"]:
+    width, inner, heads = settings["hidden_size"], settings[row.inner], settings["num_attention_heads"]
+    shared, vocabulary = settings[row.shared_heads or "num_attention_heads"], settings["vocab_size"]
+    queries, keys = heads * head, shared * head
+    if head == 0 or head % 2 or heads % shared:
         raise SourceError(f"{heads} heads of {head} cannot share {keys} rows of keys; the file is broken")
     wanted: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(("token_embd", "output"), (settings["vocab_size"], width)),
+        **dict.fromkeys(("token_embd", "output"), (vocabulary, width)),
         **{"attn_q": (queries, width), "attn_k": (keys, width), "attn_v": (keys, width)},
         **{"attn_qkv": (queries + 2 * keys, width), "attn_output": (width, queries)},
-        **dict.fromkeys(("attn_q_norm", "attn_k_norm"), (head,)),
-        **dict.fromkeys(("ffn_gate", "ffn_up"), (inner, width)),
+        **{"attn_q_norm": (queries if row.wide_norms else head,), "attn_k_norm": (keys if row.wide_norms else head,)},
+        "ffn_gate": (inner, width),
+        "ffn_up": (2 * inner if row.gate_in_up else inner, width),
         "ffn_down": (width, inner),
+        **_expert_shapes(row, settings),
     }
-    if "ffn_gate.weight" not in architecture.block:
-        wanted["ffn_up"] = (2 * inner, width)  # which holds the gate as well
-    if "num_experts" in settings:
-        experts, own, used = (settings[n] for n in ("num_experts", "moe_intermediate_size", "num_experts_per_tok"))
-        if used > experts:
-            raise SourceError(f"a token goes to {used} of {experts} experts; the file is broken")
-        wanted |= dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, own, width))
-        wanted |= {"ffn_gate_inp": (experts, width), "ffn_down_exps": (experts, width, own)}
     for name, shape in shapes.items():
         inside = BLOCK.sub("", name)
-        if name not in OUTSIDE and inside not in architecture.block:
+        if name not in row.outside and inside not in row.block:
             continue
         part, _, kind = inside.rpartition(".")
         expected = wanted.get(part, (width,))
         expected = expected[:1] if kind == "bias" else expected
-        if shape != expected:
+        if shape != expected and not (part in row.vectors and shape == expected[1:]):
             raise SourceError(f"{name} has shape {list(shape)}, but the file's keys ask for {list(expected)}")
 
 
-def _layer_types(keys: ArchitectureKeys, architecture: Architecture, window: int | None, layers: int) -> Iterable[str]:
-    pattern = keys.get("attention.sliding_window_pattern", architecture.window_pattern)
+def _expert_shapes(row: Architecture, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of a mixture's tensors, by their names in a block."""
+    if "expert_count" not in row.fields:
+        return {}
+    width = settings["hidden_size"]
+    experts, used = (settings[row.fields[key]] for key in ("expert_count", "expert_used_count"))
+    if used > experts:
+        raise SourceError(f"a token goes to {used} of {experts} experts; the file is broken")
+    own = settings[row.fields.get("expert_feed_forward_length", row.inner)]
+    common = settings.get(row.fields.get("expert_shared_feed_forward_length", ""), 0)
+    return {
+        **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, own, width)),
+        **{"ffn_gate_inp": (experts, width), "ffn_down_exps": (experts, width, own)},
+        **dict.fromkeys(("ffn_gate_shexp", "ffn_up_shexp"), (common, width)),
+        **{"ffn_down_shexp": (width, common), "ffn_gate_inp_shexp": (1, width)},
+    }
+
+
+def _layer_types(keys: ArchitectureKeys, row: Architecture, window: int | None, layers: int) -> Iterable[str]:
+    pattern = keys.get("attention.sliding_window_pattern", row.window_pattern)
     if not (type(pattern) is int and pattern > 0) and not (isinstance(pattern, list) and len(pattern) == layers):
         said = f"{keys.architecture}.attention.sliding_window_pattern"
         raise SourceError(f"{said} is {str(pattern)[:40]!r}, which says nothing of {layers} layers")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from quantkit.codes.kinds import FileType
-from quantkit.containers.gguf.architectures import ARCHITECTURES
-from quantkit.containers.gguf.config import longrope_attention
+from quantkit.containers.gguf.architectures import WRITABLE, Architecture
+from quantkit.containers.gguf.config import longrope_attention, turned_layers
 from quantkit.containers.gguf.vocabulary import vocabulary
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError
@@ -28,23 +28,11 @@ if TYPE_CHECKING:
 Keys = dict[str, Any]
 """Key -> value; an int is written as uint32, a float as float32, a list by what it holds."""
 
-WRITABLE = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-}
-"""transformers' model_type -> general.architecture."""
-
-GEMMA = ("gemma2", "gemma3")
-
 # What is said of this file and not of the one it was made from.
 _OWN = re.compile(r"general\.(architecture|type|size_label|file_type|quantization_version|alignment)$")
 _LARGEST = 2**32 - 1  # of a whole number
+_MEASURE = re.compile(r"(scale|softcapping)$")  # keys of float32, whatever the config has
+_ACTIVATIONS = ("hidden_activation", "hidden_act")  # config fields
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
@@ -92,7 +80,7 @@ def origin(from_gptq: bool) -> Keys:
 
 def model_keys(source: Source) -> Keys:
     """The architecture's own keys, prefixed with its name. Raises SourceError."""
-    config, architecture = source.config, architecture_of(source)
+    config, row = source.config, row_of(source)
     width = head_width(config)
     rope = rope_of(config)
     keys: Keys = {
@@ -100,56 +88,55 @@ def model_keys(source: Source) -> Keys:
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, row.inner),
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count_kv": shared_heads(config, row),
         "attention.key_length": width,
         "attention.value_length": width,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        row.epsilon_key: float(getattr(config, row.epsilon)),
         "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
-        **_scaling(config, architecture, rope),
-        **_attention(config, architecture),
+        **_fields(config, row),
+        **_scaling(config, row, rope),
+        **_windows(config, row),
     }
-    if architecture == "qwen3moe":
-        keys |= {key: getattr(config, ours) for key, ours in ARCHITECTURES[architecture].fields.items()}
-    return {f"{architecture}.{key}": value for key, value in keys.items()}
+    return {f"{row.name}.{key}": value for key, value in keys.items()}
 
 
-def _scaling(config: PretrainedConfig, architecture: str, rope: Mapping[str, Any]) -> Keys:
+def _fields(config: PretrainedConfig, row: Architecture) -> Keys:
+    """The row's own keys, but for those that the config leaves out."""
+    said = {key: getattr(config, ours) for key, ours in row.fields.items()}
+    return {key: float(value) if _MEASURE.search(key) else value for key, value in said.items() if value is not None}
+
+
+def _scaling(config: PretrainedConfig, row: Architecture, rope: Mapping[str, Any]) -> Keys:
     kind = rope.get("rope_type", "default")
     keys: Keys = {}
     if kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-    if architecture == "phi3":
-        keys["rope.scaling.original_context_length"] = config.original_max_position_embeddings
     if kind == "longrope":
         usual = longrope_attention(config.max_position_embeddings, config.original_max_position_embeddings)
         given = rope.get("attention_factor")
         keys["rope.scaling.attn_factor"] = usual if given is None else float(given)
-    if architecture == "gemma3":
+    if row.local_rope:
         keys["rope.freq_base_swa"] = float(config.rope_parameters["sliding_attention"]["rope_theta"])
     return keys
 
 
-def _attention(config: PretrainedConfig, architecture: str) -> Keys:
-    """Windows and soft caps."""
+def _windows(config: PretrainedConfig, row: Architecture) -> Keys:
+    """The window, and which layers have one where not all do."""
     keys: Keys = {}
     window = getattr(config, "sliding_window", None)
-    if architecture == "phi3":
+    if row.name == "phi3":
         keys["attention.sliding_window"] = window or 0  # 0 tells Phi-4 from the models before it
-    elif window and (architecture in GEMMA or config.model_type == "mistral"):
+    elif window and (row.window or row.window_pattern):
         keys["attention.sliding_window"] = window
-    if architecture in GEMMA:
+    if row.window_pattern:
         windowed = [kind == "sliding_attention" for kind in config.layer_types]
-        pattern = ARCHITECTURES[architecture].window_pattern
-        if windowed != [bool((i + 1) % pattern) for i in range(len(windowed))]:
+        if windowed != [bool((i + 1) % row.window_pattern) for i in range(len(windowed))]:
             keys["attention.sliding_window_pattern"] = windowed
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if getattr(config, key) is not None:
-                keys[key] = float(getattr(config, key))
     return keys
 
 
@@ -177,8 +164,8 @@ def _origin(source: Source) -> Keys:
     return keys
 
 
-def architecture_of(source: Source) -> str:
-    """The `general.architecture` that a source is written as.
+def row_of(source: Source) -> Architecture:
+    """The row that a source is written by.
 
     Raises:
         SourceError: it cannot be written (the message lists what can), or its config says what llama.cpp takes to be
@@ -186,19 +173,29 @@ def architecture_of(source: Source) -> str:
     """
     kind = source.config.model_type
     if kind not in WRITABLE:
-        raise SourceError(f"{source.path}: {kind} cannot be written as GGUF; what can: {', '.join(WRITABLE)}")
+        raise SourceError(f"{source.path}: {kind} cannot be written as GGUF; what can: {', '.join(sorted(WRITABLE))}")
     for problem in _differences(source.config, WRITABLE[kind]):
         raise SourceError(f"{source.path}: {problem}; llama.cpp would compute another model")
     return WRITABLE[kind]
 
 
+def architecture_of(source: Source) -> str:
+    """The `general.architecture` that a source is written as. Raises as `row_of` does."""
+    return row_of(source).name
+
+
 def limits(source: Source) -> list[str]:
     """What a reader of the file should know: where llama.cpp's result drifts from the model's."""
-    config = source.config
-    window = config.sliding_window if config.model_type in ("mistral", "phi3") else None
+    config, row = source.config, WRITABLE[source.config.model_type]
+    window = config.sliding_window if row.window else None
     if not window or window >= config.max_position_embeddings:
         return []
     return [f"llama.cpp lets every token see all before it, this model the last {window}: beyond those they differ"]
+
+
+def shared_heads(config: PretrainedConfig, row: Architecture) -> int:
+    """Heads of K and V."""
+    return int(getattr(config, row.shared_heads or "num_attention_heads"))
 
 
 def head_width(config: PretrainedConfig) -> int:
@@ -212,52 +209,52 @@ def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
     return rope
 
 
-def _differences(config: PretrainedConfig, architecture: str) -> Iterator[str]:
+def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
     """What the config says and llama.cpp takes to be otherwise."""
-    gemma = architecture in GEMMA
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    usual = "gelu_pytorch_tanh" if gemma else "silu"
-    if activation != usual:
-        yield f"hidden_act is {activation!r}, where a {architecture} GGUF file means {usual!r}"
-    yield from _rope_differences(config, architecture)
-    wide = config.num_attention_heads * head_width(config) != config.hidden_size
-    if wide and architecture in ("qwen2", "phi3"):
-        yield f"head_dim {head_width(config)} times the heads is not hidden_size, as in a {architecture} GGUF file"
-    if architecture.startswith("qwen") and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        yield f"layer_types has a sliding window, which a {architecture} GGUF file cannot say"
-    if architecture == "qwen3moe":
-        if config.mlp_only_layers or config.decoder_sparse_step != 1:
-            yield "mlp_only_layers or decoder_sparse_step leaves blocks without experts, which a qwen3moe never has"
-        if not config.norm_topk_prob:
-            yield "norm_topk_prob is false, where a qwen3moe GGUF file means true"
-    if gemma:
-        yield from _gemma_differences(config, architecture)
+    activation = next((getattr(config, name) for name in _ACTIVATIONS if getattr(config, name, None)), None)
+    if activation not in row.activations:
+        yield f"hidden_act is {activation!r}, where a {row.name} GGUF file means {row.activations[0]!r}"
+    yield from _rope_differences(config, row)
+    heads, shared = config.num_attention_heads, shared_heads(config, row)
+    if row.same_width and heads * head_width(config) != config.hidden_size:
+        yield f"head_dim {head_width(config)} times the heads is not hidden_size, as in a {row.name} GGUF file"
+    if row.unshared and shared != heads:
+        yield f"{heads} heads share {shared} keys and values, which a {row.name} GGUF file cannot say"
+    if not (row.window or row.window_pattern) and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        yield f"layer_types has a sliding window, which a {row.name} GGUF file cannot say"
+    for name, meant in row.means.items():
+        value = getattr(config, name, None)
+        if (value or None) != (meant or None):
+            yield f"{name} is {value}, where a {row.name} GGUF file means {meant}"
+    if row.query_scalar:
+        yield from _gemma_differences(config, row)
+    if getattr(config, "use_bidirectional_attention", None):
+        yield f"use_bidirectional_attention is set, which a {row.name} GGUF file cannot say"
 
 
-def _gemma_differences(config: PretrainedConfig, architecture: str) -> Iterator[str]:
-    wide = config.num_hidden_layers in ARCHITECTURES[architecture].wide_models
+def _gemma_differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
+    wide = config.num_hidden_layers in row.wide_models
     scalar = config.hidden_size // config.num_attention_heads if wide else head_width(config)
     if config.query_pre_attn_scalar != scalar:
         yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, where a GGUF file of this size means {scalar}"
-    if architecture == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
+    if row.name == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
         yield "attn_logit_softcapping or final_logit_softcapping is not set, which a gemma2 GGUF file cannot say"
-    if architecture == "gemma3" and config.attn_logit_softcapping:
-        yield "attn_logit_softcapping is set, which a gemma3 GGUF file cannot say"
-    if getattr(config, "use_bidirectional_attention", None):
-        yield f"use_bidirectional_attention is set, which a {architecture} GGUF file cannot say"
 
 
-def _rope_differences(config: PretrainedConfig, architecture: str) -> Iterator[str]:
+def _rope_differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
-    places = {"default": None, "linear": None, "yarn": None, "llama3": "llama", "longrope": "phi3"}
-    if kind not in places or places[kind] not in (None, architecture):
-        yield f"rope_type {kind!r} has no place in a {architecture} GGUF file"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 and architecture != "phi3":
-        yield f"partial_rotary_factor is {rope['partial_rotary_factor']}, which a {architecture} GGUF file cannot say"
+    if kind not in ("default", *row.rope_types):
+        yield f"rope_type {kind!r} has no place in a {row.name} GGUF file"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not row.partial_rotary:
+        yield f"partial_rotary_factor is {rope['partial_rotary_factor']}, which a {row.name} GGUF file cannot say"
     local = config.rope_parameters.get("sliding_attention", {})
     if local.get("rope_type", "default") != "default":
-        yield f"rope_type {local['rope_type']!r} of sliding_attention has no place in a {architecture} GGUF file"
+        yield f"rope_type {local['rope_type']!r} of sliding_attention has no place in a {row.name} GGUF file"
+    if row.local_rope == "same" and local["rope_theta"] != rope["rope_theta"]:
+        yield f"rope_theta {local['rope_theta']} of sliding_attention has no place in a {row.name} GGUF file"
+    if row.unturned and list(config.no_rope_layers) != turned_layers(config.num_hidden_layers, row.unturned):
+        yield f"no_rope_layers is not every {row.unturned}th, as in a {row.name} GGUF file"
     if kind == "yarn":
         usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
         given, follows = rope.get("attention_factor"), 0.1 * math.log(rope["factor"]) + 1
@@ -265,7 +262,7 @@ def _rope_differences(config: PretrainedConfig, architecture: str) -> Iterator[s
         usual["attention_factor"] = given if known else None
         for key, value in usual.items():
             if rope.get(key) not in (None, value):
-                yield f"{key} {rope[key]} of its yarn scaling has no place in a {architecture} GGUF file"
+                yield f"{key} {rope[key]} of its yarn scaling has no place in a {row.name} GGUF file"
     if kind == "longrope":
         count = int(head_width(config) * rope.get("partial_rotary_factor", 1.0)) // 2
         if not len(rope["long_factor"]) == len(rope["short_factor"]) == count:

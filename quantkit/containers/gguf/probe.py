@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quantkit.containers.gguf.architectures import ARCHITECTURES
-from quantkit.containers.gguf.keys import architecture_of
+from quantkit.containers.gguf.keys import row_of
 from quantkit.containers.gguf.pretokenizers import PROBE
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.source import Source
@@ -38,7 +37,7 @@ def cut_otherwise(source: Source, keys: Mapping[str, Any]) -> list[str]:
         return []
     theirs: Any = source.tokenizer()
     try:
-        ours: Any = make_tokenizer(keys.get, ARCHITECTURES[architecture_of(source)], source.config.vocab_size)
+        ours: Any = make_tokenizer(keys.get, row_of(source), source.config.vocab_size)
     except SourceError:
         return []  # a pre-tokenizer that is llama.cpp's alone
     except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, IN_CONFIG, OUTSIDE
+from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, IN_CONFIG, row_of_file
 from quantkit.containers.gguf.config import LENIENT, ArchitectureKeys, config_settings, make_config, token_id
-from quantkit.containers.gguf.file import Array, Blocks, GgufFile
+from quantkit.containers.gguf.file import Blocks, GgufFile
+from quantkit.containers.gguf.order import Order, order_of
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
 from quantkit.containers.source import HoldsBlocks, Source, TensorInfo
@@ -26,19 +27,24 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
 class InFile(NamedTuple):
-    """Where a published tensor is: a tensor of a file, or one expert's part of it."""
+    """Where a published tensor is: a tensor of a file, or one expert's part of it.
+
+    `order` is that of its rows, `offset` what was added to its values, `vector` says that the file has a matrix of one
+    row as a vector.
+    """
 
     file: GgufFile
     name: str
     expert: int | None = None
+    order: Order | None = None
+    offset: float = 0.0
+    vector: bool = False
 
 
 class GgmlSource(Source):
     """A file of GGML's types. Tensors have Hugging Face names and layout; quantized ones are given as float32."""
 
     _stored: Mapping[str, InFile]
-    _permuted = True
-    _norm_offset = 0.0
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         raise NotImplementedError
@@ -53,25 +59,26 @@ class GgmlSource(Source):
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         shown = {}
-        for name, (file, stored, expert) in self._stored.items():
-            tensor = file.tensors[stored]
-            whole = TensorInfo(tensor.shape, tensor.kind.name, tensor.bytes)
-            of_one = TensorInfo(tensor.shape[1:], tensor.kind.name, tensor.bytes // tensor.shape[0])
-            shown[name] = whole if expert is None else of_one
+        for name, found in self._stored.items():
+            tensor = found.file.tensors[found.name]
+            shape, size = tensor.shape, tensor.bytes
+            if found.expert is not None:
+                shape, size = shape[1:], size // shape[0]
+            shown[name] = TensorInfo((1, *shape) if found.vector else shape, tensor.kind.name, size)
         return shown
 
     def read(self, name: str) -> torch.Tensor:
-        (file, stored, expert), heads = self._stored[name], self._turned_heads(name)
-        values = file.values(stored, expert)
-        values = unpermute_heads(values, heads) if heads else values
-        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
+        found = self._stored[name]
+        values = found.file.values(found.name, found.expert)
+        values = values - found.offset if found.offset else values
+        values = found.order.undo(values) if found.order else values
+        return torch.from_numpy(values[None] if found.vector else values)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        file, stored, expert = self._stored[name]
-        if self._turned_heads(name) or len(self.tensors[name].shape) < 2:
+        found = self._stored[name]
+        if found.order or found.offset or found.vector or len(self.tensors[name].shape) < 2:
             return self.read(name)[start:stop]
-        values = file.values(stored, expert, slice(start, stop))
-        return torch.from_numpy(values - self._offset(name) if self._offset(name) else values)
+        return torch.from_numpy(found.file.values(found.name, found.expert, slice(start, stop)))
 
     def blocks(self, name: str) -> Blocks:
         """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
@@ -82,23 +89,12 @@ class GgmlSource(Source):
             SourceError: what is stored is not what `read` gives: norms that have 1 added, quantized vectors whose
                 values lie in another order.
         """
-        file, stored, expert = self._stored[name]
-        kind, rows = file.blocks(stored, expert)
-        heads, length = self._turned_heads(name), self.tensors[name].shape[0]
-        if self._offset(name) or (heads and rows.size % length):
+        found = self._stored[name]
+        kind, rows = found.file.blocks(found.name, found.expert)
+        length = self.tensors[name].shape[0]
+        if found.offset or (found.order and rows.size % length):
             raise SourceError(f"{self.path}: the bytes of {name} are not the published tensor's; read its values")
-        return kind, unpermute_heads(rows.reshape(length, -1), heads).reshape(rows.shape) if heads else rows
-
-    def _turned_heads(self, name: str) -> int:
-        """How many heads share a tensor's rows, where they are in llama.cpp's order; else 0."""
-        if not self._permuted or ".self_attn." not in name:
-            return 0
-        heads: dict[str, int] = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
-        return heads.get(name.split(".")[-2], 0)
-
-    def _offset(self, name: str) -> float:
-        """What was added to a tensor's values."""
-        return self._norm_offset if name.endswith("norm.weight") else 0.0
+        return kind, found.order.undo(rows.reshape(length, -1)).reshape(rows.shape) if found.order else rows
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -137,15 +133,14 @@ class GgufSource(GgmlSource):
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported; supported: {known}")
-        self._architecture = ARCHITECTURES[name]
-        self._permuted, self._norm_offset = self._architecture.permuted, self._architecture.norm_offset
+        self._architecture = row_of_file(name, self._field)
         self.metadata = self._parts[0].keys
         self.from_gptq = self._field("quantkit.weights") is not None
         self.remarks = self._unnamed()
         self.label = label or model_stem(path)
         self._holder = {name: part for part in self._parts for name in part.tensors}
         self._check_parts()
-        self._settings = self._config_settings(name)
+        self._settings = self._config_settings()
         self.model_type = self._settings["model_type"]
         self._stored = dict(self._names())
 
@@ -192,9 +187,9 @@ class GgufSource(GgmlSource):
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self._architecture.bfloat16 else stored_dtype(self.tensors)
 
-    def _config_settings(self, architecture: str) -> dict[str, Any]:
+    def _config_settings(self) -> dict[str, Any]:
         shapes = {name: part.tensors[name].shape for name, part in self._holder.items()}
-        keys = ArchitectureKeys(architecture, self._field)
+        keys = ArchitectureKeys(self._architecture, self._field)
         with self._making_config():
             return config_settings(keys, shapes, lambda name: self._holder[name].values(name))
 
@@ -209,20 +204,25 @@ class GgufSource(GgmlSource):
 
     def _names(self) -> Iterator[tuple[str, InFile]]:
         """Hugging Face name and where it is stored, for every tensor of the file."""
+        row, heads = self._architecture, self._settings["num_attention_heads"]
+        shared = self._settings[row.shared_heads or "num_attention_heads"]
         for name, part in self._holder.items():
             if name in IN_CONFIG:
                 continue
             block = BLOCK.match(name)
-            ours = self._architecture.block.get(name[block.end() :]) if block else OUTSIDE.get(name)
+            ours = row.block.get(name[block.end() :]) if block else row.outside.get(name)
             if ours is None:
-                kind = self._field("general.architecture")
-                raise SourceError(f"{self.path}: tensor {name} is not one that a {kind} model is read with")
-            published = f"model.layers.{block[1]}.{ours}" if block else ours
+                raise SourceError(f"{self.path}: tensor {name} is not one that a {row.name} model is read with")
+            published = row.published_name(f"{row.layers}.{block[1]}.{ours}" if block else ours)
+            role = name.split(".")[-2]
+            offset = row.norm_offset if name.endswith("norm.weight") else 0.0
+            vector = role in row.vectors and len(part.tensors[name].shape) == 1
+            found = InFile(part, name, None, order_of(row, role, heads, shared), offset, vector)
             if "*" not in published:
-                yield published, InFile(part, name)
+                yield published, found
                 continue
             for expert in range(part.tensors[name].shape[0]):
-                yield published.replace("*", str(expert)), InFile(part, name, expert)
+                yield published.replace("*", str(expert)), found._replace(expert=expert)
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         return make_tokenizer(self._field, self._architecture, self.config.vocab_size)
@@ -242,7 +242,7 @@ class GgufSource(GgmlSource):
 
         architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.model_type]
         content = {**self.config.to_diff_dict(), "architectures": [architecture]}
-        if "expert_count" in self._architecture.fields:  # which transformers 5 calls num_local_experts
+        if self._architecture.fields.get("expert_count") == "num_experts":  # transformers 5 says num_local_experts
             content["num_experts"] = self.config.num_experts
         return publishable_config(content, type(self.config))
 
@@ -250,12 +250,6 @@ class GgufSource(GgmlSource):
 def model_stem(path: Path) -> str:
     """A file's name without its suffix, and without the number of a part."""
     return _PART.sub("", path.stem)
-
-
-def unpermute_heads(values: Array, heads: int) -> Array:
-    """Undo llama.cpp's row order of Q and K, [rows, ...]: per head, halves are interleaved for its rotary."""
-    rows = values.shape[0]
-    return values.reshape(heads, rows // heads // 2, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 def _parts(path: Path) -> list[Path]:

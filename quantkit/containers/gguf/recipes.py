@@ -33,11 +33,13 @@ class Planned:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the rules ask of a model: its blocks, queries a key is shared by, experts, and whether it is one of 70B."""
+    """What the rules ask of a model: its blocks, queries a key is shared by, experts, whether tokens go through an
+    expert beside those, and whether it is one of 70B."""
 
     blocks: int
     shared_by: int
     experts: int
+    common_expert: bool
     is_70b: bool
     importance: bool
 
@@ -77,6 +79,7 @@ class _Recipe:
         embedding: of an embedding that is not the output too; None for the base.
         output: of the output; None for the base.
         lifts: whether values (`attn_v`) of a model of 70B, and keys and values beside eight experts, get more bits.
+        counts_down: of `ffn_down` matrices it is their number that the rules take for the block's.
         file_type: llama.cpp's name of it, where it is not the recipe's own.
     """
 
@@ -85,6 +88,7 @@ class _Recipe:
     embedding: Kind | None = None
     output: Kind | None = Kind.Q6_K
     lifts: bool = True
+    counts_down: bool = False
     file_type: str = ""
 
 
@@ -157,6 +161,7 @@ _RECIPES = {
             embedding=low,
             output=Kind.Q5_K,
             lifts=False,
+            counts_down=True,
         )
         for name, base, low, attention_output in (
             ("iq1_s", Kind.IQ1_S, Kind.Q2_K, Kind.IQ2_XXS),
@@ -218,7 +223,9 @@ _SMALLER_BLOCKS = {
     Kind.Q6_K: Kind.Q8_0,
 }
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-_ROLE = re.compile(r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_qkv|attn_output|ffn_up|ffn_gate|ffn_down)(_exps)?\.weight$")
+_ROLE = re.compile(
+    r"blk\.(\d+)\.(attn_q|attn_k|attn_v|attn_qkv|attn_output|ffn_up|ffn_gate|ffn_down)(_exps|_shexp)?\.weight$"
+)
 
 
 def base_kind(name: str) -> Kind:
@@ -286,7 +293,9 @@ def tensor_kinds(
     keys = getattr(config, "num_key_value_heads", None) or heads
     # llama.cpp tells by the number of blocks, and only of these two architectures.
     is_70b = blocks == 80 and (architecture == "qwen2" or (architecture == "llama" and keys != heads))
-    model = _Model(blocks, heads // keys, getattr(config, "num_experts", None) or 0, is_70b, importance)
+    common = any("_shexp." in tensor.name for tensor in plan)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
+    model = _Model(blocks, heads // keys, experts, common, is_70b, importance)
     tied = all(tensor.name != OUTPUT for tensor in plan)
 
     def wanted(tensor: GgufTensor) -> Kind:
@@ -333,6 +342,8 @@ def _of_block(recipe: _Recipe, model: _Model, name: str) -> Kind:
     block, role = int(found[1]), "attn_v" if found[2] == "attn_qkv" else found[2]
     if recipe.lifts and model.experts == 8 and role in ("attn_k", "attn_v"):
         return Kind.Q8_0
+    if recipe.counts_down and model.common_expert and role == "ffn_down":
+        block = 2 * block + (found[3] == "_shexp")
     holding = model.holding(block)
     kind = next((kind for condition, kind in recipe.rules.get(role, ()) if holding[condition]), recipe.base)
     # Eight heads share one value there, so it costs little.

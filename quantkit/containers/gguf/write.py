@@ -21,7 +21,7 @@ from gguf import GGUFValueType
 
 from quantkit.codes.kinds import SIZES, Kind
 from quantkit.containers.gguf.file import MAGIC, Array, FileBytes
-from quantkit.containers.gguf.tensors import GgufTensor, in_rotary_order
+from quantkit.containers.gguf.tensors import GgufTensor
 from quantkit.containers.hf.write import parts_of
 from quantkit.containers.readback import ByTurns, ReadBack
 from quantkit.errors import OutputError, UsageError
@@ -171,7 +171,7 @@ class GgufWriter(PlacedWriter):
         """
         self._pending.remove(source)
         tensor, part = self._parts[source]
-        self._write_rows(tensor, part, in_rotary_order(data, tensor.heads))
+        self._write_rows(tensor, part, tensor.ordered(data))
 
     def finish(self) -> None:
         """Write the computed tensors, close the files, read them back. Raises OutputError."""

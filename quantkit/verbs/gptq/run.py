@@ -130,7 +130,7 @@ def _quantize(
     deciding = fingerprint(
         {name: part for name, part in decided.items() if name != "recipe"} | {"gradients": gradients}
     )
-    weights = _weights(gradients, stream, matrix, run.folder, run.journal, sharing, progress, deciding)
+    weights = _weights(gradients, stream, matrix, run.folder, run.journal, every, sharing, progress, deciding)
     choice = None
     if allocator is not None:
         place = run.folder, run.journal
@@ -218,7 +218,7 @@ def _help_quantize(
     landed = ranks.from_first(lambda: NOTHING)
     if resume and not landed.blocks:
         check_finite(stream, target, SILENT, ranks)
-    weights = _weights(gradients, stream, matrix, landed.folder, None, sharing, SILENT)
+    weights = _weights(gradients, stream, matrix, landed.folder, None, every, sharing, SILENT)
     choice = None
     if allocator is not None:
         choice = chosen_for(allocator, stream, matrix.tokens, weights, landed.folder, None, sharing, SILENT)
@@ -267,6 +267,7 @@ def _weights(
     matrix: TokenMatrix,
     folder: Path,
     journal: Journal | None,
+    every: Every,
     sharing: Sharing,
     progress: Progress,
     deciding: str = "",
@@ -274,7 +275,7 @@ def _weights(
     """What each token counts; None: all the same. `deciding`: fingerprint of what decides that, on the first rank."""
     if gradients is None:
         return None
-    return token_weights(stream, matrix.tokens, gradients, folder, journal, progress, sharing.ranks, deciding)
+    return token_weights(stream, matrix.tokens, gradients, folder, journal, progress, sharing.ranks, deciding, every)
 
 
 def _ends(

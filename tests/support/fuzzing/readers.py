@@ -17,11 +17,13 @@ import torch
 import quantkit
 from quantkit.containers.imatrix import read_imatrix
 from quantkit.errors import SourceError, visible
+from quantkit.options.values import NEVER
 from quantkit.report import Table
 from quantkit.runs.answers import appending, begun
 from quantkit.runs.landing import find_landed
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.unfinished import check_unfinished, finished, working
+from quantkit.runs.weighing import Weighed
 from quantkit.sources import open_source
 from quantkit.tokens.readers import load_dataset
 from quantkit.tokens.records import render
@@ -222,6 +224,9 @@ def unfinished(folder: Path, _: Random) -> None:
                 for linear in landed.linears(index):
                     assert math.prod(linear.tensors["codes"].shape) > 0
             landed.restore(States([torch.zeros(2, 3)] * 2), 0, 2)
+            weighed = Weighed(run.folder, run.journal, NEVER)
+            if weighed.start is not None:
+                assert [gradient.numel() for gradient, _ in weighed.read(range(1))] == [6]
 
 
 def record(folder: Path, dice: Random) -> None:
@@ -317,6 +322,7 @@ READERS: dict[str, Reader] = {
             ".tiny.unfinished/journal": damage.journal_of,
             ".tiny.unfinished/*/*.safetensors": damage.safetensors_of,
             ".tiny.unfinished/hidden/*/*.safetensors": damage.safetensors_of,
+            ".tiny.unfinished/weights/gradients/*/*.safetensors": damage.safetensors_of,
         },
         unfinished,
         2,

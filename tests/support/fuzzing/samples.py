@@ -19,11 +19,13 @@ from conftest import SPECIAL, random_model, token_matrix, train_tokenizer
 from safetensors.torch import save_file
 
 import quantkit
+from quantkit.options.values import Every
 from quantkit.runs.answers import appending, line_of
 from quantkit.runs.landing import LandedLinear, keep_states, land_block
 from quantkit.runs.ledger import Ledger
 from quantkit.runs.places import folder_of
 from quantkit.runs.unfinished import working
+from quantkit.runs.weighing import Weighed
 from quantkit.verbs.generate.prompts import read_prompts
 from support import gguf_models
 from support.fuzzing.readers import DECIDES, SETTINGS
@@ -296,6 +298,10 @@ def _unfinished(folder: Path) -> None:
         (run.folder / "blocks").mkdir()
         land_block(run.folder, run.journal, 0, [linear])
         keep_states(run.folder, run.journal, 1, [torch.ones(2, 3), torch.ones(2, 3)])
+        weighed = Weighed(run.folder, run.journal, Every(blocks=1))
+        weighed.reached(2, [torch.ones(2, 3)], {})
+        weighed.write(1, {"0.weights": torch.ones(3)})
+        weighed.reached(1, [torch.ones(2, 3)], {})
         raise KeyboardInterrupt
     assert (folder_of(folder / "tiny") / "journal").exists()
 

@@ -1,0 +1,104 @@
+"""Every row of the table of GGUF architectures: a tiny model of it written, read back, and quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import MakeModel, random_model, token_matrix
+from support.architectures import CONFIGS, TIED
+from support.streamed import open_stream, streamed_logits
+from support.tolerance import forward
+
+import quantkit
+from quantkit.containers.gguf.architectures import ROWS, WRITABLE
+from quantkit.containers.gguf.file import GgufFile
+from quantkit.containers.gguf.order import Grouped, Rotary
+
+# What a config says of its file, and what tests give every family.
+_OF_FILE = ("dtype", "architectures", "transformers_version", "_sliding_window_pattern", "_name_or_path")
+_ROUNDED = 2e-7  # norms with 1 added: what that rounds away in float32
+
+
+def written(make_model: MakeModel, family: str, path: Path, **options: Any) -> Path:
+    """A tiny model of a family as GGUF; returns its folder."""
+    folder = make_model(family, tied=family in TIED, dtype="float32", **CONFIGS[family])
+    kinds = dict.fromkeys(("type", "embedding_type", "output_type"), "f32")
+    quantkit.ggml(folder, path, pre="gpt-2", **{**kinds, **options})
+    return folder
+
+
+def plain_config(source: Any) -> dict[str, Any]:
+    config = source.config.to_dict()
+    return {key: value for key, value in config.items() if key not in _OF_FILE}
+
+
+def test_every_row_has_a_model() -> None:
+    assert {row.model_type for row in ROWS} == set(CONFIGS) == set(WRITABLE)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_is_read_back_is_the_model(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    folder = written(make_model, family, tmp_path / "tiny.gguf")
+    read, source = open_stream(tmp_path / "tiny.gguf"), open_stream(folder)
+    assert {name: info.shape for name, info in read.weights.tensors.items()} == {
+        name: info.shape for name, info in source.weights.tensors.items()
+    }
+    rounded = _ROUNDED if WRITABLE[family].norm_offset else 0
+    for name in source.weights.tensors:
+        values = source.weights.read(name)
+        torch.testing.assert_close(read.weights.read(name), values, rtol=0, atol=rounded)
+        torch.testing.assert_close(read.weights.read_rows(name, 1, 3), values[1:3], rtol=0, atol=rounded)
+    ours, theirs = plain_config(read.source), plain_config(source.source)
+    assert {key: value for key, value in theirs.items() if ours.get(key) != value and key != "head_dim"} == {}
+
+    tokens = token_matrix(2, 32).tokens
+    logits = streamed_logits(read, [tokens])[0]
+    model = random_model(family, tied=family in TIED, dtype=torch.float32, seed=0, **CONFIGS[family])
+    with torch.inference_mode():
+        expected = model(input_ids=tokens).logits
+    torch.testing.assert_close(logits, expected, **forward(expected))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_names_are_those_of_gguf_py(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    row = WRITABLE[family]
+    written(make_model, family, tmp_path / "tiny.gguf")
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == row.name)
+    known = {gguf.TENSOR_NAMES[kind].format(bid=0) for kind in gguf.MODEL_TENSORS[arch]}
+    file = GgufFile(tmp_path / "tiny.gguf")
+    names = {
+        name.rsplit(".", 1)[0] for name in file.tensors if not name.startswith("blk.") or name.startswith("blk.0.")
+    }
+    assert names <= known
+    assert file.keys["general.architecture"] == row.name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gptq_writes_it(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model(family, tied=family in TIED, dtype="float32", **CONFIGS[family])
+    quantkit.gptq(folder, tmp_path / "out", calibration=token_matrix(4, 32), ggml="q4_0", pre="gpt-2", evaluate=False)
+    path = next((tmp_path / "out").glob("*.gguf"))
+    read, source = open_stream(path), open_stream(folder)
+    assert set(read.weights.tensors) == set(source.weights.tensors)
+    coded = [name for name, info in read.weights.tensors.items() if info.stored_as == "Q4_0"]
+    assert len(coded) >= 4 * source.source.config.num_hidden_layers
+    for name in coded:
+        values = source.weights.read(name)
+        assert (read.weights.read(name) - values).norm() < 0.25 * values.norm(), name
+
+
+@pytest.mark.parametrize(("groups", "queries"), [(4, 1), (2, 3), (1, 5)])
+def test_fused_heads_are_parted_and_put_together(groups: int, queries: int) -> None:
+    rows = np.arange(groups * (queries + 2) * 4 * 3).reshape(-1, 3)
+    order = Grouped(groups, queries)
+    parted = order.apply(rows)
+    heads = rows.reshape(groups, queries + 2, 4, 3)
+    np.testing.assert_array_equal(parted[: groups * queries * 4], heads[:, :queries].reshape(-1, 3))
+    np.testing.assert_array_equal(parted[-groups * 4 :], heads[:, -1].reshape(-1, 3))
+    np.testing.assert_array_equal(order.undo(parted), rows)
+    np.testing.assert_array_equal(Rotary(groups).undo(Rotary(groups).apply(rows)), rows)

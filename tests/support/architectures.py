@@ -1,0 +1,47 @@
+"""A tiny model of every row of the table of GGUF architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_WINDOWS = {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": None}
+
+# transformers' model_type -> what its tiny model's config needs beside conftest's sizes.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 64},
+    "mixtral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": []},
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": []},
+    "gemma": {"head_dim": 32},
+    "gemma2": {"sliding_window": 8, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": None},
+    "phi3": {"sliding_window": None, "original_max_position_embeddings": 256},
+    "phi": {},
+    "granite": {"attention_multiplier": 0.125},
+    "granitemoe": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.125, "logits_scaling": 2.0},
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    },
+    "olmo2": {},
+    "olmo3": _WINDOWS,
+    "olmoe": {"num_key_value_heads": 4},
+    "starcoder2": {"sliding_window": None},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None},
+    "arcee": {},
+    "seed_oss": {"head_dim": 32},
+    "stablelm": {"use_qkv_bias": True},
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "cohere": {},
+    "cohere2": _WINDOWS,
+    "glm4": {"attention_bias": True},
+    "ernie4_5": {"head_dim": 32},
+    "nemotron": {},
+}
+TIED = ("gemma", "gemma2", "cohere", "cohere2")
+"""Models that have no output matrix of their own."""

@@ -58,7 +58,7 @@ fuzz: $(TEST)  ## damaged files of every kind for SECONDS=600 (docs/fuzzing.md);
 	QUANTKIT_FUZZ_ONLY=$(ONLY) QUANTKIT_FUZZ_FIRST=$(FIRST) QUANTKIT_FUZZ_WRITE=$(WRITE) \
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -s --basetemp=.fuzz tests/test_fuzz.py $(PYTEST_ARGS)
 
-judges:  ## build GPTQModel, AutoGPTQ, mlx-lm, llama.cpp and ctransformers, which our files are checked with; a browser for pages
+judges:  ## build GPTQModel, AutoGPTQ, mlx-lm, vLLM, llama.cpp and ctransformers, which our files are checked with; a browser
 	@PYTHON="$(PYTHON)" .ci/judges.sh
 	@PYTHON="$(PYTHON)" .ci/llamacpp.sh
 	@.ci/browser.sh

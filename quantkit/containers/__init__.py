@@ -183,7 +183,7 @@ _ROWS = (
         loads={
             "transformers": Loads("with gptqmodel and optimum", f"{_PROGRAMS}:transformers"),
             "GPTQModel": Loads("", f"{_PROGRAMS}:gptqmodel"),
-            "vLLM": Loads("with its marlin or exllama kernels", f"{_PROGRAMS}:vllm"),
+            "vLLM": Loads("with its Marlin kernels, on a CPU 4 bits", f"{_PROGRAMS}:vllm"),
             "AutoGPTQ": Loads("0.7.1, with transformers 4", f"{_PROGRAMS}:autogptq"),
             "ExLlama": Loads("", f"{_PROGRAMS}:exllama"),
             "ExLlamaV2": Loads("", f"{_PROGRAMS}:exllama2"),

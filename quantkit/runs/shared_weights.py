@@ -1,7 +1,7 @@
 """What several runs share: token weights of one model on the same tokens are the same, whatever is made of it, and so
 is what each candidate would lose, whatever may be spent.
 
-FOLDER/FINGERPRINT/weights/00012.safetensors    as a run has them (`landing`)
+FOLDER/FINGERPRINT/weights/00012.safetensors    as a run has them (`weighing`)
 FOLDER/FINGERPRINT/losses.safetensors           of candidates
 FOLDER/FINGERPRINT/quantkit.json                their checksums
 """

@@ -92,6 +92,25 @@ def test_gptq_writes_it(family: str, make_model: MakeModel, tmp_path: Path) -> N
         assert (read.weights.read(name) - values).norm() < 0.25 * values.norm(), name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "granite", "nemotron", "qwen2_moe"])
+def test_blocks_go_from_file_to_file_as_they_are(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    written(make_model, family, tmp_path / "one.gguf", type="q8_0", embedding_type="q8_0", output_type="q8_0")
+    quantkit.ggml(tmp_path / "one.gguf", tmp_path / "other.gguf", type="auto")
+    one, other = GgufFile(tmp_path / "one.gguf"), GgufFile(tmp_path / "other.gguf")
+    assert set(one.tensors) == set(other.tensors)
+    for name, tensor in one.tensors.items():
+        assert (other.tensors[name].kind, other.tensors[name].shape) == (tensor.kind, tensor.shape)
+        np.testing.assert_array_equal(other.blocks(name)[1], one.blocks(name)[1], err_msg=name)
+
+
+def test_a_mixtral_is_not_told_to_be_a_llama(make_model: MakeModel, tmp_path: Path) -> None:
+    for family in ("mixtral", "llama"):
+        written(make_model, family, tmp_path / f"{family}.gguf")
+        loads = quantkit.verify(tmp_path / f"{family}.gguf", generate=False).models[0].loads
+        why = next(load.why for load in loads if load.program == "transformers")
+        assert ("for a model without experts" in why) is (family == "mixtral")
+
+
 @pytest.mark.parametrize(("groups", "queries"), [(4, 1), (2, 3), (1, 5)])
 def test_fused_heads_are_parted_and_put_together(groups: int, queries: int) -> None:
     rows = np.arange(groups * (queries + 2) * 4 * 3).reshape(-1, 3)

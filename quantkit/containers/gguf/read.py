@@ -30,7 +30,7 @@ class InFile(NamedTuple):
     """Where a published tensor is: a tensor of a file, or one expert's part of it.
 
     `order` is that of its rows, `offset` what was added to its values, `vector` says that the file has a matrix of one
-    row as a vector.
+    row as a vector, `turned` that a matrix is published as [in, out].
     """
 
     file: GgufFile
@@ -39,6 +39,7 @@ class InFile(NamedTuple):
     order: Order | None = None
     offset: float = 0.0
     vector: bool = False
+    turned: bool = False
 
 
 class GgmlSource(Source):
@@ -64,6 +65,7 @@ class GgmlSource(Source):
             shape, size = tensor.shape, tensor.bytes
             if found.expert is not None:
                 shape, size = shape[1:], size // shape[0]
+            shape = shape[::-1] if found.turned else shape
             shown[name] = TensorInfo((1, *shape) if found.vector else shape, tensor.kind.name, size)
         return shown
 
@@ -72,18 +74,20 @@ class GgmlSource(Source):
         values = found.file.values(found.name, found.expert)
         values = values - found.offset if found.offset else values
         values = found.order.undo(values) if found.order else values
-        return torch.from_numpy(values[None] if found.vector else values)
+        values = torch.from_numpy(values[None] if found.vector else values)
+        return values.T.contiguous() if found.turned else values
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         found = self._stored[name]
-        if found.order or found.offset or found.vector or len(self.tensors[name].shape) < 2:
+        if found.order or found.offset or found.vector or found.turned or len(self.tensors[name].shape) < 2:
             return self.read(name)[start:stop]
         return torch.from_numpy(found.file.values(found.name, found.expert, slice(start, stop)))
 
     def blocks(self, name: str) -> Blocks:
         """Type and bytes of a tensor as it is stored, uint8 [rows, bytes of a row]; a vector is one row.
 
-        Rows are in the order that `read` gives them.
+        Rows are in the order that `read` gives them; of a matrix that is published as [in, out] they are those of
+        [out, in].
 
         Raises:
             SourceError: what is stored is not what `read` gives: norms that have 1 added, quantized vectors whose
@@ -217,7 +221,8 @@ class GgufSource(GgmlSource):
             role = name.split(".")[-2]
             offset = row.norm_offset if name.endswith("norm.weight") else 0.0
             vector = role in row.vectors and len(part.tensors[name].shape) == 1
-            found = InFile(part, name, None, order_of(row, role, heads, shared), offset, vector)
+            turned = role in row.turned and name.endswith(".weight")
+            found = InFile(part, name, None, order_of(row, role, heads, shared), offset, vector, turned)
             if "*" not in published:
                 yield published, found
                 continue

@@ -25,7 +25,7 @@ from quantkit.late import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
+_IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd")  # matrices that are always float32
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
@@ -39,6 +39,7 @@ class GgufTensor:
         sources: published names of what it is made of; several are stacked along a new first dimension.
         shape: as numpy has it, [rows, columns], [length] or [experts, rows, columns].
         order: what is done to the order of the rows; None leaves them where they are.
+        turned: the published matrix is [in, out], the file's is [out, in].
         offset: what is added to the values.
         computed: the values, of a tensor that has no source.
         always_f32: llama.cpp reads it as float32 only.
@@ -48,12 +49,13 @@ class GgufTensor:
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     order: Order | None = None
+    turned: bool = False
     offset: float = 0.0
     computed: tuple[float, ...] = ()
     always_f32: bool = False
 
     def values(self, tensor: torch.Tensor) -> Array:
-        """float32 values to write for a published tensor, its rows still in their published order."""
+        """float32 values to write for a published tensor, or some rows of one, in their published order."""
         values: Array = tensor.detach().cpu().float().numpy()
         return values + np.float32(self.offset) if self.offset else values
 
@@ -102,7 +104,7 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
             raise SourceError(f"{path}: the model has no {parameter}, which a {row.name} GGUF file needs")
     if stacks:
         raise SourceError(f"{path}: {min(stacks)} has no place in a {row.name} GGUF file")
-    return [*_rope_tensors(source.config, row), *tensors]
+    return [*(_rope_tensors(source.config, row) if row.rotary else ()), *tensors]
 
 
 def _within(parameter: str, row: Architecture) -> str:
@@ -116,13 +118,15 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
         raise SourceError(f"{source.path}: experts of {name} have shapes {shapes}; only equal ones make a stack")
     role = name.split(".")[-2]
     shape = (len(published), *shapes[0]) if "_exps." in name else shapes[0]
+    turned = role in row.turned and len(shape) == 2
     return GgufTensor(
         name,
         published,
-        shape,
+        shape[::-1] if turned else shape,
+        turned=turned,
         order=order_of(row, role, source.config.num_attention_heads, shared_heads(source.config, row)),
         offset=row.norm_offset if name.endswith("norm.weight") else 0.0,
-        always_f32=len(shape) == 1 or role in _ROUTERS,
+        always_f32=len(shape) == 1 or role in _IN_FULL,
     )
 
 

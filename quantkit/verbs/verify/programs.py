@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit import late
 from quantkit.blocks.families import FAMILIES, FUSED
 from quantkit.containers import CONTAINERS, load
-from quantkit.containers.compressed.scheme import Scheme, schemes_of
+from quantkit.containers.compressed.scheme import schemes_of
 from quantkit.containers.gptq.read import is_by_gptqmodel
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.runs.atomic import read_json
@@ -71,8 +71,6 @@ _ROW_PARALLEL = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "f
 _KEYS = ("k_proj", "v_proj")
 # What every GPU keeps whole: routers, the head (padded to a multiple of 64 rows).
 _WHOLE = ("gate", "router", "shared_expert_gate", "lm_head", "embed_out", "wte", "wpe")
-# Where columns are in act-order only Marlin cuts them, in tiles of so many columns and rows.
-_MARLIN_COLUMNS, _MARLIN_ROWS = 128, 64
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def programs(facts: Facts) -> list[Load]:
         elif program != "vLLM":
             answers.append(Load(program, True, known.needs))
         else:
-            gpus = tensor_parallel(facts.config, facts.linears, bool(facts.label.get("desc_act")))
+            gpus = tensor_parallel(facts.config, facts.linears)
             answers.append(Load(program, True, known.needs, *gpus))
     return answers
 
@@ -223,6 +221,8 @@ def vllm(facts: Facts) -> Iterator[str]:
         yield "its kernels take symmetric codes only: --sym"
     if odd := sorted({linear.bits for linear in facts.packed} - {4, 8}):
         yield f"its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}"
+    if facts.label.get("desc_act") and any(linear.group > 0 for linear in facts.packed):
+        yield "it takes no groups in dynamic order (desc_act): --act-order static"
     yield from _by_marlin(facts)
     yield from _by_fused_names(facts)
 
@@ -271,10 +271,9 @@ def compressed_by_transformers(facts: Facts) -> Iterator[str]:
 
 def compressed_by_vllm(facts: Facts) -> Iterator[str]:
     yield from unknown_family(facts)
-    if odd := sorted({one.bits for one in _schemes(facts) if not one.symmetric} - {4, 8}):
-        yield f"of asymmetric codes its kernels take 4 and 8 bits, not {', '.join(map(str, odd))}: --sym"
-    if _are_asymmetric(facts) and any(".experts." in one.module for one in facts.packed):
-        yield "of experts its kernels take symmetric codes only: --sym"
+    of_experts = {one.bits for one in facts.packed if ".experts." in one.module}
+    if _are_asymmetric(facts) and (odd := sorted(of_experts - {4})):
+        yield f"of experts' asymmetric codes its kernels take 4 bits, not {', '.join(map(str, odd))}: --sym"
     yield from _by_marlin(facts)
 
 
@@ -308,12 +307,8 @@ def awq_by_mlx(facts: Facts) -> Iterator[str]:
 
 def _are_asymmetric(facts: Facts) -> bool:
     """Whether some codes of a compressed-tensors folder are."""
-    return any(not one.symmetric and not one.floats for one in _schemes(facts))
-
-
-def _schemes(facts: Facts) -> list[Scheme]:
-    """Config groups of a compressed-tensors folder."""
-    return schemes_of(facts.label, "config.json") if facts.label else []
+    schemes = schemes_of(facts.label, "config.json") if facts.label else []
+    return any(not one.symmetric and not one.floats for one in schemes)
 
 
 def autogptq(facts: Facts) -> Iterator[str]:
@@ -425,6 +420,8 @@ def gguf_by_transformers(facts: Facts) -> Iterator[str]:
     if name not in GGUF_SUPPORTED_ARCHITECTURES and name.replace("moe", "_moe") not in GGUF_SUPPORTED_ARCHITECTURES:
         yield f"transformers reads no GGUF file of architecture {name}"
         return
+    if facts.config.model_type == "mixtral":
+        yield "transformers takes a llama GGUF file for a model without experts"
     yield from _passed_over(facts, name)
     if facts.parts > 1:
         yield "it reads one file: llama-gguf-split --merge"
@@ -468,15 +465,13 @@ def ggjt_by_ctransformers(facts: Facts) -> Iterator[str]:
 # -- tensor parallelism -----------------------------------------------------------------------------------------------
 
 
-def tensor_parallel(
-    config: PretrainedConfig, linears: Sequence[Linear], desc_act: bool
-) -> tuple[tuple[int, ...], dict[int, str]]:
+def tensor_parallel(config: PretrainedConfig, linears: Sequence[Linear]) -> tuple[tuple[int, ...], dict[int, str]]:
     """By vLLM's rules: of 1, 2, 4 and 8 GPUs those that the model can be cut for, and why not for the others."""
-    limits = {size: next(_obstacles(config, linears, desc_act, size), "") for size in SIZES[1:]}
+    limits = {size: next(_obstacles(config, linears, size), "") for size in SIZES[1:]}
     return tuple(size for size in SIZES if not limits.get(size)), {size: why for size, why in limits.items() if why}
 
 
-def _obstacles(config: PretrainedConfig, linears: Sequence[Linear], desc_act: bool, size: int) -> Iterator[str]:
+def _obstacles(config: PretrainedConfig, linears: Sequence[Linear], size: int) -> Iterator[str]:
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     keys = int(getattr(text, "num_key_value_heads", None) or heads)
@@ -486,7 +481,7 @@ def _obstacles(config: PretrainedConfig, linears: Sequence[Linear], desc_act: bo
         yield f"{keys} heads of keys and values cannot be shared by {size}, nor each be on the same number of GPUs"
     for linear in linears:
         if linear.name in _ROW_PARALLEL:
-            yield from _by_columns(linear, desc_act, size)
+            yield from _by_columns(linear, size)
         if linear.name in (*_WHOLE, *_ROW_PARALLEL):
             continue
         parts = min(size, keys) if linear.name in _KEYS else size
@@ -500,7 +495,7 @@ def _obstacles(config: PretrainedConfig, linears: Sequence[Linear], desc_act: bo
             )
 
 
-def _by_columns(linear: Linear, desc_act: bool, size: int) -> Iterator[str]:
+def _by_columns(linear: Linear, size: int) -> Iterator[str]:
     """The input is cut: each part must be whole groups and whole words."""
     part = linear.columns // size
     where = f"{linear.module}: {linear.columns} columns over {size} are {linear.columns / size:g}"
@@ -510,8 +505,6 @@ def _by_columns(linear: Linear, desc_act: bool, size: int) -> Iterator[str]:
         yield f"{where}, which is no whole number of words of {_unit(linear)} codes"
     elif linear.group > 0 and part % linear.group:
         yield f"{where}, no multiple of the {'group' if linear.bits else 'block'} of {linear.group}"
-    elif linear.bits and desc_act and linear.group > 0 and (part % _MARLIN_COLUMNS or linear.rows % _MARLIN_ROWS):
-        yield f"{where} x {linear.rows} rows; with desc_act the cut needs multiples of 128 x 64"
 
 
 def _unit(linear: Linear) -> int:

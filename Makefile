@@ -20,7 +20,7 @@ GEMMA := $(VENV)/gemma-3-270m-q4_k_m.gguf
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-gemma test check fuzz test-numerics judges test-judges judges-matrix lint types clean
+.PHONY: help demo demo-gemma test families check fuzz test-numerics judges test-judges judges-matrix lint types clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,10 @@ test-numerics: $(TEST)  ## the arithmetic, as a processor without newer instruct
 	env $(OLD_PROCESSOR) $(BIN)/python -m pytest -m numerics $(PYTEST_ARGS)
 	set -e; alone=$$(find tests -name test_loops.py -o -name test_processor.py); \
 	for variable in $(OLD_PROCESSOR); do env $$variable $(BIN)/python -m pytest -m numerics $(PYTEST_ARGS) $$alone; done
+
+families: $(TEST)  ## every causal family of transformers, made tiny; writes their table in docs/models.md
+	QUANTKIT_ALL_FAMILIES=1 QUANTKIT_WRITE_FAMILIES=1 OMP_WAIT_POLICY=PASSIVE \
+	$(BIN)/python -m pytest tests/blocks/test_every_family.py $(PYTEST_ARGS)
 
 check: $(TEST)  ## ruff and the tests marked fast: less than two minutes
 	$(BIN)/ruff check .

@@ -165,20 +165,28 @@ FAMILIES: dict[str, Family] = {
 
 
 def discover_blocks(model: nn.Module) -> str:
-    """Name of the module list that holds the decoder blocks: of all lists whose members have Linears, the one with
-    the most parameters.
+    """Name of the module list that holds the decoder blocks: of all lists whose members have Linears, in what
+    transformers takes for the decoder if there are any, the one with the most parameters.
 
     Raises:
-        SourceError: the model has no such list.
+        SourceError: the model has no such list, or its blocks are spread over several.
     """
-    sizes: dict[str, int] = {
-        name: sum(parameter.numel() for parameter in module.parameters())
+    found = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(linear_names(member) for member in module)
     }
-    if not sizes:
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    found = {name: module for name, module in found.items() if module in inside} or found
+    if not found:
         raise SourceError(f"{type(model).__name__}: no list of decoder blocks with Linears was found in it")
-    return max(sizes, key=sizes.__getitem__)
+    largest: str = max(found, key=lambda name: sum(own.numel() for own in found[name].parameters()))
+    around = largest.rpartition(".")[0]
+    beside = [n for n, m in found.items() if n.rpartition(".")[0] == around and len(m) == len(found[largest])]
+    if len(beside) > 1:
+        raise SourceError(f"{type(model).__name__}: its decoder blocks are spread over {', '.join(sorted(beside))}")
+    return largest
 
 
 @contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantkit.blocks.families import ExpertNames
 from quantkit.blocks.stream import ModelStream
-from quantkit.blocks.weights import bind, build_on_meta, put_together
+from quantkit.blocks.weights import bind, build_on_meta, put_together, with_stacks
 from quantkit.containers.hf.read import open_weights, untied
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import Source, Weights
@@ -104,17 +105,23 @@ def whole_weights(source: Source) -> Weights:
     """
     ModelStream(source, torch.device("cpu"), torch.float32)  # its own checks: what transformers would pass over
     model = build_on_meta(source)
-    weights = bind(source, model, {}, ExpertNames(), untie=False)
-    lost = sorted(name for name, _ in model.named_parameters() if name not in weights.names)
-    # Parameters that transformers puts together from the published tensors while it loads them are not.
-    converted = put_together(model, weights)
-    missing = next((name for name in lost if name not in converted), None)
+    weights = bind(source, model, None, ExpertNames(), untie=False)
+    lost = _lost(model, weights)
+    if lost:  # experts that we published apart, and transformers keeps fused
+        weights = bind(with_stacks(source, model, lost), model, None, ExpertNames(), untie=False)
+    missing = next(iter(_lost(model, weights)), None)
     if missing:
         raise SourceError(
             f"{source.label}: {missing} is stored in parts, under names that transformers does not put together for "
             f"{source.config.model_type}; convert the model that this one was made from"
         )
     return weights
+
+
+def _lost(model: Any, weights: Weights) -> list[str]:
+    """Parameters that are not among the published tensors, nor put together of them by transformers, by name."""
+    converted = put_together(model, weights)
+    return sorted(name for name, _ in model.named_parameters() if name not in weights.names and name not in converted)
 
 
 def _cast(

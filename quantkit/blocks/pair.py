@@ -345,4 +345,4 @@ def row_mean(matrix: torch.Tensor) -> torch.Tensor:
 
 def _bound(source: Source) -> Weights:
     """The source's tensors under published names, as they are stored."""
-    return bind(source, build_on_meta(source), {}, ExpertNames(), untie=False)
+    return bind(source, build_on_meta(source), None, ExpertNames(), untie=False)

@@ -145,12 +145,31 @@ class Capture:
     arguments: list[Arguments] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Handed:
+    """Among a block's arguments: what the block before returned after its hidden states, counted from 0."""
+
+    number: int
+
+
+def handed(arguments: Arguments, beside: tuple[Any, ...]) -> Arguments:
+    """The arguments with what `beside` has in the place of each `Handed`."""
+    args, kwargs = arguments
+
+    def of(value: Any) -> Any:
+        return beside[value.number] if isinstance(value, Handed) else value
+
+    return tuple(map(of, args)), {name: of(value) for name, value in kwargs.items()}
+
+
 def hands_on(blocks: list[Arguments]) -> bool:
     """Whether a block may hand something on to a later one beside the hidden states, within one batch's arguments.
 
     What several blocks get must then be something that can be changed: anything but tensors and plain values, such as
-    a table of shared keys and values.
+    a table of shared keys and values. Or a block gets what the one before has returned.
     """
+    if any(isinstance(value, Handed) for args, kwargs in blocks for value in (*args, *kwargs.values())):
+        return True
     seen: set[int] = set()
     for args, kwargs in blocks:
         own = {id(value) for value in _changeable((*args, *kwargs.values()))}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,8 +27,8 @@ from quantkit.blocks.families import (
     shape_of,
     weight_of,
 )
-from quantkit.blocks.states import Arguments, Capture, HiddenPlace, HiddenStates, hands_on, share_equal
-from quantkit.blocks.weights import bind, build_on_meta, expert_names, put_together, take_experts_apart
+from quantkit.blocks.states import Arguments, Capture, Handed, HiddenPlace, HiddenStates, handed, hands_on, share_equal
+from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
 from quantkit.containers.hf.shards import STORED_DTYPES
 from quantkit.containers.source import Source, Weights
@@ -38,6 +38,8 @@ from quantkit.late import nn, torch, transformers
 _RUN_BYTES = 4 * 2**20  # of an embedding, read at once
 _GLANCE = 8  # tokens of a forward that only shows what is called
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|pos(ition)?s?_(embed(dings?)?|emb|encoding))$")
+# What a block's stand-in returns after the hidden states, in the order of trial.
+_WAYS: tuple[tuple[Handed | None, ...], ...] = ((), (Handed(0),), (None,), (Handed(0), None), (None, None))
 _GAP = 8  # rows that nobody needs are read along with those around them
 
 
@@ -76,11 +78,15 @@ class ModelStream:
         self._check_tensors()
         self._materialize_buffers()  # of sizes that the tensors bear out
         self._arguments: list[list[Arguments]] = []
+        # What a block returned of a batch after its states, where the next one gets it.
+        self._beside: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._stages: dict[tuple[str, ...], Stages] = {}
         self._capture: Capture | None = None
         self._last_hidden: torch.Tensor | None = None
+        self._windows: dict[torch.Size, torch.Size] = {}  # shape of hidden states -> that of their token ids
         self._ahead: ReadAhead[dict[str, torch.Tensor]] | None = None
-        self._in_tuple = False
+        self._way: tuple[Handed | None, ...] = ()
+        self._ways = _WAYS
 
     # -- what is in it -----------------------------------------------------------------------------------------------
 
@@ -123,18 +129,34 @@ class ModelStream:
 
     def _linears_of(self, index: int) -> list[str]:
         """Names within block `index` of the Linears to quantize."""
-        names = self.family.linears(self.modules[index])
-        return [name for name in names if self.published(index, name) not in self.uncalled]
+        names = {name: self.published(index, name) for name in self.family.linears(self.modules[index])}
+        return [
+            name
+            for name, published in names.items()
+            if published not in self.uncalled and self._first_use[published] == index
+        ]
+
+    @cached_property
+    def _first_use(self) -> dict[str, int]:
+        """Published name of each Linear in the blocks -> the first block that has it: some share theirs."""
+        uses: dict[str, int] = {}
+        for index, block in enumerate(self.modules):
+            for name in self.family.linears(block):
+                uses.setdefault(self.published(index, name), index)
+        return uses
 
     @cached_property
     def longest(self) -> int | None:
         """How many tokens a window may have, of a model that looks its positions up; None of one that computes them."""
         embedding = self._model.get_input_embeddings()
-        text = self._models_around(self.family.blocks)[0]  # a picture's patches have positions of their own
+        text = self._models_around(self.family.blocks)[0]
+        # A picture's patches have positions of their own.
+        towers = [f"{n}." for n, m in text.named_modules() if n and isinstance(m, transformers.PreTrainedModel)]
         tables = [
             module.weight.shape[0] - int(getattr(module, "offset", 0)) - (-1 if padding is None else padding) - 1
             for name, module in text.named_modules()
             if isinstance(module, nn.Embedding) and module is not embedding and _POSITIONS.search(name)
+            if not name.startswith(tuple(towers))
             for padding in [module.padding_idx]
         ]
         tables += [len(table) for name, table in text.named_buffers() if _POSITIONS.search(name) and table.ndim > 1]
@@ -186,7 +208,7 @@ class ModelStream:
         where the hidden states wait. Of the embedding only the rows of these tokens are read.
         """
         hidden = HiddenStates(self.device, place)
-        self._arguments, self.hands_on = [], False
+        self._arguments, self._beside, self.hands_on = [], {}, False
         if not batches:
             return hidden
         self.check_length(max(ids.shape[-1] for ids in batches))
@@ -195,6 +217,7 @@ class ModelStream:
                 capture = self._run_with_stand_ins(ids.to(self.device))
                 assert capture.hidden is not None
                 hidden.append(capture.hidden)
+                self._windows[capture.hidden.shape] = ids.shape
                 own = capture.arguments
                 self._arguments.append(share_equal(own, self._arguments[0]) if self._arguments else own)
                 advance(1)
@@ -245,9 +268,14 @@ class ModelStream:
 
     def call(self, index: int, block: nn.Module, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run a loaded block on the hidden states [batch, seq, hidden] of batch number `batch`; same shape out."""
-        args, kwargs = self._arguments[batch][index]
+        args, kwargs = handed(self._arguments[batch][index], self._beside.get((batch, index - 1), ()))
         output = block(hidden, *args, **kwargs)
-        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        states, *beside = output if isinstance(output, tuple | list) else [output]
+        if any(self._way):
+            self._beside[batch, index] = tuple(
+                value.detach() if isinstance(value, torch.Tensor) else value for value in beside
+            )
+        assert isinstance(states, torch.Tensor)
         return states
 
     @contextmanager
@@ -338,17 +366,25 @@ class ModelStream:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         embedding = self._model.get_input_embeddings()
-        nothing = hidden.new_zeros(*hidden.shape[-3:-1], embedding.weight.shape[1])
-        ids = torch.zeros(nothing.shape[:-1], dtype=torch.int64, device=nothing.device)
+        whole = embedding.weight
+        ids = torch.zeros(self._windows.get(hidden.shape, hidden.shape[-3:-1]), dtype=torch.int64, device=hidden.device)
+        nothing = hidden.new_zeros(*ids.shape, whole.shape[1])
         # Ids, since some models look up more by them than what enters the first block. The last stand-in puts `hidden`
         # in the place of what comes of it.
         embedding.forward = lambda _: nothing
+        # Some look at a row of it themselves, for what is no text.
+        embedding.weight = nn.Parameter(hidden.new_zeros(1, 1).expand(whole.shape), requires_grad=False)
         self._last_hidden = hidden
         try:
             with self._stand_ins():  # no longer: blocks may be called in between
                 output: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        except Exception as error:  # whatever a model raises that does more with its states than norm and project them
+            if not self.discovered:
+                raise
+            raise self._not_by_blocks(f"its head fails: {first_line(error)}") from error
         finally:
             self._last_hidden = None
+            embedding.weight = whole
             del embedding.forward
         return output.float()
 
@@ -426,7 +462,10 @@ class ModelStream:
         known, own = known.to(self.device), embedding.forward
 
         def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return own(torch.searchsorted(known, ids.contiguous()), *args, **kwargs)
+            rows = torch.searchsorted(known, ids.contiguous())
+            if not bool((known[rows.clamp(max=len(known) - 1)] == ids).all()):
+                raise SourceError("it looks up tokens that are not among the text's")
+            return own(rows, *args, **kwargs)
 
         embedding.weight = nn.Parameter(held, requires_grad=False)
         embedding.padding_idx = None  # it only says which row is not trained, and must be one of these
@@ -462,26 +501,35 @@ class ModelStream:
     # -- building ----------------------------------------------------------------------------------------------------
 
     def _run_with_stand_ins(self, ids: torch.Tensor) -> Capture:
-        """Run the model without its blocks. Some classes take a block's output for a tuple: they lose a dimension."""
-        capture = self._capture = Capture()
-        try:
-            states = self._model.base_model(input_ids=ids, use_cache=False)[0]
-        except Exception as error:  # whatever a model raises that does more between its blocks than hand on states
-            if not self._in_tuple:
-                self._in_tuple = True
-                with suppress(SourceError):
-                    return self._run_with_stand_ins(ids)
-                self._in_tuple = False
-            if not self.discovered:
-                raise
-            kind = self.source.config.model_type
-            raise SourceError(
-                f"{self.source.label}: architecture {kind} cannot be run block by block: {first_line(error)}"
-            ) from error
-        if states.dim() == 3 or self._in_tuple:
-            return capture
-        self._in_tuple = True
-        return self._run_with_stand_ins(ids)
+        """Run the model without its blocks, in the first of the ways to hand states on that its forward takes.
+
+        Some classes take a block's output for a tuple: of a tensor they lose a dimension. Some give what stands beside
+        the states to the next block.
+        """
+        failure: Exception | None = None
+        for way in self._ways:
+            self._way = way
+            capture = self._capture = Capture()
+            try:
+                states = self._model.base_model(input_ids=ids, use_cache=False)[0]
+            except Exception as error:  # whatever a model raises that does more between its blocks than hand on states
+                if not self.discovered:
+                    raise
+                failure = failure or error
+                continue
+            if states.dim() >= 3 or way:
+                self._ways = (way,)
+                if len(capture.arguments) != len(self.modules):
+                    raise self._not_by_blocks(
+                        f"its forward calls {len(capture.arguments)} blocks of {len(self.modules)}"
+                    )
+                return capture
+        assert failure is not None
+        raise self._not_by_blocks(first_line(failure)) from failure
+
+    def _not_by_blocks(self, why: str) -> SourceError:
+        kind = self.source.config.model_type
+        return SourceError(f"{self.source.label}: architecture {kind} cannot be run block by block: {why}")
 
     @contextmanager
     def _stand_ins(self) -> Iterator[None]:
@@ -495,7 +543,7 @@ class ModelStream:
                 self._capture.arguments.append((args, kwargs))
             if index == last and self._last_hidden is not None:
                 hidden_states = self._last_hidden
-            return (hidden_states, None) if self._in_tuple else hidden_states
+            return (hidden_states, *self._way) if self._way else hidden_states
 
         for index, block in enumerate(self.modules):
             block.forward = partial(forward, index)
@@ -539,11 +587,6 @@ class ModelStream:
         """Every parameter must be in the source with the shape the config asks for."""
         for name, parameter in self._model.named_parameters():
             if name not in self.weights.names:
-                if name in put_together(self._model, self.weights):
-                    raise SourceError(
-                        f"{self.source.path}: {name} is stored in parts that transformers puts together when it loads "
-                        f"a {self.source.config.model_type}; this form of them is not supported"
-                    )
                 raise SourceError(f"{self.source.path}: tensor {name} is missing")
             stored = self.weights.tensors[self.weights.names[name]]
             if stored.shape != tuple(parameter.shape):

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from quantkit.blocks.conversions import Made, converted, stacked, with_made
 from quantkit.blocks.families import ExpertNames, is_turned
 from quantkit.containers.hf.read import check_counts
 from quantkit.containers.source import Place, Source, TensorInfo, Weights, by_prefix
@@ -79,8 +80,7 @@ def expert_names(model: Any) -> ExpertNames:
 def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
     """Replace every fused experts module of the model; returns what was replaced, by name."""
     for module in model.modules():
-        if type(module).__name__ == _LLAMA_4:
-            _describe_llama_4(module)
+        _describe(module)
     fused = {name: module for name, module in model.named_modules() if _is_fused(module)}
     from quantkit.blocks.experts import as_linears
 
@@ -90,8 +90,11 @@ def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Mod
     return fused
 
 
-def _describe_llama_4(module: Any) -> None:
-    """Give it the attributes that `experts.as_linears` reads, which transformers' own decorator has not given."""
+def _describe(module: Any) -> None:
+    """Give Llama 4's experts the attributes that `experts.as_linears` reads, which transformers' own decorator has not
+    given."""
+    if type(module).__name__ != _LLAMA_4:
+        return
     module.has_gate, module.has_bias, module.is_transposed, module.is_concatenated = True, False, True, True
 
     def apply_gate(gate_up: torch.Tensor) -> torch.Tensor:
@@ -113,20 +116,47 @@ def _is_fused(module: nn.Module) -> bool:
     )
 
 
+def with_stacks(source: Source, model: Any, wanted: Sequence[str]) -> Source:
+    """The source with parameters of fused experts that are stored apart, as `take_experts_apart` names them.
+
+    Args:
+        source: with the stored tensors.
+        model: on the meta device, its experts fused.
+        wanted: parameters of theirs.
+    """
+    names = expert_names(model)
+    made: dict[str, Made] = {}
+    for module in sorted({name.rpartition(".")[0] for name in wanted}):
+        fused = model.get_submodule(module)
+        _describe(fused)
+        if _is_fused(fused):
+            made |= stacked(source, module, fused, names)
+            made |= stacked(source, f"{model.base_model_prefix}.{module}", fused, names)
+    return with_made(source, made)
+
+
 # -- which tensor each parameter is ------------------------------------------------------------------------------------
 
 
-def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: ExpertNames, untie: bool) -> Weights:
+def bind(source: Source, model: Any, fused: Mapping[str, nn.Module] | None, names: ExpertNames, untie: bool) -> Weights:
     """Find each parameter of `model` among the source's tensors.
 
     Args:
         source: the checkpoint.
         model: on the meta device, its experts taken apart.
-        fused: module name -> the experts module that was taken apart there.
+        fused: module name -> the experts module that was taken apart there; None: tensors stay as they are stored, also
+            those that transformers makes parameters of, which are then not found.
         names: what the parts of an expert are called.
         untie: give a tied output embedding a tensor of its own.
+
+    Raises:
+        SourceError: a tensor has a shape that transformers' conversion of it does not take.
     """
     wanted = model.state_dict()
+    if fused is None:
+        fused = {}
+    else:
+        source = _converted(source, model, wanted, fused, names)
     renamings = _conversions(model, "WeightRenaming")
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places: dict[str, Place] = {}
@@ -134,13 +164,14 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
     left_out: list[str] = []
     prefix = f"{model.base_model_prefix}."
     for stored in source.tensors:
-        name = _usual_expert(_renamed(stored, renamings)[0], fused, names)
-        published = stored
+        name, published = _named(stored, wanted, renamings, fused, names), stored
         if name not in wanted and prefix + name in wanted:  # stored without its head: published as the whole model
             name, published = prefix + name, prefix + stored
         elif name not in wanted and name.startswith(prefix) and name.removeprefix(prefix) in wanted:
             name = name.removeprefix(prefix)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
+        around = prefix if module not in fused and module.removeprefix(prefix) in fused else ""
+        module = module.removeprefix(around)
         if name in wanted:
             coded = bool(source.tensors[stored].bits) and name.endswith(".weight")
             # Codes are [out, in]; a Conv1D's weight is [in, out].
@@ -149,8 +180,8 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             found[name] = published
         elif module in fused:
             for part, place in _expert_places(stored, kind, fused[module], names):
-                places[f"{module}.{part}"] = place
-                found[f"{module}.{part}"] = f"{module}.{part}"
+                places[f"{around}{module}.{part}"] = place
+                found[f"{module}.{part}"] = f"{around}{module}.{part}"
         elif not any(re.search(pattern, stored) for pattern in ignored):
             places[stored] = Place(stored)
         elif not _COMPUTED.search(stored):
@@ -161,8 +192,67 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module], names: Expe
             places[name] = Place(places.pop(gate).name, below=places.pop(up).name)
             found[name] = name
     untied, apart = _tie(source, model, places, found, untie)
+    for one, other in _ties(source, model).items():
+        if one in wanted and other in wanted and (one in found) != (other in found):
+            found[one] = found[other] = found.get(one) or found[other]
     tensors = {published: _info(source, place) for published, place in places.items()}
     return Weights(tensors, found, untied, tuple(left_out), apart, source, places)
+
+
+def _named(
+    stored: str,
+    wanted: Mapping[str, Any],
+    renamings: list[Any],
+    fused: Mapping[str, nn.Module],
+    names: ExpertNames,
+) -> str:
+    """The model's name for a stored one; a name that is the model's is taken for that."""
+    name = _usual_expert(_renamed(stored, renamings)[0], fused, names)
+    return stored if name not in wanted and stored in wanted else name
+
+
+def _converted(
+    source: Source, model: Any, wanted: Mapping[str, Any], fused: Mapping[str, nn.Module], names: ExpertNames
+) -> Source:
+    """The source with the parameters that transformers makes of several tensors, or of other forms of them.
+
+    Experts that are taken apart are left: what is stored apart stays that.
+    """
+    renamings, converters = (_conversions(model, kind) for kind in ("WeightRenaming", "WeightConverter"))
+    whole = dict(wanted)
+    for module, own in fused.items():
+        whole |= {f"{module}.{name}": parameter for name, parameter in own.named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    found: list[tuple[str, str, str]] = []
+    for stored in sorted(source.tensors, key=_natural):
+        name = _named(stored, wanted, renamings, fused, names)
+        known = whole.get(name)
+        if any(kind in wanted for kind in (name, prefix + name, name.removeprefix(prefix))):
+            continue
+        if known is not None and tuple(known.shape) == source.tensors[stored].shape:
+            continue
+        target, pattern = _renamed(stored, renamings, converters, model.base_model_prefix, whole)
+        if pattern is not None and target in whole:
+            found.append((stored, target, pattern))
+    return with_made(source, converted(source, found, converters, whole))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names by their numbers' values."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _ties(source: Source, model: Any) -> dict[str, str]:
+    """Parameters of `model`, which was built without ties, that are another one by the source's config."""
+    own, config = model.config, source.config
+    config = config if type(own) is type(config) else config.get_text_config()
+    parted = own.tie_word_embeddings
+    own.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+    try:
+        ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    finally:
+        own.tie_word_embeddings = parted
+    return ties
 
 
 def put_together(model: Any, weights: Weights) -> set[str]:
@@ -180,11 +270,20 @@ def _conversions(model: Any, kind: str) -> list[Any]:
     return [found for found in conversion_mapping.get_model_conversion_mapping(model) if isinstance(found, wanted)]
 
 
-def _renamed(name: str, renamings: list[Any], converters: Sequence[Any] = ()) -> tuple[str, str | None]:
-    """The model's name for a stored one, and the pattern of the conversion that it goes through, if it does."""
+def _renamed(
+    name: str,
+    renamings: list[Any],
+    converters: Sequence[Any] = (),
+    prefix: str | None = None,
+    wanted: Mapping[str, Any] | None = None,
+) -> tuple[str, str | None]:
+    """The model's name for a stored one, and the pattern of the conversion that it goes through, if it does.
+
+    With `prefix`, the base model's, it is put before the name or taken off, as `wanted` names have it.
+    """
     from transformers.core_model_loading import rename_source_key
 
-    return rename_source_key(name, renamings, list(converters))
+    return rename_source_key(name, renamings, list(converters), prefix, wanted)  # type: ignore[arg-type]
 
 
 def left_out(weights: Weights, source: str = "", parameters_only: bool = False) -> str | None:

@@ -358,12 +358,14 @@ def test_experts_that_are_not_taken_apart_are_said_with_their_share(
     assert "experts.gate_up_proj" in warning
 
 
-def test_experts_in_parts_that_are_not_supported_are_not_called_missing(
+def test_experts_that_are_not_taken_apart_are_put_together_as_transformers_does(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    apart = streamed_logits(open_stream(make_model("mixtral")), [IDS])[0]
     monkeypatch.setattr(weights, "_is_fused", lambda module: False)
-    with pytest.raises(SourceError, match=r"experts\.\w+ is stored in parts .* this form of them is not supported"):
-        open_stream(make_model("mixtral"))
+    stream = open_stream(make_model("mixtral"))
+    assert not any("experts" in name for name, _ in stream.linears())
+    torch.testing.assert_close(streamed_logits(stream, [IDS])[0], apart, **forward(apart))
 
 
 def test_windows_longer_than_the_positions_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
@@ -419,9 +421,10 @@ def test_a_pictures_positions_limit_no_text(tokenizer: PreTrainedTokenizerFast, 
 
 
 def test_a_model_that_cannot_be_run_block_by_block_is_refused(make_model: MakeModel) -> None:
-    """RWKV's blocks hand on more than hidden states."""
-    stream = open_stream(make_model("rwkv", context_length=32, attention_hidden_size=64, num_attention_heads=None))
-    with pytest.raises(SourceError, match="tiny-rwkv: architecture rwkv cannot be run block by block"):
+    """Reformer's blocks have two streams of hidden states, of which one class takes each apart."""
+    sizes = {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "feed_forward_size": 96, "is_decoder": True}
+    stream = open_stream(make_model("reformer", **sizes, attention_head_size=16))
+    with pytest.raises(SourceError, match="tiny-reformer: architecture reformer cannot be run block by block"):
         stream.embed([IDS])
 
 

@@ -28,7 +28,7 @@ def convert(folder: str, out: str, config: dict[str, Any]) -> dict:
     with (
         replaced(sys, argv=arguments),
         replaced(convert_hf_to_gguf, get_model_class=found),
-        replaced(ModelBase, load_hparams=staticmethod(lambda *given: {**load(*given), **config})),
+        replaced(ModelBase, load_hparams=staticmethod(lambda *given, **named: {**load(*given, **named), **config})),
         replaced(TextModel, get_vocab_base_pre=lambda *_: "gpt-2"),
     ):
         convert_hf_to_gguf.main()

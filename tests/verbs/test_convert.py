@@ -138,17 +138,19 @@ def test_gptq_is_dequantized(family: str, make_model: MakeModel, tiny_tokens: To
     assert not torch.allclose(loaded_logits(tmp_path / "out"), our_logits(model), atol=1e-3)
 
 
-def test_experts_that_transformers_cannot_fuse_again_are_refused(
+def test_experts_that_are_fused_in_the_source_are_fused_again(
     make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path
 ) -> None:
+    """Transposed, gate and up interleaved, with biases: under the names and with the shapes of the source."""
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention"] * 2}
     model = make_model("gpt_oss", dtype="float32", **sizes)
     quantkit.gptq(model, tmp_path / "gptq", calibration=tiny_tokens, **GPTQ)
-    with pytest.raises(
-        SourceError, match=r"gptq: model.layers.0.mlp.experts.down_proj is stored in parts, under names"
-    ):
-        quantkit.convert(tmp_path / "gptq", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    quantkit.convert(tmp_path / "gptq", tmp_path / "out", dtype="float32")
+    found, source = stored(tmp_path / "out"), stored(model)
+    assert {name: own.shape for name, own in found.items()} == {name: own.shape for name, own in source.items()}
+    name = "model.layers.0.mlp.experts.gate_up_proj_bias"
+    assert torch.equal(found[name], source[name].half().float())  # as the codes' folder keeps it
+    assert_same_model(tmp_path / "out", tmp_path / "gptq")
 
 
 def test_a_gguf_file(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from quantkit.quantize import token_weights, trials
 from quantkit.runs.ledger import locked
 from quantkit.sources import open_source
 from quantkit.verbs.generate.speaker import Speaker
-from quantkit.verbs.release import ReleaseReport, drop_stale, family
+from quantkit.verbs.release import ReleaseReport, drop_stale, family, forecast
 
 WIZARD = f"""
 name: Tiny-Wizard
@@ -243,6 +243,32 @@ def test_variants_of_other_containers_alone_are_of_one_run(
     folder = "Tiny-MLX-4bit-32g/"
     of_variant = {name for name in alone if name.startswith(folder) and not name.endswith((".md", ".png"))}
     assert {name: every[name] for name in of_variant} == {name: alone[name] for name in of_variant}
+    assert set(statuses(quantkit.release(small, tmp_path / "all")).values()) == {"unchanged"}
+    (tmp_path / "all" / folder / "model.safetensors").unlink()
+    mended = statuses(quantkit.release(small, tmp_path / "all"))
+    assert (mended["mlx 4bit-32g"], mended["codes of gptq 4bit-32g"]) == ("done", "unchanged")
+
+
+def test_a_dry_run_counts_a_shared_run_once(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first variant takes the run's time, the others what their writing takes; alone each has both."""
+    monkeypatch.setattr("quantkit.verbs.release.forecast._multiplications_per_second", lambda _: 1e9)
+    kinds = ("gptq", "compressed-tensors", "mlx")
+    rows = [f"  - {{kind: {kind}, bits: 4, group_size: 32}}\n" for kind in kinds]
+    recipe = SMALL[: SMALL.index("  - {kind")]
+
+    def seconds(variants: list[str]) -> dict[str, tuple[float, int]]:
+        small.write_text(recipe + "".join(variants))
+        parts = quantkit.release(small, tmp_path / "out", dry_run=True).forecasts
+        return {part.name: (part.seconds, part.bytes) for part in parts if "4bit-32g" in part.name}
+
+    alone = [seconds([row]) for row in rows]
+    every = seconds(rows)
+    assert list(every) == [name for one in alone for name in one]
+    assert every["gptq 4bit-32g"] == alone[0]["gptq 4bit-32g"]
+    for kind, one in zip(kinds[1:], alone[1:], strict=True):
+        name, (run, size) = f"{kind} 4bit-32g", one[f"{kind} 4bit-32g"]
+        assert every[name] == (pytest.approx(forecast._WRITING * size / 1e9), size)
+        assert run > 2 * every[name][0]
 
 
 def test_variants_share_what_candidates_lose(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,18 +524,25 @@ print(kills)
 """
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(small: Path, tmp_path: Path) -> None:
-    """Twenty kills: of each release as many as come before it is done; resumed in between and to the end."""
+OF_ONE_RUN = SMALL[: SMALL.index("  - {kind")] + "".join(
+    f"  - {{kind: {kind}, bits: 4, group_size: 32, effort: fast}}\n" for kind in ("gptq", "compressed-tensors", "mlx")
+)
+
+
+@pytest.mark.parametrize(("recipe", "kills"), [(SMALL, 20), (OF_ONE_RUN, 6)], ids=["small", "of one run"])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(recipe: str, kills: int, small: Path, tmp_path: Path) -> None:
+    """So many kills: of each release as many as come before it is done; resumed in between and to the end."""
+    small.write_text(recipe)
     (tmp_path / "runs").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(small), str(tmp_path / "runs"), "20", "7"],
+        [sys.executable, "-c", KILLED, str(small), str(tmp_path / "runs"), str(kills), "7"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=540,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "20"
+    assert done.stdout.strip() == str(kills)
     whole = contents(tmp_path / "runs" / "whole")
     assert "report/report.html" in whole
     released = [path for path in (tmp_path / "runs").iterdir() if path.name != "whole"]

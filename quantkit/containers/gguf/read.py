@@ -74,8 +74,8 @@ class GgmlSource(Source):
         values = found.file.values(found.name, found.expert)
         values = values - found.offset if found.offset else values
         values = found.order.undo(values) if found.order else values
-        values = torch.from_numpy(values[None] if found.vector else values)
-        return values.T.contiguous() if found.turned else values
+        tensor = torch.from_numpy(values[None] if found.vector else values)
+        return tensor.T.contiguous() if found.turned else tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         found = self._stored[name]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from quantkit.errors import SourceError
-from quantkit.late import nn, torch
+from quantkit.late import nn, torch, transformers
 
 Stages = tuple[tuple[str, ...], ...]
 
@@ -176,8 +176,7 @@ def discover_blocks(model: nn.Module) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and all(linear_names(member) for member in module)
     }
-    decoder = getattr(model, "get_decoder", lambda: None)()
-    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    inside = _text_modules(model)
     found = {name: module for name, module in found.items() if module in inside} or found
     if not found:
         raise SourceError(f"{type(model).__name__}: no list of decoder blocks with Linears was found in it")
@@ -187,6 +186,19 @@ def discover_blocks(model: nn.Module) -> str:
     if len(beside) > 1:
         raise SourceError(f"{type(model).__name__}: its decoder blocks are spread over {', '.join(sorted(beside))}")
     return largest
+
+
+def _text_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules of what transformers takes for the decoder, without models in it that embed no tokens: towers."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return set()
+    decoder, embedding = model.get_decoder(), model.get_input_embeddings()
+    inside = set(decoder.modules())
+    for module in decoder.modules():
+        if isinstance(module, transformers.PreTrainedModel) and module is not decoder:
+            own = set(module.modules())
+            inside -= own if embedding not in own else set()
+    return inside
 
 
 @contextmanager

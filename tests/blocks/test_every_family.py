@@ -18,6 +18,7 @@ SAMPLE = (
     "aria_text",  # experts fused under names of their own
     "bert",  # a bias that is tied
     "gemma4",  # a row of the embedding is looked at for what is no text
+    "git",  # a tower inside the text model, with blocks and positions of its own
     "granitemoe",  # experts fused in the checkpoint, which are put together again
     "hrm_text",  # a reason: blocks that are run more than once
     "llama4",  # the text part of a whole, its experts fused

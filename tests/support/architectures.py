@@ -28,6 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.125, "logits_scaling": 2.0},
         **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     },
+    "olmo": {"clip_qkv": 0.5},
     "olmo2": {},
     "olmo3": _WINDOWS,
     "olmoe": {"num_key_value_heads": 4},

@@ -83,7 +83,7 @@ class Architecture:
         flags: a tensor of the first block that some files have -> the config field that says so.
         fields: further GGUF keys -> config fields.
         means: config fields that no key says, or a key that is always the same, since every such model has them so.
-        epsilon: config field of the norms' epsilon.
+        epsilon: config field of the norms' epsilon; the number itself where the config has none.
         layer_norm: norms subtract the mean, so the epsilon's key is another one.
         inner: config field of the width of the MLP; four times the model's where the config has none.
         shared_heads: config field of the number of heads of K and V; None where there are as many as of Q.
@@ -123,7 +123,7 @@ class Architecture:
     flags: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, str] = field(default_factory=dict)
     means: Mapping[str, Any] = field(default_factory=dict)
-    epsilon: str = "rms_norm_eps"
+    epsilon: str | float = "rms_norm_eps"
     layer_norm: bool = False
     inner: str = "intermediate_size"
     shared_heads: str | None = "num_key_value_heads"
@@ -313,6 +313,19 @@ ROWS: tuple[Architecture, ...] = (
         {**_ATTENTION, **_NORMS, **_experts("block_sparse_moe.router", "block_sparse_moe.experts")},
         published={"block_sparse_moe.router": "block_sparse_moe.router.layer"},
         fields={**_GRANITE_FIELDS, **_expert_fields("num_local_experts")},
+        permuted=True,
+    ),
+    # Its norms have no weights.
+    Architecture(
+        "olmo",
+        "olmo",
+        {**_ATTENTION, **_MLP},
+        outside={**_EMBEDDING, **_HEAD},
+        fields={"attention.clamp_kqv": "clip_qkv"},
+        means={"attention_bias": False},
+        epsilon=1e-5,
+        layer_norm=True,
+        same_width=True,
         permuted=True,
     ),
     Architecture(

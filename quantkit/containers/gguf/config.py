@@ -120,7 +120,11 @@ def config_settings(
         raise SourceError(f"{keys.architecture}.block_count is {blocks}, but the file holds {len(found)} blocks")
     sizes = {**_FIELDS, "feed_forward_length": row.inner}
     settings = {ours: keys.require(key, whole=True) for key, ours in sizes.items()}
-    settings[row.epsilon] = keys.require(row.epsilon_key)
+    epsilon = keys.require(row.epsilon_key)
+    if isinstance(row.epsilon, str):
+        settings[row.epsilon] = epsilon
+    elif epsilon != row.epsilon:
+        raise SourceError(f"{keys.architecture}.{row.epsilon_key} is {epsilon}; such models cannot be read")
     settings |= {**_own_fields(keys), **row.means}
     if row.shared_heads:
         shared = keys.get("attention.head_count_kv") is not None

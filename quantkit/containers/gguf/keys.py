@@ -31,7 +31,7 @@ Keys = dict[str, Any]
 # What is said of this file and not of the one it was made from.
 _OWN = re.compile(r"general\.(architecture|type|size_label|file_type|quantization_version|alignment)$")
 _LARGEST = 2**32 - 1  # of a whole number
-_MEASURE = re.compile(r"(scale|softcapping)$")  # keys of float32, whatever the config has
+_MEASURE = re.compile(r"(scale|softcapping|clamp_kqv)$")  # keys of float32, whatever the config has
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")  # config fields
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
@@ -92,7 +92,7 @@ def model_keys(source: Source) -> Keys:
         "attention.head_count_kv": shared_heads(config, row),
         "attention.key_length": width,
         "attention.value_length": width,
-        row.epsilon_key: float(getattr(config, row.epsilon)),
+        row.epsilon_key: float(getattr(config, row.epsilon) if isinstance(row.epsilon, str) else row.epsilon),
         **_fields(config, row),
         **(_rotary(config, row, width) if row.rotary else {}),
         **_windows(config, row),

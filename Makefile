@@ -71,7 +71,7 @@ test-judges: $(TEST) $(SMOLLM2) judges  ## the tests that ask them
 	QUANTKIT_REQUIRE_JUDGES=1 $(BIN)/python -m pytest -m "judges or browser" $(PYTEST_ARGS)
 
 judges-matrix: $(TEST) judges  ## write docs/judges.md from what the judges' tests measure
-	QUANTKIT_REQUIRE_JUDGES=1 QUANTKIT_WRITE_MATRIX=1 $(BIN)/python -m pytest -m "judges and not e2e" tests/judges/test_judges.py
+	QUANTKIT_REQUIRE_JUDGES=1 QUANTKIT_WRITE_MATRIX=1 $(BIN)/python -m pytest -m "judges and not e2e" tests/judges/test_judges.py tests/judges/test_containers.py
 
 lint: $(TEST)  ## ruff
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from support import judge_matrix
+from support import container_matrix, judge_matrix
 from support.judge_env import AUTOGPTQ, PROGRAMS, VLLM, Judge, JudgeError, Program, judge_python
 from support.judge_matrix import Cell, Matrix
 
@@ -130,6 +130,11 @@ def test_what_the_project_declares_of_a_judge_is_what_is_pinned(program: Program
 def test_the_document_has_the_cells_that_the_tests_fill() -> None:
     written = set(judge_matrix.read())
     assert written == judge_matrix.expected(), "run `make judges-matrix`"
+
+
+def test_the_documents_end_has_the_rows_of_containers() -> None:
+    rows = {(*case.told, case.reader) for case in container_matrix.CASES}
+    assert container_matrix.written() == rows, "run `make judges-matrix`"
 
 
 def test_a_cell_that_lost_its_number_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,15 @@ def test_its_log_probabilities_are_our_readers(
     assert found <= 2 * unquantized
 
 
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_a_head_of_codes_is_read(format: str, ask: AskJudge, make_model: MakeModel, tmp_path: Path) -> None:
+    options = {"group_size": 64, "calibration": token_matrix(8, 64), "evaluate": False, "effort": "fast"}
+    out = quantkit.gptq(make_model(**SIZES), tmp_path / "out", format=format, head=4, **options).out
+    assert "lm_head" in open_source(out).codes.quantized_names()
+    found, _ = divergence(ask(VLLM), out, IDS)
+    assert found < 1e-4  # of a head that is left unread it would be above 1
+
+
 @pytest.mark.e2e
 def test_smollm2s_log_probabilities_are_our_readers(ask: AskJudge, tmp_path: Path) -> None:
     """In groups of 64, which its 576 columns are a multiple of, as they are not of the default's 128."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.container_matrix import BEGINS, without
 from support.judge_cases import OURS, READERS, THEIRS, WRITERS
 from support.judge_env import PROGRAMS
 
@@ -71,7 +72,7 @@ class Matrix:
         return self.cells[key].reason is not None and self._written.get(key, "") not in ("", "reason")
 
     def write(self) -> None:
-        """Replace the document. Raises AssertionError when a cell was not filled."""
+        """Replace the document but for its end. Raises AssertionError when a cell was not filled."""
         missing = expected() - set(self.cells)
         assert not missing, f"no result for {len(missing)} cells, such as {min(missing)}: run all of test_judges.py"
         reasons = sorted({cell.reason for cell in self.cells.values() if cell.reason})
@@ -82,7 +83,8 @@ class Matrix:
         parts = [_HEAD.format(judges=judges), _OURS, *_our_rows(self.cells, reasons)]
         parts += [_THEIRS, *_their_rows(self.cells, reasons), _REASONS]
         parts += [f"{number}. {reason}.\n" for number, reason in enumerate(reasons, 1)]
-        DOCUMENT.write_text("".join(parts), encoding="utf-8")
+        before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+        DOCUMENT.write_text("".join([*parts, *before.partition(BEGINS)[1:]]), encoding="utf-8")
 
 
 def _our_rows(cells: dict[Key, Cell], reasons: list[str]) -> list[str]:
@@ -115,7 +117,7 @@ def _spread(cells: list[Cell]) -> str:
 def read() -> dict[Key, str]:
     """The document's cells: a number as it stands there, or "reason"."""
     cells: dict[Key, str] = {}
-    for line in DOCUMENT.read_text(encoding="utf-8").splitlines():
+    for line in without(DOCUMENT.read_text(encoding="utf-8")).splitlines():
         fields = [field.strip() for field in line.strip("|").split("|")]
         if not line.startswith("| ") or fields[0] == "family":
             continue

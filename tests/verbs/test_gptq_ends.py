@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel, Recorder, token_matrix
+from conftest import FAMILIES, MakeModel, Recorder, token_matrix
 from support.coded import same
 from support.folders import contents
 from support.judge_env import GPTQMODEL, MLX, Judge, judge_python
@@ -64,7 +65,9 @@ def test_the_head_is_gptq_s_on_what_reaches_it(format: str, bits: int, make_mode
     report = quantkit.gptq(model, tmp_path / "out", format=format, head=bits, **OPTIONS)
     linear, W = codes_of(report.out, HEAD), open_source(model).read(f"{HEAD}.weight").float()
     assert linear.bits == bits
-    assert torch.equal(open_source(report.out).read(f"{HEAD}.weight"), linear.dequantize())
+    source = open_source(report.out)
+    assert torch.equal(source.read(f"{HEAD}.weight"), linear.dequantize())
+    assert torch.equal(source.read_rows(f"{HEAD}.weight", 100, 107), linear.dequantize()[100:107])
     x = read_by_the_head(report.out, model)
     H = x.T @ x / len(x)
     spec = QuantSpec(bits=bits, group_size=32)
@@ -79,6 +82,22 @@ def test_the_head_is_gptq_s_on_what_reaches_it(format: str, bits: int, make_mode
     assert json.loads((report.out / "quantkit.json").read_text())["recipe"]["head"] == bits
     assert quantkit.verify(report.out).ok
     assert quantkit.inspect(report.out).types[f"{open_source(report.out).stored_as}{bits}"] == 15 - 14 * (bits != 4)  # type: ignore[attr-defined]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_head_reads_is_found_in_every_family(family: str, make_model: MakeModel) -> None:
+    """Logits are of it, but for what a model does to each of them: a scale, a cap."""
+    stream = open_stream(make_model(family))
+    with torch.inference_mode():
+        (hidden,) = stream.embed([TOKENS.tokens[:1]])
+        with stream.before_head() as reads:
+            x = reads(hidden)
+        with stream.head() as head:
+            logits = head(hidden)
+    made = x @ stream.weights.read(stream.ends[1]).float().T
+    assert torch.equal(made.argmax(dim=-1), logits.argmax(dim=-1))
+    assert float(torch.corrcoef(torch.stack([made.flatten(), logits.flatten()]))[0, 1]) > 0.98
 
 
 @pytest.mark.fast
@@ -141,6 +160,10 @@ def test_untied_a_head_gets_codes_of_its_own(make_model: MakeModel, tmp_path: Pa
     assert codes_of(out, HEAD).bits == 8
     assert torch.equal(source.read(f"{EMBEDDING}.weight"), open_source(model).read(f"{EMBEDDING}.weight"))
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    quantkit.card(out, base_model=["someone/tiny"], licence="mit")
+    card = (out / "README.md").read_text()
+    assert "| 4-bit symmetric, head 8-bit |" in card
+    assert re.search(r"quantkit gptq \S+ .*--head 8 .*--untie", card)
 
 
 @pytest.mark.fast

@@ -117,6 +117,12 @@ class CompressedSource(CodedFolder):
             self.stored.read(name), scale.reshape(1) if scale.numel() == 1 else scale.reshape(down, across), block
         )
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        linear = self._linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if linear is None or not linear.scheme.floats:
+            return super().read_rows(name, start, stop)
+        return self.read(name)[start:stop]
+
     def read_words(self, module: str) -> torch.Tensor | None:
         linear = self._linears[module]
         if not linear.packed or linear.scheme.bits != 4 or linear.columns % 8:

@@ -98,14 +98,15 @@ class CodedFolder(FolderSource):
     def read(self, name: str) -> torch.Tensor:
         if not self.is_coded(name):
             return self.stored.read(name)
-        module = name.removesuffix(".weight")
-        scales, zeros, group = self.stored_scales(module), self.read_zeros(module), self.read_groups(module)
-        return dequantized(self.read_unpacked(module), scales, zeros, group)
+        return self.read_rows(name, 0, self.shape(name.removesuffix(".weight"))[0])
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.is_coded(name):
             return self.stored.read_rows(name, start, stop)
-        return self.read(name)[start:stop]
+        module = name.removesuffix(".weight")
+        parts = self.read_unpacked(module), self.stored_scales(module), self.read_zeros(module)
+        codes, scales, zeros = (part[start:stop] for part in parts)
+        return dequantized(codes, scales, zeros, self.read_groups(module))
 
     def read_codes(self, module: str) -> QuantizedLinear:
         codes, scales, zeros = self.read_unpacked(module), self.read_scales(module), self.read_zeros(module)

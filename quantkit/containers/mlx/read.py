@@ -82,11 +82,6 @@ class MlxSource(CodedFolder):
         rows, groups = self.stored.tensors[f"{module}.scales"].shape
         return rows, groups * self.group_size(module)
 
-    def read(self, name: str) -> torch.Tensor:
-        if not self.is_coded(name):
-            return self.stored.read(name)
-        return self.read_rows(name, 0, self.shape(name.removesuffix(".weight"))[0])
-
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.is_coded(name):
             return self.stored.read_rows(name, start, stop)

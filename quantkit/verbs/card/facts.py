@@ -13,6 +13,7 @@ from quantkit.containers.describe import describe
 from quantkit.containers.gguf.read import model_stem
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError
+from quantkit.options import EndBits
 from quantkit.runs.atomic import REPORT_NAME, file_sha256
 from quantkit.runs.keeping import is_kept
 from quantkit.runs.records import read_record
@@ -42,6 +43,7 @@ class ModelFacts:
         memory_bytes: of its tensors, and of keys and values of `kv_tokens` tokens in float16; None where the config
             does not say how large these are.
         bits, group_size, sym, desc_act: of a GPTQ checkpoint.
+        outside: bits of head and embeddings, where the run that quantized it made codes of them.
         act_order, damp: of the run that quantized it; None where nothing says so.
         calibration: provenance of that run's text.
         loads: every program's answer to whether it loads this.
@@ -67,6 +69,7 @@ class ModelFacts:
     group_size: int | None = None
     sym: bool | None = None
     desc_act: bool | None = None
+    outside: Mapping[str, int] = field(default_factory=dict)
     act_order: str | None = None
     damp: float | None = None
     calibration: Mapping[str, Any] | None = None
@@ -128,6 +131,7 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
         bits_per_weight=seen.bits_per_weight,
         memory_bytes=memory,
         kv_tokens=tokens,
+        outside={name: bits for name in EndBits.model_fields if isinstance(bits := recipe.get(name), int)},
         calibration=calibration if isinstance(calibration, dict) else None,
         loads=tuple(programs(Facts.of(source))),
         record=own,

@@ -17,6 +17,7 @@ import train_llama
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import quantkit
+from quantkit.tokens import TokenMatrix
 
 _HELD_OUT = 20  # a twentieth
 
@@ -91,12 +92,12 @@ def _judged(args: argparse.Namespace, tokens: torch.Tensor, bits: int, effort: s
     report = quantkit.gptq(
         args.work / "model",
         args.work / "out",
-        calibration=quantkit.TokenMatrix.of(tokens, args.text.name),
+        calibration=TokenMatrix.of(tokens, args.text.name),
         bits=bits,
         group_size=32,
         effort=effort,
         experts=experts,
-        text=args.work / "held-out.txt",
+        text=str(args.work / "held-out.txt"),
         eval_tokens=args.eval_tokens,
         seq_len=train_llama.WINDOW,
         device="cpu",

@@ -549,6 +549,29 @@ def test_the_benchmark_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     assert timed.pop("all") == pytest.approx(sum(timed.values()))
 
 
+@pytest.mark.parametrize("step", ["facts", "families", "micro", "fast", "experts"])
+@pytest.mark.filterwarnings("ignore:.*experts saw fewer calibration tokens")
+def test_the_first_run_on_a_gpu_runs_without_one(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    first_run, told = runpy.run_path(str(folder / "gpu_first_run.py")), list[dict[str, Any]]()
+
+    def tell(**facts: Any) -> None:
+        told.append(facts)
+
+    first_run["run_step"](step, first_run["Run"](torch.device("cpu"), True, tmp_path, tell))
+    facts = {key: value for line in told for key, value in line.items()}
+    expected: dict[str, Any] = {
+        "facts": facts.get("GB_a_second", {}).get("packed to 4 bits"),
+        "families": facts.get("within"),
+        "micro": facts.get("milliseconds", {}).get("grid and columns"),
+        "fast": facts.get("phases", {}).get("quantizing blocks"),
+        "experts": facts.get("tokens_a_batch") == 16384,
+    }
+    assert expected[step], told
+    assert list(tmp_path.glob("*/")) == []  # models go
+
+
 # -- on a GPU --------------------------------------------------------------------------------------------------------
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")

@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import MakeModel, random_model, token_matrix
-from support.architectures import CONFIGS, TIED
+from conftest import MakeModel, Recorder, random_model, token_matrix
+from support.architectures import CONFIGS, PARTED, TIED
 from support.streamed import open_stream, streamed_logits
 from support.tolerance import forward
 
@@ -90,6 +90,35 @@ def test_gptq_writes_it(family: str, make_model: MakeModel, tmp_path: Path) -> N
     for name in coded:
         values = source.weights.read(name)
         assert (read.weights.read(name) - values).norm() < 0.25 * values.norm(), name
+
+
+@pytest.mark.parametrize("family", PARTED)
+def test_a_tied_embedding_is_the_output_matrix_too(
+    family: str, make_model: MakeModel, tmp_path: Path, recorder: Recorder
+) -> None:
+    folder = make_model(family, tied=True, dtype="float32", **CONFIGS[family])
+    kinds = dict.fromkeys(("type", "embedding_type", "output_type"), "f32")
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", progress=recorder, **kinds)
+    assert "output.weight too: llama.cpp loads no " in "".join(recorder.notes)
+    file = GgufFile(tmp_path / "tiny.gguf")
+    np.testing.assert_array_equal(file.values("output.weight"), file.values("token_embd.weight"))
+    read, source = open_stream(tmp_path / "tiny.gguf"), open_stream(folder)
+    assert not read.source.config.tie_word_embeddings
+    assert not quantkit.verify(tmp_path / "tiny.gguf", generate=False).models[0].problems
+    tokens = [token_matrix(2, 32).tokens]
+    expected = streamed_logits(source, tokens)[0]
+    torch.testing.assert_close(streamed_logits(read, tokens)[0], expected, **forward(expected))
+
+
+def test_gptq_writes_a_tied_embedding_twice(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
+    folder = make_model("olmo2", tied=True, dtype="float32")
+    options: dict[str, Any] = {"calibration": token_matrix(4, 32), "evaluate": False, "pre": "gpt-2"}
+    quantkit.gptq(folder, tmp_path / "out", ggml="q4_0", output_type="q8_0", progress=recorder, **options)
+    assert "output.weight too: llama.cpp loads no olmo2 " in "".join(recorder.notes)
+    read = open_stream(next((tmp_path / "out").glob("*.gguf")))
+    stored = {name: info.stored_as for name, info in read.weights.tensors.items()}
+    assert (stored["lm_head.weight"], stored["model.embed_tokens.weight"]) == ("Q8_0", "Q4_0")
+    quantkit.imatrix(folder, tmp_path / "tiny.imatrix.gguf", calibration=token_matrix(4, 32))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "granite", "nemotron", "qwen2_moe"])

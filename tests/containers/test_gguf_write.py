@@ -531,7 +531,6 @@ def test_an_architecture_that_cannot_be_written_is_refused(make_model: MakeModel
         ("gemma2", {"made": {"tied": True}, "final_logit_softcapping": None}, "final_logit_softcapping is not set"),
         ("gemma2", {}, "no output matrix beside the embedding"),
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0, where .* means None"),
-        ("olmo2", {"made": {"tied": True}}, "a olmo2 GGUF file has an output matrix beside the embedding"),
         ("exaone4", {"sliding_window": 8}, "sliding_window is 8, which a exaone4 GGUF file of this many blocks"),
         ("olmoe", {}, "4 heads share 2 keys and values, which a olmoe GGUF file cannot say"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is not every 4th"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantkit.containers.gguf.architectures import ROWS
+
 _WINDOWS = {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": None}
 
 # transformers' model_type -> what its tiny model's config needs beside conftest's sizes.
@@ -49,3 +51,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 TIED = ("gemma", "gemma2", "cohere", "cohere2")
 """Models that have no output matrix of their own."""
+PARTED = tuple(row.model_type for row in ROWS if row.head == "own")
+"""Models whose tied embedding is written as the output matrix too."""

@@ -87,7 +87,7 @@ class Architecture:
         layer_norm: norms subtract the mean, so the epsilon's key is another one.
         inner: config field of the width of the MLP; four times the model's where the config has none.
         shared_heads: config field of the number of heads of K and V; None where there are as many as of Q.
-        head: whether the output matrix is the embedding: "tied" always, "own" never.
+        head: whether the output matrix is the embedding: "tied" always, "own" never, in files.
         activations: values of the config's activation that the file means.
         rope_types: scalings of the rotary frequencies beside "default" that have a place.
         rotary: positions are turned into the heads; without, they are looked up in a table.

@@ -18,7 +18,7 @@ from quantkit.codes.kinds import FileType
 from quantkit.containers.gguf.architectures import WRITABLE, Architecture
 from quantkit.containers.gguf.config import longrope_attention, turned_layers
 from quantkit.containers.gguf.vocabulary import vocabulary
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
 from quantkit.version import __version__
 
@@ -193,6 +193,20 @@ def limits(source: Source) -> list[str]:
     if not window or window >= config.max_position_embeddings:
         return []
     return [f"llama.cpp lets every token see all before it, this model the last {window}: beyond those they differ"]
+
+
+def parts_ends(config: PretrainedConfig) -> bool:
+    """Whether a model's tied embedding is written as the output matrix too, which llama.cpp's loader wants there."""
+    row = WRITABLE.get(config.model_type)
+    return row is not None and row.head == "own" and bool(config.tie_word_embeddings)
+
+
+def remarks(source: Source, weights: Weights) -> list[str]:
+    """What a file holds otherwise than the model, without its result being another."""
+    if not parts_ends(source.config) or not weights.untied or weights.apart is not None:
+        return []
+    name = WRITABLE[source.config.model_type].name
+    return [f"the tied embedding is written as output.weight too: llama.cpp loads no {name} without an output matrix"]
 
 
 def shared_heads(config: PretrainedConfig, row: Architecture) -> int:

@@ -67,7 +67,8 @@ class GgufTensor:
 def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     """Every tensor that the file will hold, in its order.
 
-    A tied output is left out, and so is what no parameter of the model is made of.
+    A tied output is left out (where the architecture has none of its own, `keys.parts_ends`, ends must be apart), and
+    so is what no parameter of the model is made of.
 
     Raises:
         SourceError: an architecture that cannot be written, a tensor it has no place for, or one that it misses.
@@ -77,14 +78,11 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     outside = {name: ours for name, ours in row.outside.items() if name not in (_EMBEDDING, _HEAD)}
     embedding, head = row.outside[_EMBEDDING], row.outside[_HEAD]
     tied = names.get(head) == names.get(embedding)
+    assert not (tied and row.head == "own"), row.name
     if tied:
         names.pop(head, None)
     if row.head == "tied" and not tied:
         raise SourceError(f"{path}: a {row.name} GGUF file has no output matrix beside the embedding; keep them tied")
-    if row.head == "own" and tied:
-        raise SourceError(
-            f"{path}: a {row.name} GGUF file has an output matrix beside the embedding; this model has none"
-        )
     # Published names by parameter, those of a block's experts under one name in the order of their numbers.
     numbered: dict[str, dict[int, str]] = {}
     for parameter, published in names.items():

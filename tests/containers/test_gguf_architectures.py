@@ -132,6 +132,21 @@ def test_blocks_go_from_file_to_file_as_they_are(family: str, make_model: MakeMo
         np.testing.assert_array_equal(other.blocks(name)[1], one.blocks(name)[1], err_msg=name)
 
 
+def test_ends_of_the_yarn_ramp_of_gpt_oss_are_not_rounded(
+    make_model: MakeModel, tmp_path: Path, recorder: Recorder
+) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    sizes = {**CONFIGS["gpt_oss"], "rope_parameters": {**rope, "truncate": False}}
+    folder = make_model("gpt_oss", dtype="float32", **sizes)
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", type="q8_0", progress=recorder)
+    assert "llama.cpp rounds the ends of yarn's ramp" in "".join(recorder.warnings)
+    read = open_stream(tmp_path / "tiny.gguf").source.config
+    assert {key: read.rope_parameters[key] for key in sizes["rope_parameters"]} == sizes["rope_parameters"]
+    tensors = GgufFile(tmp_path / "tiny.gguf").tensors
+    assert {tensor.kind.name for name, tensor in tensors.items() if name.endswith(".bias")} == {"F32"}
+    assert tensors["blk.0.ffn_up_exps.weight"].kind.name == "Q8_0"
+
+
 def test_a_mixtral_is_not_told_to_be_a_llama(make_model: MakeModel, tmp_path: Path) -> None:
     for family in ("mixtral", "llama"):
         written(make_model, family, tmp_path / f"{family}.gguf")

@@ -531,6 +531,8 @@ def test_an_architecture_that_cannot_be_written_is_refused(make_model: MakeModel
         ("gemma2", {"made": {"tied": True}, "final_logit_softcapping": None}, "final_logit_softcapping is not set"),
         ("gemma2", {}, "no output matrix beside the embedding"),
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0, where .* means None"),
+        ("gpt_oss", {"rope_parameters": YARN}, "truncate True of its yarn scaling has no place in a gpt-oss"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, r"swiglu_limit is 5.0, where a gpt-oss GGUF file means 7.0"),
         ("exaone4", {"sliding_window": 8}, "sliding_window is 8, which a exaone4 GGUF file of this many blocks"),
         ("olmoe", {}, "4 heads share 2 keys and values, which a olmoe GGUF file cannot say"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is not every 4th"),

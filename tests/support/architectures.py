@@ -25,6 +25,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": None},
     "phi3": {"sliding_window": None, "original_max_position_embeddings": 256},
     "phi": {},
+    "gpt_oss": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": None},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "granite": {"attention_multiplier": 0.125},
     "granitemoe": {
         **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.125, "logits_scaling": 2.0},

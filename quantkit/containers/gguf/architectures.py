@@ -90,6 +90,7 @@ class Architecture:
         head: whether the output matrix is the embedding: "tied" always, "own" never, in files.
         activations: values of the config's activation that the file means.
         rope_types: scalings of the rotary frequencies beside "default" that have a place.
+        ramp_rounded: yarn's ramp begins and ends at whole dimensions, as llama.cpp has it of all models.
         rotary: positions are turned into the heads; without, they are looked up in a table.
         partial_rotary: a part of each head may be left unturned.
         unturned: every so manieth block has no rotary; 0 where all have it.
@@ -103,6 +104,7 @@ class Architecture:
         unshared: there are as many heads of K and V as of Q.
         wide_norms: norms of Q and K are over all heads together.
         gate_in_up: the gate's matrix lies above the up matrix in one.
+        bare: parameters of a name of their own, which is that of no module.
         vectors: matrices of one row, which some files have as vectors.
         turned: matrices that are published as [in, out].
         grouped: `attn_qkv` is published as groups of heads, each Q, then K, then V; the file has all Q first.
@@ -130,6 +132,7 @@ class Architecture:
     head: Literal["any", "own", "tied"] = "any"
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = ("linear", "yarn")
+    ramp_rounded: bool = True
     rotary: bool = True
     partial_rotary: bool = False
     unturned: int = 0
@@ -143,6 +146,7 @@ class Architecture:
     unshared: bool = False
     wide_norms: bool = False
     gate_in_up: bool = False
+    bare: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     grouped: bool = False
@@ -155,7 +159,11 @@ class Architecture:
     def block(self) -> dict[str, str]:
         """Tensors of a block, GGUF name -> the parameter's name within the block."""
         parts = (("weight", self.weights), ("bias", self.biases))
-        return {f"{name}.{part}": f"{ours}.{part}" for part, table in parts for name, ours in table.items()}
+        return {
+            f"{name}.{part}": ours if name in self.bare else f"{ours}.{part}"
+            for part, table in parts
+            for name, ours in table.items()
+        }
 
     @property
     def epsilon_key(self) -> str:
@@ -222,6 +230,24 @@ ROWS: tuple[Architecture, ...] = (
         {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_experts("mlp.gate", "mlp.experts")},
         fields=_expert_fields("num_experts", "moe_intermediate_size"),
         means={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+    Architecture(
+        "gpt-oss",
+        "gpt_oss",
+        {
+            **_ATTENTION,
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_sinks": "self_attn.sinks",
+            **_experts("mlp.router", "mlp.experts"),
+        },
+        {**_ATTENTION, **_experts("mlp.router", "mlp.experts")},
+        bare=("attn_sinks",),
+        fields=_expert_fields("num_local_experts", "intermediate_size"),
+        means={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        ramp_rounded=False,
+        head="own",
+        window_pattern=2,
     ),
     Architecture(
         "gemma",

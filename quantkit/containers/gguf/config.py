@@ -212,6 +212,7 @@ def _check_shapes(
         "ffn_gate": (inner, width),
         "ffn_up": (2 * inner if row.gate_in_up else inner, width),
         "ffn_down": (width, inner),
+        "attn_sinks": (heads,),
         "position_embd": (settings["max_position_embeddings"], width),
         **_expert_shapes(row, settings),
     }
@@ -221,7 +222,7 @@ def _check_shapes(
             continue
         part, _, kind = inside.rpartition(".")
         expected = wanted.get(part, (width,))
-        expected = expected[:1] if kind == "bias" else expected
+        expected = expected[:-1] or expected if kind == "bias" else expected
         if shape != expected and not (part in row.vectors and shape == expected[1:]):
             raise SourceError(f"{name} has shape {list(shape)}, but the file's keys ask for {list(expected)}")
 
@@ -289,6 +290,7 @@ def _scaling(keys: ArchitectureKeys) -> dict[str, Any]:
         "factor": keys.require("rope.scaling.factor"),
         "original_max_position_embeddings": keys.require("rope.scaling.original_context_length"),
         **{ours: keys.number(key) for ours, key in betas.items() if keys.get(key)},
+        **({} if keys.row.ramp_rounded else {"truncate": False}),
     }
 
 

@@ -189,10 +189,14 @@ def architecture_of(source: Source) -> str:
 def limits(source: Source) -> list[str]:
     """What a reader of the file should know: where llama.cpp's result drifts from the model's."""
     config, row = source.config, WRITABLE[source.config.model_type]
+    drifts = []
     window = config.sliding_window if row.window else None
-    if not window or window >= config.max_position_embeddings:
-        return []
-    return [f"llama.cpp lets every token see all before it, this model the last {window}: beyond those they differ"]
+    if window and window < config.max_position_embeddings:
+        seen = f"this model the last {window}: beyond those they differ"
+        drifts.append(f"llama.cpp lets every token see all before it, {seen}")
+    if not row.ramp_rounded and rope_of(config).get("rope_type") == "yarn":
+        drifts.append("llama.cpp rounds the ends of yarn's ramp to whole dimensions, this model does not (truncate)")
+    return drifts
 
 
 def parts_ends(config: PretrainedConfig) -> bool:
@@ -275,13 +279,14 @@ def _rope_differences(config: PretrainedConfig, row: Architecture) -> Iterator[s
     if row.unturned and list(config.no_rope_layers) != turned_layers(config.num_hidden_layers, row.unturned):
         yield f"no_rope_layers is not every {row.unturned}th, as in a {row.name} GGUF file"
     if kind == "yarn":
-        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
+        said = {"truncate": True, **rope}
+        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": row.ramp_rounded, "mscale": None, "mscale_all_dim": None}
         given, follows = rope.get("attention_factor"), 0.1 * math.log(rope["factor"]) + 1
         known = given is not None and math.isclose(given, follows, rel_tol=1e-5)
         usual["attention_factor"] = given if known else None
         for key, value in usual.items():
-            if rope.get(key) not in (None, value):
-                yield f"{key} {rope[key]} of its yarn scaling has no place in a {row.name} GGUF file"
+            if said.get(key) not in (None, value):
+                yield f"{key} {said[key]} of its yarn scaling has no place in a {row.name} GGUF file"
     if kind == "longrope":
         count = int(head_width(config) * rope.get("partial_rotary_factor", 1.0)) // 2
         if not len(rope["long_factor"]) == len(rope["short_factor"]) == count:

@@ -124,7 +124,7 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
         turned=turned,
         order=order_of(row, role, source.config.num_attention_heads, shared_heads(source.config, row)),
         offset=row.norm_offset if name.endswith("norm.weight") else 0.0,
-        always_f32=len(shape) == 1 or role in _IN_FULL,
+        always_f32=len(shape) == 1 or role in _IN_FULL or name.endswith(".bias"),
     )
 
 

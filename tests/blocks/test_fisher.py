@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +19,10 @@ from quantkit.blocks.workers import Workers, even_shares
 from quantkit.progress import SILENT
 from quantkit.sources import open_source
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOWS, LENGTH = 6, 24
 BY_BLOCK, AT_ONCE = MemoryPlan(), MemoryPlan(at_once=True)
 Squares = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Of each worker: how many share a small product changes its last bits on some processors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def windows(vocabulary: int, seed: int = 0) -> torch.Tensor:

@@ -115,6 +115,7 @@ def test_gradients_are_those_of_the_whole_model(
         torch.testing.assert_close(found[name].double(), own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_sums_have_the_same_bits_whoever_made_them(make_model: MakeModel) -> None:
     model = make_model("mixtral")
     codes = rounded(open_in(model, torch.float32))

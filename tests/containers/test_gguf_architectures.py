@@ -16,8 +16,10 @@ from support.tolerance import forward
 
 import quantkit
 from quantkit.containers.gguf.architectures import ROWS, WRITABLE
+from quantkit.containers.gguf.config import ArchitectureKeys, config_settings
 from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.order import Grouped, Rotary
+from quantkit.errors import SourceError
 
 # What a config says of its file, and what tests give every family.
 _OF_FILE = ("dtype", "architectures", "transformers_version", "_sliding_window_pattern", "_name_or_path")
@@ -121,7 +123,7 @@ def test_gptq_writes_a_tied_embedding_twice(make_model: MakeModel, tmp_path: Pat
     quantkit.imatrix(folder, tmp_path / "tiny.imatrix.gguf", calibration=token_matrix(4, 32))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "granite", "nemotron", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_oss", "granite", "lfm2", "nemotron", "qwen2_moe"])
 def test_blocks_go_from_file_to_file_as_they_are(family: str, make_model: MakeModel, tmp_path: Path) -> None:
     written(make_model, family, tmp_path / "one.gguf", type="q8_0", embedding_type="q8_0", output_type="q8_0")
     quantkit.ggml(tmp_path / "one.gguf", tmp_path / "other.gguf", type="auto")
@@ -145,6 +147,28 @@ def test_ends_of_the_yarn_ramp_of_gpt_oss_are_not_rounded(
     tensors = GgufFile(tmp_path / "tiny.gguf").tensors
     assert {tensor.kind.name for name, tensor in tensors.items() if name.endswith(".bias")} == {"F32"}
     assert tensors["blk.0.ffn_up_exps.weight"].kind.name == "Q8_0"
+
+
+@pytest.mark.parametrize(("multiplier", "width"), [(1.5, 128), (1.0, 96)])
+def test_an_lfm2_is_read_with_the_width_that_its_class_makes(
+    multiplier: float, width: int, make_model: MakeModel, tmp_path: Path
+) -> None:
+    said = {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": multiplier, "block_multiple_of": 32}
+    folder = make_model("lfm2", dtype="float32", **{**CONFIGS["lfm2"], **said, "intermediate_size": 100})
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", type="f32")
+    config = open_stream(tmp_path / "tiny.gguf").source.config
+    assert (config.intermediate_size, config.block_auto_adjust_ff_dim) == (width, False)
+    assert config.layer_types == CONFIGS["lfm2"]["layer_types"]
+
+
+@pytest.mark.parametrize("heads", [[2, 0], [0, 0, 0], [0, 2, 1], 0])
+def test_blocks_without_attention_are_counted(heads: Any, make_model: MakeModel, tmp_path: Path) -> None:
+    written(make_model, "lfm2", tmp_path / "tiny.gguf")
+    file = GgufFile(tmp_path / "tiny.gguf")
+    said = {**file.keys, "lfm2.attention.head_count_kv": heads}
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    with pytest.raises(SourceError, match=r"head_count_kv is .*, which says nothing of 3 blocks"):
+        config_settings(ArchitectureKeys(WRITABLE["lfm2"], said.get), shapes, file.values)
 
 
 def test_a_mixtral_is_not_told_to_be_a_llama(make_model: MakeModel, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from quantkit.containers.gguf.architectures import ROWS
 
 _WINDOWS = {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": None}
+_CONV = ["conv", "full_attention", "conv"]
 
 # transformers' model_type -> what its tiny model's config needs beside conftest's sizes.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": None},
     "phi3": {"sliding_window": None, "original_max_position_embeddings": 256},
     "phi": {},
+    "lfm2": {"head_dim": None, "block_auto_adjust_ff_dim": False, "num_hidden_layers": 3, "layer_types": _CONV},
     "gpt_oss": {
         **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": None},
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},

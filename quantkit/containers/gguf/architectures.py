@@ -39,6 +39,14 @@ _GPT2 = {
     **{"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2"},
     **{"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
 }
+_LFM2_ATTENTION = {
+    **_QKV,
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+}
+_LFM2_CONV = {f"shortconv.{part}": f"conv.{part}" for part in ("in_proj", "conv", "out_proj")}
+_LFM2_MLP = {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
 _GATED = {**_ATTENTION, **_MLP, **_NORMS}
 
 
@@ -104,8 +112,12 @@ class Architecture:
         unshared: there are as many heads of K and V as of Q.
         wide_norms: norms of Q and K are over all heads together.
         gate_in_up: the gate's matrix lies above the up matrix in one.
+        of_kind: tensors of a block that blocks of one of the config's `layer_types` alone have -> that type.
+        unattended: the `layer_types` of blocks without attention, whose heads of K and V a file counts as 0.
+        read_as: config fields of a model that is read, where files say the same of several configs.
         bare: parameters of a name of their own, which is that of no module.
         vectors: matrices of one row, which some files have as vectors.
+        squeezed: matrices that are published as [rows, 1, columns].
         turned: matrices that are published as [in, out].
         grouped: `attn_qkv` is published as groups of heads, each Q, then K, then V; the file has all Q first.
         permuted: rows of Q and K are in llama.cpp's rotary order.
@@ -146,8 +158,12 @@ class Architecture:
     unshared: bool = False
     wide_norms: bool = False
     gate_in_up: bool = False
+    of_kind: Mapping[str, str] = field(default_factory=dict)
+    unattended: str = ""
+    read_as: Mapping[str, Any] = field(default_factory=dict)
     bare: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    squeezed: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     grouped: bool = False
     permuted: bool = False
@@ -230,6 +246,20 @@ ROWS: tuple[Architecture, ...] = (
         {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_experts("mlp.gate", "mlp.experts")},
         fields=_expert_fields("num_experts", "moe_intermediate_size"),
         means={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+    Architecture(
+        "lfm2",
+        "lfm2",
+        {**_LFM2_ATTENTION, **_LFM2_CONV, **_LFM2_MLP, "attn_norm": "operator_norm", "ffn_norm": "ffn_norm"},
+        outside={**_EMBEDDING, "token_embd_norm.weight": "model.embedding_norm.weight", **_HEAD},
+        fields={"shortconv.l_cache": "conv_L_cache"},
+        means={"conv_bias": False},
+        of_kind={**dict.fromkeys(_LFM2_ATTENTION, "full_attention"), **dict.fromkeys(_LFM2_CONV, "conv")},
+        unattended="conv",
+        read_as={"block_auto_adjust_ff_dim": False},
+        epsilon="norm_eps",
+        squeezed=("shortconv.conv",),
+        same_width=True,
     ),
     Architecture(
         "gpt-oss",

@@ -125,8 +125,12 @@ def config_settings(
         settings[row.epsilon] = epsilon
     elif epsilon != row.epsilon:
         raise SourceError(f"{keys.architecture}.{row.epsilon_key} is {epsilon}; such models cannot be read")
-    settings |= {**_own_fields(keys), **row.means}
-    if row.shared_heads:
+    settings |= {**_own_fields(keys), **row.means, **row.read_as}
+    if row.unattended:
+        heads = _heads_by_block(keys, blocks)
+        settings["num_key_value_heads"] = max(heads)
+        settings["layer_types"] = ["full_attention" if count else row.unattended for count in heads]
+    elif row.shared_heads:
         shared = keys.get("attention.head_count_kv") is not None
         settings[row.shared_heads] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
     settings["vocab_size"] = shapes["token_embd.weight"][0]
@@ -157,6 +161,18 @@ def config_settings(
         rope = {"full_attention": rope, "sliding_attention": local}
     settings["rope_parameters"] = rope
     return settings
+
+
+def _heads_by_block(keys: ArchitectureKeys, blocks: int) -> list[int]:
+    """Heads of K and V of each block, 0 where it has no attention."""
+    said = keys.get("attention.head_count_kv")
+    heads: list[Any] = said if isinstance(said, list) else [said] * blocks
+    whole = all(type(count) is int and 0 <= count < _LARGEST for count in heads)
+    if not whole or len(heads) != blocks or len({*heads, 0}) != 2:
+        raise SourceError(
+            f"{keys.architecture}.attention.head_count_kv is {str(said)[:40]}, which says nothing of {blocks} blocks"
+        )
+    return heads
 
 
 def turned_layers(layers: int, unturned: int) -> list[int]:
@@ -213,6 +229,8 @@ def _check_shapes(
         "ffn_up": (2 * inner if row.gate_in_up else inner, width),
         "ffn_down": (width, inner),
         "attn_sinks": (heads,),
+        "shortconv.conv": (width, settings.get("conv_L_cache", 0)),
+        **{"shortconv.in_proj": (3 * width, width), "shortconv.out_proj": (width, width)},
         "position_embd": (settings["max_position_embeddings"], width),
         **_expert_shapes(row, settings),
     }

@@ -87,9 +87,9 @@ def model_keys(source: Source) -> Keys:
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": getattr(config, row.inner) or 4 * config.hidden_size,
+        "feed_forward_length": _inner_width(config, row),
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": shared_heads(config, row),
+        "attention.head_count_kv": _heads_of_blocks(config, row),
         "attention.key_length": width,
         "attention.value_length": width,
         row.epsilon_key: float(getattr(config, row.epsilon) if isinstance(row.epsilon, str) else row.epsilon),
@@ -98,6 +98,24 @@ def model_keys(source: Source) -> Keys:
         **_windows(config, row),
     }
     return {f"{row.name}.{key}": value for key, value in keys.items()}
+
+
+def _inner_width(config: PretrainedConfig, row: Architecture) -> int:
+    """Of the MLP. LFM2's config may name one that its class makes another of, as `Lfm2MLP` does."""
+    width: int = getattr(config, row.inner) or 4 * config.hidden_size
+    if not getattr(config, "block_auto_adjust_ff_dim", False):
+        return width
+    width = int(2 * width / 3)
+    if config.block_ffn_dim_multiplier is None:
+        return width
+    step: int = config.block_multiple_of
+    return step * math.ceil(int(config.block_ffn_dim_multiplier * width) / step)
+
+
+def _heads_of_blocks(config: PretrainedConfig, row: Architecture) -> int | list[int]:
+    """Heads of K and V; where blocks are without attention, those of each block."""
+    shared = shared_heads(config, row)
+    return [0 if kind == row.unattended else shared for kind in config.layer_types] if row.unattended else shared
 
 
 def _fields(config: PretrainedConfig, row: Architecture) -> Keys:
@@ -232,7 +250,7 @@ def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
 def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
     """What the config says and llama.cpp takes to be otherwise."""
     activation = next((getattr(config, name) for name in _ACTIVATIONS if getattr(config, name, None)), None)
-    if activation not in row.activations:
+    if activation not in (None, *row.activations):
         yield f"hidden_act is {activation!r}, where a {row.name} GGUF file means {row.activations[0]!r}"
     if row.rotary:
         yield from _rope_differences(config, row)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantkit.containers.gguf.architectures import Architecture
+from quantkit.containers.gguf.architectures import BLOCK, Architecture
 from quantkit.containers.gguf.config import llama3_factors
 from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.keys import head_width, row_of, shared_heads
@@ -25,7 +25,7 @@ from quantkit.late import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd")  # matrices that are always float32
+_IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "shortconv.conv")  # matrices that are always float32
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
@@ -53,6 +53,12 @@ class GgufTensor:
     offset: float = 0.0
     computed: tuple[float, ...] = ()
     always_f32: bool = False
+
+    def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A published tensor, [rows, columns], [columns, rows] where it is turned, or [rows, 1, columns], as [rows,
+        columns]; a vector as it is."""
+        tensor = tensor.squeeze(1) if tensor.ndim == 3 else tensor
+        return tensor.T if self.turned else tensor
 
     def values(self, tensor: torch.Tensor) -> Array:
         """float32 values to write for a published tensor, or some rows of one, in their published order."""
@@ -92,7 +98,8 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     first = {parameter.removeprefix(f"{row.layers}.0.") for parameter in stacks}
     wanted = {embedding: _EMBEDDING}
     for block in range(source.config.num_hidden_layers):
-        wanted |= {f"{row.layers}.{block}.{ours}": f"blk.{block}.{name}" for name, ours in row.block.items()}
+        held = _held_by(row, source.config, block)
+        wanted |= {f"{row.layers}.{block}.{ours}": f"blk.{block}.{name}" for name, ours in held.items()}
     wanted |= {ours: name for name, ours in outside.items()} | {head: _HEAD}
     tensors = []
     for parameter, name in wanted.items():
@@ -105,6 +112,12 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     return [*(_rope_tensors(source.config, row) if row.rotary else ()), *tensors]
 
 
+def _held_by(row: Architecture, config: PretrainedConfig, block: int) -> dict[str, str]:
+    """Tensors of a block, as `row.block` has those of any."""
+    kind = config.layer_types[block] if row.of_kind else ""
+    return {name: ours for name, ours in row.block.items() if row.of_kind.get(name.rpartition(".")[0], kind) == kind}
+
+
 def _within(parameter: str, row: Architecture) -> str:
     """A parameter's name within its block."""
     return parameter.removeprefix(f"{row.layers}.").partition(".")[2]
@@ -114,9 +127,11 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
     shapes = sorted({weights.tensors[part].shape for part in published})
     if len(shapes) > 1:
         raise SourceError(f"{source.path}: experts of {name} have shapes {shapes}; only equal ones make a stack")
-    role = name.split(".")[-2]
+    role, inside = name.split(".")[-2], BLOCK.sub("", name).rpartition(".")[0]
     shape = (len(published), *shapes[0]) if "_exps." in name else shapes[0]
     turned = role in row.turned and len(shape) == 2
+    if inside in row.squeezed:
+        shape = (shape[0], shape[-1])
     return GgufTensor(
         name,
         published,
@@ -124,7 +139,7 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
         turned=turned,
         order=order_of(row, role, source.config.num_attention_heads, shared_heads(source.config, row)),
         offset=row.norm_offset if name.endswith("norm.weight") else 0.0,
-        always_f32=len(shape) == 1 or role in _IN_FULL or name.endswith(".bias"),
+        always_f32=len(shape) == 1 or inside in _IN_FULL or name.endswith(".bias"),
     )
 
 

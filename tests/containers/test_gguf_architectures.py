@@ -171,6 +171,27 @@ def test_blocks_without_attention_are_counted(heads: Any, make_model: MakeModel,
         config_settings(ArchitectureKeys(WRITABLE["lfm2"], said.get), shapes, file.values)
 
 
+def test_a_glm_without_norms_of_heads_has_none_in_its_file(make_model: MakeModel, tmp_path: Path) -> None:
+    sizes = {**CONFIGS["glm4_moe"], "use_qk_norm": False, "attention_bias": False, "first_k_dense_replace": 2}
+    folder = make_model("glm4_moe", dtype="float32", **sizes)
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", type="f32")
+    read = open_stream(tmp_path / "tiny.gguf")
+    config = read.source.config
+    assert (config.use_qk_norm, config.attention_bias, config.first_k_dense_replace) == (False, False, 2)
+    assert set(read.weights.tensors) == set(open_stream(folder).weights.tensors)
+
+
+@pytest.mark.parametrize(("key", "value"), [("nextn_predict_layers", 1), ("expert_gating_func", 1)])
+def test_what_every_glm_file_says_is_not_read_otherwise(
+    key: str, value: int, make_model: MakeModel, tmp_path: Path
+) -> None:
+    written(make_model, "glm4_moe", tmp_path / "tiny.gguf")
+    file = GgufFile(tmp_path / "tiny.gguf")
+    said, shapes = {**file.keys, f"glm4moe.{key}": value}, {name: own.shape for name, own in file.tensors.items()}
+    with pytest.raises(SourceError, match=rf"glm4moe\.{key} is {value}; such models cannot be read"):
+        config_settings(ArchitectureKeys(WRITABLE["glm4_moe"], said.get), shapes, file.values)
+
+
 def test_a_mixtral_is_not_told_to_be_a_llama(make_model: MakeModel, tmp_path: Path) -> None:
     for family in ("mixtral", "llama"):
         written(make_model, family, tmp_path / f"{family}.gguf")

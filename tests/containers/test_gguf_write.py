@@ -533,6 +533,7 @@ def test_an_architecture_that_cannot_be_written_is_refused(make_model: MakeModel
         ("gemma3_text", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0, where .* means None"),
         ("gpt_oss", {"rope_parameters": YARN}, "truncate True of its yarn scaling has no place in a gpt-oss"),
         ("gpt_oss", {"swiglu_limit": 5.0}, r"swiglu_limit is 5.0, where a gpt-oss GGUF file means 7.0"),
+        ("glm4_moe", {"n_group": 2}, "n_group is 2, where a glm4moe GGUF file means 1"),
         ("lfm2", {"made": {"layer_types": ["conv"] * 2, "conv_bias": True}}, "conv_bias is True, where a lfm2 GGUF"),
         ("exaone4", {"sliding_window": 8}, "sliding_window is 8, which a exaone4 GGUF file of this many blocks"),
         ("olmoe", {}, "4 heads share 2 keys and values, which a olmoe GGUF file cannot say"),

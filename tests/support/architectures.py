@@ -52,6 +52,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 8, "num_hidden_layers": 64, "layer_types": None},
     "hunyuan_v1_dense": {},
     "glm4": {"attention_bias": True},
+    "glm4_moe": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3},
+        **{"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5, "num_mtp_layers": 0},
+    },
     "ernie4_5": {"head_dim": 32},
     "nemotron": {},
 }

@@ -66,6 +66,10 @@ def _expert_fields(count: str, inner: str | None = None) -> dict[str, str]:
     return {"expert_count": count, "expert_used_count": "num_experts_per_tok", **width}
 
 
+_SPARSE = {
+    **_experts("mlp.gate", "mlp.experts"),
+    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+}
 _GRANITE_FIELDS = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -112,9 +116,12 @@ class Architecture:
         unshared: there are as many heads of K and V as of Q.
         wide_norms: norms of Q and K are over all heads together.
         gate_in_up: the gate's matrix lies above the up matrix in one.
-        of_kind: tensors of a block that blocks of one of the config's `layer_types` alone have -> that type.
+        of_kind: tensors of a block that blocks of one kind alone have -> that kind, of the config's `layer_types`, or
+            "dense" and "sparse" where blocks differ by their MLP.
+        leading_dense: config field of the number of blocks without experts, which come first.
         unattended: the `layer_types` of blocks without attention, whose heads of K and V a file counts as 0.
-        read_as: config fields of a model that is read, where files say the same of several configs.
+        read_as: config fields of a model that is read, where its file says nothing else.
+        constants: keys that are the same in every file.
         bare: parameters of a name of their own, which is that of no module.
         vectors: matrices of one row, which some files have as vectors.
         squeezed: matrices that are published as [rows, 1, columns].
@@ -159,8 +166,10 @@ class Architecture:
     wide_norms: bool = False
     gate_in_up: bool = False
     of_kind: Mapping[str, str] = field(default_factory=dict)
+    leading_dense: str = ""
     unattended: str = ""
     read_as: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     bare: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
@@ -571,6 +580,40 @@ ROWS: tuple[Architecture, ...] = (
         flags={"attn_q.bias": "attention_bias"},
         partial_rotary=True,
         gate_in_up=True,
+    ),
+    Architecture(
+        "glm4moe",
+        "glm4_moe",
+        {
+            **_ATTENTION,
+            **_MLP,
+            **_SPARSE,
+            **_HEAD_NORMS,
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+        },
+        {**_QKV, "exp_probs_b": "mlp.gate.e_score_correction_bias"},
+        flags={
+            "attn_q.bias": "attention_bias",
+            "attn_q_norm.weight": "use_qk_norm",
+            "attn_k_norm.weight": "use_qk_norm",
+        },
+        fields={
+            **_expert_fields("n_routed_experts", "moe_intermediate_size"),
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+            "expert_shared_count": "n_shared_experts",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+            "leading_dense_block_count": "first_k_dense_replace",
+        },
+        means={"n_group": 1, "topk_group": 1},
+        of_kind={**dict.fromkeys(_MLP, "dense"), **dict.fromkeys((*_SPARSE, "exp_probs_b"), "sparse")},
+        leading_dense="first_k_dense_replace",
+        read_as={"num_mtp_layers": 0, "first_k_dense_replace": 0, "norm_topk_prob": False},
+        constants={"expert_gating_func": 2, "nextn_predict_layers": 0},  # sigmoid
+        bare=("exp_probs_b",),
+        partial_rotary=True,
     ),
     Architecture("ernie4_5", "ernie4_5", _GATED, means={"use_bias": False}),
     Architecture(

@@ -112,6 +112,9 @@ def config_settings(
     for key in _NOT_READ:
         if keys.get(key) and key not in row.fields:
             raise SourceError(f"{keys.architecture}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
+    for key, value in row.constants.items():
+        if keys.get(key, value) != value:
+            raise SourceError(f"{row.name}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
     if "token_embd.weight" not in shapes:
         raise SourceError("tensor token_embd.weight is missing")
     blocks: int = keys.require("block_count", whole=True)
@@ -125,7 +128,7 @@ def config_settings(
         settings[row.epsilon] = epsilon
     elif epsilon != row.epsilon:
         raise SourceError(f"{keys.architecture}.{row.epsilon_key} is {epsilon}; such models cannot be read")
-    settings |= {**_own_fields(keys), **row.means, **row.read_as}
+    settings |= {**row.read_as, **_own_fields(keys), **row.means}
     if row.unattended:
         heads = _heads_by_block(keys, blocks)
         settings["num_key_value_heads"] = max(heads)
@@ -189,7 +192,7 @@ def _own_fields(keys: ArchitectureKeys) -> dict[str, Any]:
         value = keys.get(key)
         if isinstance(value, bool):
             settings[ours] = value
-        elif key.startswith("expert_") and experts:
+        elif experts and key.startswith("expert_") and key.endswith(("_count", "_length")) and ours not in row.means:
             settings[ours] = keys.require(key, whole=True)
         elif value is not None:
             settings[ours] = keys.number(key)
@@ -255,8 +258,11 @@ def _expert_shapes(row: Architecture, settings: Mapping[str, Any]) -> dict[str, 
         raise SourceError(f"a token goes to {used} of {experts} experts; the file is broken")
     own = settings[row.fields.get("expert_feed_forward_length", row.inner)]
     common = settings.get(row.fields.get("expert_shared_feed_forward_length", ""), 0)
+    if "expert_shared_count" in row.fields:
+        common = own * settings[row.fields["expert_shared_count"]]
     return {
         **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, own, width)),
+        "exp_probs_b": (experts,),
         **{"ffn_gate_inp": (experts, width), "ffn_down_exps": (experts, width, own)},
         **dict.fromkeys(("ffn_gate_shexp", "ffn_up_shexp"), (common, width)),
         **{"ffn_down_shexp": (width, common), "ffn_gate_inp_shexp": (1, width)},

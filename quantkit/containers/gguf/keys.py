@@ -93,6 +93,7 @@ def model_keys(source: Source) -> Keys:
         "attention.key_length": width,
         "attention.value_length": width,
         row.epsilon_key: float(getattr(config, row.epsilon) if isinstance(row.epsilon, str) else row.epsilon),
+        **row.constants,
         **_fields(config, row),
         **(_rotary(config, row, width) if row.rotary else {}),
         **_windows(config, row),

@@ -95,7 +95,7 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
         expert = _EXPERT.search(parameter)
         numbered.setdefault(_EXPERT.sub("experts.*.", parameter), {})[int(expert[1]) if expert else 0] = published
     stacks = {parameter: tuple(stack[i] for i in sorted(stack)) for parameter, stack in numbered.items()}
-    first = {parameter.removeprefix(f"{row.layers}.0.") for parameter in stacks}
+    found = {_within(parameter, row) for parameter in stacks}
     wanted = {embedding: _EMBEDDING}
     for block in range(source.config.num_hidden_layers):
         held = _held_by(row, source.config, block)
@@ -105,7 +105,7 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     for parameter, name in wanted.items():
         if parameter in stacks:
             tensors.append(_tensor(source, weights, row, name, stacks.pop(parameter)))
-        elif name != _HEAD and (name.endswith(".weight") or _within(parameter, row) in first):
+        elif name != _HEAD and (_within(parameter, row) in found or _is_needed(row, name)):
             raise SourceError(f"{path}: the model has no {parameter}, which a {row.name} GGUF file needs")
     if stacks:
         raise SourceError(f"{path}: {min(stacks)} has no place in a {row.name} GGUF file")
@@ -114,8 +114,17 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
 
 def _held_by(row: Architecture, config: PretrainedConfig, block: int) -> dict[str, str]:
     """Tensors of a block, as `row.block` has those of any."""
-    kind = config.layer_types[block] if row.of_kind else ""
+    kind = ""
+    if row.leading_dense:
+        kind = "dense" if block < getattr(config, row.leading_dense) else "sparse"
+    elif row.of_kind:
+        kind = config.layer_types[block]
     return {name: ours for name, ours in row.block.items() if row.of_kind.get(name.rpartition(".")[0], kind) == kind}
+
+
+def _is_needed(row: Architecture, name: str) -> bool:
+    """Whether a file has this tensor although no block of the model has such a one."""
+    return name.endswith(".weight") and BLOCK.sub("", name) not in row.flags
 
 
 def _within(parameter: str, row: Architecture) -> str:

@@ -123,7 +123,7 @@ def test_gptq_writes_a_tied_embedding_twice(make_model: MakeModel, tmp_path: Pat
     quantkit.imatrix(folder, tmp_path / "tiny.imatrix.gguf", calibration=token_matrix(4, 32))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_oss", "granite", "lfm2", "nemotron", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_oss", "granite", "lfm2_moe", "nemotron", "qwen2_moe"])
 def test_blocks_go_from_file_to_file_as_they_are(family: str, make_model: MakeModel, tmp_path: Path) -> None:
     written(make_model, family, tmp_path / "one.gguf", type="q8_0", embedding_type="q8_0", output_type="q8_0")
     quantkit.ggml(tmp_path / "one.gguf", tmp_path / "other.gguf", type="auto")

@@ -27,6 +27,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None, "original_max_position_embeddings": 256},
     "phi": {},
     "lfm2": {"head_dim": None, "block_auto_adjust_ff_dim": False, "num_hidden_layers": 3, "layer_types": _CONV},
+    "lfm2_moe": {
+        **{"head_dim": None, "num_hidden_layers": 4, "layer_types": [*_CONV, "full_attention"], "num_dense_layers": 1},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    },
     "gpt_oss": {
         **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": None},
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -59,7 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 32},
     "nemotron": {},
 }
-TIED = ("gemma", "gemma2", "cohere", "cohere2")
+TIED = ("gemma", "gemma2", "cohere", "cohere2", "lfm2_moe")
 """Models that have no output matrix of their own."""
 PARTED = tuple(row.model_type for row in ROWS if row.head == "own")
 """Models whose tied embedding is written as the output matrix too."""

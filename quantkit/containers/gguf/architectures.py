@@ -46,7 +46,10 @@ _LFM2_ATTENTION = {
     "attn_k_norm": "self_attn.k_layernorm",
 }
 _LFM2_CONV = {f"shortconv.{part}": f"conv.{part}" for part in ("in_proj", "conv", "out_proj")}
+_LFM2_BLOCK = {**_LFM2_ATTENTION, **_LFM2_CONV, "attn_norm": "operator_norm", "ffn_norm": "ffn_norm"}
 _LFM2_MLP = {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
+_LFM2_KINDS = {**dict.fromkeys(_LFM2_ATTENTION, "full_attention"), **dict.fromkeys(_LFM2_CONV, "conv")}
+_LFM2_OUTSIDE = {**_EMBEDDING, "token_embd_norm.weight": "model.embedding_norm.weight", **_HEAD}
 _GATED = {**_ATTENTION, **_MLP, **_NORMS}
 
 
@@ -66,6 +69,7 @@ def _expert_fields(count: str, inner: str | None = None) -> dict[str, str]:
     return {"expert_count": count, "expert_used_count": "num_experts_per_tok", **width}
 
 
+_LFM2_EXPERTS = _experts("feed_forward.gate", "feed_forward.experts", "w1", "w3", "w2")
 _SPARSE = {
     **_experts("mlp.gate", "mlp.experts"),
     **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
@@ -116,8 +120,8 @@ class Architecture:
         unshared: there are as many heads of K and V as of Q.
         wide_norms: norms of Q and K are over all heads together.
         gate_in_up: the gate's matrix lies above the up matrix in one.
-        of_kind: tensors of a block that blocks of one kind alone have -> that kind, of the config's `layer_types`, or
-            "dense" and "sparse" where blocks differ by their MLP.
+        of_kind: tensors of a block that blocks of one kind alone have -> that kind: of the config's `layer_types`, or
+            "dense" or "sparse", where blocks differ by their MLP.
         leading_dense: config field of the number of blocks without experts, which come first.
         unattended: the `layer_types` of blocks without attention, whose heads of K and V a file counts as 0.
         read_as: config fields of a model that is read, where its file says nothing else.
@@ -259,14 +263,41 @@ ROWS: tuple[Architecture, ...] = (
     Architecture(
         "lfm2",
         "lfm2",
-        {**_LFM2_ATTENTION, **_LFM2_CONV, **_LFM2_MLP, "attn_norm": "operator_norm", "ffn_norm": "ffn_norm"},
-        outside={**_EMBEDDING, "token_embd_norm.weight": "model.embedding_norm.weight", **_HEAD},
+        {**_LFM2_BLOCK, **_LFM2_MLP},
+        outside=_LFM2_OUTSIDE,
         fields={"shortconv.l_cache": "conv_L_cache"},
         means={"conv_bias": False},
-        of_kind={**dict.fromkeys(_LFM2_ATTENTION, "full_attention"), **dict.fromkeys(_LFM2_CONV, "conv")},
+        of_kind=_LFM2_KINDS,
         unattended="conv",
         read_as={"block_auto_adjust_ff_dim": False},
         epsilon="norm_eps",
+        squeezed=("shortconv.conv",),
+        same_width=True,
+    ),
+    Architecture(
+        "lfm2moe",
+        "lfm2_moe",
+        {**_LFM2_BLOCK, **_LFM2_MLP, **_LFM2_EXPERTS},
+        {"exp_probs_b": "feed_forward.expert_bias"},
+        outside=_LFM2_OUTSIDE,
+        fields={
+            **_expert_fields("num_experts", "moe_intermediate_size"),
+            "leading_dense_block_count": "num_dense_layers",
+            "shortconv.l_cache": "conv_L_cache",
+        },
+        means={"conv_bias": False, "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        of_kind={
+            **_LFM2_KINDS,
+            **dict.fromkeys(_LFM2_MLP, "dense"),
+            **dict.fromkeys((*_LFM2_EXPERTS, "exp_probs_b"), "sparse"),
+        },
+        leading_dense="num_dense_layers",
+        unattended="conv",
+        read_as={"num_dense_layers": 0},
+        constants={"expert_gating_func": 2},  # sigmoid
+        bare=("exp_probs_b",),
+        epsilon="norm_eps",
+        head="tied",
         squeezed=("shortconv.conv",),
         same_width=True,
     ),

@@ -114,12 +114,12 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
 
 def _held_by(row: Architecture, config: PretrainedConfig, block: int) -> dict[str, str]:
     """Tensors of a block, as `row.block` has those of any."""
-    kind = ""
+    kinds: set[str | None] = {None}
     if row.leading_dense:
-        kind = "dense" if block < getattr(config, row.leading_dense) else "sparse"
-    elif row.of_kind:
-        kind = config.layer_types[block]
-    return {name: ours for name, ours in row.block.items() if row.of_kind.get(name.rpartition(".")[0], kind) == kind}
+        kinds.add("dense" if block < getattr(config, row.leading_dense) else "sparse")
+    if row.unattended:
+        kinds.add(config.layer_types[block])
+    return {name: ours for name, ours in row.block.items() if row.of_kind.get(name.rpartition(".")[0]) in kinds}
 
 
 def _is_needed(row: Architecture, name: str) -> bool:

@@ -236,6 +236,7 @@ def gptq(
     damp: float = ...,
     token_weights: bool | None = ...,
     row_feedback: bool | None = ...,
+    experts: Literal["routed", "all"] = ...,
     correct: str | float | None = ...,
     refine: bool = ...,
     include: Sequence[str] | str = ...,

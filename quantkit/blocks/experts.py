@@ -50,7 +50,12 @@ class Experts(nn.Module):
     """All experts of a block, named 0, 1, ..., called as the fused module is.
 
     Every expert runs, with no tokens where none was routed to it, so that a forward always reaches all of them.
+
+    Attributes:
+        shown_all: each expert first runs on all tokens (`families.showing_all`).
     """
+
+    shown_all = False
 
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__()
@@ -63,6 +68,8 @@ class Experts(nn.Module):
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
         total = torch.zeros_like(hidden_states)
         for expert, at in zip(self.children(), self._places(top_k_index), strict=True):
+            if self.shown_all:
+                expert(hidden_states)
             token, place = at // top_k_index.shape[1], at % top_k_index.shape[1]
             with routed(token):
                 result = expert(hidden_states[token]) * top_k_weights[token, place, None]
@@ -81,7 +88,10 @@ class Experts(nn.Module):
 
 
 class WeightedExperts(Experts):
-    """As Llama 4 calls them: with all tokens for each expert in turn, times its weight for them, 0 for most."""
+    """As Llama 4 calls them: with all tokens for each expert in turn, times its weight for them, 0 for most.
+
+    `shown_all` shows each expert what all of them read together: a token as its own expert reads it.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """hidden_states [experts * tokens, hidden] -> the same; of a token that is 0 nothing comes."""
@@ -92,7 +102,10 @@ class WeightedExperts(Experts):
         else:
             used = torch.where(hidden_states.any(dim=-1))[0]
             places = _runs(used, used, [number * tokens for number in range(len(self._modules) + 1)])
+        everyone = hidden_states.view(-1, tokens, hidden_states.shape[1]).sum(dim=0) if self.shown_all else None
         for number, (expert, at) in enumerate(zip(self.children(), places, strict=True)):
+            if everyone is not None:
+                expert(everyone)
             with routed(at - number * tokens):
                 result = expert(hidden_states[at])
             total.index_add_(0, at, result.to(total.dtype))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from quantkit.errors import SourceError
 from quantkit.late import nn, torch, transformers
@@ -54,6 +55,30 @@ def routed(tokens: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         ROUTED.set(None)
+
+
+@contextmanager
+def showing_all(block: nn.Module) -> Iterator[None]:
+    """While inside, each of a block's experts first runs on all tokens, for who watches its Linears; what comes of that
+    is dropped."""
+    stacks: list[Any] = _stacks(block)
+    for stack in stacks:
+        stack.shown_all = True
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            stack.shown_all = False
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether there are experts inside that can be shown all tokens."""
+    return bool(_stacks(module))
+
+
+def _stacks(module: nn.Module) -> list[nn.Module]:
+    """The `experts.Experts` inside."""
+    return [child for child in module.modules() if hasattr(child, "shown_all")]
 
 
 def linear_names(module: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from quantkit.options.values import AllowanceText, Bits, GgmlType, GroupSize, Pa
 
 ActOrder = Literal["static", "dynamic", "off"]
 MethodName = Literal["gptq", "round"]
+ExpertTokens = Literal["routed", "all"]
 
 
 class MethodRow(NamedTuple):
@@ -93,6 +94,9 @@ class Solving(Options):
     backward pass, block by block."""
     row_feedback: bool = False
     """Let rows make up for what the errors of rows before them do to the model's output, with --token-weights."""
+    experts: ExpertTokens = "routed"
+    """Which calibration tokens of a block the Hessian of an expert is of: those that are routed to it, or all; what the
+    block hands on stays that of its routing."""
     correct: Annotated[Part, Typed(metavar="auto|0..1")] = 0.0
     """Quantize weights that make up for what the quantized blocks before have changed: so much of the whole step; auto:
     what two halves of the tokens tell of each other. Runs the unquantized model beside."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 from quantkit.blocks.budget import Budget
-from quantkit.blocks.families import Stages, weight_of
+from quantkit.blocks.families import Stages, has_experts, showing_all, weight_of
 from quantkit.blocks.memory import MemoryPlan, plan_quantizing
 from quantkit.blocks.stages import Reading, run_paused, run_replayed
 from quantkit.blocks.states import HiddenStates
@@ -101,6 +102,9 @@ def quantize_blocks(
     hands_on = sharing.ranks.any(stream.hands_on)
     if correcting and hands_on:
         progress.note("no target is corrected: blocks hand on more than hidden states, and cannot run twice in step")
+    shown = _shows_all(plan)
+    if shown and not has_experts(stream.modules):
+        progress.note("its blocks have no experts to show all tokens to: --experts all changes nothing")
     original = OriginalPath(stream, hidden, memory.hidden) if correcting and not hands_on else None
     states = hidden if original is None else BothPaths(hidden, original.hidden)
     start = 0 if hands_on else landed.restore(states, mine.start, len(batches))
@@ -134,14 +138,20 @@ def quantize_blocks(
                     weighing,
                     mine.start if original is not None else None,
                 )
-                beside = None if original is None else original.beside(index, block, replayed)
                 run = run_replayed if replayed else run_paused
                 seen = work.observe, work.quantize, hidden.__setitem__
-                run(block, stages, forward, len(mine), *seen, workers, beside)
+                with showing_all(block) if shown else nullcontext():
+                    beside = None if original is None else original.beside(index, block, replayed)
+                    run(block, stages, forward, len(mine), *seen, workers, beside)
             on_block(index, None if hands_on else states)
             advance(1)
     if on_end is not None:
         on_end(hidden, len(batches))
+
+
+def _shows_all(plan: Plan) -> bool:
+    """Whether experts' Hessians are of all tokens."""
+    return next(iter(plan.values())).spec.experts == "all"
 
 
 def _restore_codes(stream: ModelStream, index: int, block: nn.Module, landed: Landed, sharing: Sharing) -> None:
@@ -343,7 +353,7 @@ class StageWork:
             share = seconds * weight.shape[0] / sum(rows)
             statistics = LayerStatistics(
                 *(name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share),
-                self._weighing.effective(name) if self._method.needs else None,
+                self._weighing.effective(name, tokens) if self._method.needs else None,
                 part,
                 self._weighing.divergence(name, own_loss),
             )

@@ -64,7 +64,8 @@ class StageWeights:
     def of(self, first: int, count: int, routed: torch.Tensor | None) -> torch.Tensor:
         """Weights float32 of a batch's tokens: `count` from number `first` on, of which an expert sees `routed`.
 
-        A token that the quantized blocks send elsewhere than the unquantized ones counts as the mean one does.
+        A token that the quantized blocks send elsewhere than the unquantized ones counts as the mean one does, and so
+        do those that are not routed to an expert which sees all (`routed` None).
         """
         if self.tokens is None:
             whole = self.weights[first : first + count]
@@ -75,11 +76,10 @@ class StageWeights:
             whole[self.tokens[start:stop].long() - first] = self.weights[start:stop]
         return whole if routed is None else whole[routed.to(whole.device)]
 
-    @property
-    def effective(self) -> float:
-        """How many tokens of equal weight would tell as much: ``(sum w)^2 / sum w^2``."""
+    def effective(self, others: int = 0) -> float:
+        """How many tokens of equal weight would tell as much: ``(sum w)^2 / sum w^2``; so many others have weight 1."""
         weights = self.weights.double()
-        return float(weights.sum().square() / weights.square().sum().clamp(min=1e-300))
+        return float((weights.sum() + others).square() / (weights.square().sum() + others).clamp(min=1e-300))
 
 
 class TokenWeights:
@@ -181,10 +181,12 @@ class Weighing:
         weights = found.of(self._first[batch], self._count[batch], read.tokens)
         return weights if weights.numel() == read.x[..., 0].numel() else None
 
-    def effective(self, linear: str) -> float | None:
-        """How many tokens of equal weight tell as much."""
+    def effective(self, linear: str, tokens: int) -> float | None:
+        """How many tokens of equal weight tell as much as the `tokens` that a Linear saw."""
         found = None if self._weights is None else self._weights.of(self._index, linear)
-        return None if found is None else found.effective
+        if found is None:
+            return None
+        return found.effective(tokens - len(found.weights) if tokens == self._total else 0)
 
     def products(self, linear: str) -> torch.Tensor | None:
         """``sum g g^T`` of a Linear's output rows over all tokens, float32 [out, out]; None where not known."""

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.blocks.experts import Expert, Experts, WeightedExperts
-from quantkit.blocks.families import ROUTED, ExpertNames, routed
+from quantkit.blocks.families import ROUTED, ExpertNames, hooked, routed, showing_all
 
 HIDDEN, COUNT, TOKENS = 8, 5, 23
 
@@ -27,14 +27,14 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def experts(kind: type[Experts]) -> tuple[Experts, list[Any]]:
-    """A block of them, and which tokens each was called with."""
+def experts(kind: type[Experts], whole: bool = False) -> tuple[Experts, list[Any]]:
+    """A block of them, and which tokens each was called with; None: all, if `whole`."""
     generator, told = torch.Generator().manual_seed(0), []
 
     def activate(both: torch.Tensor) -> torch.Tensor:
         tokens = ROUTED.get()
-        assert tokens is not None
-        told.append(tokens.tolist())
+        assert whole or tokens is not None
+        told.append(None if tokens is None else tokens.tolist())
         return both[:, :12].sigmoid() * both[:, 12:]
 
     block = kind([Expert(HIDDEN, 12, ExpertNames(), activate, bias=False) for _ in range(COUNT)])
@@ -85,6 +85,43 @@ def test_of_weighted_experts_each_gets_the_tokens_that_are_not_0() -> None:
         expected[used[number]] = expert_of(expert, own[used[number]])
         assert torch.equal(found.view_as(x)[number], expected)
     assert counting.seen["nonzero"] == 1
+
+
+@torch.no_grad()
+def test_experts_that_are_shown_all_tokens_give_the_same() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, HIDDEN, generator=generator)
+    index = torch.stack([torch.randperm(COUNT - 1, generator=generator)[:2] for _ in range(TOKENS)])
+    weights = torch.rand(TOKENS, 2, generator=generator)
+    check_shown(Experts, x, (x, index, weights))
+
+
+@torch.no_grad()
+def test_weighted_experts_are_shown_a_token_as_its_own_expert_reads_it() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, HIDDEN, generator=generator)
+    of = torch.randint(COUNT - 1, (TOKENS,), generator=generator)
+    scattered = torch.zeros(COUNT, TOKENS, HIDDEN)
+    scattered[of, torch.arange(TOKENS)] = x
+    check_shown(WeightedExperts, x, (scattered.view(-1, HIDDEN),))
+
+
+def check_shown(kind: type[Experts], x: torch.Tensor, given: tuple[torch.Tensor, ...]) -> None:
+    """Each expert's first Linear reads x, with no numbers of tokens, before its own; the output is the same to the
+    bit."""
+    block, told = experts(kind, whole=True)
+    expected, honest = block(*given), told.copy()
+    told.clear()
+    read: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    names = [f"{number}.gate_proj" for number in range(COUNT)]
+    with hooked(block, names, lambda _, seen: read.append((seen, ROUTED.get()))), showing_all(block):
+        assert torch.equal(block(*given), expected)
+    assert told == [tokens for own in honest for tokens in (None, own)]
+    assert all(torch.equal(seen, x) and tokens is None for seen, tokens in read[::2])
+    assert honest[COUNT - 1] == []
+    told.clear()
+    block(*given)
+    assert told == honest
 
 
 def expert_of(expert: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

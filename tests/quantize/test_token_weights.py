@@ -67,7 +67,7 @@ def test_experts_find_their_tokens_weights() -> None:
     assert found.of(0, 5, torch.tensor([], dtype=torch.int64)).tolist() == []
     whole = StageWeights(torch.arange(10.0))
     assert whole.of(5, 3, None).tolist() == [5.0, 6.0, 7.0]
-    assert StageWeights(torch.tensor([1.0, 1.0, 0.0, 0.0])).effective == 2
+    assert StageWeights(torch.tensor([1.0, 1.0, 0.0, 0.0])).effective() == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -145,10 +145,11 @@ def test_otherwise_the_codes_are_equal_but_for_a_few(start: Start, tmp_path: Pat
         ["--ggml", "q5_0", "--pre", "gpt-2"],
         ["--act-order", "dynamic", "--bits", "8", "--asym"],
         ["--format", "mlx", "--head", "8", "--embeddings", "4"],
+        ["--experts", "all", "--effort", "standard"],
     ],
 )
 def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[str]) -> None:
-    arguments = quantize("--deterministic", "--no-eval", *more, model="dense")
+    arguments = quantize("--deterministic", "--no-eval", *more, model="model" if "--experts" in more else "dense")
     if {"--ggml", "--budget"} & set(more):
         arguments = [a for a in arguments if a not in ("--group-size", "32")]
     for ranks in (1, 3):

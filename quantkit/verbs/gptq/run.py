@@ -61,6 +61,7 @@ def made(
         set() if weighted and spec.row_feedback else {"row_feedback"}
     )
     unsaid |= set() if spec.refine else {"refine"}
+    unsaid |= set() if spec.experts == "all" and spec.method == "gptq" else {"experts"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.model_dump(include=own_options(), exclude_defaults=True)
     of_folder |= options.part(EndBits).given | ({"untie": True} if options.head is not None and options.untie else {})

@@ -30,7 +30,7 @@ from quantkit.blocks.families import (
 from quantkit.blocks.states import Arguments, Capture, Handed, HiddenPlace, HiddenStates, handed, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
-from quantkit.containers.hf.shards import STORED_DTYPES
+from quantkit.containers.hf.shards import dtype_as_read
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError, UsageError, first_line
 from quantkit.late import nn, torch, transformers
@@ -263,7 +263,7 @@ class ModelStream:
         Read again where the block has it rounded to the stream's dtype.
         """
         linear, published = block.get_submodule(name), f"{self.published(index, name)}.weight"
-        own = STORED_DTYPES.get(self.weights.tensors[published].stored_as)
+        own = dtype_as_read(self.weights.tensors[published].stored_as)
         if self.dtype in (torch.float32, own):
             return weight_of(linear)
         return as_rows(linear, self.weights.read(published).to(self.device))

@@ -351,8 +351,9 @@ class StageWork:
             own_loss = loss if own is None else own[number](linear)  # of the weight that is about to be written over
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
+            lost, rtn_lost = torch.stack([loss.sum(), rtn_loss.sum()]).tolist()  # a GPU is waited for once
             statistics = LayerStatistics(
-                *(name, float(loss.sum()), float(rtn_loss.sum()), solved.damp, solved.fallback, tokens, share),
+                *(name, lost, rtn_lost, solved.damp, solved.fallback, tokens, share),
                 self._weighing.effective(name, tokens) if self._method.needs else None,
                 part,
                 self._weighing.divergence(name, own_loss),

@@ -217,8 +217,8 @@ def _reversed_factor(H: torch.Tensor, damp: float) -> torch.Tensor | None:
         return None
     L = _inverse(L)
     U = L.flip(0, 1)
-    finite = all(bool(torch.isfinite(end)) for end in torch.aminmax(U))  # NaN comes through
-    return U if finite else None
+    ends = torch.stack(torch.aminmax(U))  # NaN comes through
+    return U if bool(torch.isfinite(ends).all()) else None
 
 
 def _inverse(L: torch.Tensor) -> torch.Tensor:

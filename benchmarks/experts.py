@@ -106,7 +106,7 @@ def _judged(args: argparse.Namespace, tokens: torch.Tensor, bits: int, effort: s
     )
     record = json.loads((args.work / "out" / "quantkit.json").read_text())
     divergence = record["evaluation"]["results"][1]["kl_divergence"]
-    return {"kl_divergence": divergence, "least_tokens": min(layer["tokens"] for layer in report.layers)}
+    return {"kl_divergence": divergence, "least_tokens": min(layer.tokens for layer in report.layers)}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from quantkit.blocks.families import ExpertNames
+from quantkit.blocks.families import DBRX_PARTS, ExpertNames
 from quantkit.containers.source import Source, TensorInfo
 from quantkit.errors import SourceError, first_line
 from quantkit.late import nn, torch
@@ -175,14 +175,34 @@ def stacked(source: Source, module: str, fused: Any, names: ExpertNames) -> dict
     return made
 
 
+def stacked_rows(source: Source, module: str, shape: tuple[int, ...]) -> dict[str, Made]:
+    """JetMoE's stack [experts, out, in], of experts that are stored apart under their numbers; as `stacked`."""
+    of = tuple(f"{module}.{expert}.weight" for expert in range(shape[0]))
+    stack = Made(of, tuple(shape), _Stack(of, 1, concatenated=True, turned=False))
+    return {f"{module}.weight": stack} if source.tensors.keys() >= set(of) else {}
+
+
+def stacked_parts(source: Source, module: str, fused: Any) -> dict[str, Made]:
+    """DBRX's [experts * rows, hidden] of each part, of experts that are stored apart; as `stacked`."""
+    made: dict[str, Made] = {}
+    for part in DBRX_PARTS:
+        of = tuple(f"{module}.{expert}.{part}.weight" for expert in range(fused.moe_num_experts))
+        if source.tensors.keys() >= set(of):
+            stack = _Stack(of, 1, concatenated=True, turned=part == DBRX_PARTS[-1], flat=True)
+            made[f"{module}.{part}"] = Made(of, tuple(getattr(fused, part).shape), stack)
+    return made
+
+
 @dataclass(frozen=True)
 class _Stack:
-    """Experts put together: [experts, parts' rows, in], rows one after the other or in turn; perhaps turned."""
+    """Experts put together: [experts, parts' rows, in], rows one after the other or in turn; perhaps turned, perhaps
+    `flat`: [experts * rows, in]."""
 
     of: tuple[str, ...]
     parts: int
     concatenated: bool
     turned: bool
+    flat: bool = False
 
     def __call__(self, read: Read) -> torch.Tensor:
         """Of the experts' tensors, each read once."""
@@ -191,4 +211,5 @@ class _Stack:
             own = [read(name) for name in self.of[first : first + self.parts]]
             rows = torch.cat(own) if self.concatenated else torch.stack(own, dim=1).flatten(0, 1)
             experts.append(rows.T if self.turned else rows)
-        return torch.stack(experts).contiguous()
+        whole = torch.stack(experts).contiguous()
+        return whole.flatten(0, 1) if self.flat else whole

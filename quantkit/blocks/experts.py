@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from quantkit.blocks.families import ExpertNames, routed
+from quantkit.blocks.families import DBRX_PARTS, GROUPED, ExpertNames, routed
 
 
 class Expert(nn.Module):
@@ -110,6 +110,78 @@ class WeightedExperts(Experts):
                 result = expert(hidden_states[at])
             total.index_add_(0, at, result.to(total.dtype))
         return total
+
+
+class GroupedLinears(nn.Module):
+    """One matrix of all experts, named 0, 1, ..., called as JetMoE calls its stack: with tokens grouped by expert.
+
+    Every expert runs, as in `Experts`. Which tokens they are is what its router has told, by `telling_groups`.
+    """
+
+    def __init__(self, count: int, columns: int, rows: int) -> None:
+        super().__init__()
+        for number in range(count):
+            self.add_module(str(number), nn.Linear(columns, rows, bias=False))
+
+    def forward(self, inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
+        """inputs [tokens * k, in], of each expert so many in turn -> [tokens * k, out]."""
+        grouped = GROUPED.get()
+        assert grouped is not None
+        found = []
+        for expert, x, tokens in zip(
+            self.children(), inputs.split(expert_size), grouped.split(expert_size), strict=True
+        ):
+            order = tokens.argsort()
+            with routed(tokens[order]):
+                result = expert(x[order])
+            found.append(torch.empty_like(result).index_copy(0, order, result))
+        return torch.cat(found)
+
+
+def telling_groups(router: nn.Module) -> None:
+    """Let a router of JetMoE's tell which tokens it has grouped: the second of what it gives."""
+
+    def tell(_: nn.Module, __: Any, given: Any) -> None:
+        GROUPED.set(given[1])
+
+    router.register_forward_hook(tell)
+
+
+def as_grouped(stack: Any) -> GroupedLinears:
+    """The same matrices as Linears on the meta device, of a stack [experts, out, in], without weights."""
+    count, rows, columns = stack.weight.shape
+    with torch.device("meta"):
+        return GroupedLinears(count, columns, rows)
+
+
+class FlatteningExperts(nn.Module):
+    """`mlp`, the experts, called with windows of tokens and not with tokens, as DBRX's are."""
+
+    def __init__(self, mlp: Experts) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [windows, tokens, hidden] -> the same; the others as `Experts` gets them."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        result: torch.Tensor = self.mlp(flat, top_k_index, top_k_weights)
+        return result.view_as(hidden_states)
+
+
+def as_flattening(fused: Any) -> FlatteningExperts:
+    """DBRX's experts as Linears on the meta device, without weights, by its own names."""
+    mlp = fused.mlp
+
+    def activate(both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        result: torch.Tensor = mlp.activation_fn(gate) * up
+        return result
+
+    kind = mlp.hidden_size, mlp.ffn_hidden_size, ExpertNames(*DBRX_PARTS), activate, False
+    with torch.device("meta"):
+        return FlatteningExperts(Experts([Expert(*kind) for _ in range(mlp.moe_num_experts)]))
 
 
 def _runs(values: torch.Tensor, ascending: torch.Tensor, edges: Sequence[int]) -> Sequence[torch.Tensor]:

@@ -42,9 +42,16 @@ class ExpertNames:
     down: str = "down_proj"
 
 
+DBRX_PARTS = ("w1", "v1", "w2")
+"""What DBRX calls gate, up and down, the last of which it stores turned."""
+
 ROUTED: ContextVar[torch.Tensor | None] = ContextVar("ROUTED", default=None)
 """While an expert runs: the numbers of its tokens in the batch, int64 [n], ascending. Paused forwards each have their
 own, as a greenlet has its own context."""
+
+
+GROUPED: ContextVar[torch.Tensor | None] = ContextVar("GROUPED", default=None)
+"""Where a router has sorted a batch's tokens by their experts: their numbers, int64 [tokens * k]; as `ROUTED`."""
 
 
 @contextmanager

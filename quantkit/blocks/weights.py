@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from quantkit.blocks.conversions import Made, converted, stacked, with_made
-from quantkit.blocks.families import ExpertNames, is_turned
+from quantkit.blocks.conversions import Made, converted, stacked, stacked_parts, stacked_rows, with_made
+from quantkit.blocks.families import DBRX_PARTS, ExpertNames, is_turned
 from quantkit.containers.hf.read import check_counts
 from quantkit.containers.source import Place, Source, TensorInfo, Weights, by_prefix
 from quantkit.errors import SourceError, first_line
@@ -54,6 +54,9 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
 
 _FEW = 200  # layers or experts, which cost nothing
 _LLAMA_4 = "Llama4TextExperts"  # the class of its experts
+_GROUPED = "JetMoeParallelExperts"  # one matrix of all experts
+_FLATTENING, _FLATTENED = "DbrxExperts", "DbrxExpertGLU"  # called with windows; in it, with rows of all experts
+_OTHERS = (_GROUPED, _FLATTENING)
 _SHOWN = 4  # prefixes of tensors that are left out
 # Old checkpoints store these, which every reader computes from the config.
 _COMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_)?bias$|position_ids$")
@@ -78,16 +81,33 @@ def expert_names(model: Any) -> ExpertNames:
 
 
 def take_experts_apart(model: nn.Module, names: ExpertNames) -> dict[str, nn.Module]:
-    """Replace every fused experts module of the model; returns what was replaced, by name."""
+    """Replace every fused experts module of the model; returns the modules that held fused parameters, by name."""
     for module in model.modules():
         _describe(module)
-    fused = {name: module for name, module in model.named_modules() if _is_fused(module)}
-    from quantkit.blocks.experts import as_linears
+    found = {name: module for name, module in model.named_modules() if _is_fused(module) or _class(module) in _OTHERS}
+    held = dict[str, nn.Module]()
+    if found:
+        from quantkit.blocks import experts
 
-    for name, module in fused.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, as_linears(module, names, type(module).__name__ == _LLAMA_4))
-    return fused
+    for name, module in found.items():
+        around, _, child = name.rpartition(".")
+        parent = model.get_submodule(around)
+        if _class(module) == _GROUPED:
+            held[name] = module
+            setattr(parent, child, experts.as_grouped(module))
+            if child == "input_linear":  # there are two behind a router
+                experts.telling_groups(parent.get_submodule("router"))
+        elif _class(module) == _FLATTENING:
+            held[f"{name}.mlp"] = module.mlp
+            setattr(parent, child, experts.as_flattening(module))
+        else:
+            held[name] = module
+            setattr(parent, child, experts.as_linears(module, names, _class(module) == _LLAMA_4))
+    return held
+
+
+def _class(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def _describe(module: Any) -> None:
@@ -129,9 +149,13 @@ def with_stacks(source: Source, model: Any, wanted: Sequence[str]) -> Source:
     for module in sorted({name.rpartition(".")[0] for name in wanted}):
         fused = model.get_submodule(module)
         _describe(fused)
-        if _is_fused(fused):
-            made |= stacked(source, module, fused, names)
-            made |= stacked(source, f"{model.base_model_prefix}.{module}", fused, names)
+        for name in (module, f"{model.base_model_prefix}.{module}"):
+            if _class(fused) == _GROUPED:
+                made |= stacked_rows(source, name, fused.weight.shape)
+            elif _class(fused) == _FLATTENED:
+                made |= stacked_parts(source, name, fused)
+            elif _is_fused(fused):
+                made |= stacked(source, name, fused, names)
     return with_made(source, made)
 
 
@@ -170,6 +194,8 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module] | None, name
         elif name not in wanted and name.startswith(prefix) and name.removeprefix(prefix) in wanted:
             name = name.removeprefix(prefix)
         module, _, kind = name.removesuffix(".weight").rpartition(".")
+        if f"{module}.{kind}" in fused:  # all of the module's, under no name of its own
+            module, kind = f"{module}.{kind}", ""
         around = prefix if module not in fused and module.removeprefix(prefix) in fused else ""
         module = module.removeprefix(around)
         if name in wanted:
@@ -318,6 +344,14 @@ def _usual_expert(name: str, fused: Mapping[str, nn.Module], names: ExpertNames)
 
 def _expert_places(stored: str, kind: str, fused: Any, names: ExpertNames) -> Iterator[tuple[str, Place]]:
     """(name within the experts module, place) of every part of a fused tensor."""
+    if not kind:
+        yield from ((f"{expert}.weight", Place(stored, expert)) for expert in range(fused.weight.shape[0]))
+        return
+    if kind in DBRX_PARTS:
+        count = fused.moe_num_experts
+        for expert in range(count):
+            yield f"{expert}.{kind}.weight", Place(stored, expert, transposed=kind == DBRX_PARTS[-1], experts=count)
+        return
     bias = kind.endswith("_bias")
     suffix = "bias" if bias else "weight"
     turned = bool(fused.is_transposed) and not bias
@@ -364,7 +398,12 @@ def _info(source: Source, place: Place) -> TensorInfo:
         below = source.tensors[place.below]
         shape = (stored.shape[0] + below.shape[0], *stored.shape[1:])
         return replace(stored, shape=shape, bytes=stored.bytes + below.bytes)
-    shape = stored.shape[1:] if place.expert is not None else stored.shape
+    shape = (
+        stored.shape
+        if place.experts is None
+        else (place.experts, -(-stored.shape[0] // place.experts), *stored.shape[1:])
+    )
+    shape = shape[1:] if place.expert is not None else shape
     if place.transposed:
         shape = shape[::-1]
     if place.part is not None:

@@ -189,7 +189,7 @@ class Place:
 
     Attributes:
         name: of the source's tensor.
-        expert: index along its first dimension.
+        expert: index along its first dimension, or among the `experts` whose rows follow one another there.
         part: 0 or 1, where gate and up share a tensor; `interleaved` if row by row.
         transposed: the source has it as [in, out] and it is wanted as [out, in], or the other way round.
         below: a second tensor of the source, whose rows come after.
@@ -201,10 +201,13 @@ class Place:
     interleaved: bool = False
     transposed: bool = False
     below: str | None = None
+    experts: int | None = None
 
     def read(self, source: Source) -> torch.Tensor:
         """The values."""
         tensor = source.read(self.name)
+        if self.experts is not None:
+            tensor = tensor.unflatten(0, (self.experts, -1))
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.transposed:

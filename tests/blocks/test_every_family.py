@@ -17,11 +17,13 @@ ALL, WRITE = "QUANTKIT_ALL_FAMILIES", "QUANTKIT_WRITE_FAMILIES"
 SAMPLE = (
     "aria_text",  # experts fused under names of their own
     "bert",  # a bias that is tied
+    "dbrx",  # rows of all experts in one matrix, the last one turned
     "gemma4",  # a row of the embedding is looked at for what is no text
     "git",  # a tower inside the text model, with blocks and positions of its own
     "granitemoe",  # experts fused in the checkpoint, which are put together again
     "hrm_text",  # a reason: blocks that are run more than once
     "hy_v4",  # several streams of hidden states
+    "jetmoe",  # experts of attention too, which get their tokens grouped
     "llama4",  # the text part of a whole, its experts fused
     "olmo_hybrid",  # three convolutions that are one
     "xlm",  # a reason: blocks that are spread over lists

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.tolerance import summed
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import JetMoeConfig
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
 
 from quantkit.blocks.experts import Expert, Experts, WeightedExperts
 from quantkit.blocks.families import ROUTED, ExpertNames, hooked, routed, showing_all
+from quantkit.blocks.weights import take_experts_apart
 
 HIDDEN, COUNT, TOKENS = 8, 5, 23
 
@@ -122,6 +126,32 @@ def check_shown(kind: type[Experts], x: torch.Tensor, given: tuple[torch.Tensor,
     told.clear()
     block(*given)
     assert told == honest
+
+
+@torch.no_grad()
+def test_grouped_tokens_are_told_by_their_numbers_in_order() -> None:
+    """Of a whole module of JetMoE's, whose router groups them; the output is that of its stacks."""
+    config = JetMoeConfig(hidden_size=HIDDEN, intermediate_size=12, num_local_experts=COUNT, num_experts_per_tok=2)
+    whole = torch.nn.Module()
+    whole.add_module("mlp", JetMoeMoE(config))
+    generator = torch.Generator().manual_seed(0)
+    for weight in whole.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    x = torch.randn(1, TOKENS, HIDDEN, generator=generator)
+    expected, chosen = whole.mlp(x), whole.mlp.router(x[0])
+    held = take_experts_apart(whole, ExpertNames())
+    assert sorted(held) == ["mlp.input_linear", "mlp.output_linear"]
+    for name, stack in held.items():
+        for number, own in enumerate(stack.weight):
+            whole.get_submodule(f"{name}.{number}").weight = torch.nn.Parameter(own)
+    read: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    names = [f"mlp.input_linear.{number}" for number in range(COUNT)]
+    with hooked(whole, names, lambda _, seen: read.append((seen, ROUTED.get()))):
+        torch.testing.assert_close(whole.mlp(x), expected, **summed(HIDDEN, scale=float(expected.abs().max())))
+    for (seen, tokens), own in zip(read, chosen[1].split(chosen[3]), strict=True):
+        assert tokens is not None
+        assert tokens.tolist() == sorted(own.tolist())
+        assert torch.equal(seen, x[0, tokens])
 
 
 def expert_of(expert: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

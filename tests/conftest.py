@@ -116,6 +116,9 @@ def random_model(family: str, *, tied: bool, dtype: torch.dtype, seed: int, **co
             else:
                 is_embedding = any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
                 parameter.copy_((0.3 if is_embedding else 0.08) * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("correction_bias", "expert_bias")):  # of a router
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype)
 
 

@@ -29,6 +29,7 @@ class GgufTarget:
     Attributes:
         fallback: matrices that the type meant for them does not divide, and the type they get.
         limits: where llama.cpp's result drifts from the model's.
+        remarks: what else the file has otherwise than the model.
     """
 
     def __init__(self, stream: ModelStream, spec: QuantSpec, recipe: str, name: str, ends: Ends) -> None:
@@ -50,6 +51,7 @@ class GgufTarget:
         origin = gguf_files.origin(from_gptq=METHODS[spec.method].label == "GPTQ")
         self._keys = gguf_files.file_keys(source, file_type(recipe), pre=ends.pre, provenance=origin)
         self.limits = [*gguf_files.limits(source), *gguf_files.cut_otherwise(source, self._keys)]
+        self.remarks = gguf_files.remarks(source, weights)
         tensors = gguf_files.plan(source, weights)
         planned = tensor_kinds(recipe, tensors, source.config, self._architecture, embedding=kept[0], output=kept[1])
         asked = plan_linears(stream, spec)

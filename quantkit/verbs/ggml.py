@@ -106,8 +106,11 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     note_source(source, progress)
     if row.admits:
         load(row.admits)(source, progress)
-    weights = ModelStream(source, torch.device("cpu"), torch.float32).weights
+    apart = gguf_files.parts_ends(source.config)
+    weights = ModelStream(source, torch.device("cpu"), torch.float32, untie=apart).weights
     note_left_out(weights, progress, parameters_only=True)
+    for text in gguf_files.remarks(source, weights):
+        progress.note(text)
     allowed = tuple(Kind.__members__[name] for name in holds.types) or tuple(Kind)
     plan = gguf_files.plan(source, weights)
     chooser = Chooser(source, weights, types, allowed)

@@ -90,7 +90,8 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     target = Path.cwd() / name if options.out is None else absolute_file(options.out)
     check_other_file(target, parts, options.force)
     source = whole(parts)
-    stream = stream_of(source, options.device, options.dtype, memory=options.memory)
+    apart = gguf_files.parts_ends(source.config)
+    stream = stream_of(source, options.device, options.dtype, apart, options.memory)
     note_source(source, progress)
     places = _places(stream)
     entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}

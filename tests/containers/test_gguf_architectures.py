@@ -9,15 +9,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import MakeModel, random_model, token_matrix
-from support.architectures import CONFIGS, TIED
+from conftest import MakeModel, Recorder, random_model, token_matrix
+from support.architectures import CONFIGS, PARTED, TIED
 from support.streamed import open_stream, streamed_logits
 from support.tolerance import forward
 
 import quantkit
 from quantkit.containers.gguf.architectures import ROWS, WRITABLE
+from quantkit.containers.gguf.config import ArchitectureKeys, config_settings
 from quantkit.containers.gguf.file import GgufFile
 from quantkit.containers.gguf.order import Grouped, Rotary
+from quantkit.errors import SourceError
 
 # What a config says of its file, and what tests give every family.
 _OF_FILE = ("dtype", "architectures", "transformers_version", "_sliding_window_pattern", "_name_or_path")
@@ -92,7 +94,36 @@ def test_gptq_writes_it(family: str, make_model: MakeModel, tmp_path: Path) -> N
         assert (read.weights.read(name) - values).norm() < 0.25 * values.norm(), name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "granite", "nemotron", "qwen2_moe"])
+@pytest.mark.parametrize("family", PARTED)
+def test_a_tied_embedding_is_the_output_matrix_too(
+    family: str, make_model: MakeModel, tmp_path: Path, recorder: Recorder
+) -> None:
+    folder = make_model(family, tied=True, dtype="float32", **CONFIGS[family])
+    kinds = dict.fromkeys(("type", "embedding_type", "output_type"), "f32")
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", progress=recorder, **kinds)
+    assert "output.weight too: llama.cpp loads no " in "".join(recorder.notes)
+    file = GgufFile(tmp_path / "tiny.gguf")
+    np.testing.assert_array_equal(file.values("output.weight"), file.values("token_embd.weight"))
+    read, source = open_stream(tmp_path / "tiny.gguf"), open_stream(folder)
+    assert not read.source.config.tie_word_embeddings
+    assert not quantkit.verify(tmp_path / "tiny.gguf", generate=False).models[0].problems
+    tokens = [token_matrix(2, 32).tokens]
+    expected = streamed_logits(source, tokens)[0]
+    torch.testing.assert_close(streamed_logits(read, tokens)[0], expected, **forward(expected))
+
+
+def test_gptq_writes_a_tied_embedding_twice(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
+    folder = make_model("olmo2", tied=True, dtype="float32")
+    options: dict[str, Any] = {"calibration": token_matrix(4, 32), "evaluate": False, "pre": "gpt-2"}
+    quantkit.gptq(folder, tmp_path / "out", ggml="q4_0", output_type="q8_0", progress=recorder, **options)
+    assert "output.weight too: llama.cpp loads no olmo2 " in "".join(recorder.notes)
+    read = open_stream(next((tmp_path / "out").glob("*.gguf")))
+    stored = {name: info.stored_as for name, info in read.weights.tensors.items()}
+    assert (stored["lm_head.weight"], stored["model.embed_tokens.weight"]) == ("Q8_0", "Q4_0")
+    quantkit.imatrix(folder, tmp_path / "tiny.imatrix.gguf", calibration=token_matrix(4, 32))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gpt_oss", "granite", "lfm2_moe", "nemotron", "qwen2_moe"])
 def test_blocks_go_from_file_to_file_as_they_are(family: str, make_model: MakeModel, tmp_path: Path) -> None:
     written(make_model, family, tmp_path / "one.gguf", type="q8_0", embedding_type="q8_0", output_type="q8_0")
     quantkit.ggml(tmp_path / "one.gguf", tmp_path / "other.gguf", type="auto")
@@ -101,6 +132,64 @@ def test_blocks_go_from_file_to_file_as_they_are(family: str, make_model: MakeMo
     for name, tensor in one.tensors.items():
         assert (other.tensors[name].kind, other.tensors[name].shape) == (tensor.kind, tensor.shape)
         np.testing.assert_array_equal(other.blocks(name)[1], one.blocks(name)[1], err_msg=name)
+
+
+def test_ends_of_the_yarn_ramp_of_gpt_oss_are_not_rounded(
+    make_model: MakeModel, tmp_path: Path, recorder: Recorder
+) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    sizes = {**CONFIGS["gpt_oss"], "rope_parameters": {**rope, "truncate": False}}
+    folder = make_model("gpt_oss", dtype="float32", **sizes)
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", type="q8_0", progress=recorder)
+    assert "llama.cpp rounds the ends of yarn's ramp" in "".join(recorder.warnings)
+    read = open_stream(tmp_path / "tiny.gguf").source.config
+    assert {key: read.rope_parameters[key] for key in sizes["rope_parameters"]} == sizes["rope_parameters"]
+    tensors = GgufFile(tmp_path / "tiny.gguf").tensors
+    assert {tensor.kind.name for name, tensor in tensors.items() if name.endswith(".bias")} == {"F32"}
+    assert tensors["blk.0.ffn_up_exps.weight"].kind.name == "Q8_0"
+
+
+@pytest.mark.parametrize(("multiplier", "width"), [(1.5, 128), (1.0, 96)])
+def test_an_lfm2_is_read_with_the_width_that_its_class_makes(
+    multiplier: float, width: int, make_model: MakeModel, tmp_path: Path
+) -> None:
+    said = {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": multiplier, "block_multiple_of": 32}
+    folder = make_model("lfm2", dtype="float32", **{**CONFIGS["lfm2"], **said, "intermediate_size": 100})
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", type="f32")
+    config = open_stream(tmp_path / "tiny.gguf").source.config
+    assert (config.intermediate_size, config.block_auto_adjust_ff_dim) == (width, False)
+    assert config.layer_types == CONFIGS["lfm2"]["layer_types"]
+
+
+@pytest.mark.parametrize("heads", [[2, 0], [0, 0, 0], [0, 2, 1], 0])
+def test_blocks_without_attention_are_counted(heads: Any, make_model: MakeModel, tmp_path: Path) -> None:
+    written(make_model, "lfm2", tmp_path / "tiny.gguf")
+    file = GgufFile(tmp_path / "tiny.gguf")
+    said = {**file.keys, "lfm2.attention.head_count_kv": heads}
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    with pytest.raises(SourceError, match=r"head_count_kv is .*, which says nothing of 3 blocks"):
+        config_settings(ArchitectureKeys(WRITABLE["lfm2"], said.get), shapes, file.values)
+
+
+def test_a_glm_without_norms_of_heads_has_none_in_its_file(make_model: MakeModel, tmp_path: Path) -> None:
+    sizes = {**CONFIGS["glm4_moe"], "use_qk_norm": False, "attention_bias": False, "first_k_dense_replace": 2}
+    folder = make_model("glm4_moe", dtype="float32", **sizes)
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", type="f32")
+    read = open_stream(tmp_path / "tiny.gguf")
+    config = read.source.config
+    assert (config.use_qk_norm, config.attention_bias, config.first_k_dense_replace) == (False, False, 2)
+    assert set(read.weights.tensors) == set(open_stream(folder).weights.tensors)
+
+
+@pytest.mark.parametrize(("key", "value"), [("nextn_predict_layers", 1), ("expert_gating_func", 1)])
+def test_what_every_glm_file_says_is_not_read_otherwise(
+    key: str, value: int, make_model: MakeModel, tmp_path: Path
+) -> None:
+    written(make_model, "glm4_moe", tmp_path / "tiny.gguf")
+    file = GgufFile(tmp_path / "tiny.gguf")
+    said, shapes = {**file.keys, f"glm4moe.{key}": value}, {name: own.shape for name, own in file.tensors.items()}
+    with pytest.raises(SourceError, match=rf"glm4moe\.{key} is {value}; such models cannot be read"):
+        config_settings(ArchitectureKeys(WRITABLE["glm4_moe"], said.get), shapes, file.values)
 
 
 def test_a_mixtral_is_not_told_to_be_a_llama(make_model: MakeModel, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeModel, random_model
-from support.architectures import CONFIGS, TIED
+from support.architectures import CONFIGS, PARTED, TIED
 from support.judge_env import Judge
 from support.llamacpp import converter_judge, floored, llama_logprobs, mean_kl, scored_rows
 from transformers import PreTrainedTokenizerFast
@@ -50,22 +50,24 @@ def converter() -> Iterator[Judge]:
     judge.close()
 
 
-def folder_of(family: str, make_model: MakeModel, tmp_path: Path) -> Path:
+def folder_of(family: str, make_model: MakeModel, tmp_path: Path, tied: bool) -> Path:
     """A tiny model; where the name says Phi-3, llama.cpp looks up tokens that the tests' tokenizer does not have."""
-    folder = make_model(family, tied=family in TIED, dtype="float32", **CONFIGS[family])
+    folder = make_model(family, tied=tied, dtype="float32", **CONFIGS[family])
     return Path(shutil.copytree(folder, tmp_path / "model"))
 
 
 @pytest.mark.judges
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "tied"), [*((family, family in TIED) for family in CONFIGS), *((family, True) for family in PARTED)]
+)
 def test_llama_cpp_computes_the_model(
-    family: str, make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    family: str, tied: bool, make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    quantkit.ggml(folder_of(family, make_model, tmp_path), tmp_path / "tiny.gguf", pre="gpt-2", **_F32)
+    quantkit.ggml(folder_of(family, make_model, tmp_path, tied), tmp_path / "tiny.gguf", pre="gpt-2", **_F32)
     ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False).input_ids)
     tokens = ids[: 8 * WINDOW].reshape(8, WINDOW)
     theirs = llama_logprobs(tmp_path / "tiny.gguf", TEXT, tokens)
-    model = random_model(family, tied=family in TIED, dtype=torch.float32, seed=0, **CONFIGS[family])
+    model = random_model(family, tied=tied, dtype=torch.float32, seed=0, **CONFIGS[family])
     rows = scored_rows(WINDOW)
     with torch.inference_mode():
         ours = floored(model(input_ids=tokens).logits[:, rows.start : rows.stop].log_softmax(-1))
@@ -79,7 +81,7 @@ def test_llama_cpp_computes_the_model(
 def test_llama_cpps_converter_writes_the_same(
     family: str, converter: Judge, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    folder = folder_of(family, make_model, tmp_path)
+    folder = folder_of(family, make_model, tmp_path, family in TIED)
     quantkit.ggml(folder, tmp_path / "ours.gguf", pre="gpt-2", **_F32)
     out = tmp_path / "theirs.gguf"
     converter.ask("convert", 300, folder=str(folder), out=str(out), config=AS_PUBLISHED.get(family, {}))

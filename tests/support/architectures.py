@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantkit.containers.gguf.architectures import ROWS
+
 _WINDOWS = {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": None}
+_CONV = ["conv", "full_attention", "conv"]
 
 # transformers' model_type -> what its tiny model's config needs beside conftest's sizes.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -23,6 +26,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": None},
     "phi3": {"sliding_window": None, "original_max_position_embeddings": 256},
     "phi": {},
+    "lfm2": {"head_dim": None, "block_auto_adjust_ff_dim": False, "num_hidden_layers": 3, "layer_types": _CONV},
+    "lfm2_moe": {
+        **{"head_dim": None, "num_hidden_layers": 4, "layer_types": [*_CONV, "full_attention"], "num_dense_layers": 1},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    },
+    "gpt_oss": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": None},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "granite": {"attention_multiplier": 0.125},
     "granitemoe": {
         **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.125, "logits_scaling": 2.0},
@@ -44,8 +56,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": 8, "num_hidden_layers": 64, "layer_types": None},
     "hunyuan_v1_dense": {},
     "glm4": {"attention_bias": True},
+    "glm4_moe": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3},
+        **{"use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5, "num_mtp_layers": 0},
+    },
     "ernie4_5": {"head_dim": 32},
     "nemotron": {},
 }
-TIED = ("gemma", "gemma2", "cohere", "cohere2")
+TIED = ("gemma", "gemma2", "cohere", "cohere2", "lfm2_moe")
 """Models that have no output matrix of their own."""
+PARTED = tuple(row.model_type for row in ROWS if row.head == "own")
+"""Models whose tied embedding is written as the output matrix too."""

@@ -265,7 +265,7 @@ def test_an_output_in_the_way(make_model: MakeModel, tiny_tokens: TokenMatrix, t
 
 
 def test_a_model_that_gguf_cannot_hold_is_refused(make_model: MakeModel, tiny_tokens: TokenMatrix) -> None:
-    with pytest.raises(SourceError, match="opt cannot be written as GGUF; what can: llama"):
+    with pytest.raises(SourceError, match=r"opt cannot be written as GGUF; what can: .*llama"):
         quantkit.imatrix(make_model("opt"), calibration=tiny_tokens, dry_run=True)
 
 

@@ -6,7 +6,7 @@ packed rows; `file_keys` makes the keys; `GgufWriter` writes into a folder of `r
 """
 
 from quantkit.containers.gguf.architectures import WRITABLE
-from quantkit.containers.gguf.keys import architecture_of, file_keys, limits, origin
+from quantkit.containers.gguf.keys import architecture_of, file_keys, limits, origin, parts_ends, remarks
 from quantkit.containers.gguf.probe import cut_otherwise
 from quantkit.containers.gguf.tensors import GgufTensor, plan
 from quantkit.containers.gguf.write import GgufWriter, head_bytes, packed_bytes, part_names
@@ -23,5 +23,7 @@ __all__ = [
     "origin",
     "packed_bytes",
     "part_names",
+    "parts_ends",
     "plan",
+    "remarks",
 ]

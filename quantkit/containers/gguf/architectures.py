@@ -39,6 +39,17 @@ _GPT2 = {
     **{"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2"},
     **{"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
 }
+_LFM2_ATTENTION = {
+    **_QKV,
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+}
+_LFM2_CONV = {f"shortconv.{part}": f"conv.{part}" for part in ("in_proj", "conv", "out_proj")}
+_LFM2_BLOCK = {**_LFM2_ATTENTION, **_LFM2_CONV, "attn_norm": "operator_norm", "ffn_norm": "ffn_norm"}
+_LFM2_MLP = {"ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2"}
+_LFM2_KINDS = {**dict.fromkeys(_LFM2_ATTENTION, "full_attention"), **dict.fromkeys(_LFM2_CONV, "conv")}
+_LFM2_OUTSIDE = {**_EMBEDDING, "token_embd_norm.weight": "model.embedding_norm.weight", **_HEAD}
 _GATED = {**_ATTENTION, **_MLP, **_NORMS}
 
 
@@ -58,6 +69,11 @@ def _expert_fields(count: str, inner: str | None = None) -> dict[str, str]:
     return {"expert_count": count, "expert_used_count": "num_experts_per_tok", **width}
 
 
+_LFM2_EXPERTS = _experts("feed_forward.gate", "feed_forward.experts", "w1", "w3", "w2")
+_SPARSE = {
+    **_experts("mlp.gate", "mlp.experts"),
+    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+}
 _GRANITE_FIELDS = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -87,9 +103,10 @@ class Architecture:
         layer_norm: norms subtract the mean, so the epsilon's key is another one.
         inner: config field of the width of the MLP; four times the model's where the config has none.
         shared_heads: config field of the number of heads of K and V; None where there are as many as of Q.
-        head: whether the output matrix is the embedding: "tied" always, "own" never.
+        head: whether the output matrix is the embedding: "tied" always, "own" never, in files.
         activations: values of the config's activation that the file means.
         rope_types: scalings of the rotary frequencies beside "default" that have a place.
+        ramp_rounded: yarn's ramp begins and ends at whole dimensions, as llama.cpp has it of all models.
         rotary: positions are turned into the heads; without, they are looked up in a table.
         partial_rotary: a part of each head may be left unturned.
         unturned: every so manieth block has no rotary; 0 where all have it.
@@ -103,7 +120,15 @@ class Architecture:
         unshared: there are as many heads of K and V as of Q.
         wide_norms: norms of Q and K are over all heads together.
         gate_in_up: the gate's matrix lies above the up matrix in one.
+        of_kind: tensors of a block that blocks of one kind alone have -> that kind: of the config's `layer_types`, or
+            "dense" or "sparse", where blocks differ by their MLP.
+        leading_dense: config field of the number of blocks without experts, which come first.
+        unattended: the `layer_types` of blocks without attention, whose heads of K and V a file counts as 0.
+        read_as: config fields of a model that is read, where its file says nothing else.
+        constants: keys that are the same in every file.
+        bare: parameters of a name of their own, which is that of no module.
         vectors: matrices of one row, which some files have as vectors.
+        squeezed: matrices that are published as [rows, 1, columns].
         turned: matrices that are published as [in, out].
         grouped: `attn_qkv` is published as groups of heads, each Q, then K, then V; the file has all Q first.
         permuted: rows of Q and K are in llama.cpp's rotary order.
@@ -130,6 +155,7 @@ class Architecture:
     head: Literal["any", "own", "tied"] = "any"
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = ("linear", "yarn")
+    ramp_rounded: bool = True
     rotary: bool = True
     partial_rotary: bool = False
     unturned: int = 0
@@ -143,7 +169,14 @@ class Architecture:
     unshared: bool = False
     wide_norms: bool = False
     gate_in_up: bool = False
+    of_kind: Mapping[str, str] = field(default_factory=dict)
+    leading_dense: str = ""
+    unattended: str = ""
+    read_as: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    bare: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    squeezed: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     grouped: bool = False
     permuted: bool = False
@@ -155,7 +188,11 @@ class Architecture:
     def block(self) -> dict[str, str]:
         """Tensors of a block, GGUF name -> the parameter's name within the block."""
         parts = (("weight", self.weights), ("bias", self.biases))
-        return {f"{name}.{part}": f"{ours}.{part}" for part, table in parts for name, ours in table.items()}
+        return {
+            f"{name}.{part}": ours if name in self.bare else f"{ours}.{part}"
+            for part, table in parts
+            for name, ours in table.items()
+        }
 
     @property
     def epsilon_key(self) -> str:
@@ -222,6 +259,65 @@ ROWS: tuple[Architecture, ...] = (
         {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_experts("mlp.gate", "mlp.experts")},
         fields=_expert_fields("num_experts", "moe_intermediate_size"),
         means={"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+    Architecture(
+        "lfm2",
+        "lfm2",
+        {**_LFM2_BLOCK, **_LFM2_MLP},
+        outside=_LFM2_OUTSIDE,
+        fields={"shortconv.l_cache": "conv_L_cache"},
+        means={"conv_bias": False},
+        of_kind=_LFM2_KINDS,
+        unattended="conv",
+        read_as={"block_auto_adjust_ff_dim": False},
+        epsilon="norm_eps",
+        squeezed=("shortconv.conv",),
+        same_width=True,
+    ),
+    Architecture(
+        "lfm2moe",
+        "lfm2_moe",
+        {**_LFM2_BLOCK, **_LFM2_MLP, **_LFM2_EXPERTS},
+        {"exp_probs_b": "feed_forward.expert_bias"},
+        outside=_LFM2_OUTSIDE,
+        fields={
+            **_expert_fields("num_experts", "moe_intermediate_size"),
+            "leading_dense_block_count": "num_dense_layers",
+            "shortconv.l_cache": "conv_L_cache",
+        },
+        means={"conv_bias": False, "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        of_kind={
+            **_LFM2_KINDS,
+            **dict.fromkeys(_LFM2_MLP, "dense"),
+            **dict.fromkeys((*_LFM2_EXPERTS, "exp_probs_b"), "sparse"),
+        },
+        leading_dense="num_dense_layers",
+        unattended="conv",
+        read_as={"num_dense_layers": 0},
+        constants={"expert_gating_func": 2},  # sigmoid
+        bare=("exp_probs_b",),
+        epsilon="norm_eps",
+        head="tied",
+        squeezed=("shortconv.conv",),
+        same_width=True,
+    ),
+    Architecture(
+        "gpt-oss",
+        "gpt_oss",
+        {
+            **_ATTENTION,
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_sinks": "self_attn.sinks",
+            **_experts("mlp.router", "mlp.experts"),
+        },
+        {**_ATTENTION, **_experts("mlp.router", "mlp.experts")},
+        bare=("attn_sinks",),
+        fields=_expert_fields("num_local_experts", "intermediate_size"),
+        means={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        ramp_rounded=False,
+        head="own",
+        window_pattern=2,
     ),
     Architecture(
         "gemma",
@@ -515,6 +611,40 @@ ROWS: tuple[Architecture, ...] = (
         flags={"attn_q.bias": "attention_bias"},
         partial_rotary=True,
         gate_in_up=True,
+    ),
+    Architecture(
+        "glm4moe",
+        "glm4_moe",
+        {
+            **_ATTENTION,
+            **_MLP,
+            **_SPARSE,
+            **_HEAD_NORMS,
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+        },
+        {**_QKV, "exp_probs_b": "mlp.gate.e_score_correction_bias"},
+        flags={
+            "attn_q.bias": "attention_bias",
+            "attn_q_norm.weight": "use_qk_norm",
+            "attn_k_norm.weight": "use_qk_norm",
+        },
+        fields={
+            **_expert_fields("n_routed_experts", "moe_intermediate_size"),
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+            "expert_shared_count": "n_shared_experts",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+            "leading_dense_block_count": "first_k_dense_replace",
+        },
+        means={"n_group": 1, "topk_group": 1},
+        of_kind={**dict.fromkeys(_MLP, "dense"), **dict.fromkeys((*_SPARSE, "exp_probs_b"), "sparse")},
+        leading_dense="first_k_dense_replace",
+        read_as={"num_mtp_layers": 0, "first_k_dense_replace": 0, "norm_topk_prob": False},
+        constants={"expert_gating_func": 2, "nextn_predict_layers": 0},  # sigmoid
+        bare=("exp_probs_b",),
+        partial_rotary=True,
     ),
     Architecture("ernie4_5", "ernie4_5", _GATED, means={"use_bias": False}),
     Architecture(

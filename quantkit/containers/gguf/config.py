@@ -112,6 +112,9 @@ def config_settings(
     for key in _NOT_READ:
         if keys.get(key) and key not in row.fields:
             raise SourceError(f"{keys.architecture}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
+    for key, value in row.constants.items():
+        if keys.get(key, value) != value:
+            raise SourceError(f"{row.name}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
     if "token_embd.weight" not in shapes:
         raise SourceError("tensor token_embd.weight is missing")
     blocks: int = keys.require("block_count", whole=True)
@@ -125,8 +128,12 @@ def config_settings(
         settings[row.epsilon] = epsilon
     elif epsilon != row.epsilon:
         raise SourceError(f"{keys.architecture}.{row.epsilon_key} is {epsilon}; such models cannot be read")
-    settings |= {**_own_fields(keys), **row.means}
-    if row.shared_heads:
+    settings |= {**row.read_as, **_own_fields(keys), **row.means}
+    if row.unattended:
+        heads = _heads_by_block(keys, blocks)
+        settings["num_key_value_heads"] = max(heads)
+        settings["layer_types"] = ["full_attention" if count else row.unattended for count in heads]
+    elif row.shared_heads:
         shared = keys.get("attention.head_count_kv") is not None
         settings[row.shared_heads] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
     settings["vocab_size"] = shapes["token_embd.weight"][0]
@@ -159,6 +166,18 @@ def config_settings(
     return settings
 
 
+def _heads_by_block(keys: ArchitectureKeys, blocks: int) -> list[int]:
+    """Heads of K and V of each block, 0 where it has no attention."""
+    said = keys.get("attention.head_count_kv")
+    heads: list[Any] = said if isinstance(said, list) else [said] * blocks
+    whole = all(type(count) is int and 0 <= count < _LARGEST for count in heads)
+    if not whole or len(heads) != blocks or len({*heads, 0}) != 2:
+        raise SourceError(
+            f"{keys.architecture}.attention.head_count_kv is {str(said)[:40]}, which says nothing of {blocks} blocks"
+        )
+    return heads
+
+
 def turned_layers(layers: int, unturned: int) -> list[int]:
     """Of each layer 1, and 0 of every `unturned`th, which has no rotary."""
     return [int((i + 1) % unturned != 0) for i in range(layers)]
@@ -173,7 +192,7 @@ def _own_fields(keys: ArchitectureKeys) -> dict[str, Any]:
         value = keys.get(key)
         if isinstance(value, bool):
             settings[ours] = value
-        elif key.startswith("expert_") and experts:
+        elif experts and key.startswith("expert_") and key.endswith(("_count", "_length")) and ours not in row.means:
             settings[ours] = keys.require(key, whole=True)
         elif value is not None:
             settings[ours] = keys.number(key)
@@ -212,6 +231,9 @@ def _check_shapes(
         "ffn_gate": (inner, width),
         "ffn_up": (2 * inner if row.gate_in_up else inner, width),
         "ffn_down": (width, inner),
+        "attn_sinks": (heads,),
+        "shortconv.conv": (width, settings.get("conv_L_cache", 0)),
+        **{"shortconv.in_proj": (3 * width, width), "shortconv.out_proj": (width, width)},
         "position_embd": (settings["max_position_embeddings"], width),
         **_expert_shapes(row, settings),
     }
@@ -221,7 +243,7 @@ def _check_shapes(
             continue
         part, _, kind = inside.rpartition(".")
         expected = wanted.get(part, (width,))
-        expected = expected[:1] if kind == "bias" else expected
+        expected = expected[:-1] or expected if kind == "bias" else expected
         if shape != expected and not (part in row.vectors and shape == expected[1:]):
             raise SourceError(f"{name} has shape {list(shape)}, but the file's keys ask for {list(expected)}")
 
@@ -236,8 +258,11 @@ def _expert_shapes(row: Architecture, settings: Mapping[str, Any]) -> dict[str, 
         raise SourceError(f"a token goes to {used} of {experts} experts; the file is broken")
     own = settings[row.fields.get("expert_feed_forward_length", row.inner)]
     common = settings.get(row.fields.get("expert_shared_feed_forward_length", ""), 0)
+    if "expert_shared_count" in row.fields:
+        common = own * settings[row.fields["expert_shared_count"]]
     return {
         **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, own, width)),
+        "exp_probs_b": (experts,),
         **{"ffn_gate_inp": (experts, width), "ffn_down_exps": (experts, width, own)},
         **dict.fromkeys(("ffn_gate_shexp", "ffn_up_shexp"), (common, width)),
         **{"ffn_down_shexp": (width, common), "ffn_gate_inp_shexp": (1, width)},
@@ -289,6 +314,7 @@ def _scaling(keys: ArchitectureKeys) -> dict[str, Any]:
         "factor": keys.require("rope.scaling.factor"),
         "original_max_position_embeddings": keys.require("rope.scaling.original_context_length"),
         **{ours: keys.number(key) for ours, key in betas.items() if keys.get(key)},
+        **({} if keys.row.ramp_rounded else {"truncate": False}),
     }
 
 

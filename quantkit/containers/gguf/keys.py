@@ -18,7 +18,7 @@ from quantkit.codes.kinds import FileType
 from quantkit.containers.gguf.architectures import WRITABLE, Architecture
 from quantkit.containers.gguf.config import longrope_attention, turned_layers
 from quantkit.containers.gguf.vocabulary import vocabulary
-from quantkit.containers.source import Source
+from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
 from quantkit.version import __version__
 
@@ -87,17 +87,36 @@ def model_keys(source: Source) -> Keys:
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": getattr(config, row.inner) or 4 * config.hidden_size,
+        "feed_forward_length": _inner_width(config, row),
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": shared_heads(config, row),
+        "attention.head_count_kv": _heads_of_blocks(config, row),
         "attention.key_length": width,
         "attention.value_length": width,
         row.epsilon_key: float(getattr(config, row.epsilon) if isinstance(row.epsilon, str) else row.epsilon),
+        **row.constants,
         **_fields(config, row),
         **(_rotary(config, row, width) if row.rotary else {}),
         **_windows(config, row),
     }
     return {f"{row.name}.{key}": value for key, value in keys.items()}
+
+
+def _inner_width(config: PretrainedConfig, row: Architecture) -> int:
+    """Of the MLP. LFM2's config may name one that its class makes another of, as `Lfm2MLP` does."""
+    width: int = getattr(config, row.inner) or 4 * config.hidden_size
+    if not getattr(config, "block_auto_adjust_ff_dim", False):
+        return width
+    width = int(2 * width / 3)
+    if config.block_ffn_dim_multiplier is None:
+        return width
+    step: int = config.block_multiple_of
+    return step * math.ceil(int(config.block_ffn_dim_multiplier * width) / step)
+
+
+def _heads_of_blocks(config: PretrainedConfig, row: Architecture) -> int | list[int]:
+    """Heads of K and V; where blocks are without attention, those of each block."""
+    shared = shared_heads(config, row)
+    return [0 if kind == row.unattended else shared for kind in config.layer_types] if row.unattended else shared
 
 
 def _fields(config: PretrainedConfig, row: Architecture) -> Keys:
@@ -189,10 +208,28 @@ def architecture_of(source: Source) -> str:
 def limits(source: Source) -> list[str]:
     """What a reader of the file should know: where llama.cpp's result drifts from the model's."""
     config, row = source.config, WRITABLE[source.config.model_type]
+    drifts = []
     window = config.sliding_window if row.window else None
-    if not window or window >= config.max_position_embeddings:
+    if window and window < config.max_position_embeddings:
+        seen = f"this model the last {window}: beyond those they differ"
+        drifts.append(f"llama.cpp lets every token see all before it, {seen}")
+    if not row.ramp_rounded and rope_of(config).get("rope_type") == "yarn":
+        drifts.append("llama.cpp rounds the ends of yarn's ramp to whole dimensions, this model does not (truncate)")
+    return drifts
+
+
+def parts_ends(config: PretrainedConfig) -> bool:
+    """Whether a model's tied embedding is written as the output matrix too, which llama.cpp's loader wants there."""
+    row = WRITABLE.get(config.model_type)
+    return row is not None and row.head == "own" and bool(config.tie_word_embeddings)
+
+
+def remarks(source: Source, weights: Weights) -> list[str]:
+    """What a file holds otherwise than the model, without its result being another."""
+    if not parts_ends(source.config) or not weights.untied or weights.apart is not None:
         return []
-    return [f"llama.cpp lets every token see all before it, this model the last {window}: beyond those they differ"]
+    name = WRITABLE[source.config.model_type].name
+    return [f"the tied embedding is written as output.weight too: llama.cpp loads no {name} without an output matrix"]
 
 
 def shared_heads(config: PretrainedConfig, row: Architecture) -> int:
@@ -214,7 +251,7 @@ def rope_of(config: PretrainedConfig) -> Mapping[str, Any]:
 def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
     """What the config says and llama.cpp takes to be otherwise."""
     activation = next((getattr(config, name) for name in _ACTIVATIONS if getattr(config, name, None)), None)
-    if activation not in row.activations:
+    if activation not in (None, *row.activations):
         yield f"hidden_act is {activation!r}, where a {row.name} GGUF file means {row.activations[0]!r}"
     if row.rotary:
         yield from _rope_differences(config, row)
@@ -261,13 +298,14 @@ def _rope_differences(config: PretrainedConfig, row: Architecture) -> Iterator[s
     if row.unturned and list(config.no_rope_layers) != turned_layers(config.num_hidden_layers, row.unturned):
         yield f"no_rope_layers is not every {row.unturned}th, as in a {row.name} GGUF file"
     if kind == "yarn":
-        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
+        said = {"truncate": True, **rope}
+        usual = {"beta_fast": 32, "beta_slow": 1, "truncate": row.ramp_rounded, "mscale": None, "mscale_all_dim": None}
         given, follows = rope.get("attention_factor"), 0.1 * math.log(rope["factor"]) + 1
         known = given is not None and math.isclose(given, follows, rel_tol=1e-5)
         usual["attention_factor"] = given if known else None
         for key, value in usual.items():
-            if rope.get(key) not in (None, value):
-                yield f"{key} {rope[key]} of its yarn scaling has no place in a {row.name} GGUF file"
+            if said.get(key) not in (None, value):
+                yield f"{key} {said[key]} of its yarn scaling has no place in a {row.name} GGUF file"
     if kind == "longrope":
         count = int(head_width(config) * rope.get("partial_rotary_factor", 1.0)) // 2
         if not len(rope["long_factor"]) == len(rope["short_factor"]) == count:

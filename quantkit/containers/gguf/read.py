@@ -30,7 +30,7 @@ class InFile(NamedTuple):
     """Where a published tensor is: a tensor of a file, or one expert's part of it.
 
     `order` is that of its rows, `offset` what was added to its values, `vector` says that the file has a matrix of one
-    row as a vector, `turned` that a matrix is published as [in, out].
+    row as a vector, `turned` that a matrix is published as [in, out], `squeezed` that it is [rows, 1, columns].
     """
 
     file: GgufFile
@@ -40,6 +40,7 @@ class InFile(NamedTuple):
     offset: float = 0.0
     vector: bool = False
     turned: bool = False
+    squeezed: bool = False
 
 
 class GgmlSource(Source):
@@ -66,6 +67,7 @@ class GgmlSource(Source):
             if found.expert is not None:
                 shape, size = shape[1:], size // shape[0]
             shape = shape[::-1] if found.turned else shape
+            shape = (shape[0], 1, *shape[1:]) if found.squeezed else shape
             shown[name] = TensorInfo((1, *shape) if found.vector else shape, tensor.kind.name, size)
         return shown
 
@@ -74,12 +76,14 @@ class GgmlSource(Source):
         values = found.file.values(found.name, found.expert)
         values = values - found.offset if found.offset else values
         values = found.order.undo(values) if found.order else values
+        values = values[:, None] if found.squeezed else values
         tensor = torch.from_numpy(values[None] if found.vector else values)
         return tensor.T.contiguous() if found.turned else tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         found = self._stored[name]
-        if found.order or found.offset or found.vector or found.turned or len(self.tensors[name].shape) < 2:
+        moved = found.order or found.offset or found.vector or found.turned or found.squeezed
+        if moved or len(self.tensors[name].shape) < 2:
             return self.read(name)[start:stop]
         return torch.from_numpy(found.file.values(found.name, found.expert, slice(start, stop)))
 
@@ -222,7 +226,8 @@ class GgufSource(GgmlSource):
             offset = row.norm_offset if name.endswith("norm.weight") else 0.0
             vector = role in row.vectors and len(part.tensors[name].shape) == 1
             turned = role in row.turned and name.endswith(".weight")
-            found = InFile(part, name, None, order_of(row, role, heads, shared), offset, vector, turned)
+            squeezed = BLOCK.sub("", name).removesuffix(".weight") in row.squeezed
+            found = InFile(part, name, None, order_of(row, role, heads, shared), offset, vector, turned, squeezed)
             if "*" not in published:
                 yield published, found
                 continue

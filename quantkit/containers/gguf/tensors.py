@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantkit.containers.gguf.architectures import Architecture
+from quantkit.containers.gguf.architectures import BLOCK, Architecture
 from quantkit.containers.gguf.config import llama3_factors
 from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.keys import head_width, row_of, shared_heads
@@ -25,7 +25,7 @@ from quantkit.late import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd")  # matrices that are always float32
+_IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "shortconv.conv")  # matrices that are always float32
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
@@ -54,6 +54,12 @@ class GgufTensor:
     computed: tuple[float, ...] = ()
     always_f32: bool = False
 
+    def as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A published tensor, [rows, columns], [columns, rows] where it is turned, or [rows, 1, columns], as [rows,
+        columns]; a vector as it is."""
+        tensor = tensor.squeeze(1) if tensor.ndim == 3 else tensor
+        return tensor.T if self.turned else tensor
+
     def values(self, tensor: torch.Tensor) -> Array:
         """float32 values to write for a published tensor, or some rows of one, in their published order."""
         values: Array = tensor.detach().cpu().float().numpy()
@@ -67,7 +73,8 @@ class GgufTensor:
 def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     """Every tensor that the file will hold, in its order.
 
-    A tied output is left out, and so is what no parameter of the model is made of.
+    A tied output is left out (where the architecture has none of its own, `keys.parts_ends`, ends must be apart), and
+    so is what no parameter of the model is made of.
 
     Raises:
         SourceError: an architecture that cannot be written, a tensor it has no place for, or one that it misses.
@@ -77,34 +84,47 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     outside = {name: ours for name, ours in row.outside.items() if name not in (_EMBEDDING, _HEAD)}
     embedding, head = row.outside[_EMBEDDING], row.outside[_HEAD]
     tied = names.get(head) == names.get(embedding)
+    assert not (tied and row.head == "own"), row.name
     if tied:
         names.pop(head, None)
     if row.head == "tied" and not tied:
         raise SourceError(f"{path}: a {row.name} GGUF file has no output matrix beside the embedding; keep them tied")
-    if row.head == "own" and tied:
-        raise SourceError(
-            f"{path}: a {row.name} GGUF file has an output matrix beside the embedding; this model has none"
-        )
     # Published names by parameter, those of a block's experts under one name in the order of their numbers.
     numbered: dict[str, dict[int, str]] = {}
     for parameter, published in names.items():
         expert = _EXPERT.search(parameter)
         numbered.setdefault(_EXPERT.sub("experts.*.", parameter), {})[int(expert[1]) if expert else 0] = published
     stacks = {parameter: tuple(stack[i] for i in sorted(stack)) for parameter, stack in numbered.items()}
-    first = {parameter.removeprefix(f"{row.layers}.0.") for parameter in stacks}
+    found = {_within(parameter, row) for parameter in stacks}
     wanted = {embedding: _EMBEDDING}
     for block in range(source.config.num_hidden_layers):
-        wanted |= {f"{row.layers}.{block}.{ours}": f"blk.{block}.{name}" for name, ours in row.block.items()}
+        held = _held_by(row, source.config, block)
+        wanted |= {f"{row.layers}.{block}.{ours}": f"blk.{block}.{name}" for name, ours in held.items()}
     wanted |= {ours: name for name, ours in outside.items()} | {head: _HEAD}
     tensors = []
     for parameter, name in wanted.items():
         if parameter in stacks:
             tensors.append(_tensor(source, weights, row, name, stacks.pop(parameter)))
-        elif name != _HEAD and (name.endswith(".weight") or _within(parameter, row) in first):
+        elif name != _HEAD and (_within(parameter, row) in found or _is_needed(row, name)):
             raise SourceError(f"{path}: the model has no {parameter}, which a {row.name} GGUF file needs")
     if stacks:
         raise SourceError(f"{path}: {min(stacks)} has no place in a {row.name} GGUF file")
     return [*(_rope_tensors(source.config, row) if row.rotary else ()), *tensors]
+
+
+def _held_by(row: Architecture, config: PretrainedConfig, block: int) -> dict[str, str]:
+    """Tensors of a block, as `row.block` has those of any."""
+    kinds: set[str | None] = {None}
+    if row.leading_dense:
+        kinds.add("dense" if block < getattr(config, row.leading_dense) else "sparse")
+    if row.unattended:
+        kinds.add(config.layer_types[block])
+    return {name: ours for name, ours in row.block.items() if row.of_kind.get(name.rpartition(".")[0]) in kinds}
+
+
+def _is_needed(row: Architecture, name: str) -> bool:
+    """Whether a file has this tensor although no block of the model has such a one."""
+    return name.endswith(".weight") and BLOCK.sub("", name) not in row.flags
 
 
 def _within(parameter: str, row: Architecture) -> str:
@@ -116,9 +136,11 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
     shapes = sorted({weights.tensors[part].shape for part in published})
     if len(shapes) > 1:
         raise SourceError(f"{source.path}: experts of {name} have shapes {shapes}; only equal ones make a stack")
-    role = name.split(".")[-2]
+    role, inside = name.split(".")[-2], BLOCK.sub("", name).rpartition(".")[0]
     shape = (len(published), *shapes[0]) if "_exps." in name else shapes[0]
     turned = role in row.turned and len(shape) == 2
+    if inside in row.squeezed:
+        shape = (shape[0], shape[-1])
     return GgufTensor(
         name,
         published,
@@ -126,7 +148,7 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
         turned=turned,
         order=order_of(row, role, source.config.num_attention_heads, shared_heads(source.config, row)),
         offset=row.norm_offset if name.endswith("norm.weight") else 0.0,
-        always_f32=len(shape) == 1 or role in _IN_FULL,
+        always_f32=len(shape) == 1 or inside in _IN_FULL or name.endswith(".bias"),
     )
 
 

@@ -271,8 +271,7 @@ class Chooser:
 
     def _values(self, kind: Kind, importance: Array | None = None) -> Callable[[GgufTensor, str], Array]:
         def encode(tensor: GgufTensor, published: str) -> Array:
-            values = self._weights.read(published)
-            values = values.T if tensor.turned else values
+            values = tensor.as_matrix(self._weights.read(published))
             if _AS_IT_IS.get(str(values.dtype)) == kind and values.ndim == 2 and not tensor.offset:
                 if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN comes through
                     raise _damaged(published)

@@ -35,6 +35,7 @@ from quantkit.verbs.gptq.plan import (
     allocator_of,
     choose_dtype,
     note_limits,
+    parts_ends,
     quant_spec,
     sizes,
     spending,
@@ -80,7 +81,9 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
     if ranks.first:
         check_unfinished(place, options.resume, options.force, options.dry_run)
         check_outside(place, parts, options.force or options.resume, dry_run=True)  # it is settled
-    stream = stream_of(whole(parts), ranks.device(options.device), options.dtype, options.untie, options.memory)
+    source = whole(parts)
+    apart = parts_ends(source, options)
+    stream = stream_of(source, ranks.device(options.device), options.dtype, apart, options.memory)
     check_windows(stream, windows_of(options)[1], progress)
     if options.evaluate and not options.dry_run:
         judging = fitted(judging, [stream], asked=False, progress=progress)

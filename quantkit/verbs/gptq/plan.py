@@ -12,6 +12,7 @@ from quantkit.blocks.arithmetic import calibration_dtype
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Plan
 from quantkit.containers import check_own, misfit, of_format, own_options
+from quantkit.containers.source import Source
 from quantkit.errors import UsageError
 from quantkit.late import torch
 from quantkit.options import METHODS, EndBits, Ends, Grid, QuantSpec, make, parse_size
@@ -138,14 +139,25 @@ def target_of(stream: ModelStream, spec: QuantSpec, options: Gptq, name: str) ->
     return GgufTarget(stream, spec, options.ggml, f"{name}.gguf", options.part(Ends))
 
 
+def parts_ends(source: Source, options: Gptq) -> bool:
+    """Whether a tied output embedding gets a tensor of its own."""
+    if options.ggml is None:
+        return options.untie
+    from quantkit.containers import gguf as gguf_files
+
+    return options.untie or gguf_files.parts_ends(source.config)
+
+
 def note_limits(target: Target, progress: Progress) -> None:
-    """Say what a GGUF file cannot hold."""
+    """Say what a GGUF file cannot hold, or holds otherwise."""
     if isinstance(target, CheckpointTarget | Folders):
         return
     from quantkit.quantize.gguf_target import GgufTarget, note_fallback
 
     assert isinstance(target, GgufTarget)
     note_fallback(target.fallback, progress)
+    for text in target.remarks:
+        progress.note(text)
     for text in target.limits:
         progress.warn(text)
 

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=1, help="windows of 512 tokens a step")
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--balance", type=float, default=0.0, help="weight of the router's loss that spreads tokens")
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 4, 16], help="of calibration")
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--efforts", nargs="+", default=["fast", "standard"])
@@ -47,7 +48,7 @@ def main() -> None:
                     found = _judged(args, tokens[:windows], bits, effort, experts)
                     measured.append({"windows": windows, "bits": bits, "effort": effort, "experts": experts, **found})
                     print(measured[-1], flush=True)
-    facts = {name: getattr(args, name) for name in ("steps", "batch", "rate", "eval_tokens")}
+    facts = {name: getattr(args, name) for name in ("steps", "batch", "rate", "balance", "eval_tokens")}
     result = {"benchmark": "experts", **common.machine(), "text": args.text.name, **facts, "measured": measured}
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -60,8 +61,9 @@ def _train(args: argparse.Namespace) -> None:
     first = len(lines) - len(lines) // _HELD_OUT
     tokenizer = train_llama.train_tokenizer("".join(lines[:first]))
     tokens = train_llama.windows(tokenizer, "".join(lines[:first]))
-    model = MixtralForCausalLM(_config())
+    model = MixtralForCausalLM(_config(args.balance))
     train_llama.fit(model, tokens, args)
+    model.config.output_router_logits = False
     args.work.mkdir(parents=True, exist_ok=True)
     torch.save(tokens, args.work / "train.pt")
     (args.work / "held-out.txt").write_text("".join(lines[first:]), encoding="utf-8")
@@ -69,7 +71,7 @@ def _train(args: argparse.Namespace) -> None:
     model.save_pretrained(args.work / "model")
 
 
-def _config() -> MixtralConfig:
+def _config(balance: float) -> MixtralConfig:
     return MixtralConfig(
         vocab_size=train_llama.VOCABULARY,
         hidden_size=128,
@@ -80,6 +82,8 @@ def _config() -> MixtralConfig:
         head_dim=32,
         num_local_experts=8,
         num_experts_per_tok=2,
+        output_router_logits=balance > 0,
+        router_aux_loss_coef=balance,
         max_position_embeddings=train_llama.WINDOW,
         tie_word_embeddings=True,
         bos_token_id=1,

@@ -41,6 +41,8 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
         config = type(source.config).from_dict(source.config.to_dict())
         if not tied:
             config.tie_word_embeddings = False
+        if getattr(config, "output_router_logits", False):  # for a loss of training, of routers in all blocks
+            config.output_router_logits = False
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         config._name_or_path = str(source.path)  # where code that comes with it lies

@@ -14,7 +14,7 @@ from conftest import MakeModel, Recorder, token_matrix
 from safetensors.torch import load_file, save_file
 from support.failing import failing_at
 from support.folders import contents
-from support.streamed import open_stream
+from support.streamed import open_stream, streamed_logits
 from support.tolerance import summed
 
 import quantkit
@@ -177,3 +177,13 @@ def test_a_model_without_experts_is_told_to_have_none(
     quantkit.gptq(make_model(), tmp_path / "plain", **OPTIONS)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
     assert all(torch.equal(ours[name], own) for name, own in theirs.items())
+
+
+def test_a_config_that_asks_for_routers_logits_is_run_without(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("mixtral", output_router_logits=True)
+    tokens = OPTIONS["calibration"].tokens[:1]
+    [found] = streamed_logits(open_stream(model), [tokens])
+    [expected] = streamed_logits(open_stream(make_model("mixtral")), [tokens])
+    assert torch.equal(found, expected)
+    quantkit.gptq(model, tmp_path / "out", **OPTIONS)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["output_router_logits"] is True

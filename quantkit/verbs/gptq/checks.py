@@ -141,7 +141,7 @@ def warn_starved_experts(
     progress.warn(
         f"{counted(len(experts), 'expert')} saw fewer calibration tokens than inputs, so that codes are little better "
         f"than rounded (least: {least.name}, {counted(least.tokens, 'token')}); use about --samples {samples}, "
-        "text of more kinds (--calibration A:0.5,B:0.5), or --experts all"
+        "or text of more kinds: --calibration A:0.5,B:0.5"
     )
 
 

@@ -6,7 +6,6 @@ Layout: AutoGPTQ 0.7.1 (v1) and GPTQModel (v2); `quantkit.containers.gptq.read.G
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from quantkit.codes import Plan, QuantizedLinear
@@ -102,17 +101,6 @@ class GptqWriter(CodedWriter):
 
     opens = GptqSource
 
-    def __init__(
-        self,
-        folder: Path,
-        source: Source,
-        weights: Weights,
-        linears: Plan,
-        quantization: dict[str, Any],
-        max_shard_bytes: int,
-    ) -> None:
-        super().__init__(folder, source, weights, linears, with_head(quantization, linears), max_shard_bytes)
-
     @staticmethod
     def parts_of(shape: tuple[int, int], spec: QuantSpec, groups: int) -> list[Part]:
         (rows, columns), bits = shape, spec.bits
@@ -133,8 +121,11 @@ class GptqWriter(CodedWriter):
         yield "scales", scales
         yield "g_idx", group
 
+    def config(self) -> dict[str, Any]:
+        return {"quantization_config": with_head(self._quantization, self._linears)}
+
     def finish(self) -> None:
-        write_json(self.folder / "quantize_config.json", self._quantization)
+        write_json(self.folder / "quantize_config.json", self.config()["quantization_config"])
         super().finish()
 
 

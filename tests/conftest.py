@@ -15,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from support.hub_server import HubServer
+from support.judge_env import Judge, Program, judge_python
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -277,6 +278,20 @@ class Recorder:
 
     def detail(self, text: str) -> None:
         pass
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Callable[[Program], Judge]]:
+    """ask(program): one process each. Skips the test where its environment is missing."""
+    running: dict[str, Judge] = {}
+
+    def get(program: Program) -> Judge:
+        judge_python(program)
+        return running.setdefault(program.name, Judge(program))
+
+    yield get
+    for one in running.values():
+        one.close()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from conftest import MakeModel, token_matrix
 from safetensors.torch import load_file, save_file
 from support.coded import Tensors, drop, put, same, write_codes
-from support.judge_env import MLX, Judge, judge_python
+from support.judge_env import MLX, Judge, Program
 from support.streamed import open_stream, streamed_logits
 
 import quantkit
@@ -218,11 +218,8 @@ def test_biases_that_are_no_whole_zeros_make_weights_and_no_codes(folder: Path, 
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
-    judge_python(MLX)
-    one = Judge(MLX)
-    yield one
-    one.close()
+def judge(ask: Callable[[Program], Judge]) -> Judge:
+    return ask(MLX)
 
 
 # What mlx-lm's classes take for given: no head beside a tied one, an inner width of four times the outer, and so on.

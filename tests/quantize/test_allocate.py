@@ -16,13 +16,14 @@ from conftest import MakeModel, Recorder, token_matrix
 from support.failing import failing_at
 from support.families import DISCOVERED
 from support.folders import contents
+from support.replaying import replaying
 from support.streamed import open_stream
 
 import quantkit
 from quantkit.errors import MissingPackageError, QuantkitError, UsageError
 from quantkit.options import QuantSpec
 from quantkit.options.grid import Override, matches, pattern_regex
-from quantkit.quantize import allocate, blockwise, gptq, token_weights, trials
+from quantkit.quantize import allocate, gptq, token_weights, trials
 from quantkit.quantize.allocate import Allocator, folder_candidates, least_loss
 from quantkit.quantize.holdout import HeldOutSums
 from quantkit.quantize.targets import CheckpointTarget
@@ -378,9 +379,7 @@ def test_a_little_memory_changes_nothing(
 
     model = make_model("mixtral")
     quantkit.gptq(model, tmp_path / "whole", **BUDGET)
-    with monkeypatch.context() as patch:
-        patch.setattr(blockwise, "run_paused", blockwise.run_replayed)
-        patch.setattr(blockwise.HiddenStates, "take", blockwise.HiddenStates.__getitem__)
+    with replaying(monkeypatch):
         quantkit.gptq(model, tmp_path / "replayed", **BUDGET)
     assert contents(tmp_path / "whole") == contents(tmp_path / "replayed")
 

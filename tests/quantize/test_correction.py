@@ -13,11 +13,12 @@ from conftest import MakeModel, Recorder, token_matrix
 from support.failing import failing_at
 from support.families import DISCOVERED
 from support.folders import contents
+from support.replaying import replaying
 
 import quantkit
 from quantkit.blocks.stages import Reading
 from quantkit.errors import UsageError
-from quantkit.quantize import blockwise, gptq
+from quantkit.quantize import gptq
 from quantkit.quantize.correction import CorrectionSums, Corrector, difference_of
 
 OPTIONS: dict[str, Any] = {"calibration": token_matrix(12, 256), "group_size": 32, "evaluate": False, "device": "cpu"}
@@ -119,9 +120,7 @@ def test_stopped_or_short_of_memory_it_writes_the_same_bytes(
         with pytest.raises(UsageError, match="2 of 3 blocks are kept"):
             quantkit.gptq(model, tmp_path / "out", checkpoint_every="1", **CORRECTED)
     quantkit.gptq(model, tmp_path / "out", resume=True, checkpoint_every="1", **CORRECTED)
-    with monkeypatch.context() as patch:
-        patch.setattr(blockwise, "run_paused", blockwise.run_replayed)
-        patch.setattr(blockwise.HiddenStates, "take", blockwise.HiddenStates.__getitem__)
+    with replaying(monkeypatch):
         quantkit.gptq(model, tmp_path / "replayed", **CORRECTED)
     whole, stopped, replayed = (contents(tmp_path / name) for name in ("whole", "out", "replayed"))
     assert whole == stopped == replayed

@@ -14,6 +14,7 @@ from conftest import MakeModel, Recorder, token_matrix
 from safetensors.torch import load_file, save_file
 from support.failing import failing_at
 from support.folders import contents
+from support.replaying import replaying
 from support.streamed import open_stream, streamed_logits
 from support.tolerance import summed
 
@@ -22,7 +23,7 @@ from quantkit.blocks.budget import Budget
 from quantkit.blocks.stream import ModelStream
 from quantkit.errors import UsageError
 from quantkit.options import QuantSpec
-from quantkit.quantize import blockwise, gptq
+from quantkit.quantize import gptq
 from quantkit.quantize.blockwise import StageWork, quantize_blocks
 from quantkit.quantize.targets import plan_linears
 from quantkit.quantize.token_weights import TokenWeights, weigh_tokens
@@ -161,9 +162,7 @@ def test_stopped_or_short_of_memory_it_writes_the_same_bytes(
         with pytest.raises(UsageError, match="1 of 2 blocks is kept"):
             quantkit.gptq(model, tmp_path / "out", **{**options, "checkpoint_every": "5"})
     quantkit.gptq(model, tmp_path / "out", resume=True, **{**options, "checkpoint_every": "5"})
-    with monkeypatch.context() as patch:
-        patch.setattr(blockwise, "run_paused", blockwise.run_replayed)
-        patch.setattr(blockwise.HiddenStates, "take", blockwise.HiddenStates.__getitem__)
+    with replaying(monkeypatch):
         quantkit.gptq(model, tmp_path / "replayed", **options)
     whole, stopped, replayed = (contents(tmp_path / name) for name in ("whole", "out", "replayed"))
     assert whole == stopped == replayed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from conftest import FAMILIES, MakeModel, Recorder, token_matrix
 from support.coded import same
 from support.folders import contents
-from support.judge_env import GPTQMODEL, MLX, Judge, judge_python
+from support.judge_env import GPTQMODEL, MLX, Judge, Program
 from support.streamed import open_stream, streamed_logits
 
 import quantkit
@@ -392,22 +392,6 @@ def test_who_does_not_read_it_is_told(make_model: MakeModel, tmp_path: Path) -> 
 # -- readers that are not ours -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def mlx() -> Iterator[Judge]:
-    judge_python(MLX)
-    one = Judge(MLX)
-    yield one
-    one.close()
-
-
-@pytest.fixture(scope="module")
-def gptqmodel() -> Iterator[Judge]:
-    judge_python(GPTQMODEL)
-    one = Judge(GPTQMODEL)
-    yield one
-    one.close()
-
-
 def difference(theirs: torch.Tensor, folder: Path) -> float:
     """Of logits, in parts of their spread."""
     ours = streamed_logits(open_stream(folder), [TOKENS.tokens])[0]
@@ -429,13 +413,13 @@ def test_transformers_reads_a_compressed_head(bits: int, make_model: MakeModel, 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_mlx_lm_reads_head_and_embeddings(
-    bits: int, tied: bool, mlx: Judge, make_model: MakeModel, tmp_path: Path
+    bits: int, tied: bool, ask: Callable[[Program], Judge], make_model: MakeModel, tmp_path: Path
 ) -> None:
     model = make_model(tied=tied)
     out = quantkit.gptq(model, tmp_path / "out", format="mlx", head=bits, embeddings=bits, **OPTIONS).out
-    theirs, _, info = mlx.logits(out, TOKENS.tokens)
+    theirs, _, info = ask(MLX).logits(out, TOKENS.tokens)
     assert info["quantized"] == (15 if tied else 16)
-    weights = mlx.weights(out)
+    weights = ask(MLX).weights(out)
     assert torch.equal(weights[EMBEDDING], open_source(out).read(f"{EMBEDDING}.weight"))
     assert difference(theirs, out) < 1e-4
 
@@ -443,11 +427,11 @@ def test_mlx_lm_reads_head_and_embeddings(
 @pytest.mark.judges
 @pytest.mark.parametrize(("bits", "tied"), [(4, False), (8, False), (8, True)])
 def test_gptqmodel_reads_a_head_and_transformers_does_not(
-    bits: int, tied: bool, gptqmodel: Judge, make_model: MakeModel, tmp_path: Path
+    bits: int, tied: bool, ask: Callable[[Program], Judge], make_model: MakeModel, tmp_path: Path
 ) -> None:
     out = quantkit.gptq(make_model(tied=tied), tmp_path / "out", head=bits, untie=tied, **OPTIONS).out
-    theirs, _, info = gptqmodel.logits(out, TOKENS.tokens, loader="gptqmodel")
+    theirs, _, info = ask(GPTQMODEL).logits(out, TOKENS.tokens, loader="gptqmodel")
     assert info["quantized_linears"] == 15
     assert difference(theirs, out) < 1e-4
-    _, _, info = gptqmodel.logits(out, TOKENS.tokens, loader="transformers")
+    _, _, info = ask(GPTQMODEL).logits(out, TOKENS.tokens, loader="transformers")
     assert info["plain_linears"] == [HEAD], "transformers reads it now: verify says that it does not"

@@ -263,9 +263,8 @@ def _own_fields(keys: ArchitectureKeys) -> dict[str, Any]:
     """Config fields of the row's own keys. Raises SourceError: one is missing that must be said, or says what the row
     does not mean."""
     row, settings = keys.row, dict[str, Any]()
-    sizes = re.compile(
-        r"ssm\.|expert_(.*_)?(count|length)$" if "expert_count" in row.fields else r"ssm\."
-    )  # must be said
+    # What must be said.
+    sizes = re.compile(r"ssm\.|expert_(.*_)?(count|length)$" if "expert_count" in row.fields else r"ssm\.")
     for key, ours in row.fields.items():
         value = keys.get(key)
         if isinstance(value, bool):

@@ -239,6 +239,7 @@ def gptq(
     experts: Literal["routed", "all"] = ...,
     correct: str | float | None = ...,
     refine: bool = ...,
+    refine_steps: int = ...,
     include: Sequence[str] | str = ...,
     exclude: Sequence[str] | str = ...,
     override: Mapping[str, Mapping[str, Any]] = ...,

@@ -19,13 +19,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock, local
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from quantkit.blocks.backward import BlockRun, head_pieces, head_slices, run_block, run_forward
+from quantkit.blocks.backward import BlockRun, head_slices, run_block, run_forward
 from quantkit.blocks.budget import let_go
 from quantkit.blocks.families import ROUTED, Stages, weight_of
+from quantkit.blocks.head_gradient import batch_gradient, head_gradients
 from quantkit.blocks.memory import MemoryPlan
-from quantkit.blocks.probes import Probe, slice_sums
 from quantkit.blocks.states import HiddenStates, half
 from quantkit.blocks.stream import ModelStream
 from quantkit.blocks.workers import Workers
@@ -34,14 +34,21 @@ from quantkit.progress import Progress
 
 _PIECE = 64  # tokens whose squares are made at a time on a CPU: they stay in its cache for both sums
 
-Slices = list[tuple[int, int]]
-Head = Callable[["torch.Tensor"], "torch.Tensor"]
 Found = list[list["StageSquares"]]  # by batch and stage
 Reached = Callable[[int, HiddenStates], None]
 """Told how far a pass back is: all blocks from this one on are done; per batch, the gradient at what enters it."""
 Begun = tuple[int, Iterable["torch.Tensor"]]
 Products = dict[str, "torch.Tensor"]
 """``sum g g^T`` over all tokens, float64 [out, out], of some Linears by their names in the block."""
+
+
+class BlockSquares(NamedTuple):
+    """The squared gradients of the block of this number, and what they are of: its stages of Linears."""
+
+    number: int
+    stages: Stages
+    found: Found
+    products: Products
 
 
 class Ends(Protocol):
@@ -84,144 +91,151 @@ class StageSquares:
         self.own[number] = of_tokens
 
 
-def fisher_squares(
-    stream: ModelStream,
-    batches: Sequence[torch.Tensor],
-    seeds: Sequence[torch.Tensor],
-    memory: MemoryPlan,
-    workers: Workers,
-    progress: Progress,
-    exact: bool = False,
-    most_rows: int = 0,
-    ends: Ends | None = None,
-    reached: Reached | None = None,
-    begun: Begun | None = None,
-) -> Iterator[tuple[int, Stages, Found, Products]]:
-    """Squared gradients of every block, from the last to the first: (index, its stages, per batch and stage, products).
+@dataclass(frozen=True)
+class FisherPass:
+    """A pass through the model and back that looks at the gradients of some windows at every Linear.
 
     Not to be run in inference mode, whose tensors have no gradients.
 
-    Args:
+    Attributes:
         batches: int64 [windows, seq] token ids each.
         seeds: int64, as `batches`: what decides on each token's signs.
         memory: where states wait, and whether all blocks are held.
         exact: keep states in the stream's dtype, not in half precision; where all blocks are held none are kept.
         most_rows: products are made of Linears of at most so many rows that all tokens go through; 0: of none.
-        ends: sees every batch before the first block's are given.
-        reached: is told of every block that was taken how far the pass is; not where all blocks are held.
-        begun: where to go on, of what an earlier pass was told as `reached`; not where all blocks are held.
-
-    Raises:
-        RuntimeError: torch's own, where the forward has no gradient.
+        ends: sees every batch before the first block's squares are given.
     """
-    slices = head_slices(stream)
-    if memory.at_once:
-        yield from _at_once(stream, batches, seeds, memory, workers, progress, slices, most_rows, ends)
-        return
-    count = len(stream.blocks) if begun is None else begun[0]
-    entering = _Entering(stream, len(batches), memory, workers, exact)
-    last = _run_forward(stream, batches, memory, workers, progress, entering, count)
-    if begun is None:
-        if ends is not None:
+
+    stream: ModelStream
+    batches: Sequence[torch.Tensor]
+    seeds: Sequence[torch.Tensor]
+    memory: MemoryPlan
+    workers: Workers
+    progress: Progress
+    exact: bool = False
+    most_rows: int = 0
+    ends: Ends | None = None
+
+    def squares(self, reached: Reached | None = None, begun: Begun | None = None) -> Iterator[BlockSquares]:
+        """Of every block, from the last to the first.
+
+        Args:
+            reached: is told of every block that was taken how far the pass is; not where all blocks are held.
+            begun: where to go on, of what an earlier pass was told as `reached`; not where all blocks are held.
+
+        Raises:
+            RuntimeError: torch's own, where the forward has no gradient.
+        """
+        return self._at_once() if self.memory.at_once else self._by_block(reached, begun)
+
+    def _by_block(self, reached: Reached | None, begun: Begun | None) -> Iterator[BlockSquares]:
+        count = len(self.stream.blocks) if begun is None else begun[0]
+        entering = _Entering(self.stream, len(self.batches), self.memory, self.workers, self.exact)
+        last = self._forward(entering, count)
+        found = self._leaving(last) if begun is None else begun[1]
+        gradients = HiddenStates(self.stream.device, self.memory.hidden, found)
+        last.close()
+        if reached is not None and begun is None:
+            reached(count, gradients)
+        with self.progress.phase("weighing backwards", count) as advance:
+            for index in reversed(range(count)):
+                yield self._backward(index, *entering.of(index), gradients)
+                if reached is not None:
+                    reached(index, gradients)
+                advance(1)
+        entering.close()
+        gradients.close()
+
+    def _forward(self, entering: _Entering, count: int) -> HiddenStates:
+        """The states that leave the last of `count` blocks."""
+        with torch.no_grad(), self.progress.phase("weighing forwards", count) as advance:
+            hidden = self.stream.embed(list(self.batches), place=self.memory.hidden)
+            with self.stream.reading_ahead(self.memory.prefetch):
+                run_forward(
+                    *(self.stream, hidden, range(len(self.batches)), self.workers),
+                    entering=entering.see,
+                    advance=advance,
+                    blocks=range(count),
+                )
+        return hidden
+
+    def _leaving(self, last: HiddenStates) -> list[torch.Tensor]:
+        """Gradients at the states that leave the last block."""
+        if self.ends is not None:
             for i, state in enumerate(last):
-                ends.leaving(i, state)
-        found: Iterable[torch.Tensor] = _head_gradients(stream, last, seeds, memory.head_rows is None, slices, progress)
-    else:
-        found = begun[1]
-    gradients = HiddenStates(stream.device, memory.hidden, found)
-    last.close()
-    if reached is not None and begun is None:
-        reached(count, gradients)
-    with progress.phase("weighing backwards", count) as advance:
-        for index in reversed(range(count)):
-            kept, first = entering.of(index)
-            with stream.block(index) as block:
-                stages = stream.stages(index, block, 0, kept[first].to(stream.dtype)) if batches else ()
-                watch = _Watch(block, stages, most_rows)
+                self.ends.leaving(i, state)
+        return head_gradients(self.stream, last, self.seeds, self.memory.head_rows is None, self.progress)
 
-                def backward(
-                    i: int,
-                    index: int = index,
-                    block: nn.Module = block,
-                    watch: _Watch = watch,
-                    kept: HiddenStates = kept,
-                    first: int = first,
-                ) -> tuple[torch.Tensor, list[StageSquares]]:
-                    state, gradient = kept.take(first + i).to(stream.dtype), gradients.take(i)
-                    with watch.batch() as seen:
-                        run = run_block(stream, index, block, i, state)
-                    return run.gradient(gradient), seen
+    def _backward(self, index: int, kept: HiddenStates, first: int, gradients: HiddenStates) -> BlockSquares:
+        """Take all batches back through a block, which they enter as `kept` has them from number `first` on."""
+        stream = self.stream
+        squares: Found = [[] for _ in self.batches]
+        with stream.block(index) as block:
+            stages = stream.stages(index, block, 0, kept[first].to(stream.dtype)) if self.batches else ()
+            watch = _Watch(block, stages, self.most_rows)
 
-                squares: Found = [[] for _ in batches]
-                with watch.hooked():
-                    for i, (gradient, seen) in workers.each(backward):
-                        gradients[i], squares[i] = gradient, seen
-                        if ends is not None and index == 0:
-                            ends.entering(i, gradient)
-            yield index, stages, squares, watch.products
-            if reached is not None:
-                reached(index, gradients)
-            advance(1)
-    entering.close()
-    gradients.close()
+            def backward(i: int) -> tuple[torch.Tensor, list[StageSquares]]:
+                state, gradient = kept.take(first + i).to(stream.dtype), gradients.take(i)
+                with watch.batch() as seen:
+                    run = run_block(stream, index, block, i, state)
+                return run.gradient(gradient), seen
 
+            with watch.hooked():
+                for i, (gradient, seen) in self.workers.each(backward):
+                    gradients[i], squares[i] = gradient, seen
+                    if self.ends is not None and index == 0:
+                        self.ends.entering(i, gradient)
+        return BlockSquares(index, stages, squares, watch.products)
 
-def _at_once(
-    stream: ModelStream,
-    batches: Sequence[torch.Tensor],
-    seeds: Sequence[torch.Tensor],
-    memory: MemoryPlan,
-    workers: Workers,
-    progress: Progress,
-    slices: Slices,
-    most_rows: int,
-    ends: Ends | None,
-) -> Iterator[tuple[int, Stages, Found, Products]]:
-    """`fisher_squares` with all blocks held: each batch through all of them, the head, and back."""
-    with torch.no_grad():
-        hidden = stream.embed(list(batches), place=memory.hidden)
-    every = range(len(stream.blocks))
-    with ExitStack() as held, progress.phase("weighing tokens", len(batches)) as advance:
-        with stream.reading_ahead(memory.prefetch):
-            blocks = [held.enter_context(stream.block(index)) for index in every]
-        stages = [stream.stages(index, blocks[index], 0, hidden[0]) for index in every] if batches else []
-        watches = [_Watch(block, own, most_rows) for block, own in zip(blocks, stages, strict=False)]
-        for watch in watches:
-            held.enter_context(watch.hooked())
-        heads = held.enter_context(stream.head_rows(*slices))
-        found: list[Found] = [[[] for _ in batches] for _ in every]
-        runs: dict[int, list[BlockRun]] = {}
+    def _at_once(self) -> Iterator[BlockSquares]:
+        """With all blocks held: each batch through all of them, the head, and back."""
+        stream, batches, ends, slices = self.stream, self.batches, self.ends, head_slices(self.stream)
+        with torch.no_grad():
+            hidden = stream.embed(list(batches), place=self.memory.hidden)
+        every = range(len(stream.blocks))
+        with ExitStack() as held, self.progress.phase("weighing tokens", len(batches)) as advance:
+            with stream.reading_ahead(self.memory.prefetch):
+                blocks = [held.enter_context(stream.block(index)) for index in every]
+            stages = [stream.stages(index, blocks[index], 0, hidden[0]) for index in every] if batches else []
+            watches = [_Watch(block, own, self.most_rows) for block, own in zip(blocks, stages, strict=False)]
+            for watch in watches:
+                held.enter_context(watch.hooked())
+            heads = held.enter_context(stream.head_rows(*slices))
+            found: list[Found] = [[[] for _ in batches] for _ in every]
+            runs: dict[int, list[BlockRun]] = {}
 
-        def forward(i: int) -> torch.Tensor:
-            state, runs[i] = hidden.take(i), []
-            for index in every:
-                with watches[index].batch() as found[index][i]:
-                    runs[i].append(run_block(stream, index, blocks[index], i, state))
-                state = runs[i][-1].output.detach()
-            return state
+            def forward(i: int) -> torch.Tensor:
+                state, runs[i] = hidden.take(i), []
+                for index in every:
+                    with watches[index].batch() as found[index][i]:
+                        runs[i].append(run_block(stream, index, blocks[index], i, state))
+                    state = runs[i][-1].output.detach()
+                return state
 
-        def backward(i: int) -> None:
-            gradient, own = gradients.pop(i), runs.pop(i)
-            while own:
-                gradient = own.pop().gradient(gradient)
-            if ends is not None:
-                ends.entering(i, gradient)
+            def backward(i: int) -> None:
+                gradient, own = gradients.pop(i), runs.pop(i)
+                while own:
+                    gradient = own.pop().gradient(gradient)
+                if ends is not None:
+                    ends.entering(i, gradient)
 
-        for items in workers.rounds():
-            at_hand = list(chain.from_iterable(items))
-            lasts = workers.together(forward, items)
-            if ends is not None:
-                for i, last in zip(at_hand, lasts, strict=True):
-                    ends.leaving(i, last)
-            gradients = {
-                i: _batch_gradient(heads, slices, last, seeds[i]) for i, last in zip(at_hand, lasts, strict=True)
-            }
-            workers.together(backward, items)
-            let_go()  # each round leaves holes: SmolLM2's peak rose from 1.7 to 2.0 GB in three
-            advance(len(at_hand))
-    hidden.close()
-    for index in reversed(every):
-        yield index, stages[index] if stages else (), found[index], watches[index].products if watches else {}
+            for items in self.workers.rounds():
+                at_hand = list(chain.from_iterable(items))
+                lasts = self.workers.together(forward, items)
+                if ends is not None:
+                    for i, last in zip(at_hand, lasts, strict=True):
+                        ends.leaving(i, last)
+                gradients = {
+                    i: batch_gradient(heads, slices, last, self.seeds[i])
+                    for i, last in zip(at_hand, lasts, strict=True)
+                }
+                self.workers.together(backward, items)
+                let_go()  # each round leaves holes: SmolLM2's peak rose from 1.7 to 2.0 GB in three
+                advance(len(at_hand))
+        hidden.close()
+        for index in reversed(every):
+            watched = (stages[index], found[index], watches[index].products) if watches else ((), found[index], {})
+            yield BlockSquares(index, *watched)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -276,87 +290,6 @@ class _Entering:
         run_forward(self._stream, hidden, range(self._batches), self._workers, entering=keep, blocks=range(start, last))
         keep(hidden)
         hidden.close()
-
-
-def _run_forward(
-    stream: ModelStream,
-    batches: Sequence[torch.Tensor],
-    memory: MemoryPlan,
-    workers: Workers,
-    progress: Progress,
-    entering: _Entering,
-    count: int,
-) -> HiddenStates:
-    """The states that leave the last of `count` blocks."""
-    with torch.no_grad(), progress.phase("weighing forwards", count) as advance:
-        hidden = stream.embed(list(batches), place=memory.hidden)
-        with stream.reading_ahead(memory.prefetch):
-            numbers = range(len(batches))
-            run_forward(
-                *(stream, hidden, numbers, workers), entering=entering.see, advance=advance, blocks=range(count)
-            )
-    return hidden
-
-
-# -- head --------------------------------------------------------------------------------------------------------------
-
-
-def _head_gradients(
-    stream: ModelStream,
-    hidden: HiddenStates,
-    seeds: Sequence[torch.Tensor],
-    held: bool,
-    slices: Slices,
-    progress: Progress,
-) -> list[torch.Tensor]:
-    """What `probes` gives at the states that leave the last block, per batch.
-
-    Each slice of the vocabulary is measured before any one's part can be made. Where the whole head is `held` the
-    logits of a few positions wait for that, else they are made twice.
-    """
-    if held:
-        with progress.phase("weighing the head", len(hidden)) as advance, stream.head_rows(*slices) as heads:
-            found = []
-            for state, own in zip(hidden, seeds, strict=True):
-                found.append(_batch_gradient(heads, slices, state, own))
-                advance(1)
-            return found
-    pieces = head_pieces((len(own), own.shape[1]) for own in seeds)
-    sums: dict[int, list[torch.Tensor]] = {piece: [] for piece in range(len(pieces))}
-    with progress.phase("weighing the head", 2 * len(slices)) as advance:
-        for at_rows in slices:
-            with torch.no_grad(), stream.head_rows(at_rows) as [head]:
-                for number, (i, row, at) in enumerate(pieces):
-                    logits = head(hidden[i][..., row : row + 1, at, :])[0]
-                    sums[number].append(slice_sums(logits, at_rows[0], seeds[i][row, at].to(stream.device)))
-            advance(1)
-        probes = [
-            Probe(sums[number], seeds[i][row, at].to(stream.device)) for number, (i, row, at) in enumerate(pieces)
-        ]
-        gradients = [torch.zeros_like(state) for state in hidden]
-        for at_rows in slices:
-            with stream.head_rows(at_rows) as [head]:
-                for probe, (i, row, at) in zip(probes, pieces, strict=True):
-                    state = hidden[i][..., row : row + 1, at, :].detach().requires_grad_()
-                    with torch.enable_grad():
-                        logits = head(state)
-                    gradients[i][..., row : row + 1, at, :] += probe.state_gradient(logits, at_rows[0], state)
-            advance(1)
-    return gradients
-
-
-def _batch_gradient(heads: list[Head], slices: Slices, state: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """`_head_gradients` of one batch, with a head for each slice."""
-    gradient, starts = torch.zeros_like(state), [start for start, _ in slices]
-    for _, row, at in head_pieces([(len(seeds), seeds.shape[1])]):
-        part, own = state[..., row : row + 1, at, :].detach().requires_grad_(), seeds[row, at].to(state.device)
-        with torch.enable_grad():
-            logits = [head(part) for head in heads]
-        sums = [slice_sums(found.detach()[0], start, own) for found, start in zip(logits, starts, strict=True)]
-        probe = Probe(sums, own)
-        for found, start in zip(logits, starts, strict=True):
-            gradient[..., row : row + 1, at, :] += probe.state_gradient(found, start, part)
-    return gradient
 
 
 # -- backward ----------------------------------------------------------------------------------------------------------

@@ -72,8 +72,12 @@ def _formats(given: Any) -> Any:
         return given
     names = tuple(one.strip().lower() for one in several)
     known = get_args(CheckpointFormat)
-    if odd := next((name for name in names if name not in known), None):
-        raise ValueError(f"choose {', '.join(known)}{meant(odd, known)}")
+    odd = next((name for name in names if name not in known), None)
+    if odd is not None:
+        if odd in get_args(Container):
+            raise ValueError(f"{odd} is a file: --ggml TYPE writes GGUF, and repack --to {odd} makes it of a folder")
+        own = "" if len(names) == 1 else f"{odd or 'an empty word'} is none; "
+        raise ValueError(f"{own}choose {', '.join(known)}{meant(odd, known)}")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"names {twice} twice")
     return names[0] if len(names) == 1 else names

@@ -12,7 +12,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from quantkit.errors import UsageError
 from quantkit.options.spec import Options, Spec, Typed, make
-from quantkit.options.values import AllowanceText, Bits, GgmlType, GroupSize, Part
+from quantkit.options.values import AllowanceText, Bits, GgmlType, GroupSize, Natural, Part
+
+REFINE_STEPS = 32
 
 ActOrder = Literal["static", "dynamic", "off"]
 MethodName = Literal["gptq", "round"]
@@ -102,7 +104,9 @@ class Solving(Options):
     what two halves of the tokens tell of each other. Runs the unquantized model beside."""
     refine: bool = False
     """After the codes, tune scales and gains of norms on the divergence of the model's output; codes stay. Stopped on
-    calibration windows that it holds out; takes some dozens of steps through the model and back."""
+    calibration windows that it holds out; takes --refine-steps through the model and back."""
+    refine_steps: Natural = REFINE_STEPS
+    """Of --refine, 1,024 tokens each; 2 bits gain by more of them."""
     include: tuple[str, ...] = ()
     """Quantize only modules that match, such as '*.mlp.*'; may be repeated."""
     exclude: tuple[str, ...] = ()
@@ -120,7 +124,14 @@ class FilledGrid(Coding, Groups, Solving):
             raise ValueError("act_order dynamic lets groups follow GPTQ's order, and method round has none")
         if self.row_feedback and self.token_weights is False and self.method == "gptq":
             raise ValueError("row_feedback goes by the gradients that token_weights takes: turn both on")
+        if self.refine_steps != REFINE_STEPS and not self.refine:
+            raise ValueError(f"refine_steps {self.refine_steps} are of refine: turn it on")
         return self
+
+    @property
+    def refining(self) -> int:
+        """Steps of refining; 0: none."""
+        return self.refine_steps if self.refine else 0
 
 
 class EffortGrid(Effort, FilledGrid):

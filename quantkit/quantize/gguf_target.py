@@ -53,7 +53,9 @@ class GgufTarget:
         self.limits = [*gguf_files.limits(source), *gguf_files.cut_otherwise(source, self._keys)]
         self.remarks = gguf_files.remarks(source, weights)
         tensors = gguf_files.plan(source, weights)
-        planned = tensor_kinds(recipe, tensors, source.config, self._architecture, embedding=kept[0], output=kept[1])
+        planned = tensor_kinds(
+            recipe, tensors, source.config.get_text_config(), self._architecture, embedding=kept[0], output=kept[1]
+        )
         asked = plan_linears(stream, spec)
         linears = {name for name, _ in stream.linears()}
         chooser = Chooser(source, weights, TypeOptions(requantize=True))
@@ -61,13 +63,16 @@ class GgufTarget:
         self._typed: list[tuple[gguf_files.GgufTensor, Kind]] = []
         self._others: list[tuple[gguf_files.GgufTensor, Choice]] = []
         self.fallback: dict[str, str] = {}
+        by_values = {source for tensor in tensors if tensor.by_values for source in tensor.sources}
         for tensor, found in zip(tensors, planned, strict=True):
             modules = [name.removesuffix(".weight") for name in tensor.sources]
-            coded = bool(modules) and linears.issuperset(modules)
+            coded = bool(modules) and linears.issuperset(modules) and by_values.isdisjoint(tensor.sources)
             wanted = _wanted(tensor, [asked.get(module) for module in modules], found.wanted) if coded else found.wanted
             kind = None if wanted is None else fitting(wanted, tensor.shape[-1])
             if kind is not None and kind != wanted:
                 self.fallback[tensor.name] = kind.name
+            if coded and modules[0] in kinds:  # another tensor that the same Linear is written into
+                kind = kinds[modules[0]]
             if coded and kind is not None and kind.name in get_args(GgmlType):
                 kinds |= dict.fromkeys(modules, kind)
             else:
@@ -152,7 +157,7 @@ class _GgufCodesWriter:
     def add_others(self) -> None:
         for tensor, choice in self._others:
             for published in tensor.sources:
-                self._writer.write(published, choice.encode(tensor, published))
+                self._writer.write(published, choice.encode(tensor, published), tensor.name)
 
     def finish(self) -> None:
         self._writer.finish()

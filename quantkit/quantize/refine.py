@@ -31,6 +31,7 @@ from quantkit.blocks.workers import Workers, even_shares, worker_count
 from quantkit.codes import Codes
 from quantkit.codes.units import unit_gradients, units, with_units
 from quantkit.late import nn, torch
+from quantkit.options.grid import REFINE_STEPS
 from quantkit.progress import SILENT, Progress
 from quantkit.runs.ranks import ALONE, Ranks
 
@@ -56,7 +57,7 @@ class Settings:
         scales: that of a scale, as a part of itself.
     """
 
-    steps: int = 32
+    steps: int = REFINE_STEPS
     every: int = 4
     gains: float = 1e-2
     scales: float = 2e-3

@@ -23,7 +23,7 @@ import numpy as np
 
 from quantkit.blocks.budget import Budget
 from quantkit.blocks.families import Stages
-from quantkit.blocks.fisher import StageSquares, fisher_squares
+from quantkit.blocks.fisher import FisherPass, StageSquares
 from quantkit.blocks.memory import MemoryPlan, keeps_exact, kept_bytes, most_fed_rows, one_of_each_kind, plan_weighing
 from quantkit.blocks.probes import sign_seeds
 from quantkit.blocks.stages import Reading
@@ -341,11 +341,9 @@ def weigh_tokens(
             if start is not None:
                 progress.note(f"token weights of blocks {start + 1} to {len(stream.blocks)} are kept: weighing goes on")
                 begun = start, _gradients_of(weighed, mine, last)
-        passes = fisher_squares(
-            *(stream, *own, memory, at_work, progress, exact, most_fed_rows(stream) if products else 0, ends),
-            *(reached, begun),
-        )
-        for index, stages, found, own_products in passes:
+        most_rows = most_fed_rows(stream) if products else 0
+        backward = FisherPass(stream, *own, memory, at_work, progress, exact, most_rows, ends)
+        for index, stages, found, own_products in backward.squares(reached, begun):
             on_host = {name: product.cpu() for name, product in own_products.items()}
             everyone = ranks.gather((stages, [[_on_host(one) for one in batch] for batch in found], on_host))
             whole = [batch for _, part, _ in everyone for batch in part]

@@ -38,7 +38,8 @@ from quantkit.runs.ranks import Ranks
 from quantkit.runs.shared_weights import keep_losses, take_losses
 
 _LOSSES = "losses."
-_UNTRIED = {"correct", "row_feedback", "refine", "include", "exclude", "overrides"}  # which trials do without
+# Which fields of a spec trials do without.
+_UNTRIED = {"correct", "row_feedback", "refine", "refine_steps", "include", "exclude", "overrides"}
 
 Trials = Mapping[str, Sequence[QuantSpec]]
 """What each Linear is tried with, by its published name; specs differ in grids alone."""

@@ -70,6 +70,7 @@ def refine_run(
     stream: ModelStream,
     tokens: torch.Tensor,
     target: Target,
+    steps: int,
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> Refined | None:
@@ -81,7 +82,8 @@ def refine_run(
         return [(one.name, put_together(one.tensors, one.fields, stream.device)) for one in landed.linears(index)]
 
     with _in_float32(stream):
-        found = refine(stream, tokens, codes, target.gain_dtype, landed.folder, journal, progress, ranks=ranks)
+        place, settings = (landed.folder, journal), Settings(steps=steps)
+        found = refine(stream, tokens, codes, target.gain_dtype, *place, progress, settings, ranks)
     if found is not None:
         target.changed.update(found.gains)
     return found
@@ -163,6 +165,20 @@ def plan_refining_memory(stream: ModelStream, samples: int, seq_len: int) -> Mem
     """What `refine` will do for memory with so many calibration windows. Raises UsageError."""
     with _in_float32(stream):
         return _plan(stream, samples, seq_len, stream.budget)
+
+
+def refining_multiplications(stream: ModelStream, samples: int, seq_len: int, steps: int) -> int:
+    """Multiplications, with their additions, of `refine`: the unquantized model once, the judgements, and the steps.
+
+    A step runs the blocks forward twice and back by states and by weights, and the head on five products.
+    """
+    held = len(held_out(samples))
+    blocks = sum(rows * columns for _, (rows, columns) in stream.linears())
+    head = stream.vocabulary * int(stream.source.config.get_text_config().hidden_size)
+    judgements = 1 + -(-steps // Settings().every)
+    tokens = len(step_windows(range(max(1, samples - held)), 0, seq_len)) * seq_len
+    judged = held * seq_len * (blocks + 2 * head)
+    return samples * seq_len * blocks + judgements * judged + steps * tokens * (4 * blocks + 5 * head)
 
 
 def _plan(stream: ModelStream, samples: int, seq_len: int, budget: Budget, ranks: Ranks = ALONE) -> MemoryPlan:

@@ -125,7 +125,9 @@ def _check_folder(out: Path, read: Sequence[Path], force: bool, dry_run: bool) -
     target = place_of(out)
     for source in read:
         origin = place_of(source)
-        if target == origin or origin in target.parents:
+        if target == origin:
+            raise UsageError(f"--out {out} is the source itself; choose another folder")
+        if origin in target.parents:
             raise UsageError(f"--out {out} lies inside the source {source}; choose a folder outside it")
         if target in origin.parents:
             raise UsageError(f"--out {out} contains the source {source}; choose another folder")

@@ -119,7 +119,7 @@ def ggml(options: Ggml, *, progress: Progress = SILENT) -> GgmlReport:
     kinds = [choice.kind for _, choice in chosen]
     recipe = types.recipe
     if recipe is None or _holds_codes(source, chosen):  # these have one type, whatever the mixture
-        recipe = recipe_of(kinds, plan, source.config, gguf_files.architecture_of(source))
+        recipe = recipe_of(kinds, plan, source.config.get_text_config(), gguf_files.architecture_of(source))
     name = f"{variant_name(source.label)}-{(recipe or 'mixed').upper()}{row.suffix}"
     target = Path.cwd() / name if options.out is None else absolute_file(options.out)
     report = _sizes(target, weights, chosen, progress)
@@ -174,7 +174,7 @@ def plan_gguf(job: Job) -> Callable[[], Path]:
                 with job.progress.phase("writing", len(chosen)) as advance:
                     for tensor, choice in chosen:
                         for published in tensor.sources:
-                            writer.write(published, choice.encode(tensor, published))
+                            writer.write(published, choice.encode(tensor, published), tensor.name)
                         advance(1)
                 writer.finish()
             check_unchanged(source)

@@ -11,7 +11,7 @@ from conftest import MakeModel
 
 from quantkit.blocks import backward
 from quantkit.blocks.families import ROUTED
-from quantkit.blocks.fisher import StageSquares, fisher_squares
+from quantkit.blocks.fisher import FisherPass, StageSquares
 from quantkit.blocks.memory import MemoryPlan
 from quantkit.blocks.probes import sign_seeds, signs
 from quantkit.blocks.stream import ModelStream
@@ -87,7 +87,7 @@ def streamed(
     stages: list[Squares] = []
     rows: Squares = {}
     with Workers(even_shares(len(batches), workers)) as at_work:
-        for index, named, found, _ in fisher_squares(stream, batches, own, memory, at_work, SILENT, exact):
+        for index, named, found, _ in FisherPass(stream, batches, own, memory, at_work, SILENT, exact).squares():
             for number, names in enumerate(named):
                 seen = [batch[number] for batch in found]
                 stages.append({f"model.layers.{index}.{name}": spread(seen, batches) for name in names})
@@ -212,7 +212,7 @@ def test_a_process_without_windows_has_nothing_to_tell(make_model: MakeModel) ->
     stream = open_in(make_model(), torch.float32)
     for memory in (BY_BLOCK, AT_ONCE):
         with Workers([range(0)]) as at_work:
-            found = list(fisher_squares(stream, [], [], memory, at_work, SILENT))
+            found = list(FisherPass(stream, [], [], memory, at_work, SILENT).squares())
         assert [squares for _, _, squares, _ in found] == [[] for _ in stream.blocks]
 
 

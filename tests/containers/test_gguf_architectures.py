@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from conftest import MakeModel, Recorder, random_model, token_matrix
 from support.architectures import CONFIGS, PARTED, TIED
 from support.streamed import open_stream, streamed_logits
 from support.tolerance import forward
+from support.zoo import tiny
+from transformers import PreTrainedTokenizerFast
 
 import quantkit
 from quantkit.containers.gguf.architectures import ROWS, WRITABLE
@@ -40,7 +43,8 @@ def plain_config(source: Any) -> dict[str, Any]:
 
 
 def test_every_row_has_a_model() -> None:
-    assert {row.model_type for row in ROWS} == set(CONFIGS) == set(WRITABLE)
+    assert {row.model_type for row in ROWS} == set(CONFIGS)
+    assert {kind for row in ROWS for kind in row.of or (row.model_type,)} == set(WRITABLE)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -74,7 +78,9 @@ def test_names_are_those_of_gguf_py(family: str, make_model: MakeModel, tmp_path
     known = {gguf.TENSOR_NAMES[kind].format(bid=0) for kind in gguf.MODEL_TENSORS[arch]}
     file = GgufFile(tmp_path / "tiny.gguf")
     names = {
-        name.rsplit(".", 1)[0] for name in file.tensors if not name.startswith("blk.") or name.startswith("blk.0.")
+        re.sub(r"\.(weight|bias)$", "", name)
+        for name in file.tensors
+        if not name.startswith("blk.") or name.startswith("blk.0.")
     }
     assert names <= known
     assert file.keys["general.architecture"] == row.name
@@ -190,6 +196,67 @@ def test_what_every_glm_file_says_is_not_read_otherwise(
     said, shapes = {**file.keys, f"glm4moe.{key}": value}, {name: own.shape for name, own in file.tensors.items()}
     with pytest.raises(SourceError, match=rf"glm4moe\.{key} is {value}; such models cannot be read"):
         config_settings(ArchitectureKeys(WRITABLE["glm4_moe"], said.get), shapes, file.values)
+
+
+@pytest.mark.parametrize("kind", ["7B", "11B", "40B"])
+def test_falcons_of_every_kind(kind: str, make_model: MakeModel, tmp_path: Path) -> None:
+    own = {
+        "7B": {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": None},
+        "11B": {"num_ln_in_parallel_attn": 1},
+        "40B": {},
+    }[kind]
+    folder = make_model("falcon", dtype="float32", **{**CONFIGS["falcon"], **own})
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", pre="gpt-2", type="f32", embedding_type="f32", output_type="f32")
+    read, source, tokens = open_stream(tmp_path / "tiny.gguf"), open_stream(folder), [token_matrix(2, 32).tokens]
+    assert set(read.weights.tensors) == set(source.weights.tensors)
+    expected = streamed_logits(source, tokens)[0]
+    torch.testing.assert_close(streamed_logits(read, tokens)[0], expected, **forward(expected))
+    assert ("blk.0.attn_norm_2.weight" in GgufFile(tmp_path / "tiny.gguf").tensors) is (kind == "40B")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5", "llama4"])
+def test_of_a_model_with_towers_the_text_is_written(
+    kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny(kind)
+    if kind == "gemma3":
+        model.config.text_config.query_pre_attn_scalar = 16
+        for layer in model.model.language_model.layers:
+            layer.self_attn.scaling = 16**-0.5
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    quantkit.ggml(
+        tmp_path / "model", tmp_path / "tiny.gguf", pre="gpt-2", type="f32", embedding_type="f32", output_type="f32"
+    )
+    tokens = token_matrix(2, 32).tokens
+    with torch.inference_mode():
+        expected = model(input_ids=tokens).logits
+    read = open_stream(tmp_path / "tiny.gguf")
+    assert read.source.config.get_text_config() is read.source.config
+    torch.testing.assert_close(streamed_logits(read, [tokens])[0], expected, **forward(expected))
+
+
+def test_the_matrix_of_latent_keys_and_values_lies_in_two(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = written(make_model, "deepseek_v3", tmp_path / "one.gguf", type="q8_0")
+    file, name = GgufFile(tmp_path / "one.gguf"), "model.layers.1.self_attn.kv_b_proj.weight"
+    assert file.tensors["blk.1.attn_k_b.weight"].shape == (4, 32, 16)
+    assert file.tensors["blk.1.attn_v_b.weight"].shape == (4, 24, 32)
+    read, values = open_stream(tmp_path / "one.gguf").weights.read(name), open_stream(folder).weights.read(name)
+    assert 0 < float((read - values).abs().max()) < 0.02
+    quantkit.ggml(tmp_path / "one.gguf", tmp_path / "other.gguf", type="auto")
+    again = open_stream(tmp_path / "other.gguf").weights.read(name)
+    torch.testing.assert_close(again, read, rtol=1e-3, atol=1e-6)  # float16
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_mixed_rows_of_a_delta_net_are_quantized_together(family: str, make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model(family, dtype="float32", **CONFIGS[family])
+    options: dict[str, Any] = {"calibration": token_matrix(4, 32), "evaluate": False, "pre": "gpt-2"}
+    quantkit.gptq(folder, tmp_path / "out", ggml="q4_0", **options)
+    path = next((tmp_path / "out").glob("*.gguf"))
+    kinds = {name: tensor.kind.name for name, tensor in GgufFile(path).tensors.items()}
+    assert (kinds["blk.0.attn_qkv.weight"], kinds["blk.0.attn_gate.weight"]) == ("Q4_0", "Q4_0")
+    assert kinds["blk.0.ssm_conv1d.weight"] == "F32"
 
 
 def test_a_mixtral_is_not_told_to_be_a_llama(make_model: MakeModel, tmp_path: Path) -> None:

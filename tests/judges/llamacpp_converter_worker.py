@@ -11,8 +11,9 @@ import convert_hf_to_gguf  # noqa: E402
 from conversion.base import ModelBase, TextModel  # noqa: E402
 
 
-def convert(folder: str, out: str, config: dict[str, Any]) -> dict:
-    """Write `folder` as a float32 GGUF file; `config`: fields beside those that transformers reads from its config.
+def convert(folder: str, out: str, config: dict[str, Any], options: list[str]) -> dict:
+    """Write `folder` as a float32 GGUF file; `config`: fields beside those that transformers reads from its config;
+    `options`: of the converter's command line.
 
     The tests' vocabulary is a byte-level one for every model. That is not left to the converter, which looks for the
     vocabulary that a family is published with, and refuses one it does not know.
@@ -24,7 +25,7 @@ def convert(folder: str, out: str, config: dict[str, Any]) -> dict:
         model.set_vocab = lambda self: self._set_vocab_gpt2()
         return model
 
-    arguments = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", "f32"]
+    arguments = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", "f32", *options]
     with (
         replaced(sys, argv=arguments),
         replaced(convert_hf_to_gguf, get_model_class=found),

@@ -45,6 +45,7 @@ OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "bits": 3,
 }
+REFINE: dict[str, Any] = {"refine": True, "refine_steps": 6}
 WINDOWS, LENGTH = 4, 24
 CPU = torch.device("cpu")
 
@@ -168,7 +169,7 @@ def some_codes(kind: str) -> Codes:
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "Settings", partial(Settings, steps=6, every=2, gains=0.004, scales=0.002))
+    monkeypatch.setattr(tuning, "Settings", partial(Settings, every=2, gains=0.004, scales=0.002))
 
 
 def test_held_out_windows_are_spread() -> None:
@@ -191,7 +192,7 @@ def codes_in(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text"])
 def test_codes_stay_and_scales_and_gains_move(make_model: MakeModel, tmp_path: Path, family: str) -> None:
     model = make_model(family)
-    for name, more in (("plain", {}), ("refined", {"refine": True}), ("again", {"refine": True})):
+    for name, more in (("plain", {}), ("refined", REFINE), ("again", REFINE)):
         report = quantkit.gptq(model, tmp_path / name, **OPTIONS, **more)
     plain, refined = (codes_in(tmp_path / name) for name in ("plain", "refined"))
     assert plain.keys() == refined.keys()
@@ -207,12 +208,13 @@ def test_codes_stay_and_scales_and_gains_move(make_model: MakeModel, tmp_path: P
     assert report.refined is not None
     assert report.refined.windows == 1
     recipe, usual = (json.loads((tmp_path / n / "quantkit.json").read_text())["recipe"] for n in ("refined", "plain"))
-    assert recipe.keys() - usual.keys() == {"refine"}
+    assert recipe.keys() - usual.keys() == {"refine", "refine_steps"}
+    assert report.refined.steps == recipe["refine_steps"] == 6
 
 
 def test_what_is_written_is_what_was_judged(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
-    quantkit.gptq(model, tmp_path / "out", refine=True, **OPTIONS)
+    quantkit.gptq(model, tmp_path / "out", **REFINE, **OPTIONS)
     streams = [open_in(path, torch.float32) for path in (model, tmp_path / "out")]
     held = Windows(OPTIONS["calibration"].tokens[4:5], torch.ones(1, dtype=torch.int64))
     _, row = summarize(["a", "b"], score(streams, held, against=True))
@@ -223,9 +225,9 @@ def test_what_is_written_is_what_was_judged(make_model: MakeModel, tmp_path: Pat
 def test_held_out_windows_never_get_worse(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "Settings", partial(Settings, steps=3, every=1, gains=5.0, scales=5.0))
+    monkeypatch.setattr(tuning, "Settings", partial(Settings, every=1, gains=5.0, scales=5.0))
     model = make_model()
-    report = quantkit.gptq(model, tmp_path / "out", refine=True, **OPTIONS)
+    report = quantkit.gptq(model, tmp_path / "out", **{**REFINE, "refine_steps": 3}, **OPTIONS)
     quantkit.gptq(model, tmp_path / "plain", **OPTIONS)
     assert report.refined is not None
     assert (report.refined.step, report.refined.steps) == (0, 3)
@@ -238,14 +240,14 @@ def test_a_stopped_run_goes_on(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder, after: int
 ) -> None:
     model, out = make_model(), tmp_path / "out"
-    quantkit.gptq(model, tmp_path / "whole", refine=True, **OPTIONS)
+    quantkit.gptq(model, tmp_path / "whole", **REFINE, **OPTIONS)
     with monkeypatch.context() as patch:
         patch.setattr(Refining, "gradients", failing_at(Refining.gradients, after))
         with pytest.raises(UsageError, match="2 of 2 blocks are kept"):
-            quantkit.gptq(model, out, refine=True, **OPTIONS)
+            quantkit.gptq(model, out, **REFINE, **OPTIONS)
     with monkeypatch.context() as patch:
         patch.setattr(gptq, "solve", lambda *_: pytest.fail("made again"))
-        quantkit.gptq(model, out, refine=True, resume=True, progress=recorder, **OPTIONS)
+        quantkit.gptq(model, out, resume=True, progress=recorder, **REFINE, **OPTIONS)
     assert ("refining goes on after step 2" in recorder.notes) == (after == 3)
     assert contents(out) == contents(tmp_path / "whole")
     assert not folder_of(out).exists()
@@ -273,7 +275,7 @@ def test_after_a_worse_judgement_it_goes_on_from_the_best_with_half_the_step(mak
 def test_a_gguf_file_keeps_its_codes(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model()
     options = {key: value for key, value in OPTIONS.items() if key not in ("group_size", "bits")}
-    for name, more in (("plain", {}), ("refined", {"refine": True})):
+    for name, more in (("plain", {}), ("refined", REFINE)):
         quantkit.gptq(model, tmp_path / name, ggml="q4_0", pre="gpt-2", **options, **more)
     plain, refined = (gguf.GGUFReader(next((tmp_path / name).glob("*.gguf"))).tensors for name in ("plain", "refined"))
     moved = set()
@@ -290,14 +292,14 @@ def test_a_gguf_file_keeps_its_codes(make_model: MakeModel, tmp_path: Path) -> N
 
 def test_what_has_no_gradient_is_left_and_said(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
     model = make_model("gemma3n_text", **DISCOVERED["gemma3n_text"])
-    report = quantkit.gptq(model, tmp_path / "out", refine=True, progress=recorder, **OPTIONS)
+    report = quantkit.gptq(model, tmp_path / "out", **REFINE, progress=recorder, **OPTIONS)
     assert [text for text in recorder.notes if text.startswith("nothing is refined, since gemma3n_text")]
     assert report.refined is None
 
 
 def test_one_window_leaves_nothing_to_hold_out(make_model: MakeModel, tmp_path: Path, recorder: Recorder) -> None:
     options = {**OPTIONS, "calibration": token_matrix(1, 256)}
-    report = quantkit.gptq(make_model(), tmp_path / "out", refine=True, progress=recorder, **options)
+    report = quantkit.gptq(make_model(), tmp_path / "out", **REFINE, progress=recorder, **options)
     assert report.refined is None
     assert [text for text in recorder.notes if text.startswith("nothing is refined: one calibration window")]
 
@@ -308,12 +310,19 @@ def test_a_dry_run_counts_what_waits(make_model: MakeModel) -> None:
     needed = tuning.plan_refining_memory(stream, 1024, 256).needed
     assert needed >= 1024 * 256 * stream.source.config.hidden_size * (4 + 2)
     options = {**OPTIONS, "calibration": token_matrix(1024, 256), "dry_run": True}
-    assert quantkit.gptq(model, refine=True, **options).memory_bytes >= needed
+    told = [quantkit.gptq(model, refine=True, refine_steps=steps, **options) for steps in (8, 32)]
+    assert told[0].memory_bytes == told[1].memory_bytes >= needed
+    assert quantkit.gptq(model, **options).multiplications < told[0].multiplications < told[1].multiplications
+
+
+def test_steps_without_refining_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="refine_steps 64 are of refine: turn it on"):
+        quantkit.gptq(make_model(), tmp_path / "out", refine_steps=64, **OPTIONS)
 
 
 def test_with_a_budget_the_chosen_codes_are_refined(make_model: MakeModel, tmp_path: Path) -> None:
     options = {key: value for key, value in OPTIONS.items() if key not in ("group_size", "bits")}
-    report = quantkit.gptq(make_model(), tmp_path / "out", refine=True, budget="5bpw", **options)
+    report = quantkit.gptq(make_model(), tmp_path / "out", **REFINE, budget="5bpw", **options)
     assert report.budget is not None
     assert report.refined is not None
     assert held_out(tmp_path / "out") == (report.refined.before, report.refined.after)

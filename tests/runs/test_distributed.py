@@ -159,17 +159,18 @@ def test_deterministic_on_other_grids(start: Start, tmp_path: Path, more: list[s
 
 def test_refining_gives_the_same_bytes_for_any_number(start: Start, tmp_path: Path) -> None:
     """One killed and gone on with by more, too. A step has two windows, so that of four processes two only listen."""
-    arguments = quantize("--deterministic", "--no-eval", "--effort", "fast", "--refine", "--bits", "2", model="dense")
+    options = "--deterministic --no-eval --effort fast --bits 2 --refine --refine-steps 8"
+    arguments = quantize(*options.split(), model="dense")
     for ranks in (1, 2, 4):
-        check_done(start(str(ranks), ranks, arguments, steps=8))
+        check_done(start(str(ranks), ranks, arguments))
     whole = contents(tmp_path / "1" / "out")
     refined = json.loads(whole["quantkit.json"])["refined"]
     assert refined["after"] < refined["before"]
-    lost = start("killed", 2, arguments, steps=8, stop=(1, 6, signal.SIGKILL), at="steps")
+    lost = start("killed", 2, arguments, stop=(1, 6, signal.SIGKILL), at="steps")
     assert [outcome.code for outcome in lost] == [1, -signal.SIGKILL]
     kept = [path.name for path in (tmp_path / "killed/.out.unfinished/refined").iterdir()]
     assert kept == ["00004.safetensors"]
-    check_done(start("killed", 4, [*arguments, "--resume"], steps=8))
+    check_done(start("killed", 4, [*arguments, "--resume"]))
     for name in ("2", "4", "killed"):
         assert contents(tmp_path / name / "out") == whole, name
 

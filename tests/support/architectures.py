@@ -7,12 +7,31 @@ from typing import Any
 from quantkit.containers.gguf.architectures import ROWS
 
 _WINDOWS = {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": None}
+_LATENT = {
+    **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24},
+    **{"head_dim": None, "num_key_value_heads": 4, "first_k_dense_replace": 1, "moe_intermediate_size": 32},
+    **{"num_experts_per_tok": 2, "n_shared_experts": 2, "num_hidden_layers": 3},
+}
+_DELTA_NET = {
+    **{"head_dim": 32, "num_hidden_layers": 4, "layer_types": None, "linear_conv_kernel_dim": 4},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+}
+_SHARED_EXPERTS = {
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "shared_expert_intermediate_size": 64,
+}
 _CONV = ["conv", "full_attention", "conv"]
 
 # transformers' model_type -> what its tiny model's config needs beside conftest's sizes.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 64},
+    "ministral3": {
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+    },
     "mixtral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
@@ -21,6 +40,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 64,
     },
     "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": []},
+    "llama4_text": {
+        **{"intermediate_size": 32, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_hidden_layers": 4},
+        "interleave_moe_layer_step": 2,
+    },
+    "deepseek_v2": {**_LATENT, "n_group": 1, "topk_group": 1, "n_routed_experts": 4, "routed_scaling_factor": 1.5},
+    "deepseek_v3": {
+        **{**_LATENT, "n_group": 2, "topk_group": 1, "n_routed_experts": 8, "num_mtp_layers": 0},
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    },
+    "falcon": {
+        **{"num_kv_heads": 2, "new_decoder_architecture": True, "intermediate_size": None, "num_key_value_heads": None},
+    },
+    "qwen3_next": {**_DELTA_NET, **_SHARED_EXPERTS},
+    "qwen3_5_text": _DELTA_NET,
+    "qwen3_5_moe_text": {**_DELTA_NET, **_SHARED_EXPERTS, "intermediate_size": None},
     "gemma": {"head_dim": 32},
     "gemma2": {"sliding_window": 8, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {"sliding_window": 8, "num_hidden_layers": 6, "layer_types": None},

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ class Request:
         stop: (rank, block, signal): that rank sends itself the signal when that block is done; signal 0: it fails.
         at: where `stop` counts: blocks that land, from 0, "steps" of refining that are done, from 1, or "weighing", by
             the last block that has its token weights, which all ranks then make block by block.
-        steps: of refining; None: as many as measured to be good.
         stale: seconds without a heartbeat after which a rank counts as gone.
         bfloat16: ranks whose processors are faster in it.
         namespaces: network namespaces to spread the ranks over, and where they meet.
@@ -46,7 +44,6 @@ class Request:
     last: list[str] = field(default_factory=list)
     stop: tuple[int, int, int] | None = None
     at: str = "blocks"
-    steps: int | None = None
     stale: float | None = None
     bfloat16: list[int] = field(default_factory=list)
     namespaces: list[str] = field(default_factory=list)
@@ -160,16 +157,14 @@ def _prepare(request: Request, rank: int) -> None:
     from quantkit.blocks import arithmetic
     from quantkit.blocks.memory import MemoryPlan
     from quantkit.errors import NumericError
-    from quantkit.quantize import token_weights, tuning
-    from quantkit.quantize.refine import Course, Settings
+    from quantkit.quantize import token_weights
+    from quantkit.quantize.refine import Course
     from quantkit.runs import ranks as parallel
     from quantkit.runs import watch
     from quantkit.runs.landing import Lander
     from quantkit.runs.weighing import Weighed
 
     parallel._VISIBLE = 1.0
-    if request.steps is not None:
-        tuning.Settings = partial(Settings, steps=request.steps)  # type: ignore[assignment,misc]
     arithmetic.bfloat16_pays = lambda: rank in request.bfloat16  # type: ignore[assignment]
     if request.stale is not None:
         watch._STALE = request.stale

@@ -387,7 +387,7 @@ def test_options_and_outputs_that_cannot_be(base: Path, tuned: Path, tmp_path: P
         (copy / "out", {}, "lies inside the source"),
         (tmp_path / "delta" / "out", {}, "lies inside the source"),
         (tmp_path, {"force": True}, "contains the source"),
-        (copy, {"force": True}, "lies inside the source"),
+        (copy, {"force": True}, "is the source itself"),
         (tmp_path / "out", {"vocab": "zeros"}, "vocab=zeros: choose auto, mean, delta"),
         (tmp_path / "out", {"dtype": "int8"}, "dtype=int8: choose auto, float16"),
         (tmp_path / "out", {"expect_sum": float("nan")}, "expect_sum=nan: give a number"),

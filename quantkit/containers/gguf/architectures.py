@@ -7,12 +7,13 @@ for granted where the file says nothing. Reader and writer both go by the table;
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]*)\.")
+_SUFFIX = re.compile(r"\.(weight|bias)$")
 # Tensors that the config holds under transformers.
 IN_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -38,6 +39,28 @@ _LATE_NORMS = {name: _FOUR_NORMS[name] for name in ("post_attention_norm", "post
 _GPT2 = {
     **{"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2"},
     **{"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+}
+_FALCON = {
+    **{"attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"},
+    **{"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"},
+}
+_FALCON_FORM: dict[str, Any] = {
+    "outside": {
+        "token_embd.weight": "transformer.word_embeddings.weight",
+        "output_norm.weight": "transformer.ln_f.weight",
+        "output_norm.bias": "transformer.ln_f.bias",
+        **_HEAD,
+    },
+    "layers": "transformer.h",
+    "means": {"parallel_attn": True, "alibi": False, "bias": False},
+    "epsilon": "layer_norm_epsilon",
+    "layer_norm": True,
+    "inner": "ffn_hidden_size",
+    "shared_heads": "num_kv_heads",
+    "activations": ("gelu",),
+    "constants": {"tensor_data_layout": "jploski"},
+    "same_width": True,
+    "grouped": True,
 }
 _LFM2_ATTENTION = {
     **_QKV,
@@ -74,12 +97,100 @@ _SPARSE = {
     **_experts("mlp.gate", "mlp.experts"),
     **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
 }
+# Keys and values made from one short vector: the file has the matrix that makes them in two.
+_LATENT = {
+    **{"attn_q": "self_attn.q_proj", "attn_q_a": "self_attn.q_a_proj", "attn_q_b": "self_attn.q_b_proj"},
+    **{"attn_q_a_norm": "self_attn.q_a_layernorm", "attn_kv_a_norm": "self_attn.kv_a_layernorm"},
+    **{"attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_output": "self_attn.o_proj"},
+    **dict.fromkeys(("attn_k_b", "attn_v_b"), "self_attn.kv_b_proj"),
+}
+_LATENT_FIELDS = {
+    **_expert_fields("n_routed_experts", "moe_intermediate_size"),
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "expert_shared_count": "n_shared_experts",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+}
+_SHARED_EXPERTS = {
+    **_experts("mlp.gate", "mlp.experts"),
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+}
+_SHARED_EXPERTS_FIELDS = {
+    **_expert_fields("num_experts", "moe_intermediate_size"),
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+_GATED_ATTENTION = {
+    **{**_ATTENTION, **_HEAD_NORMS},
+    **{"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"},
+}
+_DELTA_NET = {
+    **{"ssm_conv1d": "linear_attn.conv1d", "ssm_a": "linear_attn.A_log", "ssm_ba": "linear_attn.in_proj_ba"},
+    **{"ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj"},
+}
+_DELTA_NET_APART = {
+    **{name: ours for name, ours in _DELTA_NET.items() if name != "ssm_ba"},
+    **{"attn_qkv": "linear_attn.in_proj_qkv", "attn_gate": "linear_attn.in_proj_z"},
+    **{"ssm_beta": "linear_attn.in_proj_b", "ssm_alpha": "linear_attn.in_proj_a"},
+}
+_MIXED = {"attn_qkv": "mixed keys and values", "attn_gate": "mixed gates"}
+_TILED = {
+    **{"attn_qkv": "tiled values after keys", "attn_gate": "tiled values", "ssm_conv1d": "tiled values after keys"},
+    **dict.fromkeys(("ssm_beta", "ssm_alpha", "ssm_a", "ssm_dt"), "tiled heads"),
+}
+_DELTA_NET_KINDS = {
+    **dict.fromkeys((*_ATTENTION, *_HEAD_NORMS), "full_attention"),
+    **dict.fromkeys((*_DELTA_NET, *_DELTA_NET_APART, "ssm_dt"), "linear_attention"),
+}
+_DELTA_NET_FIELDS = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+}
+_DELTA_NET_FORM: dict[str, Any] = {
+    "bare": ("ssm_a", "ssm_dt"),
+    "nameless": ("ssm_a",),
+    "logarithms": ("ssm_a",),
+    "squeezed": ("ssm_conv1d",),
+    "partial_rotary": True,
+    "delta_net": True,
+    "gated_queries": True,
+    "norm_offset": 1.0,
+}
+_LATENT_READ = {
+    **{"q_lora_rank": None, "first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+    **{"n_group": 1, "topk_group": 1},
+}
+_LATENT_FORM: dict[str, Any] = {
+    "optional": ("attn_q", "attn_q_a", "attn_q_b", "attn_q_a_norm"),
+    "of_kind": {**dict.fromkeys(_MLP, "dense"), **dict.fromkeys((*_SPARSE, "exp_probs_b"), "sparse")},
+    "leading_dense": "first_k_dense_replace",
+    "read_as": _LATENT_READ,
+    "orders": {"attn_k_b": "latent keys", "attn_v_b": "latent values"},
+    "latent": True,
+    "yarn_scaled": 0.1,
+    "unshared": True,
+}
+_LLAMA4_EXPERTS = {
+    **_experts("feed_forward.router", "feed_forward.experts"),
+    **{f"ffn_{part}_shexp": f"feed_forward.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+}
 _GRANITE_FIELDS = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
+
+
+def part_of(name: str) -> str:
+    """What a tensor of a file is, without its block and suffix: "attn_q" of "blk.0.attn_q.weight"."""
+    return _SUFFIX.sub("", BLOCK.sub("", name))
 
 
 @dataclass(frozen=True)
@@ -92,16 +203,22 @@ class Architecture:
         weights: matrices and norms of a block, GGUF name -> name of the parameter, both without ``.weight``. A ``*``
             stands for the number of an expert: the file holds all experts' in one tensor, one after another.
         biases: the same of its biases.
-        when: the row is for files in which this key is there and not 0; the architecture's last row for all others.
+        of: model types that are written by the row, where they are others than `model_type` alone: what is computed of
+            text is the same, or its config says the same by other names.
+        chosen: config fields -> values; of several rows of a model type the first is taken whose all are so.
+        when: the row is for files in which this key is there and not 0 (``key=value``: is this), or that have this
+            tensor (``blk.0.NAME``); the architecture's last row for all others.
         outside: tensors outside of blocks, whole names.
         layers: the list of blocks.
         published: a part of a parameter's name -> what checkpoints call it.
         flags: a tensor of the first block that some files have -> the config field that says so.
+        optional: tensors of a block that some files have and no flag tells of.
         fields: further GGUF keys -> config fields.
         means: config fields that no key says, or a key that is always the same, since every such model has them so.
         epsilon: config field of the norms' epsilon; the number itself where the config has none.
         layer_norm: norms subtract the mean, so the epsilon's key is another one.
-        inner: config field of the width of the MLP; four times the model's where the config has none.
+        inner: config field of the width of the MLP, "" of models without one; four times the model's where the config
+            has none.
         shared_heads: config field of the number of heads of K and V; None where there are as many as of Q.
         head: whether the output matrix is the embedding: "tied" always, "own" never, in files.
         activations: values of the config's activation that the file means.
@@ -120,17 +237,29 @@ class Architecture:
         unshared: there are as many heads of K and V as of Q.
         wide_norms: norms of Q and K are over all heads together.
         gate_in_up: the gate's matrix lies above the up matrix in one.
+        latent: keys and values of all heads are made from one short vector (MLA).
+        yarn_scaled: yarn's `mscale_all_dim` is a key, this much of it.
+        tempered: queries grow with their position; by how much is a key (`llama_4_scaling_beta`).
+        sections: rotary dimensions are shared out between positions (`mrope_section`), which of text are the same.
         of_kind: tensors of a block that blocks of one kind alone have -> that kind: of the config's `layer_types`, or
             "dense" or "sparse", where blocks differ by their MLP.
         leading_dense: config field of the number of blocks without experts, which come first.
+        sparse_step: config field of every how manieth block has experts.
+        delta_net: blocks of the kind "linear_attention" in the config's `layer_types` are gated delta nets.
+        gated_queries: beside each head of Q there is one of a gate.
         unattended: the `layer_types` of blocks without attention, whose heads of K and V a file counts as 0.
         read_as: config fields of a model that is read, where its file says nothing else.
         constants: keys that are the same in every file.
         bare: parameters of a name of their own, which is that of no module.
+        nameless: tensors whose names in the file end in neither ``.weight`` nor ``.bias``.
+        logarithms: vectors of which the file has minus the exponential.
         vectors: matrices of one row, which some files have as vectors.
         squeezed: matrices that are published as [rows, 1, columns].
         turned: matrices that are published as [in, out].
         grouped: `attn_qkv` is published as groups of heads, each Q, then K, then V; the file has all Q first.
+        orders: matrices whose rows lie in an order of their own, or that are some rows of a published one -> which, one
+            of `order.ORDERS`.
+        columns: the same of matrices' columns.
         permuted: rows of Q and K are in llama.cpp's rotary order.
         norm_offset: what was added to the weights of norms.
         bfloat16: activations overflow float16, so variants are published in bfloat16.
@@ -141,11 +270,14 @@ class Architecture:
     model_type: str
     weights: Mapping[str, str]
     biases: Mapping[str, str] = field(default_factory=dict)
+    of: tuple[str, ...] = ()
+    chosen: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     when: str | None = None
     outside: Mapping[str, str] = field(default_factory=lambda: _OUTSIDE)
     layers: str = "model.layers"
     published: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
     means: Mapping[str, Any] = field(default_factory=dict)
     epsilon: str | float = "rms_norm_eps"
@@ -169,16 +301,27 @@ class Architecture:
     unshared: bool = False
     wide_norms: bool = False
     gate_in_up: bool = False
+    latent: bool = False
+    yarn_scaled: float = 0.0
+    tempered: bool = False
+    sections: bool = False
     of_kind: Mapping[str, str] = field(default_factory=dict)
     leading_dense: str = ""
+    sparse_step: str = ""
+    delta_net: bool = False
+    gated_queries: bool = False
     unattended: str = ""
     read_as: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     bare: tuple[str, ...] = ()
+    nameless: tuple[str, ...] = ()
+    logarithms: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     grouped: bool = False
+    orders: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
     permuted: bool = False
     norm_offset: float = 0.0
     bfloat16: bool = False
@@ -189,7 +332,7 @@ class Architecture:
         """Tensors of a block, GGUF name -> the parameter's name within the block."""
         parts = (("weight", self.weights), ("bias", self.biases))
         return {
-            f"{name}.{part}": ours if name in self.bare else f"{ours}.{part}"
+            name if name in self.nameless else f"{name}.{part}": ours if name in self.bare else f"{ours}.{part}"
             for part, table in parts
             for name, ours in table.items()
         }
@@ -228,26 +371,75 @@ ROWS: tuple[Architecture, ...] = (
         rope_types=("linear", "yarn", "llama3"),
         permuted=True,
     ),
-    Architecture("mistral3", "mistral", _GATED, permuted=True, window=True),
-    Architecture("qwen2", "qwen2", _GATED, _QKV, same_width=True),
-    Architecture("qwen3", "qwen3", {**_GATED, **_HEAD_NORMS}),
     Architecture(
-        "qwen2moe",
-        "qwen2_moe",
+        "mistral3",
+        "ministral3",
+        _GATED,
+        when="attention.temperature_scale",
+        rope_types=("yarn",),
+        permuted=True,
+        yarn_scaled=1.0,
+        tempered=True,
+        window=True,
+    ),
+    Architecture("mistral3", "mistral", _GATED, permuted=True, window=True),
+    # Its chunks of 8192 tokens, and what queries are scaled by beyond them, are the same in every file.
+    Architecture(
+        "llama4",
+        "llama4_text",
         {
             **_ATTENTION,
             **_NORMS,
-            **_experts("mlp.gate", "mlp.experts"),
-            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-            "ffn_up_shexp": "mlp.shared_expert.up_proj",
-            "ffn_down_shexp": "mlp.shared_expert.down_proj",
+            **{f"ffn_{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")},
+            **_LLAMA4_EXPERTS,
         },
-        _QKV,
         fields={
-            **_expert_fields("num_experts", "moe_intermediate_size"),
-            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+            **_expert_fields("num_local_experts", "intermediate_size"),
+            "interleave_moe_layer_step": "interleave_moe_layer_step",
         },
+        means={
+            **{"attention_chunk_size": 8192, "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1},
+            "attention_bias": False,
+        },
+        inner="intermediate_size_mlp",
+        rope_types=("llama3",),
+        unturned=4,
+        of_kind={
+            **dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "dense"),
+            **dict.fromkeys(_LLAMA4_EXPERTS, "sparse"),
+        },
+        sparse_step="interleave_moe_layer_step",
+        read_as={"use_qk_norm": True},
+    ),
+    Architecture("qwen2", "qwen2", _GATED, _QKV, same_width=True),
+    Architecture("qwen3", "qwen3", {**_GATED, **_HEAD_NORMS}),
+    # Of text the positions of Qwen's vision models are all the same, so the text part is read as a Qwen 2 or 3.
+    Architecture(
+        "qwen2vl",
+        "qwen2",
+        _GATED,
+        _QKV,
+        of=("qwen2_vl_text", "qwen2_5_vl_text"),
+        sections=True,
+        same_width=True,
+    ),
+    Architecture("qwen3vl", "qwen3", {**_GATED, **_HEAD_NORMS}, of=("qwen3_vl_text",), sections=True),
+    Architecture(
+        "qwen3vlmoe",
+        "qwen3_moe",
+        {**_ATTENTION, **_NORMS, **_HEAD_NORMS, **_experts("mlp.gate", "mlp.experts")},
+        of=("qwen3_vl_moe_text",),
+        fields=_expert_fields("num_experts", "moe_intermediate_size"),
+        means={"mlp_only_layers": [], "decoder_sparse_step": 1},
+        read_as={"norm_topk_prob": True},
+        sections=True,
+    ),
+    Architecture(
+        "qwen2moe",
+        "qwen2_moe",
+        {**_ATTENTION, **_NORMS, **_SHARED_EXPERTS},
+        _QKV,
+        fields=_SHARED_EXPERTS_FIELDS,
         means={"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 1, "qkv_bias": True},
         vectors=("ffn_gate_inp_shexp",),
         head="own",
@@ -300,6 +492,48 @@ ROWS: tuple[Architecture, ...] = (
         head="tied",
         squeezed=("shortconv.conv",),
         same_width=True,
+    ),
+    Architecture(
+        "qwen3next",
+        "qwen3_next",
+        {**_GATED_ATTENTION, **_DELTA_NET, **_SHARED_EXPERTS, **dict.fromkeys(_MIXED, "linear_attn.in_proj_qkvz")},
+        {"ssm_dt": "linear_attn.dt_bias"},
+        fields={**_DELTA_NET_FIELDS, **_SHARED_EXPERTS_FIELDS},
+        means={
+            **{"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1, "attention_bias": False},
+        },
+        vectors=("ffn_gate_inp_shexp",),
+        of_kind=_DELTA_NET_KINDS,
+        orders=_MIXED,
+        **_DELTA_NET_FORM,
+    ),
+    Architecture(
+        "qwen35",
+        "qwen3_5_text",
+        {**_GATED_ATTENTION, **_DELTA_NET_APART, **_MLP},
+        {"ssm_dt": "linear_attn.dt_bias"},
+        fields=_DELTA_NET_FIELDS,
+        means={"attention_bias": False},
+        of_kind=_DELTA_NET_KINDS,
+        orders=_TILED,
+        columns={"ssm_out": "tiled values"},
+        sections=True,
+        **_DELTA_NET_FORM,
+    ),
+    Architecture(
+        "qwen35moe",
+        "qwen3_5_moe_text",
+        {**_GATED_ATTENTION, **_DELTA_NET_APART, **_SHARED_EXPERTS},
+        {"ssm_dt": "linear_attn.dt_bias"},
+        fields={**_DELTA_NET_FIELDS, **_SHARED_EXPERTS_FIELDS},
+        means={"attention_bias": False},
+        vectors=("ffn_gate_inp_shexp",),
+        inner="",
+        of_kind=_DELTA_NET_KINDS,
+        orders=_TILED,
+        columns={"ssm_out": "tiled values"},
+        sections=True,
+        **_DELTA_NET_FORM,
     ),
     Architecture(
         "gpt-oss",
@@ -558,6 +792,25 @@ ROWS: tuple[Architecture, ...] = (
         same_width=True,
         grouped=True,
     ),
+    # Models of 40B norm attention and MLP apart.
+    Architecture(
+        "falcon",
+        "falcon",
+        {**_FALCON, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
+        {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"},
+        chosen={"new_decoder_architecture": (True,), "num_ln_in_parallel_attn": (None, 2)},
+        when="blk.0.attn_norm_2.weight",
+        read_as={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+        **_FALCON_FORM,
+    ),
+    Architecture(
+        "falcon",
+        "falcon",
+        {**_FALCON, "attn_norm": "input_layernorm"},
+        {"attn_norm": "input_layernorm"},
+        read_as={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+        **_FALCON_FORM,
+    ),
     Architecture(
         "command-r",
         "cohere",
@@ -646,6 +899,27 @@ ROWS: tuple[Architecture, ...] = (
         bare=("exp_probs_b",),
         partial_rotary=True,
     ),
+    Architecture(
+        "deepseek2",
+        "deepseek_v3",
+        {**_LATENT, **_MLP, **_NORMS, **_SPARSE},
+        {"exp_probs_b": "mlp.gate.e_score_correction_bias"},
+        when="expert_gating_func=2",
+        fields=_LATENT_FIELDS,
+        means={"attention_bias": False, "rope_interleave": True},
+        constants={"expert_gating_func": 2},  # sigmoid
+        bare=("exp_probs_b",),
+        **{**_LATENT_FORM, "read_as": {**_LATENT_READ, "num_mtp_layers": 0}},
+    ),
+    Architecture(
+        "deepseek2",
+        "deepseek_v2",
+        {**_LATENT, **_MLP, **_NORMS, **_SPARSE},
+        fields=_LATENT_FIELDS,
+        means={"attention_bias": False, "mlp_bias": False, "norm_topk_prob": False, "topk_method": "greedy"},
+        constants={"expert_gating_func": 1},  # softmax
+        **_LATENT_FORM,
+    ),
     Architecture("ernie4_5", "ernie4_5", _GATED, means={"use_bias": False}),
     Architecture(
         "nemotron",
@@ -669,10 +943,27 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
 }
 """Rows by `general.architecture`; of several the first whose `when` holds is a file's."""
 
-WRITABLE: dict[str, Architecture] = {row.model_type: row for row in reversed(ROWS)}
-"""Rows by transformers' model_type: what a model is written as."""
+WRITABLE: dict[str, Architecture] = {kind: row for row in reversed(ROWS) for kind in (row.of or (row.model_type,))}
+"""Rows by transformers' model_type: what a model is written as; of several of a type the first."""
 
 
-def row_of_file(name: str, said: Callable[[str], Any]) -> Architecture:
-    """The row of a file of an architecture; `said` gives what a key of the architecture's own says."""
-    return next(row for row in ARCHITECTURES[name] if row.when is None or said(f"{name}.{row.when}"))
+def row_of_config(config: Any) -> Architecture | None:
+    """The row that a model is written by; None where its type has none. `config` is of the text model."""
+    rows = [row for row in ROWS if config.model_type in (row.of or (row.model_type,))]
+    fitting = (row for row in rows if all(getattr(config, name) in held for name, held in row.chosen.items()))
+    return next(fitting, None)
+
+
+def row_of_file(name: str, said: Callable[[str], Any], tensors: Container[str] = ()) -> Architecture:
+    """The row of a file of an architecture; `said` gives what a key says, `tensors` are the file's names."""
+    return next(row for row in ARCHITECTURES[name] if row.when is None or _holds(row, said, tensors))
+
+
+def _holds(row: Architecture, said: Callable[[str], Any], tensors: Container[str]) -> bool:
+    """Whether a file is one that the row's `when` tells of."""
+    condition = str(row.when)
+    if condition.startswith("blk."):
+        return condition in tensors
+    key, _, value = condition.partition("=")
+    found = said(f"{row.name}.{key}")
+    return str(found) == value if value else bool(found)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantkit.containers.gguf.architectures import BLOCK, Architecture
+from quantkit.containers.gguf.architectures import BLOCK, Architecture, part_of
 from quantkit.containers.gguf.file import Array
 from quantkit.errors import SourceError
 from quantkit.late import transformers
@@ -89,7 +90,8 @@ def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
     kind = transformers.CONFIG_MAPPING[settings["model_type"]]
     heads = fields["num_attention_heads"]
     for name, follows in {"head_dim": fields["hidden_size"] / heads, "num_key_value_heads": heads}.items():
-        if fields.get(name) == follows and not hasattr(kind, name):
+        own = getattr(kind, name, None)  # a property where it always follows
+        if fields.get(name) == follows and (isinstance(own, property) or not hasattr(kind, name)):
             del fields[name]
     config: PretrainedConfig = kind(**fields)
     return config
@@ -109,8 +111,10 @@ def config_settings(
         SourceError: a key is missing or says what cannot be read.
     """
     row = keys.row
+    own = {*row.fields, *(("attention.temperature_scale",) if row.tempered else ())}
+    own |= {"rope.scaling.yarn_log_multiplier"} if row.yarn_scaled else set()
     for key in _NOT_READ:
-        if keys.get(key) and key not in row.fields:
+        if keys.get(key) and key not in own:
             raise SourceError(f"{keys.architecture}.{key} is {str(keys.get(key))[:40]}; such models cannot be read")
     for key, value in row.constants.items():
         if keys.get(key, value) != value:
@@ -121,7 +125,7 @@ def config_settings(
     found = {int(block[1]) for block in map(BLOCK.match, shapes) if block}
     if len(found) != blocks or max(found) != blocks - 1:  # whatever is made of a number of blocks takes its time
         raise SourceError(f"{keys.architecture}.block_count is {blocks}, but the file holds {len(found)} blocks")
-    sizes = {**_FIELDS, "feed_forward_length": row.inner}
+    sizes = {**_FIELDS, **({"feed_forward_length": row.inner} if row.inner else {})}
     settings = {ours: keys.require(key, whole=True) for key, ours in sizes.items()}
     epsilon = keys.require(row.epsilon_key)
     if isinstance(row.epsilon, str):
@@ -133,9 +137,13 @@ def config_settings(
         heads = _heads_by_block(keys, blocks)
         settings["num_key_value_heads"] = max(heads)
         settings["layer_types"] = ["full_attention" if count else row.unattended for count in heads]
+    elif row.latent:
+        settings |= _latent_widths(keys, settings)
     elif row.shared_heads:
         shared = keys.get("attention.head_count_kv") is not None
         settings[row.shared_heads] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
+    if row.delta_net:
+        settings |= _delta_net(keys, settings, blocks)
     settings["vocab_size"] = shapes["token_embd.weight"][0]
     for token in ("bos_token", "eos_token", "pad_token"):
         settings[f"{token}_id"] = token_id(keys.values, TOKENS[token], settings["vocab_size"])
@@ -145,6 +153,8 @@ def config_settings(
     window = keys.number("attention.sliding_window", whole=True) or None  # 0 says that there is none
     width = settings["hidden_size"] // settings["num_attention_heads"]
     head = keys.number("attention.key_length", width, whole=True)
+    if row.latent:
+        head = settings["qk_rope_head_dim"]
     _check_shapes(row, settings, head, shapes)
     settings |= {"model_type": row.model_type, "head_dim": head}
     if row.window or row.window_pattern or window:
@@ -155,15 +165,81 @@ def config_settings(
         settings["query_pre_attn_scalar"] = width if blocks in row.wide_models else head
     if row.unturned:
         settings["no_rope_layers"] = turned_layers(blocks, row.unturned)
+    if row.sparse_step and settings[row.sparse_step] > blocks:
+        raise SourceError(f"{keys.architecture}.{row.sparse_step} is beyond the {blocks} blocks; the file is broken")
     if not row.rotary:
         return settings
     rope = _rope_parameters(keys, head, shapes, read)
+    if row.tempered:
+        rope["llama_4_scaling_beta"] = keys.require("attention.temperature_scale")
     if row.local_rope:
         base = 10000.0 if row.local_rope == "own" else rope["rope_theta"]
         local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", base)}
         rope = {"full_attention": rope, "sliding_attention": local}
     settings["rope_parameters"] = rope
     return settings
+
+
+def _latent_widths(keys: ArchitectureKeys, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Of MLA: keys and values have as many heads as queries, once they are made from the short vector."""
+    turned, whole = (keys.require(key, whole=True) for key in ("rope.dimension_count", "attention.key_length_mla"))
+    if turned >= whole:
+        raise SourceError(f"{keys.architecture}.rope turns {turned} of {whole} dimensions; no model of MLA does")
+    return {
+        "num_key_value_heads": settings["num_attention_heads"],
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": whole - turned,
+        "v_head_dim": keys.require("attention.value_length_mla", whole=True),
+    }
+
+
+def _latent_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the attention's tensors of MLA, by their names in a block."""
+    width, heads, rank = settings["hidden_size"], settings["num_attention_heads"], settings["kv_lora_rank"]
+    own, turned, values = (settings[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    queries = heads * (own + turned)
+    short = settings["q_lora_rank"] or 0
+    return {
+        **{"attn_q": (queries, width), "attn_q_a": (short, width), "attn_q_b": (queries, short)},
+        **{"attn_q_a_norm": (short,), "attn_kv_a_norm": (rank,), "attn_kv_a_mqa": (rank + turned, width)},
+        **{"attn_k_b": (heads, rank, own), "attn_v_b": (heads, values, rank), "attn_output": (width, heads * values)},
+    }
+
+
+def _delta_net_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of a gated delta net's tensors, by their names in a block."""
+    keys, values, key, value = (
+        settings[f"linear_{name}"] for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+    )
+    width, mixed, gates = settings["hidden_size"], 2 * keys * key + values * value, values * value
+    return {
+        **{"attn_qkv": (mixed, width), "attn_gate": (gates, width), "ssm_out": (width, gates)},
+        **{
+            "ssm_conv1d": (mixed, settings["linear_conv_kernel_dim"]),
+            "ssm_norm": (value,),
+            "ssm_ba": (2 * values, width),
+        },
+        **dict.fromkeys(("ssm_beta", "ssm_alpha"), (values, width)),
+        **{"ssm_a": (values,), "ssm_dt": (values, 1)},
+    }
+
+
+def _delta_net(keys: ArchitectureKeys, settings: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """Which blocks are delta nets, and the width of their heads of values."""
+    said = keys.get("attention.recurrent_layers")
+    interval = keys.number("full_attention_interval", 4, whole=True) or 1
+    if said is None:
+        said = [bool((i + 1) % interval) for i in range(blocks)]
+    if not isinstance(said, list) or len(said) != blocks or not all(isinstance(one, bool) for one in said):
+        raise SourceError(f"{keys.architecture}.attention.recurrent_layers says nothing of {blocks} blocks")
+    heads, grouped = settings["linear_num_value_heads"], settings["linear_num_key_heads"]
+    inner = keys.require("ssm.inner_size", whole=True)
+    if heads % grouped or inner % heads:
+        raise SourceError(
+            f"{keys.architecture}.ssm: {heads} heads of {inner} rows cannot share {grouped} heads of keys"
+        )
+    kinds = ["linear_attention" if one else "full_attention" for one in said]
+    return {"layer_types": kinds, "linear_value_head_dim": inner // heads}
 
 
 def _heads_by_block(keys: ArchitectureKeys, blocks: int) -> list[int]:
@@ -187,12 +263,13 @@ def _own_fields(keys: ArchitectureKeys) -> dict[str, Any]:
     """Config fields of the row's own keys. Raises SourceError: one is missing that must be said, or says what the row
     does not mean."""
     row, settings = keys.row, dict[str, Any]()
-    experts = "expert_count" in row.fields  # how many there are must be said
+    # What must be said.
+    sizes = re.compile(r"ssm\.|expert_(.*_)?(count|length)$" if "expert_count" in row.fields else r"ssm\.")
     for key, ours in row.fields.items():
         value = keys.get(key)
         if isinstance(value, bool):
             settings[ours] = value
-        elif experts and key.startswith("expert_") and key.endswith(("_count", "_length")) and ours not in row.means:
+        elif sizes.match(key) and ours not in row.means:
             settings[ours] = keys.require(key, whole=True)
         elif value is not None:
             settings[ours] = keys.number(key)
@@ -218,7 +295,7 @@ def _check_shapes(
     row: Architecture, settings: Mapping[str, Any], head: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise SourceError where a tensor's shape is not the one that follows from the config's fields."""
-    width, inner, heads = settings["hidden_size"], settings[row.inner], settings["num_attention_heads"]
+    width, inner, heads = settings["hidden_size"], settings.get(row.inner, 0), settings["num_attention_heads"]
     shared, vocabulary = settings[row.shared_heads or "num_attention_heads"], settings["vocab_size"]
     queries, keys = heads * head, shared * head
     if head == 0 or head % 2 or heads % shared:
@@ -236,12 +313,15 @@ def _check_shapes(
         **{"shortconv.in_proj": (3 * width, width), "shortconv.out_proj": (width, width)},
         "position_embd": (settings["max_position_embeddings"], width),
         **_expert_shapes(row, settings),
+        **(_latent_shapes(settings) if row.latent else {}),
+        **(_delta_net_shapes(settings) if row.delta_net else {}),
+        **({"attn_q": (2 * queries, width)} if row.gated_queries else {}),
     }
     for name, shape in shapes.items():
         inside = BLOCK.sub("", name)
         if name not in row.outside and inside not in row.block:
             continue
-        part, _, kind = inside.rpartition(".")
+        part, kind = part_of(name), inside.rpartition(".")[2]
         expected = wanted.get(part, (width,))
         expected = expected[:-1] or expected if kind == "bias" else expected
         if shape != expected and not (part in row.vectors and shape == expected[1:]):
@@ -260,6 +340,8 @@ def _expert_shapes(row: Architecture, settings: Mapping[str, Any]) -> dict[str, 
     common = settings.get(row.fields.get("expert_shared_feed_forward_length", ""), 0)
     if "expert_shared_count" in row.fields:
         common = own * settings[row.fields["expert_shared_count"]]
+    elif row.name == "llama4":
+        common = own
     return {
         **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, own, width)),
         "exp_probs_b": (experts,),
@@ -315,7 +397,16 @@ def _scaling(keys: ArchitectureKeys) -> dict[str, Any]:
         "original_max_position_embeddings": keys.require("rope.scaling.original_context_length"),
         **{ours: keys.number(key) for ours, key in betas.items() if keys.get(key)},
         **({} if keys.row.ramp_rounded else {"truncate": False}),
+        **_yarn_scales(keys),
     }
+
+
+def _yarn_scales(keys: ArchitectureKeys) -> dict[str, float]:
+    """What the attention is scaled by besides, of models that say it."""
+    if not keys.row.yarn_scaled:
+        return {}
+    scale = float(f"{keys.require('rope.scaling.yarn_log_multiplier') / keys.row.yarn_scaled:.6g}")
+    return {"mscale": scale, "mscale_all_dim": scale}
 
 
 def _longrope(keys: ArchitectureKeys, read: Callable[[str], Array]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from quantkit.codes.kinds import FileType
-from quantkit.containers.gguf.architectures import WRITABLE, Architecture
+from quantkit.containers.gguf.architectures import WRITABLE, Architecture, row_of_config
 from quantkit.containers.gguf.config import longrope_attention, turned_layers
 from quantkit.containers.gguf.vocabulary import vocabulary
 from quantkit.containers.source import Source, Weights
@@ -32,7 +32,8 @@ Keys = dict[str, Any]
 _OWN = re.compile(r"general\.(architecture|type|size_label|file_type|quantization_version|alignment)$")
 _LARGEST = 2**32 - 1  # of a whole number
 _MEASURE = re.compile(r"(scale|softcapping|clamp_kqv)$")  # keys of float32, whatever the config has
-_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")  # config fields
+_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")  # config fields
+_SECTIONS = (11, 11, 10)  # of Qwen 3.5, where its config says none
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
 
 
@@ -80,14 +81,14 @@ def origin(from_gptq: bool) -> Keys:
 
 def model_keys(source: Source) -> Keys:
     """The architecture's own keys, prefixed with its name. Raises SourceError."""
-    config, row = source.config, row_of(source)
+    config, row = text_config(source.config), row_of(source)
     width = head_width(config)
     keys: Keys = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
-        "feed_forward_length": _inner_width(config, row),
+        **({"feed_forward_length": _inner_width(config, row)} if row.inner else {}),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": _heads_of_blocks(config, row),
         "attention.key_length": width,
@@ -97,8 +98,47 @@ def model_keys(source: Source) -> Keys:
         **_fields(config, row),
         **(_rotary(config, row, width) if row.rotary else {}),
         **_windows(config, row),
+        **(_latent(config) if row.latent else {}),
+        **(_delta_net(config) if row.delta_net else {}),
+        **_deepstack(source.config, row),
     }
     return {f"{row.name}.{key}": value for key, value in keys.items()}
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the text model: that of a model of text and other towers, or the config itself."""
+    text: PretrainedConfig = config.get_text_config()
+    return text
+
+
+def _latent(config: PretrainedConfig) -> Keys:
+    """Widths of MLA's heads. llama.cpp computes with the short vector as the one head of keys and values."""
+    rank, turned = config.kv_lora_rank, config.qk_rope_head_dim
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": rank + turned,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config.qk_nope_head_dim + turned,
+        "attention.value_length_mla": config.v_head_dim,
+        "rope.dimension_count": turned,
+    }
+
+
+def _delta_net(config: PretrainedConfig) -> Keys:
+    """Which blocks are gated delta nets, and how wide their values are."""
+    return {
+        "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types],
+        "full_attention_interval": 4,
+        "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+    }
+
+
+def _deepstack(config: PretrainedConfig, row: Architecture) -> Keys:
+    """How many blocks an image's features are added after, of Qwen 3's vision models."""
+    if not row.name.startswith("qwen3vl"):
+        return {}
+    vision = getattr(config, "vision_config", None)
+    return {"n_deepstack_layers": len(getattr(vision, "deepstack_visual_indexes", None) or ())}
 
 
 def _inner_width(config: PretrainedConfig, row: Architecture) -> int:
@@ -137,6 +177,15 @@ def _rotary(config: PretrainedConfig, row: Architecture, width: int) -> Keys:
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        if row.yarn_scaled:
+            betas = {
+                f"rope.scaling.yarn_{name}": float(rope[name]) for name in ("beta_fast", "beta_slow") if name in rope
+            }
+            keys |= {**betas, "rope.scaling.yarn_log_multiplier": row.yarn_scaled * rope["mscale_all_dim"]}
+    if row.tempered:
+        keys["attention.temperature_scale"] = float(rope["llama_4_scaling_beta"])
+    if row.sections:
+        keys["rope.dimension_sections"] = [*rope.get("mrope_section", _SECTIONS), 0, 0, 0, 0][:4]
     if kind == "longrope":
         usual = longrope_attention(config.max_position_embeddings, config.original_max_position_embeddings)
         given = rope.get("attention_factor")
@@ -192,12 +241,14 @@ def row_of(source: Source) -> Architecture:
         SourceError: it cannot be written (the message lists what can), or its config says what llama.cpp takes to be
             otherwise.
     """
-    kind = source.config.model_type
-    if kind not in WRITABLE:
-        raise SourceError(f"{source.path}: {kind} cannot be written as GGUF; what can: {', '.join(sorted(WRITABLE))}")
-    for problem in _differences(source.config, WRITABLE[kind]):
+    config = text_config(source.config)
+    row = row_of_config(config)
+    if row is None:
+        known = ", ".join(sorted(WRITABLE))
+        raise SourceError(f"{source.path}: {config.model_type} cannot be written as GGUF; what can: {known}")
+    for problem in _differences(config, row):
         raise SourceError(f"{source.path}: {problem}; llama.cpp would compute another model")
-    return WRITABLE[kind]
+    return row
 
 
 def architecture_of(source: Source) -> str:
@@ -207,7 +258,7 @@ def architecture_of(source: Source) -> str:
 
 def limits(source: Source) -> list[str]:
     """What a reader of the file should know: where llama.cpp's result drifts from the model's."""
-    config, row = source.config, WRITABLE[source.config.model_type]
+    config, row = text_config(source.config), row_of(source)
     drifts = []
     window = config.sliding_window if row.window else None
     if window and window < config.max_position_embeddings:
@@ -220,7 +271,7 @@ def limits(source: Source) -> list[str]:
 
 def parts_ends(config: PretrainedConfig) -> bool:
     """Whether a model's tied embedding is written as the output matrix too, which llama.cpp's loader wants there."""
-    row = WRITABLE.get(config.model_type)
+    row = row_of_config(text_config(config))
     return row is not None and row.head == "own" and bool(config.tie_word_embeddings)
 
 
@@ -228,12 +279,14 @@ def remarks(source: Source, weights: Weights) -> list[str]:
     """What a file holds otherwise than the model, without its result being another."""
     if not parts_ends(source.config) or not weights.untied or weights.apart is not None:
         return []
-    name = WRITABLE[source.config.model_type].name
+    name = row_of(source).name
     return [f"the tied embedding is written as output.weight too: llama.cpp loads no {name} without an output matrix"]
 
 
 def shared_heads(config: PretrainedConfig, row: Architecture) -> int:
     """Heads of K and V."""
+    if row.name == "falcon" and config.multi_query and not config.new_decoder_architecture:
+        return 1
     return int(getattr(config, row.shared_heads or "num_attention_heads"))
 
 
@@ -270,8 +323,29 @@ def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
             yield f"{name} is {value}, where a {row.name} GGUF file means {meant}"
     if row.query_scalar:
         yield from _gemma_differences(config, row)
+    if row.name == "llama4" and bool(config.use_qk_norm) != (config.num_local_experts != 128):
+        yield f"use_qk_norm is {config.use_qk_norm}, where llama.cpp goes by the number of experts"
+    if row.model_type == "deepseek_v2" and (config.n_group or 1) > 1:
+        yield f"n_group is {config.n_group}, which of a model with softmax over its experts llama.cpp takes otherwise"
+    if row.delta_net and config.linear_key_head_dim != config.linear_value_head_dim:
+        yield "linear_key_head_dim is not linear_value_head_dim, as llama.cpp has it of a delta net"
+    if row.latent and config.q_lora_rank is None and config.num_hidden_layers not in (26, 27):
+        yield "q_lora_rank is none, which llama.cpp has of models of 26 and 27 blocks alone"
     if getattr(config, "use_bidirectional_attention", None):
         yield f"use_bidirectional_attention is set, which a {row.name} GGUF file cannot say"
+
+
+def _scaled_yarn_differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
+    """Of yarn whose attention is scaled by `mscale_all_dim` and whose rotary is not: the two scales must be one."""
+    rope = rope_of(config)
+    if not rope.get("mscale_all_dim") or rope.get("mscale") != rope["mscale_all_dim"]:
+        yield f"mscale is not mscale_all_dim in its yarn scaling, as in a {row.name} GGUF file"
+    usual = {"beta_fast": 32, "beta_slow": 1} if row.latent else {}
+    for key, value in usual.items():
+        if rope.get(key) not in (None, value):
+            yield f"{key} {rope[key]} of its yarn scaling has no place in a {row.name} GGUF file"
+    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
+        yield f"attention_factor or truncate of its yarn scaling has no place in a {row.name} GGUF file"
 
 
 def _gemma_differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
@@ -297,7 +371,9 @@ def _rope_differences(config: PretrainedConfig, row: Architecture) -> Iterator[s
         yield f"rope_theta {local['rope_theta']} of sliding_attention has no place in a {row.name} GGUF file"
     if row.unturned and list(config.no_rope_layers) != turned_layers(config.num_hidden_layers, row.unturned):
         yield f"no_rope_layers is not every {row.unturned}th, as in a {row.name} GGUF file"
-    if kind == "yarn":
+    if kind == "yarn" and row.yarn_scaled:
+        yield from _scaled_yarn_differences(config, row)
+    elif kind == "yarn":
         said = {"truncate": True, **rope}
         usual = {"beta_fast": 32, "beta_slow": 1, "truncate": row.ramp_rounded, "mscale": None, "mscale_all_dim": None}
         given, follows = rope.get("attention_factor"), 0.1 * math.log(rope["factor"]) + 1

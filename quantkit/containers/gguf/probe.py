@@ -37,13 +37,13 @@ def cut_otherwise(source: Source, keys: Mapping[str, Any]) -> list[str]:
         return []
     theirs: Any = source.tokenizer()
     try:
-        ours: Any = make_tokenizer(keys.get, row_of(source), source.config.vocab_size)
+        ours: Any = make_tokenizer(keys.get, row_of(source), source.config.get_text_config().vocab_size)
     except SourceError:
         return []  # a pre-tokenizer that is llama.cpp's alone
     except Exception as error:  # tokenizers raises plain Exceptions for a vocabulary it cannot use
         raise SourceError(f"{source.path}: nothing could read its vocabulary: {first_line(error)}") from error
     known = theirs.added_tokens_decoder.items()
-    added = [token.content for number, token in known if number < source.config.vocab_size]
+    added = [token.content for number, token in known if number < source.config.get_text_config().vocab_size]
     around = [text for token in added for text in (f"word{token}word", f"word {token} word")]
     found = []
     for texts, what in ((_TEXTS, "text"), (around, "text around added tokens")):

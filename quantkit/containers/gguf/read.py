@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, IN_CONFIG, row_of_file
+import numpy as np
+
+from quantkit.containers.gguf.architectures import ARCHITECTURES, BLOCK, IN_CONFIG, part_of, row_of_file
 from quantkit.containers.gguf.config import LENIENT, ArchitectureKeys, config_settings, make_config, token_id
-from quantkit.containers.gguf.file import Blocks, GgufFile
-from quantkit.containers.gguf.order import Order, order_of
+from quantkit.containers.gguf.file import Array, Blocks, GgufFile
+from quantkit.containers.gguf.order import Order, Picked, columns_of, norm_offset, order_of
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
 from quantkit.containers.source import HoldsBlocks, Source, TensorInfo
@@ -29,8 +31,10 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 class InFile(NamedTuple):
     """Where a published tensor is: a tensor of a file, or one expert's part of it.
 
-    `order` is that of its rows, `offset` what was added to its values, `vector` says that the file has a matrix of one
-    row as a vector, `turned` that a matrix is published as [in, out], `squeezed` that it is [rows, 1, columns].
+    `order` is that of its rows, `columns` that of its columns, `offset` what was added to its values; `logarithm` says
+    that the file has minus the exponential, `vector` that the file has a matrix of one row as a vector, `turned` that a
+    matrix is published as [in, out], `squeezed` that it is [rows, 1, columns]. `others` are further tensors that the
+    published one is made of.
     """
 
     file: GgufFile
@@ -41,6 +45,20 @@ class InFile(NamedTuple):
     vector: bool = False
     turned: bool = False
     squeezed: bool = False
+    columns: Picked | None = None
+    logarithm: bool = False
+    others: tuple[InFile, ...] = ()
+
+    @property
+    def moved(self) -> bool:
+        """Whether rows of the published tensor are others than those of the file's."""
+        plain = (self.order, self.columns, self.offset, self.logarithm, self.vector, self.turned, self.squeezed)
+        return any(plain)
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether it is made of parts of tensors, or of their columns."""
+        return self.columns is not None or (isinstance(self.order, Picked) and (bool(self.others) or self.order.turned))
 
 
 class GgmlSource(Source):
@@ -66,6 +84,10 @@ class GgmlSource(Source):
             shape, size = tensor.shape, tensor.bytes
             if found.expert is not None:
                 shape, size = shape[1:], size // shape[0]
+            if isinstance(found.order, Picked):
+                columns = shape[-2 if found.order.turned else -1] if len(shape) > 1 else None
+                shape = (found.order.whole,) if columns is None else (found.order.whole, columns)
+                size += sum(part.file.tensors[part.name].bytes for part in found.others)
             shape = shape[::-1] if found.turned else shape
             shape = (shape[0], 1, *shape[1:]) if found.squeezed else shape
             shown[name] = TensorInfo((1, *shape) if found.vector else shape, tensor.kind.name, size)
@@ -75,15 +97,16 @@ class GgmlSource(Source):
         found = self._stored[name]
         values = found.file.values(found.name, found.expert)
         values = values - found.offset if found.offset else values
-        values = found.order.undo(values) if found.order else values
+        values = np.log(-values) if found.logarithm else values
+        values = values[:, np.argsort(found.columns.rows)] if found.columns else values
+        values = _ordered(found, values)
         values = values[:, None] if found.squeezed else values
         tensor = torch.from_numpy(values[None] if found.vector else values)
         return tensor.T.contiguous() if found.turned else tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         found = self._stored[name]
-        moved = found.order or found.offset or found.vector or found.turned or found.squeezed
-        if moved or len(self.tensors[name].shape) < 2:
+        if found.moved or len(self.tensors[name].shape) < 2:
             return self.read(name)[start:stop]
         return torch.from_numpy(found.file.values(found.name, found.expert, slice(start, stop)))
 
@@ -100,7 +123,7 @@ class GgmlSource(Source):
         found = self._stored[name]
         kind, rows = found.file.blocks(found.name, found.expert)
         length = self.tensors[name].shape[0]
-        if found.offset or (found.order and rows.size % length):
+        if found.offset or found.logarithm or found.by_parts or (found.order and rows.size % length):
             raise SourceError(f"{self.path}: the bytes of {name} are not the published tensor's; read its values")
         return kind, found.order.undo(rows.reshape(length, -1)).reshape(rows.shape) if found.order else rows
 
@@ -123,6 +146,22 @@ class GgmlSource(Source):
         self._generation().save_pretrained(folder)
 
 
+def _ordered(found: InFile, values: Array) -> Array:
+    """A published tensor's rows in their own order."""
+    if not isinstance(found.order, Picked):
+        return found.order.undo(values) if found.order else values
+    whole: Array | None = None
+    for part, own in ((found, values), *((part, part.file.values(part.name)) for part in found.others)):
+        assert isinstance(part.order, Picked)
+        rows = own.reshape(-1, own.shape[-1]) if own.ndim > 1 else own
+        if whole is None:
+            columns = (own.shape[1],) if part.order.turned else rows.shape[1:]
+            whole = np.zeros((part.order.whole, *columns), rows.dtype)
+        whole = part.order.put(rows, whole)
+    assert whole is not None
+    return whole
+
+
 class GgufSource(GgmlSource):
     """A GGUF file, or several that are parts of one model (``-00001-of-00003.gguf``: any of them names it)."""
 
@@ -141,7 +180,7 @@ class GgufSource(GgmlSource):
         if not isinstance(name, str) or name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported; supported: {known}")
-        self._architecture = row_of_file(name, self._field)
+        self._architecture = row_of_file(name, self._field, {name for part in self._parts for name in part.tensors})
         self.metadata = self._parts[0].keys
         self.from_gptq = self._field("quantkit.weights") is not None
         self.remarks = self._unnamed()
@@ -150,7 +189,7 @@ class GgufSource(GgmlSource):
         self._check_parts()
         self._settings = self._config_settings()
         self.model_type = self._settings["model_type"]
-        self._stored = dict(self._names())
+        self._stored = self._found()
 
     def _field(self, key: str) -> Any:
         return self._parts[0].keys.get(key)
@@ -210,6 +249,19 @@ class GgufSource(GgmlSource):
         except Exception as error:  # whatever a config class raises on values it does not like
             raise SourceError(f"{self.path}: cannot make a config from its metadata: {first_line(error)}") from error
 
+    def _found(self) -> dict[str, InFile]:
+        """Where every published tensor is. Raises SourceError where the file has not all parts of one."""
+        found: dict[str, InFile] = {}
+        for published, part in self._names():
+            first = found.get(published)
+            found[published] = part if first is None else first._replace(others=(*first.others, part))
+        for published, part in found.items():
+            if isinstance(part.order, Picked):
+                held = sum(len(own.order.rows) for own in (part, *part.others) if isinstance(own.order, Picked))
+                if held != part.order.whole:
+                    raise SourceError(f"{self.path}: {part.name} alone does not make {published}; the file is broken")
+        return found
+
     def _names(self) -> Iterator[tuple[str, InFile]]:
         """Hugging Face name and where it is stored, for every tensor of the file."""
         row, heads = self._architecture, self._settings["num_attention_heads"]
@@ -222,12 +274,16 @@ class GgufSource(GgmlSource):
             if ours is None:
                 raise SourceError(f"{self.path}: tensor {name} is not one that a {row.name} model is read with")
             published = row.published_name(f"{row.layers}.{block[1]}.{ours}" if block else ours)
-            role = name.split(".")[-2]
-            offset = row.norm_offset if name.endswith("norm.weight") else 0.0
+            role = part_of(name)
+            offset = norm_offset(row, name)
             vector = role in row.vectors and len(part.tensors[name].shape) == 1
             turned = role in row.turned and name.endswith(".weight")
-            squeezed = BLOCK.sub("", name).removesuffix(".weight") in row.squeezed
-            found = InFile(part, name, None, order_of(row, role, heads, shared), offset, vector, turned, squeezed)
+            squeezed = role in row.squeezed
+            order = order_of(row, role, heads, shared, self._settings.__getitem__)
+            found = InFile(part, name, None, order, offset, vector, turned, squeezed)
+            if role in row.columns or role in row.logarithms:
+                columns = columns_of(row, role, self._settings.__getitem__)
+                found = found._replace(columns=columns, logarithm=role in row.logarithms)
             if "*" not in published:
                 yield published, found
                 continue

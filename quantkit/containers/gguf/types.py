@@ -130,7 +130,7 @@ class Chooser:
         found = tensor_kinds(
             options.recipe,
             plan,
-            self._source.config,
+            self._source.config.get_text_config(),
             architecture_of(self._source),
             pure=options.pure,
             embedding=options.embedding,
@@ -145,7 +145,7 @@ class Chooser:
         if tensor.always_f32:
             return Choice(Kind.F32, None, self._values(Kind.F32))
         linears = {name: (self._weights.stored(name) or "").removesuffix(".weight") for name in tensor.sources}
-        if linears and self._modules.issuperset(linears.values()):
+        if linears and self._modules.issuperset(linears.values()) and not tensor.by_values:
             recipe = self._options.recipe
             kind = asked.get(tensor.name, None if recipe is None else base_kind(recipe))
             return self._of_codes(tensor, linears, kind, planned)
@@ -193,6 +193,8 @@ class Chooser:
         if kind in FLOATS:
             return Choice(kind, "rounded", self._values(kind), fell_back)
         twice = any(name in self._rounded for name in tensor.sources)
+        if twice and (tensor.shared or tensor.by_values):  # there is no type that holds a part of one as it is
+            return Choice(self._own, "rounded", self._values(self._own), fell_back)
         if twice and not self._options.requantize:
             stored = self._weights.tensors[tensor.sources[0]].stored_as
             raise UsageError(
@@ -223,7 +225,7 @@ class Chooser:
 
     def _stored_kind(self, tensor: GgufTensor) -> Kind | None:
         """The type of a tensor whose bytes a GGML file has; None for other sources."""
-        if self._source.ggml is None or tensor.offset:
+        if self._source.ggml is None or tensor.offset or tensor.logarithm or tensor.shared or tensor.by_values:
             return None
         kinds = {self._weights.tensors[name].stored_as for name in tensor.sources}
         whole = all(self._weights.stored(name) for name in tensor.sources)

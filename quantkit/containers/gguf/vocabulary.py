@@ -57,7 +57,7 @@ def vocabulary(source: Source, pre: str | None = None) -> dict[str, Any]:
     if backend is None:
         raise SourceError(f"{source.path}: its tokenizer has no tokenizer.json form, so it cannot be written as GGUF")
     content = json.loads(backend.to_str())
-    unused = unused_beyond(tokenizer, source.config.vocab_size)
+    unused = unused_beyond(tokenizer, source.config.get_text_config().vocab_size)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in unused]
     kind, bytes_ = content["model"]["type"], '"ByteLevel"' in json.dumps([content["pre_tokenizer"], content["decoder"]])
     if kind == "BPE" and content["model"].get("byte_fallback"):
@@ -174,7 +174,7 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
 
 def _padded(source: Source, pieces: Mapping[int, _Piece]) -> tuple[list[str], list[float], list[int]]:
     """Texts, scores and types, for every row of the embedding. Raises SourceError."""
-    size = source.config.vocab_size
+    size = source.config.get_text_config().vocab_size
     if max(pieces) >= size:
         raise SourceError(
             f"{source.path}: its tokenizer has the id {max(pieces)}, its embedding only {size} rows; copy the "

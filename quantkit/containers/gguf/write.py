@@ -150,8 +150,11 @@ class GgufWriter(PlacedWriter):
         parts = _parts(tensors, split_max_bytes)
         self.paths = [path.with_name(name) for name in _names(path, len(parts))]
         self._tensors = {tensor.name: (tensor, kind) for tensor, kind in tensors}
-        self._parts = {source: (tensor, i) for tensor, _ in tensors for i, source in enumerate(tensor.sources)}
-        super().__init__(self._parts)
+        self._parts: dict[str, list[tuple[GgufTensor, int]]] = {}
+        for tensor, _ in tensors:
+            for i, source in enumerate(tensor.sources):
+                self._parts.setdefault(source, []).append((tensor, i))
+        super().__init__(f"{source} of {tensor.name}" for source, made in self._parts.items() for tensor, _ in made)
         self._place: dict[str, tuple[int, int]] = {}
         first = _first_keys(architecture, keys, tensors)
         try:
@@ -161,17 +164,19 @@ class GgufWriter(PlacedWriter):
             self._close()
             raise
 
-    def write(self, source: str, data: Array) -> None:
+    def write(self, source: str, data: Array, name: str | None = None) -> None:
         """Write what a published tensor became; its place in a stack, and the order of its rows there, is seen to.
 
         Args:
             source: published name.
+            name: of the file's tensor, where several are made of the published one; None for all of them.
             data: rows in their published order: uint8 [rows, bytes of a row], or float32 or float16 values where that
                 is the tensor's type.
         """
-        self._pending.remove(source)
-        tensor, part = self._parts[source]
-        self._write_rows(tensor, part, tensor.ordered(data))
+        for tensor, part in self._parts[source]:
+            if name in (None, tensor.name):
+                self._pending.remove(f"{source} of {tensor.name}")
+                self._write_rows(tensor, part, tensor.ordered(data))
 
     def finish(self) -> None:
         """Write the computed tensors, close the files, read them back. Raises OutputError."""

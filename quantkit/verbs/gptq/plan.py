@@ -23,7 +23,7 @@ from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_ca
 from quantkit.quantize.blockwise import corrects, gptq_multiplications, plan_gptq_memory, shape_of_head
 from quantkit.quantize.targets import CheckpointTarget, Folders, Target, on_grid_of
 from quantkit.quantize.token_weights import plan_weights_memory, weighing_multiplications
-from quantkit.quantize.tuning import plan_refining_memory
+from quantkit.quantize.tuning import plan_refining_memory, refining_multiplications
 from quantkit.runs.ranks import Ranks
 from quantkit.runs.unfinished import decided_before
 from quantkit.sources import variant_name
@@ -204,6 +204,8 @@ def sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, opt
     if spec.refine:
         plans.append(plan_refining_memory(stream, windows[0], windows[1]))
     shared = weighing_multiplications(stream, math.prod(windows)) if is_weighted(spec) else 0
+    work = shared + gptq_multiplications(stream, math.prod(windows), corrects(spec), head)
+    work += refining_multiplications(stream, windows[0], windows[1], spec.refining) if spec.refine else 0
     memory = max(plans, key=lambda plan: plan.needed)
     weights = sum(rows * columns for rows, columns in (linear.shape for linear in target.plan.values()))
     return GptqReport(
@@ -220,7 +222,7 @@ def sizes(place: Path, stream: ModelStream, spec: QuantSpec, target: Target, opt
         folders={name: one.bytes for name, one in target.folders.items()} if isinstance(target, Folders) else {},
         memory_bytes=memory.needed,
         memory_remark=memory.remark(),
-        multiplications=shared + gptq_multiplications(stream, math.prod(windows), corrects(spec), head),
+        multiplications=work,
         shared_multiplications=shared,
         dry_run=True,
     )

@@ -15,6 +15,7 @@ from quantkit.codes import Codes, put_together, take_apart_packed
 from quantkit.codes.kinds import Kind
 from quantkit.containers import own_options
 from quantkit.options import EndBits, Ends, QuantSpec, parse_size
+from quantkit.options.grid import REFINE_STEPS
 from quantkit.options.values import Every, parse_every
 from quantkit.options.verbs import Gptq
 from quantkit.progress import SILENT, Progress
@@ -60,7 +61,7 @@ def made(
     unsaid |= (set() if corrects(spec) else {"correct"}) | (
         set() if weighted and spec.row_feedback else {"row_feedback"}
     )
-    unsaid |= set() if spec.refine else {"refine"}
+    unsaid |= {0: {"refine", "refine_steps"}, REFINE_STEPS: {"refine_steps"}}.get(spec.refining, set())
     unsaid |= set() if spec.experts == "all" and spec.method == "gptq" else {"experts"}
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.model_dump(include=own_options(), exclude_defaults=True)
@@ -99,11 +100,11 @@ def made(
             if options.resume and not run.resumed:
                 progress.note("nothing to go on with: starting")
             made = _quantize(
-                *(run, stream, matrix, target, allocator, every, decided, gradients, spec.refine, options.resume),
+                *(run, stream, matrix, target, allocator, every, decided, gradients, spec.refining, options.resume),
                 *(sharing, progress),
             )
     else:
-        _help_quantize(stream, matrix, target, allocator, every, gradients, spec.refine, options.resume, sharing)
+        _help_quantize(stream, matrix, target, allocator, every, gradients, spec.refining, options.resume, sharing)
     return ranks.from_first(lambda: made)
 
 
@@ -116,7 +117,7 @@ def _quantize(
     every: Every,
     decided: dict[str, Any],
     gradients: Gradients | None,
-    refines: bool,
+    refining: int,
     resume: bool,
     sharing: Sharing,
     progress: Progress,
@@ -141,7 +142,7 @@ def _quantize(
     layers = [LayerStatistics(**linear.statistics) for i in range(landed.blocks) for linear in landed.linears(i)]
     refined: Refined | None = None
     with ExitStack() as stack:
-        writer = None if refines else stack.enter_context(target.writer(run.staged))
+        writer = None if refining else stack.enter_context(target.writer(run.staged))
         add = _nothing if writer is None else writer.add_linear
         if writer is not None:
             _write_landed(landed, writer)
@@ -151,7 +152,7 @@ def _quantize(
         layers += [LayerStatistics(**told) for told in lander.statistics]
         if writer is None:
             landed = sharing.ranks.from_first(lambda: landed_blocks(run))
-            refined = refine_run(landed, run.journal, stream, matrix.tokens, target, progress, sharing.ranks)
+            refined = refine_run(landed, run.journal, stream, matrix.tokens, target, refining, progress, sharing.ranks)
             writer = stack.enter_context(target.writer(run.staged))
             _write_landed(landed, writer, refined)
         with progress.phase("writing", 1) as advance:
@@ -210,7 +211,7 @@ def _help_quantize(
     allocator: Allocator | None,
     every: Every,
     gradients: Gradients | None,
-    refines: bool,
+    refining: int,
     resume: bool,
     sharing: Sharing,
 ) -> None:
@@ -227,8 +228,8 @@ def _help_quantize(
     _ends(stream, matrix, target, choice, weights, sharing)
     with Lander(landed.folder, (), every, ranks) as lander:
         _quantize_all(stream, matrix, target, lander, _nothing, landed, weights, sharing, SILENT)
-    if refines:
-        refine_run(ranks.from_first(lambda: NOTHING), None, stream, matrix.tokens, target, SILENT, ranks)
+    if refining:
+        refine_run(ranks.from_first(lambda: NOTHING), None, stream, matrix.tokens, target, refining, SILENT, ranks)
 
 
 def _quantize_all(

@@ -499,11 +499,10 @@ class ModelStream:
     def _outside(self, output: nn.Module | None = None) -> Iterator[None]:
         """Load all that is stored outside the blocks but the embeddings; of these only `output`, if it is given. A
         tower's parameters have no values."""
-        inside = set(self.modules.parameters())
+        inside = {*self.modules.parameters(), *self.modules.buffers()}
         ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         skip = {own for end in ends if end is not output for own in end.parameters()}
         loaded: list[tuple[nn.Module, list[str], list[str]]] = []
-        inside |= set(self.modules.buffers())
         for prefix, module in list(self._model.named_modules()):
             own = dict(module.named_parameters(recurse=False))
             around, known = f"{prefix}." if prefix else "", self.weights.names

@@ -30,7 +30,7 @@ FILES: dict[str, dict[str, Any]] = {
     "preprocessor_config.json": {
         "image_processor_type": "Gemma3ImageProcessor",
         "do_resize": True,
-        "size": {"height": 28},
+        "size": {"height": 28, "width": 28},
     },
     "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
     "video_preprocessor_config.json": {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2},

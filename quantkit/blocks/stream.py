@@ -85,7 +85,7 @@ class ModelStream:
         self._capture: Capture | None = None
         self._last_hidden: torch.Tensor | None = None
         self._windows: dict[torch.Size, torch.Size] = {}  # shape of hidden states -> that of their token ids
-        self._ahead: ReadAhead[dict[str, torch.Tensor]] | None = None
+        self._ahead: ReadAhead[dict[str, torch.Tensor | StoredCodes]] | None = None
         self._way: tuple[Handed | None, ...] = ()
         self._ways = _WAYS
 

@@ -33,8 +33,8 @@ class Carried:
             return self._linear
         if not isinstance(self._linear, QuantizedLinear):
             return put_together(self.tensors, self.fields)
-        parts = {name: self.tensors[name] for name in ("scales", "zeros", "group")}
-        return replace(self._linear, **parts).with_words(self.tensors["words"])
+        scales, zeros, group = (self.tensors[name] for name in ("scales", "zeros", "group"))
+        return replace(self._linear, scales=scales, zeros=zeros, group=group).with_words(self.tensors["words"])
 
 
 def _to_host(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Callable[[], Any]]:

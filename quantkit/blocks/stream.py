@@ -150,17 +150,34 @@ class ModelStream:
         """How many tokens a window may have, of a model that looks its positions up; None of one that computes them."""
         embedding = self._model.get_input_embeddings()
         text = self._models_around(self.family.blocks)[0]
-        # A picture's patches have positions of their own.
-        towers = [f"{n}." for n, m in text.named_modules() if n and isinstance(m, transformers.PreTrainedModel)]
+        towers = {
+            module for tower in self._towers.values() for module in tower.modules()
+        }  # with positions of their own
         tables = [
             module.weight.shape[0] - int(getattr(module, "offset", 0)) - (-1 if padding is None else padding) - 1
             for name, module in text.named_modules()
             if isinstance(module, nn.Embedding) and module is not embedding and _POSITIONS.search(name)
-            if not name.startswith(tuple(towers))
+            if module not in towers
             for padding in [module.padding_idx]
         ]
         tables += [len(table) for name, table in text.named_buffers() if _POSITIONS.search(name) and table.ndim > 1]
         return min(tables, default=None)
+
+    @cached_property
+    def _towers(self) -> dict[str, nn.Module]:
+        """Models within the model that no text goes through, of pictures and sounds."""
+        text = {self._model.get_input_embeddings(), self.modules}
+        inside = tuple(f"{block}." for block in self.blocks)
+        return {
+            name: module
+            for name, module in self._model.named_modules()
+            if name and isinstance(module, transformers.PreTrainedModel) and text.isdisjoint(module.modules())
+            if not name.startswith(inside)
+        }
+
+    def _in_tower(self, name: str) -> bool:
+        """Whether a module or parameter is a tower's."""
+        return f"{name}.".startswith(tuple(f"{tower}." for tower in self._towers))
 
     @property
     def fused_attention(self) -> bool:
@@ -357,13 +374,13 @@ class ModelStream:
                     output.register_parameter(key, parameter)
 
     def outside(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(published name, parameter) of what is neither in a block nor an embedding; it has values within `head` and
-        `head_rows` alone."""
+        """(published name, parameter) of what text goes through, but blocks and embeddings; it has values within `head`
+        and `head_rows` alone."""
         inside = set(self.modules.parameters())
         ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         skip = inside.union(*(end.parameters() for end in ends))
         for name, parameter in self._model.named_parameters():
-            if parameter not in skip:
+            if parameter not in skip and not self._in_tower(name):
                 yield self.weights.names[name], parameter
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -480,25 +497,44 @@ class ModelStream:
 
     @contextmanager
     def _outside(self, output: nn.Module | None = None) -> Iterator[None]:
-        """Load every parameter outside the blocks but the embeddings; of these only `output`, if it is given."""
-        inside = set(self.modules.parameters())
+        """Load all that is stored outside the blocks but the embeddings; of these only `output`, if it is given. A
+        tower's parameters have no values."""
+        inside = {*self.modules.parameters(), *self.modules.buffers()}
         ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
         skip = {own for end in ends if end is not output for own in end.parameters()}
-        loaded = []
+        loaded: list[tuple[nn.Module, list[str], list[str]]] = []
         for prefix, module in list(self._model.named_modules()):
             own = dict(module.named_parameters(recurse=False))
-            if own and not (set(own.values()) & (inside | skip)):
-                loaded.append((module, list(own)))
-                for name in own:
-                    full = f"{prefix}.{name}" if prefix else name
-                    module.register_parameter(name, nn.Parameter(self.read(full), requires_grad=False))
+            around, known = f"{prefix}." if prefix else "", self.weights.names
+            stored = {
+                key: buffer
+                for key, buffer in module.named_buffers(recurse=False)
+                if buffer.is_meta and f"{around}{key}" in known
+            }
+            held = {*own.values(), *stored.values()}
+            if not held or not held.isdisjoint(inside | skip):
+                continue
+            loaded.append((module, list(own), list(stored)))
+            in_tower = self._in_tower(prefix)
+            for name in (*own, *stored):
+                values = self._nothing(own[name]) if in_tower and name in own else self.read(f"{around}{name}")
+                if name in own:
+                    module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+                else:
+                    module.register_buffer(name, values)
         try:
             yield
         finally:
-            for module, names in loaded:
-                for name in names:
+            for module, parameters, buffers in loaded:
+                for name in parameters:
                     meta = module.get_parameter(name).to("meta")
                     module.register_parameter(name, nn.Parameter(meta, requires_grad=False))
+                for name in buffers:
+                    module.register_buffer(name, module.get_buffer(name).to("meta"))
+
+    def _nothing(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A tensor of a parameter's shape that takes no memory and shows in what is made of it: all is NaN."""
+        return torch.full((1,), torch.nan, dtype=self.dtype, device=self.device).expand(parameter.shape)
 
     # -- building ----------------------------------------------------------------------------------------------------
 

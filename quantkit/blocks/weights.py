@@ -36,7 +36,7 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
     most = max(_FEW, len(tensors))
     widest = max((side for info in tensors for side in info.shape), default=0)
     check_counts(source.config.to_dict(), source.path, {"layer": most, "expert": max(most, widest)})
-    factory: Any = transformers.AutoModelForCausalLM
+    factory = auto_class(source.config)
     try:
         config = type(source.config).from_dict(source.config.to_dict())
         if not tied:
@@ -52,6 +52,15 @@ def build_on_meta(source: Source, tied: bool = True) -> Any:
         kind = source.config.model_type
         raise SourceError(f"{source.path}: cannot build a {kind} model: {first_line(error)}") from error
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' automatic class that builds what the config's `architectures` names: that of causal models, or of
+    text with images and sounds; where these name none, the first that knows the config."""
+    both: tuple[Any, ...] = (transformers.AutoModelForCausalLM, transformers.AutoModelForMultimodalLM)
+    known = {auto: auto._model_mapping[type(config)].__name__ for auto in both if type(config) in auto._model_mapping}
+    exact = [auto for auto, name in known.items() if name in (config.architectures or ())]
+    return next(iter((*exact, *known)), both[0])  # code that comes with a model is a causal one's
 
 
 _FEW = 200  # layers or experts, which cost nothing
@@ -187,7 +196,6 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module] | None, name
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     places: dict[str, Place] = {}
     found: dict[str, str] = {}
-    left_out: list[str] = []
     prefix = f"{model.base_model_prefix}."
     for stored in source.tensors:
         name, published = _named(stored, wanted, renamings, fused, names), stored
@@ -210,10 +218,8 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module] | None, name
             for part, place in _expert_places(stored, kind, fused[module], names):
                 places[f"{around}{module}.{part}"] = place
                 found[f"{module}.{part}"] = f"{around}{module}.{part}"
-        elif not any(re.search(pattern, stored) for pattern in ignored):
+        elif not _COMPUTED.search(stored) or not any(re.search(pattern, stored) for pattern in ignored):
             places[stored] = Place(stored)
-        elif not _COMPUTED.search(stored):
-            left_out.append(stored)
     for name in wanted:  # GPTQModel writes Phi-3's gate_up_proj as gate_proj and up_proj
         gate, up = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
         if name not in found and gate != name and gate in places and up in places:
@@ -224,7 +230,7 @@ def bind(source: Source, model: Any, fused: Mapping[str, nn.Module] | None, name
         if one in wanted and other in wanted and (one in found) != (other in found):
             found[one] = found[other] = found.get(one) or found[other]
     tensors = {published: _info(source, place) for published, place in places.items()}
-    return Weights(tensors, found, untied, tuple(left_out), apart, source, places)
+    return Weights(tensors, found, untied, (), apart, source, places)
 
 
 def _named(
@@ -274,7 +280,7 @@ def _ties(source: Source, model: Any) -> dict[str, str]:
     """Parameters of `model`, which was built without ties, that are another one by the source's config."""
     own, config = model.config, source.config
     config = config if type(own) is type(config) else config.get_text_config()
-    parted = own.tie_word_embeddings
+    parted = getattr(own, "tie_word_embeddings", False)
     own.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     try:
         ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -7,9 +7,10 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.weights import auto_class
 from quantkit.containers import CONTAINERS
 from quantkit.containers.source import Source
 from quantkit.errors import SourceError, UsageError, first_line
@@ -134,7 +135,7 @@ def generation_config(source: Source) -> transformers.GenerationConfig:
 
 
 def _on_kernels(stream: ModelStream, trust_remote_code: bool) -> PreTrainedModel:
-    factory: Any = transformers.AutoModelForCausalLM
+    factory = auto_class(stream.source.config)
     with redirect_stdout(sys.stderr):  # which GPTQModel talks to
         model = factory.from_pretrained(
             stream.source.path,

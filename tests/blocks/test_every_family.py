@@ -1,4 +1,5 @@
-"""Every causal family of transformers, made tiny: block by block, quantized, read back. A sample is always run."""
+"""Every family of transformers that writes text, made tiny: block by block, quantized, read back. A sample is always
+run."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import token_matrix
 from support import zoo_record
-from support.zoo import KINDS
+from support.zoo import KINDS, WHOLES
 from support.zoo_record import Cells, measure, with_table, works
 from transformers import PreTrainedTokenizerFast
 
@@ -29,6 +30,9 @@ SAMPLE = (
     "xlm",  # a reason: blocks that are spread over lists
     "xlnet",  # a reason: hidden states whose first dimension is the tokens'
     "zamba",  # blocks that share Linears
+    "aria",  # pictures and text, the text's experts fused
+    "llava",  # of no causal class
+    "qwen2_5_vl",  # positions of three kinds
     "zaya",  # a block gets what the one before returns beside its states
 )
 
@@ -42,7 +46,7 @@ def measured() -> Iterator[dict[str, Cells]]:
         zoo_record.write({**(zoo_record.read() if zoo_record.RECORD.exists() else {}), **found})
 
 
-@pytest.mark.parametrize("kind", KINDS if os.environ.get(ALL) else SAMPLE)
+@pytest.mark.parametrize("kind", (*KINDS, *WHOLES) if os.environ.get(ALL) else SAMPLE)
 def test_a_family_is_as_the_record_says(
     kind: str, measured: dict[str, Cells], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -58,7 +62,7 @@ def test_a_family_is_as_the_record_says(
 
 def test_every_family_is_in_the_record_and_the_most_used_work() -> None:
     record = zoo_record.read()
-    assert set(record) == set(KINDS)
+    assert set(record) == {*KINDS, *WHOLES}
     assert [kind for kind in zoo_record.MOST_USED if not works(record[kind])] == []
     assert sum(works(cells) for cells in record.values()) >= 150
 

@@ -1,4 +1,4 @@
-"""Every causal family of transformers as a tiny random model, from one generic configuration.
+"""Every family of transformers that writes text as a tiny random model, from one generic configuration.
 
 A family's config class is asked for its fields; each that has a generic small value gets it. What a class needs
 otherwise is a row of `NEEDS`.
@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 VOCABULARY = 320
 KINDS = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+# Of text with pictures or sounds, and of no causal class: the others are among KINDS.
+WHOLES = tuple(sorted(set(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES).difference(KINDS)))
 
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST = 16_000_000  # parameters
@@ -64,6 +71,7 @@ _GENERIC: dict[str, Any] = {
     "sliding_window": 16,
 }
 _HALF_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _QWEN_4 = {
     **{"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2, "indexer_kv_heads": 1},
     **{"indexer_head_dim": 16, "indexer_budget": 16, "indexer_compress_ratio": 4},
@@ -148,6 +156,16 @@ NEEDS: dict[str, dict[str, Any]] = {
         **{"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "feed_forward_size": _WIDE},
         "attention_head_size": _HEAD,
     },
+    # Positions of three kinds: sections of half a head.
+    **{kind: {"text_config": {"rope_parameters": _SECTIONS}} for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")},
+    **{kind: {"text_config": {"rope_parameters": _SECTIONS}} for kind in ("qwen3_vl_moe", "qwen2_5_omni_thinker")},
+    **{kind: {"text_config": {"rope_parameters": _SECTIONS}} for kind in ("qwen3_omni_moe_thinker", "paddleocr_vl")},
+    **{
+        kind: {"text_config": {"rope_parameters": _SECTIONS | {"partial_rotary_factor": 1.0}}}
+        for kind in ("glm4v", "glm46v", "glm_ocr", "glm4v_moe", "glmga")
+    },
+    **{kind: {"text_config": _HALF_LINEAR} for kind in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
+    "lfm3_vl": {"text_config": {"layer_types": ["conv", "full_attention"]}},
     "got_ocr2": {"vision_config": {"output_channels": 32, "mlp_dim": _WIDE, "global_attn_indexes": [1]}},
 }
 
@@ -163,9 +181,15 @@ _CANNOT = {
 }
 
 
-def settings_of(kind: str) -> PretrainedConfig:
-    """The tiny config of a model type."""
-    return _settings(CONFIG_MAPPING[kind], NEEDS.get(kind, {}))
+def settings_of(kind: str, more: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """The tiny config of a model type; `more` is what it needs beside the table's."""
+    return _settings(CONFIG_MAPPING[kind], merged(NEEDS.get(kind, {}), more or {}))
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, with what is in the second where both have a key; configs within are merged too."""
+    inner = {key: merged(one[key], other[key]) for key in one if isinstance(one[key], dict) and key in other}
+    return {**one, **other, **inner}
 
 
 def _settings(factory: Any, needs: dict[str, Any]) -> PretrainedConfig:
@@ -193,15 +217,21 @@ def _sub_configs(factory: Any) -> dict[str, Any]:
     return found
 
 
-def tiny(kind: str, seed: int = 0) -> Any:
-    """A model of this type with every parameter random, float32; of text and other towers the whole."""
+def _is_causal(settings: PretrainedConfig) -> bool:
+    """Whether the causal class that knows a config is of all of it."""
+    if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    is_text = settings.get_text_config() is settings
+    return is_text or isinstance(settings, MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].config_class)
+
+
+def tiny(kind: str, seed: int = 0, more: Mapping[str, Any] | None = None) -> Any:
+    """A model of this type with every parameter random, float32; of text and other towers the whole. `more` is as
+    `settings_of` has it."""
     if kind in _CANNOT:
         raise ValueError(_CANNOT[kind])
-    settings = settings_of(kind)
-    factory: Any = AutoModelForCausalLM
-    whole = settings.get_text_config() is not settings
-    if whole and not isinstance(settings, MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].config_class):
-        factory = AutoModelForImageTextToText
+    settings = settings_of(kind, more)
+    factory: Any = AutoModelForCausalLM if _is_causal(settings) else AutoModelForMultimodalLM
     with torch.device("meta"):
         size = sum(own.numel() for own in factory.from_config(settings).parameters())
     if size > _LARGEST:

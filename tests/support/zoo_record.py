@@ -1,22 +1,22 @@
-"""What becomes of each causal family of transformers: measured, kept in families.json, shown in docs/models.md."""
+"""What becomes of each family of transformers: measured, kept in families.json, shown in docs/models.md."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 import quantkit
 from quantkit.containers.gguf import WRITABLE
 from quantkit.errors import QuantkitError, first_line
 from quantkit.tokens import TokenMatrix
 from support.streamed import open_stream, streamed_logits
-from support.zoo import KINDS, tiny
+from support.zoo import KINDS, WHOLES, tiny
 
 RECORD = Path(__file__).with_name("families.json")
 GGUF_RECORD = Path(__file__).with_name("gguf.json")
@@ -73,9 +73,9 @@ def measure(kind: str, folder: Path, tokenizer: Any, tokens: TokenMatrix) -> Cel
         ours = streamed_logits(open_stream(folder / "gptq"), [ids])[0]
         quantkit.convert(folder / "gptq", folder / "whole", dtype="float32")
         try:
-            return _difference(ours, _logits(AutoModelForCausalLM.from_pretrained(folder / "whole"), ids))
+            return _difference(ours, _logits(loaded(folder / "whole"), ids))
         except ValueError:
-            again = _logits(AutoModelForCausalLM.from_pretrained(folder / "model"), ids)
+            again = _logits(loaded(folder / "model"), ids)
             if not torch.allclose(again, expected[0], rtol=0, atol=LARGEST * float(expected[0].std())):
                 raise ValueError("transformers itself loads another model than it has saved") from None
             raise
@@ -93,6 +93,16 @@ def measure(kind: str, folder: Path, tokenizer: Any, tokens: TokenMatrix) -> Cel
         if isinstance(cells[name], str):
             break
     return cells
+
+
+def loaded(folder: Path) -> Any:
+    """The model of a folder, by the class that its config names. Raises ValueError where transformers has no such, or
+    finds tensors missing or of another shape."""
+    (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    model, told = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    if missing := [*told["missing_keys"], *told["mismatched_keys"]]:
+        raise ValueError(f"transformers misses {sorted(missing)[0]}")
+    return model
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -154,16 +164,22 @@ def with_table(text: str, record: Mapping[str, Cells]) -> str:
 
 
 def _table(record: Mapping[str, Cells]) -> str:
-    run = [kind for kind, cells in record.items() if isinstance(cells.get("blocks"), int | float)]
-    whole = [kind for kind, cells in record.items() if works(cells)]
-    made = [kind for kind, cells in record.items() if isinstance(cells["made"], int)]
+    causal = _table_of(KINDS, "causal model types", record)
+    return causal + _table_of(WHOLES, "model types of text with pictures or sounds that have no causal class", record)
+
+
+def _table_of(kinds: Sequence[str], of: str, record: Mapping[str, Cells]) -> str:
+    own = {kind: record[kind] for kind in kinds if kind in record}
+    run = [kind for kind, cells in own.items() if isinstance(cells.get("blocks"), int | float)]
+    whole = [kind for kind, cells in own.items() if works(cells)]
+    made = [kind for kind, cells in own.items() if isinstance(cells["made"], int)]
     lines = [
-        f"\nOf {len(KINDS)} causal model types, {len(made)} are made tiny, {len(run)} run block by block, and of "
+        f"\nOf {len(kinds)} {of}, {len(made)} are made tiny, {len(run)} run block by block, and of "
         f"{len(whole)} a\nquantized folder gives the same logits in quantkit and, written as floats, in "
         "transformers.\n",
         "\n| model type | blocks | GPTQ | loaded | GGUF | llama.cpp |\n|---|---|---|---|---|---|\n",
     ]
-    for kind, cells in record.items():
+    for kind, cells in own.items():
         shown = [_shown(cells[step]) if step in cells else "" for step in STEPS[1:]]
         if isinstance(cells["made"], str):
             shown[0] = _shown(cells["made"])

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 # Matrices that are always float32.
 _IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "shortconv.conv", "ssm_conv1d")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-_TEXT = "model.language_model."
+# What the parameters of a text model with towers beside it begin with, and what they do without them.
+_TEXTS = {"model.language_model.": "model.", "model.text_model.": "model.", "language_model.": ""}
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
@@ -140,9 +141,10 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
 def _of_text(names: Mapping[str, str]) -> dict[str, str]:
     """Published names by parameter; of a model of text and other towers those of the text model, as it would call them
     by itself."""
-    if not any(name.startswith(_TEXT) for name in names):
+    around = next((prefix for prefix in _TEXTS if any(name.startswith(prefix) for name in names)), None)
+    if around is None:
         return dict(names)
-    own = {name.replace(_TEXT, "model.", 1): published for name, published in names.items() if name.startswith(_TEXT)}
+    own = {_TEXTS[around] + n.removeprefix(around): published for n, published in names.items() if n.startswith(around)}
     return own | {name: published for name, published in names.items() if name.startswith("lm_head.")}
 
 

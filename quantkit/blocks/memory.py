@@ -233,7 +233,9 @@ def plan_weighing(
     block = _largest_block(stream, quantized=False)
     vocabulary, row = _ends(stream)
     hidden = tokens * row
-    kept = [0, *(kept_bytes(stream, tokens, batch_tokens, every) for every in range(1, len(stream.blocks) + 1))]
+    exact = keeps_exact(stream, batch_tokens)
+    half = 1 if exact else stream.dtype.itemsize // 2
+    kept = [0, *(_kept(len(stream.blocks), hidden, half, every) for every in range(1, len(stream.blocks) + 1))]
     graph = _GRAPH * _widest(stream)
     weights, all_graphs = _all_blocks(stream, batch_tokens)
     outputs = sum(rows for _, (rows, _) in stream.linears())
@@ -258,7 +260,6 @@ def plan_weighing(
     places = _places(stream)
     most = _MORE * plan_quantizing(stream, tokens, batch_tokens, Budget(sys.maxsize), workers).needed + kept[1]
     ways = [MemoryPlan(side_by_side=abreast, at_once=True) for abreast in (True, False)]
-    exact = keeps_exact(stream, batch_tokens)
     ways = [way for way in ways if exact and not by_block and sum(takes(way)) <= most]
     by_block_ways = [
         MemoryPlan(place, True, prefetch, abreast, rows, kept_at, every)
@@ -276,7 +277,11 @@ def kept_bytes(stream: ModelStream, tokens: int, batch_tokens: int, every: int =
     """What enters each block, of so many tokens, as a pass back through the blocks keeps it: of all, or, whole, of one
     in so many, and of those between two of them."""
     half = 1 if keeps_exact(stream, batch_tokens) else stream.dtype.itemsize // 2
-    blocks, state = len(stream.blocks), tokens * _ends(stream)[1]
+    return _kept(len(stream.blocks), tokens * _ends(stream)[1], half, every)
+
+
+def _kept(blocks: int, state: int, half: int, every: int) -> int:
+    """The same of states of so many bytes, of which `half` take the room of one on the way back."""
     return blocks * state // half if every == 1 else -(-blocks // every) * state + every * state // half
 
 

@@ -77,6 +77,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.125, "logits_scaling": 2.0},
         **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     },
+    "granitemoehybrid": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.125, "logits_scaling": 2.0},
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "shared_intermediate_size": 64, "head_dim": None},
+        **{"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 256},
+        "position_embedding_type": "nope",
+    },
     "olmo": {"clip_qkv": 0.5},
     "olmo2": {},
     "olmo3": _WINDOWS,

@@ -12,12 +12,15 @@ import torch
 import transformers
 
 import quantkit
+from quantkit.containers.gguf import WRITABLE
 from quantkit.errors import QuantkitError, first_line
 from quantkit.tokens import TokenMatrix
 from support.streamed import open_stream, streamed_logits
 from support.zoo import KINDS, WHOLES, tiny
 
 RECORD = Path(__file__).with_name("families.json")
+GGUF_RECORD = Path(__file__).with_name("gguf.json")
+"""By model type, how far llama.cpp's log-probabilities of a tiny float32 file are from transformers' at most."""
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 LARGEST = 1e-3  # difference of logits, of their standard deviation
 STEPS = ("made", "blocks", "gptq", "loaded")
@@ -139,6 +142,19 @@ def write(record: Mapping[str, Cells]) -> None:
     DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), ordered), encoding="utf-8")
 
 
+def write_gguf(found: Mapping[str, float]) -> None:
+    """Replace what llama.cpp's judge measured, and the table in the documentation."""
+    GGUF_RECORD.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
+    write(read())
+
+
+def _gguf_cells(kind: str) -> list[str]:
+    """The architecture that a GGUF file of the type, or of its text model, has, and what llama.cpp's judge found."""
+    found: dict[str, float] = json.loads(GGUF_RECORD.read_text(encoding="utf-8"))
+    own = next((one for one in (kind, f"{kind}_text") if one in WRITABLE), None)
+    return ["", ""] if own is None else [WRITABLE[own].name, f"{found[own]:g}" if own in found else ""]
+
+
 _BEGIN, _END = "<!-- families: written by `make families` -->\n", "<!-- families end -->\n"
 
 
@@ -161,13 +177,13 @@ def _table_of(kinds: Sequence[str], of: str, record: Mapping[str, Cells]) -> str
         f"\nOf {len(kinds)} {of}, {len(made)} are made tiny, {len(run)} run block by block, and of "
         f"{len(whole)} a\nquantized folder gives the same logits in quantkit and, written as floats, in "
         "transformers.\n",
-        "\n| model type | blocks | GPTQ | loaded |\n|---|---|---|---|\n",
+        "\n| model type | blocks | GPTQ | loaded | GGUF | llama.cpp |\n|---|---|---|---|---|---|\n",
     ]
     for kind, cells in own.items():
         shown = [_shown(cells[step]) if step in cells else "" for step in STEPS[1:]]
         if isinstance(cells["made"], str):
             shown[0] = _shown(cells["made"])
-        lines.append(f"| {kind} | {' | '.join(shown)} |\n")
+        lines.append(f"| {kind} | {' | '.join([*shown, *_gguf_cells(kind)])} |\n")
     return "".join([*lines, "\n"])
 
 

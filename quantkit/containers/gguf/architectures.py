@@ -193,6 +193,41 @@ def part_of(name: str) -> str:
     return _SUFFIX.sub("", BLOCK.sub("", name))
 
 
+_MAMBA2 = {
+    **{"ssm_in": "mamba.in_proj", "ssm_conv1d": "mamba.conv1d", "ssm_a": "mamba.A_log", "ssm_d": "mamba.D"},
+    **{"ssm_norm": "mamba.norm", "ssm_out": "mamba.out_proj"},
+}
+_MAMBA2_BIASES = {"ssm_conv1d": "mamba.conv1d", "ssm_dt": "mamba.dt_bias"}
+_SHARED_MLP = {
+    **dict.fromkeys(("ffn_gate", "ffn_up"), "shared_mlp.input_linear"),
+    "ffn_down": "shared_mlp.output_linear",
+}
+_GRANITE_MAMBA = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.group_count": "mamba_n_groups",
+    "ssm.time_step_rank": "mamba_n_heads",
+}
+# Positions are known from the order of tokens alone.
+_GRANITE_HYBRID_CONSTANTS = {"rope.scaling.finetuned": False}
+_GRANITE_READ = {"mamba_expand": 2, "position_embedding_type": "nope"}
+_GRANITE_HYBRID: dict[str, Any] = {
+    "means": {"attention_bias": False, "mamba_conv_bias": True, "mamba_proj_bias": False, "mamba_expand": 2},
+    "of_kind": {
+        **dict.fromkeys(_ATTENTION, "full_attention"),
+        **dict.fromkeys((*_MAMBA2, *_MAMBA2_BIASES), "linear_attention"),
+    },
+    "unattended": "linear_attention",
+    "bare": ("ssm_a", "ssm_d", "ssm_dt"),
+    "nameless": ("ssm_a", "ssm_d"),
+    "logarithms": ("ssm_a",),
+    "squeezed": ("ssm_conv1d",),
+    "grids": ("ssm_a", "ssm_d", "ssm_norm"),
+    "permuted": True,
+    "mamba": True,
+}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model as one `general.architecture` says it.
@@ -246,6 +281,7 @@ class Architecture:
         leading_dense: config field of the number of blocks without experts, which come first.
         sparse_step: config field of every how manieth block has experts.
         delta_net: blocks of the kind "linear_attention" in the config's `layer_types` are gated delta nets.
+        mamba: blocks of the kind "linear_attention" are Mamba 2's.
         gated_queries: beside each head of Q there is one of a gate.
         unattended: the `layer_types` of blocks without attention, whose heads of K and V a file counts as 0.
         read_as: config fields of a model that is read, where its file says nothing else.
@@ -254,6 +290,7 @@ class Architecture:
         nameless: tensors whose names in the file end in neither ``.weight`` nor ``.bias``.
         logarithms: vectors of which the file has minus the exponential.
         vectors: matrices of one row, which some files have as vectors.
+        grids: vectors that the file has in rows, one for each head or group.
         squeezed: matrices that are published as [rows, 1, columns].
         turned: matrices that are published as [in, out].
         grouped: `attn_qkv` is published as groups of heads, each Q, then K, then V; the file has all Q first.
@@ -309,6 +346,7 @@ class Architecture:
     leading_dense: str = ""
     sparse_step: str = ""
     delta_net: bool = False
+    mamba: bool = False
     gated_queries: bool = False
     unattended: str = ""
     read_as: Mapping[str, Any] = field(default_factory=dict)
@@ -317,6 +355,7 @@ class Architecture:
     nameless: tuple[str, ...] = ()
     logarithms: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
+    grids: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     grouped: bool = False
@@ -644,6 +683,38 @@ ROWS: tuple[Architecture, ...] = (
         published={"block_sparse_moe.router": "block_sparse_moe.router.layer"},
         fields={**_GRANITE_FIELDS, **_expert_fields("num_local_experts")},
         permuted=True,
+    ),
+    Architecture(
+        "granitehybrid",
+        "granitemoehybrid",
+        {**_ATTENTION, **_MAMBA2, **_NORMS, **_SHARED_MLP},
+        _MAMBA2_BIASES,
+        chosen={"num_local_experts": (0, None)},
+        when="expert_count=0",
+        fields={**_GRANITE_FIELDS, **_GRANITE_MAMBA, "expert_shared_feed_forward_length": "shared_intermediate_size"},
+        constants={**_GRANITE_HYBRID_CONSTANTS, "expert_count": 0, "expert_used_count": 0},
+        read_as={**_GRANITE_READ, "num_local_experts": 0, "num_experts_per_tok": 0},
+        orders={"ffn_gate": "first half", "ffn_up": "second half"},
+        **_GRANITE_HYBRID,
+    ),
+    Architecture(
+        "granitehybrid",
+        "granitemoehybrid",
+        {
+            **{**_ATTENTION, **_MAMBA2, **_NORMS},
+            **_experts("block_sparse_moe.router", "block_sparse_moe.experts"),
+            **{f"{name}_shexp": ours for name, ours in _SHARED_MLP.items()},
+        },
+        _MAMBA2_BIASES,
+        published={"block_sparse_moe.router": "block_sparse_moe.router.layer"},
+        fields={
+            **{**_GRANITE_FIELDS, **_GRANITE_MAMBA, **_expert_fields("num_local_experts")},
+            "expert_shared_feed_forward_length": "shared_intermediate_size",
+        },
+        constants=_GRANITE_HYBRID_CONSTANTS,
+        read_as=_GRANITE_READ,
+        orders={"ffn_gate_shexp": "first half", "ffn_up_shexp": "second half"},
+        **_GRANITE_HYBRID,
     ),
     # Its norms have no weights.
     Architecture(

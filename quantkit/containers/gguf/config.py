@@ -144,6 +144,8 @@ def config_settings(
         settings[row.shared_heads] = keys.require(f"attention.head_count{'_kv' if shared else ''}", whole=True)
     if row.delta_net:
         settings |= _delta_net(keys, settings, blocks)
+    if row.mamba:
+        settings |= _mamba_head(keys, settings)
     settings["vocab_size"] = shapes["token_embd.weight"][0]
     for token in ("bos_token", "eos_token", "pad_token"):
         settings[f"{token}_id"] = token_id(keys.values, TOKENS[token], settings["vocab_size"])
@@ -242,6 +244,31 @@ def _delta_net(keys: ArchitectureKeys, settings: Mapping[str, Any], blocks: int)
     return {"layer_types": kinds, "linear_value_head_dim": inner // heads}
 
 
+def _mamba_head(keys: ArchitectureKeys, settings: Mapping[str, Any]) -> dict[str, int]:
+    """The width of a head of Mamba 2."""
+    heads, groups = settings["mamba_n_heads"], settings["mamba_n_groups"]
+    inner = keys.require("ssm.inner_size", whole=True)
+    if inner % heads or heads % groups:
+        raise SourceError(f"{keys.architecture}.ssm: {inner} rows are no {heads} heads in {groups} groups")
+    if inner != settings["mamba_expand"] * settings["hidden_size"]:
+        raise SourceError(f"{keys.architecture}.ssm.inner_size is {inner}; such models cannot be read")
+    return {"mamba_d_head": inner // heads}
+
+
+def _mamba_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of Mamba 2, by their names in a block; and of the MLP that stands beside experts, or alone."""
+    width, heads, groups = settings["hidden_size"], settings["mamba_n_heads"], settings["mamba_n_groups"]
+    inner = heads * settings["mamba_d_head"]
+    mixed, shared = inner + 2 * groups * settings["mamba_d_state"], settings["shared_intermediate_size"]
+    return {
+        **{"ssm_in": (inner + mixed + heads, width), "ssm_conv1d": (mixed, settings["mamba_d_conv"])},
+        **{"ssm_a": (heads, 1), "ssm_d": (heads, 1), "ssm_dt": (heads, 1), "ssm_out": (width, inner)},
+        **{"ssm_norm": (groups, inner // groups)},
+        **dict.fromkeys(("ffn_gate", "ffn_up"), (shared, width)),
+        "ffn_down": (width, shared),
+    }
+
+
 def _heads_by_block(keys: ArchitectureKeys, blocks: int) -> list[int]:
     """Heads of K and V of each block, 0 where it has no attention."""
     said = keys.get("attention.head_count_kv")
@@ -315,6 +342,7 @@ def _check_shapes(
         **_expert_shapes(row, settings),
         **(_latent_shapes(settings) if row.latent else {}),
         **(_delta_net_shapes(settings) if row.delta_net else {}),
+        **(_mamba_shapes(settings) if row.mamba else {}),
         **({"attn_q": (2 * queries, width)} if row.gated_queries else {}),
     }
     for name, shape in shapes.items():

@@ -100,6 +100,7 @@ def model_keys(source: Source) -> Keys:
         **_windows(config, row),
         **(_latent(config) if row.latent else {}),
         **(_delta_net(config) if row.delta_net else {}),
+        **({"ssm.inner_size": config.mamba_n_heads * config.mamba_d_head} if row.mamba else {}),
         **_deepstack(source.config, row),
     }
     return {f"{row.name}.{key}": value for key, value in keys.items()}
@@ -327,6 +328,12 @@ def _differences(config: PretrainedConfig, row: Architecture) -> Iterator[str]:
         yield f"use_qk_norm is {config.use_qk_norm}, where llama.cpp goes by the number of experts"
     if row.model_type == "deepseek_v2" and (config.n_group or 1) > 1:
         yield f"n_group is {config.n_group}, which of a model with softmax over its experts llama.cpp takes otherwise"
+    if row.mamba and config.position_embedding_type == "rope":
+        yield "position_embedding_type is rope, where a granitehybrid GGUF file of quantkit means none"
+    if row.mamba and not config.num_local_experts and config.intermediate_size != config.shared_intermediate_size:
+        yield "shared_intermediate_size is not intermediate_size, as in a granitehybrid GGUF file without experts"
+    if row.mamba and "linear_attention" not in config.layer_types:
+        yield "layer_types has attention alone, which a granitehybrid GGUF file cannot say"
     if row.delta_net and config.linear_key_head_dim != config.linear_value_head_dim:
         yield "linear_key_head_dim is not linear_value_head_dim, as llama.cpp has it of a delta net"
     if row.latent and config.q_lora_rank is None and config.num_hidden_layers not in (26, 27):

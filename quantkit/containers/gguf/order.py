@@ -149,6 +149,16 @@ def _tiled(before: bool, width: str = "") -> Callable[[Callable[[str], int]], Pi
     return make
 
 
+def _half(part: int) -> Callable[[Callable[[str], int]], Picked]:
+    """The upper (0) or lower (1) half of the shared MLP's gate and up matrices."""
+
+    def make(size: Callable[[str], int]) -> Picked:
+        width = size("shared_intermediate_size")
+        return Picked(_parts(1, (width, width), (part,)), 2 * width)
+
+    return make
+
+
 ORDERS: Mapping[str, Callable[[Callable[[str], int]], Picked]] = {
     "latent keys": _latent(0),
     "latent values": _latent(1),
@@ -157,6 +167,8 @@ ORDERS: Mapping[str, Callable[[Callable[[str], int]], Picked]] = {
     "tiled values after keys": _tiled(before=True, width="linear_value_head_dim"),
     "tiled values": _tiled(before=False, width="linear_value_head_dim"),
     "tiled heads": _tiled(before=False),
+    "first half": _half(0),
+    "second half": _half(1),
 }
 """What the table of architectures calls an order -> what makes it, given what a config's field says."""
 
@@ -200,3 +212,9 @@ def columns_of(row: Architecture, role: str, size: Callable[[str], Any]) -> Pick
 def norm_offset(row: Architecture, name: str) -> float:
     """What was added to the values of a tensor, which is 0 but for norms; a delta net's own is as it is published."""
     return row.norm_offset if name.endswith("norm.weight") and not name.endswith("ssm_norm.weight") else 0.0
+
+
+def grid_of(role: str, length: int, size: Callable[[str], Any]) -> tuple[int, int]:
+    """Shape of a vector of Mamba 2 in a file: a row for each head, or for each group that is normed by itself."""
+    rows = size("mamba_n_groups") if role == "ssm_norm" else length
+    return rows, length // rows

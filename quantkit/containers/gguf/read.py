@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +34,8 @@ class InFile(NamedTuple):
 
     `order` is that of its rows, `columns` that of its columns, `offset` what was added to its values; `logarithm` says
     that the file has minus the exponential, `vector` that the file has a matrix of one row as a vector, `turned` that a
-    matrix is published as [in, out], `squeezed` that it is [rows, 1, columns]. `others` are further tensors that the
-    published one is made of.
+    matrix is published as [in, out], `squeezed` that it is [rows, 1, columns], `grid` that a vector lies in rows.
+    `others` are further tensors that the published one is made of.
     """
 
     file: GgufFile
@@ -47,13 +48,14 @@ class InFile(NamedTuple):
     squeezed: bool = False
     columns: Picked | None = None
     logarithm: bool = False
+    grid: bool = False
     others: tuple[InFile, ...] = ()
 
     @property
     def moved(self) -> bool:
         """Whether rows of the published tensor are others than those of the file's."""
-        plain = (self.order, self.columns, self.offset, self.logarithm, self.vector, self.turned, self.squeezed)
-        return any(plain)
+        moves = (self.order, self.columns, self.offset, self.logarithm, self.vector, self.turned, self.squeezed)
+        return self.grid or any(moves)
 
     @property
     def by_parts(self) -> bool:
@@ -89,6 +91,7 @@ class GgmlSource(Source):
                 shape = (found.order.whole,) if columns is None else (found.order.whole, columns)
                 size += sum(part.file.tensors[part.name].bytes for part in found.others)
             shape = shape[::-1] if found.turned else shape
+            shape = (math.prod(shape),) if found.grid else shape
             shape = (shape[0], 1, *shape[1:]) if found.squeezed else shape
             shown[name] = TensorInfo((1, *shape) if found.vector else shape, tensor.kind.name, size)
         return shown
@@ -98,6 +101,7 @@ class GgmlSource(Source):
         values = found.file.values(found.name, found.expert)
         values = values - found.offset if found.offset else values
         values = np.log(-values) if found.logarithm else values
+        values = values.reshape(-1) if found.grid else values
         values = values[:, np.argsort(found.columns.rows)] if found.columns else values
         values = _ordered(found, values)
         values = values[:, None] if found.squeezed else values
@@ -278,12 +282,12 @@ class GgufSource(GgmlSource):
             offset = norm_offset(row, name)
             vector = role in row.vectors and len(part.tensors[name].shape) == 1
             turned = role in row.turned and name.endswith(".weight")
-            squeezed = role in row.squeezed
+            squeezed = role in row.squeezed and name.endswith(".weight")
             order = order_of(row, role, heads, shared, self._settings.__getitem__)
             found = InFile(part, name, None, order, offset, vector, turned, squeezed)
-            if role in row.columns or role in row.logarithms:
+            if role in (*row.columns, *row.logarithms, *row.grids):
                 columns = columns_of(row, role, self._settings.__getitem__)
-                found = found._replace(columns=columns, logarithm=role in row.logarithms)
+                found = found._replace(columns=columns, logarithm=role in row.logarithms, grid=role in row.grids)
             if "*" not in published:
                 yield published, found
                 continue

@@ -19,7 +19,7 @@ from quantkit.containers.gguf.architectures import BLOCK, Architecture, part_of
 from quantkit.containers.gguf.config import llama3_factors
 from quantkit.containers.gguf.file import Array
 from quantkit.containers.gguf.keys import head_width, row_of, shared_heads, text_config
-from quantkit.containers.gguf.order import Order, Picked, columns_of, norm_offset, order_of
+from quantkit.containers.gguf.order import Order, Picked, columns_of, grid_of, norm_offset, order_of
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
 from quantkit.late import torch
@@ -27,13 +27,8 @@ from quantkit.late import torch
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_IN_FULL = (
-    "ffn_gate_inp",
-    "ffn_gate_inp_shexp",
-    "position_embd",
-    "shortconv.conv",
-    "ssm_conv1d",
-)  # matrices that are always float32
+# Matrices that are always float32.
+_IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "shortconv.conv", "ssm_conv1d")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 # What the parameters of a text model with towers beside it begin with, and what they do without them.
 _TEXTS = {"model.language_model.": "model.", "model.text_model.": "model.", "language_model.": ""}
@@ -189,7 +184,7 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
     role = part_of(name)
     shape = (len(published), *shapes[0]) if "_exps." in name else shapes[0]
     turned = role in row.turned and len(shape) == 2
-    if role in row.squeezed:
+    if role in row.squeezed and len(shape) == 3:
         shape = (shape[0], shape[-1])
     config = text_config(source.config)
 
@@ -201,6 +196,8 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
         if order.whole != shape[0]:
             raise SourceError(f"{source.path}: {published[0]} has {shape[0]} rows, its config asks for {order.whole}")
         shape = order.shape(*shape[1:]) if len(shape) == 2 else (len(order.rows),)
+    if role in row.grids:
+        shape = grid_of(role, shape[0], size)
     return GgufTensor(
         name,
         published,
@@ -210,7 +207,7 @@ def _tensor(source: Source, weights: Weights, row: Architecture, name: str, publ
         columns=columns_of(row, role, size),
         offset=norm_offset(row, name),
         logarithm=role in row.logarithms,
-        always_f32=len(shape) == 1 or role in _IN_FULL or name.endswith(".bias"),
+        always_f32=len(shape) == 1 or role in (*_IN_FULL, *row.grids) or name.endswith(".bias"),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -168,9 +168,18 @@ def plan_folder(
 
 
 def kept_matrices(weights: Weights, linears: Plan) -> list[str]:
-    """Modules that stay as they are although readers may take them for Linears; not embeddings."""
+    """Modules that stay as they are although readers may take them for Linears; not embeddings. By their published
+    names, and by those of transformers' class where they are others."""
     matrices = [(n.removesuffix(".weight"), i) for n, i in weights.tensors.items() if n.endswith(".weight")]
-    return [m for m, info in matrices if m not in linears and len(info.shape) > 1 and "embed" not in m]
+    kept = [m for m, info in matrices if m not in linears and len(info.shape) > 1 and "embed" not in m]
+    return also_called(weights, kept)
+
+
+def also_called(weights: Weights, modules: Sequence[str]) -> list[str]:
+    """Published names of modules, and after them what transformers' class calls those that it calls otherwise."""
+    called = {published: name for name, published in weights.names.items()}
+    names = (called.get(f"{module}.weight", "").removesuffix(".weight") for module in modules)
+    return list(dict.fromkeys([*modules, *(name for name in names if name)]))
 
 
 def check_holds(container: str, linears: Plan) -> None:

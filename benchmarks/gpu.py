@@ -55,6 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
     },
 }
+_STORED_AS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _VOCABULARY = 4096  # rows of the embedding: quantizing does not depend on them
 
 
@@ -251,7 +252,7 @@ class RandomLlama:
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
         self._made: dict[str, torch.Tensor] = {}
         self._tensors = {
-            f"{name}.weight": TensorInfo(shape, str(dtype), dtype.itemsize * torch.Size(shape).numel())
+            f"{name}.weight": TensorInfo(shape, _STORED_AS[dtype], dtype.itemsize * torch.Size(shape).numel())
             for name, shape in shapes.items()
         }
 

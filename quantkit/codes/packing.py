@@ -10,6 +10,7 @@ from quantkit.late import torch
 
 PACKABLE_BITS = (2, 3, 4, 8)
 _CODES_A_TILE = 1 << 20  # packed at a time: they stay in the cache
+_GPU_TILE = 1 << 26  # there a launch takes as long as a million codes
 
 
 def packing_multiple(bits: int) -> int:
@@ -65,7 +66,8 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Each row as a stream of its own: uint8 [n, m], each below 2**bits (1 to 8) -> int32 [n, words_for(m, bits)]."""
     columns = codes.shape[1]
     tiles = []
-    for tile in torch.split(codes, max(1, _CODES_A_TILE // (columns or 1))):
+    most = _CODES_A_TILE if codes.device.type == "cpu" else _GPU_TILE
+    for tile in torch.split(codes, max(1, most // (columns or 1))):
         whole = tile.new_zeros(len(tile), columns + -columns % 32)
         whole[:, :columns] = tile
         eights = _closed(whole.view(torch.int64), bits)

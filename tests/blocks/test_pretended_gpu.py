@@ -244,3 +244,19 @@ def test_a_scale_beyond_float16_is_told_where_the_losses_are_read(
         quantkit.gptq(model, tmp_path / "out", device="cuda:1", **given)
     with pytest.raises(NumericError, match=line):
         quantkit.gptq(model, tmp_path / "out", device="cpu", force=True, **given)
+
+
+# -- at the size of 7B -----------------------------------------------------------------------------------------------
+
+
+def test_a_block_of_7b_keeps_to_its_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at its shapes, of 128 x 2048 tokens: what does not shrink with the model."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from importlib import import_module
+
+    told = import_module("gpu_counts").a_block(import_module("gpu").SHAPES["llama-7b"]).told()
+    assert told["weights"] == 4 * 4096**2 + 3 * 4096 * 11008
+    assert told["waits"] <= 12, told["waits at"]
+    assert told["launches"] <= 6000, told["launches at"]
+    assert told["bytes a weight"]["grids"] <= 30
+    assert told["bytes a weight to the host"] <= 0.6  # words of 4 bits, and of 128 columns a scale and a zero

@@ -105,7 +105,7 @@ def test_what_it_has_no_place_for_is_refused(make_model: MakeModel, tmp_path: Pa
         write_codes(tmp_path / "mixed", make_model(intermediate_size=128), spec, "awq")
     linears = {f"mlp.{name}": LinearPlan((64, 64), QuantSpec(group_size=32)) for name in ("gate_proj", "up_proj")}
     tensors = {f"{name}.weight": TensorInfo((64, 64), "F16", 0) for name in ("mlp.gate", *linears)}
-    weights: Any = SimpleNamespace(tensors=tensors, dtype=lambda name: torch.float16)
+    weights: Any = SimpleNamespace(tensors=tensors, names={}, dtype=lambda name: torch.float16)
     with pytest.raises(UsageError, match=r"mlp\.gate stays as it is, and AWQ readers would leave mlp\.gate_proj too"):
         plan(weights, weights, linears)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own choice on two cores is one worker, with which it raises
 
 import torch
+import transformers
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import GPTQConfig
 
 
 def load(folder: str, loader: str, backend: str) -> torch.nn.Module:
@@ -21,7 +22,8 @@ def load(folder: str, loader: str, backend: str) -> torch.nn.Module:
     if backend != "auto":  # of this configuration only the backend is taken, the rest is the folder's own
         bits = json.loads(Path(folder, "config.json").read_text())["quantization_config"]["bits"]
         kwargs["quantization_config"] = GPTQConfig(bits=bits, backend=backend)
-    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32, **kwargs)
+    (name,) = json.loads(Path(folder, "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(folder, device_map="cpu", dtype=torch.float32, **kwargs)
 
 
 def logits(
@@ -32,6 +34,7 @@ def logits(
     loader: str = "transformers",
     backend: str = "gptq_torch",
     exact: bool = True,
+    beside: str | None = None,
 ) -> dict:
     """`exact`: scale * (code - zero) in float32; GPTQModel itself rounds the product to the scales' float16."""
     if loader == "gptqmodel" and not exact:
@@ -42,7 +45,7 @@ def logits(
     for module in model.modules():  # in float32 it would dequantize again at every forward
         if isinstance(module, BaseQuantLinear) and hasattr(module, "dequantize_weight"):
             cached(module, "dequantize_weight")
-    return logits_of(model, BaseQuantLinear, ids, out, generate)
+    return logits_of(model, BaseQuantLinear, ids, out, generate, beside)
 
 
 def quantize(model: str, out: str, samples: list[list[int]], **options: object) -> dict:

@@ -38,18 +38,26 @@ def serve(handlers: dict[str, Callable[..., dict[str, Any]]]) -> None:
     os._exit(0)  # the judges' worker threads outlive main
 
 
-def logits_of(model: Any, quantized: type | tuple[type, ...], ids: list[list[int]], out: str, generate: int) -> dict:
+def logits_of(
+    model: Any,
+    quantized: type | tuple[type, ...],
+    ids: list[list[int]],
+    out: str,
+    generate: int,
+    beside: str | None = None,
+) -> dict:
     """Write `logits` float32 [prompts, tokens, vocab] and `generated` int64 [new tokens] (greedy, after the first
-    prompt) to `out`. Returns which Linears are quantized, by which class, and which are plain.
+    prompt) to `out`. Returns which Linears are quantized, by which class, and which are plain. `beside`: a file of
+    tensors that the logits' forward takes too, as those of a picture.
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     tokens = torch.tensor(ids, dtype=torch.int64)
     start = time.perf_counter()
     generated = torch.empty(0, dtype=torch.int64)
     with torch.inference_mode():
-        logits = model(input_ids=tokens).logits.float()
+        logits = model(input_ids=tokens, **(load_file(beside) if beside else {})).logits.float()
         if generate:
             first = tokens[:1]
             new = model.generate(

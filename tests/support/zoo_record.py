@@ -95,11 +95,11 @@ def measure(kind: str, folder: Path, tokenizer: Any, tokens: TokenMatrix) -> Cel
     return cells
 
 
-def loaded(folder: Path) -> Any:
+def loaded(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The model of a folder, by the class that its config names. Raises ValueError where transformers has no such, or
     finds tensors missing or of another shape."""
     (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-    model, told = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    model, told = getattr(transformers, name).from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
     if missing := [*told["missing_keys"], *told["mismatched_keys"]]:
         raise ValueError(f"transformers misses {sorted(missing)[0]}")
     return model

@@ -109,6 +109,23 @@ def test_transformers_class_gives_our_readers_logits_on_a_picture(
     torch.testing.assert_close(streamed, text, rtol=0, atol=2e-5 * float(text.std()))
 
 
+@pytest.mark.parametrize("kind", towers.KINDS)
+def test_transformers_reads_compressed_tensors_of_a_whole(
+    kind: str, made: dict[str, tuple[Path, Path]], calibration: TokenMatrix, tmp_path: Path
+) -> None:
+    """Its modules go by other names than some checkpoints' tensors; of one precision, and of two."""
+    model, out = made[kind]
+    override = {"*.down_proj": {"bits": 8}}
+    quantkit.gptq(
+        model, tmp_path / "two", calibration=calibration, format="compressed-tensors", override=override, **OPTIONS
+    )
+    for folder in (out / "compressed-tensors", tmp_path / "two"):
+        ours = on_picture(load_model(open_source(folder), CPU, torch.float32), kind)
+        with torch.inference_mode():
+            theirs = loaded(folder, torch.float32).eval()(**towers.picture(kind)).logits
+        assert torch.equal(theirs, ours)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", towers.KINDS)
 def test_convert_writes_the_whole_again(

@@ -14,7 +14,15 @@ from quantkit.codes import Plan, QuantizedLinear
 from quantkit.codes.packing import pack_rows, words_for
 from quantkit.containers.compressed.read import CompressedSource
 from quantkit.containers.compressed.scheme import CLASS, REGEX
-from quantkit.containers.hf.coded import CodedWriter, Part, check_holds, check_whole_groups, kept_matrices, plan_folder
+from quantkit.containers.hf.coded import (
+    CodedWriter,
+    Part,
+    also_called,
+    check_holds,
+    check_whole_groups,
+    kept_matrices,
+    plan_folder,
+)
 from quantkit.containers.source import Source, Weights
 from quantkit.late import torch
 from quantkit.options import CheckpointFormat, QuantSpec
@@ -56,8 +64,8 @@ def label(linears: Plan, weights: Weights) -> dict[str, Any]:
     one = sum(not set(modules).issubset(ends) for modules in precisions.values()) == 1
     groups = {}
     for number, ((bits, size, sym, order), modules) in enumerate(precisions.items()):
-        others = {*linears, *kept}.difference(modules)
-        inside = [module for module in modules if module not in ends]
+        inside = also_called(weights, [module for module in modules if module not in ends])
+        others = {*also_called(weights, list(linears)), *kept}.difference(modules, inside)
         of_class = [CLASS] if inside else []
         groups[f"group_{number}"] = {
             "targets": [*(of_class if one else patterns(inside, others)), *(m for m in modules if m in ends)],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from quantkit.codes import Codes, Plan, QuantizedLinear, dequantized
+from quantkit.codes import Codes, Plan, QuantizedLinear, StoredCodes
 from quantkit.containers import CONTAINERS, misfit, misfit_end
 from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype, untied
 from quantkit.containers.hf.write import ShardedWriter
@@ -103,10 +103,14 @@ class CodedFolder(FolderSource):
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.is_coded(name):
             return self.stored.read_rows(name, start, stop)
-        module = name.removesuffix(".weight")
+        return self._stored(name.removesuffix(".weight")).placed(lambda part: part[start:stop]).floats()
+
+    def read_stored(self, name: str) -> StoredCodes | None:
+        return self._stored(name.removesuffix(".weight")) if self.is_coded(name) else None
+
+    def _stored(self, module: str) -> StoredCodes:
         parts = self.read_unpacked(module), self.stored_scales(module), self.read_zeros(module)
-        codes, scales, zeros = (part[start:stop] for part in parts)
-        return dequantized(codes, scales, zeros, self.read_groups(module))
+        return StoredCodes(*parts, self.read_groups(module))
 
     def read_codes(self, module: str) -> QuantizedLinear:
         codes, scales, zeros = self.read_unpacked(module), self.read_scales(module), self.read_zeros(module)
@@ -164,9 +168,18 @@ def plan_folder(
 
 
 def kept_matrices(weights: Weights, linears: Plan) -> list[str]:
-    """Modules that stay as they are although readers may take them for Linears; not embeddings."""
+    """Modules that stay as they are although readers may take them for Linears; not embeddings. By their published
+    names, and by those of transformers' class where they are others."""
     matrices = [(n.removesuffix(".weight"), i) for n, i in weights.tensors.items() if n.endswith(".weight")]
-    return [m for m, info in matrices if m not in linears and len(info.shape) > 1 and "embed" not in m]
+    kept = [m for m, info in matrices if m not in linears and len(info.shape) > 1 and "embed" not in m]
+    return also_called(weights, kept)
+
+
+def also_called(weights: Weights, modules: Sequence[str]) -> list[str]:
+    """Published names of modules, and after them what transformers' class calls those that it calls otherwise."""
+    called = {published: name for name, published in weights.names.items()}
+    names = (called.get(f"{module}.weight", "").removesuffix(".weight") for module in modules)
+    return list(dict.fromkeys([*modules, *(name for name in names if name)]))
 
 
 def check_holds(container: str, linears: Plan) -> None:

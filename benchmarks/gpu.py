@@ -1,8 +1,8 @@
 """Time, floor and memory of quantizing a Llama's blocks on a GPU: shapes of Llama-7B and Llama-3-8B, random weights.
 
-Nothing is downloaded, read from a disk or written: measured are forwards, Hessians, factors, grids, columns, and the
-copies of weights and codes between the machine's memory and the GPU's. `--phases` runs a second time and waits for the
-GPU around each phase, which tells them apart and costs what runs beside each other otherwise.
+Nothing is downloaded, read from a disk or written: measured are forwards, Hessians, factors, grids, columns, packing,
+and the copies of weights and packed codes between the machine's memory and the GPU's. `--phases` runs a second time and
+waits for the GPU around each phase, which tells them apart and costs what runs beside each other otherwise.
 
 The floor is the arithmetic of one forward, one symmetric Hessian a stage, its factor and the columns' products, each at
 the rate that a large product of its dtype reaches in the same run.
@@ -21,6 +21,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from quantkit.blocks.budget import free_budget, tune
 from quantkit.blocks.open import DTYPES, resolve_device
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes
+from quantkit.codes.carried import Carried
 from quantkit.containers.source import TensorInfo
 from quantkit.late import dtype_of
 from quantkit.options import QuantSpec
@@ -78,7 +80,8 @@ def main() -> None:
     spec = QuantSpec(bits=args.bits, group_size=args.group_size)
 
     quantize(RandomLlama(_config(args, layers=1), dtype), device, tokens[:1], spec)  # compiles, makes handles
-    seconds, peak = quantize(source, device, tokens, spec)
+    source.make_all()
+    seconds, peak, reserved = quantize(source, device, tokens, spec)
     operations = floor_operations(ModelStream(source, device, dtype), args.samples, args.seq_len)
     rates = {"half" if dtype != torch.float32 else "float32": matmul_rate(device, dtype)}
     rates["float32"] = matmul_rate(device, torch.float32)
@@ -96,6 +99,7 @@ def main() -> None:
         "floor_seconds": sum(floor.values()),
         "over_floor": seconds / sum(floor.values()),
         "peak_bytes": peak,
+        "reserved_bytes": reserved,
         "operations": {name: count for name, (_, count) in operations.items()},
         "rates": rates,
         "floor": floor,
@@ -121,23 +125,29 @@ def _config(args: argparse.Namespace, layers: int | None = None) -> LlamaConfig:
     return LlamaConfig(vocab_size=_VOCABULARY, tie_word_embeddings=False, max_position_embeddings=8192, **shape)
 
 
-def quantize(source: RandomLlama, device: torch.device, tokens: torch.Tensor, spec: QuantSpec) -> tuple[float, int]:
-    """Seconds from the model's building to the last code in the machine's memory, and peak bytes of the device."""
+def quantize(
+    source: RandomLlama, device: torch.device, tokens: torch.Tensor, spec: QuantSpec
+) -> tuple[float, int, int]:
+    """Seconds from the model's building to the last packed word in the machine's memory; the device's most bytes of
+    tensors, and the most that torch held for them."""
     _wait(device)
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else the plan would be one for what the run before has left
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     stream = ModelStream(source, device, source.dtype)
+    with ThreadPoolExecutor(1) as landing:  # as a run's own thread takes them
 
-    def keep(name: str, linear: Codes, _: object) -> None:
-        linear.codes.cpu()
+        def keep(name: str, linear: Codes, _: object) -> None:
+            landing.submit(Carried(linear).wait)
 
-    quantize_blocks(stream, tokens, plan_linears(stream, spec), keep, free_budget(device))
+        quantize_blocks(stream, tokens, plan_linears(stream, spec), keep, free_budget(device))
     _wait(device)
     seconds = time.perf_counter() - start
     if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated(device)
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return seconds, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds, held, held
 
 
 _PHASES: dict[str, list[tuple[Any, str]]] = {
@@ -148,6 +158,7 @@ _PHASES: dict[str, list[tuple[Any, str]]] = {
     "grids": [(gptq, "fit"), (gptq, "fit_grid")],
     "columns": [(gptq, "quantize")],
     "plain rounding and losses": [(gptq, "round_to_nearest"), (gptq, "row_losses")],
+    "packing and copies": [(Carried, "__init__")],
 }
 
 
@@ -170,7 +181,7 @@ def phases(source: RandomLlama, device: torch.device, tokens: torch.Tensor, spec
         for name, places in _PHASES.items():
             for owner, attribute in places:
                 patches.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
-        whole, _ = quantize(source, device, tokens, spec)
+        whole, *_ = quantize(source, device, tokens, spec)
     return {**spent, "forwards and the rest": whole - sum(spent.values()), "all": whole}
 
 
@@ -214,6 +225,7 @@ class RandomLlama:
 
     kind = "hf"
     trusts_code = False
+    codes = None
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
         self.label, self.path, self.config, self.dtype = "random-llama", Path("random-llama"), config, dtype
@@ -246,6 +258,11 @@ class RandomLlama:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
+
+    def make_all(self) -> None:
+        """Make what will be read, so that no time is taken of its making."""
+        for name in self._tensors:
+            self.read(name)
 
     def read(self, name: str) -> torch.Tensor:
         """Norms of ones; matrices whose outputs are as large as their inputs. All blocks are alike: one is held."""

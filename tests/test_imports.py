@@ -101,7 +101,8 @@ def reached(start: str, graph: dict[str, set[str]]) -> set[str]:
 
 
 # What derives from classes of torch, transformers or the harness, or is compiled, and is imported where it is used.
-HEAVY = {"blocks.experts", "quantize.kernels.columns", "verbs.eval.model", "verbs.generate.drawing"}
+HEAVY = {"blocks.experts", "verbs.eval.model", "verbs.generate.drawing"}
+HEAVY |= {"quantize.kernels.columns", "quantize.kernels.grids"}
 
 
 def test_no_module_imports_torch_before_it_computes() -> None:

@@ -30,6 +30,7 @@ from quantkit.blocks.families import (
 from quantkit.blocks.states import Arguments, Capture, Handed, HiddenPlace, HiddenStates, handed, hands_on, share_equal
 from quantkit.blocks.weights import bind, build_on_meta, expert_names, take_experts_apart
 from quantkit.blocks.workers import ReadAhead, uploaded
+from quantkit.codes import StoredCodes
 from quantkit.containers.hf.shards import dtype_as_read
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import NumericError, SourceError, UsageError, first_line
@@ -84,7 +85,7 @@ class ModelStream:
         self._capture: Capture | None = None
         self._last_hidden: torch.Tensor | None = None
         self._windows: dict[torch.Size, torch.Size] = {}  # shape of hidden states -> that of their token ids
-        self._ahead: ReadAhead[dict[str, torch.Tensor]] | None = None
+        self._ahead: ReadAhead[dict[str, torch.Tensor | StoredCodes]] | None = None
         self._way: tuple[Handed | None, ...] = ()
         self._ways = _WAYS
 
@@ -437,22 +438,29 @@ class ModelStream:
         """
         return self._cast(name, self.weights.read(self.weights.names[name]))
 
-    def _cast(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+    def _cast(self, name: str, stored: torch.Tensor | StoredCodes) -> torch.Tensor:
         """What was read for the parameter `name`, on the device, in the stream's dtype. Raises NumericError."""
+        if isinstance(stored, StoredCodes):
+            stored = stored.placed(lambda part: part.to(self.device)).floats()
         cast = stored.to(self.device).to(self.dtype)
         if self.dtype == torch.float16 and not bool(torch.isfinite(cast).all()):
             published = self.weights.names[name]
             raise NumericError(f"{published}: not finite in float16; use --dtype float32 or bfloat16")
         return cast
 
-    def _stored_block(self, index: int) -> dict[str, torch.Tensor]:
-        """A block's tensors by their names in it, as the source gives them; a thread may call this."""
+    def _stored_block(self, index: int) -> dict[str, torch.Tensor | StoredCodes]:
+        """A block's tensors by their names in it, as the source gives them, or codes for a GPU, which makes floats of
+        them; a thread may call this."""
         block, prefix, known = self.modules[index], self.blocks[index], self.weights.names
         names = [name for name, _ in block.named_parameters()]
         names += [name for name, _ in block.named_buffers() if f"{prefix}.{name}" in known]  # persistent ones
-        return {name: self.weights.read(known[f"{prefix}.{name}"]) for name in names}
+        return {name: self._stored(known[f"{prefix}.{name}"]) for name in names}
 
-    def _fill(self, block: nn.Module, index: int, stored: dict[str, torch.Tensor]) -> None:
+    def _stored(self, published: str) -> torch.Tensor | StoredCodes:
+        codes = None if self.device.type == "cpu" else self.weights.read_codes(published)
+        return self.weights.read(published) if codes is None else codes
+
+    def _fill(self, block: nn.Module, index: int, stored: dict[str, torch.Tensor | StoredCodes]) -> None:
         """Give a block its tensors; each stored one is let go as soon as it is cast."""
         parameters = {name for name, _ in block.named_parameters()}
         tensors: dict[str, torch.Tensor] = {}

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from itertools import chain, zip_longest
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, Union
 
+from quantkit.codes import StoredCodes
 from quantkit.late import torch
 from quantkit.runs.ranks import share_of
 
 T = TypeVar("T")
+Stored = Union["torch.Tensor", StoredCodes]
 
 BATCH_TOKENS = 1024  # on a CPU, where workers run side by side, larger batches are no faster
 _GPU_BATCH_TOKENS = 16384  # launches take as long for a small batch, and a GPU waits for them
@@ -118,9 +120,9 @@ def even_shares(items: int, workers: int) -> list[range]:
 
 
 def uploaded(
-    stored: dict[str, torch.Tensor], device: torch.device, user: torch.cuda.Stream | None = None
-) -> dict[str, torch.Tensor]:
-    """The tensors on `device`, for the thread that read them: it waits for the copies, so that nobody else has to.
+    stored: dict[str, Stored], device: torch.device, user: torch.cuda.Stream | None = None
+) -> dict[str, Stored]:
+    """The tensors and codes on `device`, for the thread that read them, which waits for the copies, and nobody else.
 
     Each goes through pinned memory, from which the GPU copies by itself. Nothing happens where the device is a CPU.
     `user` is the stream that they are used on, and those before them were.
@@ -128,13 +130,18 @@ def uploaded(
     if device.type != "cuda":
         return stored
     stream = _copying(device)
+
+    def sent(tensor: torch.Tensor) -> torch.Tensor:
+        pinned = tensor.contiguous().pin_memory()
+        arrived = torch.empty_like(pinned, device=device)
+        # The memory may be what an earlier block's tensor had: its last use was queued before it was let go.
+        stream.wait_stream(torch.cuda.default_stream(device) if user is None else user)
+        return arrived.copy_(pinned, non_blocking=True)
+
     with torch.cuda.stream(stream):
         for name in list(stored):
-            pinned = stored.pop(name).contiguous().pin_memory()
-            arrived = torch.empty_like(pinned, device=device)
-            # The memory may be what an earlier block's tensor had: its last use was queued before it was let go.
-            stream.wait_stream(torch.cuda.default_stream(device) if user is None else user)
-            stored[name] = arrived.copy_(pinned, non_blocking=True)
+            one = stored.pop(name)
+            stored[name] = sent(one) if isinstance(one, torch.Tensor) else one.placed(sent)
     stream.synchronize()
     return stored
 

@@ -5,7 +5,7 @@ Every container is written from this. Which Linears become such, and to what, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,11 @@ class QuantizedLinear:
     def words(self) -> torch.Tensor:
         """Codes of each row packed, int32 [out, words_for(in, bits)] as `pack_rows` has them; made once."""
         return pack_rows(self.codes, self.bits)
+
+    def with_words(self, words: torch.Tensor) -> QuantizedLinear:
+        """The same, whose `words` have been made already."""
+        self.__dict__["words"] = words  # where a cached property keeps it
+        return self
 
     def split(self, rows: list[int]) -> list[QuantizedLinear]:
         """Cut a stack of Linears that share their input into its parts of `rows` output rows each."""
@@ -187,6 +192,31 @@ class GgmlLinear:
         return pack_super_blocks(grid.type, codes, d, sc, dmin, m)
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """What a folder of codes stores of one Linear [out, in], for whoever makes floats of it on another device.
+
+    Attributes:
+        codes: uint8 [out, in].
+        scales: float32 [out, groups].
+        zeros: uint8 [out, groups].
+        group: int32 [in], on the CPU.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    group: torch.Tensor
+
+    def placed(self, place: Callable[[torch.Tensor], torch.Tensor]) -> StoredCodes:
+        """The same, each tensor but `group` where `place` puts it."""
+        return StoredCodes(place(self.codes), place(self.scales), place(self.zeros), self.group)
+
+    def floats(self) -> torch.Tensor:
+        """float32 [out, in], the same bits on every device."""
+        return dequantized(self.codes, self.scales, self.zeros, self.group)
+
+
 Codes = QuantizedLinear | GgmlLinear
 """Of one Linear, on the grid of GPTQ checkpoints or of a GGML type."""
 
@@ -239,12 +269,12 @@ def take_apart(linear: Codes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def take_apart_packed(linear: Codes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """As `take_apart`, for a file of quantkit's own: on the CPU, and in the place of codes their words."""
+    """As `take_apart`, for a file of quantkit's own: in the place of codes their words."""
     tensors, fields = take_apart(linear)
     bits = linear.bits if isinstance(linear, QuantizedLinear) else linear.grid.bits
     words = linear.words if isinstance(linear, QuantizedLinear) else pack_rows(linear.codes, bits)
     packed = {"words": words} | {name: part for name, part in tensors.items() if name != "codes"}
-    return {name: part.cpu() for name, part in packed.items()}, fields | {"columns": linear.shape[1]}
+    return packed, fields | {"columns": linear.shape[1]}
 
 
 def stacked(parts: Sequence[Codes]) -> Codes:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from quantkit.codes import QuantizedLinear
+    from quantkit.codes import QuantizedLinear, StoredCodes
 
 # What is no rounding of weights to less than the floats of training.
 _PLAIN = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
@@ -52,6 +52,9 @@ class HoldsCodes(Protocol):
 
     def read_codes(self, module: str) -> QuantizedLinear:
         """Codes of one Linear, exactly as they were written. Raises SourceError where scales are no float16 numbers."""
+
+    def read_stored(self, name: str) -> StoredCodes | None:
+        """What `read` makes floats of; None where it makes none of codes, scales and zeros. Raises SourceError."""
 
     def read_words(self, module: str) -> torch.Tensor | None:
         """Codes packed along the columns, int32 [in * bits / 32, out]; None where they are packed otherwise."""
@@ -268,6 +271,11 @@ class Weights:
         """Rows `start` to `stop` of what `read` gives. Raises SourceError."""
         stored = self.stored(name)
         return self.read(name)[start:stop] if stored is None else self._source.read_rows(stored, start, stop)
+
+    def read_codes(self, name: str) -> StoredCodes | None:
+        """What `read` makes floats of, where a published tensor is codes as it is stored. Raises SourceError."""
+        stored, codes = self.stored(name), self._source.codes
+        return None if stored is None or codes is None else codes.read_stored(stored)
 
     def stored(self, name: str) -> str | None:
         """The source's tensor that a published one is, as it is; None where it is only a part or put together."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from quantkit.blocks.budget import Budget
@@ -24,8 +25,8 @@ from quantkit.progress import SILENT, Progress
 from quantkit.quantize import row_feedback
 from quantkit.quantize.coded_ends import head_of
 from quantkit.quantize.correction import BothPaths, CorrectionSums, Corrector, OriginalPath, difference_of
+from quantkit.quantize.gptq_grid import check_losses
 from quantkit.quantize.hessian import row_losses
-from quantkit.quantize.kernels import settle
 from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.methods import Solved, Sums, method_of
 from quantkit.quantize.sharing import BY_ITSELF, Gathering, Sharing
@@ -311,12 +312,13 @@ class StageWork:
                     solved = row_feedback.solve([W for W, _ in targets], products, H, spec)
                 else:
                     solved = self._sharing.solve(self._method, torch.cat([W for W, _ in targets]), H, spec)
+                losses = _sums([solved.loss, solved.rtn_loss], [weight.shape[0] for weight in weights])
+                check_losses(chain(*losses), weights[0].device)
             except NumericError as error:
                 raise NumericError(f"{', '.join(names)}: {error}") from None
-            settle(weights[0].device)  # the losses are waited for in any case
             seconds = spent / len(stacks) + time.perf_counter() - start
             own = None if corrector is None else [partial(row_losses, W.float(), H=H) for W in stored]
-            self._hand_on(names, weights, solved, tokens, seconds, [part for _, part in targets], own)
+            self._hand_on(names, weights, solved, losses, tokens, seconds, [part for _, part in targets], own)
 
     def _finished(self, stage: int) -> tuple[dict[str, nn.Module], Any, int, float]:
         """A stage's Linears by their names in the block, what was gathered of their input, of how many tokens, and the
@@ -334,6 +336,7 @@ class StageWork:
         names: Sequence[str],
         weights: Sequence[torch.Tensor],
         solved: Solved,
+        losses: Sequence[Sequence[float]],
         tokens: int,
         seconds: float,
         parts: Sequence[float | None],
@@ -341,17 +344,16 @@ class StageWork:
     ) -> None:
         """Put the codes of a stack in place of its weights [out, in], and give each Linear's to `on_linear`.
 
+        `losses`: of each Linear, and those of plain rounding.
         `own`: losses of codes against the weight that the model has, where `solved` has them against another.
         """
         rows = [weight.shape[0] for weight in weights]
         linears: Sequence[Codes] = solved.linear.split(rows)
-        losses, rtn_losses = torch.split(solved.loss, rows), torch.split(solved.rtn_loss, rows)
-        found = zip(names, weights, linears, losses, rtn_losses, parts, strict=True)
-        for number, (name, weight, linear, loss, rtn_loss, part) in enumerate(found):
+        found = zip(names, weights, linears, torch.split(solved.loss, rows), *losses, parts, strict=True)
+        for number, (name, weight, linear, loss, lost, rtn_lost, part) in enumerate(found):
             own_loss = loss if own is None else own[number](linear)  # of the weight that is about to be written over
             weight.copy_(linear.dequantize(weight.dtype))
             share = seconds * weight.shape[0] / sum(rows)
-            lost, rtn_lost = torch.stack([loss.sum(), rtn_loss.sum()]).tolist()  # a GPU is waited for once
             statistics = LayerStatistics(
                 *(name, lost, rtn_lost, solved.damp, solved.fallback, tokens, share),
                 self._weighing.effective(name, tokens) if self._method.needs else None,
@@ -362,3 +364,10 @@ class StageWork:
             if solved.fallback and tokens:
                 self._progress.warn(f"{name}: {_FALLBACK_TEXT[solved.fallback]}")
             self._on_linear(name, linear, statistics)
+
+
+def _sums(losses: Sequence[torch.Tensor], rows: Sequence[int]) -> list[list[float]]:
+    """Of losses [out] of a stack the sums of each Linear's `rows`. A GPU is waited for once, till its work is done."""
+    parts = [[part.sum() for part in torch.split(one, list(rows))] for one in losses]
+    found = torch.stack(list(chain(*parts))).tolist()
+    return [found[start : start + len(rows)] for start in range(0, len(found), len(rows))]

@@ -16,7 +16,7 @@ from quantkit.blocks.stream import ModelStream
 from quantkit.codes import Codes, LinearPlan, Plan, stacked
 from quantkit.late import inference, torch
 from quantkit.quantize.ends import read_rounded
-from quantkit.quantize.gptq_grid import round_to_nearest
+from quantkit.quantize.gptq_grid import check_losses, round_to_nearest
 from quantkit.quantize.layers import LayerStatistics
 from quantkit.quantize.methods import method_of
 from quantkit.quantize.rounding import rounded_on_fit
@@ -59,6 +59,7 @@ def quantize_head(
 
     solved = sharing.solve_rows(method, rows, read, gathered, linear.spec, HEAD_ROWS)
     losses = float(solved.loss.sum()), float(solved.rtn_loss.sum())
+    check_losses(losses, stream.device)
     seconds = time.perf_counter() - start
     return solved.linear, LayerStatistics(name, *losses, solved.damp, solved.fallback, tokens, seconds)
 
@@ -86,6 +87,7 @@ def round_embedding(
         for k, found in enumerate((parts[-1], round_to_nearest(W, linear.spec))):
             squares = (W - found.dequantize()).square().sum(dim=1).cpu().double()
             losses[k] += float(squares @ seen[first : first + len(W)])
+    check_losses(losses, stream.device)
     seconds = time.perf_counter() - start
     return stacked(parts), LayerStatistics(name, losses[0], losses[1], 0.0, "", tokens.numel(), seconds)
 

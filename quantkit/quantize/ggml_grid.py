@@ -13,8 +13,9 @@ from quantkit.codes import GgmlGrid
 from quantkit.codes.block_types import BLOCK_TYPES, BlockType
 from quantkit.errors import NumericError
 from quantkit.late import torch
-from quantkit.quantize.gptq_grid import fit_grid, stored
+from quantkit.quantize.gptq_grid import fit_grid
 from quantkit.quantize.levels import nearest_levels
+from quantkit.quantize.search import stored
 
 _TILE = 1 << 20  # weights searched at a time
 _SMALLEST = 2.0**-24  # smallest positive float16

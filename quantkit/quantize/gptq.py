@@ -18,7 +18,7 @@ from quantkit.late import torch
 from quantkit.options import QuantSpec
 from quantkit.quantize.gptq_grid import GptqGrid, fit_grid, round_to_nearest
 from quantkit.quantize.hessian import HessianAccumulator, InverseFactor, column_order, factorize, row_losses
-from quantkit.quantize.kernels import beside, column_loop
+from quantkit.quantize.kernels import beside, column_loop, placed
 from quantkit.quantize.methods import Need, Solved, fit
 from quantkit.quantize.rounding import rounded
 
@@ -110,10 +110,10 @@ def quantize(W: torch.Tensor, H: torch.Tensor, factor: InverseFactor, spec: Quan
     for first in range(0, columns, size):
         last = min(first + size, columns)
         if static is not None:
-            grid, group = static, static.group.to(W.device).long()[perm]
+            grid, group = static, placed(static.group, W.device).long()[perm]
         else:  # no block crosses a group: its grid sees every update before it
             grid = fit_grid(Wt[first:last].T, importance[perm[first:last]], -1, spec.bits, spec.sym)
-            group = grid.group.to(W.device).long()
+            group = placed(grid.group, W.device).long()
             dynamic.append(grid)
         scale, minimum = (part.T.contiguous() for part in grid.steps())  # [groups, out]
         levels = None if grid.levels is None else grid.levels.to(W.device)

@@ -83,7 +83,7 @@ def write_layer_table(
 ) -> None:
     """CSV with a row per Linear. No seconds: equal runs write equal files.
 
-    `planned`: of a run that chose its bits, what was predicted when they were chosen.
+    `planned`: of a run that chose its bits, what was predicted when they were chosen; not of those that were given.
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -96,5 +96,6 @@ def write_layer_table(
             rest = [layer.fallback, layer.tokens, effective, f"{layer.corrected or 0:.4g}"]
             predicted = "" if layer.predicted is None else f"{layer.predicted:.6g}"
             spec = plan[layer.name].spec
-            own = [] if planned is None else [f"{planned[layer.name]:.6g}", spec.bits, spec.group_size, spec.ggml]
+            known = f"{planned[layer.name]:.6g}" if planned and layer.name in planned else ""
+            own = [] if planned is None else [known, spec.bits, spec.group_size, spec.ggml]
             table.writerow([layer.name, *numbers, *rest, predicted, *own])

@@ -8,7 +8,7 @@ headers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,9 +54,18 @@ def ends_of(stream: ModelStream) -> dict[str, End]:
     return {head: "both"} if embedding == head else {head: "head", embedding: "embeddings"}
 
 
-def plan_ends(stream: ModelStream, spec: QuantSpec, bits: EndBits, row: Container) -> Plan:
+def plan_ends(
+    stream: ModelStream,
+    spec: QuantSpec,
+    bits: EndBits,
+    row: Container,
+    group_of: Callable[[int], int] | None = None,
+) -> Plan:
     """What head and embedding are quantized to in a container, where they are: as `spec` says, but for the bits, and
     embeddings are rounded. A tied matrix is quantized as the head that it is.
+
+    Args:
+        group_of: their group by their width; None: that of `spec`.
 
     Raises:
         UsageError: two numbers of bits for one matrix, or one that would have to be two there.
@@ -81,6 +90,7 @@ def plan_ends(stream: ModelStream, spec: QuantSpec, bits: EndBits, row: Containe
             rows, columns = stream.weights.tensors[f"{name}.weight"].shape
             changes: dict[str, Any] = {"bits": own, "include": (), "exclude": (), "overrides": ()}
             changes |= {"method": "round"} if end == "embeddings" else {}
+            changes |= {} if group_of is None else {"group_size": group_of(columns)}
             plan[name] = LinearPlan((rows, columns), spec.model_copy(update=changes), end)
     return plan
 
@@ -216,15 +226,15 @@ class CheckpointTarget:
         format: CheckpointFormat,
         max_shard_bytes: int,
         plan: Plan | None = None,
-        bits: EndBits | None = None,
+        ends: Plan | None = None,
     ) -> None:
         """
         Args:
             stream, spec: the model, and what its Linears are quantized to.
             format: of the folder.
             max_shard_bytes: of a weight file.
-            plan: of codes that are there already; `spec` describes it. None: as the patterns of `spec` say, and `bits`
-                of what is outside the blocks.
+            plan: of codes that are there already; `spec` describes it. None: as the patterns of `spec` say, and `ends`.
+            ends: what is quantized outside the blocks, as `plan_ends` has it.
 
         Raises:
             UsageError: a pattern that no Linear matches, or what the layout has no place for.
@@ -233,11 +243,8 @@ class CheckpointTarget:
         self.ends: Mapping[str, str] = {}
         self._source, self._max_shard_bytes = stream.source, max_shard_bytes
         self._weights = replace(stream.weights, changed=self.changed)
-        row = of_format(format)
-        if plan is None:
-            plan = {**plan_linears(stream, spec), **plan_ends(stream, spec, bits or EndBits(), row)}
-        self.plan = plan
-        self._layout: Layout = load(row.writes)
+        self.plan = {**plan_linears(stream, spec), **(ends or {})} if plan is None else plan
+        self._layout: Layout = load(of_format(format).writes)
         self._layout.check(self.plan)
         modules = modules_in_block(stream, self.plan)
         kept = named_alike(stream, self.plan, modules)

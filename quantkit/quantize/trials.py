@@ -25,6 +25,7 @@ from quantkit.quantize.allocate import Allocator, Spent
 from quantkit.quantize.blockwise import StageWork, in_batches, quantize_blocks
 from quantkit.quantize.ends import Rounded, end_losses
 from quantkit.quantize.gptq import SharedFactor
+from quantkit.quantize.gptq_grid import check_losses
 from quantkit.quantize.hessian import row_losses
 from quantkit.quantize.holdout import EVERY, HeldOutSums
 from quantkit.quantize.methods import Sums
@@ -231,6 +232,7 @@ class _TrialWork(StageWork):
                         self._on_codes(name, codes)
                     loss = row_losses(W, codes, judge_of[name])
                     self._found.setdefault(name, []).append(self._predicted(name, loss, tokens))
+                    check_losses(self._found[name][-1:], W.device)
 
     def _predicted(self, name: str, loss: torch.Tensor, tokens: int) -> float:
         predicted = self._weighing.divergence(name, loss)

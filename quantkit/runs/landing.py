@@ -42,12 +42,13 @@ _KEPT_STATES = 2
 @dataclass(frozen=True)
 class LandedLinear:
     """One Linear of a block: its published name, its codes as tensors by field, their other fields, and what happened
-    to it; the last two as JSON has them."""
+    to it; the last two as JSON has them. `wait` returns when the tensors have their values."""
 
     name: str
     tensors: Mapping[str, torch.Tensor]
     fields: Mapping[str, Any]
     statistics: Mapping[str, Any]
+    wait: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ class Lander:
 
     def _land(self, index: int, block: list[tuple[LandedLinear, Callable[[], None]]]) -> None:
         assert self._journal is not None  # only the first rank lands
+        for linear, _ in block:
+            linear.wait()
         land_block(self._folder, self._journal, index, [linear for linear, _ in block])
         for _, write in block:
             write()

@@ -94,7 +94,7 @@ class GptqVariant(VariantRecipe, EffortGrid, Overrides, EndBits, Budget, Spendin
     def _check_budget(self) -> Self:
         if self.budget is not None:
             _check_alone(self.budget)
-            if given := sorted({"bits", "group_size", "override", *EndBits.model_fields} & self.model_fields_set):
+            if given := sorted({"bits", "group_size", "override"} & self.model_fields_set):
                 raise ValueError(f"budget chooses bits and groups: leave {', '.join(given)} out")
         return self
 

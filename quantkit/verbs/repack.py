@@ -13,7 +13,7 @@ from quantkit.blocks.open import note_left_out, note_source
 from quantkit.blocks.stream import ModelStream
 from quantkit.codes import LinearPlan, Plan
 from quantkit.codes.regroup import places, regrouped, size_of
-from quantkit.containers import check_own, files, of_format, own_options
+from quantkit.containers import check_own, files, misfit_end, of_format, own_options
 from quantkit.containers.source import HoldsCodes, Source
 from quantkit.errors import UsageError
 from quantkit.late import torch
@@ -79,6 +79,7 @@ def repack(options: Repack, *, progress: Progress = SILENT) -> RepackReport:
     format = cast(CheckpointFormat, options.to)
     modules, plan = _plan(stream, source, options.group_size, format)
     spec = _spec(plan, source)
+    _check_ends(plan, source, format)
     target = CheckpointTarget(stream, spec, format, parse_size(options.max_shard_size), plan)
     check_own([format], plan, options.model_dump(include=own_options()))
     group = "rows" if spec.group_size == -1 else f"{spec.group_size}g"
@@ -152,6 +153,15 @@ def _plan(
         if _precision(spec) in asymmetric:
             specs[name] = spec.model_copy(update={"sym": False})
     return modules, {name: LinearPlan(shapes[name], spec, ends.get(name)) for name, spec in specs.items()}
+
+
+def _check_ends(plan: Plan, source: Source, format: CheckpointFormat) -> None:
+    """Refuse codes outside the blocks that a format has no place for, of which no option spoke. Raises UsageError."""
+    for name, linear in plan.items():
+        refusal = None if linear.end is None else misfit_end(of_format(format), linear.end, linear.spec)
+        if refusal is not None:
+            reason = refusal.partition(": ")[2]  # behind the option
+            raise UsageError(f"{source.label} has {linear.spec.bits}-bit codes of {name}: {reason}")
 
 
 def _precision(spec: QuantSpec) -> tuple[int, int]:

@@ -10,10 +10,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeModel, Recorder, token_matrix
+from safetensors.torch import load_file, save_file
+from support.coded import write_codes
 from support.pretended_gpu import DevicesMeet, PretendedGpus
 
 import quantkit
 from quantkit.blocks import workers
+from quantkit.blocks.stream import ModelStream
+from quantkit.codes import GgmlGrid, GgmlLinear, QuantizedLinear, contiguous_groups
+from quantkit.codes.carried import Carried
+from quantkit.containers.awq.write import AwqWriter
+from quantkit.containers.compressed.write import CompressedWriter
+from quantkit.containers.gptq.write import GptqWriter
+from quantkit.containers.mlx.write import MlxWriter
+from quantkit.errors import NumericError
+from quantkit.options import QuantSpec
+from quantkit.sources import open_source
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or sys.platform != "linux", reason="a real GPU is here, or it is not Linux"
@@ -89,15 +101,98 @@ def test_races_and_memory_let_go_too_early_are_found(waited: bool, recorded: boo
     assert (len(gpus.races), len(gpus.early)) == (races, early)
 
 
+# -- codes to the host, and back -------------------------------------------------------------------------------------
+
+
+def some_codes(rows: int, columns: int, size: int = 32) -> QuantizedLinear:
+    dice = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=dice)
+    scales = torch.rand((rows, columns // size), generator=dice).half()
+    zeros = torch.randint(1, 16, scales.shape, dtype=torch.uint8, generator=dice)
+    return QuantizedLinear(codes, scales, zeros, contiguous_groups(columns, size), 4)
+
+
+def on_gpu(linear: QuantizedLinear) -> QuantizedLinear:
+    parts = (part.to(GPU) for part in (linear.codes, linear.scales, linear.zeros))
+    return QuantizedLinear(*parts, linear.group, linear.bits)
+
+
+def packed(writer: Any, linear: QuantizedLinear) -> dict[str, torch.Tensor]:
+    made = writer.__new__(writer)
+    made._quantization = {"checkpoint_format": "gptq"}
+    return dict(made.pack(linear, QuantSpec(group_size=32, sym=False)))
+
+
+@pytest.mark.parametrize("writer", [GptqWriter, CompressedWriter, MlxWriter, AwqWriter])
+def test_words_go_to_the_host_once_and_nothing_waits_for_them(writer: Any) -> None:
+    linear = some_codes(24, 64)
+    with PretendedGpus() as gpus, torch.inference_mode():
+        there = on_gpu(linear)
+        gpus.waits.clear()
+        carried = Carried(there)
+        assert gpus.waits == []
+        carried.wait()
+        assert [wait.what for wait in gpus.waits] == ["synchronize"]
+        small = linear.scales.nbytes + linear.zeros.nbytes
+        assert gpus.downloaded == linear.words.nbytes + small
+        found = packed(writer, carried.linear())  # type: ignore[arg-type]
+        again = gpus.downloaded - linear.words.nbytes - small
+        assert (gpus.races, gpus.early) == ([], [])
+    assert again == (linear.words.nbytes if writer is AwqWriter else 0)  # in its own order
+    assert all(type(part) is torch.Tensor for part in [*found.values(), *carried.tensors.values()])
+    assert torch.equal(carried.tensors["words"], linear.words)
+    for name, part in packed(writer, linear).items():
+        assert torch.equal(found[name], part), name
+
+
+def test_codes_of_ggml_go_to_the_host_as_words() -> None:
+    codes, half = some_codes(8, 64).codes, torch.rand(8, 2).half()
+    expected = GgmlLinear(codes, GgmlGrid("Q4_0", half))
+    with PretendedGpus() as gpus, torch.inference_mode():
+        there = GgmlLinear(codes.to(GPU), GgmlGrid("Q4_0", half.to(GPU)))
+        carried = Carried(there)
+        carried.wait()
+        assert gpus.downloaded == codes.numel() // 2 + half.nbytes
+        found = carried.linear()
+    assert isinstance(found, GgmlLinear)
+    assert (found.pack() == expected.pack()).all()
+
+
+def test_on_a_cpu_codes_are_there_already() -> None:
+    linear = some_codes(8, 64)
+    carried = Carried(linear)
+    carried.wait()
+    assert carried.linear() is linear
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors", "mlx"])
+def test_codes_of_a_folder_become_floats_on_the_gpu(format: str, make_model: MakeModel, tmp_path: Path) -> None:
+    """The same bits as on a CPU, and a byte a weight goes there; MLX adds biases, so its floats are made on the CPU."""
+    out, loaded = tmp_path / "out", {}
+    write_codes(out, make_model(), {"group_size": 32}, format)
+    with PretendedGpus() as gpus, torch.inference_mode():
+        for device in (torch.device("cpu"), GPU):
+            stream = ModelStream(open_source(out), device, torch.float32)
+            before = gpus.uploaded
+            with stream.reading_ahead(), stream.block(0) as block:
+                loaded[device.type] = {name: part.cpu() for name, part in block.state_dict().items()}
+                sent = gpus.uploaded - before
+        assert (gpus.races, gpus.early, gpus.uploaded > 0) == ([], [], True)
+    assert loaded["cuda"].keys() == loaded["cpu"].keys()
+    assert all(torch.equal(loaded["cuda"][name], part) for name, part in loaded["cpu"].items())
+    weights = sum(part.numel() for part in loaded["cpu"].values())
+    assert sent / weights > 3.5 if format == "mlx" else sent / weights < 3  # two blocks may be on their way
+
+
 # -- quantkit --------------------------------------------------------------------------------------------------------
 
 # Family, options; waits and launches a block, what the ends cost among them, with a tenth to spare; how many times the
 # bytes of the weights go up: for the weights of tokens and to be quantized, and of some blocks or ends for a look.
 RUNS: dict[str, tuple[str, dict[str, Any], int, int, float]] = {
-    "llama": ("llama", {"group_size": 32}, 190, 3700, 2),
-    "mixtral": ("mixtral", {"group_size": 32}, 440, 8400, 2.4),
-    "gemma3": ("gemma3_text", {"group_size": 32}, 205, 4200, 2),
-    "ggml": ("llama", {"ggml": "q4_0", "pre": "smollm"}, 205, 3900, 3),
+    "llama": ("llama", {"group_size": 32}, 115, 2050, 2),
+    "mixtral": ("mixtral", {"group_size": 32}, 260, 4300, 2.4),
+    "gemma3": ("gemma3_text", {"group_size": 32}, 130, 2560, 2),
+    "ggml": ("llama", {"ggml": "q4_0", "pre": "smollm"}, 143, 2220, 3),
 }
 BLOCKS = 2
 
@@ -131,3 +226,21 @@ def test_a_run_mixes_no_devices_races_nowhere_and_waits_little(
     assert len(gpus.waits) <= BLOCKS * waits, told
     assert gpus.launches <= BLOCKS * launches, told
     assert gpus.uploaded <= times * stored
+
+
+@pytest.mark.parametrize("method", ["gptq", "round"])
+def test_a_scale_beyond_float16_is_told_where_the_losses_are_read(
+    method: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """In the words of a CPU, which looks at once."""
+    model = make_model(dtype="float32")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"][3] = 3e6
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    given: dict[str, Any] = {"group_size": 32, "effort": "fast", "dtype": "float32", "evaluate": False}
+    given |= {"calibration": token_matrix(2, 16), "method": method}
+    line = r"^model\.layers\.0\.self_attn\.o_proj: a group's weights need a scale beyond float16 \(65504\)$"
+    with PretendedGpus(), pytest.raises(NumericError, match=line):
+        quantkit.gptq(model, tmp_path / "out", device="cuda:1", **given)
+    with pytest.raises(NumericError, match=line):
+        quantkit.gptq(model, tmp_path / "out", device="cpu", force=True, **given)

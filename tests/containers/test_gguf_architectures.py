@@ -225,7 +225,7 @@ def test_falcons_of_every_kind(kind: str, make_model: MakeModel, tmp_path: Path)
     assert ("blk.0.attn_norm_2.weight" in GgufFile(tmp_path / "tiny.gguf").tensors) is (kind == "40B")
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5", "llama4"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "qwen3_vl", "qwen3_5", "llama4"])
 def test_of_a_model_with_towers_the_text_is_written(
     kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

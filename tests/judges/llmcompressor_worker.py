@@ -1,6 +1,6 @@
-"""llm-compressor as a writer of compressed-tensors folders. Runs in its own environment."""
+"""llm-compressor as a writer of compressed-tensors folders, and their reader. Runs in its own environment."""
 
-from serve import serve  # isort: skip
+from serve import logits_of, serve  # isort: skip
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -27,5 +27,11 @@ def quantize(model: str, out: str, samples: list[list[int]], dtype: str, **weigh
     return {}
 
 
+def logits(folder: str, ids: list[list[int]], out: str, generate: int = 0) -> dict:
+    """Through transformers, whose reader of such folders is compressed-tensors itself, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    return logits_of(model.eval(), (), ids, out, generate)
+
+
 if __name__ == "__main__":
-    serve({"quantize": quantize})
+    serve({"logits": logits, "quantize": quantize})

@@ -24,11 +24,15 @@ import quantkit
 from quantkit.blocks import workers
 from quantkit.blocks.open import computed_in
 from quantkit.blocks.workers import uploaded
+from quantkit.codes import carried
 from quantkit.codes.block_types import BLOCK_TYPES
+from quantkit.errors import NumericError
 from quantkit.options import QuantSpec
 from quantkit.quantize import hessian as hessians
 from quantkit.quantize import kernels, loops
+from quantkit.quantize.gptq_grid import fit_grid, minmax_grid
 from quantkit.quantize.hessian import HessianAccumulator, adds_up_in_float32, column_order, factorize
+from quantkit.quantize.search import search_grids
 from quantkit.quantize.targets import plan_linears
 from quantkit.tokens import TokenMatrix
 from quantkit.verbs.gptq import checks
@@ -128,6 +132,31 @@ def blocks() -> dict[str, Block]:
 
 
 BLOCKS = blocks()
+Grid = tuple[torch.Tensor, torch.Tensor, int, int, bool]
+"""W, importance, group size, bits, symmetry."""
+
+
+def grids() -> dict[str, Grid]:
+    """Searches by name: every width, both symmetries, ragged shapes, weights as columns and as rows, odd groups."""
+    found, generator = dict[str, Grid](), torch.Generator().manual_seed(0)
+    shapes = [(5, 40, 16), (33, 20, -1), (9, 150, 64), (1, 17, 32), (3, 136, 136)]
+    for bits in range(2, 9):
+        for number, sym in enumerate((True, False)):
+            rows, columns, size = shapes[(2 * bits + number) % len(shapes)]
+            W = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+            W = W if bits % 2 else W.T.contiguous().T  # of any strides
+            name = f"{bits} bits, {'sym' if sym else 'asym'}, {rows} x {columns} by {size}"
+            found[name] = W, 0.01 + torch.rand(columns, generator=generator), size, bits, sym
+    W, h, *_ = found["5 bits, sym, 5 x 40 by 16"]
+    for sym in (True, False):
+        odd = W.clone()
+        odd[:, :16], odd[1, 16:32], odd[2] = 0, odd[1, 16:32].abs(), 1e-9 * odd[2]
+        found[f"zeros, one sign, tiny, {sym}"] = odd, h, 16, 4, sym
+        found[f"beyond float16, {sym}"] = torch.full((2, 16), 3e6), h[:16], 16, 4, sym
+    return found
+
+
+GRIDS = grids()
 LAYERS: dict[str, tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]] = {
     "4 bits": ((40, 150), (), {"bits": 4, "group_size": 64}),
     "3 bits, asymmetric": ((24, 40), (), {"bits": 3, "group_size": 32, "sym": False}),
@@ -149,7 +178,8 @@ def layer(name: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the kernel makes of every problem under Triton's interpreter."""
     folder = tmp_path_factory.mktemp("interpreted")
-    torch.save({"block": BLOCKS, "layer": {name: layer(name) for name in LAYERS}}, folder / "problems.pt")
+    problems = {"block": BLOCKS, "grid": GRIDS, "layer": {name: layer(name) for name in LAYERS}}
+    torch.save(problems, folder / "problems.pt")
     script = Path(__file__).parents[1] / "support" / "interpret_kernels.py"
     done = subprocess.run(
         [sys.executable, str(script), str(folder / "problems.pt"), str(folder / "answers.pt")],
@@ -207,7 +237,64 @@ def test_a_layer_through_the_kernel_is_the_cpus(interpreted: dict[str, dict[str,
     assert float(loss.sum()) == pytest.approx(float(expected.loss.sum()), rel=1e-3)
 
 
-# -- what the compiler makes of it -----------------------------------------------------------------------------------
+# -- the grid kernel -------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_grid_kernel_finds_what_the_cpu_s_search_finds(interpreted: dict[str, dict[str, Any]], name: str) -> None:
+    found = interpreted["grid"][name]
+    if name.startswith("beyond float16"):
+        with pytest.raises(NumericError) as caught:
+            fit_grid(*GRIDS[name])
+        assert found == str(caught.value)
+        return
+    expected = fit_grid(*GRIDS[name])
+    assert torch.equal(found[1], expected.zeros)
+    assert torch.equal(found[0], expected.scales)
+
+
+def test_the_grids_are_not_trivial() -> None:
+    """Scales are of both signs, zeros differ, and groups are clipped."""
+    for name, (W, h, size, bits, sym) in GRIDS.items():
+        if W.numel() < 150 or "bits" not in name:
+            continue
+        grid = fit_grid(W, h, size, bits, sym)
+        plain = minmax_grid(W, size, bits, sym)
+        assert not torch.equal(grid.scales, plain.scales), name
+        if sym:
+            assert {-1.0, 1.0} == set(grid.scales.sign().unique().tolist()), name
+        elif bits > 2:
+            assert len(grid.zeros.unique()) > 1, name
+
+
+@pytest.mark.parametrize(("size", "is_used"), [(128, True), (1024, True), (2048, False)])
+def test_groups_that_fit_into_registers_are_searched_by_it(
+    size: int, is_used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "triton_trouble", lambda device: "")
+    monkeypatch.setattr(kernels, "_triton_grids", lambda: "the kernel")
+    assert kernels.grid_search(torch.device("cuda"), size) == ("the kernel" if is_used else None)
+    assert kernels.grid_search(torch.device("cpu"), size) is None
+    monkeypatch.setattr(kernels, "triton_trouble", lambda device: "no compiler")
+    assert kernels.grid_search(torch.device("cuda"), size) is None
+
+
+def test_a_search_that_finds_other_grids_is_not_used() -> None:
+    def as_plain(W: Any, h: Any, size: int, fractions: Any, bits: int, sym: bool, refits: int) -> Any:
+        return search_grids(W, h, size, bits, sym)
+
+    def wrong(*given: Any) -> Any:
+        scales, zeros = as_plain(*given)
+        return scales * 1.01, zeros
+
+    cpu = torch.device("cpu")
+    assert kernels.trouble_of(lambda: kernels.plain_columns, cpu, lambda: as_plain) == ""
+    assert kernels.trouble_of(lambda: kernels.plain_columns, cpu, lambda: wrong) == "its codes are not those of torch"
+
+
+# -- what the compiler makes of them ---------------------------------------------------------------------------------
 
 
 @needs_triton
@@ -219,30 +306,59 @@ def test_the_kernel_compiles_for_gpus_without_spills_or_fused_products(
 ) -> None:
     """Triton has its own assembler: no GPU is needed to see the code and its registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
+    pytest.importorskip("triton.compiler")
     from quantkit.quantize.kernels import columns as module
 
-    kernel = module._quantize_tile
-    pointers = dict.fromkeys(("W", "U", "S", "M", "Err", "Levels"), "*fp32") | {"Codes": "*u8"}
-    known = pointers | {"top": "fp32", **dict.fromkeys(("LEVELS", "ROWS", "COLUMNS"), "constexpr")}
+    types = dict.fromkeys(("W", "U", "S", "M", "Err", "Levels"), "*fp32") | {"Codes": "*u8", "top": "fp32"}
+    constants = {"LEVELS": levels, "ROWS": module._ROWS, "COLUMNS": columns}
+    registers = compiled(module._quantize_tile, types, constants, module._OPTIONS, capability, tmp_path)
+    assert registers <= 128  # at least four programs on a multiprocessor
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "size", "sym"),
+    [(80, 128, True), (90, 128, True), (90, 128, False), (90, 32, True), (90, 1024, False), (100, 128, False)],
+)
+def test_the_grid_kernel_compiles_without_spills(
+    capability: int, size: int, sym: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pytest.importorskip("triton.compiler")
+    from quantkit.quantize.kernels import grids as module
+
+    types = dict.fromkeys(("W", "H", "Fractions", "Scales", "Zeros"), "*fp32") | {"top": "fp32", "half": "fp32"}
+    constants = {"CANDIDATES": 26 if sym else 12, "REFITS": 2, "SYM": sym, "SIZE": size, "ROWS": 4096 // size}
+    registers = compiled(module._search_tile, types, constants, module._OPTIONS, capability, tmp_path)
+    assert registers <= 168  # at least three
+
+
+def compiled(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    capability: int,
+    folder: Path,
+) -> int:
+    """Registers a thread of a kernel for a GPU of a capability. It must not spill, nor fuse or approximate."""
+    compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
+    known = types | dict.fromkeys(constants, "constexpr")
     signature = {name: known.get(name, "i32") for name in kernel.arg_names}
-    source = compiler.ASTSource(
-        kernel, signature, constexprs={"LEVELS": levels, "ROWS": module._ROWS, "COLUMNS": columns}
-    )
-    target = backends.GPUTarget("cuda", capability, 32)
-    built = compiler.compile(source, target=target, options=module._OPTIONS)
+    source = compiler.ASTSource(kernel, signature, constexprs=constants)
+    built = compiler.compile(source, target=backends.GPUTarget("cuda", capability, 32), options=options)
 
     ptx = built.asm["ptx"]
     assert set(re.findall(r"div\.\w+", ptx)) == {"div.rn"}
     assert not re.search(r"\bfma\.", ptx)
-    (tmp_path / "kernel.cubin").write_bytes(built.asm["cubin"])
+    (folder / "kernel.cubin").write_bytes(built.asm["cubin"])
     tool = Path(sys.modules["triton"].__file__ or "").parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip("this Triton has no cuobjdump to ask for registers")
-    usage = subprocess.run([tool, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True)
+    usage = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout).groups()  # type: ignore[union-attr]
     assert (int(stack), int(local)) == (0, 0)
-    assert int(registers) <= 128  # at least four programs on a multiprocessor
+    return int(registers)
 
 
 # -- half-precision products -----------------------------------------------------------------------------------------
@@ -282,6 +398,32 @@ def test_half_precision_products_add_up_in_float32(mixed_addmm: list[torch.dtype
     assert_mean_product(hessian.finish("layer"), torch.cat([x.reshape(-1, 411) for x in batches]))
     assert len(mixed_addmm) > 1 + 3
     assert set(mixed_addmm) == {dtype}
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_half_precision_activations_are_added_up_as_halves(
+    mixed_addmm: list[torch.dtype], dtype: torch.dtype
+) -> None:
+    """As exact as float32's sums; rounding the weighted activations once would not be."""
+    generator = torch.Generator().manual_seed(0)
+    x = (100.0 * torch.randn(300, 41, generator=generator)).to(dtype)
+    weight = torch.rand(300, generator=generator) ** 4
+    hessian = HessianAccumulator(41, torch.device("cpu"))
+    hessian.add(x[:100], weight[:100])
+    hessian.add(x[100:], weight[100:])
+    found, roots = hessian.finish("layer").double(), weight.double().sqrt()[:, None]
+
+    def mean(scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.T @ scaled / weight.double().sum()
+
+    exact = mean(x.double() * roots)
+    rounded = mean((x.float() * roots.float()).bfloat16().double())
+    size = exact.diagonal().sqrt()
+    error = ((found - exact).abs() / torch.outer(size, size)).max()
+    assert float(error) < 1e-5
+    assert float(((rounded - exact).abs() / torch.outer(size, size)).max()) > 5 * float(error)
+    assert set(mixed_addmm[1:]) == {torch.bfloat16}  # the first was a trial
 
 
 def test_a_product_that_rounds_its_sum_to_a_half_is_not_taken(
@@ -469,17 +611,6 @@ def test_uploads_wait_for_the_stream_that_they_are_used_on(monkeypatch: pytest.M
     assert log == ["on copying", "copying waits for user", "off copying", "copied"]
 
 
-def test_a_clock_is_read_when_a_gpu_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    main = FakeStream("main", log)
-    monkeypatch.setattr(main, "synchronize", lambda: log.append("done"), raising=False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    kernels.settle(torch.device("cpu"))
-    assert log == []
-    kernels.settle(torch.device("cuda"))
-    assert log == ["done"]
-
-
 @pytest.mark.parametrize(
     ("device", "capability", "stored", "computed"),
     [
@@ -499,6 +630,47 @@ def test_bfloat16_is_not_chosen_where_it_is_emulated(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert computed_in(torch.device(device), stored) == computed
+
+
+def test_codes_are_copied_beside_the_work_and_waited_for_by_who_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    landing, main = FakeStream("landing", log), FakeStream("main", log)
+    monkeypatch.setattr(carried, "_landing", lambda device: landing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: Pinned(log))
+    event = type("Event", (), {"synchronize": lambda self: log.append("waited")})()
+    monkeypatch.setattr(landing, "record_event", lambda: log.append("landing records") or event, raising=False)
+    found, wait = carried._to_host({"words": OnGpu(log), "group": torch.arange(3)})  # type: ignore[dict-item]
+    work = ["landing waits for main", "on landing", "copied without a wait", "kept for landing", "off landing"]
+    assert log == [*work, "landing records"]
+    assert torch.equal(found["group"], torch.arange(3))
+    wait()
+    assert log[-1] == "waited"
+
+
+class OnGpu:
+    """Says that it is a tensor of one, and notes what stream it is kept for."""
+
+    device, shape, dtype = torch.device("cuda"), (4, 2), torch.int32
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def contiguous(self) -> OnGpu:
+        return self
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self._log.append(f"kept for {stream._name}")
+
+
+class Pinned:
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def copy_(self, source: OnGpu, non_blocking: bool) -> Pinned:
+        self._log.append("copied without a wait" if non_blocking else "copied")
+        return self
 
 
 def test_a_torch_that_sums_halves_otherwise_is_told(

@@ -11,7 +11,7 @@ from support.tolerance import rounding, summed
 
 from quantkit.codes.block_types import BLOCK_TYPES
 from quantkit.options import QuantSpec
-from quantkit.quantize import gptq_grid, loops
+from quantkit.quantize import loops, search
 from quantkit.quantize.hessian import HessianAccumulator, column_order, factorize
 from quantkit.quantize.kernels import plain_columns
 from quantkit.quantize.levels import midpoints, nearest_levels
@@ -122,7 +122,7 @@ def test_sums_of_the_grid_search_are_torchs(size: int, rows: int, bits: int) -> 
     W, importance = torch.randn(3, size, rows, generator=generator), torch.rand(3, size, generator=generator)
     scales = torch.randn(5, 3, rows, generator=generator) * 0.1
     zeros = torch.randint(1, 2**bits, scales.shape, generator=generator).float()
-    top, reference = 2**bits - 1, gptq_grid._TorchSums(W)
+    top, reference = 2**bits - 1, search._TorchSums(W)
     found = loops.weighted_errors(W, importance, scales, zeros, top)
     expected = reference.weighted_errors(W, importance, scales, zeros, top)
     # A sum of squares of one sign, each rounded four times; but an error is what is left of a weight and a value of the

@@ -8,7 +8,10 @@ refuse is not seen. What is seen:
 - every wait of the host, with the line that waits;
 - a race: what a stream reads or writes while another that it has not waited for writes or reads it (vector clocks);
 - memory that is let go while another stream than its own may use it, and could be handed out again;
-- launches, and bytes between the host and the GPU.
+- launches, the bytes that they read and write, and bytes between the host and the GPU.
+
+With `shapes_only` tensors have no numbers, so that runs of any size can be counted: what the host asks for is answered
+with what lets it go on (true, 0 failures, 1.0), and what lies on the host is made of nothing.
 
     with PretendedGpus() as gpus:
         quantkit.gptq(model, out, device="cuda:1", ...)
@@ -38,8 +41,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import quantkit
 from quantkit.blocks import workers
+from quantkit.codes import carried
 from quantkit.options import values
-from quantkit.quantize import hessian, kernels
+from quantkit.quantize import hessian, kernels, search
 
 Clock = dict[int, int]
 """How much of each stream's work is known to be done, by the stream's number."""
@@ -66,7 +70,13 @@ _SCALARS_TAKEN = (
     "aten::fill_",
 )
 # What quantkit knows of a device once it has asked.
-_REMEMBERED = (workers._copying, kernels._side_stream, hessian.adds_up_in_float32)
+_REMEMBERED = (
+    workers._copying,
+    carried._landing,
+    kernels._side_stream,
+    hessian.adds_up_in_float32,
+    search.fractions_of,
+)
 _PACKAGE = str(Path(quantkit.__file__).parent)
 
 
@@ -83,8 +93,19 @@ class Found:
     nbytes: int = 0
 
 
+class Event(dict[int, int]):
+    """Stands for torch.cuda.Event: a stream's clock at that time."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__(stream.clock)
+        self._gpus = stream._gpus
+
+    def synchronize(self) -> None:
+        self._gpus.host_waits("synchronize", self)
+
+
 class Stream:
-    """Stands for torch.cuda.Stream, and its ``record_event`` for an Event: the clock at that time."""
+    """Stands for torch.cuda.Stream."""
 
     _numbers = itertools.count()
 
@@ -93,17 +114,17 @@ class Stream:
         self.clock: Clock = {self.number: 0}
         self.line = ""  # of the last launch
 
-    def record_event(self) -> Clock:
-        return dict(self.clock)
+    def record_event(self) -> Event:
+        return Event(self)
 
-    def wait_event(self, event: Clock) -> None:
+    def wait_event(self, event: Event) -> None:
         _join(self.clock, event)
 
     def wait_stream(self, stream: Stream) -> None:
         _join(self.clock, stream.clock)
 
     def synchronize(self) -> None:
-        self._gpus.host_waits("synchronize", self)
+        self._gpus.host_waits("synchronize", self.clock)
 
     def launch(self, host: Clock) -> None:
         """One operation more, queued when the host knew as much as `host`."""
@@ -185,6 +206,8 @@ class _Mode(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(a, _GpuTensor) or (isinstance(a, torch.device) and a.type == "cuda") for a in leaves):
             return self._gpus.run(func, args, kwargs or {})
+        if (kwargs or {}).get("pin_memory"):
+            return self._gpus.pinned(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs or {})
 
 
@@ -193,22 +216,27 @@ class PretendedGpus:
 
     Attributes:
         waits, races, early: what was found; each race and each memory let go too early once a line.
-        launches: operations.
+        launches: operations, and by the program's line `launched`.
+        traffic: bytes that operations read and wrote, by the program's line; views are what they show.
         devices: how many tensors were made on each.
-        uploaded: bytes from the host.
+        uploaded, downloaded: bytes from the host, and to it.
     """
 
-    def __init__(self, count: int = 2) -> None:
-        self.count = count
+    def __init__(self, count: int = 2, shapes_only: bool = False) -> None:
+        self.count, self._shapes_only = count, shapes_only
+        self._inside = torch.device("meta" if shapes_only else "cpu")
         self.waits: list[Found] = []
         self.races: list[Found] = []
         self.early: list[Found] = []
-        self.launches, self.uploaded = 0, 0
+        self.launches, self.uploaded, self.downloaded = 0, 0, 0
+        self.traffic: Counter[str] = Counter()
+        self.launched: Counter[str] = Counter()
         self.devices: Counter[str] = Counter()
         self._default = [Stream(self, torch.device("cuda", index)) for index in range(count)]
         self._host: Clock = {}
         self._memory: dict[int, _Memory] = {}
         self._ghosts: list[_Memory] = []
+        self._anys: set[int] = set()
         self._pinned: set[int] = set()
         self._local, self._lock = threading.local(), threading.RLock()
 
@@ -241,7 +269,7 @@ class PretendedGpus:
             "default_stream": lambda device: self._default[device.index],
             "stream": self._on,
             "Stream": lambda device: Stream(self, device),
-            "synchronize": lambda device: self.host_waits("synchronize", self._current(device)),
+            "synchronize": lambda device: self.host_waits("synchronize", self._current(device).clock),
         }
         for name, value in cuda.items():
             yield mock.patch.object(torch.cuda, name, value)
@@ -249,6 +277,7 @@ class PretendedGpus:
         yield mock.patch.object(kernels, "_has_triton", return_value=True)
         yield mock.patch.object(kernels, "triton_trouble", return_value="")
         yield mock.patch.object(kernels, "_tritons", return_value=self.column_kernel)
+        yield mock.patch.object(kernels, "_triton_grids", return_value=self.grid_kernel)
 
         tensor, run = torch.tensor, threading.Thread.run
 
@@ -257,9 +286,7 @@ class PretendedGpus:
             return found if device is None else found.to(device)
 
         def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
-            pinned = tensor.clone()
-            self._pinned.add(pinned.untyped_storage()._cdata)
-            return pinned
+            return self.pinned(tensor if self._shapes_only else tensor.clone())
 
         def run_inside(thread: threading.Thread) -> None:
             with _Mode(self):
@@ -268,6 +295,11 @@ class PretendedGpus:
         yield mock.patch.object(torch, "tensor", made)
         yield mock.patch.object(torch.Tensor, "pin_memory", pin_memory)
         yield mock.patch.object(threading.Thread, "run", run_inside)
+
+    def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host, in memory that a GPU copies from and to by itself."""
+        self._pinned.add(tensor.untyped_storage()._cdata)
+        return tensor
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
@@ -284,9 +316,9 @@ class PretendedGpus:
         finally:
             self._local.streams = before
 
-    def host_waits(self, what: str, stream: Stream, nbytes: int = 0) -> None:
+    def host_waits(self, what: str, clock: Clock, nbytes: int = 0) -> None:
         with self._lock:
-            _join(self._host, stream.clock)
+            _join(self._host, clock)
             self.waits.append(Found(what, _line(), nbytes))
 
     def _read(self, memory: _Memory, stream: Stream) -> None:
@@ -345,13 +377,18 @@ class PretendedGpus:
         if "_like" not in name and "::new_" not in name:  # those take a shape, from anywhere
             _check(func, args, kwargs, device)
         bare, options = tree_map(_bare, (args, kwargs))
-        options |= {} if wanted is None else {"device": torch.device("cpu")}
+        options |= {} if wanted is None else {"device": self._inside}
+        bare, options = tree_map(self._without_numbers, (bare, options))
         stream = self._current(device)
         if not func.is_view and name not in _NO_LAUNCH:
             self._launch(*_read_and_written(func, args, kwargs), stream)
         if waited := _WAITED_FOR.get(name, "") or _index_waits(name, args):
-            self.host_waits(waited, stream)
+            self.host_waits(waited, stream.clock)
+            if self._shapes_only and waited in ("item", "equal"):
+                return _let_go_on(waited, bare[0].dtype, bare[0].untyped_storage()._cdata in self._anys)
         found = _mixed(name, *bare, **options) if "out_dtype" in _names(func) else func(*bare, **options)
+        if self._shapes_only and name == "aten::any":
+            self._anys.add(found.untyped_storage()._cdata)
         return (
             found if wanted is not None and wanted.type == "cpu" else self._wrapped(func, args, kwargs, found, stream)
         )
@@ -369,12 +406,39 @@ class PretendedGpus:
         stream = self._current(W.device)
         self._launch(read, [codes], stream)
         loop = kernels.column_loop(torch.device("cpu"))
+        if self._shapes_only:
+            return self._made(torch.empty_like(W.inner, dtype=torch.float32), stream)
         return self._made(loop(*map(_bare, (W, U, scale, minimum, top, codes, levels))), stream)
+
+    def grid_kernel(
+        self, W: Any, importance: Any, size: int, fractions: Any, bits: int, sym: bool, refits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stands for `kernels.grids.search_grids`, one launch."""
+        rows, columns = W.shape
+        assert columns % size == 0
+        assert size <= kernels.LARGEST_GROUP
+        assert {W.device} == {importance.device, fractions.device}
+        stream = self._current(W.device)
+        self._launch([W, importance, fractions], [], stream)
+        shape = rows, columns // size
+        found = tuple(torch.empty(shape, device="meta") for _ in range(2))
+        if not self._shapes_only:
+            found = search.search_grids(W.inner, importance.inner, size, bits, sym)
+        scales, zeros = (self._made(part, stream) for part in found)
+        return scales, zeros
+
+    def _without_numbers(self, value: Any) -> Any:
+        """A tensor of the host as an operation of shapes takes it."""
+        if self._shapes_only and isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            return value.to("meta")
+        return value
 
     def _launch(self, read: list[_GpuTensor], written: list[_GpuTensor], stream: Stream) -> None:
         with self._lock:
             self.launches += 1
             stream.launch(self._host)
+            self.launched[stream.line] += 1
+            self.traffic[stream.line] += sum(tensor.numel() * tensor.itemsize for tensor in [*read, *written])
             for tensor in read:
                 self._read(self.memory(tensor), stream)
             for tensor in written:
@@ -384,7 +448,11 @@ class PretendedGpus:
         """A copy elsewhere, or of another dtype."""
         if device.type == "meta":
             return torch.empty_like(source, dtype=dtype, device=device)
-        made = _bare(source).to(dtype, copy=True)
+        if self._shapes_only:
+            place = self._inside if device.type == "cuda" else device
+            made = torch.empty_like(_bare(source), dtype=dtype, device=place)
+        else:
+            made = _bare(source).to(dtype, copy=True)
         stream = self._current(device if device.type == "cuda" else source.device)
         self._launch([source] if isinstance(source, _GpuTensor) else [], [], stream)
         if device.type == "cuda":
@@ -393,22 +461,33 @@ class PretendedGpus:
         return made
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        _bare(target).copy_(_bare(source))
+        if not self._shapes_only:
+            _bare(target).copy_(_bare(source))
         stream = self._current(target.device if isinstance(target, _GpuTensor) else source.device)
         self._launch(*([tensor] if isinstance(tensor, _GpuTensor) else [] for tensor in (source, target)), stream)
         if source.dim() or source.device.type != "cpu":
-            self._crossed(source, target.device, non_blocking, stream)
+            to_pinned = target.device.type == "cpu" and target.untyped_storage()._cdata in self._pinned
+            self._crossed(source, target.device, non_blocking, stream, to_pinned)
         return target
 
-    def _crossed(self, source: torch.Tensor, device: torch.device, non_blocking: bool, stream: Stream) -> None:
+    def _crossed(
+        self,
+        source: torch.Tensor,
+        device: torch.device,
+        non_blocking: bool,
+        stream: Stream,
+        to_pinned: bool = False,
+    ) -> None:
         """Note a copy of `source` to `device`, where it is one between the host and a GPU."""
         nbytes = source.numel() * source.itemsize
         if device.type == "cpu":
-            self.host_waits("copied to the host", stream, nbytes)
+            self.downloaded += nbytes
+            if not (non_blocking and to_pinned):
+                self.host_waits("copied to the host", stream.clock, nbytes)
         elif source.device.type == "cpu":
             self.uploaded += nbytes
             if not non_blocking or source.untyped_storage()._cdata not in self._pinned:
-                self.host_waits("copied to the GPU", stream, nbytes)
+                self.host_waits("copied to the GPU", stream.clock, nbytes)
 
     def _wrapped(self, func: Any, args: Any, kwargs: Any, found: Any, stream: Stream) -> Any:
         """Results as a GPU's; what an operation writes into is given back as it came."""
@@ -430,6 +509,7 @@ class PretendedGpus:
         made = self._adopted(inner, stream)
         with self._lock:
             self._write(self.memory(made), stream)
+            self.traffic[stream.line] += made.numel() * made.itemsize
         return made
 
     def _adopted(self, inner: torch.Tensor, stream: Stream) -> _GpuTensor:
@@ -454,6 +534,7 @@ class PretendedGpus:
             memory.tensors -= 1
             if not memory.tensors:
                 del self._memory[key]
+                self._anys.discard(key)
                 memory.uses.pop(memory.stream.number, None)
                 if not self._done(memory):
                     self._ghosts.append(memory)
@@ -504,6 +585,13 @@ def _check(func: Any, args: Any, kwargs: Any, device: torch.device) -> None:
         )
         if tensor.device != device and not beside:
             raise DevicesMeet(f"{name} on {device} is given {label} on {tensor.device}; {_line()}")
+
+
+def _let_go_on(asked: str, dtype: torch.dtype, is_any: bool) -> Any:
+    """An answer to the host about numbers that there are none of: all are right, none is wrong, a mean is 1."""
+    if asked == "equal" or dtype == torch.bool:
+        return not is_any
+    return 1.0 if dtype.is_floating_point else 0
 
 
 def _index_waits(name: str, args: Any) -> str:

@@ -153,6 +153,22 @@ def test_experts_that_are_fused_in_the_source_are_fused_again(
     assert_same_model(tmp_path / "out", tmp_path / "gptq")
 
 
+def test_parts_that_nothing_puts_together_are_refused(
+    make_model: MakeModel, tiny_tokens: TokenMatrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of codes are stored apart; of a kind that is not stacked again, transformers would miss them."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention"] * 2}
+    quantkit.gptq(make_model("gpt_oss", **sizes), tmp_path / "gptq", calibration=tiny_tokens, **GPTQ)
+    monkeypatch.setattr(folders, "with_stacks", lambda source, *_: source)
+    with pytest.raises(SourceError) as caught:
+        quantkit.convert(tmp_path / "gptq", tmp_path / "out")
+    assert str(caught.value) == (
+        "gptq: model.layers.0.mlp.experts.down_proj is stored in parts, under names that transformers does not put "
+        "together for gpt_oss; convert the model that this one was made from"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
 def test_a_gguf_file(tiny_gguf: Path, tmp_path: Path) -> None:
     quantkit.convert(tiny_gguf, tmp_path / "out", dtype="float32")
     assert_same_model(tmp_path / "out", tiny_gguf)

@@ -193,11 +193,6 @@ def test_untied_a_head_gets_codes_of_its_own(make_model: MakeModel, tmp_path: Pa
         (True, {"format": "mlx", "head": 8, "embeddings": 4}, "they are one matrix here .tied.: give one number"),
         (False, {"ggml": "q4_0", "group_size": None, "head": 8}, "for folders of codes: with ggml give output_type"),
         (False, {"ggml": "q4_0", "group_size": None, "embeddings": 8}, "with ggml give embedding_type"),
-        (
-            False,
-            {"head": 8, "budget": "4.5bpw", "group_size": None, "effort": "standard"},
-            "budget chooses bits and groups: leave head out",
-        ),
     ],
     ids=str,
 )
@@ -250,7 +245,8 @@ def test_several_formats_and_the_way_through_all(make_model: MakeModel, tmp_path
                 own, direct = label_of(tmp_path / f"by-{format}"), label_of(tmp_path / "all" / format)
                 assert own.get(key) == direct.get(key)
         before = format
-    with pytest.raises(UsageError, match="head 8: an AWQ folder has no place for codes of an output head"):
+    line = "^one has 8-bit codes of lm_head: an AWQ folder has no place for codes of an output head; a GPTQ "
+    with pytest.raises(UsageError, match=line):
         quantkit.repack(alone.out, tmp_path / "awq", to="awq")
 
 
@@ -375,6 +371,39 @@ def test_token_weights_predict_what_they_cost(
             p, q = (one(tokens.tokens).logits.double().log_softmax(dim=-1) for one in (original, changed))
         measured = float((p.exp() * (p - q)).sum(dim=-1).mean())
         assert 0.6 < (found[name] or 0) / measured < 1.7, name
+
+
+@pytest.mark.parametrize(
+    ("format", "budget", "tied"),
+    [("mlx", "5bpw", False), ("mlx", "5bpw", True), ("gptq", "120KB", False)],
+)
+def test_beside_a_budget_they_have_the_bits_that_were_asked_for(
+    format: str, budget: str, tied: bool, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """In groups that no choice moves; a budget that is a size counts their bytes, one in bits per weight does not."""
+    options: dict[str, Any] = {"calibration": token_matrix(16, 64), "evaluate": False, "format": format}
+    ends = {"head": 8} if format == "gptq" or tied else {"head": 8, "embeddings": 4}
+    model, out = make_model(tied=tied, intermediate_size=128), tmp_path / "out"
+    report = quantkit.gptq(model, out, budget=budget, **ends, **options)
+    held = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    codes = open_source(out).codes
+    assert codes is not None
+    modules = {name: codes.read_codes(name) for name in codes.quantized_names()}
+    own = {name: modules.pop(name) for name in (HEAD, EMBEDDING) if name in modules}
+    assert sorted(one.bits for one in own.values()) == sorted(ends.values())
+    assert all(one.scales.shape[1] == 1 for one in own.values())  # 64 wide, in groups of 64
+    assert len({(one.bits, one.scales.shape[1] / one.shape[1]) for one in modules.values()}) > 1
+    if budget.endswith("bpw"):
+        assert 4 < report.bits_per_weight <= float(budget.removesuffix("bpw"))
+    else:
+        assert 110_000 < held <= 120_000
+    with (out / "quant_log.csv").open() as file:
+        rows = {row["layer"]: row for row in csv.DictReader(file)}
+    assert {rows[name]["planned"] for name in own} == {""}
+    assert all(int(rows[name]["bits"]) == one.bits for name, one in own.items())
+    assert quantkit.verify(out, generate=False).ok
+    again = quantkit.gptq(model, out, budget=budget, resume=True, **ends, **options)
+    assert again.budget == report.budget
 
 
 @pytest.mark.fast

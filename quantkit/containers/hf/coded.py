@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from quantkit.codes import Codes, Plan, QuantizedLinear, dequantized
+from quantkit.codes import Codes, Plan, QuantizedLinear, StoredCodes
 from quantkit.containers import CONTAINERS, misfit, misfit_end
 from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype, untied, without_next_layers
 from quantkit.containers.hf.write import ShardedWriter
@@ -103,10 +103,14 @@ class CodedFolder(FolderSource):
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.is_coded(name):
             return self.stored.read_rows(name, start, stop)
-        module = name.removesuffix(".weight")
+        return self._stored(name.removesuffix(".weight")).placed(lambda part: part[start:stop]).floats()
+
+    def read_stored(self, name: str) -> StoredCodes | None:
+        return self._stored(name.removesuffix(".weight")) if self.is_coded(name) else None
+
+    def _stored(self, module: str) -> StoredCodes:
         parts = self.read_unpacked(module), self.stored_scales(module), self.read_zeros(module)
-        codes, scales, zeros = (part[start:stop] for part in parts)
-        return dequantized(codes, scales, zeros, self.read_groups(module))
+        return StoredCodes(*parts, self.read_groups(module))
 
     def read_codes(self, module: str) -> QuantizedLinear:
         codes, scales, zeros = self.read_unpacked(module), self.read_scales(module), self.read_zeros(module)

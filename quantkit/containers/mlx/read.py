@@ -97,6 +97,9 @@ class MlxSource(CodedFolder):
             columns.mul_(scales[:, groups, None].float()).add_(biases[:, groups, None].float())
         return weights
 
+    def read_stored(self, name: str) -> None:
+        """Its biases are added, and no zeros taken off."""
+
     def read_unpacked(self, module: str) -> torch.Tensor:
         return self._unpacked(module, self.stored.read(f"{module}.weight"))
 

@@ -1,9 +1,10 @@
 """What a GPU does otherwise than a CPU: the column loop as one Triton program for each tile of rows (`columns`), the
-factorization beside other work. Half-precision products for Hessians are in `hessian`.
+search for grids as one for each group and tile of rows (`grids`), the factorization beside other work. Half-precision
+products for Hessians are in `hessian`.
 
-Triton is imported, and tried on a small block, when the first kernel is asked for: that it is installed does not say
-that there is a compiler, Python's headers and a folder for what it compiles. Where it does not work, or Numba is
-missing on a CPU, torch does the work.
+Triton is imported, and both are tried on a small block, when the first kernel is asked for: that it is installed does
+not say that there is a compiler, Python's headers and a folder for what it compiles. Where it does not work, or Numba
+is missing on a CPU, torch does the work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from quantkit.errors import first_line
 from quantkit.late import torch
 from quantkit.quantize import loops
 from quantkit.quantize.levels import nearest_codes
+from quantkit.quantize.search import REFITS, fractions_of, search_grids
 
 ColumnLoop = Callable[
     [
@@ -32,6 +34,11 @@ ColumnLoop = Callable[
     "torch.Tensor",
 ]
 """`loops.quantize_columns`, which says what it takes and gives."""
+GridSearch = Callable[
+    ["torch.Tensor", "torch.Tensor", int, "torch.Tensor", int, bool, int], "tuple[torch.Tensor, torch.Tensor]"
+]
+"""`grids.search_grids`, which says what it takes and gives."""
+LARGEST_GROUP = 1024  # columns whose grids a kernel searches
 
 
 def column_loop(device: torch.device) -> ColumnLoop:
@@ -39,6 +46,14 @@ def column_loop(device: torch.device) -> ColumnLoop:
     if device.type == "cuda" and _has_triton() and not triton_trouble(device):
         return _tritons()
     return loops.quantize_columns if device.type == "cpu" and loops.has_numba() else plain_columns
+
+
+def grid_search(device: torch.device, size: int) -> GridSearch | None:
+    """The search for grids of groups of so many columns as one kernel; None where there is none, and torch's or Numba's
+    loops do it."""
+    if device.type != "cuda" or size > LARGEST_GROUP or not _has_triton() or triton_trouble(device):
+        return None
+    return _triton_grids()
 
 
 def plain_columns(
@@ -88,15 +103,17 @@ def _has_triton() -> bool:
 
 @cache
 def triton_trouble(device: torch.device) -> str:
-    """Why Triton's loop is not to be used on `device`, where it is installed, in a few words; "" where it works."""
-    return trouble_of(_tritons, device)
+    """Why Triton's kernels are not to be used on `device`, where it is installed, in a few words; "" if they work."""
+    return trouble_of(_tritons, device, _triton_grids)
 
 
-def trouble_of(loop: Callable[[], ColumnLoop], device: torch.device) -> str:
-    """What keeps the loop that `loop` imports from doing on `device` what the plain one does, tried on a small block;
-    "" where nothing does."""
+def trouble_of(
+    loop: Callable[[], ColumnLoop], device: torch.device, search: Callable[[], GridSearch] | None = None
+) -> str:
+    """What keeps the loop that `loop` imports, and the search that `search` does, from doing on `device` what the plain
+    ones do, tried on a small block; "" where nothing does."""
     try:
-        same = _as_plain(loop(), device)
+        same = _as_plain(loop(), device) and (search is None or _finds_grids(search(), device))
     except CalledProcessError:
         return "a C compiler failed for it; install Python's headers (python3-dev)"
     except OSError as error:
@@ -111,6 +128,25 @@ def _tritons() -> ColumnLoop:
     from quantkit.quantize.kernels.columns import quantize_columns
 
     return quantize_columns
+
+
+def _triton_grids() -> GridSearch:
+    from quantkit.quantize.kernels import grids
+
+    return grids.search_grids
+
+
+def _finds_grids(search: GridSearch, device: torch.device) -> bool:
+    """Whether a search finds on a small block what the plain one does, up to candidates whose errors are as good as
+    equal."""
+    generator = torch.Generator().manual_seed(0)
+    W, h = torch.randn(37, 64, generator=generator).to(device), torch.rand(64, generator=generator).to(device)
+    same = []
+    for bits, sym in ((4, True), (3, False)):
+        given = fractions_of(bits, sym, device), bits, sym, REFITS
+        pairs = zip(search(W, h, 32, *given), search_grids(W, h, 32, bits, sym), strict=True)
+        same += [found == plain for found, plain in pairs]
+    return float(torch.cat(same).float().mean()) > 0.95
 
 
 def _as_plain(loop: ColumnLoop, device: torch.device) -> bool:
@@ -128,10 +164,9 @@ def _as_plain(loop: ColumnLoop, device: torch.device) -> bool:
     return torch.equal(codes, plain_codes) and torch.allclose(errors, plain_errors, rtol=1e-4, atol=1e-5)
 
 
-def settle(device: torch.device) -> None:
-    """Wait until a GPU has done what was queued on the current stream, so that a clock tells more than launches."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without a wait for its copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def beside(device: torch.device) -> AbstractContextManager[None]:

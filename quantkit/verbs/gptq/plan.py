@@ -19,9 +19,9 @@ from quantkit.options import METHODS, EndBits, Ends, Grid, QuantSpec, make, pars
 from quantkit.options.values import gptq_type
 from quantkit.options.verbs import Gptq
 from quantkit.progress import Progress
-from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates, ggml_candidates
+from quantkit.quantize.allocate import Allocator, Spent, check_solver, folder_candidates, ggml_candidates, group_for
 from quantkit.quantize.blockwise import corrects, gptq_multiplications, plan_gptq_memory, shape_of_head
-from quantkit.quantize.targets import CheckpointTarget, Folders, Target, on_grid_of
+from quantkit.quantize.targets import CheckpointTarget, Folders, Target, on_grid_of, plan_ends
 from quantkit.quantize.token_weights import plan_weights_memory, weighing_multiplications
 from quantkit.quantize.tuning import plan_refining_memory, refining_multiplications
 from quantkit.runs.ranks import Ranks
@@ -72,7 +72,6 @@ def _check_budget(options: Gptq, grid: dict[str, Any]) -> None:
     """Refuse what has no place beside --budget. Raises UsageError, MissingPackageError."""
     check_solver()
     given = {"--bits": "bits" in grid, "--group-size": "group_size" in grid, "--override": bool(options.override)}
-    given |= dict.fromkeys((f"--{name}" for name in options.part(EndBits).given if options.ggml is None), True)
     if named := [option for option, is_given in given.items() if is_given]:
         raise UsageError(f"--budget chooses bits and groups: leave {', '.join(named)} out")
     if options.method != "gptq":
@@ -164,9 +163,12 @@ def note_limits(target: Target, progress: Progress) -> None:
 
 def _folder(stream: ModelStream, spec: QuantSpec, options: Gptq) -> CheckpointTarget | Folders:
     """A folder of codes, or several."""
-    shard_bytes = parse_size(options.max_shard_size)
-    bits = options.part(EndBits)
-    folders = {format: CheckpointTarget(stream, spec, format, shard_bytes, bits=bits) for format in options.formats}
+    shard_bytes, bits = parse_size(options.max_shard_size), options.part(EndBits)
+    group_of = None if options.budget is None else group_for  # which a choice does not move
+    folders = {}
+    for format in options.formats:
+        ends = plan_ends(stream, spec, bits, of_format(format), group_of)
+        folders[format] = CheckpointTarget(stream, spec, format, shard_bytes, ends=ends)
     first = folders[options.formats[0]]
     check_own(options.formats, first.plan, options.model_dump(include=own_options()))
     return first if len(folders) == 1 else Folders(folders)

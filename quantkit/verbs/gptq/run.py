@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from quantkit.blocks.states import HiddenStates
 from quantkit.blocks.stream import ModelStream
-from quantkit.codes import Codes, put_together, take_apart_packed
+from quantkit.codes import Codes, put_together
+from quantkit.codes.carried import Carried
 from quantkit.codes.kinds import Kind
 from quantkit.containers import own_options
 from quantkit.options import EndBits, Ends, QuantSpec, parse_size
@@ -318,7 +318,8 @@ def _landing(lander: Lander, add: Callable[[str, Codes], None]) -> OnLinear:
     """What is to be done with a Linear as soon as it has codes: it lands with its block, and then `add` gets it."""
 
     def take(name: str, linear: Codes, statistics: LayerStatistics) -> None:
-        landed = LandedLinear(name, *take_apart_packed(linear), asdict(statistics))
-        lander.take(landed, partial(add, name, linear))
+        carried = Carried(linear)
+        landed = LandedLinear(name, carried.tensors, carried.fields, asdict(statistics), carried.wait)
+        lander.take(landed, lambda: add(name, carried.linear()))
 
     return take

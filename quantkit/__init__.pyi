@@ -267,6 +267,7 @@ def gptq(
     requantize: bool = ...,
     format: Literal["gptq", "gptq_v2", "compressed-tensors", "awq", "mlx"] | Sequence[str] | str = ...,
     untie: bool = ...,
+    mtp: Literal["keep", "drop"] = ...,
     mlx_bias: Literal["float16", "float32"] = ...,
     max_shard_size: str | int = ...,
     dry_run: bool = ...,

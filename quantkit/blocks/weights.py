@@ -170,6 +170,31 @@ def with_stacks(source: Source, model: Any, wanted: Sequence[str]) -> Source:
     return with_made(source, made)
 
 
+# Of layers that predict the tokens after the next one: DeepSeek's and GLM's follow the last block.
+_NEXT = re.compile(r"(^|\.)mtp(_\w+)?\.")
+
+
+def without_next_layers(weights: Weights, blocks: str, count: int) -> Weights:
+    """Weights without the layers for the prediction of next tokens, which the model does not read.
+
+    Args:
+        weights: of the model.
+        blocks: name of its list of decoder blocks.
+        count: how many blocks there are.
+    """
+    known = set(weights.names.values())
+    first = next(published for name, published in weights.names.items() if name.startswith(f"{blocks}.0."))
+    beyond = re.compile(re.escape(first[: first.index(".0.")]) + r"\.(\d+)\.")
+    lost = [
+        name
+        for name in weights.tensors
+        if name not in known
+        and (_NEXT.search(name) or ((found := beyond.match(name)) is not None and int(found[1]) >= count))
+    ]
+    kept = {name: info for name, info in weights.tensors.items() if name not in lost}
+    return replace(weights, tensors=kept, left_out=(*weights.left_out, *lost))
+
+
 # -- which tensor each parameter is ------------------------------------------------------------------------------------
 
 

@@ -554,6 +554,8 @@ class Checkpoint(MlxBiases, Shards):
     by commas, such as gptq,mlx, lie in folders of their names in that of --out."""
     untie: bool = False
     """Store a tied output embedding once more, as AutoGPTQ needs it."""
+    mtp: Literal["keep", "drop"] = "keep"
+    """Layers that predict the tokens after the next one, which no forward of the model calls: as they are, or not."""
 
     @property
     def formats(self) -> tuple[CheckpointFormat, ...]:

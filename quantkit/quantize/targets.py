@@ -37,6 +37,10 @@ def plan_linears(stream: ModelStream, spec: QuantSpec) -> Plan:
     for option, patterns in (("include", spec.include), ("exclude", spec.exclude), ("override", overridden)):
         for pattern in patterns:
             if not any(matches(pattern, name) for name in (*shapes, *stream.uncalled)):
+                stored = (n.removesuffix(".weight") for n in stream.weights.tensors if n.endswith(".weight"))
+                if beside := next((name for name in stored if matches(pattern, name)), None):
+                    why = f"{beside} is no Linear of a decoder block, and stays as it is"
+                    raise UsageError(f"--{option} {pattern}: {why}")
                 raise UsageError(f"--{option} {pattern}: no Linear has such a name; one is {next(iter(shapes))}")
     plan = {name: LinearPlan(shape, own) for name, shape in shapes.items() if (own := spec.of(name)) is not None}
     if not plan:

@@ -94,7 +94,7 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
     stream = stream_of(source, options.device, options.dtype, apart, options.memory)
     note_source(source, progress)
     places = _places(stream)
-    entries = {t.name: Entry.empty(len(t.sources), t.shape[-1]) for t, _ in places.values()}
+    entries = {t.name: Entry.empty(t.shape[0] if len(t.shape) == 3 else 1, t.shape[-1]) for t, _ in places.values()}
     drawn = options.samples, options.seq_len
     chunks, chunk_size = calibration.tokens.shape if isinstance(calibration, TokenMatrix) else drawn
     size = sum(entry.bytes for entry in entries.values())
@@ -114,8 +114,9 @@ def imatrix(options: Imatrix, *, progress: Progress = SILENT) -> ImatrixReport:
 
     def keep(name: str, squares: InputSquares) -> None:
         tensor, part = places[name]
-        entries[tensor.name].sums[part] = squares.sums.numpy()
-        entries[tensor.name].counts[part] = squares.tokens
+        own = part if len(tensor.sources) > 1 else slice(None)  # of one matrix in heads, every head reads the same
+        entries[tensor.name].sums[own] = squares.sums.numpy()
+        entries[tensor.name].counts[own] = squares.tokens
 
     with staged_files(target, options.force) as folder:
         weights = _weights(stream, matrix.tokens, options.seed, progress) if options.loss_aware else None

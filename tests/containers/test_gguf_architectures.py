@@ -259,6 +259,18 @@ def test_the_matrix_of_latent_keys_and_values_lies_in_two(make_model: MakeModel,
     torch.testing.assert_close(again, read, rtol=1e-3, atol=1e-6)  # float16
 
 
+def test_an_importance_matrix_has_latent_values_for_every_head(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model("deepseek_v3", dtype="float32", **CONFIGS["deepseek_v3"])
+    quantkit.imatrix(folder, tmp_path / "tiny.imatrix.gguf", calibration=token_matrix(4, 32))
+    sums = GgufFile(tmp_path / "tiny.imatrix.gguf").values("blk.0.attn_v_b.weight.in_sum2")
+    assert sums.shape == (4, 32)
+    assert bool((sums == sums[0]).all())
+    assert bool((sums > 0).all())
+    imatrix = tmp_path / "tiny.imatrix.gguf"
+    quantkit.ggml(folder, tmp_path / "tiny.gguf", type="q4_0", imatrix=imatrix, pre="gpt-2")
+    assert GgufFile(tmp_path / "tiny.gguf").tensors["blk.0.attn_v_b.weight"].kind.name == "Q4_0"
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
 def test_mixed_rows_of_a_delta_net_are_quantized_together(family: str, make_model: MakeModel, tmp_path: Path) -> None:
     folder = make_model(family, dtype="float32", **CONFIGS[family])

@@ -15,10 +15,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, SPECIAL, VOCABULARY, MakeModel, random_model
+from conftest import CHAT_TEMPLATE, SPECIAL, VOCABULARY, MakeModel, Recorder, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support import towers
 from support.few_files import few_files
 from support.gguf_models import byte_level, sentencepiece, write_model
 from support.llamacpp import floored, llama_logprobs, mean_kl, scored_rows
@@ -26,6 +27,7 @@ from support.smollm2 import smollm2_gguf
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import quantkit
 from quantkit.blocks.stream import ModelStream
 from quantkit.containers.gguf import (
     GgufTensor,
@@ -846,3 +848,15 @@ def test_llama_cpp_cuts_text_as_smollm2_does(tmp_path: Path) -> None:
         + "1234567890 caf\u00e9 HTTPServer's\r\n\t"
     )
     assert_llama_cpp_cuts_alike(sized_model(tmp_path / "model", tokenizer, "llama"), text, tmp_path, pre=None)
+
+
+def test_what_lies_beside_the_text_is_said_to_stay_out(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, recorder: Recorder
+) -> None:
+    model = towers.write(tmp_path / "model", "qwen3_vl", tokenizer)
+    quantkit.ggml(model, tmp_path / "text.gguf", type="q8_0", pre="llama-bpe", progress=recorder)
+    tower = [name for name in open_source(model).tensors if name.startswith("model.visual.")]
+    assert recorder.notes == [
+        f"the file has the text part alone: {len(tower)} tensors are left out, model.visual ({len(tower)})"
+    ]
+    assert not any("visual" in name for name in GgufFile(tmp_path / "text.gguf").tensors)

@@ -17,7 +17,9 @@ import pytest
 import yaml
 from conftest import MakeModel, Recorder
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from support import towers
 from support.wizard import wizard
+from transformers import PreTrainedTokenizerFast
 
 import quantkit
 from quantkit.cli import app as cli
@@ -519,6 +521,27 @@ def test_several_licences_and_words_that_look_like_numbers(folder: Path, tmp_pat
     assert (data.license, data.language) == (["apache-2.0", "mit"], ["en"])
     assert "\nlicense_name: '0o17'\n" in text
     assert "\nquantized_by: '1e3'\n" in text
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "auto"),
+    [
+        ("llama", "text-generation", "AutoModelForCausalLM"),
+        ("gemma3", "image-text-to-text", "AutoModelForImageTextToText"),
+    ],
+)
+def test_what_takes_images_is_loaded_by_the_class_for_it(
+    family: str, task: str, auto: str, make_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    if family == "llama":
+        shutil.copytree(make_model(), folder)
+    else:
+        towers.write(folder, family, tokenizer)
+    _, front, text = write(folder, repo=REPO, licence="mit")
+    assert front["pipeline_tag"] == task
+    assert f"from transformers import {auto}, AutoTokenizer" in text
+    assert f'model = {auto}.from_pretrained("{REPO}"' in text
 
 
 @pytest.mark.parametrize("front", ["license: {a: b}", "language: [[en]]", "pipeline_tag: 1.5"])

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EXPERTS, SIZES, SPECIAL, MakeModel, Recorder, token_matrix
+from support import towers
 from support.ggjt_models import LLAMA, tiny, write
 from support.gguf_models import sentencepiece, write_model
 from support.judge_env import GPTQMODEL, judge_python
@@ -435,6 +436,16 @@ def test_generation_defaults_of_the_model_decide_nothing_but_where_it_stops(
     assert found["output"] == speaker.text(first[:place], read_prompts(prompts)[1].record)
     assert report.finished["eos"] >= 1
     assert report.output_tokens == sum(answer["output_tokens"] for answer in answers(tmp_path / "stopped"))
+
+
+def test_a_text_config_may_name_no_end(tokenizer: PreTrainedTokenizerFast, prompts: Path, tmp_path: Path) -> None:
+    """That of Qwen 3 VL has none; the tokenizer does."""
+    model = towers.write(tmp_path / "model", "qwen3_vl", tokenizer)
+    (model / "generation_config.json").unlink(missing_ok=True)
+    assert not hasattr(open_source(model).config.get_text_config(), "eos_token_id")
+    report = run(model, prompts, tmp_path / "out", greedy=True)
+    assert sum(report.finished.values()) == len(answers(tmp_path / "out"))
+    assert EOS in Speaker.of(open_source(model), "auto", Decoding()).stops
 
 
 def test_logits_that_are_no_numbers(make_model: MakeModel, tmp_path: Path) -> None:

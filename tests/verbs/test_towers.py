@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Recorder, token_matrix
-from safetensors.torch import load_file
+from conftest import MakeModel, Recorder, token_matrix
+from safetensors.torch import load_file, save_file
 from support import towers
 from support.streamed import open_stream, streamed_logits
 from support.zoo_record import loaded
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import quantkit
 from quantkit.blocks.whole import load_model
+from quantkit.errors import UsageError
 from quantkit.sources import open_source
 from quantkit.tokens import TokenMatrix
 
@@ -143,6 +145,39 @@ def test_convert_writes_the_whole_again(
         assert torch.equal(values, expected), name
     own = config_of(model)
     assert {key: value for key, value in config_of(tmp_path / "whole").items() if key in own} == own
+
+
+def test_a_pattern_that_reaches_into_a_tower_is_refused(made: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    model, _ = made["qwen3_vl"]
+    with pytest.raises(UsageError, match=r"model\.visual\.\*: model\.visual\.\S+ is no Linear of a decoder block"):
+        quantkit.gptq(model, tmp_path / "out", include=["model.visual.*"], **OPTIONS)
+
+
+def test_layers_that_predict_next_tokens_are_kept_or_dropped(
+    make_model: MakeModel, calibration: TokenMatrix, tmp_path: Path
+) -> None:
+    """By name, or beyond the last; transformers' class passes them over."""
+    model = shutil.copytree(make_model(), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    more = {
+        f"{place}.{name}.weight": torch.full((64, 64), 0.5, dtype=torch.float16)
+        for place in ("mtp.layers.0", "model.layers.2", "model.mtp_layers.0", "vision_tower.layers.7")
+        for name in ("self_attn.q_proj", "eh_proj")
+    }
+    save_file({**tensors, **more}, model / "model.safetensors", {"format": "pt"})
+    config = config_of(model) | {"num_nextn_predict_layers": 2, "parts": {"mtp_num_hidden_layers": 1}}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    quantkit.gptq(model, tmp_path / "kept", calibration=calibration, **OPTIONS)
+    kept = load_file(tmp_path / "kept" / "model.safetensors")
+    assert all(torch.equal(kept[name], more[name]) for name in more)
+    assert config_of(tmp_path / "kept")["num_nextn_predict_layers"] == 2
+    progress = Recorder()
+    quantkit.gptq(model, tmp_path / "dropped", calibration=calibration, mtp="drop", progress=progress, **OPTIONS)
+    dropped = load_file(tmp_path / "dropped" / "model.safetensors")
+    assert kept.keys() - dropped.keys() == {name for name in more if "vision" not in name}
+    told = config_of(tmp_path / "dropped")
+    assert (told["num_nextn_predict_layers"], told["parts"]["mtp_num_hidden_layers"]) == (0, 0)
+    assert any(text.startswith("6 tensors are left out") for text in progress.warnings)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])

@@ -18,8 +18,9 @@ from quantkit.codes.kinds import FileType
 from quantkit.containers.gguf.architectures import WRITABLE, Architecture, row_of_config
 from quantkit.containers.gguf.config import longrope_attention, turned_layers
 from quantkit.containers.gguf.vocabulary import vocabulary
-from quantkit.containers.source import Source, Weights
+from quantkit.containers.source import Source, Weights, by_prefix
 from quantkit.errors import SourceError
+from quantkit.progress import counted
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ _MEASURE = re.compile(r"(scale|softcapping|clamp_kqv)$")  # keys of float32, wha
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation")  # config fields
 _SECTIONS = (11, 11, 10)  # of Qwen 3.5, where its config says none
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+$")
+
+# What the parameters of a text model with towers beside it begin with, and what they do without them.
+_TEXTS = {"model.language_model.": "model.", "model.text_model.": "model.", "language_model.": ""}
 
 
 def file_keys(
@@ -278,10 +282,28 @@ def parts_ends(config: PretrainedConfig) -> bool:
 
 def remarks(source: Source, weights: Weights) -> list[str]:
     """What a file holds otherwise than the model, without its result being another."""
-    if not parts_ends(source.config) or not weights.untied or weights.apart is not None:
-        return []
-    name = row_of(source).name
-    return [f"the tied embedding is written as output.weight too: llama.cpp loads no {name} without an output matrix"]
+    said = []
+    text = set(of_text(weights.names).values())
+    if others := [name for name in dict.fromkeys(weights.names.values()) if name not in text]:
+        shown = ", ".join(f"{prefix} ({len(names)})" for prefix, names in by_prefix(others, text).items())
+        left = counted(len(others), "tensor is", "tensors are")
+        said.append(f"the file has the text part alone: {left} left out, {shown}")
+    if parts_ends(source.config) and weights.untied and weights.apart is None:
+        name = row_of(source).name
+        said.append(
+            f"the tied embedding is written as output.weight too: llama.cpp loads no {name} without an output matrix"
+        )
+    return said
+
+
+def of_text(names: Mapping[str, str]) -> dict[str, str]:
+    """Published names by parameter; of a model of text and other towers those of the text model, as it would call them
+    by itself."""
+    around = next((prefix for prefix in _TEXTS if any(name.startswith(prefix) for name in names)), None)
+    if around is None:
+        return dict(names)
+    own = {_TEXTS[around] + n.removeprefix(around): published for n, published in names.items() if n.startswith(around)}
+    return own | {name: published for name, published in names.items() if name.startswith("lm_head.")}
 
 
 def shared_heads(config: PretrainedConfig, row: Architecture) -> int:

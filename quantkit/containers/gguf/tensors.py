@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import numpy as np
 from quantkit.containers.gguf.architectures import BLOCK, Architecture, part_of
 from quantkit.containers.gguf.config import llama3_factors
 from quantkit.containers.gguf.file import Array
-from quantkit.containers.gguf.keys import head_width, row_of, shared_heads, text_config
+from quantkit.containers.gguf.keys import head_width, of_text, row_of, shared_heads, text_config
 from quantkit.containers.gguf.order import Order, Picked, columns_of, grid_of, norm_offset, order_of
 from quantkit.containers.source import Source, Weights
 from quantkit.errors import SourceError
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 # Matrices that are always float32.
 _IN_FULL = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "shortconv.conv", "ssm_conv1d")
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-# What the parameters of a text model with towers beside it begin with, and what they do without them.
-_TEXTS = {"model.language_model.": "model.", "model.text_model.": "model.", "language_model.": ""}
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
@@ -106,7 +103,7 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
         SourceError: an architecture that cannot be written, a tensor it has no place for, or one that it misses.
     """
     row, path, config = row_of(source), source.path, text_config(source.config)
-    names = _of_text(weights.names)
+    names = of_text(weights.names)
     outside = {name: ours for name, ours in row.outside.items() if name not in (_EMBEDDING, _HEAD)}
     embedding, head = row.outside[_EMBEDDING], row.outside[_HEAD]
     tied = names.get(head) == names.get(embedding)
@@ -136,16 +133,6 @@ def plan(source: Source, weights: Weights) -> list[GgufTensor]:
     if left := stacks.keys() - {parameter for parameter, _ in wanted}:
         raise SourceError(f"{path}: {min(left)} has no place in a {row.name} GGUF file")
     return [*(_rope_tensors(config, row) if row.rotary else ()), *_shared(tensors)]
-
-
-def _of_text(names: Mapping[str, str]) -> dict[str, str]:
-    """Published names by parameter; of a model of text and other towers those of the text model, as it would call them
-    by itself."""
-    around = next((prefix for prefix in _TEXTS if any(name.startswith(prefix) for name in names)), None)
-    if around is None:
-        return dict(names)
-    own = {_TEXTS[around] + n.removeprefix(around): published for n, published in names.items() if n.startswith(around)}
-    return own | {name: published for name, published in names.items() if name.startswith("lm_head.")}
 
 
 def _shared(tensors: list[GgufTensor]) -> list[GgufTensor]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from quantkit.codes import Codes, Plan, QuantizedLinear, StoredCodes
 from quantkit.containers import CONTAINERS, misfit, misfit_end
-from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype, untied
+from quantkit.containers.hf.read import FolderSource, quantization_of, stored_dtype, untied, without_next_layers
 from quantkit.containers.hf.write import ShardedWriter
 from quantkit.containers.source import HoldsCodes, Source, TensorInfo, Weights
 from quantkit.containers.values import all_finite
@@ -278,6 +278,8 @@ class CodedWriter:
         # transformers 5 reads dtype, transformers 4 torch_dtype.
         if self._weights.untied:
             config = untied(config)
+        if self._weights.left_out:
+            config = without_next_layers(config)
         write_json(self.folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype} | self.config())
         self.source.copy_companions(self.folder)
         reader = self.opens(self.folder, trust_remote_code=self.source.trusts_code)

@@ -356,6 +356,13 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _TIED = "tie_word_embeddings"
+_NEXT_LAYERS = re.compile(r"(^|_)(mtp|nextn)(_|$).*(layers|modules)$")
+
+
+def without_next_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of a model that has no layers for the prediction of next tokens, whatever it said."""
+    inner = {key: without_next_layers(part) for key, part in config.items() if isinstance(part, dict)}
+    return {**config, **inner, **{key: 0 for key in config if _NEXT_LAYERS.search(key) and config[key]}}
 
 
 def _rope(read_by: type[PretrainedConfig], config: dict[str, Any]) -> Any:

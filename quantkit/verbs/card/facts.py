@@ -48,6 +48,7 @@ class ModelFacts:
         calibration: provenance of that run's text.
         loads: every program's answer to whether it loads this.
         record: quantkit.json, where it is of these files; else {}.
+        sees: whether the model takes images beside text.
     """
 
     name: str
@@ -76,6 +77,7 @@ class ModelFacts:
     loads: tuple[Load, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
+    sees: bool = False
 
 
 def models_in(folder: Path, branch: str, trust: bool = False) -> list[ModelFacts]:
@@ -136,6 +138,7 @@ def _model(source: Source, branch: str, record: Mapping[str, Any], alone: bool) 
         loads=tuple(programs(Facts.of(source))),
         record=own,
         keys={key: value for key, value in keys.items() if key.startswith(_KEYS)},
+        sees=_sees(source),
         **settings,
     )
 
@@ -151,6 +154,13 @@ def _is_of(record: Mapping[str, Any], files: Mapping[str, str], source: Source, 
             f"{wrong} is another file than {REPORT_NAME} says, which was written with it; `quantkit verify` says more"
         )
     return all(name in noted for name in files)
+
+
+def _sees(source: Source) -> bool:
+    """Whether the class that the config names is one of images and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    return KNOWN.get(source.config.model_type) in (source.config.architectures or ())
 
 
 def _scheme(source: Source, keys: Mapping[str, Any], described: str) -> str:

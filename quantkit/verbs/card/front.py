@@ -152,7 +152,7 @@ def front_matter(
         **licence,
         "language": original.data.get("language"),
         "library_name": CONTAINERS[kinds[0]].shown.library if len(kinds) == 1 else "transformers",
-        "pipeline_tag": original.data.get("pipeline_tag", "text-generation"),
+        "pipeline_tag": original.data.get("pipeline_tag") or _task(models),
         "base_model": bases[0] if len(bases) == 1 else list(bases) or None,
         "base_model_relation": relation if bases else None,
         "tags": [*dict.fromkeys([*(["quantized"] if tags else []), *tags]), "quantkit"],
@@ -164,6 +164,11 @@ def front_matter(
     told = {key: value for key, value in data.items() if value is not None}
     text: str = yaml.dump(told, Dumper=_Writer, sort_keys=False, allow_unicode=True)
     return text.strip()
+
+
+def _task(models: Sequence[ModelFacts]) -> str:
+    """The Hub's name of what the models do."""
+    return "image-text-to-text" if all(model.sees for model in models) else "text-generation"
 
 
 def _datasets(models: Sequence[ModelFacts]) -> list[str]:

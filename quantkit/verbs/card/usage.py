@@ -52,10 +52,10 @@ class PromptForm:
     origin: str
 
 
-_TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_TRANSFORMERS = """from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}"{revision}{gguf})
-model = AutoModelForCausalLM.from_pretrained("{repo}"{revision}{gguf}, device_map="auto")
+model = {auto}.from_pretrained("{repo}"{revision}{gguf}, device_map="auto")
 {asked}
 answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
@@ -157,6 +157,7 @@ def _words(model: ModelFacts, models: Sequence[ModelFacts], repo: str, source: s
         "file": quoted(file),
         "tag": quoted(tag),
         "tagged": f"{repo} --hf-file {quoted(file)}" if tag == file else f"{repo}:{quoted(tag)}",
+        "auto": "AutoModelForImageTextToText" if model.sees else "AutoModelForCausalLM",
         "revision": other and f', revision="{other}"',
         "branch": branch,
         "gguf": f', gguf_file="{quoted(file)}"' if model.is_file else "",

@@ -43,7 +43,8 @@ class Speaker:
         """Raises `UsageError` where the template is `chat` and the tokenizer has none, `SourceError` without one."""
         tokenizer = source.tokenizer()
         chosen = resolve(template, tokenizer)
-        declared = (generation_config(source).eos_token_id, source.config.get_text_config().eos_token_id)
+        configs = generation_config(source), source.config.get_text_config()
+        declared = [getattr(config, "eos_token_id", None) for config in configs]
         stops = sorted({stop for ids in declared for stop in stop_ids(ids, chosen, tokenizer)})
         context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         return cls(source, tokenizer, chosen, stops, context, spec)

@@ -12,6 +12,7 @@ from typing import Any
 from quantkit.blocks.open import check_windows, fitted, model_or_default, open_parts, pair_of, stream_of, whole
 from quantkit.blocks.pair import label_of
 from quantkit.blocks.stream import ModelStream
+from quantkit.blocks.weights import without_next_layers
 from quantkit.errors import Interrupted, OutputError, QuantkitError
 from quantkit.late import torch
 from quantkit.options import EvaluationSpec, default_seq_len, make
@@ -84,6 +85,8 @@ def _one(options: Gptq, progress: Progress, ranks: Ranks) -> GptqReport:
     source = whole(parts)
     apart = parts_ends(source, options)
     stream = stream_of(source, ranks.device(options.device), options.dtype, apart, options.memory)
+    if options.mtp == "drop":
+        stream.weights = without_next_layers(stream.weights, stream.family.blocks, len(stream.blocks))
     check_windows(stream, windows_of(options)[1], progress)
     if options.evaluate and not options.dry_run:
         judging = fitted(judging, [stream], asked=False, progress=progress)

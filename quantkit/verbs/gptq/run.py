@@ -66,6 +66,7 @@ def made(
     of_file = {"ggml": options.ggml, **options.part(Ends).model_dump()}
     of_folder = {"format": options.format} | options.model_dump(include=own_options(), exclude_defaults=True)
     of_folder |= options.part(EndBits).given | ({"untie": True} if options.head is not None and options.untie else {})
+    of_folder |= {"mtp": options.mtp} if options.mtp != "keep" else {}
     recipe = spec.model_dump(exclude=unsaid) | (of_folder if options.ggml is None else of_file)
     # Runs that share weights may make a GGUF file, which has its embedding and output matrix rounded.
     ends = options.ggml is not None or bool(options.part(EndBits).given) or is_sharing()

@@ -215,7 +215,7 @@ def micro(run: Run) -> None:
 
 def partial_sum(total: torch.Tensor, x: torch.Tensor, leaf: int) -> Callable[[], None]:
     operand = x if hessian.adds_up_in_float32(x.dtype, x.device) else x.float()
-    return lambda: hessian._add_symmetric(total, operand, leaf)
+    return lambda: hessian._add_symmetric(total, operand, operand, leaf)
 
 
 def whole(run: Run, effort: str) -> None:

@@ -840,7 +840,7 @@ def test_outputs_in_the_way(desk: Desk, options: list[str]) -> None:
     for out, culprit in [
         (file, "is a file"),
         (dangling, "dangling"),
-        (model, "inside the source"),
+        (model, "is the source itself"),
         (model / "out", "inside the source"),
         (inside / "deep" / "out", "inside the source"),
         (desk.folder, "contains the source"),

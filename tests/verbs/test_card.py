@@ -838,7 +838,9 @@ def test_names_are_quoted_for_where_they_stand() -> None:
     )
     load = Load("llama.cpp", True)
     loads = load, Load("ctransformers", True)
-    facts = SimpleNamespace(name="m", branch="main", is_file=True, files={hostile: "0"}, loads=loads, scheme="Q4_0")
+    facts = SimpleNamespace(
+        name="m", branch="main", is_file=True, files={hostile: "0"}, loads=loads, scheme="Q4_0", sees=False
+    )
     found = {hint.program: hint.code for hint in hints([cast(ModelFacts, facts)], "o/it's", "s")}
     words = shlex.split(found["llama.cpp"].splitlines()[0])
     assert words == ["llama-server", "-hf", "o/it's", "--hf-file", visible(hostile)]

@@ -20,7 +20,7 @@ from quantkit.containers.gguf.order import Order, Picked, columns_of, norm_offse
 from quantkit.containers.gguf.tokenizer import make_tokenizer
 from quantkit.containers.hf.read import copy_companions, publishable_config, stored_dtype
 from quantkit.containers.source import HoldsBlocks, Source, TensorInfo
-from quantkit.errors import SourceError, first_line
+from quantkit.errors import SourceError, first_line, meant
 from quantkit.late import torch, transformers
 
 if TYPE_CHECKING:
@@ -182,8 +182,9 @@ class GgufSource(GgmlSource):
             )
         name = self._field("general.architecture")
         if not isinstance(name, str) or name not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported; supported: {known}")
+            near = meant(str(name)[:40], ARCHITECTURES)
+            more = f"; docs/ggml.md lists the {len(ARCHITECTURES)} that are{near}"
+            raise SourceError(f"{path}: GGUF architecture {str(name)[:40]!r} is not supported{more}")
         self._architecture = row_of_file(name, self._field, {name for part in self._parts for name in part.tensors})
         self.metadata = self._parts[0].keys
         self.from_gptq = self._field("quantkit.weights") is not None

@@ -153,6 +153,8 @@ _DELTA_NET_FIELDS = {
     "ssm.time_step_rank": "linear_num_value_heads",
 }
 _DELTA_NET_FORM: dict[str, Any] = {
+    "biases": {"ssm_dt": "linear_attn.dt_bias"},
+    "of_kind": _DELTA_NET_KINDS,
     "bare": ("ssm_a", "ssm_dt"),
     "nameless": ("ssm_a",),
     "logarithms": ("ssm_a",),
@@ -161,6 +163,14 @@ _DELTA_NET_FORM: dict[str, Any] = {
     "delta_net": True,
     "gated_queries": True,
     "norm_offset": 1.0,
+}
+# Qwen 3.5's: values lie in tiles.
+_TILED_NET_FORM: dict[str, Any] = {
+    **_DELTA_NET_FORM,
+    "means": {"attention_bias": False},
+    "orders": _TILED,
+    "columns": {"ssm_out": "tiled values"},
+    "sections": True,
 }
 _LATENT_READ = {
     **{"q_lora_rank": None, "first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
@@ -536,13 +546,11 @@ ROWS: tuple[Architecture, ...] = (
         "qwen3next",
         "qwen3_next",
         {**_GATED_ATTENTION, **_DELTA_NET, **_SHARED_EXPERTS, **dict.fromkeys(_MIXED, "linear_attn.in_proj_qkvz")},
-        {"ssm_dt": "linear_attn.dt_bias"},
         fields={**_DELTA_NET_FIELDS, **_SHARED_EXPERTS_FIELDS},
         means={
             **{"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1, "attention_bias": False},
         },
         vectors=("ffn_gate_inp_shexp",),
-        of_kind=_DELTA_NET_KINDS,
         orders=_MIXED,
         **_DELTA_NET_FORM,
     ),
@@ -550,29 +558,17 @@ ROWS: tuple[Architecture, ...] = (
         "qwen35",
         "qwen3_5_text",
         {**_GATED_ATTENTION, **_DELTA_NET_APART, **_MLP},
-        {"ssm_dt": "linear_attn.dt_bias"},
         fields=_DELTA_NET_FIELDS,
-        means={"attention_bias": False},
-        of_kind=_DELTA_NET_KINDS,
-        orders=_TILED,
-        columns={"ssm_out": "tiled values"},
-        sections=True,
-        **_DELTA_NET_FORM,
+        **_TILED_NET_FORM,
     ),
     Architecture(
         "qwen35moe",
         "qwen3_5_moe_text",
         {**_GATED_ATTENTION, **_DELTA_NET_APART, **_SHARED_EXPERTS},
-        {"ssm_dt": "linear_attn.dt_bias"},
         fields={**_DELTA_NET_FIELDS, **_SHARED_EXPERTS_FIELDS},
-        means={"attention_bias": False},
         vectors=("ffn_gate_inp_shexp",),
         inner="",
-        of_kind=_DELTA_NET_KINDS,
-        orders=_TILED,
-        columns={"ssm_out": "tiled values"},
-        sections=True,
-        **_DELTA_NET_FORM,
+        **_TILED_NET_FORM,
     ),
     Architecture(
         "gpt-oss",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -479,12 +480,21 @@ class FakeStream:
         self._log.append(f"off {self._name}")
 
 
-def test_work_beside_waits_for_its_inputs_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def beside_main(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, getter: str, name: str
+) -> tuple[list[str], FakeStream]:
+    """Put a stream of this name in place of what a function of the module gives, beside one called main, which is the
+    current one. Returns the log of both, and that stream."""
     log: list[str] = []
-    main, side = FakeStream("main", log), FakeStream("side", log)
-    monkeypatch.setattr(kernels, "_side_stream", lambda device: side)
+    main, other = FakeStream("main", log), FakeStream(name, log)
+    monkeypatch.setattr(module, getter, lambda device: other)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    return log, other
+
+
+def test_work_beside_waits_for_its_inputs_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, _ = beside_main(monkeypatch, kernels, "_side_stream", "side")
 
     beside = kernels.beside(torch.device("cuda"))
     log.append("main's work")
@@ -633,11 +643,7 @@ def test_bfloat16_is_not_chosen_where_it_is_emulated(
 
 
 def test_codes_are_copied_beside_the_work_and_waited_for_by_who_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-    landing, main = FakeStream("landing", log), FakeStream("main", log)
-    monkeypatch.setattr(carried, "_landing", lambda device: landing)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    log, landing = beside_main(monkeypatch, carried, "_landing", "landing")
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: Pinned(log))
     event = type("Event", (), {"synchronize": lambda self: log.append("waited")})()
     monkeypatch.setattr(landing, "record_event", lambda: log.append("landing records") or event, raising=False)
